@@ -1,0 +1,198 @@
+"""Outputs of edited models, and what is read off them.
+
+Everything that varies coefficients (a search, a ξ grid, a curve) needs one thing: the
+outputs on a dataset as a function of the coefficients of some task vectors. There are
+two ways to get it. `forward` runs the network once per set of coefficients. `tangent`
+runs it once in all: a linearised model is affine in the coefficients, so f(x; θ0) and
+J(x; θ0)τ_t are cached and every later set of coefficients costs a weighted sum.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxarith import metrics
+from jaxarith import tangent as tangents
+from jaxarith.merge import task_arithmetic
+from jaxarith.tangent import ApplyFn
+from jaxarith.tree import Tree
+
+OutputsAt = Callable[
+    [Sequence[float]], np.ndarray
+]  # coefficients [T] -> outputs [N, …]
+
+
+def outputs(
+    apply_fn: ApplyFn, params: Tree, batches: Sequence[dict], inputs=("image",)
+) -> np.ndarray:
+    """The model's outputs on every sample that is not padding.
+
+    Args:
+      apply_fn: `apply_fn(params, *inputs) -> [B, ...]`.
+      params: its parameters.
+      batches: dicts of arrays `[B, ...]` with a `mask`, `bool[B]`, as
+        `data.pipeline.evaluation_batches` makes them.
+      inputs: the fields of a batch that are passed to `apply_fn`, in order.
+
+    Returns:
+      `[N, ...]`, N being the number of True entries of all masks.
+    """
+    rows = [
+        _apply(apply_fn, params, *(batch[name] for name in inputs)) for batch in batches
+    ]
+    return _unpadded(rows, batches)
+
+
+# Compiled once per model and shape, however many datasets and coefficients follow.
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(apply_fn, params, *inputs):
+    return apply_fn(params, *inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _jvps(apply_fn, params_0, taus, *inputs):
+    f0, moves = tangents.jvps(apply_fn, params_0, taus, *inputs)
+    return f0, jnp.moveaxis(moves, 0, 1)  # samples first, to drop the padding
+
+
+@jax.jit
+def _edit(params_0, taus, coefs):
+    return task_arithmetic(params_0, taus, coef=coefs)
+
+
+def _unpadded(rows, batches):
+    return np.concatenate(
+        [np.asarray(row)[b["mask"]] for row, b in zip(rows, batches, strict=True)]
+    )
+
+
+def labels(batches: Sequence[dict]) -> np.ndarray:
+    """The labels of every sample that is not padding, in the order of `outputs`."""
+    return np.concatenate([batch["label"][batch["mask"]] for batch in batches])
+
+
+def forward(
+    apply_fn: ApplyFn,
+    params_0: Tree,
+    taus: Sequence[Tree],
+    batches: Sequence[dict],
+    inputs=("image",),
+) -> OutputsAt:
+    r"""Outputs of :math:`f(x; \theta_0 + \sum_t \lambda_t\tau_t)`; a pass per call."""
+
+    def at(coefs):
+        params = _edit(params_0, tuple(taus), np.asarray(coefs, np.float32))
+        return outputs(apply_fn, params, batches, inputs)
+
+    return at
+
+
+def tangent(
+    apply_fn: ApplyFn,
+    params_0: Tree,
+    taus: Sequence[Tree],
+    batches: Sequence[dict],
+    inputs=("image",),
+) -> OutputsAt:
+    r"""Outputs of :math:`f(x;\theta_0) + \sum_t \lambda_t J(x;\theta_0)\tau_t`.
+
+    One linearisation per batch serves all task vectors; the T + 1 outputs of every
+    sample are kept in host memory and calls only sum them.
+    """
+
+    rows = [
+        _jvps(apply_fn, params_0, tuple(taus), *(batch[name] for name in inputs))
+        for batch in batches
+    ]
+    f0 = _unpadded([f0 for f0, _ in rows], batches)
+    moves = np.moveaxis(_unpadded([moves for _, moves in rows], batches), 1, 0)
+
+    def at(coefs):
+        coefs = np.asarray(coefs, f0.dtype)
+        if coefs.shape != (len(taus),):
+            raise ValueError(
+                f"coefficients of shape {coefs.shape} for {len(taus)} task vectors; "
+                "give one for each."
+            )
+        return f0 + np.tensordot(coefs, moves, axes=1)
+
+    return at
+
+
+class Search(NamedTuple):
+    """The result of a coefficient search.
+
+    Attributes:
+      coef: the chosen coefficient.
+      coefs: the candidates, `[n]`.
+      normalized: their mean normalised accuracies, `[n]`.
+    """
+
+    coef: float
+    coefs: np.ndarray
+    normalized: np.ndarray
+
+
+def search(
+    accuracies_at: Callable[[float], Sequence[float]],
+    single: Sequence[float],
+    coefs: Sequence[float] = tuple(np.linspace(0, 1, 21)),
+) -> Search:
+    """The shared coefficient with the best mean normalised accuracy.
+
+    The first of equals wins, which is the smallest where `coefs` ascend (protocol of
+    Ortiz-Jimenez et al. 2023; S0 B.2).
+
+    Args:
+      accuracies_at: accuracy on every task at a coefficient, on validation data.
+      single: accuracy of every task's own model, on the same data.
+      coefs: the candidates.
+    """
+    normalized = np.array(
+        [metrics.normalized_accuracy(accuracies_at(c), single) for c in coefs]
+    )
+    best = int(normalized.argmax())
+    return Search(float(coefs[best]), np.asarray(coefs, float), normalized)
+
+
+def disentanglement_error(
+    outputs_at: Sequence[OutputsAt],
+    predict: Sequence[Callable[[np.ndarray], np.ndarray]],
+    coefs: Sequence[float],
+) -> np.ndarray:
+    r"""The ξ grid of a pair of task vectors (S0 Eq. 2, S1).
+
+    .. math:: \xi(\alpha_1, \alpha_2) = \sum_{t=1,2} \Pr_{x\sim t}[
+              f(x; \theta_0 + \alpha_t\tau_t) \neq
+              f(x; \theta_0 + \alpha_1\tau_1 + \alpha_2\tau_2)]
+
+    Args:
+      outputs_at: for each of the two datasets, the outputs at `(α_1, α_2)`, from
+        `forward` or, at no cost, from `tangent`.
+      predict: for each dataset, outputs `[N, ...]` to predicted labels `[N]`.
+      coefs: the values that α_1 and α_2 run through, `[n]`.
+
+    Returns:
+      `f64[n, n]` in [0, 2]: row i is α_1 = coefs[i], column j is α_2 = coefs[j].
+
+    Raises:
+      ValueError: there are not two datasets.
+    """
+    if len(outputs_at) != 2 or len(predict) != 2:
+        raise ValueError(f"ξ compares two tasks; found {len(outputs_at)}.")
+    first, second = outputs_at
+    alone_1 = [predict[0](first((a, 0.0))) for a in coefs]
+    alone_2 = [predict[1](second((0.0, b))) for b in coefs]
+
+    def error(i, j):
+        both = (coefs[i], coefs[j])
+        return np.mean(predict[0](first(both)) != alone_1[i]) + np.mean(
+            predict[1](second(both)) != alone_2[j]
+        )
+
+    indices = range(len(coefs))
+    return np.array([[error(i, j) for j in indices] for i in indices])

@@ -1,0 +1,171 @@
+"""What the names in a checkpoint mean, and whether its tensors fit a model.
+
+A layout is the tree of shapes and dtypes that a model expects, with the names of
+Hugging Face's Flax models. PyTorch's names and orientations follow from it:
+`a.b.weight` is whichever of `a/b/kernel` (transposed), `a/b/scale`, `a/b/embedding`
+and `a/b/weight` the model has. `hub` does the reading and writing.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_FLOATS = ("f64", "f32", "f16", "bf16")
+_SHOWN = 8  # lines of one kind in an error, before the rest is only counted
+
+# Buffers that older versions of transformers saved with the parameters.
+_NOT_PARAMETERS = re.compile(r"(.*\.)?position_ids")
+
+
+class Stored(NamedTuple):
+    """A tensor in a checkpoint, not read yet. Its dtype is written as in `f32`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    def __str__(self):
+        return f"{self.dtype}{list(self.shape)}"
+
+
+def short(dtype) -> str:
+    """`float32` as `f32`, `bfloat16` as `bf16`, as XLA and safetensors write them."""
+    name = np.dtype(dtype).name
+    return re.sub(r"^(b?f|i|u)(?:loat|nt|int)(?=\d)", r"\1", name)
+
+
+def to_flax(stored: Mapping[str, Stored], paths: set[str]) -> dict[str, Stored]:
+    """Tensors under PyTorch's names, by the paths of a layout, in its orientations.
+
+    Names that do not fit as they are may fit under one of the keys at the top of the
+    layout: transformers 5 writes a `CLIPVisionModel` without `vision_model.` in front.
+    Tensors that fit nowhere keep their names, with slashes.
+    """
+    names = [name for name in stored if not _NOT_PARAMETERS.fullmatch(name)]
+
+    def fitting(top):
+        return sum(_flax_path(f"{top}.{name}", paths) in paths for name in names)
+
+    top = max(sorted({path.split("/")[0] for path in paths}), key=fitting)
+    leaves = {}
+    for name in names:
+        path = _flax_path(name, paths)
+        prefixed = _flax_path(f"{top}.{name}", paths)
+        if path not in paths and prefixed in paths:
+            path = prefixed
+        leaf = stored[name]
+        if path.endswith("/kernel") and name.endswith(".weight"):
+            leaf = _transposed(leaf)
+        # A second tensor for the same leaf is one that the model does not expect.
+        leaves[name if path in leaves else path] = leaf
+    return leaves
+
+
+def _flax_path(name, paths):
+    path = name.replace(".", "/")
+    if not path.endswith("/weight"):
+        return path
+    module = path.removesuffix("weight")
+    candidates = [module + leaf for leaf in ("kernel", "scale", "embedding", "weight")]
+    return next((candidate for candidate in candidates if candidate in paths), path)
+
+
+# PyTorch's kernels are [out, in, *window], and Flax's are [*window, in, out].
+
+
+def _transposed(leaf):
+    if len(leaf.shape) < 2:
+        return leaf  # of a wrong shape, which `check` reports
+    axes = (*range(2, len(leaf.shape)), 1, 0)
+    shape = tuple(leaf.shape[axis] for axis in axes)
+    return Stored(leaf.dtype, shape, lambda: leaf.read().transpose(axes))
+
+
+def to_torch(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays by slash path under PyTorch's names and orientations.
+
+    Raises:
+      ValueError: one module has, say, both a kernel and a scale, which would both be
+        its weight.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for path, array in leaves.items():
+        name = re.sub(r"/(kernel|scale|embedding)$", "/weight", path).replace("/", ".")
+        if name in tensors:
+            raise ValueError(f"{path} and another leaf would both be saved as {name}.")
+        if path.endswith("/kernel") and array.ndim >= 2:
+            window = range(array.ndim - 2)
+            array = array.transpose(array.ndim - 1, array.ndim - 2, *window)
+        tensors[name] = array
+    return tensors
+
+
+def check(file: Path, layout: Mapping[str, Any], stored: Mapping[str, Stored]):
+    """Raises one ValueError that lists every path by which `stored` and layout differ.
+
+    Args:
+      file: named in the message.
+      layout: the expected leaves by slash path, with `shape` and `dtype`.
+      stored: the leaves of the checkpoint by slash path.
+    """
+    expected = {
+        path: Stored(short(leaf.dtype), tuple(leaf.shape), lambda: None)
+        for path, leaf in layout.items()
+    }
+    missing = {path: leaf for path, leaf in expected.items() if path not in stored}
+    unexpected = {path: leaf for path, leaf in stored.items() if path not in expected}
+    different = [
+        f"    ! {path}: model {leaf}, checkpoint {stored[path]}"
+        for path, leaf in expected.items()
+        if path in stored
+        and (stored[path].shape != leaf.shape or stored[path].dtype not in _FLOATS)
+    ]
+    if not (missing or unexpected or different):
+        return
+    lines = [
+        f"{file} does not match the model.",
+        *_section("in the model but not in the checkpoint", "-", missing),
+        *_section("in the checkpoint but not in the model", "+", unexpected),
+    ]
+    if different:
+        lines += [f"  shape or dtype differs ({len(different)}):", *different[:_SHOWN]]
+        if (more := len(different) - _SHOWN) > 0:
+            lines.append(f"    … and {more} more")
+    lines.append(_advice(expected, missing, unexpected, different))
+    raise ValueError("\n".join(lines))
+
+
+def _section(title, sign, leaves):
+    by_top = {}
+    for path in leaves:
+        by_top.setdefault(path.split("/")[0], []).append(path)
+    lines = [f"  {title} ({len(leaves)}):"] if leaves else []
+    for paths in by_top.values():
+        if len(paths) > _SHOWN:
+            module = os.path.commonprefix([path.split("/")[:-1] for path in paths])
+            lines.append(f"    {sign} {'/'.join(module)}/...  ({len(paths)} leaves)")
+        else:
+            lines += [f"    {sign} {path}  {leaves[path]}" for path in paths]
+    return lines
+
+
+def _advice(expected, missing, unexpected, different):
+    lost = {path.split("/")[0] for path in missing}
+    whole = [path for path in expected if path not in missing]
+    held = dict.fromkeys(path.split("/")[0] for path in whole)
+    if missing and held and not different and not lost.intersection(held):
+        patterns = "|".join(top if top in expected else f"{top}/.*" for top in held)
+        return (
+            f"The checkpoint holds only {', '.join(held)}. Load with "
+            f'select="{patterns}" and take the rest from another checkpoint.'
+        )
+    if unexpected and not missing and not different:
+        return 'Load with select=".*" to leave out what the model does not have.'
+    return (
+        "Use the model and the config.json that belong to this checkpoint, or download "
+        "it again."
+    )

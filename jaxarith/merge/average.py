@@ -1,0 +1,37 @@
+r"""Weight averaging: :math:`\theta_0 + \sum_t w_t \tau_t = \sum_t w_t \theta_t`.
+
+Wortsman et al. Model soups: averaging weights of multiple fine-tuned models improves
+accuracy without increasing inference time. ICML 2022. arXiv:2203.05482.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from jaxarith.merge import _leaves
+from jaxarith.merge.task_arithmetic import add_scaled
+from jaxarith.tree import Tree
+
+
+def average(params_0: Tree, taus: Sequence[Tree], *, weights=1.0) -> Tree:
+    """The weighted mean of the fine-tuned models.
+
+    Args:
+      params_0: pre-trained parameters.
+      taus: T task vectors. A leaf that one lacks counts as zero.
+      weights: non-negative, one per task `[T]`; they are divided by their sum.
+
+    Returns:
+      Parameters with the structure and dtypes of `params_0`.
+
+    Raises:
+      ValueError: no task vector, one that does not fit, or non-finite values.
+
+    Example:
+      >>> taus = [{"w": jnp.ones(2)}, {"w": jnp.zeros(2)}]
+      >>> print(average({"w": jnp.zeros(2)}, taus, weights=[3, 1]))
+      {'w': Array([0.75, 0.75], dtype=float32)}
+    """
+    _leaves.check(params_0, taus)
+    weights = _leaves.per_task(weights, len(taus), "weights")
+    return _leaves.fold(add_scaled, params_0, taus, weights / jnp.sum(weights))

@@ -1,0 +1,371 @@
+"""CLIP in Flax Linen, with the parameter names of Hugging Face checkpoints.
+
+Radford et al. Learning Transferable Visual Models From Natural Language Supervision.
+ICML 2021. arXiv:2103.00020.
+
+The two towers are separate modules. A parameter tree holds the leaves of both,
+
+    vision_model/…  visual_projection/kernel  text_model/…  text_projection/kernel
+    logit_scale
+
+and each tower reads only its own, so `image_encoder(config)` accepts the whole tree
+or just the `vision_model` and `visual_projection` part of it.
+
+Shapes: B images or texts, H×W pixels, S tokens (patches or words), D hidden width.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from jaxarith import heads, hub
+
+# The real CLIP of a megabyte and a half that comes with the package; see its README.md.
+TINY_CLIP = Path(__file__).parent.parent / "assets" / "tiny_clip"
+
+# Path patterns for `tree.select`: the image encoder, and two subsets of it that papers
+# train or merge (S1, paradigm 1; S3, "linear layers inside transformer blocks").
+IMAGE_ENCODER = r"vision_model/.*|visual_projection/.*"
+ATTENTION_WEIGHTS = r"vision_model/encoder/layers/\d+/self_attn/\w+_proj/kernel"
+BLOCK_LINEAR_WEIGHTS = (
+    r"vision_model/encoder/layers/\d+/(self_attn/\w+_proj|mlp/fc\d)/kernel"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The image tower; names and defaults of Hugging Face's `CLIPVisionConfig`."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The text tower; names and defaults of Hugging Face's `CLIPTextConfig`."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    """Both towers and the width of the space they share."""
+
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    projection_dim: int = 512
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> "CLIPConfig":
+        """Reads the content of a Hugging Face `config.json` of a `CLIPModel`.
+
+        Raises:
+          ValueError: the file describes another kind of model.
+        """
+        if "vision_config" not in raw or "text_config" not in raw:
+            raise ValueError(
+                f"config.json describes a {raw.get('model_type', 'model')!r}; expected "
+                "a CLIP with vision_config and text_config. Vision-only checkpoints "
+                "load with the config of the CLIP that they were fine-tuned from."
+            )
+        return cls(
+            _tower(VisionConfig, raw, "vision_config"),
+            _tower(TextConfig, raw, "text_config"),
+            raw.get("projection_dim", 512),
+        )
+
+
+def _tower(kind, raw, name):
+    # OpenAI's oldest files state the sizes a second time, and transformers reads that
+    # statement, with defaults for what it leaves out, in place of the first.
+    stated = raw.get(f"{name}_dict")
+    stated = raw[name] if stated is None else stated
+    known = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{key: value for key, value in stated.items() if key in known})
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """The sigmoid approximation of GELU that OpenAI trained CLIP with."""
+    return x * nn.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS = {
+    "quick_gelu": quick_gelu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+}
+
+
+class Attention(nn.Module):
+    heads: int
+
+    @nn.compact
+    def __call__(self, x, mask):
+        *batch, width = x.shape
+        split = (*batch, self.heads, width // self.heads)
+        q, k, v = (
+            nn.Dense(width, name=f"{role}_proj")(x).reshape(split) for role in "qkv"
+        )
+        logits = jnp.einsum("...qhd,...khd->...hqk", q * split[-1] ** -0.5, k)
+        if mask is not None:
+            logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+        mixed = jnp.einsum("...hqk,...khd->...qhd", nn.softmax(logits), v)
+        return nn.Dense(width, name="out_proj")(mixed.reshape(x.shape))
+
+
+class MLP(nn.Module):
+    hidden: int
+    activation: str
+
+    @nn.compact
+    def __call__(self, x):
+        hidden = _ACTIVATIONS[self.activation](nn.Dense(self.hidden, name="fc1")(x))
+        return nn.Dense(x.shape[-1], name="fc2")(hidden)
+
+
+class Block(nn.Module):
+    config: VisionConfig | TextConfig
+
+    @nn.compact
+    def __call__(self, x, mask):
+        c = self.config
+        norm = functools.partial(nn.LayerNorm, epsilon=c.layer_norm_eps)
+        attention = Attention(c.num_attention_heads, name="self_attn")
+        x = x + attention(norm(name="layer_norm1")(x), mask)
+        mlp = MLP(c.intermediate_size, c.hidden_act, name="mlp")
+        return x + mlp(norm(name="layer_norm2")(x))
+
+
+class Blocks(nn.Module):
+    config: VisionConfig | TextConfig
+
+    @nn.compact
+    def __call__(self, x, mask):
+        for i in range(self.config.num_hidden_layers):
+            x = Block(self.config, name=str(i))(x, mask)
+        return x
+
+
+class Encoder(nn.Module):
+    config: VisionConfig | TextConfig
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        return Blocks(self.config, name="layers")(x, mask)
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution whose stride is its width, written as one matrix product."""
+
+    width: int
+    patch: int
+
+    @nn.compact
+    def __call__(self, images):
+        b, h, w, channels = images.shape
+        p = self.patch
+        shape = (p, p, channels, self.width)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        patches = images.reshape(b, h // p, p, w // p, p, channels)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * channels)
+        return patches @ kernel.reshape(-1, self.width)
+
+
+class VisionEmbeddings(nn.Module):
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, images):
+        c = self.config
+        normal = nn.initializers.normal(0.02)
+        patches = PatchEmbedding(c.hidden_size, c.patch_size, name="patch_embedding")
+        tokens = patches(images)
+        class_token = self.param("class_embedding", normal, (c.hidden_size,))
+        class_token = jnp.broadcast_to(class_token, (len(tokens), 1, c.hidden_size))
+        tokens = jnp.concatenate([class_token, tokens], axis=1)
+        positions = nn.Embed(
+            (c.image_size // c.patch_size) ** 2 + 1,
+            c.hidden_size,
+            embedding_init=normal,
+            name="position_embedding",
+        )
+        return tokens + positions(jnp.arange(tokens.shape[1])[None])
+
+
+class VisionTransformer(nn.Module):
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, images):
+        c = self.config
+        norm = functools.partial(nn.LayerNorm, epsilon=c.layer_norm_eps)
+        x = VisionEmbeddings(c, name="embeddings")(images)
+        x = norm(name="pre_layrnorm")(x)  # Hugging Face's spelling
+        x = Encoder(c, name="encoder")(x)
+        return norm(name="post_layernorm")(x[:, 0])
+
+
+class TextEmbeddings(nn.Module):
+    config: TextConfig
+
+    @nn.compact
+    def __call__(self, input_ids):
+        c = self.config
+        normal = nn.initializers.normal(0.02)
+        embed = functools.partial(
+            nn.Embed, features=c.hidden_size, embedding_init=normal
+        )
+        words = embed(c.vocab_size, name="token_embedding")(input_ids)
+        positions = embed(c.max_position_embeddings, name="position_embedding")
+        return words + positions(jnp.arange(input_ids.shape[1])[None])
+
+
+class TextTransformer(nn.Module):
+    config: TextConfig
+
+    @nn.compact
+    def __call__(self, input_ids):
+        c = self.config
+        x = TextEmbeddings(c, name="embeddings")(input_ids)
+        # Causal, so whatever pads a text after its end token changes nothing before it.
+        causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
+        x = Encoder(c, name="encoder")(x, causal)
+        x = nn.LayerNorm(epsilon=c.layer_norm_eps, name="final_layer_norm")(x)
+        # OpenAI's configs state a wrong end token, 2. The true one is the largest id.
+        wrong = c.eos_token_id == 2
+        end = input_ids if wrong else (input_ids == c.eos_token_id).astype(jnp.int32)
+        return jnp.take_along_axis(x, end.argmax(-1)[:, None, None], axis=1)[:, 0]
+
+
+class ImageTower(nn.Module):
+    config: CLIPConfig
+
+    @nn.compact
+    def __call__(self, images):
+        pooled = VisionTransformer(self.config.vision, name="vision_model")(images)
+        dim = self.config.projection_dim
+        return nn.Dense(dim, use_bias=False, name="visual_projection")(pooled)
+
+
+class TextTower(nn.Module):
+    config: CLIPConfig
+
+    @nn.compact
+    def __call__(self, input_ids):
+        pooled = TextTransformer(self.config.text, name="text_model")(input_ids)
+        dim = self.config.projection_dim
+        return nn.Dense(dim, use_bias=False, name="text_projection")(pooled)
+
+
+def image_encoder(config: CLIPConfig):
+    """`apply_fn(params, images[B, H, W, 3]) -> features[B, projection_dim]`.
+
+    The features are not normalised: this is the function that is linearised, and what
+    the frozen zero-shot heads normalise and classify.
+    """
+    tower = ImageTower(config)
+    return lambda params, images: tower.apply({"params": params}, images)
+
+
+def text_encoder(config: CLIPConfig):
+    """`apply_fn(params, input_ids[B, S]) -> features[B, projection_dim]`."""
+    tower = TextTower(config)
+    return lambda params, input_ids: tower.apply({"params": params}, input_ids)
+
+
+def init(key: jax.Array, config: CLIPConfig) -> dict:
+    """Random parameters of both towers, to train a CLIP from nothing."""
+    size = config.vision.image_size
+    images = jnp.zeros((1, size, size, config.vision.num_channels))
+    input_ids = jnp.zeros((1, config.text.max_position_embeddings), jnp.int32)
+    key_image, key_text = jax.random.split(key)
+    return {
+        **ImageTower(config).init(key_image, images)["params"],
+        **TextTower(config).init(key_text, input_ids)["params"],
+        "logit_scale": jnp.asarray(jnp.log(1 / 0.07), jnp.float32),
+    }
+
+
+def layout(config: CLIPConfig) -> dict:
+    """The tree of `jax.ShapeDtypeStruct` that a checkpoint of this config must fill."""
+    return jax.eval_shape(functools.partial(init, config=config), jax.random.key(0))
+
+
+class CLIP(NamedTuple):
+    """A checkpoint in memory: its configuration, parameters and folder."""
+
+    config: CLIPConfig
+    params: dict
+    folder: Path
+
+
+def load(model=TINY_CLIP, *, revision: str | None = None) -> CLIP:
+    """Loads a CLIP in Hugging Face format.
+
+    Args:
+      model: a local folder, or a hub id such as `openai/clip-vit-base-patch32`; the
+        embedded tiny CLIP by default.
+      revision: a branch, tag or commit on the hub.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      ValueError: its files are broken, or are not those of a CLIP.
+
+    Example:
+      >>> model = load()
+      >>> image_encoder(model.config)(model.params, jnp.zeros((1, 28, 28, 3))).shape
+      (1, 64)
+    """
+    folder = hub.find(model, revision=revision)
+    config = CLIPConfig.from_json(hub.read_json(folder))
+    return CLIP(config, hub.load(folder, layout(config)), folder)
+
+
+def zero_shot_head(
+    model: CLIP, classes: Sequence[str], templates: Sequence[str]
+) -> jax.Array:
+    """The head `[len(classes), projection_dim]` of class names; see `heads.zero_shot`.
+
+    The tokenizer is the one in the checkpoint's folder, read by transformers.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model.folder)
+    apply = jax.jit(text_encoder(model.config))
+
+    def encode(texts, chunk=256):
+        ids = tokenizer(
+            list(texts),
+            padding="max_length",
+            truncation=True,
+            max_length=model.config.text.max_position_embeddings,
+        )["input_ids"]
+        ids = np.asarray(ids, np.int32)
+        rows = np.resize(ids, (-(-len(ids) // chunk) * chunk, ids.shape[1]))
+        features = [
+            apply(model.params, part) for part in np.split(rows, len(rows) // chunk)
+        ]
+        return jnp.concatenate(features)[: len(ids)]
+
+    return heads.zero_shot(encode, classes, templates, model.params["logit_scale"])

@@ -1,0 +1,61 @@
+"""Reports: JSON and Markdown files from plain rows, written whole or not at all."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path, text: str):
+    """Writes a text file under a temporary name and renames it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content: Any):
+    """Writes plain data as JSON; numbers must be finite."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table that also reads well as plain text.
+
+    Numbers are aligned to the right; floats are shown with three decimals.
+
+    Example:
+      >>> print(markdown_table(["merge", "accuracy"], [["ties", 0.5], ["awd", None]]))
+      | merge | accuracy |
+      |:------|---------:|
+      | ties  |    0.500 |
+      | awd   |          |
+    """
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    right = [
+        any(isinstance(row[i], int | float) for row in rows) for i in range(len(header))
+    ]
+
+    def line(values):
+        padded = (
+            value.rjust(width) if is_right else value.ljust(width)
+            for value, width, is_right in zip(values, widths, right, strict=True)
+        )
+        return f"| {' | '.join(padded)} |"
+
+    rules = (
+        "-" * (width + 1) + ":" if is_right else ":" + "-" * (width + 1)
+        for width, is_right in zip(widths, right, strict=True)
+    )
+    return "\n".join([line(header), f"|{'|'.join(rules)}|", *map(line, cells)])
+
+
+def _cell(value):
+    if value is None:
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

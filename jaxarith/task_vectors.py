@@ -1,0 +1,116 @@
+r"""Task vectors, :math:`\tau = \theta - \theta_0`, and their arithmetic.
+
+Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi. Editing Models
+with Task Arithmetic. ICLR 2023. arXiv:2212.04089 (S4).
+
+A task vector has the structure of the trained part of the parameters. A leaf that was
+not trained is absent, which means zero.
+"""
+
+import zlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxarith import tree
+
+
+def difference(params: tree.Tree, params_0: tree.Tree) -> tree.Tree:
+    """The task vector of fine-tuned `params`, or of the part of them that is given.
+
+    Args:
+      params: fine-tuned parameters: the structure of `params_0`, or a part of it.
+      params_0: the pre-trained parameters.
+
+    Returns:
+      `params - params_0` with the structure of `params`, at least in float32.
+
+    Raises:
+      ValueError: a leaf of `params` is not in `params_0` or has another shape.
+
+    Example:
+      >>> print(difference({"w": jnp.array(3.0)}, {"w": jnp.array(1.0), "b": 0.0}))
+      {'w': Array(2., dtype=float32)}
+    """
+    tree.check_part(params, params_0, "fine-tuned parameters")
+    start = tree.flatten(params_0)
+    return tree.map_with_path(lambda path, leaf: _subtract(leaf, start[path]), params)
+
+
+def _subtract(a, b):
+    dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+    return jnp.asarray(a, dtype) - jnp.asarray(b, dtype)
+
+
+def apply(params_0: tree.Tree, tau: tree.Tree, coef=1.0) -> tree.Tree:
+    r""":math:`\theta_0 + \lambda\tau`; leaves that `tau` lacks stay as they are.
+
+    Raises:
+      ValueError: a leaf of `tau` is not in `params_0` or has another shape.
+
+    Example:
+      >>> print(apply({"w": jnp.array(1.0), "b": 0.0}, {"w": jnp.array(2.0)}, 0.5))
+      {'b': 0.0, 'w': Array(2., dtype=float32)}
+    """
+    tree.check_part(tau, params_0, "task vector")
+    moves = tree.flatten(tau)
+
+    def leaf(path, value):
+        if path not in moves:
+            return value
+        dtype = jnp.promote_types(jnp.result_type(value, moves[path]), jnp.float32)
+        moved = jnp.asarray(value, dtype) + coef * jnp.asarray(moves[path], dtype)
+        return moved.astype(jnp.result_type(value))
+
+    return tree.map_with_path(leaf, params_0)
+
+
+def add(taus: Sequence[tree.Tree]) -> dict:
+    """The sum of task vectors, over the union of their leaves.
+
+    Raises:
+      ValueError: the list is empty, or common leaves differ in shape.
+    """
+    if not taus:
+        raise ValueError("the sum of no task vectors has no leaves; give at least one.")
+    rows = tree.aligned(taus)
+    return tree.unflatten({path: sum(row[1:], row[0]) for path, row in rows.items()})
+
+
+def negate(tau: tree.Tree) -> tree.Tree:
+    """The task vector that makes the model forget the task."""
+    return jax.tree.map(jnp.negative, tau)
+
+
+def analogy(a: tree.Tree, b: tree.Tree, c: tree.Tree) -> dict:
+    r"""A is to B as C is to D: :math:`\tau_D = \tau_C + (\tau_B - \tau_A)` (S4, 2)."""
+    return add([c, b, negate(a)])
+
+
+def random_like(key: jax.Array, tau: tree.Tree) -> tree.Tree:
+    """A Gaussian direction with the norm of `tau` in every leaf (S4's control, B.2).
+
+    The draw of a leaf depends only on the key and the leaf's path.
+    """
+
+    def leaf(path, value):
+        noise = jax.random.normal(leaf_key(key, path), value.shape, value.dtype)
+        return noise * (jnp.linalg.norm(value) / jnp.linalg.norm(noise))
+
+    return tree.map_with_path(leaf, tau)
+
+
+def leaf_key(key: jax.Array, path: str) -> jax.Array:
+    """The random key of a leaf: a function of its path alone, not of any order."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def norm(tau: tree.Tree) -> jax.Array:
+    """The Euclidean norm over all leaves; its gradient is zero, not NaN, at zero."""
+    return tree.safe_sqrt(tree.gram([tau])[0, 0])
+
+
+def cosine_matrix(taus: Sequence[tree.Tree]) -> jax.Array:
+    """Cosines of whole task vectors, `[T, T]`; zero for a vector that is zero."""
+    return tree.cosine(tree.gram(taus))

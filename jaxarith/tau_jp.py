@@ -1,0 +1,172 @@
+r"""The tau-Jacobian product (τJp): penalty while training, and metric afterwards.
+
+Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
+Disentanglement (S0). Two task vectors do not interfere, in the tangent space, when
+
+.. math:: \|J(x_B; \theta_0)\,\tau_A\| \quad\text{and}\quad \|J(x_A; \theta_0)\,\tau_B\|
+
+are small, x_A and x_B being inputs of the tasks (Eq. 9). Training task A with a
+penalty on the first, over inputs of the other tasks, needs none of their labels
+(Eq. 10).
+
+By default J is the Jacobian of the encoder's features, un-normalised, and the penalty
+is the mean of the norm itself (`power=1`), as in the paper's released code; the paper
+prints its square (`power=2`), which wants another weight.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxarith import tangent, tree
+
+MODES = ("cyclic", "strict", "mixed")
+
+
+def penalty(tangents: tree.Tree, mask: jax.Array | None = None, power: int = 1):
+    r"""Mean over samples of :math:`\|J(x)\tau\|_2^\text{power}`.
+
+    Args:
+      tangents: array `[B, ..., D]` (or a pytree of such): :math:`J(x)\tau`. The norm is
+        over the last axis, the mean over all others.
+      mask: `[B, ...]`, True where an entry counts; all do by default.
+      power: 1 (S0's code) or 2 (S0 as printed).
+
+    Returns:
+      A scalar. Its gradient at `tau = 0` is zero, not NaN.
+
+    Raises:
+      ValueError: `power` is neither 1 nor 2.
+
+    Example:
+      >>> print(penalty(jnp.array([[3.0, 4.0], [0.0, 0.0]])))
+      2.5
+    """
+    if power not in (1, 2):
+        raise ValueError(f"power is {power!r}; it must be 1 or 2.")
+    squares = sum(jnp.sum(leaf**2, axis=-1) for leaf in jax.tree.leaves(tangents))
+    values = tree.safe_sqrt(squares) if power == 1 else squares
+    if mask is None:
+        return values.mean()
+    return jnp.sum(values, where=mask) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def linearized_and_penalty(
+    apply_fn: tangent.ApplyFn,
+    params_0: tree.Tree,
+    tau: tree.Tree,
+    inputs: tuple,
+    penalty_inputs: tuple,
+    *,
+    mask: jax.Array | None = None,
+    power: int = 1,
+):
+    """The linearised outputs on a batch and the penalty on another, fused.
+
+    Both batches go through one linearisation, so the penalty costs no more than its
+    share of samples.
+
+    Args:
+      apply_fn, params_0, tau: as for `tangent.jvp`.
+      inputs: arrays `[B, ...]` of the task that is trained.
+      penalty_inputs: arrays `[P, ...]` of the other tasks.
+      mask, power: as for `penalty`, over the P samples.
+
+    Returns:
+      `(outputs, penalty)`: `f(x; θ0) + J(x; θ0)τ` with leading axis B, and a scalar.
+    """
+    count = len(inputs[0])
+    joined = (
+        jnp.concatenate(pair) for pair in zip(inputs, penalty_inputs, strict=True)
+    )
+    outputs, tangents = tangent.jvp(apply_fn, params_0, tau, *joined)
+    linearized = jax.tree.map(lambda f, df: (f + df)[:count], outputs, tangents)
+    others = jax.tree.map(lambda df: df[count:], tangents)
+    return linearized, penalty(others, mask, power)
+
+
+def draw(mode: str, step: int, tasks: int, batch: int, seed: int = 0) -> np.ndarray:
+    """Which task each penalty sample of a step comes from.
+
+    Args:
+      mode: `cyclic` (S0 Eq. 11): all samples of step i from task `i mod tasks`.
+        `strict` (Eq. 10): `batch` samples of every task. `mixed` (ours): `batch`
+        samples, each from a task drawn at random; the expected penalty is the strict
+        one, at the cyclic price.
+      step: optimizer step, from 0.
+      tasks: the number of other tasks.
+      batch: samples per step, in strict mode per step and task.
+      seed: of the draws in mixed mode, which depend on nothing but it and the step.
+
+    Returns:
+      `i32[P]` with values in `0..tasks-1`; P is `tasks · batch` in strict mode, else
+      `batch`. The penalty is the mean over these P samples in every mode.
+
+    Raises:
+      ValueError: the mode is unknown, or there is no other task.
+
+    Example:
+      >>> draw("cyclic", step=4, tasks=3, batch=2)
+      array([1, 1], dtype=int32)
+    """
+    if tasks < 1:
+        raise ValueError("the τJp penalty needs at least one other task; found 0.")
+    if mode == "cyclic":
+        return np.full(batch, step % tasks, np.int32)
+    if mode == "strict":
+        return np.repeat(np.arange(tasks, dtype=np.int32), batch)
+    if mode == "mixed":
+        rng = np.random.default_rng((seed, step))
+        return rng.integers(tasks, size=batch, dtype=np.int32)
+    raise ValueError(
+        f"unknown τJp mode {mode!r}; it must be one of {', '.join(MODES)}."
+    )
+
+
+def matrix(
+    apply_fn: tangent.ApplyFn,
+    params_0: tree.Tree,
+    taus: Sequence[tree.Tree],
+    datasets: Sequence[Iterable[tuple[tuple, jax.Array]]],
+    *,
+    power: int = 1,
+) -> np.ndarray:
+    r"""The τJp metric of every task vector on every dataset (S0, Fig. 6).
+
+    Entry `[t, d]` is the mean of :math:`\|J(x;\theta_0)\tau_t\|^\text{power}` over the
+    samples of dataset d. Each batch is linearised once for all vectors. The measure of
+    a pair (Eq. 9) is the mean of its two off-diagonal entries.
+
+    Args:
+      apply_fn, params_0, taus: as for `tangent.jvps`.
+      datasets: each an iterable of `(inputs, mask)`: the tuple of input arrays
+        `[B, ...]` and a mask `bool[B]`, False for padding.
+      power: 1 (S0's code) or 2 (S0 as printed).
+
+    Returns:
+      `f64[T, len(datasets)]`.
+
+    Raises:
+      ValueError: there is no task vector, or a dataset has no sample.
+    """
+
+    columns = []
+    for number, batches in enumerate(datasets):
+        sums, samples = np.zeros(len(taus)), 0
+        for inputs, mask in batches:
+            means = _means(apply_fn, power, params_0, tuple(taus), inputs, mask)
+            sums += np.asarray(means) * np.sum(mask)
+            samples += int(np.sum(mask))
+        if not samples:
+            raise ValueError(f"dataset {number} has no sample to measure τJp on.")
+        columns.append(sums / samples)
+    return np.stack(columns, axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _means(apply_fn, power, params_0, taus, inputs, mask):
+    _, tangents = tangent.jvps(apply_fn, params_0, taus, *inputs)
+    return jax.vmap(lambda tangent: penalty(tangent, mask, power))(tangents)

@@ -1,0 +1,265 @@
+"""What `jax.tree` and `optax.tree` lack: slash paths, parts of trees, Gram matrices.
+
+A leaf's path is its keys joined by slashes, as in `text_model/embeddings/bias`.
+A *part* of a tree holds some of its leaves: in nested dicts the other keys are absent,
+in other pytrees they are `None`, which JAX does not count as a leaf either.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Tree = Any  # any pytree of arrays
+
+
+def path_name(path: tuple) -> str:
+    """The slash path of a JAX key path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """The leaves by slash path, in JAX's order.
+
+    Raises:
+      ValueError: two leaves have one slash path, as `{"a/b": …}` and `{"a": {"b": …}}`.
+
+    Example:
+      >>> flatten({"mlp": {"kernel": 1.0, "bias": 2.0}})
+      {'mlp/bias': 2.0, 'mlp/kernel': 1.0}
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    by_path = {path_name(path): leaf for path, leaf in leaves}
+    if len(by_path) < len(leaves):
+        names = [path_name(path) for path, _ in leaves]
+        double = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"two leaves have the path {', '.join(double)}; rename one.")
+    return by_path
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict:
+    """The nested dict of which `leaves` are the leaves by slash path.
+
+    Example:
+      >>> unflatten({"mlp/bias": 2.0, "mlp/kernel": 1.0})
+      {'mlp': {'bias': 2.0, 'kernel': 1.0}}
+    """
+    tree: dict = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def select(tree: Tree, pattern: str) -> Tree:
+    """The part of the tree whose whole paths match a regular expression.
+
+    Raises:
+      ValueError: no path matches.
+
+    Example:
+      >>> select({"a": {"kernel": 1.0, "bias": 2.0}, "b": {"bias": 3.0}}, ".*/kernel")
+      {'a': {'kernel': 1.0}}
+    """
+    matching = [path for path in flatten(tree) if re.fullmatch(pattern, path)]
+    if not matching:
+        some = ", ".join(list(flatten(tree))[:3])
+        raise ValueError(
+            f"no leaf matches {pattern!r}. The pattern must match whole slash paths, "
+            f"such as {some}."
+        )
+    return restrict(tree, matching)
+
+
+def restrict(tree: Tree, paths: Collection[str]) -> Tree:
+    """The part of the tree that holds the leaves with these paths."""
+    paths = frozenset(paths)
+    part = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if path_name(path) in paths else None, tree
+    )
+    return _without_empty(part)
+
+
+def _without_empty(node):
+    """The nested dict without keys under which there is no leaf."""
+    if not isinstance(node, dict):
+        return node
+    kept = {key: _without_empty(child) for key, child in node.items()}
+    return {key: child for key, child in kept.items() if jax.tree.leaves(child)}
+
+
+def update(tree: Tree, part: Tree) -> Tree:
+    """The tree with the leaves of `part` in place of its own."""
+    check_part(part, tree)
+    new = flatten(part)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: new.get(path_name(path), leaf), tree
+    )
+
+
+def fill(part: Tree, like: Tree) -> Tree:
+    """The leaves of `part` in the structure and dtypes of `like`, zero where absent."""
+    check_part(part, like)
+    leaves = flatten(part)
+
+    def leaf(path, target):
+        if (name := path_name(path)) in leaves:
+            return jnp.asarray(leaves[name], target.dtype)
+        return jnp.zeros_like(target)
+
+    return jax.tree_util.tree_map_with_path(leaf, jax.tree.map(jnp.asarray, like))
+
+
+def stack(trees: Sequence[Tree]) -> Tree:
+    """Trees of one structure as one tree with leaves `[len(trees), ...]`."""
+    for tree in trees[1:]:
+        check_part(tree, trees[0])
+        check_part(trees[0], tree)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def unstack(tree: Tree) -> list[Tree]:
+    """The inverse of `stack`."""
+    count = len(jax.tree.leaves(tree)[0])
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(count)]
+
+
+def check_part(part: Tree, whole: Tree, part_name="tree", whole_name="parameters"):
+    """Raises a ValueError with the paths unless `part` fits into `whole`.
+
+    Every leaf of `part` must be in `whole`, with the same shape.
+    """
+    expected = {path: jnp.shape(leaf) for path, leaf in flatten(whole).items()}
+    found = {path: jnp.shape(leaf) for path, leaf in flatten(part).items()}
+    lines = [
+        f"  + {path} {list(shape)}: not in the {whole_name}"
+        for path, shape in found.items()
+        if path not in expected
+    ]
+    lines += [
+        f"  ! {path}: {list(shape)} in the {part_name}, {list(expected[path])} in the "
+        f"{whole_name}"
+        for path, shape in found.items()
+        if path in expected and expected[path] != shape
+    ]
+    if lines:
+        shown = lines[:10] + ([f"  … and {len(lines) - 10} more"] * (len(lines) > 10))
+        raise ValueError(
+            f"the {part_name} does not fit the {whole_name} ({len(lines)} leaves):\n"
+            + "\n".join(shown)
+        )
+
+
+def check_finite(tree: Tree, name: str):
+    """Raises a ValueError with the paths of leaves that hold NaN or infinity.
+
+    Values that `jit` is tracing are not known yet and are not checked.
+    """
+    leaves = {
+        path: leaf
+        for path, leaf in flatten(tree).items()
+        if not isinstance(leaf, jax.core.Tracer)
+        and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    }
+    with jax.ensure_compile_time_eval():  # values that are known inside a `jit`
+        finite = {path: _all_finite(leaf) for path, leaf in leaves.items()}
+    finite = jax.device_get(finite)
+    if bad := [path for path, ok in finite.items() if not ok]:
+        raise ValueError(
+            f"the {name} has NaN or infinite values in {len(bad)} leaves: "
+            f"{', '.join(bad[:5])}{' …' * (len(bad) > 5)}. Check the run or the file "
+            "that it came from."
+        )
+
+
+@jax.jit
+def _all_finite(leaf):
+    return jnp.isfinite(leaf).all()
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """The square root with derivative 0, not NaN, at 0: what a norm at zero needs."""
+    zero = x <= 0  # not `x > 0`, which would turn NaN into 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
+
+
+def gram(trees: Sequence[Tree]) -> jax.Array:
+    r"""Inner products of trees, `G[i, j] = Σ_leaves <tree_i, tree_j>`.
+
+    Cosines, norms, AWD and task-vector bases need no more of the task vectors than
+    this. One leaf of all trees is stacked at a time; a leaf that a tree lacks is zero.
+
+    Args:
+      trees: T trees whose common leaves have the same shapes.
+
+    Returns:
+      `[T, T]` in float32, or float64 where a leaf is.
+
+    Example:
+      >>> gram([{"w": jnp.ones(2)}, {"w": jnp.ones(2), "b": jnp.ones(1)}])
+      Array([[2., 2.],
+             [2., 3.]], dtype=float32)
+    """
+    return sum(
+        (_leaf_gram(leaves) for leaves in aligned(trees).values()),
+        jnp.zeros((len(trees), len(trees)), jnp.float32),
+    )
+
+
+@jax.jit
+def _leaf_gram(leaves):
+    stacked = stack_leaves(leaves)
+    axes = tuple(range(1, stacked.ndim))
+    # A contraction over all axes: raveling first would gather sharded leaves.
+    return jnp.tensordot(stacked, stacked, axes=(axes, axes), precision="highest")
+
+
+def aligned(trees: Sequence[Tree]) -> dict[str, tuple]:
+    """For each path that any tree has, its leaf in every tree (zeros where absent)."""
+    flat = [flatten(tree) for tree in trees]
+    aligned = {}
+    for path in dict.fromkeys(path for leaves in flat for path in leaves):
+        present = next(leaves[path] for leaves in flat if path in leaves)
+        row = tuple(
+            leaves[path] if path in leaves else jnp.zeros_like(present)
+            for leaves in flat
+        )
+        shapes = {jnp.shape(leaf) for leaf in row}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"the trees disagree on the shape of {path}: {sorted(shapes)}."
+            )
+        aligned[path] = row
+    return aligned
+
+
+def stack_leaves(leaves: Sequence[jax.Array]) -> jax.Array:
+    """Leaves as `[task, ...]` in the dtype in which differences are accumulated."""
+    dtype = jnp.promote_types(jnp.result_type(*leaves), jnp.float32)
+    return jnp.stack([jnp.asarray(leaf, dtype) for leaf in leaves])
+
+
+def cosine(gram: jax.Array) -> jax.Array:
+    """Cosines from a Gram matrix `[T, T]`; zero for a tree that is zero."""
+    norms = safe_sqrt(jnp.diagonal(gram))
+    scale = norms[:, None] * norms[None, :]
+    zero = scale == 0
+    return jnp.where(zero, 0, gram / jnp.where(zero, 1, scale))
+
+
+def map_with_path(function: Callable, tree: Tree) -> Tree:
+    """`jax.tree.map` of a `function(slash_path, leaf)`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(path_name(path), leaf), tree
+    )
+
+
+def size(tree: Tree) -> int:
+    """The number of entries in all leaves."""
+    return sum(int(np.prod(jnp.shape(leaf))) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,73 @@
+"""What the library is compared with: NumPy transcriptions, differences, FLOPs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def ties(theta_0, taus, density, coef=1.0):
+    """The authors' `ties_merging` (`topk_mass_dis-mean`) on vectors `[d]`, `[task, d]`.
+
+    One line differs: theirs takes `trimmed < 0` also where the sign is still zero,
+    which is where an entry cancels and no sign has the majority.
+    """
+    size = taus.shape[1]
+    thresholds = ties_thresholds(taus, size - int(size * density))
+    trimmed = taus * (np.abs(taus) >= thresholds[:, None])
+    sign = np.sign(trimmed.sum(axis=0))
+    sign[sign == 0] = np.sign(sign.sum())
+    kept = np.where((sign > 0) & (trimmed > 0) | (sign < 0) & (trimmed < 0), trimmed, 0)
+    counts = (kept != 0).sum(axis=0)
+    return theta_0 + coef * kept.sum(axis=0) / np.maximum(counts, 1)
+
+
+def ties_thresholds(taus, rank):
+    """The `rank`-th smallest magnitude of every row, 0 for rank 0 (nothing trimmed)."""
+    if rank == 0:
+        return np.zeros(len(taus), taus.dtype)
+    return np.partition(np.abs(taus), rank - 1, axis=1)[:, rank - 1]
+
+
+def awd_loss(delta, taus, alpha):
+    """S3 Eq. 14 as printed, on `delta[d]` and `taus[task, d]`, with ‖δ‖' = 0 at 0."""
+    tasks = len(taus)
+    rest = taus - delta[None]
+    norms = jnp.sqrt(jnp.sum(rest**2, axis=1))
+    cosines = rest @ rest.T / (norms[:, None] * norms[None])
+    square = jnp.sum(delta**2)
+    length = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+    off_diagonal = jnp.sum(jnp.abs(cosines)) - jnp.sum(jnp.abs(jnp.diagonal(cosines)))
+    return off_diagonal / (tasks * (tasks - 1)) + alpha * length
+
+
+awd_gradient = jax.jit(jax.grad(awd_loss))
+
+
+def awd_descent(taus, alpha, learning_rate, steps):
+    """S3 Algorithm 1 on whole vectors, by automatic differentiation."""
+    delta = jnp.zeros_like(taus[0])
+    for _ in range(steps):
+        delta = delta - learning_rate * awd_gradient(delta, taus, alpha)
+    return delta
+
+
+def central_difference(function, point, direction, h=1e-4):
+    """The derivative of `function` at a pytree, along a pytree, to O(h⁴)."""
+
+    def at(t):
+        return function(jax.tree.map(lambda p, d: p + t * d, point, direction))
+
+    return jax.tree.map(
+        lambda a, b, c, d: (8 * (a - b) - (c - d)) / (12 * h),
+        *(at(h), at(-h), at(2 * h), at(-2 * h)),
+    )
+
+
+def flops(function, *args):
+    """The floating-point operations that XLA counts in the compiled function."""
+    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+
+def normal(seed, *shape, scale=1.0):
+    """Seeded Gaussian numbers as float64 NumPy."""
+    return scale * np.random.default_rng(seed).standard_normal(shape)

@@ -1,0 +1,131 @@
+"""Splits, preprocessing, batches, heads and losses."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxarith import heads, losses
+from jaxarith.data import images, pipeline, splits
+
+
+def test_the_first_index_of_mnists_split_is_the_papers():
+    assert splits.torch_permutation(60000)[0] == 36044
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("n", [0, 1, 2, 1000])
+@pytest.mark.parametrize("seed", [0, 3])
+def test_permutations_are_pytorchs(n, seed):
+    torch = pytest.importorskip("torch", reason="PyTorch is the oracle of this test")
+    generator = torch.Generator().manual_seed(seed)
+    expected = torch.randperm(n, generator=generator).tolist()
+    assert splits.torch_permutation(n, seed).tolist() == expected
+
+
+@pytest.mark.parametrize(("n", "size"), [(60000, 5000), (3760, 376), (9, 0)])
+def test_a_tenth_and_at_most_5000_samples_validate(n, size):
+    train, validation = splits.train_validation(n)
+    assert len(validation) == size
+    assert sorted(np.concatenate([train, validation])) == list(range(n))
+
+
+def noise(height, width, seed=0):
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("size", [(300, 450), (451, 300), (224, 224), (50, 70)])
+def test_preprocessing_equals_hugging_faces(size):
+    transformers = pytest.importorskip("transformers", reason="the oracle of this test")
+    image = noise(*size)
+    processor = transformers.CLIPImageProcessorPil()
+    expected = processor(image, return_tensors="np")["pixel_values"][0]
+    actual = images.Preprocessing()(image)
+    # Theirs rounds to bytes after resizing and scales by a rounded 1/255, as ours.
+    np.testing.assert_allclose(actual, expected.transpose(1, 2, 0), atol=1e-5)
+
+
+def test_preprocessing_repeats_grey_and_reads_its_file(tmp_path):
+    config = {
+        "size": {"shortest_edge": 28},
+        "image_mean": [0.1] * 3,
+        "image_std": [0.5] * 3,
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    preprocess = images.Preprocessing.from_folder(tmp_path)
+    grey = np.arange(784, dtype=np.uint8).reshape(28, 28)
+    expected = (np.repeat(grey[..., None], 3, -1) / 255 - 0.1) / 0.5
+    np.testing.assert_allclose(preprocess(grey), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", '{"size": null}'])
+def test_an_unusable_preprocessor_file_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(ValueError, match="preprocessor_config.json .* size"):
+        images.Preprocessing.from_folder(tmp_path)
+
+
+def test_empty_sources_are_refused():
+    with pytest.raises(ValueError, match="empty"):
+        pipeline.shuffled([], 0)
+    with pytest.raises(ValueError, match="empty"):
+        pipeline.evaluation_batches([], 4)
+
+
+def encode(texts):
+    """Features that differ by text and are not normalised."""
+    rows = [np.random.default_rng(len(t) + ord(t[0])).normal(size=5) for t in texts]
+    return jnp.asarray(np.stack(rows), jnp.float32)
+
+
+def test_a_head_averages_normalised_templates_and_scales():
+    classes, templates = ["a", "bb"], ["{}!", "photo of {}"]
+    head = heads.zero_shot(encode, classes, templates, np.log(20.0))
+    for row, name in zip(head, classes, strict=True):
+        features = np.array(encode([t.format(name) for t in templates]))
+        features /= np.linalg.norm(features, axis=1, keepdims=True)
+        mean = features.mean(0)
+        np.testing.assert_allclose(row, 20 * mean / np.linalg.norm(mean), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("classes", "templates", "message"),
+    [([], ["{}"], "class"), (["a"], [], "template"), (["a"], ["photo"], "photo")],
+)
+def test_heads_without_classes_or_templates_are_refused(classes, templates, message):
+    with pytest.raises(ValueError, match=message):
+        heads.zero_shot(encode, classes, templates, 0.0)
+
+
+def test_padding_a_head_changes_neither_loss_nor_gradient():
+    rng = np.random.default_rng(0)
+    small, large = (jnp.asarray(rng.normal(size=(c, 5)), jnp.float32) for c in (3, 7))
+    features = jnp.asarray(rng.normal(size=(4, 5)), jnp.float32)
+    labels = jnp.array([0, 2, 1, 2])
+    padded = heads.pad([small, large])
+
+    def loss(features, head, valid=None):
+        return losses.cross_entropy(heads.logits(head, features, valid), labels)
+
+    expected = jax.value_and_grad(loss)(features, small)
+    actual = jax.value_and_grad(loss)(features, padded["head"][0], padded["valid"][0])
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_cross_entropy_is_its_formula_and_ignores_what_is_masked():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(4, 3)), np.array([0, 2, 1, 1])
+    mask = np.array([True, True, False, True])
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    losses_ = -np.log(p[np.arange(4), labels])
+    args = jnp.asarray(logits, jnp.float32), jnp.asarray(labels)
+    np.testing.assert_allclose(losses.cross_entropy(*args), losses_.mean(), rtol=1e-6)
+    masked = losses.cross_entropy(*args, jnp.asarray(mask))
+    np.testing.assert_allclose(masked, losses_[mask].mean(), rtol=1e-6)

@@ -1,0 +1,172 @@
+"""Evaluation: padding, the tangent cache against forward passes, searches, ξ."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxarith import evaluate, metrics, tangent, task_vectors, tau_jp
+from jaxarith.data import pipeline
+
+CLASSES = 3
+
+
+def apply_fn(params, x):
+    return jnp.tanh(x @ params["a"]) @ params["b"]
+
+
+def random_tree(seed, scale):
+    rng = np.random.default_rng(seed)
+    draw = {"a": rng.normal(size=(4, 6)), "b": rng.normal(size=(6, CLASSES))}
+    return jax.tree.map(lambda leaf: jnp.asarray(scale * leaf, jnp.float32), draw)
+
+
+PARAMS_0 = random_tree(0, 1.0)
+TAUS = [random_tree(1, 0.4), random_tree(2, 0.4)]
+
+
+def source(seed, size=23):
+    rng = np.random.default_rng(seed)
+    return [
+        {"image": rng.normal(size=4).astype(np.float32), "label": rng.integers(CLASSES)}
+        for _ in range(size)
+    ]
+
+
+def images(samples):
+    return np.stack([record["image"] for record in samples])
+
+
+def predict(outputs):
+    return outputs.argmax(-1)
+
+
+def test_outputs_are_those_of_every_sample_and_of_no_padding():
+    samples = source(3)
+    batches = pipeline.evaluation_batches(samples, 8)
+    assert [batch["mask"].sum() for batch in batches] == [8, 8, 7]
+    assert {batch["image"].shape for batch in batches} == {(8, 4)}
+    actual = evaluate.outputs(apply_fn, PARAMS_0, batches)
+    np.testing.assert_allclose(actual, apply_fn(PARAMS_0, images(samples)), rtol=1e-5)
+    labels = [record["label"] for record in samples]
+    assert evaluate.labels(batches).tolist() == labels
+
+
+@pytest.mark.parametrize("coefs", [(0.0, 0.0), (1.0, 0.0), (0.3, -0.7)])
+def test_forward_outputs_are_those_of_the_edited_model(coefs):
+    samples = source(3)
+    batches = pipeline.evaluation_batches(samples, 8)
+    params = task_vectors.apply(PARAMS_0, TAUS[0], coefs[0])
+    params = task_vectors.apply(params, TAUS[1], coefs[1])
+    actual = evaluate.forward(apply_fn, PARAMS_0, TAUS, batches)(coefs)
+    expected = apply_fn(params, images(samples))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("coefs", [(0.0, 0.0), (1.0, 0.0), (0.3, -0.7)])
+def test_the_tangent_cache_gives_the_outputs_of_the_linearised_model(coefs):
+    samples = source(3)
+    batches = pipeline.evaluation_batches(samples, 8)
+    params = jax.tree.map(
+        lambda p, a, b: p + coefs[0] * a + coefs[1] * b, PARAMS_0, *TAUS
+    )
+    expected = tangent.linearize(apply_fn, PARAMS_0)(params, images(samples))
+    actual = evaluate.tangent(apply_fn, PARAMS_0, TAUS, batches)(coefs)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_tangent_cache_runs_the_network_once_whatever_is_asked_of_it():
+    passes = []
+
+    def counted(params, x):
+        jax.debug.callback(lambda: passes.append(1))
+        return apply_fn(params, x)
+
+    at = evaluate.tangent(
+        counted, PARAMS_0, TAUS, pipeline.evaluation_batches(source(3), 8)
+    )
+    jax.effects_barrier()
+    before = len(passes)
+    for coef in np.linspace(0, 1, 21):
+        at((coef, coef))
+    jax.effects_barrier()
+    assert len(passes) == before == 3
+
+
+def test_wrong_numbers_of_coefficients_are_refused():
+    batches = pipeline.evaluation_batches(source(3), 8)
+    for at in (evaluate.forward, evaluate.tangent):
+        with pytest.raises(ValueError, match=r"\(3,\)|\[3\]"):
+            at(apply_fn, PARAMS_0, TAUS, batches)((1, 1, 1))
+
+
+def test_search_takes_the_first_of_equal_maxima():
+    table = {0.0: [0.2, 0.4], 0.5: [0.4, 0.4], 1.0: [0.2, 0.8]}
+    found = evaluate.search(table.__getitem__, [0.4, 0.8], list(table))
+    assert found.coef == 0.5
+    np.testing.assert_allclose(found.normalized, [0.5, 0.75, 0.75])
+
+
+def test_search_runs_over_the_papers_grid_by_default():
+    found = evaluate.search(lambda c: [1 - (c - 0.35) ** 2], [1.0])
+    np.testing.assert_allclose(found.coefs, np.arange(21) / 20, atol=1e-12)
+    assert found.coef == pytest.approx(0.35)
+
+
+def xi_by_definition(outputs_at, coefs):
+    """S0 Eq. 2, transcribed with a loop over everything."""
+    grid = np.zeros((len(coefs), len(coefs)))
+    for i, a in enumerate(coefs):
+        for j, b in enumerate(coefs):
+            for at, own in zip(outputs_at, ((a, 0.0), (0.0, b)), strict=True):
+                alone, both = at(own).argmax(-1), at((a, b)).argmax(-1)
+                grid[i, j] += np.mean(
+                    [x != y for x, y in zip(alone, both, strict=True)]
+                )
+    return grid
+
+
+@pytest.mark.parametrize("mode", [evaluate.forward, evaluate.tangent])
+def test_xi_is_its_definition_and_zero_at_the_origin(mode):
+    coefs = np.linspace(-2, 2, 5)
+    outputs_at = [
+        mode(apply_fn, PARAMS_0, TAUS, pipeline.evaluation_batches(source(s), 8))
+        for s in (3, 4)
+    ]
+    grid = evaluate.disentanglement_error(outputs_at, [predict, predict], coefs)
+    np.testing.assert_allclose(grid, xi_by_definition(outputs_at, coefs), atol=1e-12)
+    assert grid[2, 2] == 0 and grid.max() > 0.1
+    assert grid.shape == (5, 5) and (grid >= 0).all() and (grid <= 2).all()
+
+
+def test_xi_needs_two_tasks():
+    with pytest.raises(ValueError, match="two tasks"):
+        evaluate.disentanglement_error([None], [predict], [0.0])
+
+
+def test_tau_jp_from_the_cache_equals_the_metric():
+    batches = [pipeline.evaluation_batches(source(s), 8) for s in (3, 4)]
+    data = [[((b["image"],), b["mask"]) for b in bs] for bs in batches]
+    matrix = tau_jp.matrix(apply_fn, PARAMS_0, TAUS, data)
+    for d, bs in enumerate(batches):
+        at = evaluate.tangent(apply_fn, PARAMS_0, TAUS, bs)
+        for t in range(2):
+            moved = at(np.eye(2)[t]) - at(np.zeros(2))
+            expected = np.linalg.norm(moved, axis=-1).mean()
+            np.testing.assert_allclose(matrix[t, d], expected, rtol=1e-5)
+
+
+def test_accuracy_counts_only_what_the_mask_says():
+    logits, labels = np.eye(4), np.array([0, 1, 0, 0])
+    assert metrics.accuracy(logits, labels) == 0.5
+    assert metrics.accuracy(logits, labels, np.array([1, 1, 1, 0], bool)) == 2 / 3
+    with pytest.raises(ValueError, match="no sample"):
+        metrics.accuracy(logits, labels, np.zeros(4, bool))
+
+
+def test_normalised_accuracy_is_the_mean_of_ratios_not_the_ratio_of_means():
+    assert metrics.normalized_accuracy([0.4, 0.9], [0.8, 0.9]) == pytest.approx(0.75)
+    with pytest.raises(ValueError, match="zero"):
+        metrics.normalized_accuracy([0.4, 0.9], [0.0, 0.9])
+    with pytest.raises(ValueError, match="merged accuracies"):
+        metrics.normalized_accuracy([0.4], [0.5, 0.9])

@@ -1,0 +1,305 @@
+"""What every merge promises. A new method is one row of `MERGES`."""
+
+import copy
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from oracles import normal
+
+from jaxarith import merge, task_vectors, tree
+
+MERGES = {
+    "average": merge.average,
+    "task_arithmetic": merge.task_arithmetic,
+    "ties": merge.ties,
+    "awd": functools.partial(merge.awd, step_size=0.05, steps=20),
+}
+# With one task, or its vector alone, these give the fine-tuned model back.
+GIVE_ONE_TASK_BACK = {
+    "average": merge.average,
+    "task_arithmetic": merge.task_arithmetic,
+    "ties": functools.partial(merge.ties, density=1.0),
+}
+every_merge = pytest.mark.parametrize("method", MERGES.values(), ids=MERGES)
+
+SHAPES = {
+    **{"block/kernel": (4, 3), "block/bias": (3,), "head/kernel": (3, 2)},
+    **{"scale": (), "empty": (0, 2), "one": (1,)},
+}
+
+
+def model(dtype=jnp.float32):
+    """Parameters with leaves of every odd shape, and integers that no task changes."""
+    leaves = {
+        path: jnp.asarray(normal((0, i), *shape), dtype)
+        for i, (path, shape) in enumerate(SHAPES.items())
+    }
+    return tree.unflatten({**leaves, "ids": jnp.arange(5)})
+
+
+def vector(seed, without=()):
+    return tree.unflatten(
+        {
+            path: jnp.asarray(normal((seed, i), *shape, scale=0.1), jnp.float32)
+            for i, (path, shape) in enumerate(SHAPES.items())
+            if path not in without
+        }
+    )
+
+
+PARTIAL = [vector(1), vector(2, without=["scale", "one"]), vector(3, ["head/kernel"])]
+
+
+def assert_trees_equal(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def assert_trees_close(actual, expected, tolerance=1e-6):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def changed(actual, params_0):
+    """Whether the merge did something, so that a test of it is not degenerate."""
+    pairs = zip(*map(jax.tree.leaves, (actual, params_0)), strict=True)
+    return any(np.any(a != b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("method", GIVE_ONE_TASK_BACK.values(), ids=GIVE_ONE_TASK_BACK)
+def test_one_task_gives_its_model_back(method):
+    params_0, tau = model(), vector(1)
+    merged = method(params_0, [tau])
+    assert_trees_close(merged, task_vectors.apply(params_0, tau), 1e-7)
+
+
+@every_merge
+def test_order_of_tasks_does_not_matter(method):
+    params_0 = model()
+    merged = method(params_0, PARTIAL)
+    assert changed(merged, params_0)
+    for order in [(1, 2, 0), (2, 1, 0)]:
+        assert_trees_close(method(params_0, [PARTIAL[i] for i in order]), merged)
+
+
+@every_merge
+def test_absent_leaves_count_as_zeros(method):
+    params_0 = model()
+    full = [tree.fill(tau, vector(1)) for tau in PARTIAL]
+    assert_trees_close(method(params_0, PARTIAL), method(params_0, full))
+
+
+@every_merge
+def test_zero_task_vectors_give_params_0_and_finite_gradients(method):
+    params_0 = model()
+    zeros = [jax.tree.map(jnp.zeros_like, tau) for tau in PARTIAL]
+    assert_trees_equal(method(params_0, zeros), params_0)
+
+    def loss(taus):
+        leaves = tree.flatten(method(params_0, taus))
+        return sum(jnp.sum(leaves[path] ** 2) for path in SHAPES)
+
+    gradients = jax.jit(jax.grad(loss))(zeros)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+@every_merge
+def test_structure_and_dtypes_are_those_of_params_0(method):
+    params_0 = model()
+    params_0["block"] = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16), params_0["block"]
+    )
+    merged = method(params_0, PARTIAL)
+    assert jax.tree.structure(merged) == jax.tree.structure(params_0)
+    assert jax.tree.map(jnp.result_type, merged) == jax.tree.map(
+        jnp.result_type, params_0
+    )
+    np.testing.assert_array_equal(merged["ids"], np.arange(5))
+    # Summed in float32 and cast once: the bfloat16 leaves are the rounded float32 ones.
+    wide = method(jax.tree.map(lambda x: x.astype(jnp.float32), params_0), PARTIAL)
+    rounded = wide["block"]["kernel"].astype(jnp.bfloat16)
+    np.testing.assert_array_equal(merged["block"]["kernel"], rounded)
+
+
+@every_merge
+def test_jit_changes_nothing(method):
+    params_0 = model()
+    assert_trees_close(jax.jit(method)(params_0, PARTIAL), method(params_0, PARTIAL))
+
+
+@every_merge
+def test_parameters_may_be_constants_of_a_jitted_function(method):
+    params_0 = model()
+    merged = jax.jit(lambda taus: method(params_0, taus))(PARTIAL)
+    assert_trees_close(merged, method(params_0, PARTIAL))
+    params_0["scale"] = jnp.nan
+    with pytest.raises(ValueError, match="NaN .* scale"):
+        jax.jit(lambda taus: method(params_0, taus))(PARTIAL)
+
+
+@every_merge
+def test_second_call_compiles_nothing(method, caplog):
+    def compilations(seed):
+        # A shape of this test alone, so that the first call has something to compile.
+        size = 37 + list(MERGES.values()).index(method)
+        taus = [{"w": jnp.asarray(normal((seed, i), size))} for i in range(3)]
+        params_0 = {"w": jnp.asarray(normal(seed, size))}
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level(logging.WARNING):
+            jax.block_until_ready(method(params_0, taus))
+        return [m for m in caplog.messages if m.startswith("Compiling")]
+
+    assert compilations(0)
+    assert not compilations(1)
+
+
+@every_merge
+@pytest.mark.devices
+def test_sharded_parameters_give_the_same_model(method):
+    devices = jax.devices("cpu")
+    if len(devices) < 8:
+        pytest.skip("needs 8 (virtual) CPU devices")
+    auto = (AxisType.Auto, AxisType.Auto)
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=auto, devices=devices[:8])
+    specs = {"a": P("x", "y"), "b": P(None, "y"), "c": P(), "d": P(("x", "y"))}
+    shapes = {"a": (4, 8), "b": (3, 4), "c": (), "d": (16,)}
+
+    def leaves(seed):
+        return {
+            path: jnp.asarray(normal((seed, i), *shape), jnp.float32)
+            for i, (path, shape) in enumerate(shapes.items())
+        }
+
+    def shard(leaves):
+        return {
+            path: jax.device_put(leaf, NamedSharding(mesh, specs[path]))
+            for path, leaf in leaves.items()
+        }
+
+    params_0, taus = leaves(0), [leaves(i) for i in (1, 2, 3)]
+    expected = method(params_0, taus)
+    merged = method(shard(params_0), [shard(tau) for tau in taus])
+    # Statistics that are sums over entries may be added in another order; without
+    # such, every entry is computed on its own, to the same bits.
+    if method is MERGES["awd"]:
+        assert_trees_close(merged, expected)
+    else:
+        assert_trees_equal(merged, expected)
+    for path, leaf in merged.items():
+        sharding = NamedSharding(mesh, specs[path])
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), path
+
+
+ODD = st.sampled_from([(), (0,), (1,), (2, 3), (3, 0), (1, 1)])
+
+
+@every_merge
+@example(shapes=[(), (0,), (1,), (2, 3)], seed=0)
+@settings(max_examples=5)
+@given(shapes=st.lists(ODD, min_size=1, max_size=4), seed=st.integers(0, 9))
+def test_it_does_not_matter_how_the_vector_is_cut_into_leaves(method, shapes, seed):
+    def leaves(*seeds):
+        return {
+            str(i): normal((*seeds, i), *shape).astype(np.float32)
+            for i, shape in enumerate(shapes)
+        }
+
+    def joined(leaves):
+        return {"all": np.concatenate([leaf.ravel() for leaf in leaves.values()])}
+
+    params_0, taus = leaves(seed, 0), [leaves(seed, 1), leaves(seed, 2)]
+    merged = method(params_0, taus)
+    assert all(merged[path].shape == leaf.shape for path, leaf in params_0.items())
+    one_leaf = method(joined(params_0), [joined(tau) for tau in taus])
+    assert_trees_close(joined(merged), one_leaf)
+
+
+@every_merge
+def test_inputs_are_not_modified(method):
+    params_0, *taus = jax.tree.map(np.array, [model(), *PARTIAL])
+    before = copy.deepcopy([params_0, taus])
+    assert changed(method(params_0, taus), params_0)
+    assert_trees_equal([params_0, taus], before)
+
+
+GOOD = {"a": {"w": jnp.ones(2)}}
+ERRORS = {
+    "no task vector": ([], "needs a list of task vectors; found an empty list"),
+    "a tree, not a list": (GOOD, "needs a list of task vectors; found one tree"),
+    "no leaf": ([{}, {}], "none of the task vectors has a leaf"),
+    "shape": (
+        [GOOD, {"a": {"w": jnp.ones(3)}}],
+        r"task vector 1 does not fit(.|\n)* a/w: \[3\] in the task vector 1, \[2\] in",
+    ),
+    "extra leaf": (
+        [GOOD, {"a": {"b": jnp.ones(3)}}],
+        r"a/b \[3\]: not in the pre-trained parameters",
+    ),
+    "NaN": (
+        [GOOD, {"a": {"w": jnp.array([1, jnp.nan])}}],
+        "task vector 1 has NaN or infinite values in 1 leaves: a/w",
+    ),
+    "infinity": (
+        [{"a": {"w": jnp.array([1, -jnp.inf])}}, GOOD],
+        "task vector 0 has NaN or infinite values in 1 leaves: a/w",
+    ),
+}
+
+
+@every_merge
+@pytest.mark.parametrize(("taus", "message"), ERRORS.values(), ids=ERRORS)
+def test_what_cannot_be_merged_is_an_error(method, taus, message):
+    with pytest.raises(ValueError, match=message):
+        method({"a": {"w": jnp.zeros(2)}}, taus)
+
+
+@every_merge
+def test_non_finite_model_is_an_error(method):
+    with pytest.raises(ValueError, match="pre-trained model has NaN .*: a/w"):
+        method({"a": {"w": jnp.array([jnp.nan, 0])}}, [GOOD, GOOD])
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        (merge.average, "weights"),
+        (merge.task_arithmetic, "coef"),
+        (merge.awd, "coef"),
+        (merge.ties, "coef"),
+    ],
+    ids=["average", "task_arithmetic", "awd", "ties"],
+)
+def test_wrong_number_of_coefficients_is_an_error(method, name):
+    with pytest.raises(ValueError, match=rf"{name} has shape \[3\]"):
+        method({"a": {"w": jnp.zeros(2)}}, [GOOD, GOOD], **{name: [0.1, 0.2, 0.3]})
+
+
+def test_task_arithmetic_is_the_weighted_sum():
+    with jax.enable_x64(True):
+        params_0, taus, coefs = normal(0, 3, 4), normal(1, 3, 3, 4), [0.3, -1.0, 0.7]
+        merged = merge.task_arithmetic(params_0, list(taus), coef=coefs)
+        expected = params_0 + np.tensordot(coefs, taus, 1)
+        np.testing.assert_allclose(merged, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_average_is_the_mean_of_the_models():
+    with jax.enable_x64(True):
+        params_0, taus = normal(0, 3, 4), normal(1, 3, 3, 4)
+        merged = merge.average(params_0, list(taus), weights=[1, 2, 5])
+        expected = np.average(params_0 + taus, axis=0, weights=[1, 2, 5])
+        np.testing.assert_allclose(merged, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_negative_coefficient_forgets():
+    params_0, tau = model(), vector(1)
+    merged = merge.task_arithmetic(params_0, [tau], coef=-0.5)
+    assert_trees_close(merged, task_vectors.apply(params_0, tau, -0.5), 1e-7)

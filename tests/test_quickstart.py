@@ -1,0 +1,130 @@
+"""The embedded model and the quickstart: what they promise, and their errors."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import quickstart, quickstart_tasks
+from jaxarith import evaluate, heads, metrics, plots, report
+from jaxarith.data import images, pipeline
+from jaxarith.models import clip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return clip.load()
+
+
+@pytest.fixture(scope="module")
+def preprocess(model):
+    return images.Preprocessing.from_folder(model.folder)
+
+
+def zero_shot_accuracy(model, task):
+    batches = pipeline.evaluation_batches(task.test, 128)
+    features = evaluate.outputs(clip.image_encoder(model.config), model.params, batches)
+    head = clip.zero_shot_head(model, task.classes, task.templates)
+    return metrics.accuracy(heads.logits(head, features), evaluate.labels(batches))
+
+
+def test_the_embedded_model_is_small():
+    files = [file for file in clip.TINY_CLIP.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 2e6
+
+
+# Chance is 1/10 and 1/26. The model's own README states what it reaches.
+@pytest.mark.parametrize(("name", "least"), [("mnist", 0.7), ("small_letters", 0.8)])
+def test_the_embedded_model_reads_what_it_was_not_trained_on(
+    model, preprocess, name, least
+):
+    assert zero_shot_accuracy(model, quickstart_tasks.load(name, preprocess)) > least
+
+
+def test_no_sample_is_in_two_splits_or_in_both_halves_of_mnist(preprocess):
+    upright, turned = (
+        quickstart_tasks.load(name, preprocess) for name in ("mnist", "mnist_rotated")
+    )
+    seen = [
+        np.rot90(record["image"], turns).tobytes()
+        for task, turns in ((upright, 0), (turned, -1))
+        for split in (task.train, task.validation, task.test)
+        for record in split
+    ]
+    assert len(set(seen)) == len(seen) == 5000
+
+
+def test_every_task_has_all_its_classes_in_every_split(preprocess):
+    for name in quickstart_tasks.NAMES:
+        task = quickstart_tasks.load(name, preprocess)
+        for split in (task.train, task.validation, task.test):
+            labels = {int(record["label"]) for record in split}
+            assert labels == set(range(len(task.classes))), name
+
+
+def test_unknown_and_missing_tasks_are_refused_and_nothing_is_written(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="unknown task 'cats'; the tasks are mnist,"):
+        quickstart.main(quickstart.Config(out, tasks=("mnist", "cats"), smoke=True))
+    for tasks in ((), ("mnist",)):
+        with pytest.raises(ValueError, match="at least two tasks"):
+            quickstart.main(quickstart.Config(out, tasks=tasks))
+    assert not out.exists()
+
+
+def test_the_worst_pair_has_the_largest_mutual_tau_jp():
+    matrix = np.array([[9.0, 1, 2], [1, 9, 4], [0, 5, 9]])
+    assert quickstart.worst_pair(matrix) == (1, 2)
+
+
+def test_reports_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "report.json"
+    report.write_json(path, {"a": 1.5})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        report.write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1.5}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_tables_are_aligned_markdown():
+    rows = [["ties", 0.25, 10], ["awd", None, 2]]
+    lines = report.markdown_table(["merge", "value", "n"], rows).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0] == "| merge | value |  n |"
+    assert re.fullmatch(r"\|:-+\|-+:\|-+:\|", lines[1])
+    assert lines[3] == "| awd   |       |  2 |"
+
+
+def test_figures_are_png_files(tmp_path):
+    rng = np.random.default_rng(0)
+    names = ["one", "two", "three"]
+    matrix, grid = rng.random((3, 3)), rng.random((5, 5))
+    files = [tmp_path / f"{i}.png" for i in range(4)]
+    labels = {"rows": "a", "columns": "b", "value": "c"}
+    plots.matrices(files[0], {"x": matrix, "y": matrix}, names, **labels)
+    plots.disentanglement(files[1], {"x": grid}, np.linspace(-2, 2, 5), ("a", "b"))
+    plots.curves(files[2], {"x": ([0, 1], [0.1, 0.2])}, x="a", y="b")
+    plots.bars(files[3], {"x": [0.1, 0.2, 0.3]}, names, y="b")
+    for file in files:
+        assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_loss_ignores_padded_classes():
+    rng = np.random.default_rng(0)
+    features = jax.numpy.asarray(rng.normal(size=(4, 5)), "float32")
+    head = jax.numpy.asarray(rng.normal(size=(3, 5)), "float32")
+    batch = {"label": np.array([0, 1, 2, 1])}
+    padded = heads.pad([head, jax.numpy.ones((6, 5))])
+    losses = [
+        quickstart.classification_loss(features, batch, jax.tree.map(lambda a: a[0], c))
+        for c in (padded, heads.pad([head]))
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+
+
+def test_the_asset_says_where_it_comes_from():
+    card = Path(clip.TINY_CLIP, "README.md").read_text()
+    assert "apache-2.0" in card and "train_tiny_clip" in card

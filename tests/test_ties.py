@@ -1,0 +1,148 @@
+"""TIES against a NumPy transcription of the authors' code, on adversarial vectors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxarith import merge
+from jaxarith.merge.ties import trim_thresholds
+
+SIZE = 60  # entries of a task vector, cut into three leaves
+
+
+def cut(vector):
+    return {
+        "a": vector[:24].reshape(4, 6),
+        "b": {"scalar": vector[24], "rest": vector[25:]},
+    }
+
+
+def join(tree):
+    parts = tree["a"].ravel(), tree["b"]["scalar"][None], tree["b"]["rest"]
+    return np.concatenate([np.asarray(part) for part in parts])
+
+
+def cancelling(seed):
+    """Half of the entries cancel exactly between the tasks, at several magnitudes."""
+    taus = quantised(seed)
+    taus[1, ::2] = -taus[0, ::2]
+    taus[2, ::2] = 0
+    return taus
+
+
+def quantised(seed):
+    """Few distinct magnitudes: many entries at the threshold, and many zeros."""
+    return np.round(2 * oracles.normal(seed, 3, SIZE)) / 4
+
+
+def subnormal(seed):
+    taus = oracles.normal(seed, 3, SIZE)
+    taus[:, ::3] *= 1e-30
+    taus[0, 1::3] = 0
+    return taus
+
+
+VECTORS = {
+    "Gaussian": lambda seed: oracles.normal(seed, 3, SIZE),
+    "quantised": quantised,
+    "cancelling": cancelling,
+    "of many scales": subnormal,
+    "zero in one task": lambda seed: quantised(seed) * np.array([[1], [0], [1]]),
+    "all equal": lambda seed: np.ones((3, SIZE)),
+    "negative majority": lambda seed: (
+        cancelling(seed) - 0.25 * (np.arange(SIZE) % 3 == 1)
+    ),
+}
+DENSITIES = [0.001, 0.2, 0.29, 0.5, 1.0]  # 0.001: int(60 · 0.001) = 0
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("taus", VECTORS.values(), ids=VECTORS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_ties_is_the_authors_algorithm(taus, density, dtype):
+    with jax.enable_x64(True):
+        for seed in range(3):
+            theta_0 = oracles.normal((seed, 9), SIZE).astype(dtype)
+            vectors = taus(seed).astype(dtype)
+            expected = oracles.ties(theta_0, vectors, density, coef=0.7)
+            merged = merge.ties(
+                cut(theta_0), [cut(tau) for tau in vectors], density=density, coef=0.7
+            )
+            tolerance = {"float32": 1e-6, "float64": 1e-12}[dtype]
+            assert merged["a"].dtype == dtype
+            np.testing.assert_allclose(
+                join(merged), expected, rtol=tolerance, atol=tolerance
+            )
+
+
+def test_bfloat16_vectors_are_merged_in_float32():
+    taus = jnp.asarray(oracles.normal(0, 3, SIZE), jnp.bfloat16)
+    theta_0 = jnp.asarray(oracles.normal(1, SIZE), jnp.bfloat16)
+    wide = np.asarray(taus, np.float32)
+    expected = oracles.ties(np.asarray(theta_0, np.float32), wide, 0.2)
+    merged = merge.ties(cut(theta_0), [cut(tau) for tau in taus], density=0.2)
+    np.testing.assert_array_equal(join(merged), jnp.asarray(expected, jnp.bfloat16))
+
+
+@settings(max_examples=100)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    name=st.sampled_from(list(VECTORS)),
+    density=st.floats(1e-3, 1.0),
+)
+def test_thresholds_are_exact_order_statistics(seed, name, density):
+    vectors = VECTORS[name](seed).astype(np.float32)
+    rows = {
+        "a": tuple(tau[:24].reshape(4, 6) for tau in vectors),
+        "b": tuple(tau[24:] for tau in vectors),
+    }
+    expected = oracles.ties_thresholds(vectors, SIZE - int(SIZE * density))
+    np.testing.assert_array_equal(trim_thresholds(rows, density), expected)
+
+
+def test_thresholds_of_many_bfloat16_entries_are_exact():
+    vectors = jnp.asarray(oracles.normal(0, 2, 10_000), jnp.bfloat16)
+    thresholds = trim_thresholds({"w": tuple(vectors)}, 0.2)
+    expected = oracles.ties_thresholds(np.asarray(vectors, np.float32), 8000)
+    np.testing.assert_array_equal(thresholds, expected)
+
+
+def test_density_keeps_the_largest_entries_of_the_whole_vector():
+    params_0 = {"large": jnp.zeros(5), "small": jnp.zeros(5)}
+    tau = {"large": 1.0 + jnp.arange(5), "small": 0.01 * (1 + jnp.arange(5))}
+    merged = merge.ties(params_0, [tau], density=0.2)  # ⌊2⌋ + 1 entries
+    np.testing.assert_array_equal(merged["large"], [0, 0, 3, 4, 5])
+    np.testing.assert_array_equal(merged["small"], np.zeros(5))
+
+
+def test_disjoint_supports_add_up():
+    taus = np.zeros((3, 12), np.float32)
+    for task in range(3):
+        taus[task, task::3] = oracles.normal(task, 4)
+    merged = merge.ties(
+        {"w": jnp.zeros(12)}, [{"w": tau} for tau in taus], density=0.25
+    )
+    np.testing.assert_array_equal(merged["w"], taus.sum(axis=0))
+
+
+@pytest.mark.parametrize(("rest", "expected"), [(1.0, 2.0), (-1.0, -2.0)])
+def test_exact_cancellation_takes_the_sign_of_the_majority(rest, expected):
+    taus = [{"w": jnp.array([2.0]), "v": jnp.full(3, rest)}, {"w": jnp.array([-2.0])}]
+    merged = merge.ties({"w": jnp.zeros(1), "v": jnp.zeros(3)}, taus, density=1.0)
+    np.testing.assert_array_equal(merged["w"], [expected])
+
+
+def test_exact_cancellation_without_majority_stays_at_zero():
+    taus = [{"w": jnp.array([2.0, 1.0, -1.0])}, {"w": jnp.array([-2.0, 1.0, -1.0])}]
+    merged = merge.ties({"w": jnp.zeros(3)}, taus, density=1.0)
+    np.testing.assert_array_equal(merged["w"], [0, 1, -1])
+
+
+@pytest.mark.parametrize("density", [0, -0.1, 1.5, 20, float("nan")])
+def test_density_out_of_range_is_an_error(density):
+    with pytest.raises(ValueError, match=r"density is .*; it must be in \(0, 1\]"):
+        merge.ties({"w": jnp.zeros(2)}, [{"w": jnp.ones(2)}], density=density)

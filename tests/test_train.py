@@ -1,0 +1,271 @@
+"""Training: the recipe against PyTorch, the task axis, the batches, the errors."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxarith import tangent, task_vectors, tau_jp, train, tree
+
+CONFIG = train.TrainConfig(steps=8, warmup_steps=3, batch_size=4, learning_rate=0.05)
+
+
+def apply_fn(params, x):
+    hidden = jnp.tanh(x @ params["in"]["kernel"] + params["in"]["bias"][None])
+    return hidden @ params["out"]["kernel"]
+
+
+def loss_fn(outputs, batch, constants):
+    return jnp.mean((outputs - batch["label"]) ** 2) * constants
+
+
+def params_0(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {"in/kernel": (5, 7), "in/bias": (7,), "out/kernel": (7, 2)}
+    leaves = {path: rng.normal(size=shape) for path, shape in shapes.items()}
+    return tree.unflatten({k: jnp.asarray(v, jnp.float32) for k, v in leaves.items()})
+
+
+def source(seed, size=40):
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "image": rng.normal(size=5).astype(np.float32),
+            "label": rng.normal(size=2).astype(np.float32),
+        }
+        for _ in range(size)
+    ]
+
+
+def run(config, sources, scales, **options):
+    names = [f"task{i}" for i in range(len(sources))]
+    batches = train.task_batches(sources, config)
+    constants = jnp.asarray(scales, jnp.float32)
+    return train.fine_tune(
+        apply_fn, params_0(), loss_fn, batches, config,
+        names=names, constants=constants, **options,
+    )  # fmt: skip
+
+
+def assert_trees_close(actual, expected, **tolerance):
+    tree.check_part(actual, expected)
+    for path, leaf in tree.flatten(expected).items():
+        np.testing.assert_allclose(tree.flatten(actual)[path], leaf, **tolerance)
+
+
+def test_schedule_is_the_papers_to_the_last_step():
+    config = train.TrainConfig(steps=2000, warmup_steps=200, learning_rate=1e-5)
+    rate = train.schedule(config)
+    expected = [
+        1e-5 * (s + 1) / 200
+        if s < 200
+        else 0.5e-5 * (1 + np.cos(np.pi * (s - 200) / 1800))
+        for s in range(2000)
+    ]
+    # The cosine is evaluated in float32; near zero its error is absolute.
+    actual = jax.vmap(rate)(jnp.arange(2000))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-12)
+    assert rate(0) > 0
+
+
+@pytest.mark.torch
+def test_steps_equal_pytorchs_adamw_with_clipping_and_decay():
+    torch = pytest.importorskip("torch", reason="PyTorch is the oracle of this test")
+    sources, start = [source(1)], params_0()
+    (tau,) = run(CONFIG, sources, [30.0])  # a loss large enough that clipping acts
+    leaves = {
+        path: torch.tensor(np.asarray(leaf), requires_grad=True)
+        for path, leaf in tree.flatten(start).items()
+    }
+    adamw = torch.optim.AdamW(leaves.values(), lr=1.0, weight_decay=0.1)
+    rate, clipped = train.schedule(CONFIG), 0
+    for step, batch in enumerate(train.task_batches(sources, CONFIG)):
+        for group in adamw.param_groups:
+            group["lr"] = float(rate(step))
+        x, y = (torch.tensor(batch[name][0]) for name in ("image", "label"))
+        hidden = torch.tanh(x @ leaves["in/kernel"] + leaves["in/bias"])
+        loss = ((hidden @ leaves["out/kernel"] - y) ** 2).mean() * 30
+        adamw.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(leaves.values(), 1.0)
+        clipped += bool(norm > 1)
+        adamw.step()
+    assert clipped > 0
+    expected = tree.unflatten(
+        {path: leaf.detach().numpy() for path, leaf in leaves.items()}
+    )
+    # Adam divides by the root of its second moment, which magnifies rounding.
+    actual = task_vectors.apply(start, tau)
+    assert_trees_close(actual, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_weight_decay_pulls_the_parameters_and_not_the_task_vector_to_zero():
+    config = dataclasses.replace(CONFIG, weight_decay=0.5)
+    (tau,) = run(config, [source(1)], [0.0])  # no gradient: decay alone
+    rates = [float(train.schedule(config)(s)) for s in range(config.steps)]
+    shrink = np.prod([1 - 0.5 * rate for rate in rates])
+    expected = jax.tree.map(lambda leaf: leaf * (shrink - 1), params_0())
+    assert_trees_close(tau, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("penalty", [None, *tau_jp.MODES])
+def test_tasks_trained_together_equal_tasks_trained_alone(penalty):
+    config = dataclasses.replace(
+        CONFIG, linearized=True, penalty=penalty, penalty_batch_size=2
+    )
+    sources = [source(i) for i in range(3)]
+    together = run(config, sources, [1.0, 2.0, 3.0])
+    batches = list(train.task_batches(sources, config))
+    for i, scale in enumerate([1.0, 2.0, 3.0]):
+        own = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], b) for b in batches]
+        (alone,) = train.fine_tune(
+            apply_fn, params_0(), loss_fn, own, config,
+            names=["alone"], constants=jnp.array([scale]),
+        )  # fmt: skip
+        # The same operations on the same numbers, perhaps fused in another order.
+        assert_trees_close(together[i], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_all_tasks_at_once_equal_one_after_the_other():
+    sources, scales = [source(i) for i in range(3)], [1.0, 2.0, 3.0]
+    one = run(CONFIG, sources, scales)
+    all_ = run(dataclasses.replace(CONFIG, tasks_at_once=3), sources, scales)
+    for a, b in zip(all_, one, strict=True):
+        assert_trees_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_compiles_once():
+    config = dataclasses.replace(CONFIG, linearized=True, penalty="cyclic")
+    step = train.make_step(train.objective(apply_fn, loss_fn, config), config)
+    state, scales = train.init_state(params_0(), config, 2), jnp.ones(2)
+    for batch in train.task_batches([source(1), source(2)], config):
+        state, _ = step(state, params_0(), batch, scales)
+    assert step._cache_size() == 1
+
+
+def test_the_objective_is_the_loss_plus_the_weighted_penalty():
+    config = dataclasses.replace(
+        CONFIG, linearized=True, penalty="strict", penalty_coef=0.7, penalty_power=2
+    )
+    batch = next(train.task_batches([source(1), source(2), source(3)], config))
+    batch = jax.tree.map(lambda leaf: leaf[0], batch)
+    rng = np.random.default_rng(5)
+    start = params_0()
+    tau = jax.tree.map(
+        lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params_0()
+    )
+    total, parts = train.objective(apply_fn, loss_fn, config)(tau, start, batch, 2.0)
+    params = task_vectors.apply(start, tau)
+    linear = tangent.linearize(apply_fn, start)
+    outputs = linear(params, batch["image"])
+    loss = 2.0 * np.mean((np.asarray(outputs) - batch["label"]) ** 2)
+    others = batch["penalty"]["image"]
+    moved = linear(params, others) - apply_fn(start, others)
+    penalty = np.mean(np.sum(np.asarray(moved) ** 2, axis=-1))
+    assert penalty > 0.1
+    np.testing.assert_allclose(parts["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(parts["penalty"], penalty, rtol=1e-5)
+    np.testing.assert_allclose(total, loss + 0.7 * penalty, rtol=1e-5)
+
+
+def test_only_selected_leaves_are_trained():
+    config = dataclasses.replace(CONFIG, trained="in/.*", linearized=True)
+    (tau,) = run(config, [source(1)], [1.0])
+    assert set(tree.flatten(tau)) == {"in/kernel", "in/bias"}
+    assert float(task_vectors.norm(tau)) > 0
+
+
+def test_training_reduces_the_loss_and_writes_a_json_line_per_step(tmp_path):
+    log = tmp_path / "log.jsonl"
+    config = dataclasses.replace(CONFIG, steps=60)
+    run(config, [source(1), source(2)], [1.0, 1.0], log=log)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(60))
+    for name in ("task0", "task1"):
+        losses = [line["loss"][name] for line in lines]
+        assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
+
+
+def test_batches_depend_on_step_and_seed_alone():
+    config = dataclasses.replace(CONFIG, linearized=True, penalty="mixed")
+    sources = [source(1), source(2), source(3)]
+    first, again = (list(train.task_batches(sources, config)) for _ in range(2))
+    for a, b in zip(first, again, strict=True):
+        assert_trees_close(a, b, rtol=0)
+    other = next(train.task_batches(sources, dataclasses.replace(config, seed=1)))
+    assert not np.array_equal(other["image"], first[0]["image"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("cyclic", lambda step: [1 + step % 2] * 2),
+        ("strict", lambda step: [1, 1, 2, 2]),
+    ],
+)
+def test_penalty_samples_come_from_the_tasks_that_the_mode_names(mode, expected):
+    config = dataclasses.replace(
+        CONFIG, linearized=True, penalty=mode, penalty_batch_size=2
+    )
+    marked = [
+        [{"image": np.full(5, i, np.float32), "label": np.zeros(2)}] * 3
+        for i in range(3)
+    ]
+    for step, batch in enumerate(train.task_batches(marked, config)):
+        assert batch["penalty"]["image"][0, :, 0].tolist() == expected(step)
+        assert set(batch["image"][0, :, 0]) == {0}
+
+
+def test_every_sample_is_seen_once_an_epoch():
+    data = [
+        {"image": np.full(5, i, np.float32), "label": np.zeros(2)} for i in range(16)
+    ]
+    batches = train.task_batches([data], CONFIG)  # 8 steps of 4: two epochs
+    seen = np.concatenate([batch["image"][0, :, 0] for batch in batches])
+    assert sorted(seen[:16]) == sorted(seen[16:]) == list(range(16))
+    assert seen[:16].tolist() != seen[16:].tolist()
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_task():
+    broken = source(2)
+    for record in broken:
+        record["label"] = record["label"] * np.nan
+    with pytest.raises(
+        FloatingPointError, match=r"loss of task task1 is nan at step 0"
+    ):
+        run(CONFIG, [source(1), broken], [1.0, 1.0])
+
+
+def test_optimizer_state_is_optaxs_own():
+    taus, opt_state = train.init_state(params_0(), CONFIG, 2)
+    assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(taus))
+    assert jax.tree.leaves(optax.tree.get(opt_state, "mu"))[0].shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"penalty": "cyclic"}, "linearized=True"),
+        ({"penalty": "sometimes", "linearized": True}, "unknown penalty mode"),
+        ({"steps": 3, "warmup_steps": 3}, "shorter than the training"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        train.TrainConfig(**options)
+
+
+def test_wrong_data_is_refused():
+    with pytest.raises(ValueError, match="no task"):
+        train.task_batches([], CONFIG)
+    with pytest.raises(ValueError, match="empty source"):
+        train.task_batches([[]], CONFIG)
+    penalised = dataclasses.replace(CONFIG, linearized=True, penalty="cyclic")
+    with pytest.raises(ValueError, match="at least one other task"):
+        list(train.task_batches([source(1)], penalised))
+    with pytest.raises(ValueError, match="no leaf matches"):
+        run(dataclasses.replace(CONFIG, trained="nothing"), [source(1)], [1.0])
