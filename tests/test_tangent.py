@@ -50,11 +50,12 @@ def x64():
 @pytest.fixture
 def block(x64):
     """The model, its parameters, a task vector, inputs: in float64, not degenerate."""
+    f = jax.jit(attention_model)
     params_0, tau = attention_params(0), attention_params(1)
     x = normal(2, 3, 5, 4)
-    tangents = jax.tree.leaves(tangent.jvp(attention_model, params_0, tau, x)[1])
+    tangents = jax.tree.leaves(tangent.jvp(f, params_0, tau, x)[1])
     assert all(np.abs(leaf).min(axis=0).max() > 0.1 for leaf in tangents)
-    return attention_model, params_0, tau, x
+    return f, params_0, tau, x
 
 
 def test_linearize_error_is_exactly_the_quadratic_term(x64):
