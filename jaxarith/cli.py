@@ -4,8 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-
 import jaxarith
 from jaxarith import hub, merge, task_vectors
 
@@ -80,14 +78,8 @@ def _task_vector(folder: Path, params_0: dict) -> dict:
         raise ValueError(
             f"{folder} lacks {len(missing)} tensors of the base, such as {missing[0]}."
         )
-    # Integers are indices and counters, which no arithmetic should touch.
-    floats = {
-        name: array
-        for name, array in params.items()
-        if not np.issubdtype(array.dtype, np.integer)
-    }
     try:
-        return task_vectors.difference(floats, params_0)
+        return task_vectors.difference(params, params_0)
     except ValueError as error:
         raise ValueError(f"{folder} is no fine-tune of the base: {error}") from error
 

@@ -48,7 +48,9 @@ def linearize(apply_fn: ApplyFn, params_0: tree.Tree) -> ApplyFn:
         tree.check_part(params, params_0)
         start = tree.flatten(params_0)
         # In the wider dtype: float32 params near bfloat16 params_0 keep their tau.
-        tau = tree.map_with_path(lambda path, leaf: leaf - start[path], params)
+        tau = tree.map_with_path(
+            lambda path, leaf: leaf - start[path], tree.floating(params)
+        )
         outputs, tangents = jvp(apply_fn, params_0, tau, *inputs)
         return jax.tree.map(jnp.add, outputs, tangents)
 

@@ -24,7 +24,8 @@ def difference(params: tree.Tree, params_0: tree.Tree) -> tree.Tree:
       params_0: the pre-trained parameters.
 
     Returns:
-      `params - params_0` with the structure of `params`, at least in float32.
+      `params - params_0` with the structure of `params`, at least in float32. Leaves
+      of integers are left out.
 
     Raises:
       ValueError: a leaf of `params` is not in `params_0` or has another shape.
@@ -35,7 +36,9 @@ def difference(params: tree.Tree, params_0: tree.Tree) -> tree.Tree:
     """
     tree.check_part(params, params_0, "fine-tuned parameters")
     start = tree.flatten(params_0)
-    return tree.map_with_path(lambda path, leaf: _subtract(leaf, start[path]), params)
+    return tree.map_with_path(
+        lambda path, leaf: _subtract(leaf, start[path]), tree.floating(params)
+    )
 
 
 def _subtract(a, b):
@@ -91,10 +94,12 @@ def analogy(a: tree.Tree, b: tree.Tree, c: tree.Tree) -> dict:
 def random_like(key: jax.Array, tau: tree.Tree) -> tree.Tree:
     """A Gaussian direction with the norm of `tau` in every leaf (S4's control, B.2).
 
-    The draw of a leaf depends only on the key and the leaf's path.
+    It is in float32 or better. The draw of a leaf depends only on the key and the
+    leaf's path.
     """
 
     def leaf(path, value):
+        value = jnp.asarray(value, jnp.promote_types(jnp.result_type(value), "f4"))
         noise = jax.random.normal(leaf_key(key, path), value.shape, value.dtype)
         return noise * (jnp.linalg.norm(value) / jnp.linalg.norm(noise))
 

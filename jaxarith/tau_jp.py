@@ -150,9 +150,11 @@ def matrix(
       `f64[T, len(datasets)]`.
 
     Raises:
-      ValueError: there is no task vector, or a dataset has no sample.
+      ValueError: there is no task vector or no dataset, or a dataset has no sample.
     """
 
+    if not datasets:
+        raise ValueError("the τJp matrix needs at least one dataset; found 0.")
     columns = []
     for number, batches in enumerate(datasets):
         sums, samples = np.zeros(len(taus)), 0
@@ -169,4 +171,4 @@ def matrix(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _means(apply_fn, power, params_0, taus, inputs, mask):
     _, tangents = tangent.jvps(apply_fn, params_0, taus, *inputs)
-    return jax.vmap(lambda tangent: penalty(tangent, mask, power))(tangents)
+    return jax.vmap(lambda moved: penalty(moved, mask, power))(tangents)

@@ -278,9 +278,11 @@ def fine_tune(
         def report(number, metrics):
             metrics = {k: np.asarray(v).tolist() for k, v in metrics.items()}
             _check_finite(metrics, number, names)
+            samples = (number + 1) * config.batch_size * len(names)
+            rate = samples / (time.time() - start)
+            loss = f"{np.mean(metrics['loss']):.3f}"
+            bar.set_postfix(loss=loss, samples_s=int(rate), refresh=False)
             bar.update()
-            rate = bar.n * config.batch_size * len(names) / (time.time() - start)
-            bar.set_postfix(loss=f"{np.mean(metrics['loss']):.3f}", samples_s=int(rate))
             line = {
                 "step": number,
                 "learning_rate": float(learning_rate(number)),

@@ -77,6 +77,19 @@ def select(tree: Tree, pattern: str) -> Tree:
     return restrict(tree, matching)
 
 
+def floating(tree: Tree) -> Tree:
+    """The part of the tree whose leaves are floating-point numbers.
+
+    Integers are indices and counters: no arithmetic on parameters should touch them.
+    """
+    leaves = flatten(tree).items()
+    return restrict(tree, [path for path, leaf in leaves if _is_floating(leaf)])
+
+
+def _is_floating(leaf):
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
 def restrict(tree: Tree, paths: Collection[str]) -> Tree:
     """The part of the tree that holds the leaves with these paths."""
     paths = frozenset(paths)
@@ -164,8 +177,7 @@ def check_finite(tree: Tree, name: str):
     leaves = {
         path: leaf
         for path, leaf in flatten(tree).items()
-        if not isinstance(leaf, jax.core.Tracer)
-        and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+        if not isinstance(leaf, jax.core.Tracer) and _is_floating(leaf)
     }
     with jax.ensure_compile_time_eval():  # values that are known inside a `jit`
         finite = {path: _all_finite(leaf) for path, leaf in leaves.items()}

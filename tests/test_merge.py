@@ -303,3 +303,10 @@ def test_negative_coefficient_forgets():
     params_0, tau = model(), vector(1)
     merged = merge.task_arithmetic(params_0, [tau], coef=-0.5)
     assert_trees_close(merged, task_vectors.apply(params_0, tau, -0.5), 1e-7)
+
+
+@pytest.mark.parametrize("weights", [[1.0, -1.0], 0.0, [float("nan"), 1.0]])
+def test_average_refuses_weights_that_cannot_be_normalised(weights):
+    tau = {"w": jnp.ones(2)}
+    with pytest.raises(ValueError, match="must be positive"):
+        merge.average({"w": jnp.ones(2)}, [tau, tau], weights=weights)

@@ -259,3 +259,12 @@ def test_linearized_training_costs_five_thirds_of_ordinary_training(stack):
     assert ordinary == pytest.approx(3 * LAYERS - 1, rel=0.03)
     assert linearized == pytest.approx(5 * LAYERS - 2, rel=0.03)
     assert linearized / ordinary == pytest.approx(5 / 3, rel=0.03)
+
+
+def test_integer_leaves_stay_where_they_are():
+    def f(params, x):
+        return params["w"] ** 2 * x + params["steps"]
+
+    start = {"w": jnp.array(3.0), "steps": jnp.array(1)}
+    moved = {"w": jnp.array(4.0), "steps": jnp.array(1)}
+    np.testing.assert_allclose(tangent.linearize(f, start)(moved, 2.0), 31.0)

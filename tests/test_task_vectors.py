@@ -151,3 +151,11 @@ def test_cosine_matrix_is_that_of_concatenated_vectors():
     with jax.enable_x64(True):
         cosines = task_vectors.cosine_matrix(taus)
     np.testing.assert_allclose(cosines, unit @ unit.T, rtol=1e-12)
+
+
+def test_integers_are_no_part_of_a_task_vector():
+    start = {"w": jnp.ones(2), "steps": jnp.array(3)}
+    tuned = {"w": 3 * jnp.ones(2), "steps": jnp.array(7)}
+    tau = task_vectors.difference(tuned, start)
+    assert set(tau) == {"w"}
+    assert task_vectors.apply(start, tau)["steps"] == 3

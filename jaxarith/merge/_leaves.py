@@ -11,7 +11,7 @@ from jaxarith import tree
 def check(params_0: tree.Tree, taus: Sequence[tree.Tree]):
     """Raises a ValueError, with paths, for task vectors that cannot be merged."""
     if isinstance(taus, dict) or not len(taus):
-        found = "one tree" if taus else "an empty list"
+        found = "one tree" if isinstance(taus, dict) else "an empty list"
         raise ValueError(f"merging needs a list of task vectors; found {found}.")
     tree.check_finite(params_0, "pre-trained model")
     for i, tau in enumerate(taus):

@@ -6,6 +6,7 @@ accuracy without increasing inference time. ICML 2022. arXiv:2203.05482.
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 
 from jaxarith.merge import _leaves
@@ -19,13 +20,14 @@ def average(params_0: Tree, taus: Sequence[Tree], *, weights=1.0) -> Tree:
     Args:
       params_0: pre-trained parameters.
       taus: T task vectors. A leaf that one lacks counts as zero.
-      weights: non-negative, one per task `[T]`; they are divided by their sum.
+      weights: one number per task `[T]`; they are divided by their sum.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
 
     Raises:
-      ValueError: no task vector, one that does not fit, or non-finite values.
+      ValueError: no task vector, one that does not fit, non-finite values, or weights
+        whose sum is not positive.
 
     Example:
       >>> taus = [{"w": jnp.ones(2)}, {"w": jnp.zeros(2)}]
@@ -34,4 +36,7 @@ def average(params_0: Tree, taus: Sequence[Tree], *, weights=1.0) -> Tree:
     """
     _leaves.check(params_0, taus)
     weights = _leaves.per_task(weights, len(taus), "weights")
-    return _leaves.fold(add_scaled, params_0, taus, weights / jnp.sum(weights))
+    total = jnp.sum(weights)
+    if not isinstance(total, jax.core.Tracer) and not total > 0:
+        raise ValueError(f"the weights sum to {total}; the sum must be positive.")
+    return _leaves.fold(add_scaled, params_0, taus, weights / total)
