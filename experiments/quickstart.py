@@ -57,7 +57,7 @@ class Config:
     """The tasks, in order."""
     modes: tuple[Literal["cyclic", "mixed", "strict"], ...] = ("cyclic",)
     """Modes of the τJp penalty, each trained and reported."""
-    steps: int = 300
+    steps: int = 200
     batch_size: int = 64
     learning_rate: float = 1e-3
     penalty_coef: float = 0.1
