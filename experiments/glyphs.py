@@ -171,6 +171,15 @@ def render(
     return np.asarray(image)
 
 
+def enlarge(image: np.ndarray) -> np.ndarray:
+    """An 8x8 digit with values 0..16, laid out as in MNIST: `u8[28, 28]`."""
+    digit = Image.fromarray((image * 255 / 16).astype(np.uint8))
+    # The 8x8 images fill their frame; MNIST's digits fill 20 of 28 pixels.
+    framed = Image.new("L", (28, 28))
+    framed.paste(digit.resize((20, 20), Image.Resampling.BICUBIC), (4, 4))
+    return np.asarray(framed)
+
+
 def distance_field(image: np.ndarray) -> np.ndarray:
     """Signed distance to the outline, positive inside, for `augment`: `int8[56, 56]`.
 

