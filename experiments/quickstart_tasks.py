@@ -126,11 +126,14 @@ def load(name: str, preprocess: Callable, limit: int | None = None) -> ImageTask
     if name not in _LOADERS:
         raise ValueError(f"unknown task {name!r}; the tasks are {', '.join(NAMES)}.")
     loader, classes, templates = _LOADERS[name]
-    splits = [
-        [
-            {"image": preprocess(image), "label": np.int32(label)}
-            for image, label in zip(images[:limit], labels[:limit], strict=True)
-        ]
-        for images, labels in loader()
-    ]
+    splits = []
+    for images, labels in loader():
+        # In random order, so that a limit takes of every class and font.
+        order = np.random.default_rng(0).permutation(len(labels))[:limit]
+        splits.append(
+            [
+                {"image": preprocess(images[i]), "label": np.int32(labels[i])}
+                for i in order
+            ]
+        )
     return ImageTask(name, tuple(classes), templates, *splits)

@@ -1,6 +1,6 @@
 """Task arithmetic in JAX: task vectors, tangent-space models, τJp and merging.
 
-Importing this package loads jax, numpy and optax, and nothing heavier. The parts that
+Importing this package loads jax and numpy, and nothing heavier. The parts that
 need more are imported by name: `jaxarith.hub`, `jaxarith.models.clip`,
 `jaxarith.train`, `jaxarith.plots` and so on.
 """

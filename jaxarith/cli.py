@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
+
 import jaxarith
 from jaxarith import hub, merge, task_vectors
 
@@ -16,7 +18,7 @@ _METHODS = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jaxarith", description=jaxarith.__doc__)
+    parser = argparse.ArgumentParser("jaxarith", description="Merges models.")
     parser.add_argument("--version", action="version", version=jaxarith.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
@@ -68,6 +70,8 @@ def _merge(args: argparse.Namespace):
     params_0 = hub.read(base)
     taus = [_task_vector(hub.find(model), params_0) for model in args.models]
     merged = method(params_0, taus, **given)
+    # JAX computes in float32; a file of float64 stays one.
+    merged = {k: np.asarray(v, params_0[k].dtype) for k, v in merged.items()}
     hub.write(args.out, merged, hub.read_json(base), copy_from=base)
     print(f"{args.method} of {len(taus)} models: {args.out}")
 

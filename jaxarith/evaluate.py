@@ -41,6 +41,7 @@ def outputs(
     Returns:
       `[N, ...]`, N being the number of True entries of all masks.
     """
+    params = jax.device_put(params)  # once, not with every batch
     rows = [
         _apply(apply_fn, params, *(batch[name] for name in inputs)) for batch in batches
     ]
@@ -84,8 +85,10 @@ def forward(
 ) -> OutputsAt:
     r"""Outputs of :math:`f(x; \theta_0 + \sum_t \lambda_t\tau_t)`; a pass per call."""
 
+    params_0, taus = jax.device_put((params_0, tuple(taus)))
+
     def at(coefs):
-        params = _edit(params_0, tuple(taus), np.asarray(coefs, np.float32))
+        params = _edit(params_0, taus, np.asarray(coefs, np.float32))
         return outputs(apply_fn, params, batches, inputs)
 
     return at
@@ -104,8 +107,9 @@ def tangent(
     sample are kept in host memory and calls only sum them.
     """
 
+    params_0, taus = jax.device_put((params_0, tuple(taus)))
     rows = [
-        _jvps(apply_fn, params_0, tuple(taus), *(batch[name] for name in inputs))
+        _jvps(apply_fn, params_0, taus, *(batch[name] for name in inputs))
         for batch in batches
     ]
     f0 = _unpadded([f0 for f0, _ in rows], batches)
@@ -145,7 +149,7 @@ def search(
     """The shared coefficient with the best mean normalised accuracy.
 
     The first of equals wins, which is the smallest where `coefs` ascend (protocol of
-    Ortiz-Jimenez et al. 2023; S0 B.2).
+    Ortiz-Jimenez et al. 2023).
 
     Args:
       accuracies_at: accuracy on every task at a coefficient, on validation data.
@@ -164,7 +168,7 @@ def disentanglement_error(
     predict: Sequence[Callable[[np.ndarray], np.ndarray]],
     coefs: Sequence[float],
 ) -> np.ndarray:
-    r"""The ξ grid of a pair of task vectors (S0 Eq. 2, S1).
+    r"""The ξ grid of a pair of task vectors (Ortiz-Jimenez et al. 2023, section 4).
 
     .. math:: \xi(\alpha_1, \alpha_2) = \sum_{t=1,2} \Pr_{x\sim t}[
               f(x; \theta_0 + \alpha_t\tau_t) \neq

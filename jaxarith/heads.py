@@ -1,6 +1,6 @@
 """Zero-shot classification heads: frozen text features that classify image features.
 
-Radford et al. 2021 (arXiv:2103.00020), section 3.1.4, as in the code of S0 and S4.
+Radford et al. 2021 (arXiv:2103.00020), section 3.1.4.
 """
 
 from collections.abc import Callable, Sequence

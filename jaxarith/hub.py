@@ -63,8 +63,15 @@ def find(model: str | os.PathLike, *, revision: str | None = None) -> Path:
     import huggingface_hub  # here: local folders do not need it
 
     at = "" if revision is None else f" at revision {revision!r}"
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
     try:
         info = huggingface_hub.model_info(str(model), revision=revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise FileNotFoundError(
+            f"the Hub has no {str(model)!r}{at} for you: {str(error).strip()}\n"
+            "Check the spelling; where access is restricted, run `hf auth login`."
+        ) from error
     # Any failure to reach the Hub, for which its client has many exceptions.
     except Exception as unreachable:
         try:
@@ -192,16 +199,18 @@ def write(folder, tensors: dict[str, Any], config: dict, *, copy_from=None):
 
 
 def read(folder) -> dict[str, np.ndarray]:
-    """All tensors of a checkpoint, whatever model it is of, by their names in the file.
+    """All tensors of a checkpoint, whatever model it is of, under PyTorch's names.
 
     Raises:
       FileNotFoundError: the folder, the checkpoint or one of its shards is not there.
       ValueError: a file is corrupt, or a tensor holds NaN or infinite values.
     """
     file, stored = _open(Path(folder))
+    for name, tensor in stored.items():
+        _check_numbers(name, tensor.dtype)
     tensors = {name: tensor.read() for name, tensor in stored.items()}
     _check_values(tensors, str(file))
-    return tensors
+    return layouts.to_torch(tensors) if file.name == _MSGPACK else tensors
 
 
 def read_json(folder, name: str = _CONFIG) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def accuracy(logits, labels, mask=None) -> float:
 
 
 def normalized_accuracy(merged: Sequence[float], single: Sequence[float]) -> float:
-    r"""Mean over tasks of merged over single-task accuracy (S0, S1 Eq. 5).
+    r"""Mean over tasks of merged over single-task accuracy (Jin et al. 2025, Eq. 5).
 
     Args:
       merged: accuracy of the merged model on every task, `[T]`.

@@ -12,7 +12,13 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def _save(figure: Figure, path):
-    figure.savefig(Path(path), dpi=150, bbox_inches="tight")
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        figure.savefig(temporary, dpi=150, bbox_inches="tight", format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def matrices(
@@ -61,7 +67,7 @@ def disentanglement(
     *,
     searched: tuple[float, float] = (0.0, 1.0),
 ):
-    """ξ heat maps side by side; a red box marks the range that a search covers (S0).
+    """ξ heat maps side by side; a red box marks the range that a search covers.
 
     Args:
       path: the PNG file.
@@ -125,7 +131,7 @@ def bars(path, groups: Mapping[str, Sequence[float]], names: Sequence[str], *, y
       names: the T tasks.
       y: what the values are.
     """
-    figure = Figure(figsize=(1.5 + 1.4 * len(names), 4), layout="constrained")
+    figure = Figure(figsize=(max(8.5, 1.5 + 1.4 * len(names)), 4), layout="constrained")
     axis = figure.subplots()
     width = 0.84 / len(groups)
     for i, (label, values) in enumerate(groups.items()):

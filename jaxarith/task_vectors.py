@@ -1,7 +1,7 @@
 r"""Task vectors, :math:`\tau = \theta - \theta_0`, and their arithmetic.
 
 Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi. Editing Models
-with Task Arithmetic. ICLR 2023. arXiv:2212.04089 (S4).
+with Task Arithmetic. ICLR 2023. arXiv:2212.04089.
 
 A task vector has the structure of the trained part of the parameters. A leaf that was
 not trained is absent, which means zero.
@@ -87,12 +87,12 @@ def negate(tau: tree.Tree) -> tree.Tree:
 
 
 def analogy(a: tree.Tree, b: tree.Tree, c: tree.Tree) -> dict:
-    r"""A is to B as C is to D: :math:`\tau_D = \tau_C + (\tau_B - \tau_A)` (S4, 2)."""
+    r"""A is to B as C is to D: :math:`\tau_D = \tau_C + (\tau_B - \tau_A)`."""
     return add([c, b, negate(a)])
 
 
 def random_like(key: jax.Array, tau: tree.Tree) -> tree.Tree:
-    """A Gaussian direction with the norm of `tau` in every leaf (S4's control, B.2).
+    """A Gaussian direction with the norm of `tau` in every leaf: the paper's control.
 
     It is in float32 or better. The draw of a leaf depends only on the key and the
     leaf's path.
@@ -103,7 +103,7 @@ def random_like(key: jax.Array, tau: tree.Tree) -> tree.Tree:
         noise = jax.random.normal(leaf_key(key, path), value.shape, value.dtype)
         return noise * (jnp.linalg.norm(value) / jnp.linalg.norm(noise))
 
-    return tree.map_with_path(leaf, tau)
+    return tree.map_with_path(leaf, tree.floating(tau))
 
 
 def leaf_key(key: jax.Array, path: str) -> jax.Array:

@@ -1,7 +1,8 @@
 r"""The tau-Jacobian product (τJp): penalty while training, and metric afterwards.
 
 Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
-Disentanglement (S0). Two task vectors do not interfere, in the tangent space, when
+Disentanglement. ICLR 2025. Two task vectors do not interfere, in the tangent space,
+when
 
 .. math:: \|J(x_B; \theta_0)\,\tau_A\| \quad\text{and}\quad \|J(x_A; \theta_0)\,\tau_B\|
 
@@ -33,7 +34,7 @@ def penalty(tangents: tree.Tree, mask: jax.Array | None = None, power: int = 1):
       tangents: array `[B, ..., D]` (or a pytree of such): :math:`J(x)\tau`. The norm is
         over the last axis, the mean over all others.
       mask: `[B, ...]`, True where an entry counts; all do by default.
-      power: 1 (S0's code) or 2 (S0 as printed).
+      power: 1 (the paper's code) or 2 (as printed).
 
     Returns:
       A scalar. Its gradient at `tau = 0` is zero, not NaN.
@@ -92,7 +93,7 @@ def draw(mode: str, step: int, tasks: int, batch: int, seed: int = 0) -> np.ndar
     """Which task each penalty sample of a step comes from.
 
     Args:
-      mode: `cyclic` (S0 Eq. 11): all samples of step i from task `i mod tasks`.
+      mode: `cyclic` (Eq. 11): all samples of step i from task `i mod tasks`.
         `strict` (Eq. 10): `batch` samples of every task. `mixed` (ours): `batch`
         samples, each from a task drawn at random; the expected penalty is the strict
         one, at the cyclic price.
@@ -134,7 +135,7 @@ def matrix(
     *,
     power: int = 1,
 ) -> np.ndarray:
-    r"""The τJp metric of every task vector on every dataset (S0, Fig. 6).
+    r"""The τJp metric of every task vector on every dataset (the paper's Fig. 6).
 
     Entry `[t, d]` is the mean of :math:`\|J(x;\theta_0)\tau_t\|^\text{power}` over the
     samples of dataset d. Each batch is linearised once for all vectors. The measure of
@@ -144,7 +145,7 @@ def matrix(
       apply_fn, params_0, taus: as for `tangent.jvps`.
       datasets: each an iterable of `(inputs, mask)`: the tuple of input arrays
         `[B, ...]` and a mask `bool[B]`, False for padding.
-      power: 1 (S0's code) or 2 (S0 as printed).
+      power: 1 (the paper's code) or 2 (as printed).
 
     Returns:
       `f64[T, len(datasets)]`.
@@ -155,6 +156,7 @@ def matrix(
 
     if not datasets:
         raise ValueError("the τJp matrix needs at least one dataset; found 0.")
+    params_0 = jax.device_put(params_0)  # once, not with every batch
     columns = []
     for number, batches in enumerate(datasets):
         sums, samples = np.zeros(len(taus)), 0

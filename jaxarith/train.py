@@ -5,12 +5,13 @@ in :math:`\theta_0 + \tau`. Weight decay pulls :math:`\theta_0 + \tau`, not
 :math:`\tau`, towards zero, as AdamW on the parameters does.
 
 Tasks train side by side along a leading task axis, with one compilation. The recipe is
-that of Ilharco et al. (S4) and Ortiz-Jimenez et al. (2023): AdamW, warm-up and cosine,
-gradients clipped to norm 1.
+that of Ilharco et al. (2023) and Ortiz-Jimenez et al. (2023): AdamW, warm-up and
+cosine, gradients clipped to norm 1.
 """
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import time
@@ -44,8 +45,8 @@ class TrainConfig:
       clip_norm: the largest Euclidean norm of a task's gradient.
       linearized: train the tangent-space model instead of the network.
       penalty: add the τJp penalty, in one of `tau_jp.MODES`.
-      penalty_coef: its weight λ (S0: 0.1 with power 1).
-      penalty_power: 1 (S0's code) or 2 (S0 as printed).
+      penalty_coef: its weight λ (Yoshida et al. 2025: 0.1 with power 1).
+      penalty_power: 1 (the code of Yoshida et al.) or 2 (as they print it).
       penalty_batch_size: penalty samples per step; in strict mode per other task.
       trained: pattern of the paths that are trained; the rest is frozen.
       tasks_at_once: how many tasks a device computes at the same time. More fill a
@@ -76,6 +77,14 @@ class TrainConfig:
             )
         if self.penalty is not None and not self.linearized:
             raise ValueError("the τJp penalty needs linearized=True.")
+        sizes = ("steps", "batch_size", "penalty_batch_size", "tasks_at_once")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; at least 1 is needed."
+                )
+        if self.penalty_power not in (1, 2):
+            raise ValueError(f"penalty_power is {self.penalty_power}; it is 1 or 2.")
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
                 f"{self.warmup_steps} warm-up steps of {self.steps} steps; the warm-up "
@@ -175,7 +184,7 @@ def make_step(objective_fn, config: TrainConfig):
 
 def init_state(params_0: tree.Tree, config: TrainConfig, tasks: int):
     """Zero task vectors and fresh optimizer states, with a leading task axis."""
-    trained = tree.select(params_0, config.trained)
+    trained = tree.select(tree.floating(params_0), config.trained)
     taus = jax.tree.map(
         lambda leaf: jnp.zeros((tasks, *leaf.shape), jnp.float32), trained
     )
@@ -196,8 +205,8 @@ def task_batches(
     Args:
       sources: the training source of each of T tasks.
       config: steps, sizes, penalty mode and seed.
-      others: for each task, the sources that its task vector must not disturb (S0's
-        T_orth); by default the other tasks' training sources. Labels are not read.
+      others: for each task, the sources that its task vector must not disturb
+        (T_orth); by default the other tasks' training sources. Labels are not read.
       inputs: the input fields of a sample.
 
     Yields:
@@ -210,8 +219,9 @@ def task_batches(
     if not sources:
         raise ValueError("no task to train on: the list of sources is empty.")
     if others is None:
-        others = [[s for s in sources if s is not source] for source in sources]
-    seeds = iter(range(10_000 * config.seed, 10_000 * (config.seed + 1)))
+        tasks = range(len(sources))
+        others = [[sources[j] for j in tasks if j != i] for i in tasks]
+    seeds = itertools.count(10_000 * config.seed)
     own = [pipeline.shuffled(source, next(seeds)) for source in sources]
     foreign = [[pipeline.shuffled(s, next(seeds)) for s in group] for group in others]
 
@@ -266,7 +276,9 @@ def fine_tune(
 
     Raises:
       FloatingPointError: a loss is not finite; the message names the step and the task.
+      ValueError: `batches` is not `config.steps` long, or `trained` matches no leaf.
     """
+    params_0 = jax.device_put(params_0)  # once, not with every step
     step = make_step(objective(apply_fn, loss_fn, config, inputs), config)
     state = init_state(params_0, config, len(names))
     learning_rate = schedule(config)
@@ -293,10 +305,15 @@ def fine_tune(
 
         start, pending = time.time(), None
         for number, batch in enumerate(batches):
+            if number == config.steps:
+                raise ValueError(f"more than {config.steps} batches for as many steps.")
             state, metrics = step(state, params_0, batch, constants)
             if pending:  # read the step before while the device computes this one
                 report(*pending)
             pending = (number, metrics)
+        if not pending or pending[0] + 1 < config.steps:
+            done = pending[0] + 1 if pending else 0
+            raise ValueError(f"{done} batches for {config.steps} steps.")
         report(*pending)
     return tree.unstack(state[0])
 

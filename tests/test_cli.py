@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from flax import serialization
 from safetensors.numpy import load_file, save_file
 
 from jaxarith import cli, merge
@@ -59,6 +60,33 @@ def test_merge_writes_what_the_operator_returns(models, tmp_path):
         assert actual[name].dtype == base[name].dtype
     assert json.loads((out / "config.json").read_text()) == CONFIG
     assert (out / "tokenizer.json").exists()
+
+
+def test_msgpack_checkpoints_merge_under_pytorchs_names(tmp_path):
+    models = []
+    for i in range(3):
+        folder = tmp_path / f"m{i}"
+        folder.mkdir()
+        leaf = np.full((4, 3), i, np.float32) + np.arange(3, dtype=np.float32)
+        content = serialization.msgpack_serialize({"a": {"kernel": leaf}})
+        (folder / "flax_model.msgpack").write_bytes(content)
+        (folder / "config.json").write_text(json.dumps(CONFIG))
+        models.append(str(folder))
+    out = tmp_path / "merged"
+    assert run(models, out, "--method", "average") == 0
+    merged = load_file(out / "model.safetensors")
+    expected = np.full((3, 4), 1.5) + np.arange(3)[:, None]
+    np.testing.assert_allclose(merged["a.weight"], expected, rtol=1e-6)
+
+
+def test_double_precision_stays_double(tmp_path):
+    models = [
+        checkpoint(tmp_path / f"m{i}", {"w": np.full(2, i, np.float64)})
+        for i in range(3)
+    ]
+    out = tmp_path / "merged"
+    assert run(models, out, "--method", "average") == 0
+    assert load_file(out / "model.safetensors")["w"].dtype == np.float64
 
 
 def failure(capsys, *args):

@@ -392,3 +392,30 @@ def test_sizes_that_old_files_state_twice_are_read_as_transformers_does(stated):
 def test_config_of_another_model_is_an_error_that_names_it(kind):
     with pytest.raises(ValueError, match=f"describes a '{kind}'; expected a CLIP"):
         clip.CLIPConfig.from_json({"model_type": kind, "hidden_size": 768})
+
+
+def test_images_and_texts_of_another_size_are_refused():
+    model = clip.load()
+    for shape in ((1, 21, 21, 3), (1, 35, 35, 3), (1, 28, 28, 1)):
+        with pytest.raises(ValueError, match=r"takes \[B, 28, 28, 3\]"):
+            clip.image_encoder(model.config)(model.params, jnp.zeros(shape))
+    texts = jnp.zeros((1, 40), jnp.int32)
+    with pytest.raises(ValueError, match="40 tokens; this CLIP takes at most 24"):
+        clip.text_encoder(model.config)(model.params, texts)
+
+
+def test_an_activation_that_the_port_lacks_is_refused():
+    raw = tiny_clip_config() | {"vision_config": {"hidden_act": "gelu_new"}}
+    with pytest.raises(ValueError, match="gelu_new.*quick_gelu, gelu"):
+        clip.CLIPConfig.from_json(raw)
+
+
+def test_layer_norm_keeps_its_precision_where_the_mean_is_large():
+    rng = np.random.default_rng(0)
+    x = (100 + 0.1 * rng.normal(size=(2, 64))).astype(np.float32)
+    layer = clip.layer_norm(clip.VisionConfig(layer_norm_eps=1e-8), "norm")
+    actual = layer.apply(layer.init(jax.random.key(0), x), x)
+    exact = x.astype(np.float64)
+    expected = (exact - exact.mean(-1, keepdims=True)) / exact.std(-1, keepdims=True)
+    # A mean of 100 has an error of 4e-6 in float32, 4e-5 of the standard deviation.
+    np.testing.assert_allclose(actual, expected, atol=2e-4)

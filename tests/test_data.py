@@ -39,7 +39,9 @@ def noise(height, width, seed=0):
     return Image.fromarray(pixels)
 
 
-@pytest.mark.parametrize("size", [(300, 450), (451, 300), (224, 224), (50, 70)])
+@pytest.mark.parametrize(
+    "size", [(300, 450), (451, 300), (224, 224), (50, 70), (40, 180)]
+)
 def test_preprocessing_equals_hugging_faces(size):
     transformers = pytest.importorskip("transformers", reason="the oracle of this test")
     image = noise(*size)

@@ -242,7 +242,7 @@ ERRORS = {
     ),
     "extra leaf": (
         [GOOD, {"a": {"b": jnp.ones(3)}}],
-        r"a/b \[3\]: not in the pre-trained parameters",
+        r"a/b \[3\]: not in the floating-point pre-trained parameters",
     ),
     "NaN": (
         [GOOD, {"a": {"w": jnp.array([1, jnp.nan])}}],
@@ -310,3 +310,10 @@ def test_average_refuses_weights_that_cannot_be_normalised(weights):
     tau = {"w": jnp.ones(2)}
     with pytest.raises(ValueError, match="must be positive"):
         merge.average({"w": jnp.ones(2)}, [tau, tau], weights=weights)
+
+
+def test_task_vectors_that_move_integers_are_refused_with_the_path():
+    params_0 = {"w": jnp.ones(2), "steps": jnp.array([1, 2])}
+    tau = {"w": jnp.ones(2), "steps": jnp.array([0.7, 0.7])}
+    with pytest.raises(ValueError, match=r"\+ steps .* floating-point"):
+        merge.task_arithmetic(params_0, [tau])

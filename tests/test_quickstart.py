@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from experiments import quickstart, quickstart_tasks
-from jaxarith import evaluate, heads, metrics, plots, report
+from jaxarith import (
+    evaluate,
+    heads,
+    hub,
+    metrics,
+    plots,
+    report,
+    task_vectors,
+    tree,
+)
 from jaxarith.data import images, pipeline
 from jaxarith.models import clip
 
@@ -69,10 +78,48 @@ def test_unknown_and_missing_tasks_are_refused_and_nothing_is_written(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="unknown task 'cats'; the tasks are mnist,"):
         quickstart.main(quickstart.Config(out, tasks=("mnist", "cats"), smoke=True))
-    for tasks in ((), ("mnist",)):
-        with pytest.raises(ValueError, match="at least two tasks"):
+    for tasks in ((), ("mnist",), ("mnist", "mnist")):
+        with pytest.raises(ValueError, match="at least two tasks, each once"):
             quickstart.main(quickstart.Config(out, tasks=tasks))
     assert not out.exists()
+
+
+METHODS = ["nonlinear", "linear", "tau_jp_cyclic"]
+
+
+def test_the_quickstart_writes_everything_it_promises(tmp_path):
+    tasks = ("mnist", "inverted_digits")
+    result = quickstart.main(quickstart.Config(tmp_path, tasks=tasks, smoke=True))
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content == result
+    assert content["tasks"] == list(tasks)
+    assert set(content["tau_jp"]) == {"linear", "tau_jp_cyclic"}
+    assert np.shape(content["tau_jp"]["linear"]) == (2, 2)
+    assert content["seconds"]["total"] > 0
+    rows = {(r["method"], r["merge"], r["searched"]): r for r in content["rows"]}
+    merges = [("nonlinear", merge) for merge in ("task_arithmetic", "ties", "awd")]
+    merges += [(method, "task_arithmetic") for method in METHODS[1:]]
+    expected = {(*m, searched) for m in merges for searched in (False, True)}
+    alone = ["zero_shot", *(f"individual_{method}" for method in METHODS)]
+    expected |= {(method, "none", False) for method in alone}
+    assert rows.keys() == expected and len(content["rows"]) == len(expected)
+    for row in rows.values():
+        assert row["per_task"].keys() == set(tasks)
+        mean = np.mean(list(row["per_task"].values()))
+        assert row["absolute"] == pytest.approx(mean)
+    assert rows["linear", "task_arithmetic", False]["coef"] == 1.0
+    assert rows["individual_linear", "none", False]["normalized"] == 1.0
+    for figure in ("xi", "tau_jp", "cosine", "coefficients", "tasks"):
+        assert (tmp_path / f"{figure}.png").stat().st_size > 5000
+    # What was saved is what was evaluated.
+    chosen = rows["nonlinear", "task_arithmetic", True]["coef"]
+    merged, base = clip.load(tmp_path / "merged"), clip.load()
+    folder = tmp_path / "task_vectors" / "nonlinear"
+    taus = [hub.load_tree(folder / f"{task}.safetensors")[0] for task in tasks]
+    edited = task_vectors.apply(base.params, task_vectors.add(taus), chosen)
+    leaves = tree.flatten(merged.params)
+    for path, leaf in tree.flatten(edited).items():
+        np.testing.assert_allclose(leaves[path], leaf, rtol=1e-6, atol=1e-7)
 
 
 def test_the_worst_pair_has_the_largest_mutual_tau_jp():

@@ -252,11 +252,40 @@ def test_optimizer_state_is_optaxs_own():
         ({"penalty": "cyclic"}, "linearized=True"),
         ({"penalty": "sometimes", "linearized": True}, "unknown penalty mode"),
         ({"steps": 3, "warmup_steps": 3}, "shorter than the training"),
+        ({"tasks_at_once": 0}, "tasks_at_once is 0"),
+        ({"penalty_power": 3}, "penalty_power is 3"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         train.TrainConfig(**options)
+
+
+@pytest.mark.parametrize("count", [0, 5, 9])
+def test_a_run_with_too_few_or_too_many_batches_is_refused(count):
+    batch = next(train.task_batches([source(1)], CONFIG))
+    with pytest.raises(ValueError, match="batches for"):
+        train.fine_tune(
+            apply_fn, params_0(), loss_fn, [batch] * count, CONFIG,
+            names=["task"], constants=jnp.ones(1),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("linearized", [False, True])
+def test_integers_are_not_trained(linearized):
+    start = params_0() | {"counter": jnp.arange(3)}
+    config = dataclasses.replace(CONFIG, linearized=linearized)
+    (tau,) = train.fine_tune(
+        apply_fn, start, loss_fn, train.task_batches([source(1)], config), config,
+        names=["task"], constants=jnp.ones(1),
+    )  # fmt: skip
+    assert set(tau) == {"in", "out"}
+
+
+def test_one_source_may_serve_two_tasks():
+    config = dataclasses.replace(CONFIG, linearized=True, penalty="cyclic")
+    batch = next(train.task_batches([source(1)] * 2, config))
+    assert batch["penalty"]["image"].shape == (2, 16, 5)
 
 
 def test_wrong_data_is_refused():

@@ -63,9 +63,8 @@ class Preprocessing:
         if not isinstance(image, Image.Image):
             image = Image.fromarray(np.asarray(image, np.uint8))
         image = image.convert("RGB")
-        scale = self.size / min(image.size)
         # Hugging Face and torchvision truncate the longer edge.
-        width, height = (max(self.size, int(side * scale)) for side in image.size)
+        width, height = (self.size * side // min(image.size) for side in image.size)
         if (width, height) != image.size:
             # PIL's bicubic filters when it shrinks; jax.image.resize differs.
             image = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -14,8 +14,11 @@ def check(params_0: tree.Tree, taus: Sequence[tree.Tree]):
         found = "one tree" if isinstance(taus, dict) else "an empty list"
         raise ValueError(f"merging needs a list of task vectors; found {found}.")
     tree.check_finite(params_0, "pre-trained model")
+    movable = tree.floating(params_0)
     for i, tau in enumerate(taus):
-        tree.check_part(tau, params_0, f"task vector {i}", "pre-trained parameters")
+        tree.check_part(
+            tau, movable, f"task vector {i}", "floating-point pre-trained parameters"
+        )
         tree.check_finite(tau, f"task vector {i}")
     if not jax.tree.leaves(list(taus)):
         raise ValueError("none of the task vectors has a leaf.")

@@ -1,9 +1,9 @@
 r"""Adaptive weight disentanglement (AWD): task arithmetic less a redundant vector.
 
-Xiong et al. Multi-Task Model Merging via Adaptive Weight Disentanglement (S3).
+Xiong et al. Multi-Task Model Merging via Adaptive Weight Disentanglement.
 arXiv:2411.18729.
 
-The redundant vector δ starts at zero and descends (S3 Algorithm 1, Eq. 14)
+The redundant vector δ starts at zero and descends (Algorithm 1, Eq. 14)
 
 .. math:: L = \frac{1}{K(K-1)} \sum_{i\neq j} |\cos(\tau_i-\delta, \tau_j-\delta)|
           + \alpha\|\delta\|,
@@ -46,11 +46,11 @@ def awd(
       params_0: pre-trained parameters.
       taus: K ≥ 2 task vectors. A leaf that one lacks counts as zero.
       coef: the coefficient λ: one number, or one per task `[K]`.
-      alpha: the weight α of the norm of δ; S3 searches 1e-6 to 1e-2.
+      alpha: the weight α of the norm of δ; the paper searches 1e-6 to 1e-2.
       step_size: the learning rate β in units of the mean squared norm of the task
         vectors, which makes it independent of their scale: β = step_size · mean‖τ‖².
-        S3 states no β.
-      steps: the number of gradient steps (S3 Table 5 times 1000).
+        The paper states no β.
+      steps: the number of gradient steps (the paper times 1000).
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.

@@ -1,6 +1,6 @@
 r"""Task arithmetic: :math:`\theta_0 + \sum_t \lambda_t \tau_t`.
 
-Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023. arXiv:2212.04089 (S4).
+Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023. arXiv:2212.04089.
 """
 
 from collections.abc import Sequence

@@ -30,8 +30,8 @@ from jaxarith import heads, hub
 # The real CLIP of a megabyte and a half that comes with the package; see its README.md.
 TINY_CLIP = Path(__file__).parent.parent / "assets" / "tiny_clip"
 
-# Path patterns for `tree.select`: the image encoder, and two subsets of it that papers
-# train or merge (S1, paradigm 1; S3, "linear layers inside transformer blocks").
+# Path patterns for `tree.select`: the image encoder; the weights that Jin et al. (2025,
+# "Fine-Tuning Linear Layers Only", paradigm 1) train; those that AWD merges.
 IMAGE_ENCODER = r"vision_model/.*|visual_projection/.*"
 ATTENTION_WEIGHTS = r"vision_model/encoder/layers/\d+/self_attn/\w+_proj/kernel"
 BLOCK_LINEAR_WEIGHTS = (
@@ -82,7 +82,8 @@ class CLIPConfig:
         """Reads the content of a Hugging Face `config.json` of a `CLIPModel`.
 
         Raises:
-          ValueError: the file describes another kind of model.
+          ValueError: the file describes another kind of model, or an activation that
+            this port lacks.
         """
         if "vision_config" not in raw or "text_config" not in raw:
             raise ValueError(
@@ -90,11 +91,18 @@ class CLIPConfig:
                 "a CLIP with vision_config and text_config. Vision-only checkpoints "
                 "load with the config of the CLIP that they were fine-tuned from."
             )
-        return cls(
+        config = cls(
             _tower(VisionConfig, raw, "vision_config"),
             _tower(TextConfig, raw, "text_config"),
             raw.get("projection_dim", 512),
         )
+        for tower in (config.vision, config.text):
+            if tower.hidden_act not in _ACTIVATIONS:
+                raise ValueError(
+                    f"config.json asks for the activation {tower.hidden_act!r}; this "
+                    f"port has {', '.join(_ACTIVATIONS)}."
+                )
+        return config
 
 
 def _tower(kind, raw, name):
@@ -115,6 +123,11 @@ _ACTIVATIONS = {
     "quick_gelu": quick_gelu,
     "gelu": functools.partial(nn.gelu, approximate=False),
 }
+
+
+def layer_norm(config, name: str) -> nn.LayerNorm:
+    # Flax's faster variance, E[x²] - E[x]², cancels where the mean is large.
+    return nn.LayerNorm(config.layer_norm_eps, use_fast_variance=False, name=name)
 
 
 class Attention(nn.Module):
@@ -150,11 +163,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, mask):
         c = self.config
-        norm = functools.partial(nn.LayerNorm, epsilon=c.layer_norm_eps)
         attention = Attention(c.num_attention_heads, name="self_attn")
-        x = x + attention(norm(name="layer_norm1")(x), mask)
+        x = x + attention(layer_norm(c, "layer_norm1")(x), mask)
         mlp = MLP(c.intermediate_size, c.hidden_act, name="mlp")
-        return x + mlp(norm(name="layer_norm2")(x))
+        return x + mlp(layer_norm(c, "layer_norm2")(x))
 
 
 class Blocks(nn.Module):
@@ -198,6 +210,12 @@ class VisionEmbeddings(nn.Module):
     @nn.compact
     def __call__(self, images):
         c = self.config
+        # A smaller image would silently get the positions of other patches.
+        if images.shape[1:] != (c.image_size, c.image_size, c.num_channels):
+            raise ValueError(
+                f"images of shape {list(images.shape)}; this CLIP takes "
+                f"[B, {c.image_size}, {c.image_size}, {c.num_channels}]."
+            )
         normal = nn.initializers.normal(0.02)
         patches = PatchEmbedding(c.hidden_size, c.patch_size, name="patch_embedding")
         tokens = patches(images)
@@ -219,11 +237,10 @@ class VisionTransformer(nn.Module):
     @nn.compact
     def __call__(self, images):
         c = self.config
-        norm = functools.partial(nn.LayerNorm, epsilon=c.layer_norm_eps)
         x = VisionEmbeddings(c, name="embeddings")(images)
-        x = norm(name="pre_layrnorm")(x)  # Hugging Face's spelling
+        x = layer_norm(c, "pre_layrnorm")(x)  # Hugging Face's spelling
         x = Encoder(c, name="encoder")(x)
-        return norm(name="post_layernorm")(x[:, 0])
+        return layer_norm(c, "post_layernorm")(x[:, 0])
 
 
 class TextEmbeddings(nn.Module):
@@ -232,6 +249,11 @@ class TextEmbeddings(nn.Module):
     @nn.compact
     def __call__(self, input_ids):
         c = self.config
+        if input_ids.shape[1] > c.max_position_embeddings:
+            raise ValueError(
+                f"texts of {input_ids.shape[1]} tokens; this CLIP takes at most "
+                f"{c.max_position_embeddings}. Truncate them."
+            )
         normal = nn.initializers.normal(0.02)
         embed = functools.partial(
             nn.Embed, features=c.hidden_size, embedding_init=normal
@@ -251,7 +273,7 @@ class TextTransformer(nn.Module):
         # Causal, so whatever pads a text after its end token changes nothing before it.
         causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
         x = Encoder(c, name="encoder")(x, causal)
-        x = nn.LayerNorm(epsilon=c.layer_norm_eps, name="final_layer_norm")(x)
+        x = layer_norm(c, "final_layer_norm")(x)
         # OpenAI's configs state a wrong end token, 2. The true one is the largest id.
         wrong = c.eos_token_id == 2
         end = input_ids if wrong else (input_ids == c.eos_token_id).astype(jnp.int32)
