@@ -21,9 +21,8 @@ from jaxarith.merge import task_arithmetic
 from jaxarith.tangent import ApplyFn
 from jaxarith.tree import Tree
 
-OutputsAt = Callable[
-    [Sequence[float]], np.ndarray
-]  # coefficients [T] -> outputs [N, …]
+# Coefficients [T] to outputs [N, …].
+OutputsAt = Callable[[Sequence[float]], np.ndarray]
 
 
 def outputs(
@@ -84,7 +83,6 @@ def forward(
     inputs=("image",),
 ) -> OutputsAt:
     r"""Outputs of :math:`f(x; \theta_0 + \sum_t \lambda_t\tau_t)`; a pass per call."""
-
     params_0, taus = jax.device_put((params_0, tuple(taus)))
 
     def at(coefs):
@@ -106,7 +104,6 @@ def tangent(
     One linearisation per batch serves all task vectors; the T + 1 outputs of every
     sample are kept in host memory and calls only sum them.
     """
-
     params_0, taus = jax.device_put((params_0, tuple(taus)))
     rows = [
         _jvps(apply_fn, params_0, taus, *(batch[name] for name in inputs))

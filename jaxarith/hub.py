@@ -61,10 +61,9 @@ def find(model: str | os.PathLike, *, revision: str | None = None) -> Path:
     if folder.is_dir():
         return folder
     import huggingface_hub  # here: local folders do not need it
-
-    at = "" if revision is None else f" at revision {revision!r}"
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+    at = "" if revision is None else f" at revision {revision!r}"
     try:
         info = huggingface_hub.model_info(str(model), revision=revision)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:

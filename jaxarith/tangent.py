@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxarith import tree
+from jaxarith import task_vectors, tree
 
 ApplyFn = Callable[..., Any]  # apply_fn(params, *inputs) -> outputs
 
@@ -45,12 +45,7 @@ def linearize(apply_fn: ApplyFn, params_0: tree.Tree) -> ApplyFn:
     """
 
     def apply_lin(params, *inputs):
-        tree.check_part(params, params_0)
-        start = tree.flatten(params_0)
-        # In the wider dtype: float32 params near bfloat16 params_0 keep their tau.
-        tau = tree.map_with_path(
-            lambda path, leaf: leaf - start[path], tree.floating(params)
-        )
+        tau = task_vectors.difference(params, params_0)
         outputs, tangents = jvp(apply_fn, params_0, tau, *inputs)
         return jax.tree.map(jnp.add, outputs, tangents)
 

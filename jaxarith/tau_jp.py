@@ -153,7 +153,6 @@ def matrix(
     Raises:
       ValueError: there is no task vector or no dataset, or a dataset has no sample.
     """
-
     if not datasets:
         raise ValueError("the τJp matrix needs at least one dataset; found 0.")
     params_0 = jax.device_put(params_0)  # once, not with every batch

@@ -303,7 +303,7 @@ def fine_tune(
             line |= {k: dict(zip(names, v, strict=True)) for k, v in metrics.items()}
             file.write(json.dumps(line) + "\n")
 
-        start, pending = time.time(), None
+        start, number, pending = time.time(), -1, None
         for number, batch in enumerate(batches):
             if number == config.steps:
                 raise ValueError(f"more than {config.steps} batches for as many steps.")
@@ -311,9 +311,8 @@ def fine_tune(
             if pending:  # read the step before while the device computes this one
                 report(*pending)
             pending = (number, metrics)
-        if not pending or pending[0] + 1 < config.steps:
-            done = pending[0] + 1 if pending else 0
-            raise ValueError(f"{done} batches for {config.steps} steps.")
+        if number + 1 < config.steps:
+            raise ValueError(f"{number + 1} batches for {config.steps} steps.")
         report(*pending)
     return tree.unstack(state[0])
 
