@@ -26,6 +26,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxarith import heads, hub
+from jaxarith.models.layers import Dense, LayerNorm, quick_gelu, rematerialized
 
 # The real CLIP of a megabyte and a half that comes with the package; see its README.md.
 TINY_CLIP = Path(__file__).parent.parent / "assets" / "tiny_clip"
@@ -114,37 +115,32 @@ def _tower(kind, raw, name):
     return kind(**{key: value for key, value in stated.items() if key in known})
 
 
-def quick_gelu(x: jax.Array) -> jax.Array:
-    """The sigmoid approximation of GELU that OpenAI trained CLIP with."""
-    return x * nn.sigmoid(1.702 * x)
-
-
 _ACTIVATIONS = {
     "quick_gelu": quick_gelu,
     "gelu": functools.partial(nn.gelu, approximate=False),
 }
 
 
-def layer_norm(config, name: str) -> nn.LayerNorm:
-    # Flax's faster variance, E[x²] - E[x]², cancels where the mean is large.
-    return nn.LayerNorm(config.layer_norm_eps, use_fast_variance=False, name=name)
-
-
 class Attention(nn.Module):
+    """Of the first `queries` tokens, or all, to all tokens of `x[B, S, D]`."""
+
     heads: int
 
     @nn.compact
-    def __call__(self, x, mask):
-        *batch, width = x.shape
-        split = (*batch, self.heads, width // self.heads)
-        q, k, v = (
-            nn.Dense(width, name=f"{role}_proj")(x).reshape(split) for role in "qkv"
-        )
-        logits = jnp.einsum("...qhd,...khd->...hqk", q * split[-1] ** -0.5, k)
+    def __call__(self, x, mask, queries):
+        def project(role, tokens):
+            projected = Dense(x.shape[-1], name=f"{role}_proj")(tokens)
+            return projected.reshape(*tokens.shape[:-1], self.heads, -1)
+
+        q, k, v = project("q", x[:, :queries]), project("k", x), project("v", x)
+        logits = jnp.einsum("...qhd,...khd->...hqk", q * q.shape[-1] ** -0.5, k)
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         if mask is not None:
             logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
-        mixed = jnp.einsum("...hqk,...khd->...qhd", nn.softmax(logits), v)
-        return nn.Dense(width, name="out_proj")(mixed.reshape(x.shape))
+        weights = nn.softmax(logits).astype(v.dtype)
+        mixed = jnp.einsum("...hqk,...khd->...qhd", weights, v)
+        mixed = mixed.reshape(*mixed.shape[:-2], -1)
+        return Dense(x.shape[-1], name="out_proj")(mixed)
 
 
 class MLP(nn.Module):
@@ -153,42 +149,48 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        hidden = _ACTIVATIONS[self.activation](nn.Dense(self.hidden, name="fc1")(x))
-        return nn.Dense(x.shape[-1], name="fc2")(hidden)
+        hidden = _ACTIVATIONS[self.activation](Dense(self.hidden, name="fc1")(x))
+        return Dense(x.shape[-1], name="fc2")(hidden)
 
 
 class Block(nn.Module):
     config: VisionConfig | TextConfig
 
     @nn.compact
-    def __call__(self, x, mask):
+    def __call__(self, x, mask, queries):
         c = self.config
         attention = Attention(c.num_attention_heads, name="self_attn")
-        x = x + attention(layer_norm(c, "layer_norm1")(x), mask)
         mlp = MLP(c.intermediate_size, c.hidden_act, name="mlp")
-        return x + mlp(layer_norm(c, "layer_norm2")(x))
+        normed = LayerNorm(c.layer_norm_eps, name="layer_norm1")(x)
+        x = x[:, :queries] + attention(normed, mask, queries)
+        return x + mlp(LayerNorm(c.layer_norm_eps, name="layer_norm2")(x))
 
 
 class Blocks(nn.Module):
     config: VisionConfig | TextConfig
+    remat: bool = False
 
     @nn.compact
-    def __call__(self, x, mask):
+    def __call__(self, x, mask, queries):
         for i in range(self.config.num_hidden_layers):
-            x = Block(self.config, name=str(i))(x, mask)
+            last = i == self.config.num_hidden_layers - 1
+            block = Block(self.config, name=str(i))
+            call = functools.partial(rematerialized, block) if self.remat else block
+            x = call(x, mask, queries if last else None)
         return x
 
 
 class Encoder(nn.Module):
     config: VisionConfig | TextConfig
+    remat: bool = False
 
     @nn.compact
-    def __call__(self, x, mask=None):
-        return Blocks(self.config, name="layers")(x, mask)
+    def __call__(self, x, mask=None, queries=None):
+        return Blocks(self.config, self.remat, name="layers")(x, mask, queries)
 
 
 class PatchEmbedding(nn.Module):
-    """A convolution whose stride is its width, written as one matrix product."""
+    """A convolution whose stride is its width: a matrix product."""
 
     width: int
     patch: int
@@ -200,8 +202,8 @@ class PatchEmbedding(nn.Module):
         shape = (p, p, channels, self.width)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         patches = images.reshape(b, h // p, p, w // p, p, channels)
-        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * channels)
-        return patches @ kernel.reshape(-1, self.width)
+        tokens = jnp.einsum("bhpwqc,pqcd->bhwd", patches, kernel)
+        return tokens.reshape(b, -1, self.width)
 
 
 class VisionEmbeddings(nn.Module):
@@ -233,14 +235,17 @@ class VisionEmbeddings(nn.Module):
 
 class VisionTransformer(nn.Module):
     config: VisionConfig
+    remat: bool = False
 
     @nn.compact
     def __call__(self, images):
         c = self.config
+        norm = functools.partial(LayerNorm, c.layer_norm_eps)
         x = VisionEmbeddings(c, name="embeddings")(images)
-        x = layer_norm(c, "pre_layrnorm")(x)  # Hugging Face's spelling
-        x = Encoder(c, name="encoder")(x)
-        return layer_norm(c, "post_layernorm")(x[:, 0])
+        x = norm(name="pre_layrnorm")(x)  # Hugging Face's spelling
+        # Only the class token is read, so the last block computes no other.
+        x = Encoder(c, self.remat, name="encoder")(x, queries=1)
+        return norm(name="post_layernorm")(x[:, 0])
 
 
 class TextEmbeddings(nn.Module):
@@ -273,7 +278,7 @@ class TextTransformer(nn.Module):
         # Causal, so whatever pads a text after its end token changes nothing before it.
         causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
         x = Encoder(c, name="encoder")(x, causal)
-        x = layer_norm(c, "final_layer_norm")(x)
+        x = LayerNorm(c.layer_norm_eps, name="final_layer_norm")(x)
         # OpenAI's configs state a wrong end token, 2. The true one is the largest id.
         wrong = c.eos_token_id == 2
         end = input_ids if wrong else (input_ids == c.eos_token_id).astype(jnp.int32)
@@ -282,12 +287,14 @@ class TextTransformer(nn.Module):
 
 class ImageTower(nn.Module):
     config: CLIPConfig
+    remat: bool = False
 
     @nn.compact
     def __call__(self, images):
-        pooled = VisionTransformer(self.config.vision, name="vision_model")(images)
+        tower = VisionTransformer(self.config.vision, self.remat, name="vision_model")
+        pooled = tower(images)
         dim = self.config.projection_dim
-        return nn.Dense(dim, use_bias=False, name="visual_projection")(pooled)
+        return Dense(dim, use_bias=False, name="visual_projection")(pooled)
 
 
 class TextTower(nn.Module):
@@ -297,16 +304,21 @@ class TextTower(nn.Module):
     def __call__(self, input_ids):
         pooled = TextTransformer(self.config.text, name="text_model")(input_ids)
         dim = self.config.projection_dim
-        return nn.Dense(dim, use_bias=False, name="text_projection")(pooled)
+        return Dense(dim, use_bias=False, name="text_projection")(pooled)
 
 
-def image_encoder(config: CLIPConfig):
+def image_encoder(config: CLIPConfig, *, remat: bool = False):
     """`apply_fn(params, images[B, H, W, 3]) -> features[B, projection_dim]`.
 
     The features are not normalised: this is the function that is linearised, and what
     the frozen zero-shot heads normalise and classify.
+
+    Args:
+      config: the model's.
+      remat: compute every block anew in backward passes, which takes less memory and
+        more time.
     """
-    tower = ImageTower(config)
+    tower = ImageTower(config, remat)
     return lambda params, images: tower.apply({"params": params}, images)
 
 
