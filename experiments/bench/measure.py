@@ -1,0 +1,79 @@
+"""Seconds, memory and the machine they were measured on."""
+
+import ctypes
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+
+def seconds(function: Callable) -> float:
+    """Of one call, to the end of what it starts on a device of JAX."""
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - start
+
+
+def alternated(
+    functions: Mapping[str, Callable], repetitions: int, tick: Callable = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of every function, run in turn: A B A B. Each is called once before.
+
+    Args:
+      functions: the functions by name, without arguments.
+      repetitions: runs of each that count.
+      tick: called after every run, for a progress bar.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for repetition in range(1 + repetitions):
+        for name, function in functions.items():
+            took = seconds(function)
+            if repetition:
+                times[name].append(took)
+            tick()
+    return times
+
+
+def peak_memory(function: Callable) -> tuple[float, int, int]:
+    """What a call needs at most above what is resident before it (Linux).
+
+    Returns:
+      Its seconds, the bytes, and how many of them the result holds.
+    """
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    start = time.perf_counter()
+    result = jax.block_until_ready(function())
+    took, peak = time.perf_counter() - start, _status("VmHWM") - before
+    return took, peak, sum(leaf.nbytes for leaf in jax.tree.leaves(result))
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}.")
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.machine()
+
+
+def machine() -> dict:
+    """What the measured times depend on."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+    }
