@@ -146,3 +146,28 @@ def bars(path, groups: Mapping[str, Sequence[float]], names: Sequence[str], *, y
     axis.grid(axis="y", alpha=0.3)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=4, fontsize=8)
     _save(figure, path)
+
+
+def horizontal_bars(
+    path, groups: Mapping[str, Sequence[float]], names: Sequence[str], *, x: str
+):
+    """Bars of several methods side by side for every row, for long names of rows.
+
+    Args:
+      path: the PNG file.
+      groups: method to its values, one for each row; NaN draws none.
+      names: the rows, from top to bottom.
+      x: what the values are.
+    """
+    figure = Figure(figsize=(7.5, 1.2 + 0.34 * len(names)), layout="constrained")
+    axis = figure.subplots()
+    height = 0.84 / len(groups)
+    for i, (label, values) in enumerate(groups.items()):
+        places = np.arange(len(names)) - 0.42 + (i + 0.5) * height
+        axis.barh(places, values, height, label=label, color=_COLORS[i % len(_COLORS)])
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set(xlabel=x)
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend()
+    _save(figure, path)

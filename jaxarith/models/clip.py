@@ -26,7 +26,13 @@ import numpy as np
 from flax import linen as nn
 
 from jaxarith import heads, hub
-from jaxarith.models.layers import Dense, LayerNorm, quick_gelu, rematerialized
+from jaxarith.models.layers import (
+    Dense,
+    LayerNorm,
+    attend,
+    quick_gelu,
+    rematerialized,
+)
 
 # The real CLIP of a megabyte and a half that comes with the package; see its README.md.
 TINY_CLIP = Path(__file__).parent.parent / "assets" / "tiny_clip"
@@ -133,13 +139,7 @@ class Attention(nn.Module):
             return projected.reshape(*tokens.shape[:-1], self.heads, -1)
 
         q, k, v = project("q", x[:, :queries]), project("k", x), project("v", x)
-        logits = jnp.einsum("...qhd,...khd->...hqk", q * q.shape[-1] ** -0.5, k)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        if mask is not None:
-            logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
-        weights = nn.softmax(logits).astype(v.dtype)
-        mixed = jnp.einsum("...hqk,...khd->...qhd", weights, v)
-        mixed = mixed.reshape(*mixed.shape[:-2], -1)
+        mixed = attend(q * q.shape[-1] ** -0.5, k, v, mask=mask)
         return Dense(x.shape[-1], name="out_proj")(mixed)
 
 

@@ -64,6 +64,7 @@ def _standardize(x, eps):
 def _standardize_jvp(eps, primals, tangents):
     (x,), (dx,) = primals, tangents
     y, scale = _standardize(x, eps)
+    dx = dx.astype(y.dtype)
     along = jnp.mean(y * dx, axis=-1, keepdims=True)
     dy = scale * (dx - dx.mean(-1, keepdims=True) - y * along)
     return y.astype(x.dtype), dy.astype(x.dtype)
@@ -107,6 +108,36 @@ def _quick_gelu_jvp(primals, tangents):
     # both, and it is the largest array of a transformer block.
     gate = 0.5 + 0.5 * jnp.tanh(0.851 * x)
     return quick_gelu(x), gate * (1 + 1.702 * x * (1 - gate)) * dx
+
+
+def attend(q, k, v, *, mask=None, bias=None):
+    r"""Softmax attention: :math:`\operatorname{softmax}(q k^\top + \text{bias})\,v`.
+
+    Vaswani et al. 2017, arXiv:1706.03762, Eq. 1, its root of D left to the caller. The
+    softmax is float32 or better.
+
+    Args:
+      q, k, v: `[..., Q, H, D]`, `[..., K, H, D]` and `[..., K, H, D]`, H being heads.
+      mask: bool, to be broadcast to `[..., H, Q, K]`, False where q must not see k.
+      bias: likewise, added to the scores.
+
+    Returns:
+      `[..., Q, H · D]`.
+
+    Example:
+      >>> v = jnp.array([2.0, 4.0]).reshape(1, 2, 1, 1)
+      >>> print(attend(jnp.zeros((1, 1, 1, 1)), v, v))
+      [[[3.]]]
+    """
+    scores = jnp.einsum("...qhd,...khd->...hqk", q, k)
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    weights = nn.softmax(scores).astype(v.dtype)
+    mixed = jnp.einsum("...hqk,...khd->...qhd", weights, v)
+    return mixed.reshape(*mixed.shape[:-2], -1)
 
 
 def rematerialized(block: nn.Module, x: jax.Array, mask, queries: int | None):

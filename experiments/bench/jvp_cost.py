@@ -1,0 +1,512 @@
+"""What tangent-space training costs, beside ordinary training and beside PyTorch.
+
+Random weights and inputs of an encoder's true sizes. A step is a loss and its gradient;
+what an optimizer adds is the same for all. Every row runs in turn with all others,
+A B A B, and medians are reported. Before anything is timed, the outputs and gradients
+of the two libraries are compared. Needs the `bench` extra, or `--no-torch`.
+
+    python -m experiments.bench.jvp_cost --out runs/jvp_cost
+    python -m experiments.bench.jvp_cost --model vit-l-14 --batch 128 --device gpu \\
+        --dtype bfloat16 --out runs/jvp_cost_l
+
+Ortiz-Jimenez et al. (2023) for the linearised step; Yoshida et al. (2025) for the
+penalty, whose cyclic, mixed and strict forms take batch/8, batch/8 and batch samples of
+8 other tasks; Jin et al. (2025) for the parts that partial fine-tuning trains.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from experiments.bench import encoders, measure
+from jaxarith import losses, plots, report, tangent, task_vectors, tau_jp, tree
+
+CLASSES = 100
+TASKS = 8
+PENALTY_COEF = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Measure what tangent-space training costs."""
+
+    out: Path
+    """Folder for report.json, report.md and cost.png."""
+    model: Literal[encoders.NAMES] = "vit-b-32"
+    """The encoder, at its published size."""
+    batch: int = 16
+    """Samples of a step; at least 8, of which the penalty takes an eighth more."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights, inputs and products, in both libraries."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    torch: bool = True
+    """Whether to run PyTorch too."""
+    compile: bool = True
+    """Whether to try torch.compile on the ordinary and the linearised step."""
+    rows: tuple[str, ...] = ()
+    """Measure only these rows; all by default."""
+    repetitions: int = 3
+    """Runs of each row that count, after one that does not."""
+    layers: int | None = None
+    """Fewer transformer blocks than the model has, to try the script."""
+
+
+class Work(NamedTuple):
+    """What the rows are made of.
+
+    Attributes:
+      encoder: the model.
+      params, taus: its parameters and 8 directions.
+      inputs: arrays `[B, ...]`.
+      penalties: for every kind of penalty, arrays `[P, ...]` of other tasks.
+      labels: `[B]`.
+      head: `[classes, D]`, rows of length 1.
+    """
+
+    encoder: encoders.Encoder
+    params: tree.Tree
+    taus: list[tree.Tree]
+    inputs: tuple
+    penalties: dict[str, tuple]
+    labels: jax.Array
+    head: jax.Array
+
+    def logits(self, features):
+        """Of a frozen head on normalised features, as in CLIP."""
+        features = features.astype(jnp.float32)
+        features /= jnp.linalg.norm(features, axis=-1, keepdims=True)
+        return 100 * features @ self.head.T
+
+    def loss(self, features):
+        return losses.cross_entropy(self.logits(features), self.labels)
+
+
+def prepare(config: Config) -> Work:
+    """Random weights, directions, samples and labels."""
+    encoder = encoders.encoder(config.model, config.layers)
+    params = encoders.random_params(encoder.layout, 0, config.dtype)
+    taus = [encoders.random_tau(params, 1 + task) for task in range(TASKS)]
+    rng = np.random.default_rng(0)
+
+    def samples(count):
+        arrays = encoder.make_inputs(rng, count)
+        cast = lambda x: jnp.asarray(x, config.dtype if x.dtype.kind == "f" else None)  # noqa: E731
+        return tuple(map(cast, arrays))
+
+    eighth = config.batch // 8
+    inputs = samples(config.batch)
+    penalties = {"cyclic": eighth, "mixed": eighth, "strict": TASKS * eighth}
+    width = jax.eval_shape(encoder.apply_fn, params, *inputs).shape[-1]
+    head = rng.standard_normal((CLASSES, width), np.float32)
+    return Work(
+        encoder,
+        params,
+        taus,
+        inputs,
+        {f"+ {mode} τJp": samples(count) for mode, count in penalties.items()},
+        jnp.asarray(rng.integers(CLASSES, size=config.batch)),
+        jnp.asarray(head / np.linalg.norm(head, axis=-1, keepdims=True)),
+    )
+
+
+def linearized_step(work: Work, apply_fn=None, product_dtype=None) -> Callable:
+    """`step(params, tau, *inputs) -> gradient`, forward mode inside reverse mode."""
+    apply_fn = apply_fn or work.encoder.apply_fn
+
+    def step(params, tau, *inputs):
+        def total(tau):
+            outputs, moved = tangent.jvp(
+                apply_fn, params, tau, *inputs, product_dtype=product_dtype
+            )
+            return work.loss(outputs + moved)
+
+        return jax.grad(total)(tau)
+
+    return step
+
+
+def transposed_step(work: Work) -> Callable:
+    """The same by `jax.linearize` and the transpose of its tangent function."""
+
+    def step(params, tau, *inputs):
+        apply = lambda params: work.encoder.apply_fn(params, *inputs)  # noqa: E731
+        outputs, push_forward = jax.linearize(apply, params)
+        slope = jax.grad(work.loss)(outputs + push_forward(tau))
+        return jax.linear_transpose(push_forward, params)(slope)[0]
+
+    return step
+
+
+def penalized_step(work: Work) -> Callable:
+    def step(params, tau, inputs, penalty_inputs):
+        def total(tau):
+            outputs, penalty = tau_jp.linearized_and_penalty(
+                work.encoder.apply_fn, params, tau, inputs, penalty_inputs
+            )
+            return work.loss(outputs) + PENALTY_COEF * penalty
+
+        return jax.grad(total)(tau)
+
+    return step
+
+
+def ordinary_step(work: Work, apply_fn: Callable) -> Callable:
+    def step(params, *inputs):
+        return jax.grad(lambda params: work.loss(apply_fn(params, *inputs)))(params)
+
+    return step
+
+
+def part_name(paradigm: str) -> str:
+    return f"linearised, paradigm ({paradigm})"
+
+
+def steps(work: Work) -> dict[str, tuple[Callable, tuple]]:
+    """Every row's function and its arguments."""
+    encoder, params, tau, inputs = work.encoder, work.params, work.taus[0], work.inputs
+    jvp = functools.partial(tangent.jvp, encoder.apply_fn)
+    jvps = functools.partial(tangent.jvps, encoder.apply_fn)
+
+    def one_by_one(params, taus, *inputs):
+        # Outside one `jit` XLA cannot share what the calls have in common.
+        return [compiled_jvp(params, tau, *inputs) for tau in taus]
+
+    compiled_jvp = jax.jit(jvp)
+    rows = {
+        "forward": (encoder.apply_fn, (params, *inputs)),
+        "ordinary step": (
+            ordinary_step(work, encoder.apply_fn),
+            (params, *inputs),
+        ),
+        "JVP": (jvp, (params, tau, *inputs)),
+        "linearised step": (linearized_step(work), (params, tau, *inputs)),
+        "linearised step, transposed": (transposed_step(work), (params, tau, *inputs)),
+        "linearised step, products in bfloat16": (
+            linearized_step(work, product_dtype=jnp.bfloat16),
+            (params, tau, *inputs),
+        ),
+    }
+    for paradigm, pattern in encoder.paradigms.items():
+        part = tree.select(tau, pattern)
+        rows[part_name(paradigm)] = linearized_step(work), (params, part, *inputs)
+    for name, penalty_inputs in work.penalties.items():
+        rows[name] = penalized_step(work), (params, tau, inputs, penalty_inputs)
+    rows[f"{TASKS} tangents by jvps"] = jvps, (params, work.taus, *inputs)
+    rows[f"{TASKS} JVPs"] = one_by_one, (params, work.taus, *inputs)
+    if remat := encoder.rematerialized:
+        rows["ordinary step, remat"] = ordinary_step(work, remat), (params, *inputs)
+        rows["linearised step, remat"] = (
+            linearized_step(work, remat),
+            (params, tau, *inputs),
+        )
+    return rows
+
+
+class Compiled(NamedTuple):
+    """A row that is ready to run, and what XLA counts of it."""
+
+    run: Callable
+    flops: float
+    temporary_bytes: int | None
+
+
+def compile_row(name: str, function: Callable, args: tuple) -> Compiled:
+    if name == f"{TASKS} JVPs":  # several calls of one program
+        params, taus, *inputs = args
+        jvp = lambda *args: function(args[0], [args[1]], *args[2:])[0]  # noqa: E731
+        one = compile_row("", jvp, (params, taus[0], *inputs))
+        run = functools.partial(function, *args)
+        return Compiled(run, len(taus) * one.flops, one.temporary_bytes)
+    compiled = jax.jit(function).lower(*args).compile()
+    costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    return Compiled(
+        functools.partial(compiled, *args),
+        costs["flops"],
+        memory.temp_size_in_bytes if memory else None,
+    )
+
+
+def torch_steps(work: Work, config: Config) -> tuple[dict[str, Callable], dict]:
+    """PyTorch's functions by row, and how far they are from ours."""
+    import torch
+
+    from experiments.bench import torch_tangent
+
+    device = "cuda" if config.device == "gpu" else "cpu"
+    dtype = getattr(torch, config.dtype)
+    tensors = functools.partial(torch_tangent.tensors, device=device, dtype=dtype)
+    raw = work.encoder.config
+    eager, fused = (
+        torch_tangent.features_of(raw, attention, device, dtype)
+        for attention in ("eager", "sdpa")
+    )
+
+    def inputs_of(arrays):
+        arrays = [np.asarray(a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a)
+                  for a in arrays]  # fmt: skip
+        return torch_tangent.inputs_of(arrays, raw, device, dtype)
+
+    head = torch.tensor(np.asarray(work.head), device=device)
+    labels = torch.tensor(np.asarray(work.labels), device=device, dtype=torch.long)
+
+    def loss(features):
+        features = torch.nn.functional.normalize(features.float(), dim=-1)
+        return torch.nn.functional.cross_entropy(100 * features @ head.T, labels)
+
+    def batches(name, arrays):
+        # One batch per task: the strict penalty is a pass for each of them.
+        count = TASKS if "strict" in name else 1
+        chunks = zip(*(np.array_split(a, count) for a in arrays), strict=True)
+        return [inputs_of([jnp.asarray(a) for a in chunk]) for chunk in chunks]
+
+    functions = torch_tangent.steps(
+        eager,
+        fused,
+        tensors(work.params),
+        [tensors(tau) for tau in work.taus],
+        {
+            part_name(paradigm): tensors(tree.select(work.taus[0], pattern))
+            for paradigm, pattern in work.encoder.paradigms.items()
+        },
+        inputs_of(work.inputs),
+        {name: batches(name, arrays) for name, arrays in work.penalties.items()},
+        loss,
+        PENALTY_COEF,
+    )
+    compiled = {}
+    for name in ("ordinary step", "linearised step") if config.compile else ():
+        compiled[name] = torch.compile(functions[name])
+    return functions, compiled
+
+
+def compare(ours: dict[str, Compiled], theirs: dict[str, Callable], dtype) -> dict:
+    """The relative distance of the results of the two libraries, by row.
+
+    Raises:
+      ValueError: one is larger than rounding explains.
+    """
+    from jaxarith import layouts
+
+    limit = 1e-4 if dtype == "float32" else 0.1
+    found = {}
+    for name in ours:
+        if name not in theirs:
+            continue
+        mine, other = ours[name].run(), theirs[name]()
+        if isinstance(other, dict):  # a gradient, by PyTorch's names
+            leaves = {p: np.asarray(v) for p, v in tree.flatten(mine).items()}
+            mine = layouts.to_torch(leaves)
+            pairs = [(mine[key], value) for key, value in other.items()]
+        else:
+            pairs = list(zip(jax.tree.leaves(mine), _flat(other), strict=True))
+        pairs = [
+            (np.asarray(a, np.float32), b.detach().float().cpu().numpy())
+            for a, b in pairs
+        ]
+        apart = np.sqrt(sum(np.sum((a - b) ** 2, dtype=float) for a, b in pairs))
+        size = np.sqrt(sum(np.sum(b**2, dtype=float) for _, b in pairs))
+        found[name] = float(apart / size)
+        if not found[name] <= limit:
+            raise ValueError(
+                f"{name}: JAX and PyTorch are {found[name]:.2g} apart, relative to the "
+                f"size of the result; at most {limit:g} was expected. They do not "
+                "compute the same, so their times do not compare."
+            )
+    return found
+
+
+def _flat(values):
+    if isinstance(values, tuple | list):
+        return [leaf for value in values for leaf in _flat(value)]
+    return [values]
+
+
+def rounding(work: Work, ours: dict[str, Compiled]) -> dict:
+    """How far products in bfloat16 move the linearised logits and the gradient."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def logits(product_dtype, params, tau, *inputs):
+        outputs, moved = tangent.jvp(
+            work.encoder.apply_fn, params, tau, *inputs, product_dtype=product_dtype
+        )
+        return work.logits(outputs + moved), work.logits(outputs)
+
+    args = work.params, work.taus[0], *work.inputs
+    (exact, start), (rounded, _) = logits(None, *args), logits(jnp.bfloat16, *args)
+    names = ("linearised step", "linearised step, products in bfloat16")
+    gradient, rounded_gradient = (ours[name].run() for name in names)
+    difference = jax.tree.map(jnp.subtract, rounded_gradient, gradient)
+    return {
+        "largest move of a logit by tau": float(jnp.max(jnp.abs(exact - start))),
+        "largest error of a logit": float(jnp.max(jnp.abs(rounded - exact))),
+        "relative error of the gradient": float(
+            task_vectors.norm(difference) / task_vectors.norm(gradient)
+        ),
+    }
+
+
+def goals(rows: list[dict], with_torch: bool) -> list[dict]:
+    """The goals of the project for ViT-B/32 on a CPU, and what was reached."""
+    by_name = {row["row"]: row for row in rows}
+    found = []
+
+    def goal(what, key, above, below, limit, *, least=False):
+        if above in by_name and below in by_name:
+            high, low = by_name[above][key], by_name[below][key]
+            if high and low:
+                ratio = high / low
+                met = ratio >= limit if least else ratio <= limit
+                found.append(
+                    {"goal": what, "reached": ratio, "limit": limit, "met": met}
+                )
+
+    linear, ordinary = "linearised step", "ordinary step"
+    goal("linearised over ordinary", "seconds", linear, ordinary, 1.75)
+    goal("linearised over ordinary, FLOPs", "flops", linear, ordinary, 1.68)
+    for mode, limit in {"cyclic": 1.2, "mixed": 1.2, "strict": 2.15}.items():
+        goal(f"{mode} over linearised", "seconds", f"+ {mode} τJp", linear, limit)
+    goal("paradigm (1) over ordinary", "seconds", part_name("1"), ordinary, 1.35)
+    many, separate = f"{TASKS} tangents by jvps", f"{TASKS} JVPs"
+    goal("jvps over separate JVPs", "seconds", many, separate, 0.85)
+    for step in (ordinary, linear):
+        remat = f"{step}, remat"
+        goal(f"{remat}: memory saved", "temporary_bytes", step, remat, 4, least=True)
+        goal(f"{remat}: time", "seconds", remat, step, 1.35)
+    for row in rows:
+        if with_torch and row["torch_seconds"]:
+            ratio = row["torch_seconds"] / row["seconds"]
+            what = f"{row['row']}: PyTorch's time over ours"
+            found.append(
+                {"goal": what, "reached": ratio, "limit": 1.0, "met": ratio >= 1}
+            )
+    return found
+
+
+def measure_rows(config: Config, work: Work):
+    """All rows, and what else the report holds."""
+    chosen = steps(work)
+    if unknown := set(config.rows) - set(chosen):
+        raise ValueError(
+            f"unknown rows {sorted(unknown)}; the rows are {', '.join(chosen)}."
+        )
+    names = list(config.rows or chosen)
+    bar = tqdm(names, desc="compile", unit="row")
+    ours = {name: compile_row(name, *chosen[name]) for name in bar}
+    theirs, compiled = torch_steps(work, config) if config.torch else ({}, {})
+    checks = {"apart": compare(ours, theirs, config.dtype)}
+    if set(names) >= {"linearised step", "linearised step, products in bfloat16"}:
+        checks["products in bfloat16"] = rounding(work, ours)
+    functions = {("jaxarith", name): row.run for name, row in ours.items()}
+    functions |= {("torch", n): f for n, f in theirs.items() if n in ours}
+    for name, function in compiled.items():
+        try:
+            function()
+            functions["torch.compile", name] = function
+        except Exception as error:  # whatever the compiler of PyTorch raises
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            checks.setdefault("torch.compile", {})[name] = lines[0][:300]
+    with tqdm(total=len(functions) * (1 + config.repetitions), unit="run") as bar:
+        times = measure.alternated(functions, config.repetitions, bar.update)
+    medians = {key: float(np.median(values)) for key, values in times.items()}
+    base = medians.get(("jaxarith", "ordinary step"))
+    base_flops = ours["ordinary step"].flops if "ordinary step" in ours else None
+    rows = []
+    for name, row in ours.items():
+        took = medians["jaxarith", name]
+        other = medians.get(("torch", name))
+        rows.append(
+            {
+                "row": name,
+                "seconds": took,
+                "ratio": took / base if base else None,
+                "flops": row.flops,
+                "flop_ratio": row.flops / base_flops if base_flops else None,
+                "temporary_bytes": row.temporary_bytes,
+                "samples_per_second": config.batch / took,
+                "torch_seconds": other,
+                "torch_over_jaxarith": other / took if other else None,
+                "torch_compile_seconds": medians.get(("torch.compile", name)),
+                "runs": times["jaxarith", name],
+                "torch_runs": times.get(("torch", name)),
+            }
+        )
+    return rows, checks
+
+
+HEADER = ["row", "s", "over ordinary", "GFLOP", "over ordinary", "temporary MB"]
+HEADER += ["samples/s", "PyTorch s", "PyTorch / ours", "torch.compile s"]
+
+
+def table(rows) -> str:
+    def cells(row):
+        bytes_ = row["temporary_bytes"]
+        return [
+            *(row["row"], row["seconds"], row["ratio"], row["flops"] / 1e9),
+            *(row["flop_ratio"], None if bytes_ is None else bytes_ / 1e6),
+            *(row["samples_per_second"], row["torch_seconds"]),
+            *(row["torch_over_jaxarith"], row["torch_compile_seconds"]),
+        ]
+
+    return report.markdown_table(HEADER, [cells(row) for row in rows])
+
+
+def main(config: Config) -> dict:
+    """Measures, prints and writes; returns what `report.json` holds."""
+    if config.batch < 8:
+        raise ValueError(
+            f"a batch of {config.batch}; at least 8 are needed, of which the penalty "
+            "takes an eighth."
+        )
+    device = jax.devices(config.device)[0]
+    with jax.default_device(device), jax.default_matmul_precision("float32"):
+        work = prepare(config)
+        rows, checks = measure_rows(config, work)
+    options = {"model": config.model, "batch": config.batch, "dtype": config.dtype}
+    where = measure.machine() | {"device": device.device_kind} | options
+    if config.torch:
+        import torch
+
+        where |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    results = {
+        "machine": where,
+        "rows": rows,
+        "checks": checks,
+        "goals": goals(rows, config.torch),
+    }
+    text = "\n\n".join(
+        [
+            ", ".join(f"{key} {value}" for key, value in where.items()),
+            table(rows),
+            report.markdown_table(
+                ["goal", "reached", "limit", "met"],
+                [list(goal.values()) for goal in results["goals"]],
+            ),
+            *(
+                f"{kind}: " + ", ".join(f"{k} {v}" for k, v in values.items())
+                for kind, values in checks.items()
+            ),
+        ]
+    )
+    config.out.mkdir(parents=True, exist_ok=True)
+    report.write_json(config.out / "report.json", results)
+    report.write_text(config.out / "report.md", f"# What a tangent costs\n\n{text}\n")
+    groups = {"jaxarith": [row["seconds"] for row in rows]}
+    if config.torch:
+        groups["PyTorch, eager"] = [row["torch_seconds"] or np.nan for row in rows]
+    plots.horizontal_bars(
+        config.out / "cost.png", groups, [row["row"] for row in rows], x="seconds"
+    )
+    print(f"\n{text}")
+    return results
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,135 @@
+"""The measured functions: the same in both libraries, and what they report."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.bench import encoders, jvp_cost
+from jaxarith import tree
+
+CONFIG = jvp_cost.Config("unused", model="tiny", batch=8, layers=1, torch=False)
+
+
+@pytest.fixture(scope="module")
+def work():
+    return jvp_cost.prepare(CONFIG)
+
+
+def test_the_encoders_have_their_published_sizes():
+    sizes = {
+        name: tree.size(encoders.encoder(name).layout)
+        for name in encoders.NAMES
+        if name != "tiny"
+    }
+    assert sizes == {
+        "vit-b-32": 87_456_000 + 768 * 512,
+        "vit-b-16": 85_799_424 + 768 * 512,
+        "vit-l-14": 303_179_776 + 1024 * 768,
+        "t5-small-encoder": 35_330_816,
+    }
+
+
+@pytest.mark.parametrize("name", ["vit-b-32", "vit-l-14"])
+def test_the_paradigms_train_as_many_entries_as_published(name):
+    encoder = encoders.encoder(name)
+    found = [
+        tree.size(tree.select(encoder.layout, pattern))
+        for pattern in encoder.paradigms.values()
+    ]
+    first, second, third, fourth = found
+    assert (first, second - first, third, fourth - third) == {
+        "vit-b-32": (28_311_552, 36_864, 84_934_656, 82_944),
+        "vit-l-14": (100_663_296, 98_304, 301_989_888, 221_184),
+    }[name]
+
+
+def test_the_linearised_gradient_is_the_same_in_every_form(work):
+    rows = jvp_cost.steps(work)
+    names = ["linearised step", "linearised step, transposed", "linearised step, remat"]
+    results = [jax.jit(rows[name][0])(*rows[name][1]) for name in names]
+    for other in results[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+            *(other, results[0]),
+        )
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(results[0]))
+
+
+def test_many_tangents_are_those_of_single_calls(work):
+    rows = jvp_cost.steps(work)
+    function, args = rows[f"{jvp_cost.TASKS} tangents by jvps"]
+    outputs, tangents = jax.jit(function)(*args)
+    function, args = rows[f"{jvp_cost.TASKS} JVPs"]
+    for moved, (f0, expected) in zip(tangents, function(*args), strict=True):
+        np.testing.assert_allclose(outputs, f0, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(moved, expected, rtol=1e-4, atol=1e-5)
+
+
+def row_of(name, seconds, **changes):
+    found = {"row": name, "seconds": seconds, "flops": 3e9, "temporary_bytes": 8}
+    return found | {"torch_seconds": None} | changes
+
+
+def test_goals_are_ratios_of_the_rows_that_were_measured():
+    rows = [
+        row_of("ordinary step", 2.0),
+        row_of("linearised step", 3.0, flops=6e9, torch_seconds=4.5),
+        row_of("+ strict τJp", 9.0),
+        row_of("linearised step, remat", 3.6, temporary_bytes=2),
+    ]
+    found = {g["goal"]: (g["reached"], g["met"]) for g in jvp_cost.goals(rows, True)}
+    assert found == {
+        "linearised over ordinary": (1.5, True),
+        "linearised over ordinary, FLOPs": (2.0, False),
+        "strict over linearised": (3.0, False),
+        "linearised step, remat: memory saved": (4.0, True),
+        "linearised step, remat: time": (1.2, True),
+        "linearised step: PyTorch's time over ours": (1.5, True),
+    }
+
+
+def test_the_report_holds_the_rows_asked_for(tmp_path):
+    rows = ("ordinary step", "linearised step")
+    config = dataclasses.replace(CONFIG, out=tmp_path, rows=rows, repetitions=1)
+    results = jvp_cost.main(config)
+    assert [row["row"] for row in results["rows"]] == list(rows)
+    assert results["rows"][0]["ratio"] == 1
+    assert 1.5 < results["rows"][1]["flop_ratio"] < 1.7
+    assert {"report.json", "report.md", "cost.png"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
+def test_wrong_options_are_refused_before_any_work(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="batch of 4; at least 8"):
+        jvp_cost.main(dataclasses.replace(CONFIG, out=out, batch=4))
+    with pytest.raises(ValueError, match=r"unknown rows \['JVPS'\]; the rows are for"):
+        jvp_cost.main(dataclasses.replace(CONFIG, out=out, rows=("JVPS",)))
+    assert not out.exists()
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("model", ["tiny", "t5-small-encoder"])
+def test_pytorch_computes_the_same(model):
+    pytest.importorskip("torch")
+    config = dataclasses.replace(CONFIG, model=model, torch=True, compile=False)
+    work = jvp_cost.prepare(config)
+    names = ["forward", "ordinary step", "JVP", "linearised step", "+ strict τJp"]
+    names += [jvp_cost.part_name("1"), "+ cyclic τJp"]
+    rows = jvp_cost.steps(work)
+    ours = {name: jvp_cost.compile_row(name, *rows[name]) for name in names}
+    theirs, _ = jvp_cost.torch_steps(work, config)
+    apart = jvp_cost.compare(ours, theirs, "float32")
+    assert list(apart) == names and max(apart.values()) < 1e-5
+
+
+def test_results_that_differ_are_refused():
+    ours = {"forward": jvp_cost.Compiled(lambda: jnp.ones(3), 0.0, 0)}
+    torch = pytest.importorskip("torch")
+    theirs = {"forward": lambda: 1.01 * torch.ones(3)}
+    with pytest.raises(ValueError, match="forward: JAX and PyTorch are 0.0099 apart"):
+        jvp_cost.compare(ours, theirs, "float32")

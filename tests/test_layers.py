@@ -1,0 +1,194 @@
+"""The layers against Flax's and plain autodiff: values, tangents and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from oracles import normal
+from tiny import random_params, tiny_clip
+
+from jaxarith import tangent, tree
+from jaxarith.models import clip, layers
+
+CLOSE = dict(rtol=1e-10, atol=1e-10)  # for float64
+EPS = 1e-5
+
+
+def plain_standardize(x):
+    centered = x - x.mean(-1, keepdims=True)
+    return centered / jnp.sqrt((centered**2).mean(-1, keepdims=True) + EPS)
+
+
+def plain_quick_gelu(x):
+    return x / (1 + jnp.exp(-1.702 * x))
+
+
+PAIRS = {
+    "standardize": (lambda x: layers.standardize(x, EPS), plain_standardize),
+    "quick_gelu": (layers.quick_gelu, plain_quick_gelu),
+}
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_stated_derivatives_are_those_of_autodiff(x64, name):
+    ours, plain = PAIRS[name]
+    x, dx, g = (normal((7, i), 3, 5, scale=2.0) for i in range(3))
+    pushed, expected = (jax.jvp(f, (x,), (dx,)) for f in (ours, plain))
+    np.testing.assert_allclose(pushed[0], expected[0], **CLOSE)
+    np.testing.assert_allclose(pushed[1], expected[1], **CLOSE)
+    pulled, expected = (jax.vjp(f, x)[1](g)[0] for f in (ours, plain))
+    np.testing.assert_allclose(pulled, expected, **CLOSE)
+    assert np.abs(pulled).min() > 1e-6
+    # Of the linearised function in its tangent, and of many tangents at once.
+    square = lambda f: jax.grad(lambda d: jnp.sum(jax.jvp(f, (x,), (d,))[1] ** 2))(dx)  # noqa: E731
+    np.testing.assert_allclose(square(ours), square(plain), **CLOSE)
+    many = jax.vmap(lambda d: jax.jvp(ours, (x,), (d,))[1])(jnp.stack([dx, g]))
+    np.testing.assert_allclose(many[1], jax.jvp(plain, (x,), (g,))[1], **CLOSE)
+
+
+def test_quick_gelu_and_its_slope_are_finite_far_from_zero():
+    x = jnp.array([-1e4, -200.0, 0.0, 200.0, 1e4])
+    np.testing.assert_allclose(layers.quick_gelu(x), [0, 0, 0, 200, 1e4])
+    slope = jax.vmap(jax.grad(layers.quick_gelu))(x)
+    np.testing.assert_allclose(slope, [0, 0, 0.5, 1, 1], atol=1e-6)
+
+
+def test_layer_norm_is_that_of_flax_under_the_same_names():
+    x = normal(0, 2, 3, 8)
+    flax = nn.LayerNorm(EPS, use_fast_variance=False)
+    params = {"scale": 1 + normal(1, 8, scale=0.3), "bias": normal(2, 8)}
+    assert jax.tree.structure(flax.init(jax.random.key(0), x)["params"]) == (
+        jax.tree.structure(layers.LayerNorm(EPS).init(jax.random.key(0), x)["params"])
+    )
+
+    def gradients(module):
+        loss = lambda params, x: jnp.sum(module.apply({"params": params}, x) ** 3)  # noqa: E731
+        return jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+
+    ours, theirs = gradients(layers.LayerNorm(EPS)), gradients(flax)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        *(ours, theirs),
+    )
+
+
+def test_layer_norm_keeps_its_precision_where_the_mean_is_large():
+    rng = np.random.default_rng(0)
+    x = (100 + 0.1 * rng.normal(size=(2, 64))).astype(np.float32)
+    exact = x.astype(np.float64)
+    expected = (exact - exact.mean(-1, keepdims=True)) / exact.std(-1, keepdims=True)
+    # A mean of 100 has an error of 4e-6 in float32, 4e-5 of the standard deviation.
+    np.testing.assert_allclose(layers.standardize(x, 1e-8), expected, atol=2e-4)
+
+
+def test_statistics_of_bfloat16_are_computed_in_float32():
+    x = jnp.asarray(3 + normal(0, 2, 512), jnp.bfloat16)
+    dx = jnp.asarray(normal(1, 2, 512), jnp.bfloat16)
+    y, dy = jax.jvp(lambda x: layers.standardize(x, EPS), (x,), (dx,))
+    wide = [np.asarray(a, np.float32) for a in (x, dx)]
+    exact = jax.jvp(plain_standardize, (wide[0],), (wide[1],))
+    assert y.dtype == dy.dtype == jnp.bfloat16
+    for found, expected in zip((y, dy), exact, strict=True):
+        # Rounded once: half of bfloat16's last of 8 bits.
+        found = np.asarray(found, np.float32)
+        np.testing.assert_allclose(found, expected, rtol=2.0**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 5)])
+def test_dense_is_that_of_flax(x64, shape):
+    x, params = normal(0, *shape), {"kernel": normal(1, 5, 4), "bias": normal(2, 4)}
+
+    def everything(kind):
+        apply = lambda params, x: kind(4).apply({"params": params}, x)  # noqa: E731
+        loss = lambda params, x: jnp.sum(apply(params, x) ** 3)  # noqa: E731
+        grads = jax.grad(loss, argnums=(0, 1))(params, x)
+        pushed = jax.jvp(apply, (params, x), (params, 2 * x))
+        many = jax.vmap(apply)(tree.stack([params, params]), jnp.stack([x, -x]))
+        return grads, pushed, many
+
+    compare = lambda a, b: np.testing.assert_allclose(a, b, **CLOSE)  # noqa: E731
+    jax.tree.map(compare, everything(layers.Dense), everything(nn.Dense))
+
+
+def test_dense_takes_a_precision_and_a_dtype():
+    x = normal(0, 2, 3, 5)
+    layer = layers.Dense(4, dtype=jnp.bfloat16, precision="highest")
+    y = layer.apply(layer.init(jax.random.key(0), x), x)
+    assert y.dtype == jnp.bfloat16 and y.shape == (2, 3, 4)
+
+
+def losses_of(apply_fn, params, tau, images):
+    """An ordinary and a linearised loss, their gradients, and the linearised move."""
+    ordinary = lambda params: jnp.sum(apply_fn(params, images) ** 2)  # noqa: E731
+    linear = lambda tau: jnp.sum(tangent.jvp(apply_fn, params, tau, images)[1] ** 2)  # noqa: E731
+    moved = tangent.jvp(apply_fn, params, tau, images)
+    return jax.value_and_grad(ordinary)(params), jax.value_and_grad(linear)(tau), moved
+
+
+@pytest.fixture
+def encoder(x64):
+    config = tiny_clip()
+    layout = tree.select(clip.layout(config), clip.IMAGE_ENCODER)
+    params, tau = (
+        jax.tree.map(lambda leaf: jnp.asarray(leaf, float), random_params(s, layout))
+        for s in (0, 1)
+    )
+    return config, params, tau, normal(2, 4, 12, 12, 3)
+
+
+def test_rematerialising_changes_no_value_and_no_gradient(encoder):
+    config, *args = encoder
+    plain, remat = (
+        jax.jit(losses_of, static_argnums=0)(
+            clip.image_encoder(config, remat=flag), *args
+        )
+        for flag in (False, True)
+    )
+    compare = lambda a, b: np.testing.assert_allclose(a, b, **CLOSE)  # noqa: E731
+    jax.tree.map(compare, remat, plain)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(remat[2]))
+
+
+def test_rematerialising_works_on_several_tasks_at_once(encoder):
+    config, params, tau, images = encoder
+    taus = tree.stack([tau, jax.tree.map(jnp.negative, tau)])
+
+    def gradients(remat):
+        apply_fn = clip.image_encoder(config, remat=remat)
+        loss = lambda tau, x: jnp.sum(tangent.jvp(apply_fn, params, tau, x)[1] ** 2)  # noqa: E731
+        batches = jnp.stack([images, images + 1])
+        return jax.jit(jax.vmap(jax.grad(loss)))(taus, batches)
+
+    compare = lambda a, b: np.testing.assert_allclose(a, b, **CLOSE)  # noqa: E731
+    jax.tree.map(compare, gradients(True), gradients(False))
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "linearised"])
+def test_rematerialising_takes_less_memory(kind):
+    vision = {"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 2}
+    vision |= {"num_hidden_layers": 8, "image_size": 32, "patch_size": 8}
+    config = clip.CLIPConfig.from_json(
+        {"vision_config": vision, "text_config": {"num_hidden_layers": 1}}
+    )
+    layout = tree.select(clip.layout(config), clip.IMAGE_ENCODER)
+    params, tau = random_params(0, layout), random_params(1, layout)
+
+    def bytes_needed(remat):
+        apply_fn = clip.image_encoder(config, remat=remat)
+
+        def loss(tau, images):
+            if kind == "ordinary":
+                return jnp.sum(apply_fn(tau, images) ** 2)
+            return jnp.sum(tangent.jvp(apply_fn, params, tau, images)[1] ** 2)
+
+        compiled = jax.jit(jax.grad(loss)).lower(tau, jnp.zeros((64, 32, 32, 3)))
+        return compiled.compile().memory_analysis().temp_size_in_bytes
+
+    assert bytes_needed(False) > 2.5 * bytes_needed(True)
