@@ -1,5 +1,7 @@
 """Evaluation: padding, the tangent cache against forward passes, searches, ξ."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +77,25 @@ def test_the_tangent_cache_gives_the_outputs_of_the_linearised_model(coefs):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_tangent_cache_drops_padding_and_keeps_the_dtype():
+    batches = pipeline.evaluation_batches(source(3), 8)
+    whole = pipeline.evaluation_batches(source(3), 23)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS_0)
+
+    def narrow(params, x):
+        return apply_fn(params, jnp.asarray(x, jnp.bfloat16))
+
+    for params, function in ((PARAMS_0, apply_fn), (half, narrow)):
+        at = evaluate.tangent(function, params, TAUS, batches)
+        once = evaluate.tangent(function, params, TAUS, whole)
+        assert at.f0.shape == (23, CLASSES) and at.moves.shape == (2, 23, CLASSES)
+        assert at.moves.flags.c_contiguous  # or every sum would copy it
+        assert at.f0.dtype == at.moves.dtype == params["a"].dtype
+        for found, expected in zip(at, once, strict=True):
+            found, expected = (np.asarray(x, np.float32) for x in (found, expected))
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_tangent_cache_runs_the_network_once_whatever_is_asked_of_it():
     passes = []
 
@@ -118,6 +139,106 @@ def test_search_refuses_accuracies_of_nan_and_no_coefficients():
         evaluate.search(lambda c: [np.nan if c == 0.5 else c], [1.0], [1.0, 0.5])
     with pytest.raises(ValueError, match="no coefficient to try"):
         evaluate.search(lambda c: [c], [1.0], [])
+
+
+def counted(accuracies_at):
+    tried = []
+
+    def counted_at(coefs):
+        tried.append(np.array(coefs))
+        return accuracies_at(coefs)
+
+    return counted_at, tried
+
+
+def brute_force(accuracies_at, single, coefs):
+    return max(
+        metrics.normalized_accuracy(accuracies_at(np.array(point)), single)
+        for point in itertools.product(coefs, repeat=len(single))
+    )
+
+
+def test_the_search_per_task_is_brute_force_where_tasks_do_not_interact():
+    peaks, coefs = np.array([0.3, 0.9, 0.0]), np.linspace(0, 1, 11)
+    single = [0.5, 0.8, 1.0]
+
+    def accuracies_at(point):
+        return 0.5 - (point - peaks) ** 2 / 4
+
+    at, tried = counted(accuracies_at)
+    found = evaluate.search_per_task(at, single, coefs)
+    np.testing.assert_allclose(found.coefs, peaks, atol=1e-12)
+    best = brute_force(accuracies_at, single, coefs)
+    assert found.normalized[-1] == pytest.approx(best, abs=1e-12)
+    # The shared search, a sweep that finds the peaks, a sweep that changes nothing.
+    assert len(tried) == 11 + 2 * 3 * 11
+    assert found.normalized[0] < found.normalized[1] == found.normalized[2]
+    assert len(found.normalized) == 3
+
+
+def test_the_search_per_task_is_between_the_shared_search_and_brute_force():
+    coefs, single = (0.0, 0.5, 1.0), [0.9, 0.8, 1.0]
+    gains = []
+    for seed in range(8):
+        table = np.random.default_rng(seed).uniform(size=(3, 3, 3, 3))
+
+        def accuracies_at(point, table=table):
+            return table[tuple(np.searchsorted(coefs, point))]
+
+        shared = evaluate.search(
+            lambda c, at=accuracies_at: at(np.full(3, c)), single, coefs
+        )
+        found = evaluate.search_per_task(accuracies_at, single, coefs)
+        assert found.normalized[0] == shared.normalized.max()
+        assert (np.diff(found.normalized) >= 0).all()
+        value = metrics.normalized_accuracy(accuracies_at(found.coefs), single)
+        assert found.normalized[-1] == value
+        assert value <= brute_force(accuracies_at, single, coefs)
+        gains.append(value - shared.normalized.max())
+        none = evaluate.search_per_task(accuracies_at, single, coefs, sweeps=0)
+        assert none.coefs.tolist() == [shared.coef] * 3
+    assert min(gains) >= 0 and max(gains) > 0.1
+
+
+def test_the_search_per_task_stays_where_nothing_is_better():
+    coefs = [0.0, 0.5, 1.0]
+    flat = evaluate.search_per_task(lambda point: [0.5, 0.5], [1.0, 1.0], coefs)
+    assert flat.coefs.tolist() == [0.0, 0.0] and flat.normalized.tolist() == [0.5, 0.5]
+    # Of equal improvements the first, along the first task that has one.
+    ridge = evaluate.search_per_task(
+        lambda point: [float(point[0] != point[1])] * 2, [1.0, 1.0], coefs
+    )
+    assert ridge.coefs.tolist() == [0.5, 0.0]
+
+
+def test_the_search_per_task_refuses_nan_and_no_coefficients():
+    def accuracies_at(point):
+        return point if point[0] == point[1] else [np.nan, 0.5]
+
+    with pytest.raises(ValueError, match="an accuracy at coefficient 0.0 is NaN"):
+        evaluate.search_per_task(accuracies_at, [1.0, 1.0], [0.0, 1.0])
+    with pytest.raises(ValueError, match="no coefficient to try"):
+        evaluate.search_per_task(accuracies_at, [1.0, 1.0], [])
+
+
+def test_the_search_per_task_reads_the_tangent_cache():
+    batches = [pipeline.evaluation_batches(source(s), 8) for s in (3, 4)]
+    model = tangent.linearize(apply_fn, PARAMS_0)
+    found = []
+    for way, function in ((evaluate.tangent, apply_fn), (evaluate.forward, model)):
+        outputs_at = [way(function, PARAMS_0, TAUS, bs) for bs in batches]
+        labels = [predict(at((0.75, -0.5))) for at in outputs_at]
+        pairs = list(zip(outputs_at, labels, strict=True))
+
+        def accuracies_at(coefs, pairs=pairs):
+            return [metrics.accuracy(at(coefs), truth) for at, truth in pairs]
+
+        found.append(
+            evaluate.search_per_task(accuracies_at, [1, 1], np.linspace(-1, 1, 9))
+        )
+    for ours, expected in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-12)
+    assert found[0].normalized[-1] > found[0].normalized[0] + 0.1
 
 
 def test_masks_may_be_integers():
@@ -164,6 +285,24 @@ def test_xi_is_its_definition_and_zero_at_the_origin(mode):
     np.testing.assert_allclose(grid, xi_by_definition(outputs_at, coefs), atol=1e-12)
     assert grid[2, 2] == 0 and grid.max() > 0.1
     assert grid.shape == (5, 5) and (grid >= 0).all() and (grid <= 2).all()
+
+
+def test_xi_from_the_cache_is_that_of_passes_of_the_linearised_model():
+    batches = [pipeline.evaluation_batches(source(s), 8) for s in (3, 4)]
+    coefs, model = np.linspace(-2, 2, 5), tangent.linearize(apply_fn, PARAMS_0)
+    cached = [evaluate.tangent(apply_fn, PARAMS_0, TAUS, bs) for bs in batches]
+    passes = [evaluate.forward(model, PARAMS_0, TAUS, bs) for bs in batches]
+    grids = [
+        evaluate.disentanglement_error(way, [predict, predict], coefs)
+        for way in (cached, passes)
+    ]
+    np.testing.assert_allclose(grids[0], grids[1], atol=1e-12)
+    for pair in itertools.product(coefs, repeat=2):
+        for ours, expected in zip(cached, passes, strict=True):
+            np.testing.assert_allclose(ours(pair), expected(pair), rtol=1e-5, atol=1e-5)
+    ordinary = [evaluate.forward(apply_fn, PARAMS_0, TAUS, bs) for bs in batches]
+    other = evaluate.disentanglement_error(ordinary, [predict, predict], coefs)
+    assert np.abs(other - grids[0]).max() > 0.1
 
 
 def test_xi_needs_two_tasks():
