@@ -24,9 +24,7 @@ from jaxarith import precision, task_vectors, tree
 ApplyFn = Callable[..., Any]  # apply_fn(params, *inputs) -> outputs
 
 
-def linearize(
-    apply_fn: ApplyFn, params_0: tree.Tree, *, product_dtype=None
-) -> ApplyFn:
+def linearize(apply_fn: ApplyFn, params_0: tree.Tree, *, product_dtype=None) -> ApplyFn:
     r"""The first-order Taylor expansion of a model in its parameters.
 
     The result has the signature of `apply_fn` and is affine in its parameters, so it is

@@ -1,0 +1,120 @@
+"""What tangent products in bfloat16 cost in accuracy.
+
+Trains the quickstart's tasks in the tangent space twice, on the same batches: once in
+float32, once with the operands of all tangent products rounded to bfloat16, and
+compares the task vectors, their logits and their accuracies. Both are evaluated in
+float32.
+
+    python -m experiments.bench.rounding --out runs/rounding
+
+On a CPU the rounding is the same as on accelerators and saves no time.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+import tyro
+
+from experiments import quickstart, quickstart_tasks
+from experiments.bench import measure
+from jaxarith import heads, report, task_vectors, tree
+
+DTYPES = {"float32": None, "bfloat16": "bfloat16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Compare training with rounded tangent products to training without."""
+
+    out: Path
+    """Folder for report.json, report.md, logs and task vectors."""
+    tasks: tuple[str, ...] = quickstart_tasks.NAMES
+    """The tasks, in order."""
+    penalty: Literal["cyclic", "mixed", "strict"] | None = "cyclic"
+    """Mode of the τJp penalty; None trains without one."""
+    steps: int = 200
+    batch_size: int = 64
+    samples: int | None = None
+    """The largest number of samples of a split; all by default."""
+    seed: int = 0
+
+
+def train(study: quickstart.Study, penalty: str | None, dtype: str) -> list[tree.Tree]:
+    recipe = quickstart.recipe_of(study.config, "linear", penalty)
+    recipe = dataclasses.replace(recipe, product_dtype=DTYPES[dtype])
+    return quickstart.fine_tune(study, dtype, recipe)
+
+
+def distances(exact: list[tree.Tree], rounded: list[tree.Tree]) -> list[dict]:
+    """For each task, the rounded vector's distance and direction from the exact one."""
+    rows = []
+    for pair in zip(exact, rounded, strict=True):
+        apart = task_vectors.norm(jax.tree.map(np.subtract, *pair))
+        rows.append(
+            {
+                "relative distance": float(apart / task_vectors.norm(pair[0])),
+                "cosine": float(task_vectors.cosine_matrix(pair)[0, 1]),
+            }
+        )
+    return rows
+
+
+def main(config: Config) -> dict:
+    """Trains, compares, prints and writes; returns what `report.json` holds."""
+    fields = {field.name for field in dataclasses.fields(quickstart.Config)}
+    options = {name: value for name, value in vars(config).items() if name in fields}
+    study = quickstart.prepare(quickstart.Config(**options))
+    config.out.mkdir(parents=True, exist_ok=True)
+    taus = {dtype: train(study, config.penalty, dtype) for dtype in DTYPES}
+    outputs = {
+        dtype: quickstart.outputs_of(study, "linear", vectors)
+        for dtype, vectors in taus.items()
+    }
+    rows, logits = distances(*taus.values()), {}
+    ones, one_hot = np.ones(len(study.names)), np.eye(len(study.names))
+    accuracies = {}
+    for dtype, found in outputs.items():
+        single = quickstart.single_accuracies(study.test, found.test)
+        merged = quickstart.accuracies(study.test, found.test, ones)
+        accuracies[dtype] = {"individual": np.mean(single), "merged": np.mean(merged)}
+        logits[dtype] = [
+            np.asarray(heads.logits(dataset.head, at(coefs)))
+            for dataset, at, coefs in zip(study.test, found.test, one_hot, strict=True)
+        ]
+    starts = [
+        np.asarray(heads.logits(dataset.head, at(0 * ones)))
+        for dataset, at in zip(study.test, outputs["float32"].test, strict=True)
+    ]
+    for row, exact, rounded, start in zip(rows, *logits.values(), starts, strict=True):
+        row["mean |error| of a logit"] = float(np.abs(rounded - exact).mean())
+        row["mean |move| of a logit"] = float(np.abs(exact - start).mean())
+    accuracies = jax.tree.map(float, accuracies)
+    results = {
+        "machine": measure.machine(),
+        "vectors": dict(zip(study.names, rows, strict=True)),
+        "accuracies": accuracies,
+    }
+    tables = [
+        report.markdown_table(
+            ["task", *rows[0]],
+            [[name, *row.values()] for name, row in results["vectors"].items()],
+        ),
+        report.markdown_table(
+            ["products in", "individual accuracy", "merged accuracy"],
+            [[dtype, *row.values()] for dtype, row in accuracies.items()],
+        ),
+    ]
+    text = "\n\n".join(tables)
+    report.write_json(config.out / "report.json", results)
+    report.write_text(config.out / "report.md", f"# Rounded products\n\n{text}\n")
+    print(f"\n{text}")
+    return results
+
+
+if __name__ == "__main__":
+    # Full float32 on accelerators too: a task vector is a small difference.
+    with jax.default_matmul_precision("float32"):
+        main(tyro.cli(Config))
