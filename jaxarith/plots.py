@@ -168,6 +168,7 @@ def horizontal_bars(
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.set(xlabel=x)
+    axis.set_axisbelow(True)
     axis.grid(axis="x", alpha=0.3)
     axis.legend()
     _save(figure, path)
