@@ -12,15 +12,21 @@ def products_in(function: Callable, dtype) -> Callable:
     r"""`function` with the operands of its matrix products rounded to `dtype`.
 
     Products accumulate in the dtype that they had; all else is computed as before. The
-    gradient of the result is that of `function`, its products rounded in the same way:
-    reverse mode differentiates it, forward mode does not.
+    gradient of the result is that of `function`, its products rounded in the same way.
 
-    Only products of two floating-point operands wider than `dtype` change, wherever
-    they are: in calls, conditionals, loops or `jax.checkpoint`.
+    Only products change that depend on the arguments, and of two floating-point
+    operands wider than `dtype`. They are found in calls, conditionals, loops and
+    `jax.checkpoint`; not in what a `custom_vjp` or a kernel computes.
 
     Args:
       function: of pytrees of arrays, to a pytree of arrays.
       dtype: such as `jnp.bfloat16`.
+
+    Returns:
+      A function of the same arguments. Reverse mode differentiates it.
+
+    Raises:
+      TypeError: the result is differentiated in forward mode.
 
     Example:
       >>> rounded = products_in(jnp.dot, jnp.bfloat16)
@@ -31,56 +37,89 @@ def products_in(function: Callable, dtype) -> Callable:
 
     def wrapped(*args):
         jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-        outputs = _evaluate(jaxpr.jaxpr, jaxpr.consts, jax.tree.leaves(args), dtype)
+        leaves = jax.tree.leaves(args)
+        moving = [True] * len(leaves)
+        outputs = _evaluate(jaxpr.jaxpr, jaxpr.consts, leaves, moving, dtype)
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
     return wrapped
 
 
-def _evaluate(jaxpr, consts, args, dtype):
+def _evaluate(jaxpr, consts, args, moving, dtype):
+    """The outputs of a jaxpr; `moving` tells which arguments are not constants.
+
+    What a tangent function computes from its constants alone is a part of the point at
+    which it was taken, computed anew (`jax.checkpoint`), and must not be rounded.
+    """
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+    changing = {var for var, m in zip(jaxpr.invars, moving, strict=True) if m}
 
     def read(atom):
         return atom.val if isinstance(atom, core.Literal) else values[atom]
 
     for eqn in jaxpr.eqns:
         operands = [read(atom) for atom in eqn.invars]
-        if eqn.primitive is core.primitives.dot_general_p and _wider(operands, dtype):
-            outputs = [_product(tuple(eqn.params.items()), dtype, *operands)]
-        else:
-            params = {name: _rounded(p, dtype) for name, p in eqn.params.items()}
-            params = eqn.primitive.get_bind_params(params)
-            outputs = eqn.primitive.bind(*operands, **params)
-            outputs = outputs if eqn.primitive.multiple_results else [outputs]
+        moves = [
+            not isinstance(atom, core.Literal) and atom in changing
+            for atom in eqn.invars
+        ]
+        if any(moves):
+            changing.update(eqn.outvars)
+        with eqn.ctx.manager:
+            if any(moves) and _is_wide_product(eqn, dtype):
+                result = eqn.outvars[0].aval.dtype
+                params = tuple(eqn.params.items())
+                outputs = [_product(params, result, dtype, *map(jnp.asarray, operands))]
+            else:
+                loops = eqn.primitive.name in ("scan", "while")  # outputs come back in
+                known = [True] * len(moves) if loops else moves
+                params = {k: _rounded(p, known, dtype) for k, p in eqn.params.items()}
+                params = eqn.primitive.get_bind_params(params)
+                outputs = eqn.primitive.bind(*operands, **params)
+                outputs = outputs if eqn.primitive.multiple_results else [outputs]
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _rounded(param, dtype):
-    """A parameter of a primitive with the jaxprs in it changed."""
-    if isinstance(param, core.ClosedJaxpr):
-        avals = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in param.in_avals]
-        evaluate = functools.partial(_evaluate, param.jaxpr, param.consts)
-        return jax.make_jaxpr(lambda *args: evaluate(args, dtype))(*avals)
-    if isinstance(param, core.Jaxpr):
-        return _rounded(core.ClosedJaxpr(param, ()), dtype).jaxpr
-    if type(param) is tuple:  # of branches; not a NamedTuple of options
-        return tuple(_rounded(p, dtype) for p in param)
-    return param
-
-
-def _wider(operands, dtype):
-    return all(
-        jnp.issubdtype(x.dtype, jnp.floating)
-        and jnp.finfo(x.dtype).bits > jnp.finfo(dtype).bits
-        for x in operands
+def _is_wide_product(eqn, dtype):
+    return eqn.primitive is core.primitives.dot_general_p and all(
+        jnp.issubdtype(atom.aval.dtype, jnp.floating)
+        and jnp.finfo(atom.aval.dtype).bits > jnp.finfo(dtype).bits
+        for atom in eqn.invars
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(params, dtype, a, b):
-    options = dict(params)
-    options["preferred_element_type"] = options["preferred_element_type"] or a.dtype
+def _rounded(param, moving, dtype):
+    """A parameter of a primitive with the jaxprs in it changed."""
+    if isinstance(param, core.ClosedJaxpr):
+        if not _has_wide_product(param.jaxpr, dtype):
+            return param
+        # Of a conditional, the first operand chooses the branch.
+        moving = moving[len(moving) - len(param.jaxpr.invars) :]
+        avals = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in param.in_avals]
+        evaluate = functools.partial(_evaluate, param.jaxpr, param.consts)
+        return jax.make_jaxpr(lambda *args: evaluate(args, moving, dtype))(*avals)
+    if isinstance(param, core.Jaxpr):
+        return _rounded(core.ClosedJaxpr(param, ()), moving, dtype).jaxpr
+    if type(param) is tuple:  # of branches; not a NamedTuple of options
+        return tuple(_rounded(p, moving, dtype) for p in param)
+    return param
+
+
+def _has_wide_product(jaxpr, dtype):
+    return any(
+        _is_wide_product(eqn, dtype)
+        or any(
+            _has_wide_product(sub, dtype) for sub in core.jaxprs_in_params(eqn.params)
+        )
+        for eqn in jaxpr.eqns
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(params, result, dtype, a, b):
+    """The product that `dot_general` with `params` gives, of rounded operands."""
+    options = dict(params) | {"preferred_element_type": result, "precision": None}
 
     def native(a, b):
         return jax.lax.dot_general(a.astype(dtype), b.astype(dtype), **options)
@@ -88,21 +127,21 @@ def _product(params, dtype, a, b):
     def rounded(a, b):
         info = jnp.finfo(dtype)
         a, b = (jax.lax.reduce_precision(x, info.nexp, info.nmant) for x in (a, b))
-        return jax.lax.dot_general(a, b, **options)
+        return jax.lax.dot_general(a, b, **options | {"precision": "highest"})
 
     # XLA lacks some of these products on a CPU. Those of rounded operands are the same.
     return jax.lax.platform_dependent(a, b, cpu=rounded, default=native)
 
 
-def _product_forward(params, dtype, a, b):
+def _product_forward(params, result, dtype, a, b):
     # Rounded, the operands that are kept take less memory.
     kept = a.astype(dtype), b.astype(dtype)
-    return _product(params, dtype, a, b), (*kept, a[:0], b[:0])
+    dtypes = jnp.zeros((), a.dtype), jnp.zeros((), b.dtype)
+    return _product(params, result, dtype, a, b), (kept, dtypes)
 
 
-def _product_backward(params, dtype, kept, cotangent):
-    a, b, like_a, like_b = kept
-    operands = a.astype(like_a.dtype), b.astype(like_b.dtype)
+def _product_backward(params, result, dtype, residuals, cotangent):
+    operands = [x.astype(like.dtype) for x, like in zip(*residuals, strict=True)]
     plain = functools.partial(jax.lax.dot_general, **dict(params))
     _, pull_back = jax.vjp(plain, *operands)
     return products_in(pull_back, dtype)(cotangent)

@@ -102,7 +102,7 @@ def jvps(apply_fn: ApplyFn, params_0: tree.Tree, taus: Sequence[tree.Tree], *inp
     r"""The outputs and many tangents :math:`J(x;\theta_0)\tau_t` of one linearisation.
 
     The forward pass is shared: T tangents cost 1 + 2T forward passes, against 3T of T
-    calls of `jvp`.
+    calls of `jvp`. A rematerialised model computes it anew for every tangent.
 
     Args:
       apply_fn, params_0, *inputs: as for `jvp`.

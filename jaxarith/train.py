@@ -84,6 +84,11 @@ class TrainConfig:
             raise ValueError(
                 "product_dtype rounds tangent products; it needs linearized=True."
             )
+        if self.product_dtype not in (None, "bfloat16", "float16", "float32"):
+            raise ValueError(
+                f"product_dtype is {self.product_dtype!r}; it is bfloat16, float16, "
+                "float32 or None."
+            )
         sizes = ("steps", "batch_size", "penalty_batch_size", "tasks_at_once")
         for name in sizes:
             if getattr(self, name) < 1:
@@ -147,7 +152,10 @@ def objective(
             )
         elif config.linearized:
             f0, moved = tangent.jvp(
-                *(apply_fn, params_0, tau, *task_inputs),
+                apply_fn,
+                params_0,
+                tau,
+                *task_inputs,
                 product_dtype=config.product_dtype,
             )
             outputs = jax.tree.map(jnp.add, f0, moved)

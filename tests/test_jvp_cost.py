@@ -127,6 +127,7 @@ def test_pytorch_computes_the_same(model):
     assert list(apart) == names and max(apart.values()) < 1e-5
 
 
+@pytest.mark.torch
 def test_results_that_differ_are_refused():
     ours = {"forward": jvp_cost.Compiled(lambda: jnp.ones(3), 0.0, 0)}
     torch = pytest.importorskip("torch")

@@ -13,8 +13,9 @@ order of the samples and the draws of the penalty; the data and the pre-trained 
 stay the same.
 
 Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
-Disentanglement. ICLR 2025. Jin et al. Fine-Tuning Attention Modules Only: Enhancing
-Weight Disentanglement in Task Arithmetic. ICLR 2025.
+Disentanglement. ICLR 2025. Jin et al. Fine-Tuning Linear Layers Only Is a Simple yet
+Effective Way for Task Arithmetic. 2024. They train ordinary models; here the attention
+weights are trained in the tangent space.
 """
 
 import dataclasses

@@ -27,9 +27,9 @@ TOKENS = 128  # of a text for T5
 # weights of the attention (1), with biases (2), all linear weights (3), with biases.
 CLIP_BLOCK = r"vision_model/encoder/layers/\d+/"
 CLIP_PARADIGMS = {
-    "1": CLIP_BLOCK + r"self_attn/\w+_proj/kernel",
+    "1": clip.ATTENTION_WEIGHTS,
     "2": CLIP_BLOCK + r"self_attn/\w+_proj/\w+",
-    "3": CLIP_BLOCK + r"(self_attn/\w+_proj|mlp/fc\d)/kernel",
+    "3": clip.BLOCK_LINEAR_WEIGHTS,
     "4": CLIP_BLOCK + r"(self_attn/\w+_proj|mlp/fc\d)/\w+",
 }
 # T5 has no biases.

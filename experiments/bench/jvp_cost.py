@@ -1,7 +1,7 @@
 """What tangent-space training costs, beside ordinary training and beside PyTorch.
 
-Random weights and inputs of an encoder's true sizes. A step is a loss and its gradient;
-what an optimizer adds is the same for all. Every row runs in turn with all others,
+Random weights and inputs of an encoder's true sizes. A step is a loss and its gradient,
+without an optimizer. Every row runs in turn with all others,
 A B A B, and medians are reported. Before anything is timed, the outputs and gradients
 of the two libraries are compared. Needs the `bench` extra, or `--no-torch`.
 
@@ -16,6 +16,7 @@ penalty, whose cyclic, mixed and strict forms take batch/8, batch/8 and batch sa
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -408,7 +409,7 @@ def measure_rows(config: Config, work: Work):
     functions |= {("torch", n): f for n, f in theirs.items() if n in ours}
     for name, function in compiled.items():
         try:
-            function()
+            compare(ours, {name: function}, config.dtype)
             functions["torch.compile", name] = function
         except Exception as error:  # whatever the compiler of PyTorch raises
             lines = [line for line in str(error).splitlines() if line.strip()]
@@ -464,6 +465,10 @@ def main(config: Config) -> dict:
         raise ValueError(
             f"a batch of {config.batch}; at least 8 are needed, of which the penalty "
             "takes an eighth."
+        )
+    if config.torch and not importlib.util.find_spec("torch"):
+        raise ImportError(
+            "PyTorch is not installed: pip install -e '.[bench]', or give --no-torch."
         )
     device = jax.devices(config.device)[0]
     with jax.default_device(device), jax.default_matmul_precision("float32"):

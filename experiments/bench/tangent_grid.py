@@ -362,7 +362,7 @@ def goals(rows: Sequence[dict]) -> list[dict]:
     by_way = {row["cached"]: row for row in rows}
     found = [
         {
-            "goal": f"{row['what']}: speed-up with the making of the cache",
+            "goal": f"{row['what']}, {row['cached']}: speed-up with its making",
             "reached": f"{row['speedup']:.1f}",
             "limit": f"at least {limit}",
             "met": row["speedup"] >= limit,

@@ -243,7 +243,8 @@ class VisionTransformer(nn.Module):
         norm = functools.partial(LayerNorm, c.layer_norm_eps)
         x = VisionEmbeddings(c, name="embeddings")(images)
         x = norm(name="pre_layrnorm")(x)  # Hugging Face's spelling
-        # Only the class token is read, so the last block computes no other.
+        # Only the class token is read, so the last block computes no other. Statistics
+        # of its inputs (`capture`) are those of class tokens, but for keys and values.
         x = Encoder(c, self.remat, name="encoder")(x, queries=1)
         return norm(name="post_layernorm")(x[:, 0])
 

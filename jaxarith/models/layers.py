@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 
-def _rows_dot(x, kernel, dimension_numbers, precision=None, **options):
+def _rows_dot(x, kernel, dimension_numbers, precision=None):
     """`x[..., in] @ kernel[in, out]` as one product of matrices.
 
     From a product with several row axes the gradient of the kernel is a contraction
@@ -20,8 +20,8 @@ def _rows_dot(x, kernel, dimension_numbers, precision=None, **options):
     """
     del dimension_numbers  # of a Dense layer: always the last and the first axis
     rows = x.reshape(-1, x.shape[-1])
-    product = jax.lax.dot(rows, kernel, precision=precision, **options)
-    return product.reshape(*x.shape[:-1], -1)
+    product = jax.lax.dot(rows, kernel, precision=precision)
+    return product.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 # flax.linen.Dense by another route to the same product.
@@ -33,7 +33,7 @@ def standardize(x: jax.Array, eps: float) -> jax.Array:
     r"""Mean 0 and variance 1 along the last axis: :math:`(x - \mu)/\sqrt{\sigma^2+ε}`.
 
     The variance is the mean square of what is centred: E[x²] - E[x]², Flax's faster
-    form, cancels where the mean is large. Statistics are float32 or better.
+    form, cancels where the mean is large.
 
     The derivative is stated, with :math:`y` the result and means over the last axis:
 
@@ -46,11 +46,14 @@ def standardize(x: jax.Array, eps: float) -> jax.Array:
       x: `[..., D]`.
       eps: added to the variance.
 
+    Returns:
+      `[..., D]` in float32 or better.
+
     Example:
       >>> print(standardize(jnp.array([1.0, 2.0, 3.0]), 0.0).round(4))
       [-1.2247  0.      1.2247]
     """
-    return _standardize(x, eps)[0].astype(x.dtype)
+    return _standardize(x, eps)[0]
 
 
 def _standardize(x, eps):
@@ -66,8 +69,7 @@ def _standardize_jvp(eps, primals, tangents):
     y, scale = _standardize(x, eps)
     dx = dx.astype(y.dtype)
     along = jnp.mean(y * dx, axis=-1, keepdims=True)
-    dy = scale * (dx - dx.mean(-1, keepdims=True) - y * along)
-    return y.astype(x.dtype), dy.astype(x.dtype)
+    return y, scale * (dx - dx.mean(-1, keepdims=True) - y * along)
 
 
 class LayerNorm(nn.Module):
@@ -83,7 +85,7 @@ class LayerNorm(nn.Module):
 
         scale = parameter("scale", nn.initializers.ones)
         bias = parameter("bias", nn.initializers.zeros)
-        return standardize(x, self.eps) * scale + bias
+        return (standardize(x, self.eps) * scale + bias).astype(x.dtype)
 
 
 @jax.custom_jvp
@@ -143,8 +145,8 @@ def attend(q, k, v, *, mask=None, bias=None):
 def rematerialized(block: nn.Module, x: jax.Array, mask, queries: int | None):
     """`block(x, mask, queries)`, of which only the input is kept for backward passes.
 
-    They compute the block anew: a fifth more of a linearised training step, a third
-    more of an ordinary one, against a fraction of the memory.
+    They compute the block anew: at most a fifth more matrix products in a linearised
+    training step and a third more in an ordinary one, against a fraction of the memory.
 
     `nn.remat` alone does this on accelerators. On a CPU XLA finds that a block is
     computed twice from one input and keeps the first result after all, unless the
@@ -154,6 +156,9 @@ def rematerialized(block: nn.Module, x: jax.Array, mask, queries: int | None):
       block: a bound module; its result is `x[:, :queries]` in shape and dtype.
       x: `[B, S, D]`. Where its first number is NaN, the whole result is.
       mask, queries: passed on.
+
+    Returns:
+      What `block` returns.
     """
     run = nn.remat(lambda block, x: block(x, mask, queries))
 
@@ -161,7 +166,7 @@ def rematerialized(block: nn.Module, x: jax.Array, mask, queries: int | None):
         return jnp.full_like(x[:, :queries], jnp.nan)
 
     is_number = jax.lax.platform_dependent(
-        x.ravel()[0],
+        x[(0,) * x.ndim],
         cpu=lambda first: first == first,
         default=lambda first: jnp.array(True),
     )

@@ -75,7 +75,7 @@ def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
     r"""Mean square 1 along the last axis: :math:`x/\sqrt{\overline{x^2} + ε}`.
 
     Zhang, Sennrich. Root Mean Square Layer Normalization. NeurIPS 2019.
-    arXiv:1910.07467. The mean square is float32 or better.
+    arXiv:1910.07467.
 
     The derivative is stated, with :math:`y` the result and means over the last axis:
 
@@ -87,11 +87,14 @@ def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
       x: `[..., D]`.
       eps: added to the mean square.
 
+    Returns:
+      `[..., D]` in float32 or better.
+
     Example:
       >>> print(rms_normalize(jnp.array([4.0, 0.0, 0.0, 0.0]), 0.0).round(4))
       [2. 0. 0. 0.]
     """
-    return _rms_normalize(x, eps)[0].astype(x.dtype)
+    return _rms_normalize(x, eps)[0]
 
 
 def _rms_normalize(x, eps):
@@ -104,8 +107,8 @@ def _rms_normalize(x, eps):
 def _rms_normalize_jvp(eps, primals, tangents):
     (x,), (dx,) = primals, tangents
     y, scale = _rms_normalize(x, eps)
-    dy = scale * (dx - y * jnp.mean(y * dx, axis=-1, keepdims=True))
-    return y.astype(x.dtype), dy.astype(x.dtype)
+    dx = dx.astype(y.dtype)
+    return y, scale * (dx - y * jnp.mean(y * dx, axis=-1, keepdims=True))
 
 
 class RMSNorm(nn.Module):
@@ -117,7 +120,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x):
         weight = self.param("weight", nn.initializers.ones, x.shape[-1:])
         weight = weight.reshape((1,) * (x.ndim - 1) + x.shape[-1:])
-        return rms_normalize(x, self.eps) * weight
+        return (rms_normalize(x, self.eps) * weight).astype(x.dtype)
 
 
 def relative_position_bucket(position, num_buckets=32, max_distance=128) -> np.ndarray:
@@ -162,13 +165,14 @@ class Attention(nn.Module):
     def __call__(self, x, mask, bias):
         c = self.config
 
-        def project(role, **options):
-            projected = Linear(c.num_heads * c.d_kv, name=role, **options)(x)
+        def project(role, init=_by_fan_in):
+            width = c.num_heads * c.d_kv
+            projected = Linear(width, kernel_init=init, name=role)(x)
             return projected.reshape(*x.shape[:-1], c.num_heads, c.d_kv)
 
         # T5 does not divide the scores by the root of d_kv. Its q starts smaller.
         small = nn.initializers.normal((c.d_model * c.d_kv) ** -0.5)
-        q, k, v = project("q", kernel_init=small), project("k"), project("v")
+        q, k, v = project("q", small), project("k"), project("v")
         if bias is None:
             bias = self.relative_bias(x.shape[1])
         mixed = attend(q, k, v, mask=mask, bias=bias)
