@@ -9,7 +9,7 @@ import pytest
 from layouts import generate
 from tiny import random_params, tiny_clip, tiny_clip_config
 
-from jaxarith import hub, tree
+from jaxarith import capture, hub, tree
 from jaxarith.models import clip
 
 END = 29  # the end token of the tiny vocabulary, and its largest
@@ -410,3 +410,17 @@ def test_an_activation_that_the_port_lacks_is_refused():
     raw = tiny_clip_config() | {"vision_config": {"hidden_act": "gelu_new"}}
     with pytest.raises(ValueError, match="gelu_new.*quick_gelu, gelu"):
         clip.CLIPConfig.from_json(raw)
+
+
+def test_the_last_block_computes_the_class_token_alone():
+    model = clip.load()
+    seen = capture.dense_inputs(
+        clip.image_encoder(model.config), model.params, jnp.zeros((2, 28, 28, 3))
+    )
+    count = model.config.vision.num_hidden_layers
+    tokens = {
+        name: seen[f"vision_model/encoder/layers/{count - 1}/{name}/kernel"][0].shape[1]
+        for name in ("self_attn/q_proj", "self_attn/k_proj", "mlp/fc1")
+    }
+    assert tokens["self_attn/k_proj"] > 1
+    assert tokens["self_attn/q_proj"] == tokens["mlp/fc1"] == 1
