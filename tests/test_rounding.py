@@ -24,6 +24,10 @@ def test_the_report_holds_every_task_and_both_accuracies(tmp_path):
     for row in results["vectors"].values():
         # Adam's first steps have the size of the learning rate whatever the gradient.
         assert 0 < row["relative distance"] < 0.5
-        assert 0 < row["mean |error| of a logit"] < row["mean |move| of a logit"]
+        assert (
+            0
+            < row["mean absolute error of a logit"]
+            < row["mean absolute move of a logit"]
+        )
     assert set(results["accuracies"]) == {"float32", "bfloat16"}
     assert (tmp_path / "report.md").read_text().count("| mnist") == 1

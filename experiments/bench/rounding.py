@@ -79,7 +79,8 @@ def main(config: Config) -> dict:
     for dtype, found in outputs.items():
         single = quickstart.single_accuracies(study.test, found.test)
         merged = quickstart.accuracies(study.test, found.test, ones)
-        accuracies[dtype] = {"individual": np.mean(single), "merged": np.mean(merged)}
+        means = float(np.mean(single)), float(np.mean(merged))
+        accuracies[dtype] = dict(zip(("individual", "merged"), means, strict=True))
         logits[dtype] = [
             np.asarray(heads.logits(dataset.head, at(coefs)))
             for dataset, at, coefs in zip(study.test, found.test, one_hot, strict=True)
@@ -89,9 +90,8 @@ def main(config: Config) -> dict:
         for dataset, at in zip(study.test, outputs["float32"].test, strict=True)
     ]
     for row, exact, rounded, start in zip(rows, *logits.values(), starts, strict=True):
-        row["mean |error| of a logit"] = float(np.abs(rounded - exact).mean())
-        row["mean |move| of a logit"] = float(np.abs(exact - start).mean())
-    accuracies = jax.tree.map(float, accuracies)
+        row["mean absolute error of a logit"] = float(np.abs(rounded - exact).mean())
+        row["mean absolute move of a logit"] = float(np.abs(exact - start).mean())
     results = {
         "machine": measure.machine(),
         "vectors": dict(zip(study.names, rows, strict=True)),
