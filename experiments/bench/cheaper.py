@@ -106,8 +106,8 @@ class Config:
     """The largest number of samples of a split; all by default."""
 
 
-def quickstart_config(config: Config) -> quickstart.Config:
-    """What the quickstart's functions read."""
+def quickstart_config(config) -> quickstart.Config:
+    """What the quickstart's functions read, of a dataclass with fields of its names."""
     fields = {field.name for field in dataclasses.fields(quickstart.Config)}
     options = {k: v for k, v in vars(config).items() if k in fields}
     return quickstart.Config(**options)

@@ -27,17 +27,12 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from experiments.bench import encoders
 from experiments.bench.measure import machine, peak_memory, seconds
 from jaxarith import merge, report, tree
 from jaxarith.models import clip
 
-VISION = {
-    "vit-b-32": {"hidden_size": 768, "intermediate_size": 3072, "patch_size": 32},
-    "vit-l-14": {
-        **{"hidden_size": 1024, "intermediate_size": 4096, "patch_size": 14},
-        **{"num_hidden_layers": 24, "num_attention_heads": 16},
-    },
-}
+VISION = {name: encoders.VISION[name] for name in ("vit-b-32", "vit-l-14")}
 
 
 class Method(NamedTuple):

@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from experiments import quickstart, quickstart_tasks
-from experiments.bench import measure
+from experiments.bench import cheaper, measure
 from jaxarith import heads, report, task_vectors, tree
 
 DTYPES = {"float32": None, "bfloat16": "bfloat16"}
@@ -64,9 +64,7 @@ def distances(exact: list[tree.Tree], rounded: list[tree.Tree]) -> list[dict]:
 
 def main(config: Config) -> dict:
     """Trains, compares, prints and writes; returns what `report.json` holds."""
-    fields = {field.name for field in dataclasses.fields(quickstart.Config)}
-    options = {name: value for name, value in vars(config).items() if name in fields}
-    study = quickstart.prepare(quickstart.Config(**options))
+    study = quickstart.prepare(cheaper.quickstart_config(config))
     config.out.mkdir(parents=True, exist_ok=True)
     taus = {dtype: train(study, config.penalty, dtype) for dtype in DTYPES}
     outputs = {
