@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +101,20 @@ def find(model: str | os.PathLike, *, revision: str | None = None) -> Path:
 
 
 def load(
-    folder, layout: tree.Tree, *, select: str | None = None, dtype=np.float32
+    folder,
+    layout: tree.Tree,
+    *,
+    select: str | None = None,
+    ignore: str | None = None,
+    copies: Mapping[str, str] | None = None,
+    dtype=np.float32,
 ) -> dict:
     """Reads the parameters of a model from a checkpoint in a local folder.
 
     A file may hold one tower with or without its name in front (transformers 5 writes a
     `CLIPVisionModel` without): names that do not fit as they are may fit under one of
-    the keys at the top of the layout.
+    the keys at the top of the layout. Names of `ignore` and `copies` are those of the
+    file with slashes, with or without such a key in front.
 
     Args:
       folder: holds `model.safetensors`, or `model.safetensors.index.json` and the
@@ -116,6 +123,10 @@ def load(
         `clip.layout(config)`.
       select: a regular expression for whole slash paths. Only the leaves that it
         matches are expected, and whatever else the file holds is left out.
+      ignore: a regular expression for whole names of tensors outside the layout that
+        are left out, such as buffers.
+      copies: `{name: path}` of tensors that a file may hold beside the leaf to which
+        the model ties them, or in its place.
       dtype: of the result; None keeps the file's.
 
     Returns:
@@ -124,7 +135,8 @@ def load(
     Raises:
       FileNotFoundError: the folder, the checkpoint or one of its shards is not there.
       ValueError: a file is corrupt, or does not match the layout leaf by leaf (the
-        message lists the paths), or holds NaN or infinite values.
+        message lists the paths), or holds NaN or infinite values, or two different
+        tensors where the model has a tied one.
 
     Example:
       >>> from jaxarith.models import clip
@@ -134,8 +146,8 @@ def load(
     """
     file, stored = _open(Path(folder))
     expected = tree.flatten(layout)
-    if file.name != _MSGPACK:
-        stored = layouts.to_flax(stored, set(expected))
+    stored = layouts.to_flax(stored, set(expected))
+    stored = layouts.without_extras(stored, set(expected), ignore, copies or {})
     if select is not None:
         expected = tree.flatten(tree.select(layout, select))
         stored = {path: leaf for path, leaf in stored.items() if path in expected}
@@ -195,6 +207,16 @@ def write(folder, tensors: dict[str, Any], config: dict, *, copy_from=None):
                 os.replace(file, folder / file.name)
         else:
             os.replace(new, folder)
+
+
+def names(folder) -> set[str]:
+    """The names of all tensors of a checkpoint, with slashes; none is read.
+
+    Raises:
+      FileNotFoundError: the folder, the checkpoint or one of its shards is not there.
+      ValueError: a file is corrupt.
+    """
+    return {name.replace(".", "/") for name in _open(Path(folder))[1]}
 
 
 def read(folder) -> dict[str, np.ndarray]:

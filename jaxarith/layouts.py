@@ -18,7 +18,14 @@ _FLOATS = ("f64", "f32", "f16", "bf16")
 _SHOWN = 8  # lines of one kind in an error, before the rest is only counted
 
 # Buffers that older versions of transformers saved with the parameters.
-_NOT_PARAMETERS = re.compile(r"(.*\.)?position_ids")
+_NOT_PARAMETERS = re.compile(r"(.*[./])?position_ids")
+# What a leaf may be called in Flax. TensorFlow's names of the scale and bias of a norm
+# are still in the files of Google's BERT.
+_LEAVES = {
+    "weight": ("kernel", "scale", "embedding", "weight"),
+    "gamma": ("scale",),
+    "beta": ("bias",),
+}
 
 
 class Stored(NamedTuple):
@@ -39,18 +46,19 @@ def short(dtype) -> str:
 
 
 def to_flax(stored: Mapping[str, Stored], paths: set[str]) -> dict[str, Stored]:
-    """Tensors under PyTorch's names, by the paths of a layout, in its orientations.
+    """Tensors under PyTorch's or Flax's names, by the paths of a layout.
 
-    Names that do not fit as they are may fit under one of the keys at the top of the
-    layout: transformers 5 writes a `CLIPVisionModel` without `vision_model.` in front.
-    Tensors that fit nowhere keep their names, with slashes.
+    Those under PyTorch's names are turned to Flax's orientations. Names that do not fit
+    as they are may fit under one of the keys at the top of the layout: transformers 5
+    writes a `CLIPVisionModel` without `vision_model.` in front. Tensors that fit
+    nowhere keep their names, with slashes.
     """
     names = [name for name in stored if not _NOT_PARAMETERS.fullmatch(name)]
 
     def fitting(top):
         return sum(_flax_path(f"{top}.{name}", paths) in paths for name in names)
 
-    top = max(sorted({path.split("/")[0] for path in paths}), key=fitting)
+    top = max(_tops(paths), key=fitting)
     leaves = {}
     for name in names:
         path = _flax_path(name, paths)
@@ -65,12 +73,60 @@ def to_flax(stored: Mapping[str, Stored], paths: set[str]) -> dict[str, Stored]:
     return leaves
 
 
+def without_extras(
+    stored: Mapping[str, Stored],
+    paths: set[str],
+    ignore: str | None,
+    copies: Mapping[str, str],
+) -> dict[str, Stored]:
+    """What `to_flax` returns without tensors that a model has no use for.
+
+    Args:
+      stored: by path; tensors outside the layout by their own names, with slashes.
+      paths: of the layout.
+      ignore: pattern of whole names outside the layout that are left out.
+      copies: `{name: path}` of tensors outside the layout that a file may hold beside a
+        leaf that is tied to them, or in place of it. Names here and in `ignore` may
+        have a key of the top of the layout in front or not.
+
+    Raises:
+      ValueError: a copy differs from the leaf that the model ties it to.
+    """
+    tops = _tops(paths)
+
+    def spellings(name):
+        top, _, rest = name.partition("/")
+        return {name, rest if top in tops else name}
+
+    kept = {path: leaf for path, leaf in stored.items() if path in paths}
+    for name in [name for name in stored if name not in kept]:
+        path = next((copies[n] for n in spellings(name) if n in copies), None)
+        if path in paths:
+            _check_copy(name, stored[name], path, kept.setdefault(path, stored[name]))
+        elif not ignore or not any(re.fullmatch(ignore, n) for n in spellings(name)):
+            kept[name] = stored[name]
+    return kept
+
+
+def _check_copy(name, copy, path, leaf):
+    if copy is leaf or np.array_equal(copy.read(), leaf.read()):
+        return
+    raise ValueError(
+        f"the checkpoint holds {name} {copy} beside {path} {leaf}, with other values. "
+        "The model ties the two, so one of them would be lost: it is of another "
+        "architecture, or was trained untied."
+    )
+
+
+def _tops(paths):
+    return sorted({path.split("/")[0] for path in paths})
+
+
 def _flax_path(name, paths):
     path = name.replace(".", "/")
-    if not path.endswith("/weight"):
-        return path
-    module = path.removesuffix("weight")
-    candidates = [module + leaf for leaf in ("kernel", "scale", "embedding", "weight")]
+    module, _, last = path.rpartition("/")
+    leaves = _LEAVES.get(last, ()) if module else ()
+    candidates = (f"{module}/{leaf}" for leaf in leaves)
     return next((candidate for candidate in candidates if candidate in paths), path)
 
 
