@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import quickstart, quickstart_tasks
+from experiments import quickstart, quickstart_tasks, studies
 from jaxarith import (
     evaluate,
     heads,
@@ -77,10 +77,10 @@ def test_every_task_has_all_its_classes_in_every_split(preprocess):
 def test_unknown_and_missing_tasks_are_refused_and_nothing_is_written(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="unknown task 'cats'; the tasks are mnist,"):
-        quickstart.main(quickstart.Config(out, tasks=("mnist", "cats"), smoke=True))
+        quickstart.main(quickstart.Config(out=out, tasks=("mnist", "cats"), smoke=True))
     for tasks in ((), ("mnist",), ("mnist", "mnist")):
         with pytest.raises(ValueError, match="at least two tasks, each once"):
-            quickstart.main(quickstart.Config(out, tasks=tasks))
+            quickstart.main(quickstart.Config(out=out, tasks=tasks))
     assert not out.exists()
 
 
@@ -91,7 +91,7 @@ FITTED = ["fisher", "regmean", "adamerging"]
 
 def test_the_quickstart_writes_everything_it_promises(tmp_path):
     tasks = ("mnist", "inverted_digits")
-    result = quickstart.main(quickstart.Config(tmp_path, tasks=tasks, smoke=True))
+    result = quickstart.main(quickstart.Config(out=tmp_path, tasks=tasks, smoke=True))
     content = json.loads((tmp_path / "report.json").read_text())
     assert content == result
     assert content["tasks"] == list(tasks)
@@ -128,7 +128,7 @@ def test_the_quickstart_writes_everything_it_promises(tmp_path):
 
 def test_the_worst_pair_has_the_largest_mutual_tau_jp():
     matrix = np.array([[9.0, 1, 2], [1, 9, 4], [0, 5, 9]])
-    assert quickstart.worst_pair(matrix) == (1, 2)
+    assert studies.worst_pair(matrix) == (1, 2)
 
 
 def test_reports_are_written_whole_or_not_at_all(tmp_path):
@@ -168,10 +168,12 @@ def test_the_loss_ignores_padded_classes():
     features = jax.numpy.asarray(rng.normal(size=(4, 5)), "float32")
     head = jax.numpy.asarray(rng.normal(size=(3, 5)), "float32")
     batch = {"label": np.array([0, 1, 2, 1])}
+    study = studies.Study(**dict.fromkeys(studies.Study._fields))
+    study = study._replace(logits=heads.logits)
     padded = heads.pad([head, jax.numpy.ones((6, 5))])
     losses = [
-        quickstart.classification_loss(features, batch, jax.tree.map(lambda a: a[0], c))
-        for c in (padded, heads.pad([head]))
+        study.loss(features, batch, jax.tree.map(lambda a: a[0], constants))
+        for constants in (padded, heads.pad([head]))
     ]
     np.testing.assert_allclose(*losses, rtol=1e-6)
 

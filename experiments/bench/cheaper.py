@@ -30,7 +30,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import quickstart, quickstart_tasks
+from experiments import quickstart, quickstart_tasks, studies
 from experiments.bench import measure
 from jaxarith import heads, plots, report, train, tree
 from jaxarith.models import clip
@@ -115,13 +115,13 @@ def quickstart_config(config) -> quickstart.Config:
 
 def recipe_of(config: quickstart.Config, variant: str) -> train.TrainConfig:
     penalty, trained, _ = VARIANTS[variant]
-    recipe = quickstart.recipe_of(config, "linear", penalty)
+    recipe = studies.recipe_of(config, "linear", penalty)
     return dataclasses.replace(recipe, trained=trained)
 
 
-def compiled_step(study: quickstart.Study, recipe: train.TrainConfig):
+def compiled_step(study: studies.Study, recipe: train.TrainConfig):
     """A compiled optimizer step of all tasks, its first state and other arguments."""
-    objective = train.objective(study.apply_fn, quickstart.classification_loss, recipe)
+    objective = train.objective(study.apply_fn, study.loss, recipe)
     state = train.init_state(study.params_0, recipe, len(study.names))
     batch = next(train.task_batches(study.sources, recipe))
     constants = heads.pad([dataset.head for dataset in study.test])
@@ -142,7 +142,7 @@ def stepping(step, state, arguments) -> Callable:
 
 
 def measure_costs(
-    study: quickstart.Study, variants: Sequence[str], repetitions: int
+    study: studies.Study, variants: Sequence[str], repetitions: int
 ) -> dict[str, dict]:
     """Seconds and FLOPs of one optimizer step of all tasks, and the trained entries.
 
@@ -198,19 +198,19 @@ def trainings(
     return found
 
 
-def train_and_evaluate(study: quickstart.Study, variant: str, budget: str) -> dict:
+def train_and_evaluate(study: studies.Study, variant: str, budget: str) -> dict:
     """One line of results.jsonl; steps and seed are those of the study."""
     config = study.config
     method = f"{variant}_{budget.replace(' ', '_')}_seed_{config.seed}"
     start = time.perf_counter()
-    taus = quickstart.fine_tune(study, method, recipe_of(config, variant))
+    taus = studies.fine_tune(study, method, recipe_of(config, variant))
     seconds = time.perf_counter() - start
-    outputs = quickstart.outputs_of(study, method, taus)
+    outputs = studies.outputs_of(study, method, taus)
     single = [
-        quickstart.single_accuracies(study.validation, outputs.validation),
-        quickstart.single_accuracies(study.test, outputs.test),
+        studies.single_accuracies(study.validation, outputs.validation),
+        studies.single_accuracies(study.test, outputs.test),
     ]
-    (one, searched), _ = quickstart.merge_rows(
+    (one, searched), _ = studies.merge_rows(
         study, method, "task_arithmetic", outputs, single
     )
     return {

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import quickstart, quickstart_tasks
+from experiments import quickstart, quickstart_tasks, studies
 from experiments.bench import cheaper, measure
 from jaxarith import heads, report, task_vectors, tree
 
@@ -42,10 +42,10 @@ class Config:
     seed: int = 0
 
 
-def train(study: quickstart.Study, penalty: str | None, dtype: str) -> list[tree.Tree]:
-    recipe = quickstart.recipe_of(study.config, "linear", penalty)
+def train(study: studies.Study, penalty: str | None, dtype: str) -> list[tree.Tree]:
+    recipe = studies.recipe_of(study.config, "linear", penalty)
     recipe = dataclasses.replace(recipe, product_dtype=DTYPES[dtype])
-    return quickstart.fine_tune(study, dtype, recipe)
+    return studies.fine_tune(study, dtype, recipe)
 
 
 def distances(exact: list[tree.Tree], rounded: list[tree.Tree]) -> list[dict]:
@@ -68,15 +68,15 @@ def main(config: Config) -> dict:
     config.out.mkdir(parents=True, exist_ok=True)
     taus = {dtype: train(study, config.penalty, dtype) for dtype in DTYPES}
     outputs = {
-        dtype: quickstart.outputs_of(study, "linear", vectors)
+        dtype: studies.outputs_of(study, "linear", vectors)
         for dtype, vectors in taus.items()
     }
     rows, logits = distances(*taus.values()), {}
     ones, one_hot = np.ones(len(study.names)), np.eye(len(study.names))
     accuracies = {}
     for dtype, found in outputs.items():
-        single = quickstart.single_accuracies(study.test, found.test)
-        merged = quickstart.accuracies(study.test, found.test, ones)
+        single = studies.single_accuracies(study.test, found.test)
+        merged = studies.accuracies(study.test, found.test, ones)
         means = float(np.mean(single)), float(np.mean(merged))
         accuracies[dtype] = dict(zip(("individual", "merged"), means, strict=True))
         logits[dtype] = [
