@@ -1,7 +1,4 @@
-"""Zero-shot classification heads: frozen text features that classify image features.
-
-Radford et al. 2021 (arXiv:2103.00020), section 3.1.4.
-"""
+"""Frozen classification heads, so that fine-tuning moves nothing but the encoder."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,9 +12,9 @@ def zero_shot(
     templates: Sequence[str],
     logit_scale: float,
 ) -> jax.Array:
-    """The head of a task from its class names.
+    """The head of a task from its class names: text features that classify images.
 
-    Every template is filled with every class name and encoded; the features of a class
+    Radford et al. 2021 (arXiv:2103.00020), section 3.1.4. Every template is filled with every class name and encoded; the features of a class
     are normalised, averaged and normalised again, and scaled by `exp(logit_scale)`.
 
     Args:
@@ -41,18 +38,85 @@ def zero_shot(
     return normalize(features.mean(axis=1)) * jnp.exp(logit_scale)
 
 
-def logits(head: jax.Array, features: jax.Array, valid=None) -> jax.Array:
-    """Class logits of image features.
+def class_means(features, labels, classes: int, *, scale: float = 20.0) -> jax.Array:
+    """The head of a task from features of labelled samples: the mean of every class.
+
+    Features are normalised before the mean and the means after it, so that a sample
+    belongs to the class whose mean direction is closest, as in prototypical networks
+    (Snell, Swersky, Zemel. NeurIPS 2017. arXiv:1703.05175).
 
     Args:
-      head: `[C, D]`, from `zero_shot`.
+      features: `[N, D]` of the pre-trained encoder.
+      labels: `i32[N]`.
+      classes: C, their number.
+      scale: the length of a row, an inverse temperature; 20 is what
+        sentence-transformers compare normalised features with.
+
+    Returns:
+      `[C, D]`, for `logits`.
+
+    Raises:
+      ValueError: a class has no sample, or its features have the mean zero.
+
+    Example:
+      >>> features = jnp.array([[2.0, 0.0], [0.0, 3.0], [4.0, 0.0]])
+      >>> print(class_means(features, [1, 0, 1], 2, scale=1.0))
+      [[0. 1.]
+       [1. 0.]]
+    """
+    features, labels = normalize(jnp.asarray(features)), jnp.asarray(labels)
+    sums = jax.ops.segment_sum(features, labels, classes)
+    if missing := [
+        int(c) for c in jnp.flatnonzero(jnp.linalg.norm(sums, axis=-1) == 0)
+    ]:
+        raise ValueError(
+            f"no features for the classes {missing} of {classes}; give samples of each."
+        )
+    return scale * normalize(sums)
+
+
+def label_words(words: jax.Array, bias: jax.Array, ids: Sequence[int]) -> jax.Array:
+    """The head of a task from a masked language model: the rows of its label words.
+
+    Schick, Schütze. Exploiting Cloze-Questions for Few-Shot Text Classification and
+    Natural Language Inference. EACL 2021. arXiv:2001.07676.
+
+    Args:
+      words: the output matrix of the model, `[V, D]`.
+      bias: of its logits, `[V]`.
+      ids: the word of every class, C tokens.
+
+    Returns:
+      `[C, D + 1]`, for `affine_logits`.
+
+    Example:
+      >>> label_words(jnp.ones((5, 2)), jnp.arange(5.0), [3, 0]).tolist()
+      [[1.0, 1.0, 3.0], [1.0, 1.0, 0.0]]
+    """
+    ids = jnp.asarray(ids)
+    return jnp.concatenate([words[ids], bias[ids][:, None]], axis=1)
+
+
+def logits(head: jax.Array, features: jax.Array, valid=None) -> jax.Array:
+    """Class logits of features by their direction.
+
+    Args:
+      head: `[C, D]`, from `zero_shot` or `class_means`.
       features: `[B, D]`; normalised here.
       valid: `bool[C]`, False for classes that only pad the head (see `pad`).
 
     Returns:
       `[B, C]`; -inf for padding.
     """
-    scores = normalize(features) @ head.T
+    return _valid(normalize(features) @ head.T, valid)
+
+
+def affine_logits(head: jax.Array, features: jax.Array, valid=None) -> jax.Array:
+    """Like `logits`, with features as they are and a bias in the head's last column."""
+    return _valid(features @ head[:, :-1].T + head[None, :, -1], valid)
+
+
+def _valid(scores, valid):
     return scores if valid is None else jnp.where(valid, scores, -jnp.inf)
 
 
@@ -60,7 +124,7 @@ def pad(heads: Sequence[jax.Array]) -> dict[str, jax.Array]:
     """Heads of several tasks in one array, to train the tasks along one axis.
 
     Args:
-      heads: T heads `[C_t, D]`.
+      heads: T heads `[C_t, D]`, or `[C_t, D + 1]`.
 
     Returns:
       `{"head": [T, max C, D], "valid": bool[T, max C]}`.

@@ -1,17 +1,26 @@
-"""The T5 port against transformers' PyTorch model and a plain float64 transcription."""
+"""T5's encoder against transformers' PyTorch model and T5 written out in float64."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import central_difference, normal
+from tiny_t5 import (
+    KINDS,
+    plain_t5,
+    random_params,
+    random_tokens,
+    tiny_t5,
+    tiny_t5_config,
+)
 
 from jaxarith import hub, tangent, tree
 from jaxarith.models import t5
+from jaxarith.models.t5_stacks import RMSNorm, relative_position_bucket, rms_normalize
 
-KINDS = ["relu", "gated-gelu"]
 close = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -28,59 +37,14 @@ def x64():
         yield
 
 
-def tiny_t5_config(kind="relu") -> dict:
-    """The `config.json` of a T5 whose heads together are not as wide as its tokens."""
-    return {
-        "architectures": ["T5EncoderModel"],
-        "model_type": "t5",
-        "vocab_size": 30,
-        "d_model": 16,
-        "d_kv": 6,
-        "d_ff": 24,
-        "num_layers": 2,
-        "num_heads": 3,
-        "relative_attention_num_buckets": 8,
-        "relative_attention_max_distance": 20,
-        "layer_norm_epsilon": 1e-6,
-        "feed_forward_proj": kind,
-        "dropout_rate": 0.0,
-    }
-
-
-def tiny_t5(kind="relu") -> t5.T5Config:
-    return t5.T5Config.from_json(tiny_t5_config(kind))
-
-
-def random_params(seed, config, scale=0.2):
-    """Weights of which none is zero or one; those of the norms are near one."""
-    rng = np.random.default_rng(seed)
-
-    def leaf(path, expected):
-        noise = scale * rng.normal(size=expected.shape)
-        return np.asarray(noise + path.endswith("/weight"), np.float32)
-
-    return tree.map_with_path(leaf, t5.layout(config))
-
-
-def random_tokens(length=40):
-    """Longer than the farthest distance; padded nowhere, after, before, wholly."""
-    rng = np.random.default_rng(1)
-    input_ids = rng.integers(2, 30, size=(4, length))
-    mask = np.ones_like(input_ids)
-    mask[1, 3 * length // 4 :] = 0
-    mask[2, : length // 3] = 0
-    mask[3] = 0
-    return input_ids, mask
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def oracle(torch, request, tmp_path_factory):
     """A config, its random parameters, and transformers' model with the same."""
     from transformers import T5EncoderModel
 
-    raw = tiny_t5_config(request.param)
+    raw = tiny_t5_config(request.param, architectures=["T5EncoderModel"])
     config = t5.T5Config.from_json(raw)
-    params = random_params(0, config)
+    params = random_params(0, config, part=t5.ENCODER)
     folder = tmp_path_factory.mktemp(request.param)
     hub.save(folder, params, raw)
     model, info = T5EncoderModel.from_pretrained(
@@ -135,10 +99,11 @@ def test_every_block_equals_that_of_transformers(torch, oracle):
     for hook in hooks:
         hook.remove()
 
-    _, state = t5.Encoder(config).apply(
+    _, state = t5.Transformer(config).apply(
         {"params": params},
         input_ids,
         mask,
+        method="encode",
         capture_intermediates=True,
         mutable="intermediates",
     )
@@ -146,14 +111,14 @@ def test_every_block_equals_that_of_transformers(torch, oracle):
     assert len(expected) == len(blocks) - 1 == config.num_layers  # and the call of all
     for i, hidden in enumerate(expected):
         assert_not_degenerate(hidden.numpy())
-        [(actual, _)] = blocks[str(i)]["__call__"]
+        [(actual, _, _)] = blocks[str(i)]["__call__"]
         np.testing.assert_allclose(actual, hidden.numpy(), **close)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_changes_nothing_at_real_tokens(kind):
     config = tiny_t5(kind)
-    params = random_params(0, config)
+    params = random_params(0, config, part=t5.ENCODER)
     encode = jax.jit(t5.encoder(config))
     input_ids, mask = random_tokens()
     others = np.where(mask, input_ids, 31 - input_ids)
@@ -167,7 +132,7 @@ def test_padding_changes_nothing_at_real_tokens(kind):
 
 def test_every_real_token_reaches_every_other():
     config = tiny_t5()
-    params = random_params(0, config)
+    params = random_params(0, config, part=t5.ENCODER)
     input_ids = np.arange(2, 30)[None]
     mask = (np.arange(28) < 24).astype(np.int32)[None]
     encode = t5.encoder(config)
@@ -186,7 +151,7 @@ def test_every_real_token_reaches_every_other():
 
 def test_texts_and_masks_of_unlike_shapes_are_refused():
     config = tiny_t5()
-    params = random_params(0, config)
+    params = random_params(0, config, part=t5.ENCODER)
     for shape in ((1, 5), (2, 1), (2,)):
         with pytest.raises(ValueError, match=r"input_ids of shape \[2, 5\]; expected"):
             t5.encoder(config)(params, jnp.zeros((2, 5), int), jnp.ones(shape))
@@ -196,80 +161,44 @@ def test_texts_and_masks_of_unlike_shapes_are_refused():
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(
     "buckets, farthest", [(32, 128), (8, 20), (64, 256), (4, 100), (10, 1000)]
 )
-def test_buckets_equal_those_of_transformers(torch, buckets, farthest):
+def test_buckets_equal_those_of_transformers(torch, buckets, farthest, bidirectional):
     from transformers.models.t5.modeling_t5 import T5Attention
 
     position = np.arange(-3000, 3001)
     expected = T5Attention._relative_position_bucket(
-        torch.from_numpy(position), True, buckets, farthest
+        torch.from_numpy(position), bidirectional, buckets, farthest
     )
-    actual = t5.relative_position_bucket(position, buckets, farthest)
+    actual = relative_position_bucket(position, buckets, farthest, bidirectional)
     np.testing.assert_array_equal(actual, expected.numpy())
-    assert len(np.unique(actual)) == buckets - 1  # no token is 0 ahead
+    unused = bidirectional  # no token is 0 ahead
+    assert len(np.unique(actual)) == buckets - unused
 
 
 def test_buckets_begin_at_the_powers_that_the_paper_spaces_them_by():
     """From 8 on a bucket begins at 8 · 16^(k/8): 8, 11.3, 16, 22.6, 32, …, 90.5."""
     first = [0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 23, 32, 46, 64, 91]
-    behind = t5.relative_position_bucket(-np.arange(500))
+    behind = relative_position_bucket(-np.arange(500))
     assert [int(np.argmax(behind == bucket)) for bucket in range(16)] == first
     assert (behind[91:] == 15).all() and (np.diff(behind) >= 0).all()
-    ahead = t5.relative_position_bucket(np.arange(1, 500))
+    ahead = relative_position_bucket(np.arange(1, 500))
     np.testing.assert_array_equal(ahead, behind[1:] + 16)
 
 
+def test_all_buckets_of_the_decoder_are_behind():
+    """From 16 on a bucket begins at 16 · 8^(k/16): 16, 18.2, 20.7, 23.6, …, 112.4."""
+    first = [16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113]
+    behind = relative_position_bucket(-np.arange(500), bidirectional=False)
+    found = [int(np.argmax(behind == bucket)) for bucket in range(32)]
+    assert found == [*range(16), *first]
+    assert (behind[113:] == 31).all() and (np.diff(behind) >= 0).all()
+    assert (relative_position_bucket(np.arange(500), bidirectional=False) == 0).all()
+
+
 # Derivatives, in float64.
-
-
-def plain_encoder(config, params, input_ids, attention_mask):
-    """T5's encoder written out, to be differentiated step by step."""
-    leaves = tree.flatten(params)
-    batch, length = input_ids.shape
-
-    def normed(x, path):
-        root = jnp.sqrt((x**2).mean(-1, keepdims=True) + config.layer_norm_epsilon)
-        return x / root * leaves[f"{path}/weight"][None, None]
-
-    def split(x):
-        return x.reshape(batch, length, config.num_heads, -1).swapaxes(1, 2)
-
-    def gelu(z):
-        return z * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))) / 2
-
-    position = np.arange(length)[None] - np.arange(length)[:, None]
-    buckets = t5.relative_position_bucket(
-        position,
-        config.relative_attention_num_buckets,
-        config.relative_attention_max_distance,
-    )
-    first = "encoder/block/0/layer/0/SelfAttention"
-    table = leaves[f"{first}/relative_attention_bias/embedding"]
-    bias = jnp.einsum("qkn,nh->hqk", np.eye(len(table))[buckets], table)[None]
-
-    x = leaves["shared/embedding"][input_ids]
-    for i in range(config.num_layers):
-        path = f"encoder/block/{i}/layer/0"
-        h = normed(x, f"{path}/layer_norm")
-        q, k, v = (
-            split(h @ leaves[f"{path}/SelfAttention/{role}/kernel"]) for role in "qkv"
-        )
-        weights = jnp.exp(q @ k.mT + bias) * attention_mask[:, None, None]
-        mixed = weights / weights.sum(-1, keepdims=True) @ v
-        mixed = mixed.swapaxes(1, 2).reshape(batch, length, -1)
-        x = x + mixed @ leaves[f"{path}/SelfAttention/o/kernel"]
-        path = f"encoder/block/{i}/layer/1"
-        h = normed(x, f"{path}/layer_norm")
-        w = {
-            name: leaves.get(f"{path}/DenseReluDense/{name}/kernel")
-            for name in ("wi", "wi_0", "wi_1", "wo")
-        }
-        gated = config.feed_forward_proj == "gated-gelu"
-        h = gelu(h @ w["wi_0"]) * (h @ w["wi_1"]) if gated else jnp.clip(h @ w["wi"], 0)
-        x = x + h @ w["wo"]
-    return normed(x, "encoder/final_layer_norm")
 
 
 def short_tokens():
@@ -285,10 +214,10 @@ def cast(params, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_and_jvp_are_the_plain_encoder_and_its_central_difference(x64, kind):
     config = tiny_t5(kind)
-    params = cast(random_params(0, config), np.float64)
-    tau = cast(random_params(1, config, scale=0.1), np.float64)
+    params = cast(random_params(0, config, part=t5.ENCODER), np.float64)
+    tau = cast(random_params(1, config, scale=0.1, part=t5.ENCODER), np.float64)
     tokens = short_tokens()
-    plain = jax.jit(lambda params: plain_encoder(config, params, *tokens))
+    plain = jax.jit(lambda params: plain_t5(config, params, *tokens))
     jvp = jax.jit(functools.partial(tangent.jvp, t5.encoder(config)))
     outputs, tangents = jvp(params, tau, *tokens)
     assert outputs.dtype == np.float64
@@ -303,7 +232,10 @@ def test_outputs_and_jvp_are_the_plain_encoder_and_its_central_difference(x64, k
 def test_gradient_of_the_linearized_encoder_is_that_of_the_plain_one(x64, kind):
     config = tiny_t5(kind)
     input_ids, mask = short_tokens()
-    params_0, params = random_params(0, config), random_params(1, config)
+    params_0, params = (
+        random_params(0, config, part=t5.ENCODER),
+        random_params(1, config, part=t5.ENCODER),
+    )
     target = normal(3, *input_ids.shape, config.d_model)
 
     def gradient(apply_fn, dtype):
@@ -315,7 +247,7 @@ def test_gradient_of_the_linearized_encoder_is_that_of_the_plain_one(x64, kind):
 
         return tree.flatten(jax.jit(jax.grad(loss))(cast(params, dtype)))
 
-    expected = gradient(functools.partial(plain_encoder, config), np.float64)
+    expected = gradient(functools.partial(plain_t5, config), np.float64)
     for dtype, tolerance in ((np.float64, 1e-10), (np.float32, 1e-5)):
         actual = gradient(t5.encoder(config), dtype)
         assert actual.keys() == expected.keys()
@@ -333,7 +265,7 @@ def plain_rms(x):
 
 
 def rms(x):
-    return t5.rms_normalize(x, 1e-6)
+    return rms_normalize(x, 1e-6)
 
 
 def same(actual, expected):
@@ -385,7 +317,7 @@ def test_statistics_of_half_precision_are_float32(dtype):
     actual = rms(x)
     assert actual.dtype == jnp.float32
     np.testing.assert_allclose(actual, plain_rms(x.astype(jnp.float32)), rtol=1e-6)
-    norm = t5.RMSNorm(1e-6)
+    norm = RMSNorm(1e-6)
     assert norm.apply(norm.init(jax.random.key(0), x), x).dtype == dtype
 
 
@@ -409,7 +341,7 @@ def test_names_are_those_of_hugging_face(kind):
             f"encoder/block/{i}/layer/1/DenseReluDense/{name}/kernel"
             for name in [*hidden, "wo"]
         }
-    leaves = tree.flatten(t5.layout(tiny_t5(kind)))
+    leaves = tree.flatten(tree.select(t5.layout(tiny_t5(kind)), t5.ENCODER))
     assert leaves.keys() == names
     assert {leaf.dtype for leaf in leaves.values()} == {jnp.dtype("float32")}
 
@@ -424,7 +356,7 @@ def test_encoders_saved_by_transformers_load_with_equal_bits(oracle, tmp_path):
 
 
 @pytest.mark.torch
-def test_encoder_of_a_whole_t5_loads_as_the_error_says(torch, oracle, tmp_path):
+def test_a_whole_t5_under_the_name_of_an_encoder_is_refused(torch, oracle, tmp_path):
     from transformers import T5Config, T5ForConditionalGeneration
 
     config, params, model = oracle
@@ -433,27 +365,46 @@ def test_encoder_of_a_whole_t5_loads_as_the_error_says(torch, oracle, tmp_path):
     whole.shared.load_state_dict(model.shared.state_dict())
     whole.encoder.load_state_dict(model.encoder.state_dict())
     whole.save_pretrained(tmp_path)
+    loaded = tree.select(t5.load(tmp_path).params, t5.ENCODER)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+    raw["architectures"] = ["T5EncoderModel"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=r'decoder/\.\.\.(?s:.*)select="\.\*"'):
         t5.load(tmp_path)
-    loaded = hub.load(tmp_path, t5.layout(config), select=".*")
+    layout = tree.select(t5.layout(config), t5.ENCODER)
+    loaded = hub.load(tmp_path, layout, select=".*")
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_a_file_without_a_decoder_is_an_encoder_unless_its_config_objects(tmp_path):
+    config = tiny_t5()
+    params = random_params(0, config, part=t5.ENCODER)
+    for architectures in (["T5EncoderModel"], [], None):
+        hub.save(tmp_path, params, tiny_t5_config(architectures=architectures))
+        loaded = t5.load(tmp_path)
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    hub.save(tmp_path, params, tiny_t5_config())
+    with pytest.raises(ValueError, match="holds only encoder, shared"):
+        t5.load(tmp_path)
 
 
 @pytest.mark.torch
 def test_random_parameters_have_the_spread_of_those_of_transformers(torch, tmp_path):
-    from transformers import T5EncoderModel
+    from transformers import T5Config, T5ForConditionalGeneration
 
-    raw = tiny_t5_config("gated-gelu") | {
-        "d_model": 64,
-        "d_kv": 24,
-        "d_ff": 160,
-        "num_layers": 1,
-        "vocab_size": 300,
-        "relative_attention_num_buckets": 512,
-        "relative_attention_max_distance": 2000,
-    }
+    raw = tiny_t5_config(
+        "gated-gelu",
+        d_model=64,
+        d_kv=24,
+        d_ff=160,
+        num_layers=1,
+        vocab_size=300,
+        relative_attention_num_buckets=512,
+        relative_attention_max_distance=2000,
+    )
     torch.manual_seed(0)
-    T5EncoderModel(T5EncoderModel.config_class(**raw)).save_pretrained(tmp_path)
+    T5ForConditionalGeneration(T5Config(**raw)).save_pretrained(tmp_path)
     expected = tree.flatten(t5.load(tmp_path).params)
     init = jax.jit(t5.init, static_argnums=1)
     actual = tree.flatten(init(jax.random.key(0), t5.T5Config.from_json(raw)))

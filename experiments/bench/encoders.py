@@ -67,7 +67,7 @@ def encoder(name: str, layers: int | None = None) -> Encoder:
         return Encoder(
             functools.partial(mean_features, t5.encoder(config)),
             None,
-            t5.layout(config),
+            tree.select(t5.layout(config), t5.ENCODER),
             functools.partial(random_texts, config.vocab_size),
             T5_PARADIGMS,
             {"model_type": "t5", **vars(config)},

@@ -1,292 +1,117 @@
-"""T5's encoder in Flax Linen, with the parameter names of Hugging Face checkpoints.
+"""T5 in Flax Linen, with the parameter names of Hugging Face checkpoints.
 
 Raffel et al. Exploring the Limits of Transfer Learning with a Unified Text-to-Text
 Transformer. JMLR 21(140), 2020. arXiv:1910.10683.
 
-T5 v1.0 has the feed-forward layer "relu"; T5 v1.1 and FLAN-T5 have "gated-gelu"
-(Shazeer. GLU Variants Improve Transformer. 2020. arXiv:2002.05202).
+The head of T5 v1.0 is the words' embeddings, scaled; T5 v1.1 and FLAN-T5 have one of
+their own. A parameter tree holds
 
-Shapes: B texts, S tokens, D = d_model, H heads.
+    shared/embedding  {encoder,decoder}/block/<i>/…  {encoder,decoder}/final_layer_norm
+    lm_head/kernel  (unless the head is tied to `shared`)
+
+Shapes: B texts of S tokens, T tokens of the decoder, D = d_model, H heads, V tokens in
+the vocabulary.
 """
 
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxarith import hub
-from jaxarith.models.layers import Dense, attend
+from jaxarith import hub, tree
+from jaxarith.generate import Decoder
+from jaxarith.models.t5_stacks import Linear, Past, Stack, T5Config, Texts
+
+# Path patterns for `tree.select`: all that the encoder reads; the blocks of both stacks
+# without embeddings, last norms and head; the weights of their attention, with that to
+# the texts; all their linear weights.
+ENCODER = r"shared/.*|encoder/.*"
+BLOCKS = r"(encoder|decoder)/block/.*"
+ATTENTION_WEIGHTS = r"(encoder|decoder)/block/\d+/layer/\d/\w+Attention/[qkvo]/kernel"
+BLOCK_LINEAR_WEIGHTS = r"(encoder|decoder)/block/\d+/layer/\d/\w+/\w+/kernel"
 
 
-@dataclasses.dataclass(frozen=True)
-class T5Config:
-    """Names and defaults of Hugging Face's `T5Config`, which are those of T5-small."""
-
-    vocab_size: int = 32128
-    d_model: int = 512
-    d_kv: int = 64
-    d_ff: int = 2048
-    num_layers: int = 6
-    num_heads: int = 8
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
-    feed_forward_proj: str = "relu"
-
-    @classmethod
-    def from_json(cls, raw: dict[str, Any]) -> "T5Config":
-        """Reads the content of a Hugging Face `config.json` of a T5.
-
-        Raises:
-          ValueError: the file describes another kind of model, or a feed-forward layer
-            that this port lacks.
-        """
-        if raw.get("model_type") != "t5":
-            raise ValueError(
-                f"config.json describes a {raw.get('model_type', 'model')!r}; expected "
-                "a T5 with model_type 't5'. Use the model that belongs to it."
-            )
-        known = {field.name for field in dataclasses.fields(cls)}
-        config = cls(**{key: value for key, value in raw.items() if key in known})
-        if config.feed_forward_proj not in _ACTIVATIONS:
-            raise ValueError(
-                f"config.json asks for feed_forward_proj {config.feed_forward_proj!r}; "
-                f"this port has {', '.join(_ACTIVATIONS)}."
-            )
-        return config
-
-
-_ACTIVATIONS = {
-    "relu": nn.relu,
-    "gated-gelu": functools.partial(nn.gelu, approximate=True),
-}
-
-_by_fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-Linear = functools.partial(Dense, use_bias=False, kernel_init=_by_fan_in)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
-    r"""Mean square 1 along the last axis: :math:`x/\sqrt{\overline{x^2} + ε}`.
-
-    Zhang, Sennrich. Root Mean Square Layer Normalization. NeurIPS 2019.
-    arXiv:1910.07467.
-
-    The derivative is stated, with :math:`y` the result and means over the last axis:
-
-    .. math:: \dot y = \frac{\dot x - y\,\overline{y\dot x}}{\sqrt{\overline{x^2} + ε}}
-
-    so that transposing it keeps `y` and the root, and not every step on the way.
-
-    Args:
-      x: `[..., D]`.
-      eps: added to the mean square.
-
-    Returns:
-      `[..., D]` in float32 or better.
-
-    Example:
-      >>> print(rms_normalize(jnp.array([4.0, 0.0, 0.0, 0.0]), 0.0).round(4))
-      [2. 0. 0. 0.]
-    """
-    return _rms_normalize(x, eps)[0]
-
-
-def _rms_normalize(x, eps):
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    scale = jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + eps)
-    return x * scale, scale
-
-
-@rms_normalize.defjvp
-def _rms_normalize_jvp(eps, primals, tangents):
-    (x,), (dx,) = primals, tangents
-    y, scale = _rms_normalize(x, eps)
-    dx = dx.astype(y.dtype)
-    return y, scale * (dx - y * jnp.mean(y * dx, axis=-1, keepdims=True))
-
-
-class RMSNorm(nn.Module):
-    """`rms_normalize`, then `weight`: Hugging Face's T5LayerNorm."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x):
-        weight = self.param("weight", nn.initializers.ones, x.shape[-1:])
-        weight = weight.reshape((1,) * (x.ndim - 1) + x.shape[-1:])
-        return (rms_normalize(x, self.eps) * weight).astype(x.dtype)
-
-
-def relative_position_bucket(position, num_buckets=32, max_distance=128) -> np.ndarray:
-    """The row of the table of biases for a token at `position` from the one attending.
-
-    Half of the buckets is for tokens behind, half for tokens ahead. Of either half, one
-    half is for single distances and the other grows with their logarithm; its last
-    bucket takes every distance from `max_distance` on.
-
-    Args:
-      position: integers of any shape, key minus query.
-      num_buckets, max_distance: `relative_attention_…` of the config.
-
-    Returns:
-      int32 from 0 to `num_buckets` - 1, in the shape of `position`.
-
-    Example:
-      >>> print(relative_position_bucket([-200, -8, -1, 0, 1, 8, 200]))
-      [15  8  1  0 17 24 31]
-    """
-    position = np.asarray(position)
-    sided = num_buckets // 2
-    single = sided // 2
-    distance = np.abs(position)
-    steps = np.log(np.maximum(distance, single) / single)
-    steps *= (sided - single) / np.log(max_distance / single)
-    # At a power such as 16 = 8 · 16^(2/8) a rounding must not give the bucket before.
-    far = single + np.floor(steps + 1e-6)
-    bucket = np.where(distance < single, distance, np.minimum(far, sided - 1))
-    return (bucket + sided * (position > 0)).astype(np.int32)
-
-
-class Attention(nn.Module):
-    """Of `x[B, S, D]` to itself, and the bias `[1, H, S, S]` of the relative positions.
-
-    The first block has the table of biases; the others are given what it returns.
-    """
+class Transformer(nn.Module):
+    """The words' embeddings, the encoder, the decoder, and the head."""
 
     config: T5Config
 
-    @nn.compact
-    def __call__(self, x, mask, bias):
+    def setup(self):
         c = self.config
+        spread = nn.initializers.normal(1.0)
+        self.shared = nn.Embed(c.vocab_size, c.d_model, embedding_init=spread)
+        self.encoder = Stack(c, decoder=False)
+        self.decoder = Stack(c, decoder=True)
+        if not c.tie_word_embeddings:
+            self.lm_head = Linear(c.vocab_size, kernel_init=spread)
 
-        def project(role, init=_by_fan_in):
-            width = c.num_heads * c.d_kv
-            projected = Linear(width, kernel_init=init, name=role)(x)
-            return projected.reshape(*x.shape[:-1], c.num_heads, c.d_kv)
+    def __call__(self, input_ids, attention_mask, decoder_input_ids, decoder_mask):
+        hidden = self.hidden(input_ids, attention_mask, decoder_input_ids, decoder_mask)
+        return self.head(hidden)
 
-        # T5 does not divide the scores by the root of d_kv. Its q starts smaller.
-        small = nn.initializers.normal((c.d_model * c.d_kv) ** -0.5)
-        q, k, v = project("q", small), project("k"), project("v")
-        if bias is None:
-            bias = self.relative_bias(x.shape[1])
-        mixed = attend(q, k, v, mask=mask, bias=bias)
-        return Linear(c.d_model, name="o")(mixed), bias
+    def hidden(self, input_ids, attention_mask, decoder_input_ids, decoder_mask):
+        texts = self.encode(input_ids, attention_mask)
+        _check_targets(decoder_input_ids, decoder_mask, len(input_ids))
+        length = decoder_input_ids.shape[-1]
+        mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
+        if decoder_mask is not None:
+            mask &= decoder_mask.reshape(-1, 1, 1, length) != 0
+        x = self.shared(decoder_input_ids.reshape(-1, length))
+        x, _ = self.decoder(x, mask, texts)
+        return x.reshape(*decoder_input_ids.shape, -1)
 
-    def relative_bias(self, length):
-        c = self.config
-        at = np.arange(length)
-        buckets = relative_position_bucket(
-            at[None] - at[:, None],
-            c.relative_attention_num_buckets,
-            c.relative_attention_max_distance,
-        )
-        table = nn.Embed(
-            c.relative_attention_num_buckets,
-            c.num_heads,
-            embedding_init=nn.initializers.normal(c.d_model**-0.5),
-            name="relative_attention_bias",
-        )
-        return table(buckets).transpose(2, 0, 1)[None]
-
-
-class FeedForward(nn.Module):
-    config: T5Config
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.config
-        activation = _ACTIVATIONS[c.feed_forward_proj]
-        if c.feed_forward_proj.startswith("gated"):
-            hidden = activation(Linear(c.d_ff, name="wi_0")(x))
-            hidden = hidden * Linear(c.d_ff, name="wi_1")(x)
-        else:
-            hidden = activation(Linear(c.d_ff, name="wi")(x))
-        return Linear(c.d_model, name="wo")(hidden)
-
-
-class SelfAttentionLayer(nn.Module):
-    config: T5Config
-
-    @nn.compact
-    def __call__(self, x, mask, bias):
-        normed = RMSNorm(self.config.layer_norm_epsilon, name="layer_norm")(x)
-        attention = Attention(self.config, name="SelfAttention")
-        mixed, bias = attention(normed, mask, bias)
-        return x + mixed, bias
-
-
-class FeedForwardLayer(nn.Module):
-    config: T5Config
-
-    @nn.compact
-    def __call__(self, x):
-        normed = RMSNorm(self.config.layer_norm_epsilon, name="layer_norm")(x)
-        return x + FeedForward(self.config, name="DenseReluDense")(normed)
-
-
-class Layers(nn.Module):
-    config: T5Config
-
-    @nn.compact
-    def __call__(self, x, mask, bias):
-        x, bias = SelfAttentionLayer(self.config, name="0")(x, mask, bias)
-        return FeedForwardLayer(self.config, name="1")(x), bias
-
-
-class Block(nn.Module):
-    config: T5Config
-
-    @nn.compact
-    def __call__(self, x, mask, bias):
-        return Layers(self.config, name="layer")(x, mask, bias)
-
-
-class Blocks(nn.Module):
-    config: T5Config
-
-    @nn.compact
-    def __call__(self, x, mask):
-        bias = None
-        for i in range(self.config.num_layers):
-            x, bias = Block(self.config, name=str(i))(x, mask, bias)
-        return x
-
-
-class Stack(nn.Module):
-    config: T5Config
-
-    @nn.compact
-    def __call__(self, x, mask):
-        x = Blocks(self.config, name="block")(x, mask)
-        return RMSNorm(self.config.layer_norm_epsilon, name="final_layer_norm")(x)
-
-
-class Encoder(nn.Module):
-    config: T5Config
-
-    @nn.compact
-    def __call__(self, input_ids, attention_mask):
-        c = self.config
+    def encode(self, input_ids, attention_mask):
         # A mask [B, 1] or [1, S] would be broadcast.
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask of shape {list(attention_mask.shape)} for input_ids "
                 f"of shape {list(input_ids.shape)}; expected the same shape [B, S]."
             )
-        words = nn.Embed(
-            c.vocab_size,
-            c.d_model,
-            embedding_init=nn.initializers.normal(1.0),
-            name="shared",
-        )
         mask = attention_mask[:, None, None] != 0
-        return Stack(c, name="encoder")(words(input_ids), mask)
+        hidden, _ = self.encoder(self.shared(input_ids), mask)
+        return Texts(hidden, mask)
+
+    def start(self, input_ids, attention_mask):
+        """The logits after the start token, what the blocks keep, and the mask."""
+        texts = self.encode(input_ids, attention_mask)
+        tokens = jnp.full((len(input_ids), 1), self.config.decoder_start_token_id)
+        x, pasts = self.decoder(self.shared(tokens), None, texts)
+        return self.head(x[:, 0]), pasts, texts.mask
+
+    def step(self, tokens, mask, pasts, at):
+        length = pasts[0].own[0].shape[1]
+        seen = (jnp.arange(length) <= at)[None, None, None]
+        x = self.shared(tokens[:, None])
+        x, pasts = self.decoder(x, seen, Texts(None, mask), pasts, at)
+        return self.head(x[:, 0]), pasts
+
+    def head(self, hidden):
+        c = self.config
+        if c.scale_decoder_outputs:
+            hidden = hidden * c.d_model**-0.5
+        if not c.tie_word_embeddings:
+            return self.lm_head(hidden)
+        rows = hidden.reshape(-1, c.d_model) @ self.shared.embedding.T
+        return rows.reshape(*hidden.shape[:-1], c.vocab_size)
+
+
+def _check_targets(decoder_input_ids, decoder_mask, batch):
+    shape = list(decoder_input_ids.shape)
+    if len(shape) not in (2, 3) or shape[0] != batch:
+        raise ValueError(
+            f"decoder_input_ids of shape {shape} for {batch} texts; expected "
+            f"[{batch}, T], or [{batch}, C, T] for C sequences to each."
+        )
+    if decoder_mask is not None and list(decoder_mask.shape) != shape:
+        raise ValueError(
+            f"decoder_attention_mask of shape {list(decoder_mask.shape)} for "
+            f"decoder_input_ids of shape {shape}; expected the same shape."
+        )
 
 
 def encoder(config: T5Config):
@@ -295,22 +120,108 @@ def encoder(config: T5Config):
     Tokens whose attention_mask is zero are padding, to which no token attends. Their
     own rows of the result mean nothing.
     """
-    module = Encoder(config)
+    encode = _method(config, "encode")
 
     def apply_fn(params, input_ids, attention_mask):
-        return module.apply({"params": params}, input_ids, attention_mask)
+        return encode(params, input_ids, attention_mask).hidden
 
     return apply_fn
 
 
+def language_model(config: T5Config):
+    """`apply_fn(params, input_ids, attention_mask, decoder_input_ids) -> logits`.
+
+    The logits `[B, T, V]` at a token of `decoder_input_ids[B, T]` are for the next one,
+    so these are the labels behind a start token: `shift_right`. A mask of their shape
+    may follow; padding after a sequence needs none, since no token looks ahead.
+
+    With `decoder_input_ids[B, C, T]`, C sequences to each text, every text is encoded
+    once, and the logits are `[B, C, T, V]`.
+    """
+    return _with_targets(config, "__call__")
+
+
+def hidden_states(config: T5Config):
+    """`language_model` without its head: the decoder's hidden states `[B, T, D]`."""
+    return _with_targets(config, "hidden")
+
+
+def _with_targets(config, name):
+    method = _method(config, name)
+
+    def apply_fn(
+        params,
+        input_ids,
+        attention_mask,
+        decoder_input_ids,
+        decoder_attention_mask=None,
+    ):
+        targets = decoder_input_ids, decoder_attention_mask
+        return method(params, input_ids, attention_mask, *targets)
+
+    return apply_fn
+
+
+def _method(config, name):
+    module = Transformer(config)
+
+    def apply(params, *inputs):
+        return module.apply({"params": params}, *inputs, method=name)
+
+    return apply
+
+
+def shift_right(labels, config: T5Config) -> jax.Array:
+    """The decoder's inputs for labels `i32[..., T]`: each token stands one later.
+
+    The start token comes first, the last token is left out, and what is -100 in the
+    labels, where nothing counts, is padding.
+
+    Example:
+      >>> print(shift_right(jnp.array([[7, 8, 1, -100, -100]]), T5Config()))
+      [[0 7 8 1 0]]
+    """
+    labels = jnp.asarray(labels)
+    start = jnp.full_like(labels[..., :1], config.decoder_start_token_id)
+    shifted = jnp.concatenate([start, labels[..., :-1]], axis=-1)
+    return jnp.where(shifted == -100, config.pad_token_id, shifted)
+
+
+def decoder(config: T5Config) -> Decoder:
+    """For `generate.generate`: the inputs are `input_ids` and `attention_mask`, [B, S].
+
+    The texts are encoded once, and so are their keys and values for every block.
+    """
+    first, following = _method(config, "start"), _method(config, "step")
+
+    def start(params, input_ids, attention_mask, *, room):
+        logits, pasts, mask = first(params, input_ids, attention_mask)
+        longer = [(0, 0), (0, room), (0, 0), (0, 0)]
+        pasts = tuple(
+            Past(tuple(jnp.pad(own, longer) for own in past.own), past.texts)
+            for past in pasts
+        )
+        return (jnp.array(1, jnp.int32), mask, pasts), logits
+
+    def step(params, cache, tokens):
+        at, mask, pasts = cache
+        logits, pasts = following(params, tokens, mask, pasts, at)
+        return (at + 1, mask, pasts), logits
+
+    return Decoder(start, step)
+
+
 def init(key: jax.Array, config: T5Config) -> dict:
-    """Random parameters, to train an encoder from nothing."""
+    """Random parameters of the whole model, to train a T5 from nothing."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return Encoder(config).init(key, tokens, tokens)["params"]
+    return Transformer(config).init(key, tokens, tokens, tokens, None)["params"]
 
 
 def layout(config: T5Config) -> dict:
-    """The tree of `jax.ShapeDtypeStruct` that a checkpoint of this config must fill."""
+    """The tree of `jax.ShapeDtypeStruct` that a checkpoint of this config must fill.
+
+    `tree.select(layout(config), ENCODER)` is that of a checkpoint of the encoder alone.
+    """
     return jax.eval_shape(functools.partial(init, config=config), jax.random.key(0))
 
 
@@ -322,8 +233,20 @@ class T5(NamedTuple):
     folder: Path
 
 
+# The first T5s' files hold a table that nothing reads, and copies of the embeddings.
+_IGNORED = r"decoder/block/0/layer/1/EncDecAttention/relative_attention_bias/\w+"
+_COPIES = {
+    "encoder/embed_tokens/weight": "shared/embedding",
+    "decoder/embed_tokens/weight": "shared/embedding",
+}
+
+
 def load(model, *, revision: str | None = None) -> T5:
-    """Loads an encoder in Hugging Face format, as a `T5EncoderModel` is saved.
+    """Loads a T5 in Hugging Face format, or the encoder of one.
+
+    It is the encoder alone where config.json names the class `T5EncoderModel`, or names
+    none and the file has no decoder. The head is untied where the file has one, unless
+    config.json ties it and it is `shared` once more; the returned `config` says so.
 
     Args:
       model: a local folder or a hub id.
@@ -331,13 +254,37 @@ def load(model, *, revision: str | None = None) -> T5:
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
-      ValueError: its files are broken, or are not those of a T5 encoder. The encoder
-        of a whole T5 is read by `hub.load(folder, layout(config), select=".*")`.
+      ValueError: its files are broken, or are not those of a T5.
 
     Example:
-      >>> model = load("t5-encoder")  # doctest: +SKIP
-      >>> hidden = encoder(model.config)(model.params, ids, mask)  # doctest: +SKIP
+      >>> model = load("google/flan-t5-small")  # doctest: +SKIP
+      >>> apply_fn = language_model(model.config)  # doctest: +SKIP
+      >>> logits = apply_fn(model.params, ids, mask, decoder_ids)  # doctest: +SKIP
     """
     folder = hub.find(model, revision=revision)
-    config = T5Config.from_json(hub.read_json(folder))
-    return T5(config, hub.load(folder, layout(config)), folder)
+    raw = hub.read_json(folder)
+    config = T5Config.from_json(raw)
+    names = hub.names(folder)
+    if not _has_decoder(raw, names):
+        expected = tree.select(layout(config), ENCODER)
+        return T5(config, _load(folder, expected), folder)
+    if not {"lm_head/weight", "lm_head/kernel"} & names:
+        return T5(config, _load(folder, layout(config)), folder)
+    untied = dataclasses.replace(config, tie_word_embeddings=False)
+    params = _load(folder, layout(untied))
+    head = params["lm_head"]["kernel"].T
+    if config.tie_word_embeddings and np.array_equal(
+        head, params["shared"]["embedding"]
+    ):
+        return T5(config, {k: v for k, v in params.items() if k != "lm_head"}, folder)
+    return T5(untied, params, folder)
+
+
+def _has_decoder(raw, names):
+    if raw.get("architectures"):
+        return "T5EncoderModel" not in raw["architectures"]
+    return any(name.startswith("decoder/") for name in names)
+
+
+def _load(folder, expected):
+    return hub.load(folder, expected, ignore=_IGNORED, copies=_COPIES)

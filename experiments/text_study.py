@@ -1,0 +1,243 @@
+"""The quickstart's study on texts: any BERT or RoBERTa, any files of labelled texts.
+
+Fine-tunes the encoder on every task in three ways (ordinary, linearised, linearised
+with the τJp penalty) below a head that is made from the pre-trained model and stays
+fixed, turns the results into task vectors, merges them, evaluates, and writes a table,
+figures, task vectors and a merged model.
+
+    python -m experiments.text_study --model MODEL --out runs/text \\
+        --task reviews=reviews.csv sst2=train.tsv,dev.tsv trec=trec.jsonl
+    python -m experiments.text_study --model roberta-base --out runs/prompts \\
+        --head label-word --prompt 'mr={text} It was {mask}.|0:terrible,1:great' \\
+        --task mr=mr.txt sst2=train.tsv,dev.tsv
+
+A file is .tsv or .csv with a header, .jsonl, or, with any other suffix, `label text` on
+every line.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from experiments import studies
+from jaxarith import evaluate, heads
+from jaxarith.data import pipeline, prompts, splits, text
+from jaxarith.models import bert
+
+_BATCH = 32  # texts that are evaluated at a time
+_HEAD_TEXTS = 250  # of every class, the most that a class-mean head is made of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(studies.Config):
+    """Fine-tune, merge and evaluate on files of labelled texts."""
+
+    model: str
+    """A checkpoint of a BERT or RoBERTa: a folder, or an id of the Hugging Face Hub."""
+    task: tuple[str, ...]
+    """The tasks, each NAME=FILE, NAME=TRAIN,TEST or NAME=TRAIN,VALIDATION,TEST. A part
+    without a file is a tenth of the training file."""
+    head: Literal["class-mean", "label-word"] = "class-mean"
+    """The fixed head of a task: the mean features of its classes, of a model without a
+    head; or the label words of a prompt, of a masked language model."""
+    prompt: tuple[str, ...] = ()
+    """Prompts for label words, each NAME=TEMPLATE|CLASS:WORD,CLASS:WORD with {text} and
+    {mask} in the template. sst2, mr, subj, trec and others have one, for files whose
+    labels are the names that Hugging Face gives the classes."""
+    merges: tuple[Literal[*studies.MERGES, *studies.FITTED], ...] = (
+        "ties",
+        "tsv",
+        "iso_c",
+    )
+    """Merges of the ordinary vectors beside task arithmetic."""
+    max_length: int = 48
+    """Tokens of a text; longer ones are cut. The time of a run is proportional."""
+    batch_size: int = 16
+    learning_rate: float = 3e-4
+    samples: int = 1000
+    """The largest number of texts in a test split, drawn at random; in a validation
+    split, on which coefficients are chosen, a quarter of it."""
+
+
+class Heads(NamedTuple):
+    """What the kind of head decides.
+
+    Attributes:
+      apply_fn: the encoder, up to the features `[B, D]`.
+      logits: `logits(head, features, valid)`.
+      encode: `encode(task, records)`, a source of tokens.
+      head: `head(task, source)` of a source of training samples.
+    """
+
+    apply_fn: Callable
+    logits: Callable
+    encode: Callable
+    head: Callable
+
+
+def task_files(option: str) -> tuple[str, list[Path]]:
+    """The name and the files of a task.
+
+    Example:
+      >>> task_files("trec=a.txt,b.txt")
+      ('trec', [PosixPath('a.txt'), PosixPath('b.txt')])
+    """
+    name, equals, files = option.partition("=")
+    paths = [Path(file) for file in files.split(",") if file]
+    if not (name and equals and 1 <= len(paths) <= 3):
+        raise ValueError(
+            f"--task {option!r}: expected NAME=FILE, NAME=TRAIN,TEST or "
+            "NAME=TRAIN,VALIDATION,TEST."
+        )
+    return name, paths
+
+
+def read_task(option: str) -> text.TextTask:
+    name, paths = task_files(option)
+    train, *others = [text.read(path) for path in paths]
+    validation, test = [None] * (2 - len(others)) + others
+    return text.task(name, train, validation, test)
+
+
+def read_prompt(option: str) -> tuple[str, prompts.Prompt]:
+    """The task and the prompt of an option.
+
+    Example:
+      >>> read_prompt("mr={text} It was {mask}.|0:terrible,1:great")[1].words
+      {'0': 'terrible', '1': 'great'}
+    """
+    name, equals, rest = option.partition("=")
+    template, bar, words = rest.rpartition("|")
+    pairs = [word.partition(":") for word in words.split(",")]
+    if not (name and equals and bar and all(word for _, _, word in pairs)):
+        raise ValueError(
+            f"--prompt {option!r}: expected NAME=TEMPLATE|CLASS:WORD,CLASS:WORD, such "
+            "as 'mr={text} It was {mask}.|0:terrible,1:great'."
+        )
+    return name, prompts.Prompt(template, {name: word for name, _, word in pairs})
+
+
+def class_mean_heads(config: Config, model: bert.Bert, tokenizer) -> Heads:
+    apply_fn = bert.mean_encoder(model.config)
+
+    def head(task, source):
+        labels = np.array([sample["label"] for sample in source])
+        order = splits.torch_permutation(len(source), config.seed)
+        of_class = [order[labels[order] == c] for c in range(len(task.classes))]
+        chosen = np.concatenate([found[:_HEAD_TEXTS] for found in of_class])
+        batches = pipeline.evaluation_batches([source[i] for i in chosen], _BATCH)
+        inputs = inputs_of(source)
+        features = evaluate.outputs(apply_fn, model.params, batches, inputs)
+        return heads.class_means(features, evaluate.labels(batches), len(task.classes))
+
+    def encode(task, records):
+        return text.encode(tokenizer, records, config.max_length)
+
+    return Heads(apply_fn, heads.logits, encode, head)
+
+
+def label_word_heads(
+    config: Config, model: bert.Bert, tokenizer, tasks: list[text.TextTask]
+) -> Heads:
+    given = dict(map(read_prompt, config.prompt))
+    if unknown := given.keys() - {task.name for task in tasks}:
+        raise ValueError(f"--prompt for {', '.join(unknown)}, which is no --task.")
+    known = prompts.TASKS | given
+    if without := [task.name for task in tasks if task.name not in known]:
+        raise ValueError(
+            f"no prompt for {', '.join(without)}. Give one with --prompt; only "
+            f"{', '.join(prompts.TASKS)} have one of their own."
+        )
+    words = {
+        task.name: prompts.word_ids(
+            tokenizer, known[task.name].label_words(task.classes)
+        )
+        for task in tasks
+    }
+    output = bert.output_words(model.config, model.params)
+    return Heads(
+        bert.mask_encoder(model.config, tokenizer.mask_token_id),
+        heads.affine_logits,
+        lambda task, records: prompts.encode(
+            tokenizer, known[task.name], records, config.max_length
+        ),
+        lambda task, source: heads.label_words(*output, words[task.name]),
+    )
+
+
+def inputs_of(source) -> tuple[str, ...]:
+    """The fields of a sample that the encoder takes."""
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    return tuple(name for name in names if name in source[0])
+
+
+def prepare(config: Config) -> studies.Study:
+    """Loads the model, the tasks and their heads."""
+    tasks = [read_task(option) for option in config.task]
+    label_words = config.head == "label-word"
+    model = bert.load(config.model, head="masked_lm" if label_words else None)
+    tokenizer = text.load_tokenizer(model.folder)
+    text.check_vocabulary(tokenizer, model.config.vocab_size)
+    if config.max_length > (most := model.config.max_length):
+        raise ValueError(
+            f"--max-length {config.max_length}: the model has positions for {most} "
+            "tokens."
+        )
+    if label_words:
+        kind = label_word_heads(config, model, tokenizer, tasks)
+    else:
+        kind = class_mean_heads(config, model, tokenizer)
+
+    def encoded(split, most=None):
+        sources = []
+        for task in tasks:
+            records = getattr(task, split)
+            chosen = splits.torch_permutation(len(records), config.seed)[:most]
+            sources.append(kind.encode(task, [records[i] for i in sorted(chosen)]))
+        return sources
+
+    print("tokens …")
+    train = encoded("train")
+    full = np.mean([row["attention_mask"][-1] for source in train for row in source])
+    print(f"{full:.1%} of the training texts fill or exceed {config.max_length} tokens")
+    progress = tqdm(tasks, desc="heads", unit="task")
+    head_of = [kind.head(task, x) for task, x in zip(progress, train, strict=True)]
+
+    def datasets(split, most):
+        return studies.datasets(encoded(split, most), head_of, kind.logits, _BATCH)
+
+    return studies.Study(
+        config=config,
+        model=model,
+        apply_fn=kind.apply_fn,
+        params_0=model.params,
+        trained=bert.BLOCKS,
+        blocks=bert.BLOCK_LINEAR_WEIGHTS,
+        inputs=inputs_of(train[0]),
+        token_mask="attention_mask",
+        logits=kind.logits,
+        names=[task.name for task in tasks],
+        sources=train,
+        validation=datasets("validation", max(config.samples // 4, 1)),
+        test=datasets("test", config.samples),
+    )
+
+
+def main(config: Config) -> dict:
+    """Runs the study; returns what `report.json` holds."""
+    studies.check_tasks([task_files(option)[0] for option in config.task])
+    if config.smoke:
+        config = dataclasses.replace(config, steps=4, batch_size=8, samples=48)
+    return studies.run(config, prepare, "Texts, merged")
+
+
+if __name__ == "__main__":
+    # Full float32 on accelerators too: a task vector is a small difference.
+    with jax.default_matmul_precision("float32"):
+        main(tyro.cli(Config))

@@ -1,0 +1,310 @@
+"""The eight GLUE tasks of the papers: records, the T5 format, and scores.
+
+Wang et al. GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language
+Understanding. ICLR 2019. The text-to-text format is that of Raffel et al. Exploring the
+Limits of Transfer Learning with a Unified Text-to-Text Transformer. JMLR 2020, App. D.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxarith import metrics
+from jaxarith.data import splits
+from jaxarith.data.text import Record, TextTask
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One GLUE task.
+
+    Attributes:
+      name: its configuration in Hugging Face's `nyu-mll/glue`, and its prefix in T5's
+        format.
+      fields: Hugging Face's columns of the text, and of its pair.
+      classes: in Hugging Face's order, which are T5's target words too; none for STS-B.
+      metrics: the official ones, of which `score` takes the mean.
+      columns: of the text, its pair and the label in the files that GLUE distributes.
+      prompt: the names of the fields in T5's format, in its order.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    classes: tuple[str, ...]
+    metrics: tuple[str, ...]
+    columns: tuple[str, ...]
+    prompt: tuple[str, ...]
+
+
+_ENTAILMENT = ("entailment", "not_entailment")
+_SENTENCES = ("sentence1", "sentence2")
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "cola",
+            ("sentence",),
+            ("unacceptable", "acceptable"),
+            ("matthews",),
+            # Without a header: source, label, the author's mark, sentence.
+            ("3", "1"),
+            ("sentence",),
+        ),
+        Task(
+            "sst2",
+            ("sentence",),
+            ("negative", "positive"),
+            ("accuracy",),
+            ("sentence", "label"),
+            ("sentence",),
+        ),
+        Task(
+            "mrpc",
+            _SENTENCES,
+            ("not_equivalent", "equivalent"),
+            ("f1", "accuracy"),
+            ("#1 String", "#2 String", "Quality"),
+            _SENTENCES,
+        ),
+        Task(
+            "stsb",
+            _SENTENCES,
+            (),
+            ("pearson", "spearman"),
+            (*_SENTENCES, "score"),
+            _SENTENCES,
+        ),
+        Task(
+            "qqp",
+            ("question1", "question2"),
+            ("not_duplicate", "duplicate"),
+            ("f1", "accuracy"),
+            ("question1", "question2", "is_duplicate"),
+            ("question1", "question2"),
+        ),
+        Task(
+            "mnli",
+            ("premise", "hypothesis"),
+            ("entailment", "neutral", "contradiction"),
+            ("accuracy",),
+            (*_SENTENCES, "gold_label"),
+            ("hypothesis", "premise"),
+        ),
+        Task(
+            "qnli",
+            ("question", "sentence"),
+            _ENTAILMENT,
+            ("accuracy",),
+            ("question", "sentence", "label"),
+            ("question", "sentence"),
+        ),
+        Task(
+            "rte",
+            _SENTENCES,
+            _ENTAILMENT,
+            ("accuracy",),
+            (*_SENTENCES, "label"),
+            _SENTENCES,
+        ),
+    )
+}
+
+
+def load(task: Task, split: str) -> list[Record]:
+    """The records of a split, through Hugging Face `datasets`.
+
+    Args:
+      split: "train", or "validation": the matched one for MNLI. GLUE keeps the labels
+        of its test splits to itself.
+
+    Returns:
+      `{"text": str, "label": int}` per record, with `"text_pair"` for two sentences;
+      the label of STS-B is a float from 0 to 5.
+
+    Raises:
+      ValueError: another split.
+    """
+    if split not in ("train", "validation"):
+        raise ValueError(
+            f'{task.name} has no labels for {split!r}; load "train" or "validation", '
+            "which the papers test on."
+        )
+    import datasets
+
+    if (task.name, split) == ("mnli", "validation"):
+        split = "validation_matched"
+    rows = datasets.load_dataset("nyu-mll/glue", task.name, split=split)
+    names = dict(zip(("text", "text_pair"), task.fields, strict=False))
+    return [
+        {**{field: row[name] for field, name in names.items()}, "label": row["label"]}
+        for row in rows
+    ]
+
+
+def read_tsv(task: Task, file) -> list[Record]:
+    """The records of a tsv file as GLUE distributes it, as `load` returns them.
+
+    Cells lie between tabs; quotes are characters like any other. CoLA has no header.
+    QQP's `train.tsv` has a few broken lines, which are left out, as by Hugging Face.
+
+    Raises:
+      ValueError: the file is missing, empty or of another task, or a line lacks a cell
+        or has a label that the task has not.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file.")
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    cells = [line.rstrip("\r").split("\t") for line in lines]
+    header = [str(i) for i in range(4)] if task.name == "cola" else cells.pop(0)
+    first = 1 if task.name == "cola" else 2
+    missing = [name for name in task.columns if name not in header]
+    if missing:
+        raise ValueError(
+            f"{path} lacks the columns {', '.join(missing)} of {task.name}'s labelled "
+            f"files; it has {', '.join(header)}."
+        )
+    *texts, label = (header.index(name) for name in task.columns)
+    records = []
+    for number, row in enumerate(cells, first):
+        if row == [""]:
+            continue
+        if len(row) <= max(label, *texts):
+            if task.name == "qqp":
+                continue
+            raise ValueError(f"{path}, line {number} has only {len(row)} cells.")
+        names = zip(("text", "text_pair"), texts, strict=False)
+        record = {field: row[column] for field, column in names}
+        try:
+            records.append({**record, "label": _number(task, row[label])})
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    if not records:
+        raise ValueError(f"{path} holds no record.")
+    return records
+
+
+def protocol(
+    task: Task,
+    train: Sequence[Record],
+    validation: Sequence[Record],
+    *,
+    seed: int = 0,
+) -> TextTask:
+    """The parts that the papers use: the validation split of GLUE is their test part.
+
+    Their validation part, as large, is drawn without order from the training split
+    (Ilharco et al. 2023, Section 4.2).
+
+    Raises:
+      ValueError: the training split is not larger than the validation split.
+    """
+    if len(train) <= len(validation) or not validation:
+        raise ValueError(
+            f"{task.name}: cannot hold {len(validation)} of {len(train)} training "
+            "records out for validation."
+        )
+    order = splits.torch_permutation(len(train), seed)
+    kept, held_out = order[: -len(validation)], order[-len(validation) :]
+    return TextTask(
+        task.name,
+        task.classes,
+        [train[i] for i in kept],
+        [train[i] for i in held_out],
+        list(validation),
+    )
+
+
+def text_to_text(task: Task, records: Sequence[Record]) -> list[Record]:
+    """Records in T5's format.
+
+    The input is the name of the task and every field after its name; the target is the
+    name of the class, or STS-B's score rounded to the nearest 0.2.
+
+    Returns:
+      `{"text": str, "target": str, "label": int or float}` per record.
+
+    Example:
+      >>> text_to_text(TASKS["sst2"], [{"text": "a fine film", "label": 1}])
+      [{'text': 'sst2 sentence: a fine film', 'target': 'positive', 'label': 1}]
+    """
+    fields = dict(zip(task.fields, ("text", "text_pair"), strict=False))
+    return [
+        {
+            "text": " ".join(
+                [
+                    task.name,
+                    *(f"{name}: {record[fields[name]]}" for name in task.prompt),
+                ]
+            ),
+            "target": target(task, record["label"]),
+            "label": record["label"],
+        }
+        for record in records
+    ]
+
+
+def target(task: Task, label: float) -> str:
+    """What T5 is to answer.
+
+    Example:
+      >>> target(TASKS["rte"], 0), target(TASKS["stsb"], 3.35)
+      ('entailment', '3.4')
+    """
+    return task.classes[label] if task.classes else f"{np.round(label * 5) / 5:.1f}"
+
+
+def answer(task: Task, text: str) -> float:
+    """The label that a generated text states; -1 where it states none.
+
+    Example:
+      >>> answer(TASKS["rte"], "not_entailment"), answer(TASKS["stsb"], "3.4")
+      (1, 3.4)
+    """
+    text = text.strip()
+    if task.classes:
+        return task.classes.index(text) if text in task.classes else -1
+    try:
+        return _score(text)
+    except ValueError:
+        return -1
+
+
+def score(task: Task, predictions, labels) -> float:
+    """The mean of a task's official metrics.
+
+    Args:
+      predictions, labels: `i32[B]`, or floats for STS-B.
+    """
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    functions = {
+        "accuracy": lambda predictions, labels: np.mean(predictions == labels),
+        "f1": metrics.f1,
+        "matthews": metrics.matthews,
+        "pearson": metrics.pearson,
+        "spearman": metrics.spearman,
+    }
+    return float(np.mean([functions[m](predictions, labels) for m in task.metrics]))
+
+
+def _number(task, label):
+    """The label in a cell of a file: a class by name or number, or a score."""
+    if not task.classes:
+        return _score(label)
+    if label in task.classes:
+        return task.classes.index(label)
+    if label in map(str, range(len(task.classes))):
+        return int(label)
+    raise ValueError(
+        f"{label!r} is no label of {task.name}: {', '.join(task.classes)}."
+    )
+
+
+def _score(text):
+    value = float(text)
+    if not 0 <= value <= 5:
+        raise ValueError(f"{text!r} is no score from 0 to 5.")
+    return value

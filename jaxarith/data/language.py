@@ -1,0 +1,163 @@
+"""Language modelling: token streams in blocks, padded texts, inputs with targets.
+
+Labels are Hugging Face's: the tokens to predict, -100 where nothing counts. Those of a
+causal model are its inputs, which the loss shifts by one.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxarith.data import text
+from jaxarith.data.text import Record
+
+IGNORED = -100
+
+
+def stream(tokenizer, texts: Sequence[str]) -> np.ndarray:
+    """The tokens of texts one after the other, each with its end-of-text token.
+
+    Returns:
+      `i32[N]`.
+    """
+    sequences = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    end = [tokenizer.eos_token_id]
+    tokens = [token for sequence in sequences for token in (*sequence, *end)]
+    return np.asarray(tokens, np.int32)
+
+
+def blocks(tokens, size: int) -> list[dict]:
+    """A token stream cut into blocks, for a causal language model.
+
+    The remainder, fewer than `size` tokens, is dropped.
+
+    Args:
+      tokens: `i32[N]`, as `stream` returns them.
+
+    Returns:
+      A source: `{"input_ids", "attention_mask", "labels"}` per block, all `i32[size]`.
+
+    Raises:
+      ValueError: there are fewer than `size` tokens.
+
+    Example:
+      >>> [block["labels"].tolist() for block in blocks(np.arange(7), 3)]
+      [[0, 1, 2], [3, 4, 5]]
+    """
+    ids = _cut(tokens, size)
+    return text.rows({**_all_seen(ids), "labels": ids})
+
+
+def consecutive_blocks(tokens, size: int = 128) -> list[dict]:
+    """A token stream cut into pairs of blocks, for an encoder-decoder.
+
+    One block is the input, the next is the output, as in the language modelling behind
+    the analogies of Ilharco et al. 2023 (App. E.1), after Lester et al. 2021. No block
+    is in two pairs. The remainder, fewer than `2 * size` tokens, is dropped.
+
+    Args:
+      tokens: `i32[N]`, as `stream` returns them.
+
+    Returns:
+      A source: `{"input_ids", "attention_mask", "labels"}` per pair, all `i32[size]`.
+
+    Raises:
+      ValueError: there are fewer than `2 * size` tokens.
+
+    Example:
+      >>> pair, = consecutive_blocks(np.arange(7), 3)
+      >>> pair["input_ids"].tolist(), pair["labels"].tolist()
+      ([0, 1, 2], [3, 4, 5])
+    """
+    ids = _cut(tokens, 2 * size)
+    return text.rows({**_all_seen(ids[:, :size]), "labels": ids[:, size:]})
+
+
+def encode(
+    tokenizer, texts: Sequence[str], max_length: int, *, side: str = "right"
+) -> list[dict]:
+    """Texts as tokens of one length, for a causal language model.
+
+    Longer ones lose their end. The tokenizer adds what it always adds (GPT-2: nothing),
+    and pads with its end of text where it has no padding token.
+
+    Args:
+      side: of the padding; "left" for prompts of which a model generates on.
+
+    Returns:
+      A source: `{"input_ids", "attention_mask", "labels"}` per text, all
+      `i32[max_length]`; the labels are -100 at padding.
+    """
+    sequences = _tokens(tokenizer, texts, max_length)
+    ids, mask = text.pad(sequences, max_length, text.padding_id(tokenizer), side)
+    labels = np.where(mask == 1, ids, np.int32(IGNORED))
+    return text.rows({"input_ids": ids, "attention_mask": mask, "labels": labels})
+
+
+def text_to_text(
+    tokenizer, records: Sequence[Record], max_length: int, target_length: int
+) -> list[dict]:
+    """Inputs and targets as tokens, for an encoder-decoder.
+
+    Args:
+      records: `{"text": str, "target": str}`, and a `"label"` where there is one, as
+        `glue.text_to_text` gives them.
+      max_length, target_length: longer inputs and targets lose their end.
+
+    Returns:
+      A source: `{"input_ids": i32[S], "attention_mask": i32[S], "labels": i32[T]}` per
+      record, and its `"label"`; the labels are -100 at padding.
+    """
+    inputs = _tokens(tokenizer, [record["text"] for record in records], max_length)
+    ids, mask = text.pad(inputs, max_length, text.padding_id(tokenizer))
+    targets = [record["target"] for record in records]
+    columns = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": _labels(_tokens(tokenizer, targets, target_length), target_length),
+    }
+    if "label" in records[0]:
+        columns["label"] = text.labels(records)
+    return text.rows(columns)
+
+
+def candidates(tokenizer, words: Sequence[str]) -> np.ndarray:
+    """The target of every class, for rank classification.
+
+    Returns:
+      `i32[classes, T]`, as long as the longest, -100 at padding.
+
+    Raises:
+      ValueError: two words are the same tokens.
+    """
+    sequences = tokenizer(list(words))["input_ids"]
+    if len({tuple(sequence) for sequence in sequences}) < len(words):
+        raise ValueError(
+            f"two of the words {', '.join(words)} are the same tokens, so no model can "
+            "tell them apart. Choose words that the tokenizer knows."
+        )
+    return _labels(sequences, max(map(len, sequences)))
+
+
+def _tokens(tokenizer, texts, max_length):
+    encoding = tokenizer(list(texts), truncation=True, max_length=max_length)
+    return encoding["input_ids"]
+
+
+def _labels(sequences, length):
+    return text.pad(sequences, length, IGNORED)[0]
+
+
+def _all_seen(ids):
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+
+def _cut(tokens, length):
+    tokens = np.asarray(tokens, np.int32)
+    if not 0 < length <= len(tokens):
+        raise ValueError(
+            f"cannot cut {len(tokens)} tokens into blocks of {length}; take more text "
+            "or smaller blocks."
+        )
+    number = len(tokens) // length
+    return tokens[: number * length].reshape(number, length)

@@ -1,0 +1,371 @@
+"""Texts with labels: their files, classification tasks, and tokens for a model."""
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxarith.data import splits
+
+Record = dict  # {"text": str, "label": str or int}, and "text_pair": str for pairs
+
+# The columns of a text, or of a text and its pair; a file has the first row it can.
+COLUMNS = (
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("text",),
+    ("sentence",),
+    ("question",),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTask:
+    """A classification task: the names of its classes, and records with their numbers.
+
+    Attributes:
+      name: of the task.
+      classes: names in the order of their numbers.
+      train, validation, test: records `{"text": str, "label": int}`, with a
+        `"text_pair"` where the task is about two texts; `encode` makes tokens of them.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Sequence[Record]
+    validation: Sequence[Record]
+    test: Sequence[Record]
+
+
+def read(file) -> list[Record]:
+    """The records of a classification file, by its suffix.
+
+    - `.tsv`: a header, then cells between tabs; a quote is a character like any other.
+    - `.csv`: a header, then cells between commas, quoted where they need it.
+    - `.jsonl`: an object per line.
+    - anything else: `label text` on every line.
+
+    A table holds its labels under `label` and its texts under the first of these that
+    it has: `text` and `text_pair`, `sentence1` and `sentence2`, `question1` and
+    `question2`, `premise` and `hypothesis`, `question` and `sentence`, `text`,
+    `sentence`, `question`. Files are UTF-8, or Latin-1 where their bytes are not; blank
+    lines do not count.
+
+    Returns:
+      `{"text": str, "label": str}` per record, in order, with `"text_pair"` for pairs.
+
+    Raises:
+      ValueError: the file is missing, empty, without these columns, or a line lacks its
+        label or text.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file.")
+    raw = path.read_bytes()
+    try:
+        content = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        content = raw.decode("latin-1")
+    parse = {".tsv": _tabs, ".csv": _commas, ".jsonl": _objects}.get(
+        path.suffix.lower(), _labelled_lines
+    )
+    rows = list(parse(content, path))
+    if not rows:
+        raise ValueError(f"{path} holds no record: it is empty, or has only a header.")
+    fields = {"text", "label", *rows[0][1]}
+    for line, row in rows:
+        missing = sorted(name for name in fields if not row.get(name, "").strip())
+        if missing:
+            raise ValueError(f"{path}, line {line} has no {' and no '.join(missing)}.")
+    return [row for _, row in rows]
+
+
+def task(
+    name: str,
+    train: Sequence[Record],
+    validation: Sequence[Record] | None = None,
+    test: Sequence[Record] | None = None,
+) -> TextTask:
+    """A task of the records that `read` returns.
+
+    A part that is not given is a tenth of the training records, at most 5,000, drawn
+    without order by `splits.torch_permutation`; where both are missing, they are
+    disjoint. Classes are sorted by name, or by value where all are numbers.
+
+    Raises:
+      ValueError: a part is empty, the training part has a single class, or another part
+        has a class that the training part lacks.
+
+    Example:
+      >>> records = [{"text": f"text {i}", "label": str(i % 2)} for i in range(40)]
+      >>> mine = task("parity", records)
+      >>> mine.classes, len(mine.train), len(mine.validation), len(mine.test)
+      (('0', '1'), 32, 4, 4)
+    """
+    parts = {"train": train, "validation": validation, "test": test}
+    order, size = splits.torch_permutation(len(train)), min(len(train) // 10, 5000)
+    for part in ("test", "validation"):
+        if parts[part] is None:
+            if not size:
+                raise ValueError(
+                    f"{name}: {len(train)} training records are too few to split a "
+                    f"tenth off for {part}. Give a file for it."
+                )
+            order, chosen = order[:-size], order[-size:]
+            parts[part] = [train[i] for i in chosen]
+    parts["train"] = [train[i] for i in sorted(order)]
+    empty = [part for part, records in parts.items() if not len(records)]
+    if empty:
+        raise ValueError(f"{name}: no record in {' and '.join(empty)}.")
+
+    classes = _sorted({record["label"] for record in parts["train"]})
+    if len(classes) < 2:
+        raise ValueError(
+            f"{name}: every training record has the label {classes[0]!r}; "
+            "a classification task needs two classes."
+        )
+    numbers = {label: number for number, label in enumerate(classes)}
+    for part, records in parts.items():
+        unseen = _sorted({record["label"] for record in records} - set(numbers))
+        if unseen:
+            raise ValueError(
+                f"{name}: {part} has labels that train has not: {', '.join(unseen)}. "
+                f"Train has {', '.join(classes)}. Correct the labels, or leave these "
+                "classes out."
+            )
+    return TextTask(
+        name,
+        classes,
+        **{
+            part: [{**record, "label": numbers[record["label"]]} for record in records]
+            for part, records in parts.items()
+        },
+    )
+
+
+def load_tokenizer(folder):
+    """The tokenizer that lies with a checkpoint, through transformers.
+
+    Raises:
+      ValueError: the folder has no tokenizer that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    folder, reason = Path(folder), None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        # Without its files, transformers makes a tokenizer of special tokens alone.
+        special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+        if len(tokenizer.get_vocab().keys() - special) > 1:
+            return tokenizer
+    except Exception as error:  # of many kinds, and few say that files are missing
+        reason = error
+    found = sorted(file.name for file in folder.glob("*")) or "nothing"
+    raise ValueError(
+        f"{folder} has no tokenizer that transformers can read; it holds {found}. It "
+        "needs config.json with tokenizer.json, vocab.json and merges.txt (GPT-2, "
+        "RoBERTa), vocab.txt (BERT) or spiece.model (T5; sentencepiece and protobuf "
+        "read it)."
+    ) from reason
+
+
+def check_vocabulary(tokenizer, vocab_size: int):
+    """Raises a ValueError where the embedding lacks rows for the tokenizer's ids."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {largest} and the model's embedding has "
+            f"{vocab_size} rows. Load the tokenizer that belongs to the model; if "
+            "words were added to it, append as many rows to the embedding."
+        )
+
+
+def encode(tokenizer, records: Sequence[Record], max_length: int) -> list[dict]:
+    """Records as tokens of one length, for a classifier.
+
+    Longer texts are cut to `max_length` tokens, special tokens included; of a pair, the
+    longer text first. Shorter ones are padded on the right.
+
+    Args:
+      tokenizer: of transformers. One without a padding token (GPT-2) pads with its end
+        of text; the attention mask is 0 there either way.
+      records: `{"text": str, "label": int}`, with `"text_pair"` in all or in none; the
+        label may be a float, for a regression.
+
+    Returns:
+      A source: `{"input_ids": i32[S], "attention_mask": i32[S], "label": i32[]}` per
+      record, and `"token_type_ids": i32[S]` where the tokenizer makes them (BERT).
+    """
+    texts = [record["text"] for record in records]
+    pairs = [record["text_pair"] for record in records if "text_pair" in record]
+    if pairs and len(pairs) != len(texts):
+        raise ValueError(f"{len(pairs)} of {len(texts)} records have a text_pair.")
+    tokens = tokenizer(texts, pairs or None, truncation=True, max_length=max_length)
+    ids, mask = pad(tokens["input_ids"], max_length, padding_id(tokenizer))
+    columns = {"input_ids": ids, "attention_mask": mask}
+    if "token_type_ids" in tokens:
+        columns["token_type_ids"], _ = pad(tokens["token_type_ids"], max_length, 0)
+    columns["label"] = labels(records)
+    return rows(columns)
+
+
+def labels(records: Sequence[Record]) -> np.ndarray:
+    """The labels of records: `i32[B]`, or `f32[B]` where they are floats.
+
+    Raises:
+      ValueError: they are names.
+    """
+    values = np.asarray([record["label"] for record in records])
+    if values.dtype.kind not in "biuf":
+        raise ValueError(
+            f"the label {values.flat[0]!r} is no number; `task` numbers the classes."
+        )
+    return values.astype(np.float32 if values.dtype.kind == "f" else np.int32)
+
+
+def padding_id(tokenizer) -> int:
+    """What a tokenizer pads with: its end of text where it has no token for it."""
+    pad_id = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if pad_id is None else pad_id
+
+
+def pad(
+    sequences: Sequence[Sequence[int]], length: int, value: int, side: str = "right"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token sequences of many lengths as one array.
+
+    Args:
+      sequences: ids, at most `length` of each.
+      value: fills the room that is left.
+      side: where that room is; "left" for the prompts of a causal language model.
+
+    Returns:
+      `(ids, mask)`, both `i32[B, length]`; the mask is 0 at padding.
+
+    Raises:
+      ValueError: a sequence is longer than `length`.
+
+    Example:
+      >>> pad([[5, 6], [7]], 3, 0, side="left")[0].tolist()
+      [[0, 5, 6], [0, 0, 7]]
+    """
+    if side not in ("left", "right"):
+        raise ValueError(f'cannot pad on the {side!r} side; "left" or "right".')
+    lengths = np.array([len(sequence) for sequence in sequences], int)
+    if (lengths > length).any():
+        raise ValueError(f"a sequence of {lengths.max()} tokens does not fit {length}.")
+    room = np.arange(length)
+    # The mask picks the places row by row, in the order of the ids.
+    mask = (
+        room < lengths[:, None]
+        if side == "right"
+        else room >= length - lengths[:, None]
+    )
+    ids = np.full((len(lengths), length), value, np.int32)
+    ids[mask] = [token for sequence in sequences for token in sequence]
+    return ids, mask.astype(np.int32)
+
+
+def rows(columns: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Columns of a common length as a source of dicts, without a copy."""
+    return [
+        dict(zip(columns, row, strict=True))
+        for row in zip(*columns.values(), strict=True)
+    ]
+
+
+def _tabs(content, path):
+    lines = (
+        (number, line.rstrip("\r").split("\t"))
+        for number, line in enumerate(content.split("\n"), 1)
+    )
+    return _table(lines, path)
+
+
+def _commas(content, path):
+    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+
+    def lines():
+        try:
+            for cells in reader:
+                yield reader.line_num, cells
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}.") from error
+
+    return _table(lines(), path)
+
+
+def _table(lines, path):
+    header = columns = None
+    for line, cells in lines:
+        if not any(cell.strip() for cell in cells):
+            continue
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            columns = _columns(header, path)
+        elif len(cells) != len(header):
+            raise ValueError(
+                f"{path}, line {line} has {len(cells)} cells and the header "
+                f"{len(header)}."
+            )
+        else:
+            values = dict(zip(header, cells, strict=True))
+            yield line, {field: values[name] for field, name in columns.items()}
+
+
+def _objects(content, path):
+    columns = None
+    for line, text in enumerate(content.split("\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {line} is not JSON: {error}.") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}, line {line} is not a JSON object.")
+        columns = columns or _columns(list(values), path)
+        found = {field: values.get(name) for field, name in columns.items()}
+        yield (
+            line,
+            {
+                field: "" if value is None else str(value)
+                for field, value in found.items()
+            },
+        )
+
+
+def _labelled_lines(content, path):
+    for line, text in enumerate(content.split("\n"), 1):
+        if text.strip():
+            label, *rest = text.strip().split(maxsplit=1)
+            yield line, {"text": "".join(rest), "label": label}
+
+
+def _columns(header, path):
+    """Which column a field of a record comes from."""
+    if "label" in header:
+        for names in COLUMNS:
+            if set(names) <= set(header):
+                fields = dict(zip(("text", "text_pair"), names, strict=False))
+                return {**fields, "label": "label"}
+    known = "; ".join(" and ".join(names) for names in COLUMNS)
+    raise ValueError(
+        f"{path} has the columns {', '.join(header)}. It needs label, and one of: "
+        f"{known}. Rename its columns; a file without a header, with `label text` on "
+        "every line, has the suffix .txt."
+    )
+
+
+def _sorted(labels):
+    try:
+        return tuple(sorted(labels, key=lambda label: (float(label), label)))
+    except ValueError:
+        return tuple(sorted(labels))

@@ -1,0 +1,235 @@
+"""Generation of text with a cache, greedy or sampled, as one compiled program.
+
+A model gives a `Decoder`, such as `gpt2.decoder(config)`; nothing here knows of models.
+
+Shapes: B texts, V tokens in the vocabulary.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Decoder(NamedTuple):
+    """A model that writes one token at a time. The cache is any pytree of arrays.
+
+    Attributes:
+      start: `start(params, *inputs, room) -> (cache, logits[B, V])`. It consumes the
+        prompt; `room`, a static int, is how many calls of `step` the cache must serve.
+      step: `step(params, cache, tokens[B]) -> (cache, logits[B, V])`, the cache of
+        unchanged shapes and dtypes.
+    """
+
+    start: Callable
+    step: Callable
+
+
+def generate(
+    decoder: Decoder,
+    params,
+    *inputs,
+    max_new_tokens: int,
+    eos_token_id: int | None = None,
+    pad_token_id: int = 0,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """The tokens with which a model continues each text of a batch.
+
+    At temperature 0 each token is the one of the largest logit. Otherwise it is drawn
+    from the softmax of the logits, divided by the temperature, then cut to `top_k`,
+    then to `top_p`. Row b draws its token i with the key
+    `fold_in(fold_in(key, b), i)`, so its text does not depend on the other rows.
+
+    It ends early when every row has written `eos_token_id`. A decoder and settings that
+    were compiled before are not compiled again: keep the decoder.
+
+    Args:
+      decoder: `start` and `step` of the model.
+      params: its parameters.
+      *inputs: the prompt, passed on to `decoder.start`.
+      max_new_tokens: the length of the result.
+      eos_token_id: after it a row holds only padding; None if nothing ends a text.
+      pad_token_id: the padding.
+      temperature: above 1 more random than the model, below 1 less, 0 greedy.
+      top_k: how many of the likeliest tokens can be drawn; None for all.
+      top_p: the probability that the tokens which can be drawn must reach together;
+        None for 1.
+      key: of the random draws; not used at temperature 0.
+
+    Returns:
+      i32[B, max_new_tokens], without the prompt; eos is part of it.
+
+    Raises:
+      ValueError: a setting is out of range, or there is a temperature and no key.
+
+    Example:
+      >>> def start(params, token, room):
+      ...     return None, jax.nn.one_hot(token + 1, 5)
+      >>> def step(params, cache, tokens):
+      ...     return None, jax.nn.one_hot(tokens + 1, 5)
+      >>> count = Decoder(start, step)
+      >>> inputs = jnp.array([0, 1])
+      >>> print(generate(count, {}, inputs, max_new_tokens=4, eos_token_id=3))
+      [[1 2 3 0]
+       [2 3 0 0]]
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more.")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(
+            f"temperature is {temperature}; expected a finite number, 0 or more."
+        )
+    if temperature > 0 and key is None:
+        raise ValueError(
+            f"temperature is {temperature}, but there is no key to draw tokens with; "
+            "pass key=jax.random.key(seed), or temperature=0 for greedy decoding."
+        )
+    if top_k is not None:
+        _check_top_k(top_k)
+    if top_p is not None:
+        _check_top_p(top_p)
+    return _generate(
+        decoder,
+        params,
+        inputs,
+        key if temperature > 0 else None,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "decoder",
+        "max_new_tokens",
+        "eos_token_id",
+        "pad_token_id",
+        "temperature",
+        "top_k",
+        "top_p",
+    ),
+)
+def _generate(
+    decoder,
+    params,
+    inputs,
+    key,
+    *,
+    max_new_tokens,
+    eos_token_id,
+    pad_token_id,
+    temperature,
+    top_k,
+    top_p,
+):
+    def choose(logits, i):
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        if temperature == 0:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = logits / temperature
+        if top_k is not None:
+            logits = keep_top_k(logits, top_k)
+        if top_p is not None:
+            logits = keep_top_p(logits, top_p)
+
+        def draw(b, logits):
+            drawn = jax.random.fold_in(jax.random.fold_in(key, b), i)
+            return jax.random.categorical(drawn, logits)
+
+        return jax.vmap(draw)(jnp.arange(len(logits)), logits).astype(jnp.int32)
+
+    def ended(new):
+        return (
+            jnp.zeros(new.shape, bool) if eos_token_id is None else new == eos_token_id
+        )
+
+    def proceeds(state):
+        i, _, _, _, over = state
+        return (i < max_new_tokens) & ~over.all()
+
+    def proceed(state):
+        i, cache, tokens, last, over = state
+        cache, logits = decoder.step(params, cache, last)
+        new = jnp.where(over, pad_token_id, choose(logits, i))
+        return i + 1, cache, tokens.at[:, i].set(new), new, over | ended(new)
+
+    # The last token is written, but not read: one step fewer than tokens.
+    cache, logits = decoder.start(params, *inputs, room=max_new_tokens - 1)
+    first = choose(logits, 0)
+    tokens = jnp.full((len(first), max_new_tokens), pad_token_id, jnp.int32)
+    tokens = tokens.at[:, 0].set(first)
+    state = (1, cache, tokens, first, ended(first))
+    return jax.lax.while_loop(proceeds, proceed, state)[2]
+
+
+def keep_top_k(logits: jax.Array, top_k: int) -> jax.Array:
+    """All but the `top_k` largest logits become -inf; those equal to the last stay.
+
+    Fan et al. Hierarchical Neural Story Generation. ACL 2018. arXiv:1805.04833.
+
+    Args:
+      logits: `[..., V]`.
+      top_k: 1 or more; above V nothing is cut.
+
+    Raises:
+      ValueError: `top_k` is below 1.
+
+    Example:
+      >>> print(keep_top_k(jnp.array([1.0, 3.0, 2.0]), 2))
+      [-inf   3.   2.]
+    """
+    _check_top_k(top_k)
+    largest, _ = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))
+    return jnp.where(logits < largest[..., -1:], -jnp.inf, logits)
+
+
+def keep_top_p(logits: jax.Array, top_p: float) -> jax.Array:
+    """All but the likeliest tokens, which reach `top_p` together, become -inf.
+
+    The token that crosses `top_p` is kept, so one always is.
+
+    Holtzman et al. The Curious Case of Neural Text Degeneration. ICLR 2020.
+    arXiv:1904.09751.
+
+    Args:
+      logits: `[..., V]`.
+      top_p: above 0, at most 1.
+
+    Raises:
+      ValueError: `top_p` is out of range.
+
+    Example:
+      >>> probabilities = jnp.array([0.5, 0.2, 0.3])
+      >>> print(jnp.isfinite(keep_top_p(jnp.log(probabilities), 0.6)))
+      [ True False  True]
+    """
+    _check_top_p(top_p)
+    order = jnp.argsort(logits, axis=-1)
+    ascending = jnp.take_along_axis(logits, order, axis=-1)
+    # Summed from the small end, where the rounding of a sum near 1 would lose the tail.
+    up_to = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
+    kept = (up_to > 1 - top_p).at[..., -1].set(True)
+    kept = jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+def _check_top_k(top_k):
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; expected 1 or more, or None for all.")
+
+
+def _check_top_p(top_p):
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; expected a number above 0 and at most 1.")

@@ -1,0 +1,363 @@
+"""The two stacks of T5's blocks, with the parameter names of Hugging Face checkpoints.
+
+Raffel et al. Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+Transformer. JMLR 21(140), 2020. arXiv:1910.10683.
+
+T5 v1.0 has the feed-forward layer "relu"; T5 v1.1 and FLAN-T5 have "gated-gelu"
+(Shazeer. GLU Variants Improve Transformer. 2020. arXiv:2002.05202).
+
+Shapes: B texts, S tokens, D = d_model, H heads; Q tokens attend to K.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from jaxarith.models.layers import Dense, attend
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Names and defaults of Hugging Face's `T5Config`, which are those of T5-small.
+
+    Attributes:
+      num_decoder_layers: None for as many as the encoder has.
+      tie_word_embeddings: the head is `shared`, and not `lm_head`.
+      scale_decoder_outputs: what enters the head is multiplied by d_model^-1/2.
+    """
+
+    vocab_size: int = 32128
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_layers: int = 6
+    num_decoder_layers: int | None = None
+    num_heads: int = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "relu"
+    tie_word_embeddings: bool = True
+    scale_decoder_outputs: bool = True
+    pad_token_id: int = 0
+    eos_token_id: int = 1
+    decoder_start_token_id: int = 0
+
+    def __post_init__(self):
+        if self.num_decoder_layers is None:
+            object.__setattr__(self, "num_decoder_layers", self.num_layers)
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> "T5Config":
+        """Reads the content of a Hugging Face `config.json` of a T5.
+
+        Whether the head is tied is in the end a matter of the weights: transformers 5
+        writes `tie_word_embeddings: true` for every T5; `load` looks.
+
+        Raises:
+          ValueError: the file describes another kind of model, or a feed-forward layer
+            that this port lacks.
+        """
+        if raw.get("model_type") != "t5":
+            raise ValueError(
+                f"config.json describes a {raw.get('model_type', 'model')!r}; expected "
+                "a T5 with model_type 't5'. Use the model that belongs to it."
+            )
+        # Until transformers 5 the flag of the tie said whether to scale.
+        raw = {"scale_decoder_outputs": raw.get("tie_word_embeddings"), **raw}
+        known = {field.name for field in dataclasses.fields(cls)}
+        stated = {key: raw[key] for key in known & raw.keys() if raw[key] is not None}
+        config = cls(**stated)
+        if config.feed_forward_proj not in _ACTIVATIONS:
+            raise ValueError(
+                f"config.json asks for feed_forward_proj {config.feed_forward_proj!r}; "
+                f"this port has {', '.join(_ACTIVATIONS)}."
+            )
+        return config
+
+
+_ACTIVATIONS = {
+    "relu": nn.relu,
+    "gated-gelu": functools.partial(nn.gelu, approximate=True),
+}
+
+
+_by_fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+Linear = functools.partial(Dense, use_bias=False, kernel_init=_by_fan_in)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
+    r"""Mean square 1 along the last axis: :math:`x/\sqrt{\overline{x^2} + ε}`.
+
+    Zhang, Sennrich. Root Mean Square Layer Normalization. NeurIPS 2019.
+    arXiv:1910.07467.
+
+    The derivative is stated, with :math:`y` the result and means over the last axis:
+
+    .. math:: \dot y = \frac{\dot x - y\,\overline{y\dot x}}{\sqrt{\overline{x^2} + ε}}
+
+    so that transposing it keeps `y` and the root, and not every step on the way.
+
+    Args:
+      x: `[..., D]`.
+      eps: added to the mean square.
+
+    Returns:
+      `[..., D]` in float32 or better.
+
+    Example:
+      >>> print(rms_normalize(jnp.array([4.0, 0.0, 0.0, 0.0]), 0.0).round(4))
+      [2. 0. 0. 0.]
+    """
+    return _rms_normalize(x, eps)[0]
+
+
+def _rms_normalize(x, eps):
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    scale = jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + eps)
+    return x * scale, scale
+
+
+@rms_normalize.defjvp
+def _rms_normalize_jvp(eps, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    y, scale = _rms_normalize(x, eps)
+    dx = dx.astype(y.dtype)
+    return y, scale * (dx - y * jnp.mean(y * dx, axis=-1, keepdims=True))
+
+
+class RMSNorm(nn.Module):
+    """`rms_normalize`, then `weight`: Hugging Face's T5LayerNorm."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        weight = self.param("weight", nn.initializers.ones, x.shape[-1:])
+        weight = weight.reshape((1,) * (x.ndim - 1) + x.shape[-1:])
+        return (rms_normalize(x, self.eps) * weight).astype(x.dtype)
+
+
+def relative_position_bucket(
+    position, num_buckets=32, max_distance=128, bidirectional=True
+) -> np.ndarray:
+    """The row of the table of biases for a token at `position` from the one attending.
+
+    Half of the buckets is for tokens behind, half for tokens ahead; all are for tokens
+    behind where none ahead is seen. Of either side, one half is for single distances
+    and the other grows with their logarithm; its last bucket takes every distance from
+    `max_distance` on.
+
+    Args:
+      position: integers of any shape, key minus query.
+      num_buckets, max_distance: `relative_attention_…` of the config.
+      bidirectional: False in the decoder. Tokens ahead then share the bucket of 0.
+
+    Returns:
+      int32 from 0 to `num_buckets` - 1, in the shape of `position`.
+
+    Example:
+      >>> print(relative_position_bucket([-200, -8, -1, 0, 1, 8, 200]))
+      [15  8  1  0 17 24 31]
+      >>> print(relative_position_bucket([-200, -16, -1, 0, 1], bidirectional=False))
+      [31 16  1  0  0]
+    """
+    position = np.asarray(position)
+    sided = num_buckets // 2 if bidirectional else num_buckets
+    single = sided // 2
+    distance = np.abs(position) if bidirectional else np.maximum(-position, 0)
+    steps = np.log(np.maximum(distance, single) / single)
+    steps *= (sided - single) / np.log(max_distance / single)
+    # At a power such as 16 = 8 · 16^(2/8) a rounding must not give the bucket before.
+    far = single + np.floor(steps + 1e-6)
+    bucket = np.where(distance < single, distance, np.minimum(far, sided - 1))
+    ahead = sided * (position > 0) if bidirectional else 0
+    return (bucket + ahead).astype(np.int32)
+
+
+class Attention(nn.Module):
+    """Attention of tokens `x[B, Q, D]` to keys and values `[B, K, H, d_kv]`.
+
+    They are `keys_values` of the tokens that are attended to.
+    """
+
+    config: T5Config
+    bidirectional: bool = True
+
+    def setup(self):
+        c = self.config
+        width = c.num_heads * c.d_kv
+        # T5 does not divide the scores by the root of d_kv. Its q starts smaller.
+        small = nn.initializers.normal((c.d_model * c.d_kv) ** -0.5)
+        self.q = Linear(width, kernel_init=small)
+        self.k = Linear(width)
+        self.v = Linear(width)
+        self.o = Linear(c.d_model)
+        # Only the first block of a stack calls it, so only that one has its parameter.
+        self.relative_attention_bias = nn.Embed(
+            c.relative_attention_num_buckets,
+            c.num_heads,
+            embedding_init=nn.initializers.normal(c.d_model**-0.5),
+        )
+
+    def __call__(self, x, keys_values, mask, bias=None):
+        q = self._heads(self.q(x))
+        return self.o(attend(q, *keys_values, mask=mask, bias=bias))
+
+    def keys_values(self, x):
+        return self._heads(self.k(x)), self._heads(self.v(x))
+
+    def _heads(self, projected):
+        c = self.config
+        return projected.reshape(*projected.shape[:-1], c.num_heads, c.d_kv)
+
+    def relative_bias(self, length, at=None):
+        """`[1, H, length, length]`, or `[1, H, 1, length]` for the token `at` alone."""
+        tokens = np.arange(length)
+        buckets = relative_position_bucket(
+            tokens[None] - tokens[:, None],
+            self.config.relative_attention_num_buckets,
+            self.config.relative_attention_max_distance,
+            self.bidirectional,
+        )
+        if at is not None:
+            buckets = jnp.asarray(buckets)[at][None]
+        return self.relative_attention_bias(buckets).transpose(2, 0, 1)[None]
+
+
+class Texts(NamedTuple):
+    """What the decoder attends to: hidden states `[B, S, D]`, bool[B, 1, 1, S]."""
+
+    hidden: jax.Array | None
+    mask: jax.Array
+
+
+class Past(NamedTuple):
+    """The keys and values of a block's own earlier tokens, and those of the texts."""
+
+    own: tuple[jax.Array, jax.Array] | None = None
+    texts: tuple[jax.Array, jax.Array] | None = None
+
+
+class FeedForward(nn.Module):
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        activation = _ACTIVATIONS[c.feed_forward_proj]
+        if c.feed_forward_proj.startswith("gated"):
+            hidden = activation(Linear(c.d_ff, name="wi_0")(x))
+            hidden = hidden * Linear(c.d_ff, name="wi_1")(x)
+        else:
+            hidden = activation(Linear(c.d_ff, name="wi")(x))
+        return Linear(c.d_model, name="wo")(hidden)
+
+
+class SelfAttentionLayer(nn.Module):
+    """`x`, the bias `[1, H, Q, K]` of relative positions, and the keys and values.
+
+    The first block has the table of biases; the others are given what it returns. With
+    `past`, `x[B, 1, D]` is the token `at`, whose own key and value are written there.
+    """
+
+    config: T5Config
+    decoder: bool
+
+    @nn.compact
+    def __call__(self, x, mask, bias, past, at):
+        normed = RMSNorm(self.config.layer_norm_epsilon, name="layer_norm")(x)
+        attention = Attention(self.config, not self.decoder, name="SelfAttention")
+        keys_values = attention.keys_values(normed)
+        if past is not None:
+            keys_values = tuple(
+                jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=1)
+                for old, new in zip(past, keys_values, strict=True)
+            )
+        if bias is None:
+            bias = attention.relative_bias(keys_values[0].shape[1], at)
+        return x + attention(normed, keys_values, mask, bias), bias, keys_values
+
+
+class CrossAttentionLayer(nn.Module):
+    """`x[n·B, T, D]`, n sequences to each text, and the texts' keys and values."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x, texts, past):
+        normed = RMSNorm(self.config.layer_norm_epsilon, name="layer_norm")(x)
+        attention = Attention(self.config, name="EncDecAttention")
+        keys_values = attention.keys_values(texts.hidden) if past is None else past
+        # The sequences of a text attend to it as one, so that nothing is repeated.
+        normed = normed.reshape(len(texts.mask), -1, x.shape[-1])
+        mixed = attention(normed, keys_values, texts.mask)
+        return x + mixed.reshape(x.shape), keys_values
+
+
+class FeedForwardLayer(nn.Module):
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x):
+        normed = RMSNorm(self.config.layer_norm_epsilon, name="layer_norm")(x)
+        return x + FeedForward(self.config, name="DenseReluDense")(normed)
+
+
+class Layers(nn.Module):
+    config: T5Config
+    decoder: bool
+
+    @nn.compact
+    def __call__(self, x, mask, bias, texts, past, at):
+        c = self.config
+        attention = SelfAttentionLayer(c, self.decoder, name="0")
+        x, bias, own = attention(x, mask, bias, past.own, at)
+        if not self.decoder:
+            return FeedForwardLayer(c, name="1")(x), bias, Past()
+        x, of_texts = CrossAttentionLayer(c, name="1")(x, texts, past.texts)
+        return FeedForwardLayer(c, name="2")(x), bias, Past(own, of_texts)
+
+
+class Block(nn.Module):
+    config: T5Config
+    decoder: bool
+
+    @nn.compact
+    def __call__(self, x, mask, bias, texts, past, at):
+        layers = Layers(self.config, self.decoder, name="layer")
+        return layers(x, mask, bias, texts, past, at)
+
+
+class Blocks(nn.Module):
+    config: T5Config
+    decoder: bool
+
+    @nn.compact
+    def __call__(self, x, mask, texts, pasts, at):
+        c = self.config
+        count = c.num_decoder_layers if self.decoder else c.num_layers
+        pasts = [Past()] * count if pasts is None else list(pasts)
+        bias = None
+        for i in range(count):
+            block = Block(c, self.decoder, name=str(i))
+            x, bias, pasts[i] = block(x, mask, bias, texts, pasts[i], at)
+        return x, tuple(pasts)
+
+
+class Stack(nn.Module):
+    config: T5Config
+    decoder: bool
+
+    @nn.compact
+    def __call__(self, x, mask, texts=None, pasts=None, at=None):
+        blocks = Blocks(self.config, self.decoder, name="block")
+        x, pasts = blocks(x, mask, texts, pasts, at)
+        norm = RMSNorm(self.config.layer_norm_epsilon, name="final_layer_norm")
+        return norm(x), pasts

@@ -1,0 +1,546 @@
+"""The whole T5 against transformers' PyTorch model and T5 written out in float64."""
+
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import serialization
+from oracles import central_difference
+from tiny_t5 import (
+    START,
+    plain_t5,
+    random_params,
+    random_tokens,
+    tiny_t5,
+    tiny_t5_config,
+)
+
+from jaxarith import capture, hub, layouts, tangent, tree
+from jaxarith.generate import generate
+from jaxarith.models import t5
+
+LAYOUTS = Path(__file__).parent / "layouts"
+close = {"rtol": 1e-5, "atol": 1e-5}
+
+# T5 v1.0; v1.1 and FLAN-T5; and a v1.1 as transformers 5 creates one. Their stacks are
+# of unlike heights, of which transformers can only generate with the encoder's greater.
+heights = {"num_layers": 3, "num_decoder_layers": 2}
+VARIANTS = {
+    "v1.0": {"kind": "relu", **heights},
+    "v1.1": {"kind": "gated-gelu", "tie_word_embeddings": False, **heights},
+    "v1.1-tied": {"kind": "gated-gelu", "scale_decoder_outputs": False, **heights},
+}
+
+
+@pytest.fixture(scope="module")
+def torch():
+    return pytest.importorskip(
+        "torch", reason="PyTorch, the oracle of the T5 port, is not installed"
+    )
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def opened(torch, folder):
+    """transformers' model of a folder that fits it name by name."""
+    from transformers import T5ForConditionalGeneration
+
+    model, info = T5ForConditionalGeneration.from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager"
+    )
+    assert {"missing_keys", "unexpected_keys", "mismatched_keys"} <= info.keys()
+    assert {kind: list(keys) for kind, keys in info.items() if keys} == {}
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def oracle(torch, request, tmp_path_factory):
+    """A config, its random parameters, and transformers' model with the same."""
+    raw = tiny_t5_config(**VARIANTS[request.param])
+    config = t5.T5Config.from_json(raw)
+    params = random_params(0, config)
+    folder = tmp_path_factory.mktemp(request.param)
+    hub.save(folder, params, raw)
+    model = opened(torch, folder)
+    head = model.lm_head.weight is model.shared.weight
+    assert head == config.tie_word_embeddings == (request.param != "v1.1")
+    assert model.config.scale_decoder_outputs == config.scale_decoder_outputs
+    assert config.scale_decoder_outputs == (request.param == "v1.0")
+    return config, params, model
+
+
+def random_targets(length=30):
+    """Start tokens and what follows; padded nowhere, behind, in front, nowhere."""
+    rng = np.random.default_rng(2)
+    ids = rng.integers(3, 30, size=(4, length))
+    ids[:, 0] = START
+    mask = np.ones_like(ids)
+    mask[1, 2 * length // 3 :] = 0
+    mask[2, : length // 4] = 0
+    return ids, mask
+
+
+def oracle_output(torch, model, input_ids, mask, decoder_ids, decoder_mask=None):
+    def tensor(array):
+        return None if array is None else torch.from_numpy(array)
+
+    with torch.no_grad():
+        return model(
+            input_ids=tensor(input_ids),
+            attention_mask=tensor(mask),
+            decoder_input_ids=tensor(decoder_ids),
+            decoder_attention_mask=tensor(decoder_mask),
+            output_hidden_states=True,
+            use_cache=False,
+        )
+
+
+def assert_not_degenerate(outputs):
+    """Texts, tokens and features that differ by far more than the tolerance."""
+    assert np.isfinite(outputs).all()
+    assert min(np.std(outputs, axis=axis).mean() for axis in range(3)) > 0.05
+
+
+# Logits and hidden states.
+
+
+@pytest.mark.torch
+def test_logits_and_hidden_states_equal_those_of_transformers(torch, oracle):
+    config, params, model = oracle
+    texts, (ids, decoder_mask) = random_tokens(), random_targets()
+    apply_fn = jax.jit(t5.language_model(config))
+    hidden_states = jax.jit(t5.hidden_states(config))
+    outputs = []
+    for targets in ((ids, np.ones_like(ids)), (ids, decoder_mask)):
+        expected = oracle_output(torch, model, *texts, *targets)
+        logits = apply_fn(params, *texts, *targets)
+        np.testing.assert_allclose(logits, expected.logits.numpy(), **close)
+        hidden = hidden_states(params, *texts, *targets)
+        last = expected.decoder_hidden_states[-1].numpy()
+        np.testing.assert_allclose(hidden, last, **close)
+        assert_not_degenerate(last)
+        outputs.append(np.asarray(logits))
+    unmasked, masked = outputs
+    assert_not_degenerate(masked)
+    assert np.abs(masked - unmasked)[2, 8:].max() > 0.05
+    texts = texts[0], np.ones_like(texts[1])
+    unpadded = apply_fn(params, *texts, ids, np.ones_like(ids))
+    assert (np.abs(unpadded - unmasked)[1:].max(axis=(1, 2)) > 0.05).all()
+
+
+@pytest.mark.torch
+def test_every_block_of_the_decoder_equals_that_of_transformers(torch, oracle):
+    config, params, model = oracle
+    texts, targets = random_tokens(), random_targets()
+    expected = []
+    hooks = [
+        block.register_forward_hook(lambda _, __, output: expected.append(output[0]))
+        for block in model.decoder.block
+    ]
+    oracle_output(torch, model, *texts, *targets)
+    for hook in hooks:
+        hook.remove()
+
+    @jax.jit
+    def intermediates(params):
+        return t5.Transformer(config).apply(
+            {"params": params},
+            *texts,
+            *targets,
+            capture_intermediates=True,
+            mutable="intermediates",
+        )
+
+    _, state = intermediates(params)
+    blocks = state["intermediates"]["decoder"]["block"]
+    assert len(expected) == len(blocks) - 1 == config.num_decoder_layers == 2
+    for i, hidden in enumerate(expected):
+        assert_not_degenerate(hidden.numpy())
+        [(actual, _, _)] = blocks[str(i)]["__call__"]
+        np.testing.assert_allclose(actual, hidden.numpy(), **close)
+
+
+def test_sequences_of_one_text_give_what_each_gives_alone():
+    config = tiny_t5("gated-gelu", num_layers=1)
+    params = random_params(0, config)
+    texts = random_tokens()
+    rng = np.random.default_rng(3)
+    ids = rng.integers(2, 30, size=(4, 3, 7))
+    mask = np.ones_like(ids)
+    mask[:, 1, 5:] = mask[:, 2, 2:] = 0
+    apply_fn = jax.jit(t5.language_model(config))
+    together = apply_fn(params, *texts, ids, mask)
+    assert together.shape == (4, 3, 7, 30)
+    assert np.abs(together[:, 0] - together[:, 1]).max() > 0.1
+    for c in range(3):
+        alone = apply_fn(params, *texts, ids[:, c], mask[:, c])
+        np.testing.assert_allclose(together[:, c], alone, **close)
+
+
+def test_no_token_of_the_decoder_reaches_one_before_it():
+    """By the gradient of words that occur once, in the order of the text."""
+    config = tiny_t5()
+    params = random_params(0, config)
+    input_ids = np.arange(16, 30)[None]
+    mask = (np.arange(14) < 10).astype(np.int32)[None]
+    decoder_ids = np.arange(2, 14)[None]
+    hidden_states = t5.hidden_states(config)
+
+    def feature(words, at):
+        shared = {**params, "shared": {"embedding": words}}
+        return hidden_states(shared, input_ids, mask, decoder_ids)[0, at].sum()
+
+    gradient_of = jax.jit(jax.grad(feature))
+    for at in (0, 5, 11):
+        gradient = gradient_of(params["shared"]["embedding"], at)
+        reached = np.asarray(jnp.abs(gradient).max(axis=-1))
+        assert (reached[2 : 3 + at] > 1e-6).all()
+        assert (reached[3 + at : 16] == 0).all()
+        assert (reached[16:26] > 1e-6).all()  # all of the text, but for its padding
+        assert (reached[26:] == 0).all() and (reached[:2] == 0).all()
+
+
+@pytest.mark.torch
+def test_labels_shifted_to_the_right_are_those_of_transformers(torch, oracle):
+    config, _, model = oracle
+    labels = np.array([[7, 8, 1, -100, -100], [9, 3, 4, 5, 1]])
+    expected = model._shift_right(torch.from_numpy(labels)).numpy()
+    np.testing.assert_array_equal(t5.shift_right(labels, config), expected)
+    np.testing.assert_array_equal(t5.shift_right(labels[None], config)[0], expected)
+    assert (expected[:, 0] == START).all()
+
+
+# Generation.
+
+
+def livelier(params):
+    """Greater weights, with which tokens are not followed by themselves for ever."""
+
+    def leaf(path, values):
+        return 2 * values if re.fullmatch(t5.BLOCK_LINEAR_WEIGHTS, path) else values
+
+    return tree.map_with_path(leaf, params)
+
+
+@pytest.mark.torch
+def test_greedy_tokens_equal_those_of_transformers(torch, oracle, tmp_path):
+    """Twenty of them. Rows end at different lengths, and one does not end."""
+    config, params, _ = oracle
+    params = livelier(params)
+    raw = {**tiny_t5_config(), **dataclasses.asdict(config)}
+    hub.save(tmp_path, params, raw)
+    model = opened(torch, tmp_path)
+    rng = np.random.default_rng(5)
+    input_ids = rng.integers(2, 30, size=(8, 12))
+    mask = np.ones_like(input_ids)
+    mask[::2, 7:] = 0
+    settings = {"max_new_tokens": 20, "do_sample": False, "num_beams": 1}
+    text = {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(mask),
+    }
+    decoder = t5.decoder(config)
+    free = model.generate(**text, **settings, eos_token_id=None).numpy()[:, 1:]
+    assert free.shape == (8, 20)
+
+    # The end is a token that most, but not all, rows write.
+    writes = (free[..., None] == np.arange(30)).any(axis=1)
+    eos = int(np.argmax(writes.sum(axis=0) % 8))
+    assert len(np.unique(free)) > 8 and 0 < writes[:, eos].sum() < 8
+    expected = model.generate(**text, **settings, eos_token_id=eos).numpy()[:, 1:]
+    actual = generate(
+        decoder, params, input_ids, mask, max_new_tokens=20, eos_token_id=eos
+    )
+    np.testing.assert_array_equal(actual, expected)
+    assert (expected != free).any()
+
+
+@pytest.mark.parametrize("variant", ["v1.0", "v1.1"])
+def test_steps_with_a_cache_equal_the_full_forward(variant):
+    config = tiny_t5(**{**VARIANTS[variant], "num_layers": 1})
+    params = random_params(0, config)
+    texts, (ids, _) = random_tokens(), random_targets()
+    expected = jax.jit(t5.language_model(config))(params, *texts, ids)
+    start, step = t5.decoder(config)
+    room = ids.shape[1] - 1
+    start = jax.jit(start, static_argnames="room")
+    cache, logits = start(params, *texts, room=room)
+    step = jax.jit(step)
+    steps = [logits]
+    for tokens in ids.T[1:]:
+        shapes = jax.tree.map(jnp.shape, cache)
+        cache, logits = step(params, cache, tokens)
+        assert shapes == jax.tree.map(jnp.shape, cache)
+        steps.append(logits)
+    assert step._cache_size() == 1
+    assert_not_degenerate(expected)
+    np.testing.assert_allclose(jnp.stack(steps, axis=1), expected, **close)
+
+
+# Derivatives, in float64.
+
+
+def cast(params, dtype):
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def short_inputs():
+    """Without the text that is all padding, where the plain softmax is 0/0."""
+    input_ids, mask = random_tokens(12)
+    return input_ids[:3], mask[:3], random_targets(9)[0][:3]
+
+
+@pytest.mark.parametrize("variant", ["v1.0", "v1.1"])
+def test_logits_and_jvp_are_the_plain_t5_and_its_central_difference(x64, variant):
+    config = tiny_t5(**{**VARIANTS[variant], "num_layers": 1})
+    params = cast(random_params(0, config), np.float64)
+    tau = cast(random_params(1, config, scale=0.1), np.float64)
+    inputs = short_inputs()
+    plain = jax.jit(lambda params: plain_t5(config, params, *inputs))
+    jvp = jax.jit(functools.partial(tangent.jvp, t5.language_model(config)))
+    logits, tangents = jvp(params, tau, *inputs)
+    assert logits.dtype == np.float64
+    assert_not_degenerate(logits)
+    assert_not_degenerate(tangents)
+    np.testing.assert_allclose(logits, plain(params), rtol=1e-10, atol=1e-10)
+    expected = central_difference(plain, params, tau, h=1e-5)
+    np.testing.assert_allclose(tangents, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_gradient_of_the_linearized_model_is_that_of_the_plain_one(x64):
+    config = tiny_t5(num_layers=1, num_decoder_layers=2)
+    inputs = short_inputs()
+    params_0, params = (cast(random_params(s, config), np.float64) for s in (0, 1))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradient(apply_fn, params_0, params):
+        f_lin = tangent.linearize(apply_fn, params_0)
+        return jax.grad(lambda p: jnp.mean(f_lin(p, *inputs) ** 2))(params)
+
+    plain = functools.partial(plain_t5, config)
+    expected = tree.flatten(gradient(plain, params_0, params))
+    actual = tree.flatten(gradient(t5.language_model(config), params_0, params))
+    assert actual.keys() == expected.keys()
+    for path, leaf in expected.items():
+        size = np.abs(leaf).max()
+        assert size > 1e-5, path
+        assert actual[path].dtype == np.float64
+        np.testing.assert_allclose(
+            actual[path], leaf, rtol=0, atol=1e-10 * size, err_msg=path
+        )
+
+
+def test_inputs_of_every_linear_layer_are_captured():
+    config = tiny_t5("gated-gelu", num_layers=1, tie_word_embeddings=False)
+    params = random_params(0, config)
+    apply_fn = t5.language_model(config)
+    inputs = short_inputs()
+    seen = jax.eval_shape(lambda p: capture.dense_inputs(apply_fn, p, *inputs), params)
+    kernels = {path for path in tree.flatten(params) if path.endswith("/kernel")}
+    assert seen.keys() == kernels
+    assert {len(calls) for calls in seen.values()} == {1}
+
+
+# Names, files and configurations.
+
+
+@pytest.mark.parametrize("name", ["t5-small", "flan-t5-small"])
+def test_layout_is_that_of_the_published_model(name):
+    flan = {
+        **{"d_ff": 1024, "num_layers": 8, "num_decoder_layers": 8, "num_heads": 6},
+        **{"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    }
+    raw = {"model_type": "t5", **(flan if name == "flan-t5-small" else {})}
+    layout = tree.flatten(t5.layout(t5.T5Config.from_json(raw)))
+    expected = json.loads((LAYOUTS / f"{name}.json").read_text())
+    assert {path: list(leaf.shape) for path, leaf in layout.items()} == expected
+
+
+SIZES = {
+    "small": (60_506_624, {}),
+    "base": (222_903_552, {"d_model": 768, "d_ff": 3072, "num_heads": 12}),
+    "large": (737_668_096, {"d_model": 1024, "d_ff": 4096, "num_heads": 16}),
+}
+
+
+@pytest.mark.parametrize("size, layers", [("small", 6), ("base", 12), ("large", 24)])
+def test_published_sizes(size, layers):
+    parameters, fields = SIZES[size]
+    layout = t5.layout(t5.T5Config(num_layers=layers, **fields))
+    assert tree.size(layout) == parameters
+
+
+def test_patterns_select_the_weights_of_both_stacks():
+    config = tiny_t5(**VARIANTS["v1.1"])
+    layout = t5.layout(config)
+    attention = tree.flatten(tree.select(layout, t5.ATTENTION_WEIGHTS))
+    assert len(attention) == 4 * 3 + 8 * 2
+    linear = tree.flatten(tree.select(layout, t5.BLOCK_LINEAR_WEIGHTS))
+    assert len(linear) == (4 + 3) * 3 + (8 + 3) * 2
+    kernels = {path for path in tree.flatten(layout) if path.endswith("/kernel")}
+    assert kernels == linear.keys() | {"lm_head/kernel"}
+    rest = tree.flatten(layout).keys() - tree.flatten(tree.select(layout, t5.BLOCKS))
+    norms = {f"{stack}/final_layer_norm/weight" for stack in ("encoder", "decoder")}
+    assert rest == {"shared/embedding", "lm_head/kernel"} | norms
+
+
+@pytest.mark.torch
+def test_a_model_that_transformers_saves_again_loads_with_equal_bits(oracle, tmp_path):
+    """Its config.json says that the head is tied, whether it is or not."""
+    config, params, model = oracle
+    model.save_pretrained(tmp_path)
+    assert hub.read_json(tmp_path)["tie_word_embeddings"] is True
+    loaded = t5.load(tmp_path)
+    assert (loaded.config, loaded.folder) == (config, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+
+
+@pytest.mark.torch
+def test_what_was_loaded_and_saved_loads_in_transformers(torch, oracle, tmp_path):
+    _, _, model = oracle
+    first, second = tmp_path / "first", tmp_path / "second"
+    model.save_pretrained(first)
+    edited = jax.tree.map(lambda leaf: 0.9 * leaf, t5.load(first).params)
+    hub.save(second, edited, hub.read_json(first), copy_from=first)
+    again = opened(torch, second)
+    saved = layouts.to_torch(tree.flatten(edited))
+    tensors = {name: tensor.numpy() for name, tensor in again.state_dict().items()}
+    for name, array in saved.items():
+        np.testing.assert_array_equal(tensors[name], array, err_msg=name)
+    # The others are the tied ones.
+    assert {name.rpartition(".")[0] for name in tensors.keys() - saved.keys()} <= {
+        "encoder.embed_tokens",
+        "decoder.embed_tokens",
+        "lm_head",
+    }
+
+
+def with_extras(folder, params, raw, extras):
+    """A checkpoint whose file holds tensors that are no parameters, too."""
+    hub.save(folder, params, raw)
+    hub.write(folder, {**hub.read(folder), **extras}, raw)
+
+
+JUNK = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_an_old_file_with_copies_and_a_dead_table_loads(tmp_path, head):
+    raw = tiny_t5_config()
+    config = t5.T5Config.from_json(raw)
+    params = random_params(0, config)
+    shared = params["shared"]["embedding"]
+    names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
+    copies = {name: shared for name in names + ["lm_head.weight"] * head}
+    with_extras(tmp_path, params, raw, {JUNK: np.ones((8, 3), np.float32), **copies})
+    loaded = t5.load(tmp_path)
+    assert loaded.config == config
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+
+
+def test_a_head_in_a_flax_file_is_found(tmp_path):
+    raw = tiny_t5_config(tie_word_embeddings=False)
+    config = t5.T5Config.from_json(raw)
+    params = random_params(0, config)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "flax_model.msgpack").write_bytes(serialization.to_bytes(params))
+    loaded = t5.load(tmp_path)
+    assert loaded.config == config
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_embeddings_of_a_stack_that_differ_are_refused(tmp_path, stack):
+    config = tiny_t5()
+    params = random_params(0, config)
+    other = np.array(params["shared"]["embedding"])
+    other[0, 0] += 1e-3
+    name = f"{stack}.embed_tokens.weight"
+    with_extras(tmp_path, params, tiny_t5_config(), {name: other})
+    with pytest.raises(ValueError, match=f"{stack}/embed_tokens/weight"):
+        t5.load(tmp_path)
+
+
+def test_unknown_and_missing_tensors_are_refused(tmp_path):
+    config = tiny_t5()
+    params = random_params(0, config)
+    extra = {"decoder.block.0.layer.1.adapter.weight": np.ones((2, 2), np.float32)}
+    with_extras(tmp_path, params, tiny_t5_config(), extra)
+    with pytest.raises(ValueError, match="layer/1/adapter/weight"):
+        t5.load(tmp_path)
+    table = "decoder/block/0/layer/0/SelfAttention/relative_attention_bias/embedding"
+    hub.save(tmp_path, tree.select(params, f"(?!{table}).*"), tiny_t5_config())
+    with pytest.raises(ValueError, match="SelfAttention/relative_attention_bias"):
+        t5.load(tmp_path)
+
+
+def test_a_head_that_differs_is_untied_and_one_that_is_missing_an_error(tmp_path):
+    untied = tiny_t5(tie_word_embeddings=False)
+    params = random_params(0, untied)
+    raw = tiny_t5_config(scale_decoder_outputs=False)
+    hub.save(tmp_path, params, raw)
+    loaded = t5.load(tmp_path)
+    assert loaded.config == untied
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    tied = tree.select(params, "(?!lm_head).*")
+    hub.save(tmp_path, tied, tiny_t5_config(tie_word_embeddings=False))
+    with pytest.raises(ValueError, match="lm_head/kernel"):
+        t5.load(tmp_path)
+
+
+def test_a_head_equal_to_the_embeddings_stays_untied_where_the_config_says_so(tmp_path):
+    raw = tiny_t5_config(tie_word_embeddings=False)
+    params = random_params(0, t5.T5Config.from_json(raw))
+    params["lm_head"]["kernel"] = np.array(params["shared"]["embedding"].T)
+    hub.save(tmp_path, params, raw)
+    loaded = t5.load(tmp_path)
+    assert not loaded.config.tie_word_embeddings
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+
+
+@pytest.mark.parametrize("kind", ["umt5", "mt5", "t5gemma"])
+def test_checkpoints_of_other_models_are_refused(tmp_path, kind):
+    raw = tiny_t5_config(model_type=kind)
+    hub.save(tmp_path, random_params(0, tiny_t5()), raw)
+    with pytest.raises(ValueError, match=f"describes a '{kind}'; expected a T5"):
+        t5.load(tmp_path)
+
+
+def test_scaling_follows_the_newer_field_where_there_are_two():
+    def scale(**fields):
+        return t5.T5Config.from_json({"model_type": "t5", **fields})
+
+    assert scale().scale_decoder_outputs and scale().tie_word_embeddings
+    old = scale(tie_word_embeddings=False)
+    assert not old.scale_decoder_outputs and not old.tie_word_embeddings
+    new = scale(tie_word_embeddings=True, scale_decoder_outputs=False)
+    assert not new.scale_decoder_outputs and new.tie_word_embeddings
+    assert scale(num_layers=3, num_decoder_layers=None).num_decoder_layers == 3
+
+
+@pytest.mark.parametrize(
+    "decoder_shape, mask_shape, message",
+    [
+        ((3, 4), None, r"shape \[3, 4\] for 2 texts; expected \[2, T\]"),
+        ((2,), None, r"shape \[2\] for 2 texts"),
+        ((2, 4), (2, 1), r"decoder_attention_mask of shape \[2, 1\]"),
+        ((2, 3, 4), (2, 4), r"decoder_attention_mask of shape \[2, 4\]"),
+    ],
+)
+def test_targets_of_unlike_shapes_are_refused(decoder_shape, mask_shape, message):
+    config = tiny_t5()
+    params = random_params(0, config)
+    tokens = jnp.ones((2, 5), int)
+    targets = [jnp.ones(s, int) for s in (decoder_shape, mask_shape) if s is not None]
+    with pytest.raises(ValueError, match=message):
+        t5.language_model(config)(params, tokens, tokens, *targets)
