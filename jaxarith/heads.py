@@ -14,8 +14,9 @@ def zero_shot(
 ) -> jax.Array:
     """The head of a task from its class names: text features that classify images.
 
-    Radford et al. 2021 (arXiv:2103.00020), section 3.1.4. Every template is filled with every class name and encoded; the features of a class
-    are normalised, averaged and normalised again, and scaled by `exp(logit_scale)`.
+    Every template is filled with every class name and encoded; the features of a class
+    are normalised, averaged and normalised again, and scaled by `exp(logit_scale)`
+    (Radford et al. 2021, arXiv:2103.00020, section 3.1.4).
 
     Args:
       encode: texts to features, `list[str] -> [len(texts), D]`.

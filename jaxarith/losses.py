@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+IGNORED = -100  # a token's label that does not count, by Hugging Face's convention
+
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, mask=None) -> jax.Array:
     """Mean cross-entropy of the entries whose mask is True.
@@ -20,6 +22,32 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, mask=None) -> jax.Array:
     logits, mask = _without_masked(logits, mask)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return _mean(losses, mask)
+
+
+def token_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross-entropy of the tokens whose label is not -100, of all texts together.
+
+    Args:
+      logits: `[B, T, V]` of an encoder-decoder.
+      labels: `i32[B, T]`.
+
+    Example:
+      >>> labels = jnp.array([[3, -100]])
+      >>> print(token_cross_entropy(jnp.zeros((1, 2, 4)), labels).round(4))
+      1.3863
+    """
+    counts = labels != IGNORED
+    return cross_entropy(logits, jnp.where(counts, labels, 0), counts)
+
+
+def next_token_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """`token_cross_entropy` of a causal model, whose labels are its inputs.
+
+    Args:
+      logits: `[B, S, V]`; those at a token predict the next one.
+      labels: `i32[B, S]`, the tokens themselves, -100 where they do not count.
+    """
+    return token_cross_entropy(logits[:, :-1], labels[:, 1:])
 
 
 def entropy(logits: jax.Array, mask=None) -> jax.Array:

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxarith.losses import IGNORED
 from jaxarith.tangent import ApplyFn
 from jaxarith.tree import Tree
-
-IGNORED = -100  # a label that does not count, by Hugging Face's convention
 
 
 def label_losses(

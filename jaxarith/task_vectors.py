@@ -86,9 +86,36 @@ def negate(tau: tree.Tree) -> tree.Tree:
     return jax.tree.map(jnp.negative, tau)
 
 
-def analogy(a: tree.Tree, b: tree.Tree, c: tree.Tree) -> dict:
-    r"""A is to B as C is to D: :math:`\tau_D = \tau_C + (\tau_B - \tau_A)`."""
-    return add([c, b, negate(a)])
+def analogy(
+    a: tree.Tree, b: tree.Tree, c: tree.Tree, coefs: tuple[float, float] = (1.0, 1.0)
+) -> dict:
+    r"""A is to B as C is to D.
+
+    .. math:: \tau_D = \lambda_1\tau_C + \lambda_2(\tau_B - \tau_A)
+
+    Ilharco et al. 2023, section 5. For a domain without labels (App. E.1), C is the
+    labelled task of another domain, A and B are language modelling of that domain and
+    of this one, and each coefficient has a grid of its own, 0.0, 0.1, …, 1.0.
+
+    Args:
+      a, b, c: task vectors.
+      coefs: λ1 of `c` and λ2 of the difference.
+
+    Raises:
+      ValueError: common leaves differ in shape.
+
+    Example:
+      >>> a, b, c = ({"w": jnp.array(value)} for value in (1.0, 3.0, 10.0))
+      >>> print(analogy(a, b, c)["w"], analogy(a, b, c, (0.5, 2.0))["w"])
+      12.0 9.0
+    """
+    first, second = coefs
+    parts = (first, c), (second, b), (-second, a)
+    return add([_scale(tau, coef) for coef, tau in parts])
+
+
+def _scale(tau, coef):
+    return jax.tree.map(lambda leaf: coef * leaf, tau)
 
 
 def random_like(key: jax.Array, tau: tree.Tree) -> tree.Tree:

@@ -130,23 +130,32 @@ def objective(
     loss_fn: LossFn,
     config: TrainConfig,
     inputs: Sequence[str] = ("image",),
+    penalty_mask: str | None = None,
 ):
     """What training minimises, `(tau, params_0, batch, constants) -> (total, metrics)`.
 
     `batch` holds the fields named by `inputs`, what `loss_fn` reads and, with a
-    penalty, `"penalty"`: a dict of the same input fields for samples of other tasks.
+    penalty, `"penalty"`: a dict of the same input fields for samples of other tasks,
+    and of `penalty_mask`, which `fine_tune` explains.
     """
 
     def total(tau, params_0, batch, constants):
         task_inputs = tuple(batch[name] for name in inputs)
         penalty = 0.0
         if config.penalty:
+            others = batch["penalty"]
+            if penalty_mask is not None and penalty_mask not in others:
+                raise ValueError(
+                    f"penalty_mask is {penalty_mask!r}; the penalty samples have "
+                    f"{', '.join(others)}. Name it in the inputs of task_batches."
+                )
             outputs, penalty = tau_jp.linearized_and_penalty(
                 apply_fn,
                 params_0,
                 tau,
                 task_inputs,
-                tuple(batch["penalty"][name] for name in inputs),
+                tuple(others[name] for name in inputs),
+                mask=None if penalty_mask is None else others[penalty_mask] != 0,
                 power=config.penalty_power,
                 product_dtype=config.product_dtype,
             )
@@ -227,7 +236,8 @@ def task_batches(
       config: steps, sizes, penalty mode and seed.
       others: for each task, the sources that its task vector must not disturb
         (T_orth); by default the other tasks' training sources. Labels are not read.
-      inputs: the input fields of a sample.
+      inputs: the fields of a penalty sample: those of the model, and the penalty's
+        mask where that is not among them.
 
     Yields:
       `config.steps` dicts of arrays `[T, config.batch_size, ...]`; with a penalty also
@@ -275,6 +285,7 @@ def fine_tune(
     names: Sequence[str],
     constants: tree.Tree = None,
     inputs: Sequence[str] = ("image",),
+    penalty_mask: str | None = None,
     log: Path | None = None,
 ) -> list[tree.Tree]:
     """Trains one task vector for each task.
@@ -288,6 +299,10 @@ def fine_tune(
       names: the T tasks, for the progress bar, the log and errors.
       constants: a tree of arrays `[T, ...]` that `loss_fn` gets a row of.
       inputs: the fields of a batch that are passed to `apply_fn`, in order.
+      penalty_mask: for outputs by token, `[B, S, ...]`: the field of the penalty
+        samples, `[B, S]`, that is 0 where a token is padding, such as
+        "attention_mask". The penalty is the mean over the other tokens; without it,
+        over all.
       log: a file that gets one JSON line per step: step, learning rate, samples per
         second, and loss (and penalty) by task.
 
@@ -299,7 +314,8 @@ def fine_tune(
       ValueError: `batches` is not `config.steps` long, or `trained` matches no leaf.
     """
     params_0 = jax.device_put(params_0)  # once, not with every step
-    step = make_step(objective(apply_fn, loss_fn, config, inputs), config)
+    objective_fn = objective(apply_fn, loss_fn, config, inputs, penalty_mask)
+    step = make_step(objective_fn, config)
     state = init_state(params_0, config, len(names))
     learning_rate = schedule(config)
     with (

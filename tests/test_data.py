@@ -131,3 +131,19 @@ def test_cross_entropy_is_its_formula_and_ignores_what_is_masked():
     np.testing.assert_allclose(losses.cross_entropy(*args), losses_.mean(), rtol=1e-6)
     masked = losses.cross_entropy(*args, jnp.asarray(mask))
     np.testing.assert_allclose(masked, losses_[mask].mean(), rtol=1e-6)
+
+
+def test_token_losses_leave_out_what_does_not_count_and_shift_for_causal_models():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 4, 5))
+    labels = np.array([[1, 2, -100, 4], [0, -100, -100, 3]])
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    kept = [(b, s) for b in range(2) for s in range(4) if labels[b, s] >= 0]
+    expected = -np.mean([log_p[b, s, labels[b, s]] for b, s in kept])
+    args = jnp.asarray(logits, jnp.float32), jnp.asarray(labels)
+    np.testing.assert_allclose(losses.token_cross_entropy(*args), expected, rtol=1e-6)
+    expected = -np.mean([log_p[b, s - 1, labels[b, s]] for b, s in kept if s])
+    actual = losses.next_token_cross_entropy(*args)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    nothing = losses.token_cross_entropy(args[0], jnp.full((2, 4), -100))
+    assert nothing == 0

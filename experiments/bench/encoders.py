@@ -1,4 +1,12 @@
-"""The encoders whose derivatives are measured, with random weights and inputs."""
+"""The encoders whose derivatives are measured, with random weights and inputs.
+
+An encoder is what maps inputs to the features `[B, D]` that a frozen head of 100
+classes reads. For the language models these are the means of the last hidden states
+over the real tokens: of 128 tokens for GPT-2 and for T5's encoder alone, of the 32
+tokens of the decoder for all of T5, whose encoder reads 128. Every leaf of GPT-2 and
+T5-small is in it, but not the product of the hidden states and the vocabulary, which
+gives the logits of words: at 16 texts of 128 tokens those of GPT-2 take 412 MB a copy.
+"""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxarith import hub, tree
-from jaxarith.models import clip, t5
+from jaxarith.models import clip, gpt2, t5
 
 # Of OpenAI's CLIP; projection_dim is the width of the features.
 VISION = {
@@ -20,8 +28,9 @@ VISION = {
         **{"num_hidden_layers": 24, "num_attention_heads": 16, "projection_dim": 768},
     },
 }
-NAMES = (*VISION, "t5-small-encoder", "tiny")
-TOKENS = 128  # of a text for T5
+NAMES = (*VISION, "t5-small-encoder", "t5-small", "gpt2", "tiny")
+TOKENS = 128  # of a text
+TARGET_TOKENS = 32  # of what T5's decoder reads
 
 # What Jin et al. (2025), "Fine-Tuning Linear Layers Only", train of every block: the
 # weights of the attention (1), with biases (2), all linear weights (3), with biases.
@@ -32,11 +41,14 @@ CLIP_PARADIGMS = {
     "3": clip.BLOCK_LINEAR_WEIGHTS,
     "4": CLIP_BLOCK + r"(self_attn/\w+_proj|mlp/fc\d)/\w+",
 }
-# T5 has no biases.
-T5_PARADIGMS = {
-    "1": r"encoder/block/\d+/layer/0/SelfAttention/[qkvo]/kernel",
-    "3": r"encoder/block/\d+/layer/(0/SelfAttention|1/DenseReluDense)/\w+/kernel",
+GPT2_PARADIGMS = {
+    "1": r"transformer/h/\d+/attn/c_\w+/kernel",
+    "2": r"transformer/h/\d+/attn/c_\w+/\w+",
+    "3": gpt2.BLOCK_LINEAR_WEIGHTS,
+    "4": r"transformer/h/\d+/(attn|mlp)/c_\w+/\w+",
 }
+# T5 has no biases.
+T5_PARADIGMS = {"1": t5.ATTENTION_WEIGHTS, "3": t5.BLOCK_LINEAR_WEIGHTS}
 
 
 class Encoder(NamedTuple):
@@ -61,17 +73,46 @@ class Encoder(NamedTuple):
 
 def encoder(name: str, layers: int | None = None) -> Encoder:
     """One of `NAMES`; with fewer blocks than the model has, if `layers` says so."""
-    shorter = {} if layers is None else {"num_layers": layers}
-    if name == "t5-small-encoder":
-        config = t5.T5Config(**shorter)
-        return Encoder(
-            functools.partial(mean_features, t5.encoder(config)),
-            None,
-            tree.select(t5.layout(config), t5.ENCODER),
-            functools.partial(random_texts, config.vocab_size),
-            T5_PARADIGMS,
-            {"model_type": "t5", **vars(config)},
-        )
+    if name == "gpt2":
+        return _gpt2(layers)
+    if name in ("t5-small", "t5-small-encoder"):
+        return _t5(layers, decoder=name == "t5-small")
+    return _vision(name, layers)
+
+
+def _gpt2(layers):
+    config = gpt2.GPT2Config(**({} if layers is None else {"n_layer": layers}))
+    return Encoder(
+        functools.partial(mean_features, gpt2.encoder(config)),
+        None,
+        gpt2.layout(config),
+        functools.partial(random_texts, config.vocab_size, (TOKENS,)),
+        GPT2_PARADIGMS,
+        {"model_type": "gpt2", **vars(config)},
+    )
+
+
+def _t5(layers, decoder):
+    """Of each stack, `layers` blocks."""
+    config = t5.T5Config(**({} if layers is None else {"num_layers": layers}))
+    layout = t5.layout(config)
+    return Encoder(
+        functools.partial(
+            mean_features, (t5.hidden_states if decoder else t5.encoder)(config)
+        ),
+        None,
+        layout if decoder else tree.select(layout, t5.ENCODER),
+        functools.partial(
+            random_texts,
+            config.vocab_size,
+            (TOKENS, TARGET_TOKENS) if decoder else (TOKENS,),
+        ),
+        T5_PARADIGMS,
+        {"model_type": "t5", **vars(config)},
+    )
+
+
+def _vision(name, layers):
     if name == "tiny":
         raw = hub.read_json(clip.TINY_CLIP)
         vision = {**raw["vision_config"], "projection_dim": raw["projection_dim"]}
@@ -97,10 +138,10 @@ def encoder(name: str, layers: int | None = None) -> Encoder:
     )
 
 
-def mean_features(apply_fn, params, input_ids, attention_mask):
-    """The mean of the hidden states of the real tokens."""
-    hidden = apply_fn(params, input_ids, attention_mask)
-    real = attention_mask[..., None].astype(hidden.dtype)
+def mean_features(apply_fn, params, *inputs):
+    """The mean of the hidden states of the real tokens, as the last input has them."""
+    hidden = apply_fn(params, *inputs)
+    real = inputs[-1][..., None].astype(hidden.dtype)
     return jnp.sum(hidden * real, axis=1) / jnp.sum(real, axis=1)
 
 
@@ -108,12 +149,15 @@ def random_images(size, rng, batch):
     return (rng.standard_normal((batch, size, size, 3), np.float32),)
 
 
-def random_texts(vocabulary, rng, batch):
-    """Texts of different lengths, padded."""
-    ids = rng.integers(1, vocabulary, (batch, TOKENS), np.int32)
-    lengths = rng.integers(TOKENS // 2, TOKENS + 1, (batch, 1))
-    mask = (np.arange(TOKENS)[None] < lengths).astype(np.int32)
-    return ids * mask, mask
+def random_texts(vocabulary, tokens, rng, batch):
+    """Texts of different lengths, padded: for each of `tokens` ids `[B, T]` and mask."""
+    inputs = []
+    for most in tokens:
+        ids = rng.integers(1, vocabulary, (batch, most), np.int32)
+        lengths = rng.integers(most // 2, most + 1, (batch, 1))
+        mask = (np.arange(most)[None] < lengths).astype(np.int32)
+        inputs += [ids * mask, mask]
+    return tuple(inputs)
 
 
 def random_params(layout, seed: int, dtype) -> tree.Tree:
@@ -123,9 +167,11 @@ def random_params(layout, seed: int, dtype) -> tree.Tree:
     def leaf(path, expected):
         values = rng.standard_normal(expected.shape, np.float32)
         if path.endswith("/kernel"):
-            values /= np.sqrt(np.prod(expected.shape[:-1]))
+            # GPT-2's kernels are [out, in].
+            widths = expected.shape[1:] if "/c_" in path else expected.shape[:-1]
+            values /= np.sqrt(np.prod(widths))
             # T5 does not divide its scores by the root of d_kv, 64; its q is smaller.
-            values /= 8 if path.endswith("SelfAttention/q/kernel") else 1
+            values /= 8 if path.endswith("Attention/q/kernel") else 1
         elif not path.endswith("embedding"):
             norm = path.endswith(("/scale", "norm/weight"))
             values = 0.1 * values + np.float32(norm)

@@ -10,8 +10,7 @@ import numpy as np
 
 from jaxarith.data import text
 from jaxarith.data.text import Record
-
-IGNORED = -100
+from jaxarith.losses import IGNORED
 
 
 def stream(tokenizer, texts: Sequence[str]) -> np.ndarray:
