@@ -19,7 +19,7 @@ import tyro
 from tqdm import tqdm
 
 from experiments import quickstart_tasks, studies
-from jaxarith import heads, tree
+from jaxarith import heads, hub, tree
 from jaxarith.data import images
 from jaxarith.models import clip
 
@@ -58,7 +58,9 @@ def prepare(config: Config) -> studies.Study:
         inputs=("image",),
         token_mask=None,
         logits=heads.logits,
+        merged_config=hub.read_json(model.folder),
         names=list(config.tasks),
+        classes=[task.classes for task in tasks],
         sources=[task.train for task in tasks],
         validation=datasets("validation"),
         test=datasets("test"),
@@ -67,7 +69,7 @@ def prepare(config: Config) -> studies.Study:
 
 def main(config: Config) -> dict:
     """Runs the study; returns what `report.json` holds."""
-    studies.check_tasks(config.tasks)
+    studies.check(config.tasks, config.out)
     if config.smoke:
         config = dataclasses.replace(
             config,

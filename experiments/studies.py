@@ -11,6 +11,8 @@ Disentanglement. ICLR 2025: its Tables 1 and 6 and Figure 6 on other data.
 import contextlib
 import dataclasses
 import functools
+import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,8 +64,8 @@ class Config:
     """The largest number of samples of a split; all by default."""
     seed: int = 0
     smoke: bool = False
-    """Run the whole path in a minute, with few steps, samples and coefficients; what it
-    finds means nothing."""
+    """Run the whole path with few steps, samples and coefficients; what it finds means
+    nothing."""
 
 
 class Dataset(NamedTuple):
@@ -94,7 +96,9 @@ class Study(NamedTuple):
       inputs: the fields of a batch that `apply_fn` takes.
       token_mask: the field that is true where a token counts; None without tokens.
       logits: `logits(head, features, valid) -> [B, C]`.
+      merged_config: what config.json of the merged checkpoint holds.
       names: of the tasks.
+      classes: the names of their classes.
       sources: their training samples.
       validation, test: their other splits.
     """
@@ -108,7 +112,9 @@ class Study(NamedTuple):
     inputs: tuple[str, ...]
     token_mask: str | None
     logits: Callable
+    merged_config: dict
     names: list[str]
+    classes: list
     sources: list
     validation: list[Dataset]
     test: list[Dataset]
@@ -158,7 +164,8 @@ def fine_tune(study: Study, method: str, recipe: train.TrainConfig) -> list[tree
     folder = config.out / "task_vectors" / method
     folder.mkdir(parents=True, exist_ok=True)
     for name, tau in zip(study.names, taus, strict=True):
-        metadata = {"model": study.model.folder.name, "task": name, "method": method}
+        model = Path(str(config.model)).name  # of a folder only the last part
+        metadata = {"model": model, "task": name, "method": method}
         hub.save_tree(folder / f"{name}.safetensors", tau, metadata)
     return taus
 
@@ -198,13 +205,15 @@ def single_accuracies(datasets, outputs_at) -> list[float]:
 
 
 def row(study, method, merge_name, coef, searched, found, single) -> dict:
+    """One line of the report; nothing is normalised by an accuracy of zero."""
+    normalized = metrics.normalized_accuracy(found, single) if all(single) else None
     return {
         "method": method,
         "merge": merge_name,
         "coef": float(coef),
         "searched": searched,
         "absolute": float(np.mean(found)),
-        "normalized": metrics.normalized_accuracy(found, single),
+        "normalized": normalized,
         "per_task": dict(zip(study.names, found, strict=True)),
     }
 
@@ -216,7 +225,7 @@ def merge_rows(study, method, merge_name, outputs: Outputs, single):
     stride = 5 if study.config.smoke else 1 if merge_name == "task_arithmetic" else 2
     search = evaluate.search(
         lambda c: accuracies(study.validation, outputs.validation, c * ones),
-        single[0],
+        single[0] if all(single[0]) else np.ones(len(single[0])),  # or absolute
         COEFS[::stride],
     )
     rows = [
@@ -295,6 +304,7 @@ def fitted_vectors(study: Study, taus) -> dict[str, tree.Tree]:
                 *(study.apply_fn, task_vectors.apply(params_0, tau), batches),
                 inputs=study.inputs,
                 token_mask=study.token_mask,
+                # What follows the tokens, such as a prompt's head, has no mask.
                 select=study.blocks if study.token_mask else ".*",
             )
             for tau, batches in zip(progress, samples, strict=True)
@@ -483,17 +493,39 @@ def save_merged(study: Study, taus, coef: float):
     hub.save(
         study.config.out / "merged",
         tree.update(study.model.params, edited),
-        hub.read_json(study.model.folder),
+        study.merged_config,
         copy_from=study.model.folder,
     )
 
 
-def check_tasks(names: Sequence[str]):
-    """Raises ValueError unless there are several tasks, each once."""
+def save_heads(study: Study):
+    """Writes the fixed heads, without which no task vector classifies anything."""
+    hub.save_tree(
+        study.config.out / "heads.safetensors",
+        {
+            name: np.asarray(dataset.head)
+            for name, dataset in zip(study.names, study.test, strict=True)
+        },
+        {
+            name: json.dumps(list(classes))
+            for name, classes in zip(study.names, study.classes, strict=True)
+        },
+    )
+
+
+def check(names: Sequence[str], out: Path):
+    """Raises ValueError for tasks or an output folder that no study can have."""
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise ValueError(
             f"merging needs at least two tasks, each once; got {list(names)}."
         )
+    if wrong := [name for name in names if not re.fullmatch(r"\w[\w.-]*", name)]:
+        raise ValueError(
+            f"the task {wrong[0]!r} cannot be the name of a file; use letters, digits "
+            "and - . _"
+        )
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder.")
 
 
 def run(config: Config, prepare: Callable[[Config], Study], title: str) -> dict:
@@ -520,6 +552,7 @@ def run(config: Config, prepare: Callable[[Config], Study], title: str) -> dict:
         with timed("prepare"):
             study = prepare(config)
         config.out.mkdir(parents=True, exist_ok=True)
+        save_heads(study)
         taus = {}
         for method, recipe in recipes.items():
             recipe = dataclasses.replace(recipe, trained=study.trained)

@@ -34,7 +34,7 @@ def generate(
     *inputs,
     max_new_tokens: int,
     eos_token_id: int | None = None,
-    pad_token_id: int = 0,
+    pad_token_id: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -56,7 +56,7 @@ def generate(
       *inputs: the prompt, passed on to `decoder.start`.
       max_new_tokens: the length of the result.
       eos_token_id: after it a row holds only padding; None if nothing ends a text.
-      pad_token_id: the padding.
+      pad_token_id: the padding; by default `eos_token_id`.
       temperature: above 1 more random than the model, below 1 less, 0 greedy.
       top_k: how many of the likeliest tokens can be drawn; None for all.
       top_p: the probability that the tokens which can be drawn must reach together;
@@ -77,8 +77,8 @@ def generate(
       >>> count = Decoder(start, step)
       >>> inputs = jnp.array([0, 1])
       >>> print(generate(count, {}, inputs, max_new_tokens=4, eos_token_id=3))
-      [[1 2 3 0]
-       [2 3 0 0]]
+      [[1 2 3 3]
+       [2 3 3 3]]
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more.")
@@ -95,6 +95,8 @@ def generate(
         _check_top_k(top_k)
     if top_p is not None:
         _check_top_p(top_p)
+    if pad_token_id is None:
+        pad_token_id = 0 if eos_token_id is None else eos_token_id  # 0 is never written
     return _generate(
         decoder,
         params,

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxarith import tree
+
 
 def zero_shot(
     encode: Callable[[list[str]], jax.Array],
@@ -137,5 +139,6 @@ def pad(heads: Sequence[jax.Array]) -> dict[str, jax.Array]:
 
 
 def normalize(features: jax.Array) -> jax.Array:
-    """Features divided by their Euclidean norm over the last axis."""
-    return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
+    """Features divided by their Euclidean norm over the last axis; zero stays zero."""
+    squares = jnp.sum(features**2, axis=-1, keepdims=True)
+    return features / jnp.where(squares == 0, 1, tree.safe_sqrt(squares))

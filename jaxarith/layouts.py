@@ -216,11 +216,12 @@ def _advice(expected, missing, unexpected, different):
     if missing and held and not different and not lost.intersection(held):
         patterns = "|".join(top if top in expected else f"{top}/.*" for top in held)
         return (
-            f"The checkpoint holds only {', '.join(held)}. Load with "
-            f'select="{patterns}" and take the rest from another checkpoint.'
+            f"The checkpoint holds only {', '.join(held)}. Load it by hub.load(folder, "
+            f'layout, select="{patterns}") and take the rest from another checkpoint.'
         )
     if unexpected and not missing and not different:
-        return 'Load with select=".*" to leave out what the model does not have.'
+        call = 'hub.load(folder, layout, select=".*")'
+        return f"If the model needs none of it, load it by {call}."
     return (
         "Use the model and the config.json that belong to this checkpoint, or download "
         "it again."

@@ -100,14 +100,18 @@ def matthews(predictions, labels) -> float:
 def pearson(predictions, targets) -> float:
     """Linear correlation (GLUE's metric of STS-B, with `spearman`).
 
+    It is 0 where all predictions are the same, as `matthews` is.
+
     Args:
       predictions, targets: `f32[B]`.
 
     Raises:
-      ValueError: predictions or targets are constant, or not finite.
+      ValueError: the targets are constant, or a number is not finite.
     """
     stats = _import("scipy.stats")
     predictions, targets = _numbers(predictions, targets, "Pearson correlation")
+    if (predictions == predictions[0]).all():
+        return 0.0
     return float(stats.pearsonr(predictions, targets).statistic)
 
 
@@ -118,7 +122,7 @@ def spearman(predictions, targets) -> float:
       predictions, targets: `f32[B]`.
 
     Raises:
-      ValueError: predictions or targets are constant, or not finite.
+      ValueError: the targets are constant, or a number is not finite.
 
     Example:
       >>> spearman(np.array([1.0, 2.0, 9.0]), np.array([0.1, 0.2, 0.3]))
@@ -126,6 +130,8 @@ def spearman(predictions, targets) -> float:
     """
     stats = _import("scipy.stats")
     predictions, targets = _numbers(predictions, targets, "Spearman correlation")
+    if (predictions == predictions[0]).all():
+        return 0.0
     return float(stats.spearmanr(predictions, targets).statistic)
 
 
@@ -190,7 +196,7 @@ def _numbers(predictions, targets, metric):
     for values, name in ((predictions, "predictions"), (targets, "targets")):
         if not np.isfinite(values).all():
             raise ValueError(f"{metric}: {name} are not finite.")
-        _check_varies(values, metric, name)
+    _check_varies(targets, metric, "targets")
     return predictions.astype(float), targets.astype(float)
 
 

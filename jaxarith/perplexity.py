@@ -45,8 +45,8 @@ def strided(
       A number from 1 on; V for a model that knows nothing.
 
     Raises:
-      ValueError: fewer than two tokens, one that the model does not have, or settings
-        out of range.
+      ValueError: fewer than two tokens, one that the model does not have, logits that
+        are NaN, or settings out of range.
 
     Example:
       >>> def uniform(params, input_ids, attention_mask):
@@ -122,6 +122,11 @@ def _perplexity(apply_fn, params, tokens, window, stride, batch_size):
             total += nll[scored[:, 1:]].sum(dtype=np.float64)
             count += scored.sum()
             bar.update(len(batch))
+    if np.isnan(total):
+        raise ValueError(
+            "the model's logits are NaN for these tokens, so there is no perplexity. "
+            "Look for NaN or very large weights."
+        )
     with np.errstate(over="ignore"):  # of a model that is broken: infinity
         return float(np.exp(total / count))
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxarith import metrics
 from jaxarith.losses import IGNORED
 from jaxarith.tangent import ApplyFn
 from jaxarith.tree import Tree
@@ -181,13 +182,13 @@ def token_matthews(logits, labels) -> float:
       logits, labels: as for `predicted_tokens`.
 
     Returns:
-      From -1 to 1; 0 where all true or all predicted tokens are the same.
+      From -1 to 1; 0 where all predicted tokens are the same.
+
+    Raises:
+      ValueError: as for `predicted_tokens`, or all true tokens are the same.
 
     Example:
       >>> token_matthews(np.eye(3)[None], [[0, 1, 2]])
       1.0
     """
-    from sklearn.metrics import matthews_corrcoef  # here: nothing else needs it
-
-    predicted, expected = predicted_tokens(logits, labels)
-    return float(matthews_corrcoef(expected, predicted))
+    return metrics.matthews(*predicted_tokens(logits, labels))

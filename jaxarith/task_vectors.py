@@ -115,7 +115,7 @@ def analogy(
 
 
 def _scale(tau, coef):
-    return jax.tree.map(lambda leaf: coef * leaf, tau)
+    return jax.tree.map(lambda leaf: jnp.multiply(coef, leaf), tau)
 
 
 def random_like(key: jax.Array, tau: tree.Tree) -> tree.Tree:

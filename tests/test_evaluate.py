@@ -241,6 +241,89 @@ def test_the_search_per_task_reads_the_tangent_cache():
     assert found[0].normalized[-1] > found[0].normalized[0] + 0.1
 
 
+COEFS = [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def searched(controls, allowed, coefs=COEFS):
+    return evaluate.search_negation(
+        dict(zip(coefs, controls, strict=True)).get, allowed, coefs
+    )
+
+
+@pytest.mark.parametrize(
+    ("controls", "expected"),
+    [
+        ([25.0, 25.1, 25.5, 25.6, 99.0], 0.5),
+        ([25.0, 24.0, 23.0, 22.0, 25.5], 1.0),
+        ([25.0, 25.6, 30.0, np.inf, np.inf], 0.0),
+        ([25.0, 25.1, 30.0, 25.4, np.nan], 0.75),  # the largest, across a violation
+    ],
+)
+def test_negation_goes_as_far_as_the_perplexity_allows(controls, expected):
+    found = searched(controls, lambda p: p <= 25.0 + 0.5)
+    assert found.coef == expected and isinstance(found.coef, float)
+    assert found.coefs.tolist() == COEFS
+    np.testing.assert_array_equal(found.controls, controls)
+
+
+def test_negation_goes_as_far_as_the_control_accuracy_allows():
+    found = searched([0.6, 0.59, 0.571, 0.569, 0.2], lambda a: a >= 0.95 * 0.6)
+    assert found.coef == 0.5
+    # The order of the candidates does not matter.
+    descending = evaluate.search_negation(
+        lambda c: 1 - c, lambda a: a >= 0.4, [1.0, 0.5, 0.25]
+    )
+    assert descending.coef == 0.5
+
+
+def test_negation_never_allows_nan_and_always_zero():
+    assert searched([np.nan] * 5, lambda _: True).coef == 0
+    assert searched([1.0] * 5, lambda _: False).coef == 0
+    with pytest.raises(ValueError, match="no candidate keeps the control"):
+        searched([9.0, np.nan], lambda p: p <= 1, [0.5, 1.0])
+    with pytest.raises(ValueError, match="no coefficient to try"):
+        searched([], lambda _: True, [])
+
+
+def test_negation_runs_over_the_papers_grid_by_default():
+    found = evaluate.search_negation(lambda c: c, lambda c: c < 0.75)
+    np.testing.assert_allclose(found.coefs, np.arange(11) / 10, atol=1e-12)
+    assert found.coef == pytest.approx(0.7)
+
+
+def test_the_external_search_is_brute_force_over_vectors_and_coefficients():
+    scores = np.random.default_rng(0).normal(size=(7, 4))
+    coefs = [0.1, 0.4, 0.7, 1.0]
+
+    def score_at(index, coef):
+        return scores[index, coefs.index(coef)]
+
+    found = evaluate.search_external(score_at, 7, coefs, baseline=0.0)
+    np.testing.assert_array_equal(found.scores, scores)
+    row, column = np.argwhere(scores == scores.max())[0]
+    assert (found.index, found.coef) == (row, coefs[column])
+    assert scores.max() > 0
+    for baseline in (scores.max(), 99.0):
+        nothing = evaluate.search_external(score_at, 7, coefs, baseline=baseline)
+        assert (nothing.index, nothing.coef) == (None, 0.0)
+
+
+def test_the_external_search_takes_the_first_of_equals_and_the_papers_grid():
+    found = evaluate.search_external(lambda i, c: float(i > 0), 3, baseline=0.5)
+    assert found.scores.shape == (3, 10)
+    assert (found.index, found.coef) == (1, pytest.approx(0.1))
+
+
+def test_the_external_search_refuses_nan_and_nothing_to_choose_from():
+    with pytest.raises(ValueError, match="0 vectors and 10 coefficients"):
+        evaluate.search_external(lambda i, c: 0.0, 0, baseline=0.0)
+    with pytest.raises(ValueError, match="3 vectors and 0 coefficients"):
+        evaluate.search_external(lambda i, c: 0.0, 3, [], baseline=0.0)
+    for score, baseline in ((np.nan, 0.0), (0.0, np.nan)):
+        with pytest.raises(ValueError, match="NaN"):
+            evaluate.search_external(lambda i, c, s=score: s, 2, baseline=baseline)
+
+
 def test_masks_may_be_integers():
     batches = pipeline.evaluation_batches(source(3), 8)
     numbered = [{**batch, "mask": batch["mask"].astype(int)} for batch in batches]

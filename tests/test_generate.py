@@ -91,8 +91,8 @@ def test_it_stops_when_every_row_has_ended():
         Decoder(start, step), {}, jnp.array([0, 3]), max_new_tokens=100, eos_token_id=5
     )
     jax.effects_barrier()
-    np.testing.assert_array_equal(tokens[:, :6], [[1, 2, 3, 4, 5, 0], [4, 5, *[0] * 4]])
-    assert not tokens[:, 5:].any()
+    np.testing.assert_array_equal(tokens[:, :6], [[1, 2, 3, 4, 5, 5], [4, 5, *[5] * 4]])
+    assert (tokens[:, 5:] == 5).all()
     assert len(calls) == 4
 
 

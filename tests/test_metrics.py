@@ -83,7 +83,6 @@ def test_ties_share_their_rank():
 @pytest.mark.parametrize(
     ("predictions", "targets", "message"),
     [
-        ([1.0, 1.0, 1.0], [1.0, 2.0, 3.0], "the predictions .3. are all the same"),
         ([1.0, 2.0, 3.0], [1.0, 1.0, 1.0], "the targets .3. are all the same"),
         ([1.0], [1.0], "all the same"),
         ([], [], "all the same"),
@@ -150,3 +149,8 @@ def test_a_missing_package_names_the_extra_to_install(monkeypatch, metric, modul
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"needs {module}: .*jaxarith\[text\]"):
         metric(["0", "1"], ["0", "1"])
+
+
+@pytest.mark.parametrize("metric", [metrics.pearson, metrics.spearman])
+def test_constant_predictions_correlate_with_nothing(metric):
+    assert metric([2.0, 2.0, 2.0], [1.0, 2.0, 3.0]) == 0.0

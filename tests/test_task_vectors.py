@@ -105,6 +105,19 @@ def test_analogy_is_c_plus_b_minus_a():
     assert_trees_equal(partial, {"w": 110.0, "v": -1.0})
 
 
+def test_analogy_weighs_c_and_the_difference_each_by_its_own_coefficient():
+    trees = [{"w": normal(seed, 3, 4), "s": normal(seed + 9)} for seed in range(3)]
+    with jax.enable_x64(True):
+        found = task_vectors.analogy(*trees, coefs=(0.3, 0.7))
+    for path in ("w", "s"):
+        a, b, c = (tau[path] for tau in trees)
+        np.testing.assert_allclose(found[path], 0.3 * c + 0.7 * (b - a), rtol=1e-12)
+    a, b, c = jax.tree.map(jnp.float32, trees)
+    plain = task_vectors.add([c, b, task_vectors.negate(a)])
+    assert_trees_equal(task_vectors.analogy(a, b, c), plain)
+    assert_trees_equal(task_vectors.analogy(a, b, c, (1.0, 0.0)), c)
+
+
 def test_random_like_has_the_norm_of_every_leaf():
     tau = {"w": jnp.asarray(normal(0, 30, 20)), "s": jnp.array(-2.0), "e": jnp.ones(0)}
     noise = task_vectors.random_like(jax.random.key(0), tau)

@@ -28,10 +28,10 @@ def transformers():
 
 @pytest.fixture(scope="module")
 def bert_folder(transformers, tmp_path_factory):
-    """A BERT without a head."""
+    """A BERT with a masked-LM head, as most are published."""
     folder = tmp_path_factory.mktemp("model") / "bert"
-    raw = {"model_type": "bert", "architectures": ["BertModel"], **RAW}
-    save(folder, raw, None)
+    raw = {"model_type": "bert", "architectures": ["BertForMaskedLM"], **RAW}
+    save(folder, raw, "masked_lm")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     vocab = {word: i for i, word in enumerate(words)}
     transformers.BertTokenizer(vocab=vocab).save_pretrained(folder)
@@ -140,12 +140,17 @@ def test_the_study_writes_everything_it_promises(bert_folder, files, tmp_path):
     taus = [hub.load_tree(folder / f"{name}.safetensors")[0] for name in names]
     assert all(path.startswith("bert/encoder/") for path in tree.flatten(taus[0]))
     chosen = rows["nonlinear", "task_arithmetic", True]["coef"]
-    merged, base = bert.load(out / "merged"), bert.load(bert_folder)
+    merged, base = bert.load(out / "merged"), bert.load(bert_folder, head=None)
     edited = task_vectors.apply(base.params, task_vectors.add(taus), chosen)
     leaves = tree.flatten(merged.params)
     for path, leaf in tree.flatten(edited).items():
         np.testing.assert_allclose(leaves[path], leaf, rtol=1e-6, atol=1e-7)
     assert (out / "merged" / "tokenizer.json").is_file()
+    found, classes = hub.load_tree(out / "heads.safetensors")
+    assert {name: len(head) for name, head in found.items()} == dict(
+        mood=2, thing=3, animal=2
+    )
+    assert json.loads(classes["thing"]) == ["book", "film", "none"]
 
 
 def test_prompts_and_label_words_run_the_same_study(roberta_folder, files, tmp_path):
@@ -195,7 +200,7 @@ def test_bad_input_is_refused_and_nothing_is_written(
         out = tmp_path / "out"
         given = options(files, model) | others
         with pytest.raises(ValueError, match=message):
-            text_study.main(text_study.Config(out=out, smoke=True, **given))
+            text_study.main(text_study.Config(out=out, **given))
         assert not out.exists()
 
     mood, animal = options(files, bert_folder, names=("mood", "animal"))["task"]
@@ -204,7 +209,13 @@ def test_bad_input_is_refused_and_nothing_is_written(
     refused("expected NAME=FILE", task=(mood, "animal"))
     refused("no such file", task=(mood, "x=nowhere.tsv"))
     refused("positions for 20 tokens", max_length=21)
-    refused("has no masked_lm head", head="label-word")
+    refused("must be 5 at least", max_length=4)
+    refused("at least 3 are needed", samples=2)
+    refused("is for --head label-word", prompt=("mood={text} {mask}|0:good,1:bad",))
+    refused("cannot be the name of a file", task=(mood, "a/../b=x.txt"))
+    base = tmp_path / "base"
+    hub.save(base, {"a": np.zeros(1, np.float32)}, {"model_type": "bert", **RAW})
+    refused("has no masked_lm head", model=base, head="label-word")
     words = dict(model=roberta_folder, head="label-word", task=(mood, animal))
     refused("no prompt for mood, animal", **words)
     good = tuple(
@@ -214,6 +225,8 @@ def test_bad_input_is_refused_and_nothing_is_written(
     refused("not one token", **words, prompt=(good[0] + "ly", good[1]))
     refused("expected NAME=TEMPLATE", **words, prompt=("mood={text} {mask}",))
     refused("which is no --task", **words, prompt=(*good, "x={text} {mask}|a:b,c:d"))
+    refused("words for 2", **words, prompt=(good[0] + ",2:fine", good[1]))
+    refused("3 --prompt for 2 tasks", **words, prompt=(*good, good[0]))
 
     (tmp_path / "empty.txt").write_text("")
     refused("holds no record", task=(mood, f"x={tmp_path / 'empty.txt'}"))
@@ -245,11 +258,17 @@ def test_a_model_of_another_architecture_is_refused(tmp_path, files):
         text_study.main(config)
 
 
-def test_rows_of_the_report_are_those_of_the_quickstart():
-    fields = {"method", "merge", "coef", "searched", "absolute"}
-    fields |= {"normalized", "per_task"}
-    study = studies.Study(**dict.fromkeys(studies.Study._fields))
-    row = studies.row(
-        study._replace(names=["a"]), "linear", "ties", 1, False, [0.5], [1.0]
+def test_an_accuracy_of_zero_costs_the_normalised_accuracy_and_no_report(
+    bert_folder, files, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        studies, "single_accuracies", lambda datasets, at: [0.0] + [0.5] * len(at[1:])
     )
-    assert row.keys() == fields and row["normalized"] == 0.5
+    config = text_study.Config(
+        **dict(out=tmp_path, smoke=True, merges=(), modes=()),
+        **options(files, bert_folder, names=("mood", "animal")),
+    )
+    rows = text_study.main(config)["rows"]
+    assert {row["normalized"] for row in rows} == {None}
+    assert all(row["absolute"] > 0 for row in rows if row["merge"] != "none")
+    assert (tmp_path / "report.md").is_file()

@@ -60,7 +60,7 @@ class Encoder(NamedTuple):
       layout: the shapes of its parameters.
       make_inputs: `make_inputs(rng, B) -> inputs`, NumPy arrays.
       paradigms: patterns of the paths that partial fine-tuning trains.
-      config: fields of the configuration class of transformers.
+      config: what config.json of transformers would say.
     """
 
     apply_fn: Callable
@@ -88,27 +88,24 @@ def _gpt2(layers):
         gpt2.layout(config),
         functools.partial(random_texts, config.vocab_size, (TOKENS,)),
         GPT2_PARADIGMS,
-        {"model_type": "gpt2", **vars(config)},
+        {"architectures": ["GPT2Model"], "use_cache": False, **vars(config)},
     )
 
 
 def _t5(layers, decoder):
-    """Of each stack, `layers` blocks."""
     config = t5.T5Config(**({} if layers is None else {"num_layers": layers}))
-    layout = t5.layout(config)
+    apply_fn, leaves, tokens, architecture = (
+        (t5.hidden_states, ".*", (TOKENS, TARGET_TOKENS), "T5Model")
+        if decoder
+        else (t5.encoder, t5.ENCODER, (TOKENS,), "T5EncoderModel")
+    )
     return Encoder(
-        functools.partial(
-            mean_features, (t5.hidden_states if decoder else t5.encoder)(config)
-        ),
+        functools.partial(mean_features, apply_fn(config)),
         None,
-        layout if decoder else tree.select(layout, t5.ENCODER),
-        functools.partial(
-            random_texts,
-            config.vocab_size,
-            (TOKENS, TARGET_TOKENS) if decoder else (TOKENS,),
-        ),
+        tree.select(t5.layout(config), leaves),
+        functools.partial(random_texts, config.vocab_size, tokens),
         T5_PARADIGMS,
-        {"model_type": "t5", **vars(config)},
+        {"architectures": [architecture], "use_cache": False, **vars(config)},
     )
 
 
@@ -134,7 +131,7 @@ def _vision(name, layers):
         tree.select(clip.layout(model), clip.IMAGE_ENCODER),
         functools.partial(random_images, model.vision.image_size),
         CLIP_PARADIGMS,
-        {"model_type": "clip_vision_model", **fields},
+        {"architectures": ["CLIPVisionModelWithProjection"], **fields},
     )
 
 
@@ -150,12 +147,12 @@ def random_images(size, rng, batch):
 
 
 def random_texts(vocabulary, tokens, rng, batch):
-    """Texts of different lengths, padded: for each of `tokens` ids `[B, T]` and mask."""
+    """Padded texts: for each T of `tokens` ids `[B, T]` and their mask."""
     inputs = []
-    for most in tokens:
-        ids = rng.integers(1, vocabulary, (batch, most), np.int32)
-        lengths = rng.integers(most // 2, most + 1, (batch, 1))
-        mask = (np.arange(most)[None] < lengths).astype(np.int32)
+    for longest in tokens:
+        ids = rng.integers(1, vocabulary, (batch, longest), np.int32)
+        lengths = rng.integers(longest // 2, longest + 1, (batch, 1))
+        mask = (np.arange(longest)[None] < lengths).astype(np.int32)
         inputs += [ids * mask, mask]
     return tuple(inputs)
 

@@ -1,11 +1,14 @@
 """What tangent-space training costs, beside ordinary training and beside PyTorch.
 
 Random weights and inputs of an encoder's true sizes. A step is a loss and its gradient,
-without an optimizer. Every row runs in turn with all others,
-A B A B, and medians are reported. Before anything is timed, the outputs and gradients
-of the two libraries are compared. Needs the `bench` extra, or `--no-torch`.
+without an optimizer. The loss is that of a frozen head of 100 classes on features, also
+for language models: what they do besides, the logits of every word, is not in any row
+(`encoders`). Every row runs in turn with all others, A B A B, and medians are reported.
+Before anything is timed, the outputs and gradients of the two libraries are compared.
+Needs the `bench` extra, or `--no-torch`.
 
     python -m experiments.bench.jvp_cost --out runs/jvp_cost
+    python -m experiments.bench.jvp_cost --model gpt2 --out runs/jvp_cost_gpt2
     python -m experiments.bench.jvp_cost --model vit-l-14 --batch 128 --device gpu \\
         --dtype bfloat16 --out runs/jvp_cost_l
 
@@ -67,6 +70,7 @@ class Work(NamedTuple):
       encoder: the model.
       params, taus: its parameters and 8 directions.
       inputs: arrays `[B, ...]`.
+      parts: for every paradigm of partial fine-tuning, its part of a direction.
       penalties: for every kind of penalty, arrays `[P, ...]` of other tasks.
       labels: `[B]`.
       head: `[classes, D]`, rows of length 1.
@@ -76,6 +80,7 @@ class Work(NamedTuple):
     params: tree.Tree
     taus: list[tree.Tree]
     inputs: tuple
+    parts: dict[str, tree.Tree]
     penalties: dict[str, tuple]
     labels: jax.Array
     head: jax.Array
@@ -112,10 +117,15 @@ def prepare(config: Config) -> Work:
         params,
         taus,
         inputs,
+        {part_name(p): tree.select(taus[0], w) for p, w in encoder.paradigms.items()},
         {f"+ {mode} τJp": samples(count) for mode, count in penalties.items()},
         jnp.asarray(rng.integers(CLASSES, size=config.batch)),
         jnp.asarray(head / np.linalg.norm(head, axis=-1, keepdims=True)),
     )
+
+
+def part_name(paradigm: str) -> str:
+    return f"linearised, paradigm ({paradigm})"
 
 
 def linearized_step(work: Work, apply_fn=None, product_dtype=None) -> Callable:
@@ -166,10 +176,6 @@ def ordinary_step(work: Work, apply_fn: Callable) -> Callable:
     return step
 
 
-def part_name(paradigm: str) -> str:
-    return f"linearised, paradigm ({paradigm})"
-
-
 def steps(work: Work) -> dict[str, tuple[Callable, tuple]]:
     """Every row's function and its arguments."""
     encoder, params, tau, inputs = work.encoder, work.params, work.taus[0], work.inputs
@@ -195,9 +201,8 @@ def steps(work: Work) -> dict[str, tuple[Callable, tuple]]:
             (params, tau, *inputs),
         ),
     }
-    for paradigm, pattern in encoder.paradigms.items():
-        part = tree.select(tau, pattern)
-        rows[part_name(paradigm)] = linearized_step(work), (params, part, *inputs)
+    for name, part in work.parts.items():
+        rows[name] = linearized_step(work), (params, part, *inputs)
     for name, penalty_inputs in work.penalties.items():
         rows[name] = penalized_step(work), (params, tau, inputs, penalty_inputs)
     rows[f"{TASKS} tangents by jvps"] = jvps, (params, work.taus, *inputs)
@@ -233,101 +238,6 @@ def compile_row(name: str, function: Callable, args: tuple) -> Compiled:
         costs["flops"],
         memory.temp_size_in_bytes if memory else None,
     )
-
-
-def torch_steps(work: Work, config: Config) -> tuple[dict[str, Callable], dict]:
-    """PyTorch's functions by row, and how far they are from ours."""
-    import torch
-
-    from experiments.bench import torch_tangent
-
-    device = "cuda" if config.device == "gpu" else "cpu"
-    dtype = getattr(torch, config.dtype)
-    tensors = functools.partial(torch_tangent.tensors, device=device, dtype=dtype)
-    raw = work.encoder.config
-    eager, fused = (
-        torch_tangent.features_of(raw, attention, device, dtype)
-        for attention in ("eager", "sdpa")
-    )
-
-    def inputs_of(arrays):
-        arrays = [np.asarray(a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a)
-                  for a in arrays]  # fmt: skip
-        return torch_tangent.inputs_of(arrays, raw, device, dtype)
-
-    head = torch.tensor(np.asarray(work.head), device=device)
-    labels = torch.tensor(np.asarray(work.labels), device=device, dtype=torch.long)
-
-    def loss(features):
-        features = torch.nn.functional.normalize(features.float(), dim=-1)
-        return torch.nn.functional.cross_entropy(100 * features @ head.T, labels)
-
-    def batches(name, arrays):
-        # One batch per task: the strict penalty is a pass for each of them.
-        count = TASKS if "strict" in name else 1
-        chunks = zip(*(np.array_split(a, count) for a in arrays), strict=True)
-        return [inputs_of([jnp.asarray(a) for a in chunk]) for chunk in chunks]
-
-    functions = torch_tangent.steps(
-        eager,
-        fused,
-        tensors(work.params),
-        [tensors(tau) for tau in work.taus],
-        {
-            part_name(paradigm): tensors(tree.select(work.taus[0], pattern))
-            for paradigm, pattern in work.encoder.paradigms.items()
-        },
-        inputs_of(work.inputs),
-        {name: batches(name, arrays) for name, arrays in work.penalties.items()},
-        loss,
-        PENALTY_COEF,
-    )
-    compiled = {}
-    for name in ("ordinary step", "linearised step") if config.compile else ():
-        compiled[name] = torch.compile(functions[name])
-    return functions, compiled
-
-
-def compare(ours: dict[str, Compiled], theirs: dict[str, Callable], dtype) -> dict:
-    """The relative distance of the results of the two libraries, by row.
-
-    Raises:
-      ValueError: one is larger than rounding explains.
-    """
-    from jaxarith import layouts
-
-    limit = 1e-4 if dtype == "float32" else 0.1
-    found = {}
-    for name in ours:
-        if name not in theirs:
-            continue
-        mine, other = ours[name].run(), theirs[name]()
-        if isinstance(other, dict):  # a gradient, by PyTorch's names
-            leaves = {p: np.asarray(v) for p, v in tree.flatten(mine).items()}
-            mine = layouts.to_torch(leaves)
-            pairs = [(mine[key], value) for key, value in other.items()]
-        else:
-            pairs = list(zip(jax.tree.leaves(mine), _flat(other), strict=True))
-        pairs = [
-            (np.asarray(a, np.float32), b.detach().float().cpu().numpy())
-            for a, b in pairs
-        ]
-        apart = np.sqrt(sum(np.sum((a - b) ** 2, dtype=float) for a, b in pairs))
-        size = np.sqrt(sum(np.sum(b**2, dtype=float) for _, b in pairs))
-        found[name] = float(apart / size)
-        if not found[name] <= limit:
-            raise ValueError(
-                f"{name}: JAX and PyTorch are {found[name]:.2g} apart, relative to the "
-                f"size of the result; at most {limit:g} was expected. They do not "
-                "compute the same, so their times do not compare."
-            )
-    return found
-
-
-def _flat(values):
-    if isinstance(values, tuple | list):
-        return [leaf for value in values for leaf in _flat(value)]
-    return [values]
 
 
 def rounding(work: Work, ours: dict[str, Compiled]) -> dict:
@@ -401,19 +311,21 @@ def measure_rows(config: Config, work: Work):
     names = list(config.rows or chosen)
     bar = tqdm(names, desc="compile", unit="row")
     ours = {name: compile_row(name, *chosen[name]) for name in bar}
-    theirs, compiled = torch_steps(work, config) if config.torch else ({}, {})
-    checks = {"apart": compare(ours, theirs, config.dtype)}
+    functions, checks = {("jaxarith", name): row.run for name, row in ours.items()}, {}
+    if config.torch:
+        from experiments.bench import torch_tangent
+
+        theirs, checks = torch_tangent.compared_steps(
+            work,
+            {name: row.run for name, row in ours.items()},
+            "cuda" if config.device == "gpu" else "cpu",
+            config.dtype,
+            PENALTY_COEF,
+            config.compile,
+        )
+        functions |= theirs
     if set(names) >= {"linearised step", "linearised step, products in bfloat16"}:
         checks["products in bfloat16"] = rounding(work, ours)
-    functions = {("jaxarith", name): row.run for name, row in ours.items()}
-    functions |= {("torch", n): f for n, f in theirs.items() if n in ours}
-    for name, function in compiled.items():
-        try:
-            compare(ours, {name: function}, config.dtype)
-            functions["torch.compile", name] = function
-        except Exception as error:  # whatever the compiler of PyTorch raises
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            checks.setdefault("torch.compile", {})[name] = lines[0][:300]
     with tqdm(total=len(functions) * (1 + config.repetitions), unit="run") as bar:
         times = measure.alternated(functions, config.repetitions, bar.update)
     medians = {key: float(np.median(values)) for key, values in times.items()}

@@ -278,8 +278,16 @@ def score(task: Task, predictions, labels) -> float:
 
     Args:
       predictions, labels: `i32[B]`, or floats for STS-B.
+
+    Raises:
+      ValueError: they are not of one length, or there are none.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if predictions.shape != labels.shape or labels.ndim != 1 or not len(labels):
+        raise ValueError(
+            f"{task.name}: predictions {predictions.shape} and labels {labels.shape}; "
+            "both must be [B]."
+        )
     functions = {
         "accuracy": lambda predictions, labels: np.mean(predictions == labels),
         "f1": metrics.f1,

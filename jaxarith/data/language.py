@@ -139,6 +139,8 @@ def candidates(tokenizer, words: Sequence[str]) -> np.ndarray:
 
 
 def _tokens(tokenizer, texts, max_length):
+    if not len(texts):
+        raise ValueError("there are no texts to encode.")
     encoding = tokenizer(list(texts), truncation=True, max_length=max_length)
     return encoding["input_ids"]
 

@@ -40,8 +40,11 @@ class Prompt:
     words: Mapping[str, str]
 
     def __post_init__(self):
-        names = [name for _, name, _, _ in string.Formatter().parse(self.template)]
-        if names.count(_MASK) != 1 or not self.fields:
+        try:
+            names = [name for _, name, _, _ in string.Formatter().parse(self.template)]
+        except ValueError:  # a brace without its partner
+            names = []
+        if names.count(_MASK) != 1 or "" in names or not self.fields:
             raise ValueError(
                 f"the template {self.template!r} must hold {{mask}} once and a field "
                 "such as {text}."

@@ -49,7 +49,7 @@ def read(file) -> list[Record]:
 
     - `.tsv`: a header, then cells between tabs; a quote is a character like any other.
     - `.csv`: a header, then cells between commas, quoted where they need it.
-    - `.jsonl`: an object per line.
+    - `.jsonl`, `.ndjson`, `.json`: an object per line.
     - anything else: `label text` on every line.
 
     A table holds its labels under `label` and its texts under the first of these that
@@ -73,9 +73,7 @@ def read(file) -> list[Record]:
         content = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         content = raw.decode("latin-1")
-    parse = {".tsv": _tabs, ".csv": _commas, ".jsonl": _objects}.get(
-        path.suffix.lower(), _labelled_lines
-    )
+    parse = _FORMATS.get(path.suffix.lower(), _labelled_lines)
     rows = list(parse(content, path))
     if not rows:
         raise ValueError(f"{path} holds no record: it is empty, or has only a header.")
@@ -111,6 +109,7 @@ def task(
     """
     parts = {"train": train, "validation": validation, "test": test}
     order, size = splits.torch_permutation(len(train)), min(len(train) // 10, 5000)
+    drawn = [part for part in ("test", "validation") if parts[part] is None]
     for part in ("test", "validation"):
         if parts[part] is None:
             if not size:
@@ -135,10 +134,15 @@ def task(
     for part, records in parts.items():
         unseen = _sorted({record["label"] for record in records} - set(numbers))
         if unseen:
+            advice = "Correct the labels, or leave these classes out."
+            if part in drawn:
+                advice = (
+                    f"They are so rare that the tenth drawn for {part} has them all. "
+                    "Leave these classes out, or give a file for each part."
+                )
             raise ValueError(
                 f"{name}: {part} has labels that train has not: {', '.join(unseen)}. "
-                f"Train has {', '.join(classes)}. Correct the labels, or leave these "
-                "classes out."
+                f"Train has {', '.join(classes)}. {advice}"
             )
     return TextTask(
         name,
@@ -203,6 +207,8 @@ def encode(tokenizer, records: Sequence[Record], max_length: int) -> list[dict]:
       A source: `{"input_ids": i32[S], "attention_mask": i32[S], "label": i32[]}` per
       record, and `"token_type_ids": i32[S]` where the tokenizer makes them (BERT).
     """
+    if not len(records):
+        raise ValueError("there are no records to encode.")
     texts = [record["text"] for record in records]
     pairs = [record["text_pair"] for record in records if "text_pair" in record]
     if pairs and len(pairs) != len(texts):
@@ -317,7 +323,7 @@ def _table(lines, path):
             )
         else:
             values = dict(zip(header, cells, strict=True))
-            yield line, {field: values[name] for field, name in columns.items()}
+            yield line, {f: values[name].strip() for f, name in columns.items()}
 
 
 def _objects(content, path):
@@ -333,13 +339,10 @@ def _objects(content, path):
             raise ValueError(f"{path}, line {line} is not a JSON object.")
         columns = columns or _columns(list(values), path)
         found = {field: values.get(name) for field, name in columns.items()}
-        yield (
-            line,
-            {
-                field: "" if value is None else str(value)
-                for field, value in found.items()
-            },
-        )
+        for field, value in found.items():
+            if isinstance(value, list | dict):
+                raise ValueError(f"{path}, line {line}: the {field} is {value!r}.")
+        yield line, {f: "" if v is None else str(v) for f, v in found.items()}
 
 
 def _labelled_lines(content, path):
@@ -347,6 +350,10 @@ def _labelled_lines(content, path):
         if text.strip():
             label, *rest = text.strip().split(maxsplit=1)
             yield line, {"text": "".join(rest), "label": label}
+
+
+_FORMATS = {".tsv": _tabs, ".csv": _commas}
+_FORMATS |= dict.fromkeys((".jsonl", ".json", ".ndjson"), _objects)
 
 
 def _columns(header, path):

@@ -83,6 +83,12 @@ class BertConfig:
                 f"config.json asks for the activation {config.hidden_act!r}; this port "
                 f"has {', '.join(_ACTIVATIONS)}."
             )
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(
+                f"config.json has hidden_size {config.hidden_size} and "
+                f"{config.num_attention_heads} heads; expected a width that the heads "
+                "can share."
+            )
         positions = raw.get("position_embedding_type", "absolute")
         if positions != "absolute":
             raise ValueError(

@@ -187,10 +187,12 @@ def shift_right(labels, config: T5Config) -> jax.Array:
     return jnp.where(shifted == -100, config.pad_token_id, shifted)
 
 
+@functools.cache
 def decoder(config: T5Config) -> Decoder:
     """For `generate.generate`: the inputs are `input_ids` and `attention_mask`, [B, S].
 
-    The texts are encoded once, and so are their keys and values for every block.
+    The texts are encoded once, and so are their keys and values for every block. Equal
+    configurations have the same decoder, so it is compiled once.
     """
     first, following = _method(config, "start"), _method(config, "step")
 

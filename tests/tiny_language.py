@@ -1,0 +1,84 @@
+"""Folders of a tiny GPT-2 and a tiny classifier, with tokenizers, for whole runs."""
+
+import json
+
+import jax
+import numpy as np
+from tiny import random_params
+
+from jaxarith import hub
+from jaxarith.models import bert, gpt2
+
+GPT2_SIZES = {"n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
+
+
+def write_gpt2(folder, transformers, **sizes):
+    """Random weights, and a tokenizer whose tokens are bytes."""
+    symbols = sorted(_byte_symbols())
+    vocab = {symbol: i for i, symbol in enumerate([*symbols, "<|endoftext|>"])}
+    raw = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": len(vocab),
+        "bos_token_id": len(vocab) - 1,
+        "eos_token_id": len(vocab) - 1,
+        **GPT2_SIZES,
+        **sizes,
+    }
+    params = gpt2.init(jax.random.key(0), gpt2.GPT2Config.from_json(raw))
+    hub.save(folder, jax.tree.map(np.asarray, params), raw)
+    transformers.GPT2Tokenizer(vocab=vocab, merges=[]).save_pretrained(folder)
+    return folder
+
+
+def _byte_symbols():
+    """The characters that GPT-2's tokenizer writes for the 256 bytes."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [*map(chr, shown), *(chr(256 + i) for i in range(256 - len(shown)))]
+
+
+CLASSIFIER = {
+    "architectures": ["BertForSequenceClassification"],
+    "model_type": "bert",
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "max_position_embeddings": 16,
+    "id2label": {"0": "severe", "1": "toxic", "2": "threat"},
+    "label2id": {"severe": 0, "toxic": 1, "threat": 2},
+    "problem_type": "multi_label_classification",
+}
+
+
+_ROBERTA = {
+    "architectures": ["RobertaForSequenceClassification"],
+    "type_vocab_size": 1,
+    "pad_token_id": 1,
+}
+
+
+def write_classifier(folder, transformers, **fields):
+    """Random weights; a tokenizer of letters, a few words and the special tokens.
+
+    Fields that are None are left out of `config.json`.
+    """
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    roberta = fields.get("model_type") == "roberta"
+    raw = {**CLASSIFIER, **(_ROBERTA if roberta else {}), **fields}
+    raw = {key: value for key, value in raw.items() if value is not None}
+    config = bert.BertConfig.from_json(raw)
+    layout = bert.layout(config, "classifier")
+    hub.save(folder, random_params(3, layout), raw)
+    if roberta:
+        special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "Ġ"]
+        vocab = {token: i for i, token in enumerate([*special, *letters])}
+        tokenizer = transformers.RobertaTokenizer(vocab=vocab, merges=[])
+    else:
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hate", "love", "you"]
+        vocab = {token: i for i, token in enumerate([*special, *letters])}
+        tokenizer = transformers.BertTokenizer(vocab=vocab)
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
