@@ -186,57 +186,8 @@ def linearized(checkpoint: gpt2.GPT2) -> Model:
         outputs, moves = tangent.jvp(network, *state, *inputs)
         return outputs + moves
 
-    decoder = linearized_decoder(gpt2.decoder(checkpoint.config))
+    decoder = generate.linearized(gpt2.decoder(checkpoint.config))
     return Model(moved, apply_fn, decoder)
-
-
-def linearized_decoder(decoder: generate.Decoder) -> generate.Decoder:
-    """Writes with the tangent-space model; its parameters are `(params_0, tau)`.
-
-    It keeps the cache of the model at θ0 and the tangent of that cache.
-    """
-
-    def start(state, *inputs, room):
-        params_0, tau = state
-        (cache, logits), (moves, moved) = jax.jvp(
-            lambda params: decoder.start(params, *inputs, room=room),
-            (params_0,),
-            (tree.fill(tau, params_0),),
-        )
-        return (cache, _without_float0(moves, cache)), logits + moved
-
-    def step(state, caches, tokens):
-        params_0, tau = state
-        cache, moves = caches
-        (cache, logits), (moves, moved) = jax.jvp(
-            lambda params, cache: decoder.step(params, cache, tokens),
-            (params_0, cache),
-            (tree.fill(tau, params_0), _with_float0(moves, cache)),
-        )
-        return (cache, _without_float0(moves, cache)), logits + moved
-
-    return generate.Decoder(start, step)
-
-
-# Integers have tangents of a type of their own, which no loop can carry.
-def _without_float0(moves, cache):
-    return jax.tree.map(
-        lambda move, leaf: (
-            jnp.zeros(leaf.shape) if move.dtype == jax.dtypes.float0 else move
-        ),
-        *(moves, cache),
-    )
-
-
-def _with_float0(moves, cache):
-    return jax.tree.map(
-        lambda move, leaf: (
-            move
-            if jnp.issubdtype(leaf.dtype, jnp.floating)
-            else np.zeros(leaf.shape, jax.dtypes.float0)
-        ),
-        *(moves, cache),
-    )
 
 
 def condition(keep: str) -> tuple[str, Callable[[str], bool]]:
@@ -305,12 +256,6 @@ def read(file: Path) -> str:
     return file.read_bytes().decode("utf-8-sig")
 
 
-def tokens_of(tokenizer, file: Path) -> np.ndarray:
-    """A text file as one stream."""
-    tokens = tokenizer(read(file), add_special_tokens=False, verbose=False)
-    return np.asarray(tokens["input_ids"], np.int32)
-
-
 class Study(NamedTuple):
     """What is loaded, and the two measures of a state of the model.
 
@@ -345,11 +290,12 @@ def prepare(config: Config) -> Study:
             raise ValueError(
                 f"{name} is {length}; the model has {positions} positions."
             )
-    control = tokens_of(tokenizer, config.perplexity_text)[: config.perplexity_tokens]
+    control = language.stream(tokenizer, [read(config.perplexity_text)], end=False)
+    control = control[: config.perplexity_tokens]
     source = language.encode(tokenizer, texts, config.max_length)
     penalty_source = None
     if config.penalty_text is not None:
-        stream = tokens_of(tokenizer, config.penalty_text)
+        stream = language.stream(tokenizer, [read(config.penalty_text)], end=False)
         penalty_source = language.blocks(stream, config.max_length)
     model = (linearized if config.linearized else ordinary)(checkpoint)
 

@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jaxarith import tree
 
 
 class Decoder(NamedTuple):
@@ -108,6 +111,76 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+    )
+
+
+def linearized(decoder: Decoder) -> Decoder:
+    r"""Writes with the tangent-space model (Ortiz-Jimenez et al. 2023, Eq. 3).
+
+    Its logits are :math:`f(x; \theta_0) + J(x; \theta_0)\tau`. It keeps the cache of
+    the model at θ0 with the tangent of that cache, so a token takes three times the
+    matrix products that it takes the network.
+
+    Args:
+      decoder: of the network.
+
+    Returns:
+      A `Decoder` whose parameters are `(params_0, tau)`; `tau` may cover a part.
+
+    Example:
+      >>> def start(params, token, room):
+      ...     square = params["w"] ** 2
+      ...     return square, jnp.outer(square * token, jnp.arange(3))
+      >>> state = {"w": jnp.array(1.0)}, {"w": jnp.array(-1.0)}
+      >>> (cache, move), logits = linearized(Decoder(start, None)).start(
+      ...     state, jnp.array([1.0]), room=0
+      ... )
+      >>> print(cache, move, logits)
+      1.0 -2.0 [[ 0. -1. -2.]]
+    """
+
+    def start(state, *inputs, room):
+        params_0, tau = state
+        (cache, logits), (moves, moved) = jax.jvp(
+            lambda params: decoder.start(params, *inputs, room=room),
+            (params_0,),
+            (tree.fill(tau, params_0),),
+        )
+        return (cache, _without_float0(moves, cache)), logits + moved
+
+    def step(state, caches, tokens):
+        params_0, tau = state
+        cache, moves = caches
+        (cache, logits), (moves, moved) = jax.jvp(
+            lambda params, cache: decoder.step(params, cache, tokens),
+            (params_0, cache),
+            (tree.fill(tau, params_0), _with_float0(moves, cache)),
+        )
+        return (cache, _without_float0(moves, cache)), logits + moved
+
+    return Decoder(start, step)
+
+
+# Integers have tangents of a type of their own, which no loop can carry.
+
+
+def _without_float0(moves, cache):
+    return jax.tree.map(
+        lambda move, leaf: (
+            jnp.zeros(leaf.shape) if move.dtype == jax.dtypes.float0 else move
+        ),
+        *(moves, cache),
+    )
+
+
+def _with_float0(moves, cache):
+    return jax.tree.map(
+        lambda move, leaf: (
+            move
+            if jnp.issubdtype(leaf.dtype, jnp.floating)
+            else np.zeros(leaf.shape, jax.dtypes.float0)
+        ),
+        *(moves, cache),
     )
 
 

@@ -10,9 +10,8 @@ from tiny import random_params
 from tiny_language import write_classifier, write_gpt2
 
 from experiments import detoxify
-from jaxarith import hub, perplexity, tangent, task_vectors, tree
+from jaxarith import generate, hub, perplexity, tangent, task_vectors, tree
 from jaxarith.data import text
-from jaxarith.generate import generate
 from jaxarith.models import gpt2
 
 FILES = {
@@ -179,8 +178,8 @@ def test_the_linearised_decoder_writes_what_the_linearised_model_predicts():
     ids, mask = np.zeros((2, 11), int), np.zeros((2, 11), int)
     ids[:, :3], mask[:, :3] = [[0, 3, 7], [5, 9, 2]], [[0, 1, 1], [1, 1, 1]]
     prompt = ids[:, :3], mask[:, :3]
-    decoder = detoxify.linearized_decoder(gpt2.decoder(config))
-    new = generate(decoder, (params_0, tau), *prompt, max_new_tokens=8)
+    decoder = generate.linearized(gpt2.decoder(config))
+    new = generate.generate(decoder, (params_0, tau), *prompt, max_new_tokens=8)
     linear = jax.jit(tangent.linearize(gpt2.language_model(config), params_0))
     params = task_vectors.apply(params_0, tau)
     written, expected = ids.copy(), mask.copy()
@@ -191,8 +190,8 @@ def test_the_linearised_decoder_writes_what_the_linearised_model_predicts():
         written[:, i], expected[:, i] = logits.argmax(-1), 1
     np.testing.assert_array_equal(new, written[:, 3:])
     assert np.unique(new).size > 5
-    plain = generate(gpt2.decoder(config), params_0, *prompt, max_new_tokens=8)
-    edited = generate(gpt2.decoder(config), params, *prompt, max_new_tokens=8)
+    plain = generate.generate(gpt2.decoder(config), params_0, *prompt, max_new_tokens=8)
+    edited = generate.generate(gpt2.decoder(config), params, *prompt, max_new_tokens=8)
     for other in (plain, edited):
         assert not np.array_equal(other, new)
 

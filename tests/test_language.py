@@ -60,6 +60,15 @@ def test_texts_in_a_stream_end_with_the_end_of_text(gpt2, t5):
     stream = language.stream(t5, ["yes no", "maybe"])
     assert stream.tolist() == [4, 5, end, 7, end]
     assert stream.dtype == np.int32
+    assert language.stream(gpt2, ["ab", "c"], end=False).tolist() == [2, 3, 4]
+
+
+def test_a_stream_cannot_end_texts_without_a_token_for_it(transformers):
+    bert = transformers.BertTokenizer(vocab={"[UNK]": 0, "a": 1})
+    bert.eos_token = None
+    assert language.stream(bert, ["a", "a"], end=False).tolist() == [1, 1]
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        language.stream(bert, ["a", "a"])
 
 
 def test_padding_is_no_label_and_the_end_of_text_that_pads_is_masked(gpt2):

@@ -13,15 +13,24 @@ from jaxarith.data.text import Record
 from jaxarith.losses import IGNORED
 
 
-def stream(tokenizer, texts: Sequence[str]) -> np.ndarray:
-    """The tokens of texts one after the other, each with its end-of-text token.
+def stream(tokenizer, texts: Sequence[str], *, end: bool = True) -> np.ndarray:
+    """The tokens of texts one after the other.
+
+    Args:
+      end: put the tokenizer's end-of-text token after every text. The streams of
+        published perplexities have none.
 
     Returns:
       `i32[N]`.
+
+    Raises:
+      ValueError: the tokenizer has no end-of-text token to put.
     """
-    sequences = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    end = [tokenizer.eos_token_id]
-    tokens = [token for sequence in sequences for token in (*sequence, *end)]
+    if end and tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-text token; set end=False.")
+    encoding = tokenizer(list(texts), add_special_tokens=False, verbose=False)
+    after = [tokenizer.eos_token_id] if end else []
+    tokens = [token for text in encoding["input_ids"] for token in (*text, *after)]
     return np.asarray(tokens, np.int32)
 
 
