@@ -4,9 +4,9 @@ RegMean merges with the mean of x xᵀ over the inputs x of every `flax.linen.De
 interceptor sees them as the layers are called, so any `apply_fn` works that calls Linen
 modules on the whole of `params`, whatever it does before, between and after.
 
-Layers of other classes are not captured (embeddings, norms, convolutions,
-`DenseGeneral`). Nor are layers inside `nn.scan`, `nn.remat`, `nn.jit` or a `jit` of
-`apply_fn`'s own, whose values cannot leave them.
+Layers of other classes are not captured (embeddings, norms, convolutions, the `Conv1D`
+of GPT-2, `DenseGeneral`). Nor are layers inside `nn.scan`, `nn.remat`, `nn.jit` or a
+`jit` of `apply_fn`'s own, whose values cannot leave them.
 """
 
 import functools
