@@ -258,9 +258,8 @@ def test_greedy_tokens_equal_those_of_transformers(torch, oracle, tmp_path):
     eos = int(np.argmax(writes.sum(axis=0) % 8))
     assert len(np.unique(free)) > 8 and 0 < writes[:, eos].sum() < 8
     expected = model.generate(**text, **settings, eos_token_id=eos).numpy()[:, 1:]
-    actual = generate(
-        decoder, params, input_ids, mask, max_new_tokens=20, eos_token_id=eos
-    )
+    ends = {"eos_token_id": eos, "pad_token_id": config.pad_token_id}
+    actual = generate(decoder, params, input_ids, mask, max_new_tokens=20, **ends)
     np.testing.assert_array_equal(actual, expected)
     assert (expected != free).any()
 
