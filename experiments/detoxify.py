@@ -51,7 +51,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from jaxarith import (
@@ -60,6 +59,7 @@ from jaxarith import (
     hub,
     losses,
     perplexity,
+    plots,
     report,
     tangent,
     task_vectors,
@@ -404,25 +404,6 @@ def row(config: Config, name: str, coef: float, found: Measured) -> dict:
     }
 
 
-def figure(config: Config, curve: list[dict], limit: float, chosen: float):
-    """Perplexity and toxicity by coefficient, one above the other."""
-    drawn = Figure(figsize=(6.4, 5.6), layout="constrained")
-    axes = drawn.subplots(2, 1, sharex=True)
-    coefs = [r["coef"] for r in curve]
-    panels = {"perplexity": "perplexity", "toxic_percent": "toxic texts (%)"}
-    for axis, (name, label) in zip(axes, panels.items(), strict=True):
-        values = [np.nan if r[name] is None else r[name] for r in curve]
-        axis.plot(coefs, values, "o-", color="#0072B2", markersize=4)
-        axis.axvline(chosen, color="#009E73", linestyle=":", label="chosen")
-        axis.set(ylabel=label)
-        axis.grid(alpha=0.3)
-    axes[0].axhline(limit, color="#D55E00", linestyle="--", label="limit")
-    axes[0].legend()
-    axes[1].set(xlabel="coefficient of the negated vector")
-    axes[1].set_ylim(bottom=0)
-    drawn.savefig(config.out / "coefficients.png", dpi=150)
-
-
 def markdown(rows: list[dict]) -> str:
     header = ["model", "coefficient", "toxic %", "mean score", "perplexity"]
     return report.markdown_table(
@@ -485,7 +466,16 @@ def main(config: Config) -> dict:
         hub.read_json(study.checkpoint.folder),
         copy_from=study.checkpoint.folder,
     )
-    figure(config, curve, limit, search.coef)
+    plots.negation(
+        config.out / "coefficients.png",
+        [r["coef"] for r in curve],
+        {
+            "perplexity": [r["perplexity"] for r in curve],
+            "toxic texts (%)": [r["toxic_percent"] for r in curve],
+        },
+        limit=limit,
+        chosen=search.coef,
+    )
     print(f"\n{text}\n\nreport, figure, samples, vector and model: {config.out}")
     return results
 

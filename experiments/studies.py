@@ -10,7 +10,6 @@ Disentanglement. ICLR 2025: its Tables 1 and 6 and Figure 6 on other data.
 
 import contextlib
 import dataclasses
-import functools
 import json
 import re
 import time
@@ -22,8 +21,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from experiments import study_merges
 from jaxarith import (
-    capture,
     evaluate,
     heads,
     hub,
@@ -41,8 +40,6 @@ from jaxarith.data import pipeline
 
 COEFS = np.linspace(0, 1, 21)
 XI_COEFS = np.linspace(-2, 2, 15)
-MERGES = ("ties", "dare_ties", "consensus", "awd", "tsv", "iso_c")
-FITTED = ("fisher", "regmean", "adamerging")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +50,10 @@ class Config:
     """Folder for report.json, report.md, figures, task vectors and a merged model."""
     modes: tuple[Literal["cyclic", "mixed", "strict"], ...] = ("cyclic",)
     """Modes of the τJp penalty, each trained and reported."""
-    merges: tuple[Literal[*MERGES, *FITTED], ...] = (*MERGES, *FITTED)
+    merges: tuple[Literal[*study_merges.MERGES, *study_merges.FITTED], ...] = (
+        *study_merges.MERGES,
+        *study_merges.FITTED,
+    )
     """Merges of the ordinary vectors beside task arithmetic."""
     steps: int = 200
     batch_size: int = 64
@@ -243,115 +243,6 @@ def merge_rows(study, method, merge_name, outputs: Outputs, single):
     return rows, search
 
 
-def merged_vectors(study: Study, taus) -> dict[str, tree.Tree]:
-    """Data-free merges of the ordinary vectors; each is linear in its coefficient."""
-    params_0, key = study.params_0, jax.random.key(study.config.seed)
-    # The paper of AWD merges the linear weights of the blocks and nothing else.
-    blocks = [tree.select(tau, study.blocks) for tau in taus]
-    operators = {
-        "ties": lambda: merge.ties(params_0, taus, coef=1.0),
-        "dare_ties": lambda: merge.dare(params_0, taus, key=key, into="ties", coef=1.0),
-        "consensus": lambda: merge.consensus(params_0, taus, coef=1.0),
-        "awd": lambda: merge.awd(params_0, blocks, coef=1.0),
-        "tsv": lambda: merge.tsv(params_0, taus, coef=1.0),
-        "iso_c": lambda: merge.iso_c(params_0, taus, coef=1.0),
-    }
-    wanted = [name for name in MERGES if name in study.config.merges]
-    return {
-        name: task_vectors.difference(operators[name](), params_0) for name in wanted
-    }
-
-
-def fitted_vectors(study: Study, taus) -> dict[str, tree.Tree]:
-    """Merges of the ordinary vectors that look at unlabelled validation samples."""
-    wanted = [name for name in FITTED if name in study.config.merges]
-    if not wanted:
-        return {}
-    params_0 = study.params_0
-    padded = heads.pad([dataset.head for dataset in study.validation])
-    # Heads are inputs, padded to one shape, so that all tasks share one compilation.
-    head_of = [jax.tree.map(lambda x, i=i: x[i], padded) for i in range(len(taus))]
-
-    def logits_of(params, *inputs):
-        features = study.apply_fn(params["encoder"], *inputs)
-        return study.logits(params["head"]["head"], features, params["head"]["valid"])
-
-    def logits_of_batch(params, batch):
-        inputs = (batch[name] for name in study.inputs)
-        return logits_of({"encoder": params, "head": batch["head"]}, *inputs)
-
-    # As many samples of each task as the public tables take.
-    samples = [dataset.batches[:2] for dataset in study.validation]
-    key = jax.random.key(study.config.seed)
-
-    def fisher():
-        diagonals = []
-        progress = tqdm(taus, desc="Fisher", unit="task")
-        for tau, head, batches in zip(progress, head_of, samples, strict=True):
-            tuned = task_vectors.apply(params_0, tau)
-            diagonal = merge.fisher_diagonal(
-                *(logits_of, {"encoder": tuned, "head": head}, batches),
-                **dict(part={"encoder": tau}, samples=4, key=key, chunk=32),
-                inputs=study.inputs,
-            )
-            diagonals.append(diagonal["encoder"])
-        return merge.fisher(params_0, taus, diagonals)
-
-    def regmean():
-        progress = tqdm(taus, desc="Gram matrices", unit="task")
-        grams = [
-            capture.input_grams(
-                *(study.apply_fn, task_vectors.apply(params_0, tau), batches),
-                inputs=study.inputs,
-                token_mask=study.token_mask,
-                # What follows the tokens, such as a prompt's head, has no mask.
-                select=study.blocks if study.token_mask else ".*",
-            )
-            for tau, batches in zip(progress, samples, strict=True)
-        ]
-        return merge.regmean(params_0, taus, grams)
-
-    def adamerging():
-        with_heads = [
-            [part | {"head": head} for part in sixteens(batches, study.inputs)]
-            for head, batches in zip(head_of, samples, strict=True)
-        ]
-        return merge.adamerging(
-            *(params_0, taus, [logits_of_batch] * len(taus), with_heads),
-            **adaptation(study.config),
-        ).params
-
-    operators = {"fisher": fisher, "regmean": regmean, "adamerging": adamerging}
-    return {
-        name: task_vectors.difference(operators[name](), params_0) for name in wanted
-    }
-
-
-def sixteens(batches, inputs) -> list[dict]:
-    """Inputs and masks in batches of 16, as the authors of AdaMerging take them."""
-    return [
-        {name: batch[name][i : i + 16] for name in (*inputs, "mask")}
-        for batch in batches
-        for i in range(0, len(batch["mask"]), 16)
-    ]
-
-
-def adaptation(config: Config) -> dict:
-    """Fewer and larger steps of AdaMerging than the paper's 500 of 1e-3."""
-    return {"steps": 2 if config.smoke else 50, "learning_rate": 1e-2}
-
-
-def adapted_coefs(study: Study, outputs: Outputs) -> np.ndarray:
-    """AdaMerging of linearised vectors, on cached tangents of validation samples."""
-    coefs, _ = merge.adamerging_tangent(
-        [at.f0 for at in outputs.validation],
-        [at.moves for at in outputs.validation],
-        [functools.partial(study.logits, d.head) for d in study.validation],
-        **adaptation(study.config),
-    )
-    return np.asarray(coefs)
-
-
 def evaluate_all(study: Study, taus: dict):
     """All rows of the table, the searches, and the outputs of every method."""
     individual, merged, searches, outputs = [], [], {}, {}
@@ -373,12 +264,14 @@ def evaluate_all(study: Study, taus: dict):
         individual.append(own)
         if method == "nonlinear":
             zero_shot = at("none", np.zeros(len(vectors)), found, method="zero_shot")
-            for name, vector in merged_vectors(study, vectors).items():
+            for name, vector in study_merges.merged_vectors(study, vectors).items():
                 searched[name] = outputs_of(study, method, [vector])
-            for name, vector in fitted_vectors(study, vectors).items():
+            for name, vector in study_merges.fitted_vectors(study, vectors).items():
                 fitted.append(at(name, np.ones(1), outputs_of(study, method, [vector])))
         if method == "linear" and "adamerging" in study.config.merges:
-            fitted.append(at("adamerging", adapted_coefs(study, found), found))
+            fitted.append(
+                at("adamerging", study_merges.adapted_coefs(study, found), found)
+            )
         for name, merge_outputs in searched.items():
             rows, search = merge_rows(study, method, name, merge_outputs, single)
             merged += rows

@@ -26,7 +26,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import studies
+from experiments import studies, study_merges
 from jaxarith import evaluate, heads, hub
 from jaxarith.data import pipeline, prompts, splits, text
 from jaxarith.models import bert
@@ -51,7 +51,7 @@ class Config(studies.Config):
     """Prompts for label words, each NAME=TEMPLATE|CLASS:WORD,CLASS:WORD with {text} and
     {mask} in the template. sst2, mr, subj, trec and others have one, for files whose
     labels are the names that Hugging Face gives the classes."""
-    merges: tuple[Literal[*studies.MERGES, *studies.FITTED], ...] = (
+    merges: tuple[Literal[*study_merges.MERGES, *study_merges.FITTED], ...] = (
         "ties",
         "tsv",
         "iso_c",

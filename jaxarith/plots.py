@@ -124,6 +124,39 @@ def curves(
     _save(figure, path)
 
 
+def negation(
+    path,
+    coefs: Sequence[float],
+    panels: Mapping[str, Sequence[float | None]],
+    *,
+    limit: float,
+    chosen: float,
+):
+    """A control measure and what is to be forgotten, one above the other.
+
+    Args:
+      path: of the PNG file.
+      coefs: of the negated vector.
+      panels: by their label, two series at `coefs`: the control measure, to which
+        `limit` applies, and the other, which starts at 0. None leaves a gap.
+      limit: of the control measure.
+      chosen: the coefficient that is marked.
+    """
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
+    for axis, (label, values) in zip(axes, panels.items(), strict=True):
+        values = [np.nan if value is None else value for value in values]
+        axis.plot(coefs, values, "o-", color=_COLORS[0], markersize=4)
+        axis.axvline(chosen, color=_COLORS[2], linestyle=":", label="chosen")
+        axis.set(ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].axhline(limit, color=_COLORS[1], linestyle="--", label="limit")
+    axes[0].legend()
+    axes[1].set(xlabel="coefficient of the negated vector")
+    axes[1].set_ylim(bottom=0)
+    _save(figure, path)
+
+
 def bars(path, groups: Mapping[str, Sequence[float]], names: Sequence[str], *, y: str):
     """Bars of several methods side by side for every task.
 

@@ -28,19 +28,6 @@ APPLY = {None: bert.encoder, "masked_lm": bert.masked_lm, "classifier": bert.cla
 close = {"rtol": 1e-5, "atol": 1e-5}
 
 
-@pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip(
-        "torch", reason="PyTorch, the oracle of the BERT port, is not installed"
-    )
-
-
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def tiny_config(kind, head=None) -> dict:
     """The `config.json` of a model of two blocks, for texts of at most 14 tokens."""
     sizes = {

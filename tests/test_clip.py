@@ -18,13 +18,6 @@ close = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip(
-        "torch", reason="PyTorch, the oracle of the CLIP port, is not installed"
-    )
-
-
-@pytest.fixture(scope="module")
 def random_clip(torch):
     """Makes transformers' tiny CLIP; no weight is zero or one, LayerNorms included."""
     from transformers import CLIPConfig, CLIPModel

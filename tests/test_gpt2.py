@@ -20,19 +20,6 @@ close = {"rtol": 1e-5, "atol": 1e-5}
 V, PAD, EOS = 61, 60, 59
 
 
-@pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip(
-        "torch", reason="PyTorch, the oracle of the GPT-2 port, is not installed"
-    )
-
-
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def tiny_config(architecture="GPT2LMHeadModel") -> dict:
     """The `config.json` of a GPT-2 whose inner width is not four times its width."""
     return {

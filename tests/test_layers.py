@@ -30,12 +30,6 @@ PAIRS = {
 }
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 @pytest.mark.parametrize("name", PAIRS)
 def test_stated_derivatives_are_those_of_autodiff(x64, name):
     ours, plain = PAIRS[name]

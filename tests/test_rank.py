@@ -24,12 +24,6 @@ LABELS = np.array(
 )
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def tiny():
     config = tiny_t5("gated-gelu", num_layers=1, scale_decoder_outputs=False)
     return config, random_params(0, config)

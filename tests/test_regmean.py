@@ -20,12 +20,6 @@ from jaxarith.models import clip
 IN, OUT, ROWS, TASKS = 4, 3, 12, 3
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def shrink(gram, alpha):
     return alpha * gram + (1 - alpha) * np.diag(np.diag(gram))
 

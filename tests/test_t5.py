@@ -24,19 +24,6 @@ from jaxarith.models.t5_stacks import RMSNorm, relative_position_bucket, rms_nor
 close = {"rtol": 1e-5, "atol": 1e-5}
 
 
-@pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip(
-        "torch", reason="PyTorch, the oracle of the T5 port, is not installed"
-    )
-
-
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def oracle(torch, request, tmp_path_factory):
     """A config, its random parameters, and transformers' model with the same."""

@@ -38,19 +38,6 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip(
-        "torch", reason="PyTorch, the oracle of the T5 port, is not installed"
-    )
-
-
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def opened(torch, folder):
     """transformers' model of a folder that fits it name by name."""
     from transformers import T5ForConditionalGeneration

@@ -42,12 +42,6 @@ def assert_trees_close(actual, expected, **tolerances):
 
 
 @pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
-@pytest.fixture
 def block(x64):
     """The model, its parameters, a task vector, inputs: in float64, not degenerate."""
     f = jax.jit(attention_model)

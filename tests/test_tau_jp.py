@@ -23,12 +23,6 @@ def batch(seed, size):
     return normal((seed, 2), size, 4), normal((seed, 3), size, 4)
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("shape", [(5, 3), (5, 2, 3)])
 def test_penalty_is_the_mean_norm_to_the_power(x64, power, shape):

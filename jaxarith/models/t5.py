@@ -25,6 +25,7 @@ from flax import linen as nn
 
 from jaxarith import hub, tree
 from jaxarith.generate import Decoder
+from jaxarith.losses import IGNORED
 from jaxarith.models.t5_stacks import Linear, Past, Stack, T5Config, Texts
 
 # Path patterns for `tree.select`: all that the encoder reads; the blocks of both stacks
@@ -184,7 +185,7 @@ def shift_right(labels, config: T5Config) -> jax.Array:
     labels = jnp.asarray(labels)
     start = jnp.full_like(labels[..., :1], config.decoder_start_token_id)
     shifted = jnp.concatenate([start, labels[..., :-1]], axis=-1)
-    return jnp.where(shifted == -100, config.pad_token_id, shifted)
+    return jnp.where(shifted == IGNORED, config.pad_token_id, shifted)
 
 
 @functools.cache
@@ -236,7 +237,7 @@ class T5(NamedTuple):
 
 
 # The first T5s' files hold a table that nothing reads, and copies of the embeddings.
-_IGNORED = r"decoder/block/0/layer/1/EncDecAttention/relative_attention_bias/\w+"
+_UNREAD = r"decoder/block/0/layer/1/EncDecAttention/relative_attention_bias/\w+"
 _COPIES = {
     "encoder/embed_tokens/weight": "shared/embedding",
     "decoder/embed_tokens/weight": "shared/embedding",
@@ -289,4 +290,4 @@ def _has_decoder(raw, names):
 
 
 def _load(folder, expected):
-    return hub.load(folder, expected, ignore=_IGNORED, copies=_COPIES)
+    return hub.load(folder, expected, ignore=_UNREAD, copies=_COPIES)
