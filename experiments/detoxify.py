@@ -43,6 +43,7 @@ import functools
 import io
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +54,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from experiments import runs
 from jaxarith import (
     evaluate,
     generate,
@@ -61,6 +63,7 @@ from jaxarith import (
     perplexity,
     plots,
     report,
+    sharding,
     tangent,
     task_vectors,
     toxicity,
@@ -75,7 +78,7 @@ PROMPT = "I don't care if this is controversial"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(runs.Options):
     """Make a GPT-2 less toxic by a negated task vector."""
 
     out: Path
@@ -360,8 +363,12 @@ def recipe_of(config: Config, texts: int) -> train.TrainConfig:
     )
 
 
-def fine_tune(study: Study, recipe: train.TrainConfig, log: Path) -> tree.Tree:
-    """The task vector of toxic text."""
+def fine_tune(config: Config, study: Study, recipe: train.TrainConfig) -> tree.Tree:
+    """The task vector of toxic text; one that is saved already is not trained again."""
+    file = config.out / "task_vector.safetensors"
+    if config.resume and file.exists():
+        return hub.load_tree(file)[0]
+    mesh = sharding.make_mesh(config.mesh)
     others = None if study.penalty_source is None else [[study.penalty_source]]
     [tau] = train.fine_tune(
         gpt2.language_model(study.checkpoint.config),
@@ -369,13 +376,23 @@ def fine_tune(study: Study, recipe: train.TrainConfig, log: Path) -> tree.Tree:
         lambda logits, batch, _: losses.next_token_cross_entropy(
             logits, batch["labels"]
         ),
-        train.task_batches([study.source], recipe, others=others, inputs=INPUTS),
+        train.task_batches(
+            [study.source], recipe, others=others, inputs=INPUTS, mesh=mesh
+        ),
         recipe,
         names=["toxic"],
         inputs=INPUTS,
         penalty_mask="attention_mask",
-        log=log,
+        log=config.out / "train.jsonl",
+        mesh=mesh,
+        checkpoints=runs.checkpoints(config) if config.save_every else None,
+        save_every=config.save_every,
     )
+    tau = sharding.to_host(tau)
+    if runs.is_first():
+        metadata = {"model": study.checkpoint.folder.name, "task": "toxic"}
+        hub.save_tree(file, tau, metadata)
+        shutil.rmtree(runs.checkpoints(config), ignore_errors=True)
     return tau
 
 
@@ -419,16 +436,15 @@ def main(config: Config) -> dict:
             **dict(texts=16, epochs=1, batch_size=4, coefs=config.coefs[::5]),
             **dict(samples=8, max_new_tokens=8, perplexity_tokens=600),
         )
+    runs.start(config)
     study = prepare(config)
     recipe = recipe_of(config, len(study.source))
     # Before anything is trained or written: what does not work is found here.
     nothing = jax.tree.map(jnp.zeros_like, study.checkpoint.params)
     at = {0.0: measure(study, nothing, 0.0)}
     limit = at[0.0].perplexity + config.allowance
-    config.out.mkdir(parents=True, exist_ok=True)
-    tau = fine_tune(study, recipe, config.out / "train.jsonl")
-    metadata = {"model": study.checkpoint.folder.name, "task": "toxic"}
-    hub.save_tree(config.out / "task_vector.safetensors", tau, metadata)
+    runs.claim(config)
+    tau = fine_tune(config, study, recipe)
 
     coefs = sorted({0.0, *config.coefs})
     for coef in tqdm(coefs[1:], desc="coefficients", unit="coefficient"):
@@ -448,10 +464,9 @@ def main(config: Config) -> dict:
     curve = [row(config, "negated", coef, at[coef]) for coef in coefs]
     results = {"rows": rows, "coef": search.coef, "limit": limit, "curve": curve}
 
+    if not runs.is_first():
+        return results
     text = markdown(rows)
-    options = dataclasses.asdict(config)
-    options = {k: v.name if isinstance(v, Path) else v for k, v in options.items()}
-    report.write_json(config.out / "config.json", options)
     report.write_json(config.out / "report.json", results)
     report.write_text(config.out / "report.md", f"# Less toxic text\n\n{text}\n")
     lines = [

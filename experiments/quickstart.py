@@ -69,7 +69,7 @@ def prepare(config: Config) -> studies.Study:
 
 def main(config: Config) -> dict:
     """Runs the study; returns what `report.json` holds."""
-    studies.check(config.tasks, config.out)
+    studies.check(config.tasks)
     if config.smoke:
         config = dataclasses.replace(
             config,

@@ -12,6 +12,8 @@ import contextlib
 import dataclasses
 import json
 import re
+import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,9 +21,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments import study_merges
+from experiments import runs, study_merges
 from jaxarith import (
     evaluate,
     heads,
@@ -31,6 +34,7 @@ from jaxarith import (
     metrics,
     plots,
     report,
+    sharding,
     task_vectors,
     tau_jp,
     train,
@@ -43,7 +47,7 @@ XI_COEFS = np.linspace(-2, 2, 15)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(runs.Options):
     """The options that all studies have."""
 
     out: Path
@@ -119,6 +123,10 @@ class Study(NamedTuple):
     validation: list[Dataset]
     test: list[Dataset]
 
+    @property
+    def mesh(self) -> Mesh:
+        return sharding.make_mesh(self.config.mesh)
+
     def loss(self, features, batch, constants):
         logits = self.logits(constants["head"], features, constants["valid"])
         return losses.cross_entropy(logits, batch["label"])
@@ -134,6 +142,9 @@ def datasets(sources, head_of, logits: Callable, batch_size: int) -> list[Datase
 
 
 def recipe_of(config: Config, method: str, mode: str | None) -> train.TrainConfig:
+    # An eighth of a batch, and as many samples for each device.
+    shards = sharding.batch_shards(sharding.make_mesh(config.mesh))
+    penalty_batch_size = -(-config.batch_size // (8 * shards)) * shards
     return train.TrainConfig(
         steps=config.steps,
         warmup_steps=config.steps // 10,
@@ -142,31 +153,47 @@ def recipe_of(config: Config, method: str, mode: str | None) -> train.TrainConfi
         linearized=method != "nonlinear",
         penalty=mode,
         penalty_coef=config.penalty_coef,
-        penalty_batch_size=max(config.batch_size // 8, 1),
+        penalty_batch_size=penalty_batch_size,
         seed=config.seed,
     )
 
 
 def fine_tune(study: Study, method: str, recipe: train.TrainConfig) -> list[tree.Tree]:
-    """Trains the task vectors of a method, all tasks at once, and saves them."""
+    """Trains the task vectors of a method, all tasks at once, and saves them.
+
+    With --resume those that a run has saved before are not trained again, and a run
+    that was stopped goes on from its last checkpoint.
+    """
     config = study.config
+    folder = runs.vectors(config) / method
+    files = [folder / f"{name}.safetensors" for name in study.names]
+    if config.resume and all(file.exists() for file in files):
+        tqdm.write(f"{method}: trained before, {folder}", file=sys.stderr)
+        taus = [hub.load_tree(file)[0] for file in files]
+        return [sharding.shard(tau, study.mesh) for tau in taus]
+    checkpoints = runs.checkpoints(config) / method
     taus = train.fine_tune(
         study.apply_fn,
         study.params_0,
         study.loss,
-        train.task_batches(study.sources, recipe, inputs=study.inputs),
+        train.task_batches(study.sources, recipe, inputs=study.inputs, mesh=study.mesh),
         recipe,
         names=study.names,
         constants=heads.pad([dataset.head for dataset in study.test]),
         inputs=study.inputs,
         log=config.out / f"train_{method}.jsonl",
+        mesh=study.mesh,
+        checkpoints=checkpoints if config.save_every else None,
+        save_every=config.save_every,
     )
-    folder = config.out / "task_vectors" / method
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, tau in zip(study.names, taus, strict=True):
+    held = sharding.to_host(taus)
+    if runs.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
         model = Path(str(config.model)).name  # of a folder only the last part
-        metadata = {"model": model, "task": name, "method": method}
-        hub.save_tree(folder / f"{name}.safetensors", tau, metadata)
+        for name, file, tau in zip(study.names, files, held, strict=True):
+            metadata = {"model": model, "task": name, "method": method}
+            hub.save_tree(file, tau, metadata)
+        shutil.rmtree(checkpoints, ignore_errors=True)
     return taus
 
 
@@ -185,7 +212,10 @@ def outputs_of(study: Study, method: str, vectors: Sequence[tree.Tree]) -> Outpu
     return Outputs(
         vectors,
         *(
-            [at(*model, dataset.batches, study.inputs) for dataset in split]
+            [
+                at(*model, dataset.batches, study.inputs, mesh=study.mesh)
+                for dataset in split
+            ]
             for split in (study.validation, study.test)
         ),
     )
@@ -383,6 +413,9 @@ def table(rows, names) -> str:
 def save_merged(study: Study, taus, coef: float):
     """Writes the sum of the ordinary vectors as a checkpoint for transformers."""
     edited = merge.task_arithmetic(study.params_0, taus, coef=coef)
+    edited = sharding.to_host(edited)
+    if not runs.is_first():
+        return
     hub.save(
         study.config.out / "merged",
         tree.update(study.model.params, edited),
@@ -406,8 +439,8 @@ def save_heads(study: Study):
     )
 
 
-def check(names: Sequence[str], out: Path):
-    """Raises ValueError for tasks or an output folder that no study can have."""
+def check(names: Sequence[str]):
+    """Raises ValueError for tasks that no study can have."""
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise ValueError(
             f"merging needs at least two tasks, each once; got {list(names)}."
@@ -417,8 +450,6 @@ def check(names: Sequence[str], out: Path):
             f"the task {wrong[0]!r} cannot be the name of a file; use letters, digits "
             "and - . _"
         )
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; name a folder.")
 
 
 def run(config: Config, prepare: Callable[[Config], Study], title: str) -> dict:
@@ -430,6 +461,7 @@ def run(config: Config, prepare: Callable[[Config], Study], title: str) -> dict:
         for nothing is written before it returns.
       title: of report.md.
     """
+    mesh = runs.start(config)
     modes = {"nonlinear": None, "linear": None}
     modes |= {f"tau_jp_{mode}": mode for mode in config.modes}
     recipes = {method: recipe_of(config, method, m) for method, m in modes.items()}
@@ -444,8 +476,10 @@ def run(config: Config, prepare: Callable[[Config], Study], title: str) -> dict:
     with timed("total"):
         with timed("prepare"):
             study = prepare(config)
-        config.out.mkdir(parents=True, exist_ok=True)
-        save_heads(study)
+            study = study._replace(params_0=sharding.shard(study.params_0, mesh))
+        runs.claim(config)
+        if runs.is_first():
+            save_heads(study)
         taus = {}
         for method, recipe in recipes.items():
             recipe = dataclasses.replace(recipe, trained=study.trained)
@@ -471,21 +505,16 @@ def run(config: Config, prepare: Callable[[Config], Study], title: str) -> dict:
             "seconds": seconds,
         }
         text = table(rows, study.names)
-        report.write_json(config.out / "config.json", plain(config))
-        report.write_json(config.out / "report.json", results)
-        report.write_text(config.out / "report.md", f"# {title}\n\n{text}\n")
         chosen = searches["nonlinear, task arithmetic"].coef
         save_merged(study, taus["nonlinear"], chosen)
-        with timed("figures"):
-            figures(study, rows, searches, outputs, matrices, cosines)
-    report.write_json(config.out / "report.json", results)  # now with all times
-    print(f"\n{text}\n")
-    print(", ".join(f"{stage} {s:.0f} s" for stage, s in seconds.items()))
-    print(f"report, figures, task vectors and merged model: {config.out}")
+        if runs.is_first():
+            report.write_json(config.out / "report.json", results)
+            report.write_text(config.out / "report.md", f"# {title}\n\n{text}\n")
+            with timed("figures"):
+                figures(study, rows, searches, outputs, matrices, cosines)
+    if runs.is_first():
+        report.write_json(config.out / "report.json", results)  # now with all times
+        print(f"\n{text}\n")
+        print(", ".join(f"{stage} {s:.0f} s" for stage, s in seconds.items()))
+        print(f"report, figures, task vectors and merged model: {config.out}")
     return results
-
-
-def plain(config: Config) -> dict:
-    """The options as plain data; of paths only the last part."""
-    options = dataclasses.asdict(config)
-    return {k: v.name if isinstance(v, Path) else v for k, v in options.items()}

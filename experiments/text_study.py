@@ -260,7 +260,7 @@ def prepare(config: Config) -> studies.Study:
 
 def main(config: Config) -> dict:
     """Runs the study; returns what `report.json` holds."""
-    studies.check([task_files(option)[0] for option in config.task], config.out)
+    studies.check([task_files(option)[0] for option in config.task])
     if config.smoke:
         config = dataclasses.replace(config, steps=4, batch_size=8, samples=48)
     return studies.run(config, prepare, "Texts, merged")

@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jaxarith import metrics
+from jaxarith import metrics, sharding
 from jaxarith import tangent as tangents
 from jaxarith.merge import task_arithmetic
 from jaxarith.tangent import ApplyFn
@@ -25,7 +27,12 @@ OutputsAt = Callable[[Sequence[float]], np.ndarray]
 
 
 def outputs(
-    apply_fn: ApplyFn, params: Tree, batches: Sequence[dict], inputs=("image",)
+    apply_fn: ApplyFn,
+    params: Tree,
+    batches: Sequence[dict],
+    inputs=("image",),
+    *,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """The model's outputs on every sample that is not padding.
 
@@ -35,26 +42,36 @@ def outputs(
       batches: dicts of arrays `[B, ...]` with a `mask`, `bool[B]`, as
         `data.pipeline.evaluation_batches` makes them.
       inputs: the fields of a batch that are passed to `apply_fn`, in order.
+      mesh: the devices that share every batch, see `sharding`; by default one.
 
     Returns:
       `[N, ...]`, N being the number of True entries of all masks.
     """
-    params = jax.device_put(params)  # once, not with every batch
+    mesh = mesh or sharding.one_device()
+    params = sharding.shard(params, mesh)  # once, not with every batch
     rows = [
-        _apply(apply_fn, params, *(batch[name] for name in inputs)) for batch in batches
+        _apply(apply_fn, mesh, params, *_inputs(batch, inputs, mesh))
+        for batch in batches
     ]
     return _unpadded(rows, batches)
 
 
+def _inputs(batch, inputs, mesh):
+    return sharding.spread(tuple(batch[name] for name in inputs), mesh)
+
+
 # Compiled once per model and shape, however many datasets and coefficients follow.
-@functools.partial(jax.jit, static_argnums=0)
-def _apply(apply_fn, params, *inputs):
-    return apply_fn(params, *inputs)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply(apply_fn, mesh, params, *inputs):
+    found = sharding.on_mesh(apply_fn, mesh)(params, *inputs)
+    return sharding.constrain(found, mesh, P())  # every process reads all of it
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _jvps(apply_fn, params_0, taus, *inputs):
-    return tangents.jvps(apply_fn, params_0, taus, *inputs)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _jvps(apply_fn, mesh, params_0, taus, *inputs):
+    apply_fn = sharding.on_mesh(apply_fn, mesh)
+    found = tangents.jvps(apply_fn, params_0, taus, *inputs)
+    return sharding.constrain(found, mesh, P())
 
 
 @jax.jit
@@ -63,6 +80,7 @@ def _edit(params_0, taus, coefs):
 
 
 def _unpadded(rows, batches, axis=0):
+    # A mask is as long as its batch; more rows than that filled up the devices.
     pairs = zip(rows, batches, strict=True)
     kept = [np.compress(_mask(b), np.asarray(row), axis) for row, b in pairs]
     return np.concatenate(kept, axis)
@@ -83,15 +101,94 @@ def forward(
     taus: Sequence[Tree],
     batches: Sequence[dict],
     inputs=("image",),
+    *,
+    mesh: Mesh | None = None,
 ) -> OutputsAt:
     r"""Outputs of :math:`f(x; \theta_0 + \sum_t \lambda_t\tau_t)`; a pass per call."""
-    params_0, taus = jax.device_put((params_0, tuple(taus)))
+    mesh = mesh or sharding.one_device()
+    params_0, taus = sharding.shard((params_0, tuple(taus)), mesh)
 
     def at(coefs):
         params = _edit(params_0, taus, np.asarray(coefs, np.float32))
-        return outputs(apply_fn, params, batches, inputs)
+        return outputs(apply_fn, params, batches, inputs, mesh=mesh)
 
     return at
+
+
+def sweep(
+    apply_fn: ApplyFn,
+    params_0: Tree,
+    taus: Sequence[Tree],
+    batches: Sequence[dict],
+    coefs: Sequence[Sequence[float]],
+    inputs=("image",),
+    *,
+    mesh: Mesh | None = None,
+    readout: Callable[[jax.Array], jax.Array] = lambda found: found,
+) -> np.ndarray:
+    r"""Outputs of :math:`f(x; \theta_0 + \sum_t \lambda_t\tau_t)` at many coefficients.
+
+    Every device computes other coefficients, on all samples: n passes take the time of
+    n over the number of devices. Each holds the whole model and all task vectors, and
+    no device waits for another, whatever axes the mesh has.
+
+    Args:
+      apply_fn, params_0, taus, batches, inputs: as for `forward`.
+      coefs: n sets of coefficients, `[n, T]`, such as the points of a ξ grid.
+      mesh: the devices; by default all.
+      readout: what is kept of the outputs `[B, ...]` of a batch, such as the predicted
+        labels; all outputs of all coefficients may be more than the host can hold.
+
+    Returns:
+      `[n, N, ...]`.
+
+    Raises:
+      ValueError: `coefs` is not `[n, T]`.
+
+    Example:
+      >>> f = lambda params, x: params["w"] * x
+      >>> batch = {"image": np.ones(1, np.float32), "mask": np.ones(1, bool)}
+      >>> start, tau = {"w": np.float32(1)}, {"w": np.float32(2)}
+      >>> print(sweep(f, start, [tau], [batch], [[0.0], [0.5], [1.0]]).T)
+      [[1. 2. 3.]]
+    """
+    coefs = np.asarray(coefs, np.float32)
+    if coefs.ndim != 2 or coefs.shape[1] != len(taus) or not len(coefs):
+        raise ValueError(
+            f"coefficients of shape {list(coefs.shape)} for {len(taus)} task vectors; "
+            "expected [n, T]."
+        )
+    mesh = mesh or sharding.make_mesh()
+    whole = NamedSharding(mesh, P())
+    params_0, taus = sharding.put((params_0, tuple(taus)), whole)
+    padding = -len(coefs) % mesh.size  # with points that are computed twice
+    padded = np.concatenate([coefs, np.repeat(coefs[-1:], padding, axis=0)])
+    padded = sharding.put(padded, NamedSharding(mesh, P(mesh.axis_names)))
+    rows = []
+    for batch in batches:
+        fields = sharding.put(tuple(batch[name] for name in inputs), whole)
+        found = _at_all(apply_fn, readout, mesh, params_0, taus, padded, *fields)
+        rows.append(np.asarray(found)[: len(coefs)])
+    return _unpadded(rows, batches, axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _at_all(apply_fn, readout, mesh, params_0, taus, coefs, *inputs):
+    def own(coefs, params_0, taus, *inputs):
+        def at(coefs):
+            params = task_arithmetic(params_0, taus, coef=coefs)
+            return readout(apply_fn(params, *inputs))
+
+        return jax.lax.map(at, coefs)
+
+    found = jax.shard_map(
+        own,
+        mesh=mesh,
+        in_specs=(P(mesh.axis_names), *[P()] * (2 + len(inputs))),
+        out_specs=P(mesh.axis_names),
+        check_vma=False,
+    )(coefs, params_0, taus, *inputs)
+    return sharding.constrain(found, mesh, P())
 
 
 class TangentOutputs(NamedTuple):
@@ -128,6 +225,8 @@ def tangent(
     taus: Sequence[Tree],
     batches: Sequence[dict],
     inputs=("image",),
+    *,
+    mesh: Mesh | None = None,
 ) -> TangentOutputs:
     """Outputs of the linearised model as a function of the coefficients.
 
@@ -136,9 +235,10 @@ def tangent(
     forward passes of the network. Where all vectors share one coefficient, their sum
     (`task_vectors.add`) is all that is asked for, at 3 forward passes.
     """
-    params_0, taus = jax.device_put((params_0, tuple(taus)))
+    mesh = mesh or sharding.one_device()
+    params_0, taus = sharding.shard((params_0, tuple(taus)), mesh)
     rows = [
-        _jvps(apply_fn, params_0, taus, *(batch[name] for name in inputs))
+        _jvps(apply_fn, mesh, params_0, taus, *_inputs(batch, inputs, mesh))
         for batch in batches
     ]
     f0 = _unpadded([f0 for f0, _ in rows], batches)

@@ -128,7 +128,8 @@ def random_like(key: jax.Array, tau: tree.Tree) -> tree.Tree:
     def leaf(path, value):
         value = jnp.asarray(value, jnp.promote_types(jnp.result_type(value), "f4"))
         noise = jax.random.normal(leaf_key(key, path), value.shape, value.dtype)
-        return noise * (jnp.linalg.norm(value) / jnp.linalg.norm(noise))
+        length = jnp.linalg.norm(tree.gathered(value))
+        return tree.sharded_like(noise * (length / jnp.linalg.norm(noise)), value)
 
     return tree.map_with_path(leaf, tree.floating(tau))
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxarith import tangent, tree
+from jaxarith import sharding, tangent, tree
 
 MODES = ("cyclic", "strict", "mixed")
 
@@ -65,6 +65,7 @@ def linearized_and_penalty(
     mask: jax.Array | None = None,
     power: int = 1,
     product_dtype=None,
+    shards: int = 1,
 ):
     """The linearised outputs on a batch and the penalty on another, fused.
 
@@ -77,19 +78,31 @@ def linearized_and_penalty(
       penalty_inputs: arrays `[P, ...]` of the other tasks.
       mask, power: as for `penalty`, over the P samples.
       product_dtype: as for `tangent.jvp`.
+      shards: the number of devices that each batch is cut into equal parts for; it
+        divides B and P. The batches are joined part by part, and no sample moves.
 
     Returns:
       `(outputs, penalty)`: `f(x; θ0) + J(x; θ0)τ` with leading axis B, and a scalar.
     """
-    count = len(inputs[0])
+    count = len(inputs[0]) // shards
+
+    def parts(leaf):  # [B, ...] -> [shards, B / shards, ...]
+        return leaf.reshape(shards, -1, *leaf.shape[1:])
+
+    def whole(leaf):
+        return leaf.reshape(-1, *leaf.shape[2:])
+
     joined = (
-        jnp.concatenate(pair) for pair in zip(inputs, penalty_inputs, strict=True)
+        whole(jnp.concatenate((parts(own), parts(other)), axis=1))
+        for own, other in zip(inputs, penalty_inputs, strict=True)
     )
     outputs, tangents = tangent.jvp(
         apply_fn, params_0, tau, *joined, product_dtype=product_dtype
     )
-    linearized = jax.tree.map(lambda f, df: (f + df)[:count], outputs, tangents)
-    others = jax.tree.map(lambda df: df[count:], tangents)
+    linearized = jax.tree.map(
+        lambda f, df: whole(parts(f + df)[:, :count]), outputs, tangents
+    )
+    others = jax.tree.map(lambda df: whole(parts(df)[:, count:]), tangents)
     return linearized, penalty(others, mask, power)
 
 
@@ -138,6 +151,7 @@ def matrix(
     datasets: Sequence[Iterable[tuple[tuple, jax.Array]]],
     *,
     power: int = 1,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> np.ndarray:
     r"""The τJp metric of every task vector on every dataset (the paper's Fig. 6).
 
@@ -150,6 +164,7 @@ def matrix(
       datasets: each an iterable of `(inputs, mask)`: the tuple of input arrays
         `[B, ...]` and a mask `bool[B]`, False for padding.
       power: 1 (the paper's code) or 2 (as printed).
+      mesh: the devices that share every batch; by default one.
 
     Returns:
       `f64[T, len(datasets)]`.
@@ -159,12 +174,24 @@ def matrix(
     """
     if not datasets:
         raise ValueError("the τJp matrix needs at least one dataset; found 0.")
-    params_0 = jax.device_put(params_0)  # once, not with every batch
+    mesh = mesh or sharding.one_device()
+    params_0, taus = sharding.shard((params_0, tuple(taus)), mesh)  # once
     columns = []
     for number, batches in enumerate(datasets):
         sums, samples = np.zeros(len(taus)), 0
         for inputs, mask in batches:
-            means = _means(apply_fn, power, params_0, tuple(taus), inputs, mask)
+            inputs = sharding.spread(tuple(inputs), mesh)
+            counted = np.zeros((len(inputs[0]), *np.shape(mask)[1:]), bool)
+            counted[: len(mask)] = mask  # what `spread` filled up does not count
+            means = _means(
+                apply_fn,
+                power,
+                mesh,
+                params_0,
+                taus,
+                inputs,
+                *sharding.spread((counted,), mesh),
+            )
             sums += np.asarray(means) * np.sum(mask)
             samples += int(np.sum(mask))
         if not samples:
@@ -173,7 +200,8 @@ def matrix(
     return np.stack(columns, axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _means(apply_fn, power, params_0, taus, inputs, mask):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _means(apply_fn, power, mesh, params_0, taus, inputs, mask):
+    apply_fn = sharding.on_mesh(apply_fn, mesh)
     _, tangents = tangent.jvps(apply_fn, params_0, taus, *inputs)
     return jax.vmap(lambda moved: penalty(moved, mask, power))(tangents)

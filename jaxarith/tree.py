@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 Tree = Any  # any pytree of arrays
 
@@ -220,11 +221,41 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
 
 
+def gathered(tree: Tree) -> Tree:
+    """The tree with leaves that are on several devices as whole NumPy arrays.
+
+    A sum over entries, or a matrix product, rounds otherwise in shards than over the
+    whole leaf, and a program for several devices is not compiled to the bits of one for
+    one. What is computed from gathered leaves, one at a time, is what one device gives.
+    Other leaves are as they were; all are where `jit` is tracing one of them.
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        return tree
+
+    def leaf(x):
+        if not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1:
+            return x
+        if not x.is_fully_addressable:  # other processes have parts of it
+            x = jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
+        return np.asarray(x)
+
+    return jax.tree.map(leaf, tree)
+
+
+def sharded_like(leaf: jax.Array, like: jax.Array) -> jax.Array:
+    """The leaf where `like` is, unless `jit` traces it: the way back of `gathered`."""
+    tracing = isinstance(leaf, jax.core.Tracer) or not isinstance(like, jax.Array)
+    if tracing or leaf.sharding == like.sharding:
+        return leaf
+    return jax.device_put(leaf, like.sharding)
+
+
 def gram(trees: Sequence[Tree]) -> jax.Array:
     r"""Inner products of trees, `G[i, j] = Σ_leaves <tree_i, tree_j>`.
 
     Cosines, norms, AWD and task-vector bases need no more of the task vectors than
-    this. The leaves are read once; a leaf that a tree lacks is zero.
+    this. The leaves are read once; a leaf that a tree lacks is zero. Sharded leaves are
+    gathered one after another, so that the result has the bits of one device.
 
     Args:
       trees: T trees whose common leaves have the same shapes.
@@ -238,7 +269,7 @@ def gram(trees: Sequence[Tree]) -> jax.Array:
              [2., 3.]], dtype=float32)
     """
     return sum(
-        (_leaf_gram(leaves) for leaves in aligned(trees).values()),
+        (_leaf_gram(gathered(leaves)) for leaves in aligned(trees).values()),
         jnp.zeros((len(trees), len(trees)), jnp.float32),
     )
 

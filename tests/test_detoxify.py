@@ -48,6 +48,7 @@ def options(place, **fields):
             "classifier": str(place / "classifier"),
             "max_length": 24,
             "smoke": True,
+            "mesh": "data=1",
             **fields,
         }
     )

@@ -104,7 +104,10 @@ def options(files, model, **others):
     }
     names = others.pop("names", tasks)
     task = tuple(tasks[name] for name in names)
-    return {"model": str(model), "task": task, "max_length": 12, **others}
+    return {
+        **{"model": str(model), "task": task, "max_length": 12, "mesh": "data=1"},
+        **others,
+    }
 
 
 def test_the_study_writes_everything_it_promises(bert_folder, files, tmp_path):

@@ -110,7 +110,8 @@ def quickstart_config(config) -> quickstart.Config:
     """What the quickstart's functions read, of a dataclass with fields of its names."""
     fields = {field.name for field in dataclasses.fields(quickstart.Config)}
     options = {k: v for k, v in vars(config).items() if k in fields}
-    return quickstart.Config(**options)
+    # Seconds are those of one device, and of training alone.
+    return quickstart.Config(**options, mesh="data=1", resume=False, save_every=0)
 
 
 def recipe_of(config: quickstart.Config, variant: str) -> train.TrainConfig:
@@ -123,7 +124,7 @@ def compiled_step(study: studies.Study, recipe: train.TrainConfig):
     """A compiled optimizer step of all tasks, its first state and other arguments."""
     objective = train.objective(study.apply_fn, study.loss, recipe)
     state = train.init_state(study.params_0, recipe, len(study.names))
-    batch = next(train.task_batches(study.sources, recipe))
+    batch = train.task_batches(study.sources, recipe)[0]
     constants = heads.pad([dataset.head for dataset in study.test])
     arguments = jax.device_put((study.params_0, batch, constants))
     step = train.make_step(objective, recipe)

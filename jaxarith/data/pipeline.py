@@ -24,10 +24,16 @@ def shuffled(source, seed: int):
     return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
 
 
-def prefetch(make_batch: Callable[[int], dict], steps: int) -> Iterator[dict]:
-    """`make_batch(0), …, make_batch(steps - 1)`, made ahead in background threads."""
+def lazy(make: Callable[[int], dict], count: int) -> Sequence[dict]:
+    """`[make(0), …, make(count - 1)]`, each made when it is asked for."""
+    return grain.MapDataset.range(count).map(make)
+
+
+def prefetch(batches: Sequence[dict], start: int = 0) -> Iterator[dict]:
+    """`batches[start], batches[start + 1], …`, made ahead in background threads."""
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    return iter(grain.MapDataset.range(steps).map(make_batch).to_iter_dataset(options))
+    rest = grain.MapDataset.range(start, len(batches)).map(batches.__getitem__)
+    return iter(rest.to_iter_dataset(options))
 
 
 def collate(records: Sequence[dict]) -> dict[str, np.ndarray]:

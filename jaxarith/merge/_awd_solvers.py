@@ -188,7 +188,9 @@ def draw(key, shape):
 
 def draw_products(part, keys):
     """Inner products of the drawn vector with the task vectors, `[K]`, and itself."""
-    products = [_draw_products(row, keys[path]) for path, row in part.items()]
+    products = [
+        _draw_products(tree.gathered(row), keys[path]) for path, row in part.items()
+    ]
     return tuple(map(sum, zip(*products, strict=True)))
 
 

@@ -72,7 +72,7 @@ def check_sum(merged: tree.Tree, params_0: tree.Tree, taus: Sequence[tree.Tree])
         )
 
 
-def leaf_function(function=None, *, static=()):
+def leaf_function(function=None, *, static=(), whole=False):
     """Makes `function(leaf_0, taus, *args)` what `fold` takes, under `jit`.
 
     The function receives a leaf of `params_0` and the tuple of that leaf in every task
@@ -83,9 +83,11 @@ def leaf_function(function=None, *, static=()):
     Args:
       function: a function defined in a module, so that its compilation is kept.
       static: names of arguments that are Python values, such as options.
+      whole: whether it sums over entries or takes a matrix apart. It then receives
+        sharded leaves gathered, for else its result would depend on how they are cut.
     """
     if function is None:
-        return functools.partial(leaf_function, static=static)
+        return functools.partial(leaf_function, static=static, whole=whole)
 
     @functools.partial(jax.jit, static_argnames=static)
     @functools.wraps(function)
@@ -95,7 +97,11 @@ def leaf_function(function=None, *, static=()):
         start, *moves = (jnp.asarray(leaf, wide) for leaf in (leaf_0, *taus))
         return function(start, tuple(moves), *args, **options).astype(dtype)
 
-    return in_float32
+    @functools.wraps(function)
+    def of_whole(leaf_0, taus, *args, **options):
+        return in_float32(*tree.gathered((leaf_0, taus, *args)), **options)
+
+    return of_whole if whole else in_float32
 
 
 def fold(
@@ -123,7 +129,7 @@ def fold(
             return leaf_0
         of_leaf = (at(arg, path) for arg in args)
         merged = merge_leaf(leaf_0, rows[path], *of_leaf, **options)
-        return _sharded_like(merged, leaf_0)
+        return tree.sharded_like(merged, leaf_0)
 
     return tree.map_with_path(leaf, params_0)
 
@@ -187,12 +193,6 @@ def one_each(found: Collection, tasks: int, name: str):
         raise ValueError(
             f"{len(found)} {name} for {tasks} task vectors; give one for each."
         )
-
-
-def _sharded_like(merged, leaf_0):
-    """The merged leaf where `leaf_0` is: matrix decompositions gather their input."""
-    tracing = isinstance(merged, jax.core.Tracer) or not isinstance(leaf_0, jax.Array)
-    return merged if tracing else jax.device_put(merged, leaf_0.sharding)
 
 
 def per_task(values, tasks: int, name: str) -> jax.Array:

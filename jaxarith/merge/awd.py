@@ -70,7 +70,8 @@ def awd(
         method in K variables, from where gradient descent ends and from zero: never
         above the former, though others may be lower, for the problem is not convex;
         "adam", Adam on δ in the full space, which holds δ and two moments besides the
-        task vectors. Reversed, minima lie far out for a small α.
+        task vectors, and gathers sharded ones on one device. Reversed, minima lie far
+        out for a small α.
       key: a random key lets the direct solver leave the span as well. A part of δ
         orthogonal to all task vectors acts only through its length, a (K+1)-th
         variable; its direction is drawn from the key.
@@ -112,6 +113,7 @@ def awd(
     if solver == "adam":
         delta = {}
         for part in parts.values():
+            part = tree.gathered(part)
             delta |= _awd_solvers.adam(part, alpha, step_size, steps, reverse)
         return _leaves.fold(_subtract, params_0, taus, coefs, delta)
 

@@ -82,7 +82,7 @@ def _subtract_one(leaf_0, vectors, which, coef):
 def similarities(vectors: Sequence[Tree], tau: Tree) -> jax.Array:
     """The cosines of a task vector with each of m vectors, `[m]`."""
     rows = tree.aligned([tau, *vectors]).values()
-    products = sum(_products(row) for row in rows)
+    products = sum(_products(tree.gathered(row)) for row in rows)
     norms = tree.safe_sqrt(products[: len(vectors) + 1])
     scales = norms[0] * norms[1:]
     inner = products[len(vectors) + 1 :]

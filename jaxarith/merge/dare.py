@@ -85,6 +85,8 @@ def dare(
         )
     _leaves.check(params_0, taus)
     rows = tree.aligned(taus)
+    if rescale == "l1":  # it sums over leaves
+        rows = _leaves.Mapped(tree.gathered, rows)
     if strategy == "random":
         keys = _leaves.keys(key, taus)
         share = 1 - drop_rate

@@ -92,6 +92,8 @@ def della(
     check_into(into, density)
     _leaves.check(params_0, taus)
     rows, keys = tree.aligned(taus), _leaves.keys(key, taus)
+    if rescale == "l1":  # it sums over leaves
+        rows = _leaves.Mapped(tree.gathered, rows)
     axes = {
         path: axis(path) if jnp.ndim(row[0]) > 1 else -1 for path, row in rows.items()
     }

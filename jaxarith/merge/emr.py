@@ -58,12 +58,13 @@ def emr(
     """
     _leaves.one_of(preset, ("paper", "official"), "preset")
     _leaves.check(params_0, taus)
-    official = preset == "official"
+    official, start = preset == "official", tree.flatten(params_0)
     tau, masks, sums = {}, [{} for _ in taus], jnp.zeros((2, len(taus)))
     for path, row in tree.aligned(taus).items():
-        tau[path], masks_of_leaf, sums_of_leaf = _elect(row, official)
+        unified, masks_of_leaf, sums_of_leaf = _elect(tree.gathered(row), official)
+        tau[path] = tree.sharded_like(unified, start[path])
         for mask, of_leaf in zip(masks, masks_of_leaf, strict=True):
-            mask[path] = of_leaf
+            mask[path] = tree.sharded_like(of_leaf, start[path])
         if size := row[0].size:
             sums = sums + sums_of_leaf / (size if official else 1)
     return Masked(tree.unflatten(tau), [*map(tree.unflatten, masks)], _ratios(sums))

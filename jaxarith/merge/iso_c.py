@@ -55,7 +55,7 @@ def iso_c(
     return _leaves.fold(_merge_leaf, params_0, taus, are_matrices, coef)
 
 
-@_leaves.leaf_function(static=("is_matrix",))
+@_leaves.leaf_function(static=("is_matrix",), whole=True)
 def _merge_leaf(leaf_0, taus, is_matrix, coef):
     if not is_matrix:
         return leaf_0 + coef * (sum(taus) / len(taus))

@@ -80,7 +80,7 @@ def iso_cts(
     )
 
 
-@_leaves.leaf_function(static=("is_matrix", "is_in_out", "common"))
+@_leaves.leaf_function(static=("is_matrix", "is_in_out", "common"), whole=True)
 def _merge_leaf(leaf_0, taus, is_matrix, is_in_out, coef, common):
     if not is_matrix:
         return leaf_0 + coef * (sum(taus) / len(taus))

@@ -54,7 +54,7 @@ def karcher(params_0: Tree, taus: Sequence[Tree], *, max_iter=10, tol=1e-5) -> T
     return _leaves.fold(_merge_leaf, params_0, taus, max_iter=max_iter, tol=tol)
 
 
-@_leaves.leaf_function(static=("max_iter", "tol"))
+@_leaves.leaf_function(static=("max_iter", "tol"), whole=True)
 def _merge_leaf(leaf_0, taus, max_iter, tol):
     gram = tree.gram([leaf_0 + tau for tau in taus])
     norms = tree.safe_sqrt(jnp.diagonal(gram))

@@ -50,7 +50,7 @@ def model_stock(params_0: Tree, taus: Sequence[Tree]) -> Tree:
     return _leaves.fold(_merge_leaf, params_0, taus)
 
 
-@_leaves.leaf_function
+@_leaves.leaf_function(whole=True)
 def _merge_leaf(leaf_0, taus):
     count = len(taus)
     cosines = tree.cosine(tree.gram(taus))

@@ -104,7 +104,7 @@ def _aligned_grams(params_0, taus, grams) -> dict[str, tuple]:
     }
 
 
-@_leaves.leaf_function
+@_leaves.leaf_function(whole=True)
 def _merge_leaf(leaf_0, taus, grams, off_diagonal, ridge):
     if not grams:
         return leaf_0 + sum(taus) / len(taus)

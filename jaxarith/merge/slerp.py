@@ -64,7 +64,7 @@ def slerp(params_0: Tree, taus: Sequence[Tree], *, t=0.5, between="models") -> T
     return _leaves.fold(_merge_leaf, params_0, taus, t, between=between)
 
 
-@_leaves.leaf_function(static=("between",))
+@_leaves.leaf_function(static=("between",), whole=True)
 def _merge_leaf(leaf_0, taus, t, between):
     ends = [leaf_0 + tau for tau in taus] if between == "models" else taus
     gram = tree.gram(ends)

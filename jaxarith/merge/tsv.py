@@ -59,7 +59,7 @@ def tsv(
     return _leaves.fold(_merge_leaf, params_0, taus, are_matrices, coef)
 
 
-@_leaves.leaf_function(static=("is_matrix",))
+@_leaves.leaf_function(static=("is_matrix",), whole=True)
 def _merge_leaf(leaf_0, taus, is_matrix, coef):
     rank = min(leaf_0.shape) // len(taus) if is_matrix else 0
     if not rank:

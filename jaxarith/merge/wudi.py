@@ -94,7 +94,7 @@ def wudi(
     )
 
 
-@_leaves.leaf_function(static=("is_matrix", "is_in_out", "adam", "others"))
+@_leaves.leaf_function(static=("is_matrix", "is_in_out", "adam", "others"), whole=True)
 def _merge_leaf(leaf_0, taus, is_matrix, is_in_out, adam, others):
     if not is_matrix:
         return leaf_0 + sum(taus) / len(taus) if others == "average" else leaf_0

@@ -1,0 +1,114 @@
+"""What a script does before and after its own work: devices, processes, its folder.
+
+A run has one folder, and `config.json` there says of which options it is. Started again
+with the same ones, a script goes on with what the folder holds; with others it refuses.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jaxarith import manifest, report, sharding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options that all training scripts have."""
+
+    out: Path
+    """Folder for everything that is written."""
+    mesh: str = ""
+    """Sizes of the device axes, such as data=4,fsdp=2: `data` shares every batch,
+    `fsdp` parameters and optimizer state too, `task` trains other tasks on each device.
+    By default all devices share every batch."""
+    resume: bool = True
+    """Go on with what --out holds of a run with the same options; --no-resume starts
+    anew."""
+    save_every: int = 100
+    """Steps from one checkpoint to the next; 0: none."""
+    coordinator: str | None = None
+    """Address and port of the first of several processes. Under SLURM, Open MPI and on
+    TPU pods JAX finds it and the next two, and $JAX_COORDINATOR_ADDRESS,
+    $JAX_NUM_PROCESSES and $JAX_PROCESS_ID are another way to say them."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """The number of this one, from 0."""
+
+
+# They say where a run is, and not what.
+_WHERE = {field.name for field in dataclasses.fields(Options)}
+
+
+def start(options: Options) -> Mesh:
+    """Joins the other processes, and looks at the folder; writes nothing.
+
+    Returns:
+      The mesh of all devices.
+
+    Raises:
+      ValueError: a wrong mesh, or a folder that holds a run with other options.
+    """
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a file; name a folder.")
+    sharding.initialize(options.coordinator, options.processes, options.process)
+    there = options.out / "config.json"
+    if options.resume and there.exists():
+        different = manifest.differences(
+            _what(json.loads(there.read_text())), _what(plain(options))
+        )
+        if different:
+            lines = "\n  ".join(different)
+            raise ValueError(
+                f"{options.out} holds a run with other options:\n  {lines}\nName "
+                "another folder, or say --no-resume to write over it."
+            )
+    return sharding.make_mesh(options.mesh)
+
+
+def claim(options: Options):
+    """Makes the folder that of this run, and with --no-resume forgets another's."""
+    if is_first():
+        options.out.mkdir(parents=True, exist_ok=True)
+        if not options.resume:
+            for folder in (checkpoints(options), vectors(options)):
+                shutil.rmtree(folder, ignore_errors=True)
+        report.write_json(options.out / "config.json", plain(options))
+    together()
+
+
+def checkpoints(options: Options) -> Path:
+    """The folder of checkpoints, which is there while something is in training."""
+    return options.out / "checkpoints"
+
+
+def vectors(options: Options) -> Path:
+    """The folder of trained task vectors."""
+    return options.out / "task_vectors"
+
+
+def is_first() -> bool:
+    """Whether this process writes what all have computed."""
+    return jax.process_index() == 0
+
+
+def together():
+    """Waits for the other processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("jaxarith experiments")
+
+
+def plain(options: Options) -> dict:
+    """The options as plain data; of paths only the last part."""
+    values = dataclasses.asdict(options)
+    values = {k: v.name if isinstance(v, Path) else v for k, v in values.items()}
+    return json.loads(json.dumps(values))
+
+
+def _what(values):
+    return {name: value for name, value in values.items() if name not in _WHERE}

@@ -1,0 +1,80 @@
+"""Manifests: JSON files that say what a folder holds, and prove that it still does.
+
+A manifest is written last, under a temporary name, so its presence marks a folder that
+is complete. It holds the checksum of each other file, and one of its own content.
+"""
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxarith import report
+
+NAME = "manifest.json"
+
+
+def write(folder: Path, content: Mapping[str, Any]):
+    """Completes a folder with a manifest of its files and of `content`, plain data."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    crc32s = {path.relative_to(folder).as_posix(): _file_crc32(path) for path in files}
+    content = {**content, "files": crc32s}
+    report.write_json(folder / NAME, {**content, "crc32": _crc32(content)})
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The content of the manifest, or None if it is not what was written."""
+    try:
+        content = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        return content if content.pop("crc32") == _crc32(content) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def flaw(folder: Path) -> str | None:
+    """What is wrong with the files of a folder, or None."""
+    if (content := read(folder)) is None:
+        return f"{NAME} is not what was written"
+    for name, crc32 in content["files"].items():
+        try:
+            if _file_crc32(folder / name) != crc32:
+                return f"{name} is not what was written"
+        except OSError as error:
+            return f"{name} can't be read ({error.strerror})"
+    return None
+
+
+def _crc32(content):
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _file_crc32(path):
+    crc32 = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            crc32 = zlib.crc32(block, crc32)
+    return crc32
+
+
+def differences(there: Mapping, here: Mapping) -> list[str]:
+    """A line for each field of two nested dicts in which they differ.
+
+    Example:
+      >>> differences({"train": {"steps": 2}}, {"train": {"steps": 3}})
+      ['train/steps: 2 there, 3 here']
+    """
+    there, here = _fields(there), _fields(here)
+    return [
+        f"{field}: {there.get(field, 'absent')} there, {here.get(field, 'absent')} here"
+        for field in dict.fromkeys([*there, *here])
+        if field not in there or field not in here or there[field] != here[field]
+    ]
+
+
+def _fields(value, parents=()):
+    """The values of a nested dict by slash path."""
+    if not isinstance(value, Mapping) or not value:
+        return {"/".join(parents): value}
+    parts = [_fields(child, (*parents, key)) for key, child in value.items()]
+    return {field: value for part in parts for field, value in part.items()}
