@@ -62,6 +62,7 @@ from jaxarith import (
     losses,
     perplexity,
     plots,
+    processes,
     report,
     sharding,
     tangent,
@@ -389,10 +390,13 @@ def fine_tune(config: Config, study: Study, recipe: train.TrainConfig) -> tree.T
         save_every=config.save_every,
     )
     tau = sharding.to_host(tau)
-    if runs.is_first():
+
+    def save():
         metadata = {"model": study.checkpoint.folder.name, "task": "toxic"}
         hub.save_tree(file, tau, metadata)
         shutil.rmtree(runs.checkpoints(config), ignore_errors=True)
+
+    processes.on_first(save)
     return tau
 
 

@@ -10,10 +10,9 @@ import shutil
 from pathlib import Path
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxarith import manifest, report, sharding
+from jaxarith import manifest, processes, report, sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,13 +72,15 @@ def start(options: Options) -> Mesh:
 
 def claim(options: Options):
     """Makes the folder that of this run, and with --no-resume forgets another's."""
-    if is_first():
+
+    def write():
         options.out.mkdir(parents=True, exist_ok=True)
         if not options.resume:
             for folder in (checkpoints(options), vectors(options)):
                 shutil.rmtree(folder, ignore_errors=True)
         report.write_json(options.out / "config.json", plain(options))
-    together()
+
+    processes.on_first(write)
 
 
 def checkpoints(options: Options) -> Path:
@@ -95,12 +96,6 @@ def vectors(options: Options) -> Path:
 def is_first() -> bool:
     """Whether this process writes what all have computed."""
     return jax.process_index() == 0
-
-
-def together():
-    """Waits for the other processes."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("jaxarith experiments")
 
 
 def plain(options: Options) -> dict:

@@ -33,6 +33,7 @@ from jaxarith import (
     merge,
     metrics,
     plots,
+    processes,
     report,
     sharding,
     task_vectors,
@@ -187,13 +188,16 @@ def fine_tune(study: Study, method: str, recipe: train.TrainConfig) -> list[tree
         save_every=config.save_every,
     )
     held = sharding.to_host(taus)
-    if runs.is_first():
+
+    def save():
         folder.mkdir(parents=True, exist_ok=True)
         model = Path(str(config.model)).name  # of a folder only the last part
         for name, file, tau in zip(study.names, files, held, strict=True):
             metadata = {"model": model, "task": name, "method": method}
             hub.save_tree(file, tau, metadata)
         shutil.rmtree(checkpoints, ignore_errors=True)
+
+    processes.on_first(save)
     return taus
 
 

@@ -13,7 +13,6 @@ The compiler partitions the program (`jax.jit` of sharded arguments); `on_mesh` 
 to gather parameters where a model reads them and to leave samples where they are.
 """
 
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxarith.tangent import ApplyFn
-from jaxarith.tree import Tree
+from jaxarith.tree import Tree, gathered
 
 AXES = ("task", "data", "fsdp")
 BATCH = ("data", "fsdp")  # the axes that share the samples of a batch
@@ -272,18 +271,7 @@ def _context(mesh):
 
 def to_host(tree: Tree) -> Tree:
     """The tree as NumPy arrays, in every process; all must ask for it."""
-
-    def fetch(leaf):
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            leaf = _whole(leaf, leaf.sharding.mesh)
-        return np.asarray(leaf)
-
-    return jax.tree.map(fetch, tree)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _whole(leaf, mesh):
-    return constrain(leaf, mesh, P())
+    return jax.tree.map(np.asarray, gathered(tree))
 
 
 def initialize(

@@ -1,24 +1,54 @@
-"""The README's example runs as it stands."""
+"""The README's examples run as they stand."""
 
 import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from jaxarith import train
 from jaxarith.models import clip
 
 README = Path(__file__).parent.parent / "README.md"
 
 
+def examples():
+    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
 def test_the_example_runs_and_saves_a_model_that_loads(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     scope = {}
-    exec(compile(code, "README.md", "exec"), scope)
+    exec(compile(examples()[0], "README.md", "exec"), scope)
     assert scope["features"].shape == (1, 64)
     assert np.isfinite(scope["features"]).all()
     saved = clip.load("merged").params["visual_projection"]["kernel"]
     np.testing.assert_array_equal(saved, scope["params"]["visual_projection"]["kernel"])
+
+
+@pytest.mark.devices
+def test_the_example_of_many_devices_trains_and_saves_checkpoints(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    model = clip.load()
+    image = np.random.default_rng(0).normal(size=(28, 28, 3)).astype(np.float32)
+    scope = {
+        "encode": clip.image_encoder(model.config),
+        "params_0": model.params,
+        "sources": [[{"image": image}]] * 2,
+        "names": ["one", "two"],
+        "config": train.TrainConfig(
+            steps=1, warmup_steps=0, batch_size=8, trained="visual_projection/.*"
+        ),
+        "loss": lambda features, batch, constants: (features**2).mean(),
+        "test_batches": [{"image": image[None], "mask": np.ones(1, bool)}],
+    }
+    exec(compile(examples()[1], "README.md", "exec"), scope)
+    assert scope["mesh"].shape == {"task": 1, "data": 4, "fsdp": 2}
+    moved = scope["outputs"]([1.0, 0.0]) - scope["outputs"]([0.0, 0.0])
+    assert np.abs(moved).max() > 1e-6
+    assert (tmp_path / "runs/a/checkpoints/step_00000001/manifest.json").is_file()
 
 
 def test_there_are_exactly_two_commands_that_set_everything_up():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,6 +201,22 @@ def test_other_options_in_the_folder_are_refused_by_name(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"configuration:\n  params_0: \d+ there"):
         training_run.run(tmp_path)
     assert steps_done(tmp_path) == 10 and len(losses(tmp_path)) >= 10
+
+
+def test_checkpoints_without_a_place_are_an_error_before_training(
+    tmp_path, monkeypatch
+):
+    data = training_run.sources()
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(OSError, match="checkpoints can't be written to"):
+        training_run.run(tmp_path, data=data)
+    (tmp_path / "checkpoints").unlink()
+    full = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+    with pytest.raises(OSError, match="has 1e-06 GB free; 3 more checkpoints of"):
+        training_run.run(tmp_path, data=data)
+    assert not any(source.read for source in data)
+    assert not (tmp_path / "log.jsonl").exists()
 
 
 def test_how_a_step_is_computed_may_change(tmp_path, monkeypatch):

@@ -1,0 +1,213 @@
+"""What is counted of a compiled program, and the report of it."""
+
+import json
+
+import jax
+import pytest
+
+from experiments.bench import encoders, scaling
+from experiments.bench.scaling import Collective
+from jaxarith import sharding, tree
+
+pytestmark = pytest.mark.devices
+
+PROGRAM = """HloModule step, entry_computation_layout={(f32[4]{0})->f32[4]{0}}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %inner = (s32[], f32[8]{0}) while(%state), condition=%more, body=%nested, \
+backend_config={"known_trip_count":{"n":"2"}}
+  ROOT %r = f32[8]{0} all-reduce(%x), channel_id=9, replica_groups=[2,4]<=[8], \
+to_apply=%add
+}
+
+%nested (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  ROOT %p = f32[8]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+}
+
+%more (state: (s32[], f32[8])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%all-reduce-scatter.1 (input: f32[64,32]) -> f32[16,32] {
+  %whole = f32[64,32]{1,0:T(8,128)S(1)} all-reduce(%input), channel_id=7, \
+replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %part = f32[16,32]{1,0} dynamic-slice(%whole, %i, %zero)
+}
+
+%fused.1 (part: bf16[8,4]) -> bf16[8,16] {
+  ROOT %g.1 = bf16[8,16]{0,1:T(8,128)(2,1)} all-gather(%part), channel_id=3, \
+replica_groups={}, dimensions={1}, frontend_attributes={chain_id="5"}
+}
+
+%fused.2 (part: bf16[8,4]) -> bf16[8,16] {
+  ROOT %g.2 = bf16[8,16]{0,1:T(8,128)(2,1)S(1)} all-gather(%part), channel_id=3, \
+replica_groups={}, dimensions={1}, frontend_attributes={chain_id="5"}
+}
+
+%unused (x: f32[4]) -> f32[4] {
+  ROOT %never = f32[4]{0} all-reduce(%x), to_apply=%add
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %t = (f32[3,5]{1,0}, /*index=1*/f32[]{:T(128)}, pred[6]{0}) all-reduce(%x, %y, %z), \
+channel_id=1, replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, to_apply=%add
+  %s = (f32[10]{0}, f32[]) all-reduce-start(%x, %y), replica_groups={{0,1},{2,3}}, \
+to_apply=%add
+  %d = (f32[10]{0}, f32[]) all-reduce-done(%s)
+  %as = ((f32[2]{0}, s8[4]{0}), (f32[8]{0}, s8[16]{0})) all-gather-start(%x, %y), \
+replica_groups={{0,1,2,3}}, dimensions={0}
+  %ad = (f32[8]{0}, s8[16]{0}) all-gather-done(%as)
+  %rs = f32[5]{0} reduce-scatter(%x), replica_groups={{0,1}}, to_apply=%add
+  %aa = f32[6,2]{1,0} all-to-all(%x), replica_groups={{0,1,2}}, dimensions={0}
+  %f.1 = bf16[8,16]{1,0} fusion(%x), kind=kCustom, calls=%fused.1
+  %f.2 = bf16[8,16]{1,0} fusion(%x), kind=kCustom, calls=%fused.2
+  %f.3 = f32[16,32]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %w = (s32[], f32[8]{0}) while(%x), condition=%more, body=%body, \
+backend_config={"known_trip_count":{"n":"3"},"other":1}
+}
+"""
+
+
+def test_every_form_of_a_collective_is_counted_as_often_as_it_runs():
+    assert sorted(scaling.collectives(PROGRAM, 8)) == sorted(
+        [
+            Collective("all-reduce", 3 * 5 * 4 + 4 + 6, 4),
+            Collective("all-reduce", 10 * 4 + 4, 2),
+            Collective("all-gather", 8 * 4 + 16, 4),
+            Collective("reduce-scatter", 2 * 5 * 4, 2),
+            Collective("all-to-all", 6 * 2 * 4, 3),
+            Collective("all-gather", 8 * 16 * 2, 8),  # shown in two fusions
+            Collective("reduce-scatter", 64 * 32 * 4, 4),  # a sum of which a part stays
+            Collective("all-reduce", 8 * 4, 4, times=3),
+            Collective("collective-permute", 8 * 4, 8, times=6),
+        ]
+    )
+
+
+def test_a_loop_of_unknown_length_is_not_guessed():
+    text = PROGRAM.replace('"known_trip_count":{"n":"3"},', "")
+    with pytest.raises(ValueError, match="is in a loop, and the program does not say"):
+        scaling.collectives(text, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "sent"),
+    [
+        ("all-reduce", 2 * 7 / 8 * 4096),
+        ("all-gather", 7 / 8 * 4096),
+        ("reduce-scatter", 7 / 8 * 4096),
+        ("all-to-all", 7 / 8 * 4096),
+        ("collective-permute", 4096),
+    ],
+)
+def test_a_ring_of_eight_sends_its_published_share(name, sent):
+    assert Collective(name, 4096, 8).sent == sent
+    assert Collective(name, 4096, 8, times=5).sent == 5 * sent
+
+
+def test_the_binding_batch_takes_as_long_to_send_for_as_to_compute():
+    chip = scaling.Chip("", flops=100.0, sends=10.0)
+    row = {"sent_bytes": 40.0, "flops": 1600.0, "batch_per_device": 8}
+    assert scaling.binding_batch(row, chip) == 2  # 4 s to send, 2 s for a sample
+
+
+MESHES = ("data=1", "data=2", "fsdp=2")
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench") / "scaling"
+    config = scaling.Config(
+        out, models=("tiny",), meshes=MESHES, batch_per_device=32, layers=1
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "SMALLEST_SHARDED", 256)
+        results = scaling.main(config)
+    return out, results, {row["mesh"]: row for row in results["rows"]}
+
+
+LAYOUT = encoders.encoder("tiny", layers=1).layout
+WHOLE = 4 * tree.size(LAYOUT)  # bytes of a gradient
+
+
+def test_replicated_devices_meet_once_for_gradients_and_the_loss(counted):
+    _, _, rows = counted
+    assert rows["data=1"]["collectives"] == {}
+    assert rows["data=2"]["collectives"] == {
+        "all-reduce": {"count": 1, "bytes": WHOLE + 4, "sent_bytes": WHOLE + 4}
+    }
+
+
+def test_sharded_devices_gather_what_they_keep_parts_of(counted):
+    _, _, rows = counted
+    sharded = [leaf for leaf in jax.tree.leaves(LAYOUT) if leaf.size >= 256]
+    assert 0 < len(sharded) < len(jax.tree.leaves(LAYOUT))
+    gathered = rows["fsdp=2"]["collectives"]["all-gather"]
+    # θ0 and τ.
+    assert gathered["count"] == 2 * len(sharded)
+    assert gathered["bytes"] == 2 * 4 * sum(leaf.size for leaf in sharded)
+    # Gradients, the loss, and a part of the norm of each leaf that is sharded.
+    scalars = rows["fsdp=2"]["collectives"]["all-reduce"]["bytes"] - WHOLE
+    assert 4 <= scalars <= 4 * (2 + 2 * len(sharded))
+
+
+def test_weak_scaling_leaves_the_work_of_a_device_as_it_is(counted):
+    _, _, rows = counted
+    one = rows["data=1"]
+    assert one["flops"] > 5e7
+    for row in rows.values():
+        assert row["flops"] == pytest.approx(one["flops"], rel=0.01)
+    # Parameters, task vector and two moments, and little else but the images.
+    assert 4 * WHOLE < one["argument_bytes"] < 6 * WHOLE
+    assert rows["data=2"]["argument_bytes"] == pytest.approx(
+        one["argument_bytes"], rel=1e-3
+    )
+    saved = one["argument_bytes"] - rows["fsdp=2"]["argument_bytes"]
+    assert saved == pytest.approx(2 * WHOLE, rel=0.05)
+
+
+def test_the_report_has_a_row_for_every_program_and_figures(counted):
+    out, results, rows = counted
+    assert sorted(file.name for file in out.iterdir()) == [
+        *("flops.png", "report.json", "report.md", "sent.png")
+    ]
+    assert json.loads((out / "report.json").read_text()) == results
+    assert tuple(rows) == MESHES
+    text = (out / "report.md").read_text()
+    assert all(f"| {mesh} " in text for mesh in MESHES)
+    assert "None of the collectives are in loops" in text
+    assert [limit["mesh"] for limit in results["limits"]] == ["data=2", "fsdp=2"]
+    assert all(limit > 0 for limit in results["limits"][0]["batch_per_device"].values())
+    assert (out / "sent.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": ()}, "models is"),
+        ({"meshes": ("data=2", "data=2")}, "each once"),
+        ({"meshes": ("model=2",)}, "is no axis and its size"),
+        ({"meshes": ("task=2",)}, "the step here is one task's"),
+        ({"meshes": ("data=512",)}, "512 devices are asked for"),
+        ({"batch_per_device": 0}, "batch_per_device is 0"),
+        ({"meshes": ("data=3",), "platform": "tpu"}, "no slice of TPU v5e has 3 chips"),
+    ],
+)
+def test_options_that_cannot_work_are_errors_before_the_work(
+    tmp_path, options, message
+):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=message):
+        scaling.main(scaling.Config(out, **{"meshes": ("data=2",), **options}))
+    assert not out.exists()
+
+
+def test_a_missing_compiler_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling.importlib.util, "find_spec", lambda name: None)
+    config = scaling.Config(tmp_path / "out", meshes=("data=8",), platform="tpu")
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[tpu\]'"):
+        scaling.main(config)
