@@ -1,33 +1,22 @@
-r"""Fine-tuning of one or several tasks, ordinary or in the tangent space.
+"""Fine-tuning of one or several tasks, ordinary or in the tangent space.
 
-The state of a task is its task vector, not the parameters: nothing is lost to rounding
-in :math:`\theta_0 + \tau`. Weight decay pulls :math:`\theta_0 + \tau`, not
-:math:`\tau`, towards zero, as AdamW on the parameters does.
-
-Tasks train side by side along a leading task axis, with one compilation. The recipe is
-that of Ilharco et al. (2023) and Ortiz-Jimenez et al. (2023): AdamW, warm-up and
-cosine, gradients clipped to norm 1.
-
-On a mesh of devices (`sharding`) they share every batch, hold parts of the state, or
-train different tasks. A run with checkpoints stops at a signal and goes on where it
-stopped, to the same bits.
+`recipe` says what is trained, `train_step` is one step of it, and here is the run:
+batches, progress, checkpoints. A run with checkpoints stops at a signal and goes on
+where it stopped, to the same bits.
 """
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
@@ -39,276 +28,13 @@ from jaxarith import (
     report,
     sharding,
     tangent,
-    task_vectors,
     tau_jp,
     tree,
 )
 from jaxarith.data import pipeline
-
-# loss(outputs, batch, constants) -> scalar; constants are what a task keeps fixed,
-# such as its head.
-LossFn = Callable[[tree.Tree, dict, tree.Tree], jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How task vectors are trained; the defaults are the papers' for CLIP.
-
-    Attributes:
-      steps: optimizer steps.
-      warmup_steps: steps of linear warm-up; a half cosine to zero follows.
-      batch_size: samples per step and task.
-      learning_rate: the largest.
-      weight_decay: AdamW's, of all trained leaves, towards zero.
-      clip_norm: the largest Euclidean norm of a task's gradient.
-      linearized: train the tangent-space model instead of the network.
-      penalty: add the τJp penalty, in one of `tau_jp.MODES`.
-      penalty_coef: its weight λ (Yoshida et al. 2025: 0.1 with power 1).
-      penalty_power: 1 (the code of Yoshida et al.) or 2 (as they print it).
-      penalty_batch_size: penalty samples per step; in strict mode per other task.
-      trained: pattern of the paths that are trained; the rest is frozen.
-      product_dtype: what the operands of tangent products are rounded to, such as
-        "bfloat16" on accelerators; None leaves them as they are.
-      tasks_at_once: how many tasks a device computes at the same time. More fill a
-        large accelerator; 1 needs the least memory and is the fastest on a CPU.
-      micro_batches: into how many parts a batch is cut, which are computed one after
-        another (gradient accumulation). The step is the same, in less memory, if the
-        loss is a mean over samples; a mean over the tokens that count is taken of
-        every part, and so weighs texts by those of their part.
-      seed: of the order of samples and of penalty draws.
-    """
-
-    steps: int = 2000
-    warmup_steps: int = 200
-    batch_size: int = 128
-    learning_rate: float = 1e-5
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    linearized: bool = False
-    penalty: str | None = None
-    penalty_coef: float = 0.1
-    penalty_power: int = 1
-    penalty_batch_size: int = 16
-    trained: str = ".*"
-    product_dtype: str | None = None
-    tasks_at_once: int = 1
-    micro_batches: int = 1
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.penalty is not None and self.penalty not in tau_jp.MODES:
-            raise ValueError(
-                f"unknown penalty mode {self.penalty!r}; the modes are "
-                f"{', '.join(tau_jp.MODES)}."
-            )
-        if self.penalty is not None and not self.linearized:
-            raise ValueError("the τJp penalty needs linearized=True.")
-        if self.product_dtype is not None and not self.linearized:
-            raise ValueError(
-                "product_dtype rounds tangent products; it needs linearized=True."
-            )
-        if self.product_dtype not in (None, "bfloat16", "float16", "float32"):
-            raise ValueError(
-                f"product_dtype is {self.product_dtype!r}; it is bfloat16, float16, "
-                "float32 or None."
-            )
-        sizes = ("steps", "batch_size", "penalty_batch_size", "tasks_at_once")
-        for name in (*sizes, "micro_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; at least 1 is needed."
-                )
-        if self.penalty_power not in (1, 2):
-            raise ValueError(f"penalty_power is {self.penalty_power}; it is 1 or 2.")
-        if not 0 <= self.warmup_steps < self.steps:
-            raise ValueError(
-                f"{self.warmup_steps} warm-up steps of {self.steps} steps; the warm-up "
-                "must be shorter than the training."
-            )
-
-
-def schedule(config: TrainConfig) -> optax.Schedule:
-    """The learning rate of step s ≥ 0: warm-up `(s + 1) / W`, then a half cosine."""
-
-    def learning_rate(step):
-        warmup = (step + 1) / max(config.warmup_steps, 1)
-        progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
-        cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        factor = jnp.where(step < config.warmup_steps, warmup, cosine)
-        return config.learning_rate * factor
-
-    return learning_rate
-
-
-def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clipping and AdamW with PyTorch's defaults, as `config` states them."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule(config), weight_decay=config.weight_decay),
-    )
-
-
-def objective(
-    apply_fn: tangent.ApplyFn,
-    loss_fn: LossFn,
-    config: TrainConfig,
-    inputs: Sequence[str] = ("image",),
-    penalty_mask: str | None = None,
-    mesh: Mesh | None = None,
-):
-    """What training minimises, `(tau, params_0, batch, constants) -> (total, metrics)`.
-
-    `batch` holds the fields named by `inputs`, what `loss_fn` reads and, with a
-    penalty, `"penalty"`: a dict of the same input fields for samples of other tasks,
-    and of `penalty_mask`, which `fine_tune` explains. The devices of `mesh`, by default
-    one, share the samples.
-    """
-    mesh = mesh or sharding.one_device()
-    apply_fn = sharding.on_mesh(apply_fn, mesh)
-
-    def total(tau, params_0, batch, constants):
-        task_inputs = tuple(batch[name] for name in inputs)
-        penalty = 0.0
-        if config.penalty:
-            others = batch["penalty"]
-            if penalty_mask is not None and penalty_mask not in others:
-                raise ValueError(
-                    f"penalty_mask is {penalty_mask!r}; the penalty samples have "
-                    f"{', '.join(others)}. Name it in the inputs of task_batches."
-                )
-            outputs, penalty = tau_jp.linearized_and_penalty(
-                apply_fn,
-                params_0,
-                tau,
-                task_inputs,
-                tuple(others[name] for name in inputs),
-                mask=None if penalty_mask is None else others[penalty_mask] != 0,
-                power=config.penalty_power,
-                product_dtype=config.product_dtype,
-                shards=sharding.batch_shards(mesh),
-            )
-        elif config.linearized:
-            f0, moved = tangent.jvp(
-                apply_fn,
-                params_0,
-                tau,
-                *task_inputs,
-                product_dtype=config.product_dtype,
-            )
-            outputs = jax.tree.map(jnp.add, f0, moved)
-        else:
-            outputs = apply_fn(task_vectors.apply(params_0, tau), *task_inputs)
-        loss = loss_fn(outputs, batch, constants)
-        metrics = {"loss": loss}
-        if config.penalty:
-            metrics["penalty"] = penalty
-        return loss + config.penalty_coef * penalty, metrics
-
-    return total
-
-
-def make_step(objective_fn, config: TrainConfig, mesh: Mesh | None = None):
-    """One optimizer step of all tasks, jitted.
-
-    Args:
-      objective_fn: from `objective`, of the same mesh.
-      config: the recipe.
-      mesh: the devices, see `sharding`; by default one.
-
-    Returns:
-      `step(state, params_0, batch, constants) -> (state, metrics)`. `state` is
-      `(taus, opt_state)`; it, `batch` and `constants` have a leading task axis, and so
-      have the metrics: those of the objective, `[T]`, and `"gradient_norms"`, `[T, L]`,
-      of the L trained leaves in the order of `tree.flatten`. The state that is passed
-      in is given up: its buffers are reused.
-    """
-    mesh = mesh or sharding.one_device()
-    update = optimizer(config).update
-
-    def part(*args):
-        grads, metrics = jax.grad(objective_fn, has_aux=True)(*args)
-        return sharding.pin(grads, mesh), metrics
-
-    def gradient(tau, params_0, batch, constants):
-        if config.micro_batches == 1:
-            return part(tau, params_0, batch, constants)
-        parts = _micro_batches(batch, config.micro_batches, mesh)
-
-        def add(total, batch):
-            found = part(tau, params_0, batch, constants)
-            return jax.tree.map(jnp.add, total, found), None
-
-        first = jax.tree.map(lambda leaf: leaf[0], parts)
-        shapes = jax.eval_shape(part, tau, params_0, first, constants)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        total, _ = jax.lax.scan(add, zeros, parts)
-        return jax.tree.map(lambda leaf: leaf / config.micro_batches, total)
-
-    def task_step(params_0, state, batch, constants):
-        tau, opt_state = state
-        grads, metrics = gradient(tau, params_0, batch, constants)
-        norms = [optax.tree.norm(leaf) for leaf in jax.tree.leaves(grads)]
-        metrics["gradient_norms"] = jnp.stack(norms)
-        start = tree.restrict(params_0, tree.flatten(tau))
-        params = jax.tree.map(jnp.add, start, tau)
-        updates, opt_state = update(grads, opt_state, params)
-        return (optax.apply_updates(tau, updates), opt_state), metrics
-
-    def own_tasks(state, params_0, batch, constants):
-        return jax.lax.map(
-            lambda task: task_step(params_0, *task),
-            (state, batch, constants),
-            # `map` of one at a time is a loop; in batches of one it would be a `vmap`.
-            batch_size=config.tasks_at_once if config.tasks_at_once > 1 else None,
-        )
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, params_0, batch, constants):
-        all_tasks = own_tasks
-        if mesh.shape["task"] > 1:
-            all_tasks = jax.shard_map(
-                own_tasks,
-                mesh=mesh,
-                in_specs=(P("task"), P(), P("task"), P("task")),
-                out_specs=P("task"),
-                axis_names={"task"},
-                check_vma=False,
-            )
-        state, metrics = all_tasks(state, params_0, batch, constants)
-        # Not pinned, the state might come out elsewhere, and every step be compiled.
-        return sharding.pin(state, mesh, tasks=True), sharding.constrain(
-            metrics, mesh, P()
-        )
-
-    return step
-
-
-def _micro_batches(batch, count, mesh):
-    """`[B, ...]` to `[count, B / count, ...]`, of every device its own samples."""
-    shards = sharding.batch_shards(mesh)
-
-    def cut(leaf):
-        parts = leaf.reshape(shards, count, -1, *leaf.shape[1:])
-        return jnp.swapaxes(parts, 0, 1).reshape(count, -1, *leaf.shape[1:])
-
-    return jax.tree.map(cut, batch)
-
-
-def init_state(
-    params_0: tree.Tree, config: TrainConfig, tasks: int, mesh: Mesh | None = None
-):
-    """Zero task vectors and fresh optimizer states, with a leading task axis."""
-    mesh = mesh or sharding.one_device()
-    trained = tree.select(tree.floating(params_0), config.trained)
-
-    def init():
-        taus = jax.tree.map(
-            lambda leaf: jnp.zeros((tasks, *jnp.shape(leaf)), jnp.float32), trained
-        )
-        return taus, jax.vmap(optimizer(config).init)(taus)
-
-    places = sharding.shardings(jax.eval_shape(init), mesh, tasks=True)
-    return jax.jit(init, out_shardings=places)()
+from jaxarith.recipe import TrainConfig as TrainConfig
+from jaxarith.recipe import schedule
+from jaxarith.train_step import LossFn, init_state, make_step, objective
 
 
 def task_batches(
