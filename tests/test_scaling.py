@@ -95,6 +95,31 @@ def test_a_loop_of_unknown_length_is_not_guessed():
 
 
 @pytest.mark.parametrize(
+    ("groups", "together"),
+    [
+        ("replica_groups={{0,2,4},{1,3,5}}", 3),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", 4),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a','b'}", 8),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", 4),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}", 4),
+        ("replica_groups={}", 8),
+        ("channel_id=1", 8),
+    ],
+)
+def test_groups_of_devices_are_read_in_every_form(groups, together):
+    text = (
+        f"ENTRY %main () -> f32[] {{\n  %x = f32[3] all-reduce(%y), {groups}, a=b\n}}"
+    )
+    assert scaling.collectives(text, 8) == [Collective("all-reduce", 12, together)]
+
+
+def test_groups_in_another_form_are_not_guessed():
+    text = "ENTRY %main () {\n  %x = f32[3] all-reduce(%y), replica_groups=V3(2)\n}"
+    with pytest.raises(ValueError, match=r"a form that is not known: V3\(2\)"):
+        scaling.collectives(text, 8)
+
+
+@pytest.mark.parametrize(
     ("name", "sent"),
     [
         ("all-reduce", 2 * 7 / 8 * 4096),

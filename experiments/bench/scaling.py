@@ -231,14 +231,19 @@ def _parts(tuple_: str) -> list[str]:
 
 def _together(line: str, devices: int) -> int:
     """How many devices are in one of an operation's groups."""
-    if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+    groups = re.search(r"replica_groups=(.*)", line)
+    if not groups or groups[1].startswith("{}"):
+        return devices
+    # mesh['a'=32,'b'=8], device_ids=([8,32]T(1,0)) {'b'}, or a part of it: 'b':(1)4
+    if found := re.match(r"mesh\[(.*?)\][^{]*\{(.*?)\}", groups[1]):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    if found := re.match(r"\[\d+,(\d+)\]<=", groups[1]):
         return int(found[1])
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+    if found := re.match(r"\{\{([\d,]+)\}", groups[1]):
         return len(found[1].split(","))
-    return devices
+    raise ValueError(f"groups of devices in a form that is not known: {groups[1]}.")
 
 
 def make_meshes(config: Config) -> dict[str, Mesh]:
