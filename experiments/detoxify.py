@@ -84,7 +84,7 @@ class Config(runs.Options):
 
     out: Path
     """Folder for report.json, report.md, coefficients.png, samples.jsonl, config.json,
-    train.jsonl, task_vector.safetensors and the edited checkpoint."""
+    train.jsonl, task_vectors/toxic.safetensors and the edited checkpoint."""
     model: str
     """A GPT-2: a folder, or an id of the Hugging Face Hub."""
     toxic: Path
@@ -364,34 +364,39 @@ def recipe_of(config: Config, texts: int) -> train.TrainConfig:
     )
 
 
+def batches_of(config: Config, study: Study, recipe: train.TrainConfig):
+    others = None if study.penalty_source is None else [[study.penalty_source]]
+    mesh = sharding.make_mesh(config.mesh)
+    return train.task_batches(
+        [study.source], recipe, others=others, inputs=INPUTS, mesh=mesh
+    )
+
+
 def fine_tune(config: Config, study: Study, recipe: train.TrainConfig) -> tree.Tree:
     """The task vector of toxic text; one that is saved already is not trained again."""
-    file = config.out / "task_vector.safetensors"
+    file = runs.vectors(config) / "toxic.safetensors"
     if config.resume and file.exists():
         return hub.load_tree(file)[0]
-    mesh = sharding.make_mesh(config.mesh)
-    others = None if study.penalty_source is None else [[study.penalty_source]]
     [tau] = train.fine_tune(
         gpt2.language_model(study.checkpoint.config),
         study.checkpoint.params,
         lambda logits, batch, _: losses.next_token_cross_entropy(
             logits, batch["labels"]
         ),
-        train.task_batches(
-            [study.source], recipe, others=others, inputs=INPUTS, mesh=mesh
-        ),
+        batches_of(config, study, recipe),
         recipe,
         names=["toxic"],
         inputs=INPUTS,
         penalty_mask="attention_mask",
         log=config.out / "train.jsonl",
-        mesh=mesh,
+        mesh=sharding.make_mesh(config.mesh),
         checkpoints=runs.checkpoints(config) if config.save_every else None,
         save_every=config.save_every,
     )
     tau = sharding.to_host(tau)
 
     def save():
+        file.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"model": study.checkpoint.folder.name, "task": "toxic"}
         hub.save_tree(file, tau, metadata)
         shutil.rmtree(runs.checkpoints(config), ignore_errors=True)
@@ -443,6 +448,7 @@ def main(config: Config) -> dict:
     runs.start(config)
     study = prepare(config)
     recipe = recipe_of(config, len(study.source))
+    batches_of(config, study, recipe)  # a wrong mesh shows before anything is measured
     # Before anything is trained or written: what does not work is found here.
     nothing = jax.tree.map(jnp.zeros_like, study.checkpoint.params)
     at = {0.0: measure(study, nothing, 0.0)}

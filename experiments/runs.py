@@ -31,13 +31,15 @@ class Options:
     save_every: int = 100
     """Steps from one checkpoint to the next; 0: none."""
     coordinator: str | None = None
-    """Address and port of the first of several processes. Under SLURM, Open MPI and on
-    TPU pods JAX finds it and the next two, and $JAX_COORDINATOR_ADDRESS,
-    $JAX_NUM_PROCESSES and $JAX_PROCESS_ID are another way to say them."""
+    """Address and port of the first of several processes. Under SLURM and Open MPI JAX
+    finds it and the next two, and $JAX_COORDINATOR_ADDRESS, $JAX_NUM_PROCESSES and
+    $JAX_PROCESS_ID are another way to say them."""
     processes: int | None = None
     """How many processes there are."""
     process: int | None = None
     """The number of this one, from 0."""
+    pod: bool = False
+    """This is a host of a TPU pod; JAX finds the others."""
 
 
 # They say where a run is, and not what.
@@ -55,8 +57,16 @@ def start(options: Options) -> Mesh:
     """
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out {options.out} is a file; name a folder.")
-    sharding.initialize(options.coordinator, options.processes, options.process)
+    sharding.initialize(
+        options.coordinator, options.processes, options.process, pod=options.pod
+    )
     there = options.out / "config.json"
+    ours = (checkpoints(options), vectors(options))
+    if not there.exists() and (found := [f for f in ours if f.exists()]):
+        raise ValueError(
+            f"{found[0]} is there, and no config.json that says of what options it is. "
+            "Name another folder, or remove it."
+        )
     if options.resume and there.exists():
         different = manifest.differences(
             _what(json.loads(there.read_text())), _what(plain(options))

@@ -65,6 +65,8 @@ class Config(runs.Options):
     learning_rate: float = 1e-3
     penalty_coef: float = 0.1
     """Weight of the τJp penalty."""
+    penalty_batch_size: int | None = None
+    """Its samples per step; an eighth of the batch by default."""
     samples: int | None = None
     """The largest number of samples of a split; all by default."""
     seed: int = 0
@@ -143,9 +145,6 @@ def datasets(sources, head_of, logits: Callable, batch_size: int) -> list[Datase
 
 
 def recipe_of(config: Config, method: str, mode: str | None) -> train.TrainConfig:
-    # An eighth of a batch, and as many samples for each device.
-    shards = sharding.batch_shards(sharding.make_mesh(config.mesh))
-    penalty_batch_size = -(-config.batch_size // (8 * shards)) * shards
     return train.TrainConfig(
         steps=config.steps,
         warmup_steps=config.steps // 10,
@@ -154,8 +153,14 @@ def recipe_of(config: Config, method: str, mode: str | None) -> train.TrainConfi
         linearized=method != "nonlinear",
         penalty=mode,
         penalty_coef=config.penalty_coef,
-        penalty_batch_size=penalty_batch_size,
+        penalty_batch_size=config.penalty_batch_size or max(config.batch_size // 8, 1),
         seed=config.seed,
+    )
+
+
+def batches_of(study: Study, recipe: train.TrainConfig) -> Sequence[dict]:
+    return train.task_batches(
+        study.sources, recipe, inputs=study.inputs, mesh=study.mesh
     )
 
 
@@ -177,7 +182,7 @@ def fine_tune(study: Study, method: str, recipe: train.TrainConfig) -> list[tree
         study.apply_fn,
         study.params_0,
         study.loss,
-        train.task_batches(study.sources, recipe, inputs=study.inputs, mesh=study.mesh),
+        batches_of(study, recipe),
         recipe,
         names=study.names,
         constants=heads.pad([dataset.head for dataset in study.test]),
@@ -481,6 +486,10 @@ def run(config: Config, prepare: Callable[[Config], Study], title: str) -> dict:
         with timed("prepare"):
             study = prepare(config)
             study = study._replace(params_0=sharding.shard(study.params_0, mesh))
+            for recipe in recipes.values():
+                batches_of(
+                    study, recipe
+                )  # a wrong mesh shows before the folder is made
         runs.claim(config)
         if runs.is_first():
             save_heads(study)

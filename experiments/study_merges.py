@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxarith import capture, heads, merge, task_vectors, tree
+from jaxarith import capture, heads, merge, sharding, task_vectors, tree
 
 MERGES = ("ties", "dare_ties", "consensus", "awd", "tsv", "iso_c")
 FITTED = ("fisher", "regmean", "adamerging")
@@ -39,7 +39,8 @@ def fitted_vectors(study, taus) -> dict[str, tree.Tree]:
     wanted = [name for name in FITTED if name in study.config.merges]
     if not wanted:
         return {}
-    params_0 = study.params_0
+    # They run the network on one device, whatever the mesh, in every process.
+    params_0, taus = sharding.to_host((study.params_0, list(taus)))
     padded = heads.pad([dataset.head for dataset in study.validation])
     # Heads are inputs, padded to one shape, so that all tasks share one compilation.
     head_of = [jax.tree.map(lambda x, i=i: x[i], padded) for i in range(len(taus))]

@@ -65,6 +65,7 @@ class Checkpoints:
         processes.on_first(self._prepare)
         self._steps, self._damaged = list(filter(self._complete, self._on_disk())), []
         self._check_config()
+        processes.on_first(self._clean)
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, concurrent.futures.Future] | None = None
 
@@ -78,8 +79,15 @@ class Checkpoints:
                 f"checkpoints can't be written to {self.folder}: {error}. Name another "
                 "folder."
             ) from error
+
+    def _clean(self):
+        """Removes what a killed process left, and nothing that is another's."""
         for step in self._on_disk():
-            if not self._complete(step):
+            names = {path.name for path in self._path(step).iterdir()}
+            ours = all(
+                name.startswith(("state", f".{manifest.NAME}")) for name in names
+            )
+            if ours and not self._complete(step):
                 _remove(self._path(step))
 
     def _check_config(self):
@@ -214,7 +222,7 @@ class Checkpoints:
         self._steps, self._damaged = [*self._steps, step][-self.keep :], []
 
     def restore(self, like: Tree) -> Restored | None:
-        """The newest checkpoint that is undamaged, or None where there is none at all.
+        """The newest checkpoint that is undamaged, or None where there is none.
 
         Args:
           like: the tree to restore, of arrays or `jax.ShapeDtypeStruct`. Its shardings
@@ -224,7 +232,7 @@ class Checkpoints:
           UserWarning: newer ones are damaged; the message says how, and what is used.
 
         Raises:
-          ValueError: `like` has other leaves than the checkpoint, or all are damaged.
+          ValueError: `like` has other leaves than the checkpoint.
         """
         self.wait()
         like, flaws = jax.tree.map(_abstract, like), []
@@ -244,11 +252,8 @@ class Checkpoints:
             flaws.append(f"{folder} is damaged: {flaw}.")
             self._damaged.append(self._steps.pop())
         if flaws:
-            raise ValueError(
-                "\n".join(flaws)
-                + "\nNo undamaged checkpoint is left. Remove the folder "
-                "to start anew."
-            )
+            flaws.append("No undamaged checkpoint is left: the run starts anew.")
+            warnings.warn("\n".join(flaws), stacklevel=2)
         return None
 
 

@@ -20,7 +20,7 @@ from jaxarith import metrics, sharding
 from jaxarith import tangent as tangents
 from jaxarith.merge import task_arithmetic
 from jaxarith.tangent import ApplyFn
-from jaxarith.tree import Tree
+from jaxarith.tree import Tree, settled
 
 # Coefficients [T] to outputs [N, …].
 OutputsAt = Callable[[Sequence[float]], np.ndarray]
@@ -42,15 +42,16 @@ def outputs(
       batches: dicts of arrays `[B, ...]` with a `mask`, `bool[B]`, as
         `data.pipeline.evaluation_batches` makes them.
       inputs: the fields of a batch that are passed to `apply_fn`, in order.
-      mesh: the devices that share every batch, see `sharding`; by default one.
+      mesh: the devices that share every batch, see `sharding`; by default those that
+        the parameters are on.
 
     Returns:
       `[N, ...]`, N being the number of True entries of all masks.
     """
-    mesh = mesh or sharding.one_device()
+    mesh = mesh or sharding.mesh_of(params)
     params = sharding.shard(params, mesh)  # once, not with every batch
     rows = [
-        _apply(apply_fn, mesh, params, *_inputs(batch, inputs, mesh))
+        settled(_apply(apply_fn, mesh, params, *_inputs(batch, inputs, mesh)))
         for batch in batches
     ]
     return _unpadded(rows, batches)
@@ -105,7 +106,7 @@ def forward(
     mesh: Mesh | None = None,
 ) -> OutputsAt:
     r"""Outputs of :math:`f(x; \theta_0 + \sum_t \lambda_t\tau_t)`; a pass per call."""
-    mesh = mesh or sharding.one_device()
+    mesh = mesh or sharding.mesh_of((params_0, tuple(taus)))
     params_0, taus = sharding.shard((params_0, tuple(taus)), mesh)
 
     def at(coefs):
@@ -235,10 +236,10 @@ def tangent(
     forward passes of the network. Where all vectors share one coefficient, their sum
     (`task_vectors.add`) is all that is asked for, at 3 forward passes.
     """
-    mesh = mesh or sharding.one_device()
+    mesh = mesh or sharding.mesh_of((params_0, tuple(taus)))
     params_0, taus = sharding.shard((params_0, tuple(taus)), mesh)
     rows = [
-        _jvps(apply_fn, mesh, params_0, taus, *_inputs(batch, inputs, mesh))
+        settled(_jvps(apply_fn, mesh, params_0, taus, *_inputs(batch, inputs, mesh)))
         for batch in batches
     ]
     f0 = _unpadded([f0 for f0, _ in rows], batches)

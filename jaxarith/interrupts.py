@@ -1,6 +1,7 @@
 """Signals that ask a run to stop, noted until it can."""
 
 import contextlib
+import itertools
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -9,6 +10,8 @@ import jax
 from jax.experimental import multihost_utils
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# JAX agrees on a number that no process has reached: it must rise from run to run.
+_calls = itertools.count()
 
 
 @contextlib.contextmanager
@@ -20,16 +23,17 @@ def noted() -> Iterator[Callable[[int], signal.Signals | None]]:
     notes it, makes all stop at the same step; Ctrl-C is not noted there.
 
     Yields:
-      A function of the number of steps done, to be called after each in every process.
-      It returns the signal that came, or None.
+      A function that returns the signal that came, or None. Of several processes all
+      must call it equally often. A signal that it has not told of acts at the end.
     """
     if jax.process_count() > 1:
         reached = multihost_utils.reached_preemption_sync_point
-        yield lambda step: signal.SIGTERM if reached(step) else None
+        yield lambda: signal.SIGTERM if reached(next(_calls)) else None
         return
     came: list[signal.Signals] = []
+    told: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: None
+        yield lambda: None
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
 
@@ -44,6 +48,8 @@ def noted() -> Iterator[Callable[[int], signal.Signals | None]]:
     for number in SIGNALS:
         signal.signal(number, note)
     try:
-        yield lambda step: came[0] if came else None
+        yield lambda: told.extend(came) or (came[0] if came else None)
     finally:
         restore()
+        if came and not told:
+            signal.raise_signal(came[0])

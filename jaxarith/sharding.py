@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -79,8 +80,18 @@ def _parse(sizes):
 
 def one_device() -> Mesh:
     """The mesh of the device that JAX uses by default."""
-    device = jax.config.jax_default_device or jax.local_devices()[0]
-    return make_mesh(devices=[device])
+    return make_mesh(devices=list(jnp.zeros(()).devices()))
+
+
+def mesh_of(tree: Tree) -> Mesh:
+    """The mesh that leaves of the tree are on, or `one_device` if there is none."""
+    for leaf in jax.tree.leaves(tree):
+        placed = isinstance(leaf, jax.Array) and isinstance(
+            leaf.sharding, NamedSharding
+        )
+        if placed and leaf.sharding.mesh.axis_names == AXES:
+            return leaf.sharding.mesh
+    return one_device()
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -278,19 +289,22 @@ def initialize(
     coordinator: str | None = None,
     processes: int | None = None,
     process: int | None = None,
+    *,
+    pod: bool = False,
     environment: Mapping[str, str] = os.environ,
 ) -> bool:
     """Joins the processes of one run, before anything else asks JAX for a device.
 
     What is not given comes from the environment: from `JAX_COORDINATOR_ADDRESS`,
     `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, or, where a launcher started several
-    processes (SLURM's `srun`, Open MPI's `mpirun`, a TPU pod), from what JAX finds. A
-    process that is alone stays alone.
+    processes (SLURM's `srun`, Open MPI's `mpirun`), from what JAX finds. A process that
+    is alone stays alone.
 
     Args:
       coordinator: address and port of the first process, such as `10.0.0.1:1234`.
       processes: how many there are.
       process: the number of this one, from 0.
+      pod: this is a host of a TPU pod, which JAX finds by asking the cloud.
       environment: the variables to look at.
 
     Returns:
@@ -317,9 +331,9 @@ def initialize(
         raise ValueError(
             f"{', '.join(missing)} is not set. A run of several processes needs the "
             "coordinator's address, the number of processes and that of this one; "
-            "under SLURM, Open MPI and on TPU pods, none of them."
+            "under SLURM and Open MPI none of them, on a TPU pod `pod` alone."
         )
-    if not _launched_together(environment):
+    if not pod and not _launched_together(environment):
         return False
     jax.distributed.initialize()
     return jax.process_count() > 1
@@ -327,5 +341,4 @@ def initialize(
 
 def _launched_together(environment):
     counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-    workers = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    return len(workers) > 1 or any(int(environment.get(n, 1)) > 1 for n in counts)
+    return any(int(environment.get(name, 1)) > 1 for name in counts)

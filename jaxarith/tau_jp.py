@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from jaxarith import sharding, tangent, tree
 
@@ -164,7 +165,8 @@ def matrix(
       datasets: each an iterable of `(inputs, mask)`: the tuple of input arrays
         `[B, ...]` and a mask `bool[B]`, False for padding.
       power: 1 (the paper's code) or 2 (as printed).
-      mesh: the devices that share every batch; by default one.
+      mesh: the devices that share every batch, see `sharding`; by default those that
+        the parameters are on.
 
     Returns:
       `f64[T, len(datasets)]`.
@@ -174,7 +176,7 @@ def matrix(
     """
     if not datasets:
         raise ValueError("the τJp matrix needs at least one dataset; found 0.")
-    mesh = mesh or sharding.one_device()
+    mesh = mesh or sharding.mesh_of((params_0, tuple(taus)))
     params_0, taus = sharding.shard((params_0, tuple(taus)), mesh)  # once
     columns = []
     for number, batches in enumerate(datasets):
@@ -204,4 +206,5 @@ def matrix(
 def _means(apply_fn, power, mesh, params_0, taus, inputs, mask):
     apply_fn = sharding.on_mesh(apply_fn, mesh)
     _, tangents = tangent.jvps(apply_fn, params_0, taus, *inputs)
-    return jax.vmap(lambda moved: penalty(moved, mask, power))(tangents)
+    means = jax.vmap(lambda moved: penalty(moved, mask, power))(tangents)
+    return sharding.constrain(means, mesh, P())  # every process reads them

@@ -25,6 +25,7 @@ from jaxarith import (
     checkpoint,
     fingerprint,
     interrupts,
+    processes,
     report,
     sharding,
     tangent,
@@ -171,10 +172,13 @@ def fine_tune(
         the task and the leaf. Checkpoints from before are kept.
       OSError: the checkpoints do not fit on the disk, or cannot be written.
       SystemExit: a signal came, and the state is saved; of status 128 + its number.
+        Of several processes only SIGTERM is noted.
       ValueError: `batches` is not `config.steps` long, `trained` matches no leaf, the
         mesh cannot share tasks or samples equally, or the checkpoints are of another
         run.
     """
+    if save_every < 1:
+        raise ValueError(f"save_every is {save_every}; at least 1 is needed.")
     if len(batches) != config.steps:
         raise ValueError(f"{len(batches)} batches for {config.steps} steps.")
     mesh = mesh or sharding.one_device()
@@ -185,19 +189,22 @@ def fine_tune(
     step = make_step(objective_fn, config, mesh)
     leaves = list(tree.flatten(state[0]))
     learning_rate = schedule(config)
-    first, saved, signalled = 0, None, lambda step: None
+    first, saved, signalled = 0, None, lambda: None
     with contextlib.ExitStack() as stack:
         if checkpoints is not None:
+            signalled = stack.enter_context(interrupts.noted())
             identity = _identity(config, names, params_0, constants)
+            identity |= {"inputs": list(inputs), "penalty_mask": penalty_mask}
             saved = stack.enter_context(
                 checkpoint.Checkpoints(checkpoints, identity, keep=keep)
             )
-            saved.reserve(state)
+            processes.on_first(lambda: saved.reserve(state))
             if restored := saved.restore(state):
                 first, state = restored
-            signalled = stack.enter_context(interrupts.noted())
         is_first = jax.process_index() == 0
-        file = stack.enter_context(_opened(log if is_first else None, first))
+        if log is not None:  # an error of the first process must stop the others too
+            processes.on_first(lambda: _keep_lines(log, first))
+        file = stack.enter_context(open(log if log and is_first else os.devnull, "a"))
         bar = stack.enter_context(
             tqdm(
                 total=config.steps,
@@ -234,7 +241,7 @@ def fine_tune(
             if pending:  # read the step before while the device computes this one
                 record(*pending)
             pending, done = (number, metrics), number + 1
-            came = signalled(done)
+            came = signalled()
             if saved and (came or done % save_every == 0 or done == config.steps):
                 record(*pending)  # what is not finite is not saved
                 pending = None
@@ -242,11 +249,12 @@ def fine_tune(
                 saved.save(done, state)
             if came:
                 saved.wait()
-                bar.write(
-                    f"{came.name}: saved after step {done} of {config.steps} in "
-                    f"{checkpoints}. Run the same again to go on.",
-                    file=sys.stderr,
-                )
+                if is_first:
+                    bar.write(
+                        f"{came.name}: saved after step {done} of {config.steps} in "
+                        f"{checkpoints}. Run the same again to go on.",
+                        file=sys.stderr,
+                    )
                 raise SystemExit(128 + came)
         if pending:
             record(*pending)
@@ -266,14 +274,11 @@ def _identity(config, names, params_0, constants):
     }
 
 
-def _opened(log, steps):
-    """The log after its first lines, one for each of the steps that are done."""
-    if log is None:
-        return open(os.devnull, "w")
+def _keep_lines(log, steps):
+    """Keeps the first lines of the log, one for each of the steps that are done."""
     log = Path(log)
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     report.write_text(log, "".join(lines[:steps]))
-    return open(log, "a")
 
 
 def _one_by_one(taus, mesh):

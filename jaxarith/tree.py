@@ -191,7 +191,7 @@ def check_finite(tree: Tree, name: str):
         if not isinstance(leaf, jax.core.Tracer) and _is_floating(leaf)
     }
     with jax.ensure_compile_time_eval():  # values that are known inside a `jit`
-        finite = {path: _all_finite(leaf) for path, leaf in leaves.items()}
+        finite = {path: settled(_all_finite(leaf)) for path, leaf in leaves.items()}
     finite = jax.device_get(finite)
     if bad := [path for path, ok in finite.items() if not ok]:
         raise ValueError(
@@ -206,7 +206,7 @@ def is_finite(tree: Tree) -> bool:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if _is_floating(leaf)]
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return False
-    return all(jax.device_get([_all_finite(leaf) for leaf in leaves]))
+    return all(jax.device_get([settled(_all_finite(leaf)) for leaf in leaves]))
 
 
 @jax.jit
@@ -240,6 +240,25 @@ def gathered(tree: Tree) -> Tree:
         return np.asarray(x)
 
     return jax.tree.map(leaf, tree)
+
+
+def settled(tree: Tree) -> Tree:
+    """The tree, after waiting for leaves that several CPU devices compute together.
+
+    On a CPU, XLA runs all devices with as many threads as there are cores. With many
+    such programs under way, some wait for others in threads that these need, forever.
+    What computes leaf by leaf, or batch by batch, settles one before the next.
+    """
+    shared = [
+        leaf
+        for leaf in jax.tree.leaves(tree)
+        if isinstance(leaf, jax.Array)
+        and not isinstance(leaf, jax.core.Tracer)
+        and len(leaf.sharding.device_set) > 1
+        and next(iter(leaf.sharding.device_set)).platform == "cpu"
+    ]
+    jax.block_until_ready(shared)
+    return tree
 
 
 def sharded_like(leaf: jax.Array, like: jax.Array) -> jax.Array:

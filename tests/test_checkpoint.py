@@ -372,14 +372,28 @@ def test_edited_manifest_is_damage_not_another_configuration(tmp_path):
             assert_restores(tmp_path, 1)
 
 
-def test_no_undamaged_checkpoint_is_an_error(tmp_path):
+def test_without_an_undamaged_checkpoint_the_run_starts_anew(tmp_path):
     save_all(tmp_path, 1, 2)
     for step in (1, 2):
         (tmp_path / f"step_{step:08d}" / manifest.NAME).write_text("{}")
-    with pytest.raises(ValueError, match="No undamaged checkpoint is left") as caught:
-        restore(tmp_path)
-    assert str(caught.value).count("is damaged: manifest.json") == 2
+    with pytest.warns(UserWarning, match="No undamaged .* starts anew") as caught:
+        assert restore(tmp_path) is None
+    assert str(caught[0].message).count("is damaged: manifest.json") == 2
     assert folders(tmp_path) == ["step_00000001", "step_00000002"]
+    with pytest.warns(UserWarning), Checkpoints(tmp_path, CONFIG) as checkpoints:
+        checkpoints.restore(make_state(0))
+        checkpoints.save(1, make_state(1))
+    assert_restores(tmp_path, 1)
+
+
+def test_folders_of_others_are_left_alone(tmp_path):
+    theirs = tmp_path / "step_00010000"
+    theirs.mkdir()
+    (theirs / "weights.bin").write_text("theirs")
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        checkpoints.save(1, make_state(1))
+    assert_restores(tmp_path, 1)
+    assert (theirs / "weights.bin").read_text() == "theirs"
 
 
 @pytest.mark.parametrize("next_step", [2, 3])

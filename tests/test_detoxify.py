@@ -21,7 +21,7 @@ FILES = {
     "coefficients.png",
     "samples.jsonl",
     "train.jsonl",
-    "task_vector.safetensors",
+    "task_vectors",
     "edited",
 }
 CONTROL = "The sun rose over the hills and the river ran to the sea.\n" * 30
@@ -122,7 +122,7 @@ def test_the_rows_are_the_four_models_and_say_what_their_samples_score(run):
 def test_the_figures_are_those_of_the_saved_vector(run, place):
     config, results = run
     base = gpt2.load(place / "gpt2")
-    tau, metadata = hub.load_tree(config.out / "task_vector.safetensors")
+    tau, metadata = hub.load_tree(config.out / "task_vectors" / "toxic.safetensors")
     assert metadata == {"model": "gpt2", "task": "toxic"}
     apply_fn = gpt2.language_model(base.config)
     if config.linearized:
@@ -140,7 +140,7 @@ def test_the_figures_are_those_of_the_saved_vector(run, place):
 def test_the_edited_checkpoint_is_the_negated_model_and_has_its_tokenizer(run, place):
     config, results = run
     base, edited = gpt2.load(place / "gpt2"), gpt2.load(config.out / "edited")
-    tau, _ = hub.load_tree(config.out / "task_vector.safetensors")
+    tau, _ = hub.load_tree(config.out / "task_vectors" / "toxic.safetensors")
     expected = task_vectors.apply(base.params, tau, -results["coef"])
     leaves = tree.flatten(edited.params)
     for path, leaf in tree.flatten(expected).items():

@@ -25,10 +25,24 @@ def words(array):
     return [int(x) for x in np.ascontiguousarray(array).view(f"u{size}").ravel()]
 
 
+def murmur_mix(x):
+    """The last step of MurmurHash3, with Python's integers."""
+    x ^= x >> 16
+    x = x * 0x85EBCA6B % 2**32
+    x ^= x >> 13
+    x = x * 0xC2B2AE35 % 2**32
+    return x ^ x >> 16
+
+
+def sum_of_mixed(words):
+    mixed = (murmur_mix((w + i * 0x9E3779B9) % 2**32) for i, w in enumerate(words))
+    return sum(mixed) % 2**32
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "int8", "bool"])
-def test_fingerprint_is_the_sum_of_bits_times_odd_numbers(dtype):
+def test_fingerprint_is_the_sum_of_mixed_bits_and_places(dtype):
     array = random_bits(dtype)
-    expected = sum((2 * i + 1) * bits for i, bits in enumerate(words(array))) % 2**32
+    expected = sum_of_mixed(words(array))
     assert fingerprint.of({"w": jnp.asarray(array)}) == {"w": expected}
     assert expected
 
@@ -36,7 +50,7 @@ def test_fingerprint_is_the_sum_of_bits_times_odd_numbers(dtype):
 @pytest.mark.parametrize("dtype", ["float64", "int64"])
 def test_entries_of_64_bits_count_as_two(dtype, x64):
     array = random_bits(dtype)
-    expected = sum((2 * i + 1) * bits for i, bits in enumerate(words(array))) % 2**32
+    expected = sum_of_mixed(words(array))
     assert fingerprint.of({"w": jnp.asarray(array)}) == {"w": expected}
 
 
@@ -50,6 +64,17 @@ def test_every_bit_of_every_entry_shows(dtype):
             data[position] ^= 1 << bit
             changed = np.frombuffer(bytes(data), array.dtype).reshape(array.shape)
             assert fingerprint.of({"w": jnp.asarray(changed)}) != start
+
+
+def test_changes_of_all_entries_show():
+    # Of an even number of entries, so that what is added to the bits may cancel.
+    leaves = [jnp.full((64, 64), value) for value in (0.0, 1.0, -1.0, 2.0, 0.5)]
+    rng = np.random.default_rng(3)
+    random = rng.normal(size=(64, 64)).astype(np.float32)
+    leaves += [random * factor for factor in (1, -1, 2, 0.5, 4)]
+    leaves += [random[::-1], random.T, np.roll(random, 1)]
+    found = [fingerprint.of({"w": leaf})["w"] for leaf in leaves]
+    assert len(set(found)) == len(leaves)
 
 
 def test_order_of_entries_shows():

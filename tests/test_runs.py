@@ -52,6 +52,25 @@ def test_no_resume_forgets_what_was_trained(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "notes.txt"]
 
 
+def test_vectors_of_unknown_options_are_refused(tmp_path):
+    (tmp_path / "task_vectors").mkdir()
+    for resume in (True, False):
+        with pytest.raises(ValueError, match="no config.json that says"):
+            runs.start(Options(out=tmp_path, resume=resume))
+
+
+def test_a_mesh_that_fits_no_batch_is_found_before_anything_is_written(tmp_path):
+    config = quickstart.Config(
+        **dict(out=tmp_path / "out", tasks=("mnist", "uci_digits"), samples=48),
+        **dict(merges=(), modes=("cyclic",), mesh="data=3"),
+    )
+    with pytest.raises(ValueError, match="64 samples of a step .* 3 devices"):
+        quickstart.main(config)
+    with pytest.raises(ValueError, match="4 samples of a step .* 8 devices"):
+        quickstart.main(dataclasses.replace(config, mesh="", batch_size=32))
+    assert not config.out.exists()
+
+
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(ValueError, match="is a file; name a folder"):
@@ -65,7 +84,7 @@ class Stop(Exception):
 def test_a_study_goes_on_with_the_methods_that_it_has_trained(tmp_path, monkeypatch):
     config = quickstart.Config(
         **dict(out=tmp_path, tasks=("mnist", "uci_digits"), merges=(), modes=()),
-        **dict(smoke=True, mesh="data=1"),
+        **dict(smoke=True, mesh="fsdp=2,data=2"),
     )
     fine_tune, trained = train.fine_tune, []
 

@@ -129,7 +129,7 @@ def fold(
             return leaf_0
         of_leaf = (at(arg, path) for arg in args)
         merged = merge_leaf(leaf_0, rows[path], *of_leaf, **options)
-        return tree.sharded_like(merged, leaf_0)
+        return tree.sharded_like(tree.settled(merged), leaf_0)
 
     return tree.map_with_path(leaf, params_0)
 

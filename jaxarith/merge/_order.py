@@ -73,7 +73,8 @@ def _search(rows, rank, dtype, guess=None):
     )
 
     def narrow(bracket, trials):
-        below = sum(_count_below(row, trials) for row in rows.values())
+        counts = (_count_below(row, trials) for row in rows.values())
+        below = sum(map(tree.settled, counts))
         return _narrowed(bracket, trials, below, rank)
 
     if guess is not None:

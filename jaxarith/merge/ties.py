@@ -162,7 +162,9 @@ def trim_thresholds(rows: Mapping[str, tuple], density: float, trim="global"):
         size = sum(row[0].size for row in _leaves.unmapped(rows).values())
         return _order.kth_magnitudes(rows, size - int(size * density))
     return {
-        path: _of_leaf(row, row[0].size - max(int(row[0].size * density), 1) + 1)
+        path: tree.settled(
+            _of_leaf(row, row[0].size - max(int(row[0].size * density), 1) + 1)
+        )
         for path, row in rows.items()
     }
 
@@ -184,7 +186,7 @@ def majority_sign(rows: Mapping[str, tuple], thresholds, weights=None) -> jax.Ar
         _sign_sum(row, _leaves.at(thresholds, path), weights)
         for path, row in rows.items()
     )
-    return jnp.sign(sum(signs))
+    return jnp.sign(sum(map(tree.settled, signs)))
 
 
 @jax.jit
