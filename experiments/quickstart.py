@@ -74,7 +74,7 @@ def main(config: Config) -> dict:
         config = dataclasses.replace(
             config,
             tasks=config.tasks[:: max(len(config.tasks) // 3, 1)],
-            **dict(steps=4, batch_size=8, samples=48),
+            **dict(steps=4, batch_size=8, penalty_batch_size=8, samples=48),
         )
     return studies.run(config, prepare, "Small tasks, merged")
 

@@ -262,7 +262,8 @@ def main(config: Config) -> dict:
     """Runs the study; returns what `report.json` holds."""
     studies.check([task_files(option)[0] for option in config.task])
     if config.smoke:
-        config = dataclasses.replace(config, steps=4, batch_size=8, samples=48)
+        small = dict(steps=4, batch_size=8, penalty_batch_size=8, samples=48)
+        config = dataclasses.replace(config, **small)
     return studies.run(config, prepare, "Texts, merged")
 
 
