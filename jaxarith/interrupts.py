@@ -15,7 +15,7 @@ _calls = itertools.count()
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[Callable[[int], signal.Signals | None]]:
+def noted() -> Iterator[Callable[[], signal.Signals | None]]:
     """Notes SIGTERM and Ctrl-C instead of dying of them.
 
     A second one acts as it did before. Only the main thread can handle signals; in
@@ -30,11 +30,10 @@ def noted() -> Iterator[Callable[[int], signal.Signals | None]]:
         reached = multihost_utils.reached_preemption_sync_point
         yield lambda: signal.SIGTERM if reached(next(_calls)) else None
         return
-    came: list[signal.Signals] = []
-    told: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
+    came, told = None, False
     before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def restore():
@@ -42,14 +41,20 @@ def noted() -> Iterator[Callable[[int], signal.Signals | None]]:
             signal.signal(number, handler)
 
     def note(number, frame):
-        came.append(signal.Signals(number))
+        nonlocal came
+        came = signal.Signals(number)
         restore()
+
+    def signalled():
+        nonlocal told
+        told = came is not None
+        return came
 
     for number in SIGNALS:
         signal.signal(number, note)
     try:
-        yield lambda: told.extend(came) or (came[0] if came else None)
+        yield signalled
     finally:
         restore()
         if came and not told:
-            signal.raise_signal(came[0])
+            signal.raise_signal(came)
