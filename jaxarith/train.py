@@ -177,7 +177,7 @@ def fine_tune(
         mesh cannot share tasks or samples equally, or the checkpoints are of another
         run.
     """
-    if save_every < 1:
+    if checkpoints is not None and save_every < 1:
         raise ValueError(f"save_every is {save_every}; at least 1 is needed.")
     if len(batches) != config.steps:
         raise ValueError(f"{len(batches)} batches for {config.steps} steps.")

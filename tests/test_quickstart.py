@@ -91,7 +91,8 @@ FITTED = ["fisher", "regmean", "adamerging"]
 
 def test_the_quickstart_writes_everything_it_promises(tmp_path):
     tasks = ("mnist", "inverted_digits")
-    result = quickstart.main(quickstart.Config(out=tmp_path, tasks=tasks, smoke=True))
+    config = quickstart.Config(out=tmp_path, tasks=tasks, smoke=True, mesh="fsdp=2")
+    result = quickstart.main(config)
     content = json.loads((tmp_path / "report.json").read_text())
     assert content == result
     assert content["tasks"] == list(tasks)
