@@ -198,10 +198,9 @@ def test_leaves_that_are_not_sharded_are_a_thousandth_of_a_vit(monkeypatch):
     assert 0 < tree.size(whole) < 2e-3 * tree.size(layout)
 
 
-@pytest.mark.parametrize("mesh", ["data=8", MIXED])
-def test_a_step_on_a_mesh_compiles_once(mesh, params_0):
+def test_a_step_on_a_mesh_compiles_once(params_0):
     config = dataclasses.replace(CONFIG, linearized=True, penalty="cyclic")
-    step, (state, *arguments) = prepared(config, sharding.make_mesh(mesh), params_0)
+    step, (state, *arguments) = prepared(config, sharding.make_mesh(MIXED), params_0)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     for _ in range(3):
         state, _ = step(state, *arguments)
@@ -240,8 +239,7 @@ def distance(one, other):
     return np.linalg.norm(one - other) / np.linalg.norm(other)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=8", MIXED])
-def test_training_on_a_mesh_ends_where_one_device_does(mesh, params_0, monkeypatch):
+def test_training_on_a_mesh_ends_where_one_device_does(params_0, monkeypatch):
     monkeypatch.setattr(train_step, "optimizer", lambda config: optax.sgd(0.1))
     config = dataclasses.replace(CONFIG, linearized=True, penalty="cyclic")
 
@@ -252,7 +250,7 @@ def test_training_on_a_mesh_ends_where_one_device_does(mesh, params_0, monkeypat
             names=["a", "b"], constants=HEADS, mesh=mesh,
         )  # fmt: skip
 
-    expected, actual = run(sharding.one_device()), run(sharding.make_mesh(mesh))
+    expected, actual = run(sharding.one_device()), run(sharding.make_mesh("fsdp=8"))
     for tau, other in zip(actual, expected, strict=True):
         assert_close(tau, other, rtol=0, atol=1e-6)
         assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(other)) > 1e-2
@@ -280,10 +278,9 @@ def taus(params_0):
     ]
 
 
-@pytest.mark.parametrize("mesh", ["data=8", MIXED])
-def test_outputs_on_a_mesh_are_those_of_one_device(mesh, params_0, taus):
+def test_outputs_on_a_mesh_are_those_of_one_device(params_0, taus):
     data = batches(2, 13)  # which no mesh here divides
-    mesh = sharding.make_mesh(mesh)
+    mesh = sharding.make_mesh(MIXED)
     model = (encode, params_0, taus, data)
     for of in (evaluate.forward, evaluate.tangent):
         expected, actual = of(*model)([0.3, -0.7]), of(*model, mesh=mesh)([0.3, -0.7])
