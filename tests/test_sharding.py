@@ -256,6 +256,12 @@ def test_training_on_a_mesh_ends_where_one_device_does(params_0, monkeypatch):
         assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(other)) > 1e-2
 
 
+def assert_close_outputs(actual, expected):
+    # Small entries are differences of large terms, which round as those do.
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-6 * scale)
+
+
 def batches(count, size):
     rng = np.random.default_rng(count)
     return [
@@ -285,7 +291,7 @@ def test_outputs_on_a_mesh_are_those_of_one_device(params_0, taus):
     for of in (evaluate.forward, evaluate.tangent):
         expected, actual = of(*model)([0.3, -0.7]), of(*model, mesh=mesh)([0.3, -0.7])
         assert expected.shape == (24, 12)
-        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+        assert_close_outputs(actual, expected)
     datasets = [[((batch["image"],), batch["mask"]) for batch in data]]
     matrix = functools.partial(tau_jp.matrix, encode, params_0, taus, datasets)
     assert matrix().min() > 0.1
@@ -357,7 +363,7 @@ def test_a_linearised_model_on_a_mesh_gathers_what_it_reads(params_0, taus):
     outputs, moved = jax.jit(functools.partial(tangent.jvp, model))(*placed, spread)
     assert outputs.sharding.spec == moved.sharding.spec == P("fsdp")
     expected = tangent.jvp(encode, params_0, taus[0], image)
-    np.testing.assert_allclose(moved, expected[1], rtol=1e-5, atol=1e-6)
+    assert_close_outputs(moved, expected[1])
 
 
 def test_meshes_are_what_they_are_asked_to_be():
