@@ -8,7 +8,7 @@ J(x; θ0)τ_t are cached and every later set of coefficients costs a weighted su
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ OutputsAt = Callable[[Sequence[float]], np.ndarray]
 def outputs(
     apply_fn: ApplyFn,
     params: Tree,
-    batches: Sequence[dict],
+    batches: Iterable[dict],
     inputs=("image",),
     *,
     mesh: Mesh | None = None,
@@ -40,7 +40,8 @@ def outputs(
       apply_fn: `apply_fn(params, *inputs) -> [B, ...]`.
       params: its parameters.
       batches: dicts of arrays `[B, ...]` with a `mask`, `bool[B]`, as
-        `data.pipeline.evaluation_batches` makes them.
+        `data.pipeline.evaluation_batches` makes them; they are read once, in order,
+        so they may be a stream.
       inputs: the fields of a batch that are passed to `apply_fn`, in order.
       mesh: the devices that share every batch, see `sharding`; by default those that
         the parameters are on.
@@ -51,10 +52,10 @@ def outputs(
     mesh = mesh or sharding.mesh_of(params)
     params = sharding.shard(params, mesh)  # once, not with every batch
     rows = [
-        settled(_apply(apply_fn, mesh, params, *_inputs(batch, inputs, mesh)))
-        for batch in batches
+        (settled(_apply(apply_fn, mesh, params, *_inputs(b, inputs, mesh))), _mask(b))
+        for b in batches
     ]
-    return _unpadded(rows, batches)
+    return np.concatenate([_unpadded(*row) for row in rows])
 
 
 def _inputs(batch, inputs, mesh):
@@ -80,11 +81,9 @@ def _edit(params_0, taus, coefs):
     return task_arithmetic(params_0, taus, coef=coefs)
 
 
-def _unpadded(rows, batches, axis=0):
+def _unpadded(rows, mask, axis=0):
     # A mask is as long as its batch; more rows than that filled up the devices.
-    pairs = zip(rows, batches, strict=True)
-    kept = [np.compress(_mask(b), np.asarray(row), axis) for row, b in pairs]
-    return np.concatenate(kept, axis)
+    return np.compress(mask, np.asarray(rows), axis)
 
 
 def _mask(batch):
@@ -100,7 +99,7 @@ def forward(
     apply_fn: ApplyFn,
     params_0: Tree,
     taus: Sequence[Tree],
-    batches: Sequence[dict],
+    batches: Iterable[dict],
     inputs=("image",),
     *,
     mesh: Mesh | None = None,
@@ -120,7 +119,7 @@ def sweep(
     apply_fn: ApplyFn,
     params_0: Tree,
     taus: Sequence[Tree],
-    batches: Sequence[dict],
+    batches: Iterable[dict],
     coefs: Sequence[Sequence[float]],
     inputs=("image",),
     *,
@@ -169,8 +168,8 @@ def sweep(
     for batch in batches:
         fields = sharding.put(tuple(batch[name] for name in inputs), whole)
         found = _at_all(apply_fn, readout, mesh, params_0, taus, padded, *fields)
-        rows.append(np.asarray(found)[: len(coefs)])
-    return _unpadded(rows, batches, axis=1)
+        rows.append(_unpadded(found, _mask(batch), axis=1)[: len(coefs)])
+    return np.concatenate(rows, axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -224,7 +223,7 @@ def tangent(
     apply_fn: ApplyFn,
     params_0: Tree,
     taus: Sequence[Tree],
-    batches: Sequence[dict],
+    batches: Iterable[dict],
     inputs=("image",),
     *,
     mesh: Mesh | None = None,
@@ -239,12 +238,16 @@ def tangent(
     mesh = mesh or sharding.mesh_of((params_0, tuple(taus)))
     params_0, taus = sharding.shard((params_0, tuple(taus)), mesh)
     rows = [
-        settled(_jvps(apply_fn, mesh, params_0, taus, *_inputs(batch, inputs, mesh)))
-        for batch in batches
+        (
+            *settled(_jvps(apply_fn, mesh, params_0, taus, *_inputs(b, inputs, mesh))),
+            _mask(b),
+        )
+        for b in batches
     ]
-    f0 = _unpadded([f0 for f0, _ in rows], batches)
-    moves = _unpadded([moves for _, moves in rows], batches, axis=1)
-    return TangentOutputs(f0, moves)
+    return TangentOutputs(
+        np.concatenate([_unpadded(f0, mask) for f0, _, mask in rows]),
+        np.concatenate([_unpadded(moves, mask, 1) for _, moves, mask in rows], axis=1),
+    )
 
 
 class Search(NamedTuple):
@@ -377,6 +380,8 @@ def search_negation(
     control_at: Callable[[float], float],
     allowed: Callable[[float], bool],
     coefs: Sequence[float] = tuple(np.linspace(0, 1, 11)),
+    *,
+    target_at: Callable[[float], float] | None = None,
 ) -> NegationSearch:
     """The largest coefficient at which what should not be forgotten is still there.
 
@@ -385,13 +390,18 @@ def search_negation(
     perplexity (section 3.2). "Largest" is meant as printed, there and by Yoshida et al.
     (2025): a smaller candidate that is not allowed does not matter, for the model in
     use is the one of the chosen coefficient. The code of Yoshida et al. stops at the
-    first that is not allowed; the two differ only where the measure comes back.
+    first that is not allowed; the two differ only where the measure comes back. On
+    image tasks they choose, among those that are allowed, the one that forgets most
+    (App. B.2): `target_at`.
 
     Args:
       control_at: the control measure of the model `θ0 - coef · τ`.
       allowed: whether a measure is within the limit. NaN never is; coefficient 0, which
         leaves the model as it is, always.
       coefs: the candidates.
+      target_at: the measure of what is to be forgotten. With it the chosen coefficient
+        is the one at which it is the smallest, the first of equals, instead of the
+        largest.
 
     Raises:
       ValueError: no candidate, or none is allowed.
@@ -417,7 +427,8 @@ def search_negation(
             f"no candidate keeps the control measure within its limit: {controls} at "
             f"{np.asarray(coefs)}. Try smaller coefficients; 0 is the model as it is."
         )
-    return NegationSearch(max(within), np.asarray(coefs, float), controls)
+    chosen = max(within) if target_at is None else min(within, key=target_at)
+    return NegationSearch(chosen, np.asarray(coefs, float), controls)
 
 
 class ExternalSearch(NamedTuple):

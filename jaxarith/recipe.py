@@ -5,6 +5,8 @@ cosine, gradients clipped to norm 1.
 """
 
 import dataclasses
+import math
+from typing import Literal
 
 import jax.numpy as jnp
 import optax
@@ -18,11 +20,12 @@ class TrainConfig:
 
     Attributes:
       steps: optimizer steps.
-      warmup_steps: steps of linear warm-up; a half cosine to zero follows.
+      warmup_steps: steps of linear warm-up.
+      decay: what follows it: a half cosine to zero, or the largest rate throughout.
       batch_size: samples per step and task.
       learning_rate: the largest.
       weight_decay: AdamW's, of all trained leaves, towards zero.
-      clip_norm: the largest Euclidean norm of a task's gradient.
+      clip_norm: the largest Euclidean norm of a task's gradient; None for any.
       linearized: train the tangent-space model instead of the network.
       penalty: add the τJp penalty, in one of `tau_jp.MODES`.
       penalty_coef: its weight λ (Yoshida et al. 2025: 0.1 with power 1).
@@ -42,10 +45,11 @@ class TrainConfig:
 
     steps: int = 2000
     warmup_steps: int = 200
+    decay: Literal["cosine", "constant"] = "cosine"
     batch_size: int = 128
     learning_rate: float = 1e-5
     weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    clip_norm: float | None = 1.0
     linearized: bool = False
     penalty: str | None = None
     penalty_coef: float = 0.1
@@ -80,6 +84,8 @@ class TrainConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; at least 1 is needed."
                 )
+        if self.decay not in ("cosine", "constant"):
+            raise ValueError(f"decay is {self.decay!r}; it is cosine or constant.")
         if self.penalty_power not in (1, 2):
             raise ValueError(f"penalty_power is {self.penalty_power}; it is 1 or 2.")
         if not 0 <= self.warmup_steps < self.steps:
@@ -89,14 +95,42 @@ class TrainConfig:
             )
 
 
+def paper() -> TrainConfig:
+    """What the papers print for CLIP: 2000 steps, 200 of warm-up, the squared τJp.
+
+    Ortiz-Jimenez et al. (2023); Yoshida et al. (2025), Eq. 10 and App. B.1, who choose
+    λ among 0.001, 0.01 and 0.1; Jin et al. (2025), App. A.
+    """
+    return TrainConfig(penalty_power=2)
+
+
+def code(samples: int, epochs: int) -> TrainConfig:
+    """What the papers' public code does for CLIP.
+
+    A number of epochs that makes about 2000 steps, 500 of them warm-up, and the τJp
+    norm as it is, not squared.
+
+    Args:
+      samples: of the training set, without the validation part.
+      epochs: those of the task, in `data.vision.TASKS`.
+
+    Example:
+      >>> code(7330, 35).steps  # Cars
+      2030
+    """
+    steps = epochs * math.ceil(samples / TrainConfig.batch_size)
+    return TrainConfig(steps=steps, warmup_steps=min(500, steps - 1), penalty_power=1)
+
+
 def schedule(config: TrainConfig) -> optax.Schedule:
-    """The learning rate of step s ≥ 0: warm-up `(s + 1) / W`, then a half cosine."""
+    """The learning rate of step s ≥ 0: warm-up `(s + 1) / W`, then `config.decay`."""
 
     def learning_rate(step):
         warmup = (step + 1) / max(config.warmup_steps, 1)
         progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        factor = jnp.where(step < config.warmup_steps, warmup, cosine)
+        after = cosine if config.decay == "cosine" else 1.0
+        factor = jnp.where(step < config.warmup_steps, warmup, after)
         return config.learning_rate * factor
 
     return learning_rate
@@ -104,7 +138,7 @@ def schedule(config: TrainConfig) -> optax.Schedule:
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Clipping and AdamW with PyTorch's defaults, as `config` states them."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule(config), weight_decay=config.weight_decay),
-    )
+    adamw = optax.adamw(schedule(config), weight_decay=config.weight_decay)
+    if config.clip_norm is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

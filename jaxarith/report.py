@@ -23,10 +23,20 @@ def write_json(path, content: Any):
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def markdown_table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    *,
+    right: Sequence[bool] | None = None,
+) -> str:
     """A Markdown table that also reads well as plain text.
 
-    Numbers are aligned to the right; floats are shown with three decimals.
+    Floats are shown with three decimals.
+
+    Args:
+      header: the names of the columns.
+      rows: their cells.
+      right: which columns are aligned to the right; by default those with a number.
 
     Example:
       >>> print(markdown_table(["merge", "accuracy"], [["ties", 0.5], ["awd", None]]))
@@ -37,9 +47,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-    right = [
-        any(isinstance(row[i], int | float) for row in rows) for i in range(len(header))
-    ]
+    if right is None:
+        right = [
+            any(isinstance(row[i], int | float) for row in rows)
+            for i in range(len(header))
+        ]
 
     def line(values):
         padded = (

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -44,6 +44,7 @@ def task_batches(
     *,
     others: Sequence[Sequence] | None = None,
     inputs: Sequence[str] = ("image",),
+    augment: pipeline.Augment | None = None,
     mesh: Mesh | None = None,
 ) -> Sequence[dict]:
     """The batches of a run: every task's own samples and, if asked, penalty samples.
@@ -58,6 +59,8 @@ def task_batches(
         (T_orth); by default the other tasks' training sources. Labels are not read.
       inputs: the fields of a penalty sample: those of the model, and the penalty's
         mask where that is not among them.
+      augment: from a sample of a source and a `numpy.random.Generator` to what is
+        trained on, of penalty samples too; by default samples are taken as they are.
       mesh: the devices, see `sharding`; by default one.
 
     Returns:
@@ -76,27 +79,22 @@ def task_batches(
         others = [[sources[j] for j in tasks if j != i] for i in tasks]
     mesh = mesh or sharding.one_device()
     seeds = itertools.count(10_000 * config.seed)
-    own = [pipeline.shuffled(source, next(seeds)) for source in sources]
-    foreign = [[pipeline.shuffled(s, next(seeds)) for s in group] for group in others]
+    own = [pipeline.shuffled(source, next(seeds), augment) for source in sources]
+    foreign = [
+        [pipeline.shuffled(s, next(seeds), augment) for s in group] for group in others
+    ]
     local_tasks = sharding.local_rows(len(sources), mesh, "task")
-
-    def local(count):
-        parts = sharding.batch_shards(mesh) * config.micro_batches
-        if count % parts:
-            raise ValueError(
-                f"{count} samples of a step cannot be cut into equal parts for "
-                f"{sharding.batch_shards(mesh)} devices and {config.micro_batches} "
-                f"micro-batches; give a multiple of {parts}, or another mesh."
-            )
-        return sharding.local_rows(count, mesh, sharding.BATCH)
 
     def drawn(task, step):
         views, size = len(foreign[task]), config.penalty_batch_size
         return tau_jp.draw(config.penalty, step, views, size, config.seed + task)
 
-    rows = local(config.batch_size)
+    rows = _local_samples(config.batch_size, config, mesh)
     if config.penalty:
-        penalty_rows = [local(len(drawn(task, 0))) for task in range(len(sources))]
+        penalty_rows = [
+            _local_samples(len(drawn(task, 0)), config, mesh)
+            for task in range(len(sources))
+        ]
 
     def penalty_samples(task, step):
         views, tasks = foreign[task], drawn(task, step)
@@ -120,6 +118,55 @@ def task_batches(
     return pipeline.lazy(make_batch, config.steps)
 
 
+def joint_batches(
+    sources: Sequence,
+    config: TrainConfig,
+    *,
+    augment: pipeline.Augment | None = None,
+    mesh: Mesh | None = None,
+) -> Sequence[dict]:
+    """The batches of one run on all tasks at once: multi-task learning.
+
+    Args:
+      sources: the training source of each of T tasks.
+      config: steps and seed; `batch_size` samples of every task make a batch.
+      augment, mesh: as for `task_batches`.
+
+    Returns:
+      `config.steps` dicts of arrays `[1, T * config.batch_size, ...]`; sample i is of
+      task `i mod T`.
+
+    Raises:
+      ValueError: as for `task_batches`.
+    """
+    if not sources:
+        raise ValueError("no task to train on: the list of sources is empty.")
+    mesh = mesh or sharding.one_device()
+    seeds = itertools.count(10_000 * config.seed)
+    views = [pipeline.shuffled(source, next(seeds), augment) for source in sources]
+    rows = _local_samples(len(views) * config.batch_size, config, mesh)
+
+    def make_batch(step):
+        first = step * config.batch_size
+        pairs = (divmod(int(row), len(views)) for row in rows)
+        batch = pipeline.collate([views[task][first + i] for i, task in pairs])
+        return {name: field[None] for name, field in batch.items()}
+
+    return pipeline.lazy(make_batch, config.steps)
+
+
+def _local_samples(count, config, mesh):
+    """Which samples of a step this process reads."""
+    parts = sharding.batch_shards(mesh) * config.micro_batches
+    if count % parts:
+        raise ValueError(
+            f"{count} samples of a step cannot be cut into equal parts for "
+            f"{sharding.batch_shards(mesh)} devices and {config.micro_batches} "
+            f"micro-batches; give a multiple of {parts}, or another mesh."
+        )
+    return sharding.local_rows(count, mesh, sharding.BATCH)
+
+
 def fine_tune(
     apply_fn: tangent.ApplyFn,
     params_0: tree.Tree,
@@ -136,6 +183,10 @@ def fine_tune(
     checkpoints: Path | None = None,
     save_every: int = 200,
     keep: int = 2,
+    start: Sequence[tree.Tree] | None = None,
+    observe: Callable[[int, list[tree.Tree]], None] | None = None,
+    observe_every: int = 100,
+    workers: int = 0,
 ) -> list[tree.Tree]:
     """Trains one task vector for each task.
 
@@ -163,6 +214,13 @@ def fine_tune(
         nothing is saved.
       save_every: steps from one checkpoint to the next. There is one at the end too.
       keep: how many checkpoints, the last ones, are kept.
+      start: a task vector of every task to start from, with a fresh optimizer; by
+        default zero.
+      observe: is called with the number of steps done and the task vectors after
+        every `observe_every` steps. A run that goes on from a checkpoint may do so
+        for the steps since it once more.
+      workers: how many processes make the batches; 0 for threads, see
+        `data.pipeline.prefetch`.
 
     Returns:
       T task vectors in float32, with the leaves that `config.trained` matches.
@@ -184,7 +242,7 @@ def fine_tune(
     mesh = mesh or sharding.one_device()
     params_0 = sharding.shard(params_0, mesh)  # once, not with every step
     constants = sharding.put(constants, NamedSharding(mesh, P("task")))
-    state = init_state(params_0, config, len(names), mesh)
+    state = init_state(params_0, config, len(names), mesh, start)
     objective_fn = objective(apply_fn, loss_fn, config, inputs, penalty_mask, mesh)
     step = make_step(objective_fn, config, mesh)
     leaves = list(tree.flatten(state[0]))
@@ -195,6 +253,8 @@ def fine_tune(
             signalled = stack.enter_context(interrupts.noted())
             identity = _identity(config, names, params_0, constants)
             identity |= {"inputs": list(inputs), "penalty_mask": penalty_mask}
+            if start is not None:
+                identity["start"] = fingerprint.combined(list(start))
             saved = stack.enter_context(
                 checkpoint.Checkpoints(checkpoints, identity, keep=keep)
             )
@@ -221,7 +281,7 @@ def fine_tune(
             _check_finite(metrics, norms, number, names, leaves)
             metrics["gradient_norm"] = np.linalg.norm(norms, axis=1)
             samples = (number + 1 - first) * config.batch_size * len(names)
-            rate = samples / (time.time() - start)
+            rate = samples / (time.time() - since)
             loss = f"{np.mean(metrics['loss']):.3f}"
             bar.set_postfix(loss=loss, samples_s=int(rate), refresh=False)
             bar.update()
@@ -234,13 +294,16 @@ def fine_tune(
                 line[name] = dict(zip(names, values.tolist(), strict=True))
             file.write(json.dumps(line) + "\n")
 
-        start, pending = time.time(), None
-        for number, batch in enumerate(pipeline.prefetch(batches, first), first):
+        since, pending = time.time(), None
+        made = pipeline.prefetch(batches, first, workers)
+        for number, batch in enumerate(made, first):
             batch = sharding.from_local_rows(batch, mesh)
             state, metrics = step(state, params_0, batch, constants)
             if pending:  # read the step before while the device computes this one
                 record(*pending)
             pending, done = (number, metrics), number + 1
+            if observe and done % observe_every == 0:
+                observe(done, _one_by_one(state[0], mesh))
             came = signalled()
             if saved and (came or done % save_every == 0 or done == config.steps):
                 record(*pending)  # what is not finite is not saved

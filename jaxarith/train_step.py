@@ -172,17 +172,31 @@ def _micro_batches(batch, count, mesh):
 
 
 def init_state(
-    params_0: tree.Tree, config: TrainConfig, tasks: int, mesh: Mesh | None = None
+    params_0: tree.Tree,
+    config: TrainConfig,
+    tasks: int,
+    mesh: Mesh | None = None,
+    start: Sequence[tree.Tree] | None = None,
 ):
-    """Zero task vectors and fresh optimizer states, with a leading task axis."""
+    """Task vectors, by default zero, and fresh optimizer states, by task.
+
+    Raises:
+      ValueError: `start` is not one task vector for each task, of the trained leaves.
+    """
     mesh = mesh or sharding.one_device()
     trained = tree.select(tree.floating(params_0), config.trained)
+    if start is not None and len(start) != tasks:
+        raise ValueError(f"{len(start)} task vectors to start from for {tasks} tasks.")
+    for tau in start or ():
+        tree.check_part(tau, trained, "task vector to start from", "trained part")
+        tree.check_part(trained, tau, "trained part", "task vector to start from")
 
-    def init():
-        taus = jax.tree.map(
-            lambda leaf: jnp.zeros((tasks, *jnp.shape(leaf)), jnp.float32), trained
-        )
+    def init(start):
+        if start is None:
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained)
+            start = [zeros] * tasks
+        taus = jax.tree.map(lambda *x: jnp.stack(x).astype(jnp.float32), *start)
         return taus, jax.vmap(optimizer(config).init)(taus)
 
-    places = sharding.shardings(jax.eval_shape(init), mesh, tasks=True)
-    return jax.jit(init, out_shardings=places)()
+    places = sharding.shardings(jax.eval_shape(init, start), mesh, tasks=True)
+    return jax.jit(init, out_shardings=places)(start)

@@ -3,6 +3,20 @@
 And the fixtures that many files share.
 """
 
+import os
+import shutil
+import tempfile
+
+# One cache for all that compiles in one run of the suite, in workers and in the
+# processes that tests start: they inherit the variable of the first process.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _OWN_CACHE = tempfile.mkdtemp(prefix="jaxarith_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _OWN_CACHE
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+else:
+    _OWN_CACHE = None
+
 import hypothesis
 import jax
 import pytest
@@ -18,6 +32,11 @@ hypothesis.settings.load_profile("claims")
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error:::(jaxarith|test_|oracles)")
+
+
+def pytest_unconfigure(config):
+    if _OWN_CACHE is not None:
+        shutil.rmtree(_OWN_CACHE, ignore_errors=True)
 
 
 @pytest.fixture

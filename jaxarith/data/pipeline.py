@@ -4,24 +4,30 @@ A source is anything with `__len__` and `__getitem__` that yields a dict: a TFDS
 source, a Hugging Face dataset, a list. A batch is a dict of stacked arrays.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
+from absl import flags
+
+# From a sample and a random generator to what the model trains on.
+Augment = Callable[[dict, np.random.Generator], dict]
 
 
-def shuffled(source, seed: int):
+def shuffled(source, seed: int, augment: Augment | None = None):
     """An endless shuffled view: `view[i]` for any i, in a new order every epoch.
 
-    Position i holds the same sample however it is reached, so a batch is a function of
-    its step and a run resumes anywhere.
+    Position i holds the same sample however it is reached, augmented with the same
+    random numbers, so a batch is a function of its step and a run resumes anywhere.
 
     Raises:
       ValueError: the source is empty.
     """
     if not len(source):
         raise ValueError("cannot draw training samples from an empty source.")
-    return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    view = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    return view if augment is None else view.random_map(augment)
 
 
 def lazy(make: Callable[[int], dict], count: int) -> Sequence[dict]:
@@ -29,11 +35,48 @@ def lazy(make: Callable[[int], dict], count: int) -> Sequence[dict]:
     return grain.MapDataset.range(count).map(make)
 
 
-def prefetch(batches: Sequence[dict], start: int = 0) -> Iterator[dict]:
-    """`batches[start], batches[start + 1], …`, made ahead in background threads."""
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+def prefetch(
+    batches: Sequence[dict], start: int = 0, workers: int = 0
+) -> Iterator[dict]:
+    """`batches[start], batches[start + 1], …`, made ahead in the background.
+
+    Args:
+      batches: a sequence that makes them when it is asked; to pass it to workers,
+        everything that it reads must pickle.
+      start: the first.
+      workers: how many processes make them; with 0, threads of this one, which is
+        enough where no images have to be decoded.
+    """
     rest = grain.MapDataset.range(start, len(batches)).map(batches.__getitem__)
-    return iter(rest.to_iter_dataset(options))
+    if not workers:
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        return iter(rest.to_iter_dataset(options))
+    if not flags.FLAGS.is_parsed():  # grain asks them how to start a worker
+        flags.FLAGS.mark_as_parsed()
+    # A worker makes one batch at a time: processes and not threads share the work.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    shared = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    return iter(rest.to_iter_dataset(options).mp_prefetch(shared))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Batches that every pass makes anew, ahead of their use: no pass holds them all.
+
+    Attributes:
+      batches: a sequence that makes them when it is asked, such as
+        `evaluation_stream` has.
+      workers: as for `prefetch`.
+    """
+
+    batches: Sequence[dict]
+    workers: int = 0
+
+    def __iter__(self) -> Iterator[dict]:
+        return prefetch(self.batches, workers=self.workers)
+
+    def __len__(self) -> int:
+        return len(self.batches)
 
 
 def collate(records: Sequence[dict]) -> dict[str, np.ndarray]:
@@ -50,15 +93,37 @@ def evaluation_batches(source, batch_size: int) -> list[dict[str, np.ndarray]]:
     Raises:
       ValueError: the source is empty.
     """
+    return list(_evaluation_batches(source, batch_size))
+
+
+def evaluation_stream(
+    source, batch_size: int, *, preprocess: Callable[[dict], dict], workers: int = 0
+) -> Stream:
+    """The batches of `evaluation_batches`, for sources that memory cannot hold.
+
+    Args:
+      source: of raw samples.
+      batch_size: B.
+      preprocess: from a raw sample to what is evaluated.
+      workers: as for `prefetch`.
+
+    Raises:
+      ValueError: the source is empty.
+    """
+    samples = grain.MapDataset.source(source).map(preprocess)
+    return Stream(_evaluation_batches(samples, batch_size), workers)
+
+
+def _evaluation_batches(source, batch_size):
     if not len(source):
         raise ValueError("cannot evaluate on an empty source.")
-    batches = []
-    for start in range(0, len(source), batch_size):
-        records = [
-            source[i] for i in range(start, min(start + batch_size, len(source)))
-        ]
-        padding = batch_size - len(records)
-        batch = collate(records + records[-1:] * padding)
+    count = len(source)
+
+    def make(number):
+        start = number * batch_size
+        records = [source[i] for i in range(start, min(start + batch_size, count))]
+        batch = collate(records + records[-1:] * (batch_size - len(records)))
         batch["mask"] = np.arange(batch_size) < len(records)
-        batches.append(batch)
-    return batches
+        return batch
+
+    return lazy(make, -(-count // batch_size))

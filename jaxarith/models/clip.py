@@ -308,6 +308,7 @@ class TextTower(nn.Module):
         return Dense(dim, use_bias=False, name="text_projection")(pooled)
 
 
+@functools.cache  # the same function again keeps what is compiled of it
 def image_encoder(config: CLIPConfig, *, remat: bool = False):
     """`apply_fn(params, images[B, H, W, 3]) -> features[B, projection_dim]`.
 

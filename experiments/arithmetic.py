@@ -1,0 +1,249 @@
+"""Task addition and negation as the vision papers measure them.
+
+Coefficients are chosen on validation data and results are those on test data, as in
+Ortiz-Jimenez et al. (2023) and Yoshida et al. (2025, App. B.2).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from experiments import vision
+from jaxarith import evaluate, metrics, task_vectors, tau_jp, tree
+
+COEFS = np.linspace(0, 1, 21)
+NEGATION_COEFS = np.linspace(0, 3, 31)
+
+
+class Addition(NamedTuple):
+    """Accuracies on every task, `[T]`, on test data.
+
+    Attributes:
+      zero_shot: of the pre-trained model.
+      single: of the model of the task's own vector.
+      at_one: of all vectors added, at coefficient 1.
+      searched: at the coefficient that was found on validation data.
+      search: that search.
+    """
+
+    zero_shot: np.ndarray
+    single: np.ndarray
+    at_one: np.ndarray
+    searched: np.ndarray
+    search: evaluate.Search
+
+    def row(self, searched: bool) -> dict[str, float]:
+        """Mean absolute and normalised accuracy in percent."""
+        found = self.searched if searched else self.at_one
+        return {"abs": vision.means(found), "norm": normalized(found, self.single)}
+
+
+def normalized(found: Sequence[float], single: Sequence[float]) -> float | None:
+    """Mean normalised accuracy in percent; none where a single accuracy is zero."""
+    return 100 * metrics.normalized_accuracy(found, single) if all(single) else None
+
+
+def coefs_of(options, coefs: np.ndarray) -> np.ndarray:
+    """The candidates; of a smoke run a few of them."""
+    return coefs[:: len(coefs) // 2] if options.smoke else coefs
+
+
+def outputs(
+    setup: vision.Setup,
+    taus: Sequence[tree.Tree],
+    dataset: vision.Dataset,
+    linearized: bool,
+) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
+    """Features `[N, D]` at each of n sets of coefficients `[n, T]`.
+
+    The tangent-space model passes over the images once in all, the network once per
+    call, for all its coefficients.
+    """
+    model = (setup.apply_fn, setup.params_0, taus, dataset.batches)
+    if linearized:
+        at = evaluate.tangent(*model, mesh=setup.mesh)
+        return lambda coefs: [at(c) for c in coefs]
+    return lambda coefs: evaluate.sweep(*model, coefs, mesh=setup.mesh)
+
+
+def accuracies(setup, taus, dataset, linearized, coefs) -> np.ndarray:
+    """Accuracy on a dataset at each of n sets of coefficients `[n, T]`."""
+    at = outputs(setup, taus, dataset, linearized)
+    return np.array([dataset.accuracy(found) for found in at(np.asarray(coefs))])
+
+
+def addition(
+    setup: vision.Setup,
+    taus: Sequence[tree.Tree],
+    *,
+    linearized: bool,
+    merged: tree.Tree | None = None,
+) -> Addition:
+    """Adds task vectors; searches their one coefficient in 0, 0.05, …, 1.
+
+    Args:
+      setup: the model and the tasks.
+      taus: a vector of every task.
+      linearized: whether they belong to the tangent-space model.
+      merged: what a merge has made of them, to be added in place of their sum.
+    """
+    total = task_vectors.add(taus) if merged is None else merged
+    coefs = coefs_of(setup.options, COEFS)
+
+    def at(split, rows):  # `rows` are coefficients of the sum and of the task's own
+        progress = tqdm(setup.tasks, desc=f"addition, {split}", unit="task")
+        found = [
+            accuracies(setup, [total, tau], getattr(task, split), linearized, rows)
+            for task, tau in zip(progress, taus, strict=True)
+        ]
+        return np.array(found).T
+
+    *curve, single = at("validation", [*((c, 0) for c in coefs), (0, 1)])
+    search = evaluate.search(
+        lambda c: curve[int(np.flatnonzero(coefs == c)[0])],
+        # A task that its own vector does not learn at all is compared as it is.
+        single if all(single) else np.ones(len(single)),
+        coefs,
+    )
+    rows = [(0, 0), (0, 1), (1, 0), (search.coef, 0)]
+    return Addition(*at("test", rows), search)
+
+
+class Negation(NamedTuple):
+    """Mean accuracies in percent on the tasks that are forgotten and on the control.
+
+    Attributes:
+      pretrained: `(target, control)` of the pre-trained model.
+      at_one: of the model with a vector subtracted, the mean over the vectors.
+      searched: at the coefficients that were found on validation data.
+      kept: whether the control accuracy is above its limit, `(at_one, searched)`.
+      coefs: the coefficient of every task.
+    """
+
+    pretrained: tuple[float, float]
+    at_one: tuple[float, float]
+    searched: tuple[float, float]
+    kept: tuple[bool, bool]
+    coefs: list[float]
+
+
+def negation(
+    setup: vision.Setup,
+    taus: Sequence[tree.Tree],
+    *,
+    linearized: bool,
+    allowed: float = 0.95,
+) -> Negation:
+    """Subtracts each vector alone; searches its coefficient in 0, 0.1, …, 3.
+
+    The coefficient is that with the lowest accuracy on the task among those that keep
+    95 % of the control accuracy, both on validation data. S0 B.2.
+    """
+    coefs = coefs_of(setup.options, NEGATION_COEFS)
+    chosen, found = [], []
+    progress = tqdm(setup.tasks, desc="negation", unit="task")
+    for task, tau in zip(progress, taus, strict=True):
+
+        def at(dataset, coefs, tau=tau):
+            negated = -np.asarray(coefs, float)[:, None]
+            return accuracies(setup, [tau], dataset, linearized, negated)
+
+        target = dict(zip(coefs, at(task.validation, coefs), strict=True))
+        control = dict(zip(coefs, at(setup.control.validation, coefs), strict=True))
+        search = evaluate.search_negation(
+            control.__getitem__,
+            lambda accuracy, limit=allowed * control[0.0]: accuracy >= limit,
+            coefs,
+            target_at=target.__getitem__,
+        )
+        chosen.append(search.coef)
+        three = [0.0, 1.0, search.coef]
+        found.append([at(task.test, three), at(setup.control.test, three)])
+    means = 100 * np.mean(found, axis=0)  # [target and control, three coefficients]
+    pairs = [tuple(map(float, pair)) for pair in means.T]
+    kept = tuple(pair[1] >= allowed * pairs[0][1] for pair in pairs[1:])
+    return Negation(*pairs, kept, chosen)
+
+
+def tau_jp_matrix(setup: vision.Setup, taus, power: int = 1) -> np.ndarray:
+    """τJp of every vector (rows) on the test data of every task, `[T, T]`."""
+    datasets = [
+        (((batch["image"],), batch["mask"]) for batch in task.test.batches)
+        for task in setup.tasks
+    ]
+    return tau_jp.matrix(
+        setup.apply_fn, setup.params_0, taus, datasets, power=power, mesh=setup.mesh
+    )
+
+
+def pairs(count: int) -> list[tuple[int, int]]:
+    """All pairs of so many tasks.
+
+    Example:
+      >>> pairs(3)
+      [(0, 1), (0, 2), (1, 2)]
+    """
+    return [(i, j) for i in range(count) for j in range(i + 1, count)]
+
+
+def pair_values(matrix: np.ndarray) -> list[float]:
+    """Of every pair, the mean of a matrix's two entries (Eq. 9 for τJp)."""
+    return [float(matrix[i, j] + matrix[j, i]) / 2 for i, j in pairs(len(matrix))]
+
+
+def pair_setup(setup: vision.Setup, pair: tuple[int, int]) -> vision.Setup:
+    """The same model with two of the tasks."""
+    return setup._replace(tasks=[setup.tasks[i] for i in pair])
+
+
+def disentanglement_error(
+    setup: vision.Setup,
+    taus: Sequence[tree.Tree],
+    *,
+    linearized: bool,
+    coefs: np.ndarray,
+    samples: int = 2048,
+    distance: Callable | None = None,
+) -> np.ndarray:
+    """ξ of the two tasks of `setup` on test data, `[n, n]`.
+
+    Args:
+      setup: with two tasks, see `pair_setup`.
+      taus: their vectors.
+      linearized: whether they belong to the tangent-space model.
+      coefs: the n values of both coefficients.
+      samples: how many test samples of each task are drawn, with a fixed seed.
+      distance: `distance(dataset, features_1, features_2)`, the mean over samples; by
+        default the share of samples whose predicted labels differ.
+    """
+    distance = distance or labels_differ
+    grid = [(a, b) for a in coefs for b in coefs]
+    alone = [[(a, 0) for a in coefs], [(0, b) for b in coefs]]
+    total = 0
+    for axis, task in enumerate(setup.tasks):
+        dataset = vision.drawn(setup, task.test, samples)
+        at = outputs(setup, taus, dataset, linearized)
+        shape = (len(coefs), len(coefs))
+        both, own = at(np.array(grid)), at(np.array(alone[axis]))
+        index = np.indices(shape)[axis].ravel()
+        found = [distance(dataset, own[i], f) for i, f in zip(index, both, strict=True)]
+        total = total + np.reshape(found, shape)
+    return total
+
+
+def labels_differ(dataset: vision.Dataset, first, second) -> float:
+    """Of classification, S0 Eq. 2: the share of predicted labels that differ."""
+    return float(np.mean(dataset.predict(first) != dataset.predict(second)))
+
+
+def symmetric_kl(dataset: vision.Dataset, first, second) -> float:
+    """Of representations, S1 section 4: the symmetric KL divergence of their softmax.
+
+    Half the sum of both directions, the mean over samples.
+    """
+    del dataset
+    p, q = (jax.nn.log_softmax(np.asarray(x), axis=-1) for x in (first, second))
+    return float(0.5 * np.mean(np.sum((np.exp(p) - np.exp(q)) * (p - q), axis=-1)))

@@ -1,0 +1,87 @@
+"""A bank of task vectors, which all scripts share: what one has trained, others take.
+
+    BANK/<model>/<method>/<task>.safetensors    the task vector
+    BANK/<model>/<method>/<task>.json           its configuration and its metrics
+
+A vector is taken only where its configuration is the one that is asked for.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxarith import hub, manifest, report, tree
+
+
+def vector_file(bank: Path, model: str, method: str, task: str) -> Path:
+    """Where a task vector is; of a model that is a folder, its last part counts.
+
+    Example:
+      >>> vector_file(Path("bank"), "openai/clip-vit-base-patch32", "linear", "dtd")
+      PosixPath('bank/openai--clip-vit-base-patch32/linear/dtd.safetensors')
+    """
+    path = Path(model)
+    name = path.name if path.is_dir() else model.replace("/", "--")
+    return Path(bank) / name / method / f"{task}.safetensors"
+
+
+def read(file: Path, configuration: dict[str, Any]) -> tree.Tree | None:
+    """A task vector from the bank; None if it is not there.
+
+    Args:
+      file: from `vector_file`.
+      configuration: what the vector must have been trained with, as plain data.
+
+    Raises:
+      ValueError: the vector was trained with another configuration.
+    """
+    if not file.exists():
+        return None
+    there = record(file)["configuration"]
+    different = manifest.differences(there, _plain(configuration))
+    if different:
+        lines = "\n  ".join(different)
+        raise ValueError(
+            f"{file} was trained with another configuration:\n  {lines}\nName another "
+            "--bank, or remove the file to train it again."
+        )
+    return hub.load_tree(file)[0]
+
+
+def write(file: Path, tau: tree.Tree, configuration: dict, metrics: dict):
+    """Adds a task vector with what it was trained with and what was measured."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # First what describes the vector: a vector that is there is complete.
+    report.write_json(
+        file.with_suffix(".json"),
+        {"configuration": _plain(configuration), "metrics": metrics},
+    )
+    hub.save_tree(file, tau, {"task": file.stem, "method": file.parent.name})
+
+
+def add_metrics(file: Path, metrics: dict):
+    """Adds what was measured of a vector that is in the bank."""
+    content = record(file)
+    content["metrics"] |= metrics
+    report.write_json(file.with_suffix(".json"), content)
+
+
+def record(file: Path) -> dict:
+    """The configuration and the metrics of a vector that is in the bank.
+
+    Raises:
+      ValueError: the file that holds them is missing or damaged.
+    """
+    described = file.with_suffix(".json")
+    try:
+        content = json.loads(described.read_text(encoding="utf-8"))
+        return {name: content[name] for name in ("configuration", "metrics")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is in the bank, and {described.name}, which says what it is, "
+            f"cannot be read: {error!r}. Remove both to train it again."
+        ) from error
+
+
+def _plain(configuration):
+    return json.loads(json.dumps(configuration))

@@ -1,0 +1,129 @@
+"""Fine-tunes a CLIP on a task and adds the task vector to the bank.
+
+    python -m experiments.finetune --model openai/clip-vit-base-patch32 --task dtd \\
+        --method linear --data-dir DATA
+    python -m experiments.finetune --task svhn --method tau_jp_continued \\
+        --start bank/openai--clip-vit-base-patch32/linear/svhn.safetensors \\
+        --others eurosat --steps 1000
+    python -m experiments.finetune --task mnist --method nonlinear --smoke
+
+The methods:
+
+    nonlinear              all parameters of the image encoder. Its vectors, evaluated
+                           in the tangent space, are post-hoc linearisation
+    linear                 the tangent-space model (Ortiz-Jimenez et al. 2023)
+    tau_jp_cyclic, _strict, _mixed
+                           linear, with the τJp penalty on images of the other tasks
+                           (Yoshida et al. 2025, Eq. 11 and Eq. 10; mixed is ours)
+    tau_jp_incremental     cyclic, on the tasks that come before in --tasks
+    tau_jp_continued       cyclic, from an existing vector, --start
+    linear_layers_1 … _4   only the linear layers of the blocks (Jin et al. 2025): the
+                           weights of attention, with biases, with those of the MLP, all
+    gradient_ascent        nonlinear, away from the optimum (Ilharco et al. 2023)
+    multi_task             one vector of all --tasks, trained together
+    random                 Gaussian, with the norms of the nonlinear vector
+
+It prints the accuracies of the pre-trained and of the fine-tuned model on validation
+and test data, which go into the bank beside the configuration.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import jax
+import tyro
+
+from experiments import arithmetic, bank, methods, runs, vision
+from jaxarith import hub, report
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(vision.Options):
+    """Fine-tune a CLIP on a task."""
+
+    out: Path = Path("runs/finetune")
+    """Folder for checkpoints and logs of the training; the vector goes to --bank."""
+    model: str = vision.B32
+    """A CLIP: a folder, or an id of the Hugging Face Hub."""
+    task: str
+    """What is trained on; multi_task trains on all --tasks."""
+    method: Literal[methods.Method, "tau_jp_continued"]
+    """How; see the top of this page."""
+    others: tuple[str, ...] | None = None
+    """The tasks that tau_jp_continued keeps as they were; by default the other --tasks
+    and the control."""
+    start: Path | None = None
+    """The task vector that tau_jp_continued starts from."""
+
+
+def main(config: Config) -> dict:
+    """Fine-tunes; returns the accuracies."""
+    if (config.start is None) == (config.method == "tau_jp_continued"):
+        raise ValueError("--start and --method tau_jp_continued need each other.")
+    config = vision.smoke(config)
+    runs.start(config)
+    setup = vision.load(config, config.model, control=uses_others(config))
+    task = chosen(setup, config.task)
+    alone = setup._replace(tasks=[task])
+    if config.method == "tau_jp_continued":
+        if config.others is None:
+            others = methods.others_of(setup, config.method, task)
+        else:
+            others = [chosen(setup, name) for name in config.others]
+        recipe = methods.recipe_of(setup, config.method, task)
+        start = [hub.load_tree(config.start)[0]]
+        [tau] = methods.trained(
+            setup, config.method, [task], [recipe], [others], start=start
+        )
+    elif config.method == "multi_task":
+        [tau] = methods.vectors(setup, config.method)
+    elif config.method.startswith("tau_jp"):
+        [tau] = methods.of_tasks(setup, config.method, [task])
+    else:
+        [tau] = methods.vectors(alone, config.method)
+    linearized = methods.is_linearized(config.method)
+    accuracies = {
+        f"{task.name}, {split}": dict(
+            zip(
+                ("pre-trained", "fine-tuned"),
+                arithmetic.accuracies(
+                    setup, [tau], getattr(task, split), linearized, [[0.0], [1.0]]
+                ).tolist(),
+                strict=True,
+            )
+        )
+        for task in (setup.tasks if config.method == "multi_task" else [task])
+        for split in ("validation", "test")
+    }
+    name = "joint" if config.method == "multi_task" else task.name
+    file = methods.file_of(setup, config.method, name)
+    if runs.is_first():
+        if config.method == "random":
+            bank.write(file, tau, {"seed": config.seed, "like": "nonlinear"}, {})
+        bank.add_metrics(file, {"accuracy": accuracies})
+        rows = [[where, *found.values()] for where, found in accuracies.items()]
+        header = ["accuracy", "pre-trained", "fine-tuned"]
+        print(f"\n{report.markdown_table(header, rows)}\n\n{file}")
+    return accuracies
+
+
+def uses_others(config: Config) -> bool:
+    """Whether the method reads the images of other tasks, the control among them."""
+    return config.method.startswith("tau_jp")
+
+
+def chosen(setup: vision.Setup, name: str) -> vision.Task:
+    """A task of the setup by its name."""
+    for task in [*setup.tasks, setup.control]:
+        if task is not None and task.name == name:
+            return task
+    raise ValueError(
+        f"{name!r} is not among --tasks {', '.join(setup.names)} nor the control."
+    )
+
+
+if __name__ == "__main__":
+    # Full float32 on accelerators too: a task vector is a small difference.
+    with jax.default_matmul_precision("float32"):
+        main(tyro.cli(Config))

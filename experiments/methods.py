@@ -1,0 +1,334 @@
+"""The ways to train a task vector that the vision papers compare.
+
+`vectors` takes them from the bank and trains what is missing.
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from experiments import bank, runs, vision
+from jaxarith import (
+    fingerprint,
+    heads,
+    losses,
+    processes,
+    recipe,
+    sharding,
+    task_vectors,
+    train,
+    tree,
+)
+from jaxarith.models import clip
+
+Method = Literal[
+    "nonlinear",
+    "linear",
+    "tau_jp_cyclic",
+    "tau_jp_strict",
+    "tau_jp_mixed",
+    "tau_jp_incremental",
+    "linear_layers_1",
+    "linear_layers_2",
+    "linear_layers_3",
+    "linear_layers_4",
+    "gradient_ascent",
+    "multi_task",
+    "random",
+]
+
+# Jin et al. (2025), section 3: paradigms 1 to 4. "All linear layers in the attention
+# module" is read as the residual block, for otherwise 3 would be 1 and 4 would be 2.
+LINEAR_LAYERS = {
+    "linear_layers_1": clip.ATTENTION_WEIGHTS,
+    "linear_layers_2": r"vision_model/encoder/layers/\d+/self_attn/\w+_proj/.*",
+    "linear_layers_3": clip.BLOCK_LINEAR_WEIGHTS,
+    "linear_layers_4": r"vision_model/encoder/layers/\d+/(self_attn|mlp)/.*",
+}
+
+
+def is_linearized(method: str) -> bool:
+    """Whether the vectors of a method belong to the tangent-space model."""
+    return method == "linear" or method.startswith("tau_jp")
+
+
+def recipe_of(setup: vision.Setup, method: str, task: vision.Task):
+    """How a method trains on a task: a `TrainConfig`."""
+    mode = method.removeprefix("tau_jp_") if method.startswith("tau_jp") else None
+    return dataclasses.replace(
+        vision.recipe_of(setup.options, task),
+        linearized=is_linearized(method),
+        penalty="cyclic" if mode in ("incremental", "continued") else mode,
+        trained=LINEAR_LAYERS.get(method, ".*"),
+    )
+
+
+def others_of(setup: vision.Setup, method: str, task: vision.Task) -> list[vision.Task]:
+    """T_orth: the tasks that the τJp penalty keeps as they were, the control last.
+
+    The incremental variant knows of the tasks that come before.
+    """
+    names = setup.names
+    index = names.index(task.name)
+    before, after = setup.tasks[:index], setup.tasks[index + 1 :]
+    control = [] if setup.control is None else [setup.control]
+    return before + ([] if method == "tau_jp_incremental" else after) + control
+
+
+def vectors(setup: vision.Setup, method: Method) -> list[tree.Tree]:
+    """The task vectors of a method, in the order of the tasks; of multi-task learning
+    one.
+
+    Raises:
+      ValueError: the bank holds a vector of another configuration.
+    """
+    if method == "multi_task":
+        return [joint_vector(setup)]
+    if method == "random":
+        return random_vectors(setup)
+    return of_tasks(setup, method, setup.tasks)
+
+
+def of_tasks(
+    setup: vision.Setup, method: str, tasks: Sequence[vision.Task]
+) -> list[tree.Tree]:
+    """The vectors of some of the tasks."""
+    others = [
+        others_of(setup, method, task) if method.startswith("tau_jp") else []
+        for task in tasks
+    ]
+    recipes = [
+        recipe_of(setup, method, task)
+        if theirs
+        # The first task of an increment without a control has nothing to keep.
+        else dataclasses.replace(recipe_of(setup, method, task), penalty=None)
+        for task, theirs in zip(tasks, others, strict=True)
+    ]
+    return trained(setup, method, tasks, recipes, others)
+
+
+def trained(
+    setup: vision.Setup,
+    method: str,
+    tasks: Sequence[vision.Task],
+    recipes: Sequence[recipe.TrainConfig],
+    others: Sequence[Sequence[vision.Task]],
+    *,
+    start: Sequence[tree.Tree] | None = None,
+    snapshots: int | None = None,
+) -> list[tree.Tree]:
+    """Task vectors from the bank, those that are missing trained and added.
+
+    Args:
+      setup: the model.
+      method: the folder in the bank; "gradient_ascent" negates the loss.
+      tasks: what is trained on.
+      recipes: of every task.
+      others: T_orth of every task.
+      start: vectors to continue from, of every task.
+      snapshots: every so many steps the vectors are also added to the bank, as the
+        method `<method>/step_<number>`.
+    """
+    files = [file_of(setup, method, task.name) for task in tasks]
+    configurations = [
+        configuration(setup, method, [task], config, theirs, start and start[i])
+        for i, (task, config, theirs) in enumerate(
+            zip(tasks, recipes, others, strict=True)
+        )
+    ]
+    found = [
+        bank.read(*pair) if setup.options.resume else None
+        for pair in zip(files, configurations, strict=True)
+    ]
+    missing = [i for i, tau in enumerate(found) if tau is None]
+    for group in groups(missing, recipes, setup.options.tasks_together):
+
+        def snapshot(done, taus, group=group):
+            for i, tau in zip(group, taus, strict=True):
+                name = f"{method}/step_{done:04d}"
+                add(setup, name, tasks[i].name, tau, configurations[i], {"steps": done})
+
+        members = [tasks[i] for i in group]
+        taus, metrics = run(
+            setup,
+            method,
+            [task.name for task in members],
+            train.task_batches(
+                [task.train for task in members],
+                recipes[group[0]],
+                others=[[other.train for other in others[i]] for i in group],
+                augment=setup.augment,
+                mesh=setup.mesh,
+            ),
+            recipes[group[0]],
+            heads.pad([task.test.head for task in members]),
+            start=start and [start[i] for i in group],
+            observe=snapshots and snapshot,
+            observe_every=snapshots or 1,
+        )
+        for i, tau, own in zip(group, taus, metrics, strict=True):
+            found[i] = add(setup, method, tasks[i].name, tau, configurations[i], own)
+    return [sharding.shard(tau, setup.mesh) for tau in found]
+
+
+def groups(missing, recipes, together):
+    """Tasks that can train side by side: those of one recipe."""
+    if not together:
+        return [[i] for i in missing]
+    found: dict = {}
+    for i in missing:
+        found.setdefault(recipes[i], []).append(i)
+    return list(found.values())
+
+
+def joint_vector(setup: vision.Setup) -> tree.Tree:
+    """The vector of multi-task learning: one encoder, all tasks, their own heads.
+
+    A step takes a batch of every task, as the code of Yoshida et al. (2025) does with
+    32 samples four times over. Its learning rate is as good as constant after the
+    warm-up, for its schedule is that of 1000 epochs; so is ours with `--protocol code`.
+    """
+    # The tasks share the recipe of the first, but for the number of steps, which for
+    # all protocols is that of the papers.
+    options = setup.options
+    base = vision.recipe_of(
+        dataclasses.replace(options, protocol="paper"), setup.tasks[0]
+    )
+    config = dataclasses.replace(
+        base, decay="constant" if options.protocol == "code" else "cosine"
+    )
+    file = file_of(setup, "multi_task", "joint")
+    identity = configuration(setup, "multi_task", setup.tasks, config, [])
+    found = bank.read(file, identity) if options.resume else None
+    if found is None:
+        padded = heads.pad([task.test.head for task in setup.tasks])
+        [tau], [metrics] = run(
+            setup,
+            "multi_task",
+            ["joint"],
+            train.joint_batches(
+                [task.train for task in setup.tasks],
+                config,
+                augment=setup.augment,
+                mesh=setup.mesh,
+            ),
+            config,
+            {name: leaf[None] for name, leaf in padded.items()},
+        )
+        found = add(setup, "multi_task", "joint", tau, identity, metrics)
+    return sharding.shard(found, setup.mesh)
+
+
+def random_vectors(setup: vision.Setup) -> list[tree.Tree]:
+    """Gaussian directions with the norms of the ordinary vectors in every leaf."""
+    key = jax.random.key(setup.options.seed)
+    return [
+        task_vectors.random_like(
+            jax.random.fold_in(key, zlib.crc32(task.name.encode())), tau
+        )
+        for task, tau in zip(setup.tasks, vectors(setup, "nonlinear"), strict=True)
+    ]
+
+
+def run(
+    setup,
+    method,
+    names,
+    batches,
+    config,
+    constants,
+    start=None,
+    observe=None,
+    observe_every=1,
+):
+    """Trains; returns vectors on the host, and plain metrics of every name."""
+    folder = runs.checkpoints(setup.options) / bank.vector_file(
+        setup.options.bank, setup.model, method, "-".join(names)
+    ).relative_to(setup.options.bank).with_suffix("")
+    log = setup.options.out / f"train_{folder.parent.parent.name}_{method}.jsonl"
+    tqdm.write(f"{setup.model}, {method}: {', '.join(names)}", file=sys.stderr)
+    taus = train.fine_tune(
+        setup.apply_fn,
+        setup.params_0,
+        LOSSES.get(method, loss),
+        batches,
+        config,
+        names=names,
+        constants=constants,
+        log=log,
+        mesh=setup.mesh,
+        checkpoints=folder if setup.options.save_every else None,
+        save_every=setup.options.save_every,
+        workers=setup.options.workers,
+        start=start,
+        observe=observe,
+        observe_every=observe_every,
+    )
+    last = json.loads(log.read_text().splitlines()[-1])
+    metrics = [
+        {name: last[name][task] for name in ("loss", "penalty") if name in last}
+        for task in names
+    ]
+    processes.on_first(lambda: shutil.rmtree(folder, ignore_errors=True))
+    return sharding.to_host(taus), metrics
+
+
+def loss(features, batch, constants) -> jax.Array:
+    """Cross-entropy below the frozen head."""
+    scores = heads.logits(constants["head"], features, constants["valid"])
+    return losses.cross_entropy(scores, batch["label"])
+
+
+def ascent(features, batch, constants) -> jax.Array:
+    """Ilharco et al. (2023), App. B.2: the same training, away from the optimum."""
+    return -loss(features, batch, constants)
+
+
+def joint(features, batch, constants) -> jax.Array:
+    """The mean over the tasks; sample i is of task i mod T."""
+    count = len(constants["head"])
+
+    def by_task(leaf):  # [B·T, ...] -> [T, B, ...]
+        return jnp.swapaxes(leaf.reshape(-1, count, *leaf.shape[1:]), 0, 1)
+
+    own = {"label": by_task(batch["label"])}
+    return jax.vmap(loss)(by_task(features), own, constants).mean()
+
+
+LOSSES: dict[str, Callable] = {"gradient_ascent": ascent, "multi_task": joint}
+
+
+def configuration(setup, method, tasks, config, others, start=None) -> dict:
+    """What a vector depends on, as plain data."""
+    options = dataclasses.asdict(config)
+    # How a step is computed, not what.
+    del options["tasks_at_once"], options["micro_batches"]
+    return {
+        "method": method,
+        "recipe": options,
+        "tasks": {task.name: len(task.train) for task in tasks},
+        "others": {task.name: len(task.train) for task in others},
+        "heads": [fingerprint.combined(np.asarray(task.test.head)) for task in tasks],
+        "params_0": setup.identity,
+        **({} if start is None else {"start": fingerprint.combined(start)}),
+    }
+
+
+def file_of(setup, method, task):
+    return bank.vector_file(setup.options.bank, setup.model, method, task)
+
+
+def add(setup, method, task, tau, identity, metrics):
+    tau = sharding.to_host(tau)
+    file = file_of(setup, method, task)
+    processes.on_first(lambda: bank.write(file, tau, identity, metrics))
+    return tau

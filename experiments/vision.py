@@ -1,0 +1,365 @@
+"""What the scripts of the vision papers share: options, tasks, and a loaded CLIP.
+
+The tasks are those of `jaxarith.data.vision`, with the splits and prompts of the
+papers, or plain image folders. A smoke run takes the tiny CLIP and three tasks of the
+quickstart.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from experiments import bank, quickstart_tasks, runs
+from jaxarith import fingerprint, heads, hub, metrics, processes, recipe, sharding, tree
+from jaxarith.data import images, pipeline, vision
+from jaxarith.models import clip
+
+B32 = "openai/clip-vit-base-patch32"
+B16 = "openai/clip-vit-base-patch16"
+L14 = "openai/clip-vit-large-patch14"
+TITLES = {B32: "ViT-B-32", B16: "ViT-B-16", L14: "ViT-L-14"}
+MODELS = tuple(TITLES)
+# Of a smoke run; the last is its control task.
+SMOKE = ("mnist", "mnist_rotated", "uci_digits", "inverted_digits")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(runs.Options):
+    """The options that all scripts on CLIP have."""
+
+    bank: Path = Path("bank")
+    """Folder of task vectors, which all scripts share: what is there is not trained
+    again."""
+    tasks: tuple[str, ...] = vision.EIGHT
+    """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
+    FOLDER/<split>/<class>/."""
+    control: str = "imagenet"
+    """The control task; it is among those that the τJp penalty keeps as they were."""
+    data_dir: Path | None = None
+    """Folder of prepared TFDS data sets and of plain image folders."""
+    source: Literal["tfds", "hub", "folder"] | None = None
+    """Where the tasks come from; the first that is found by default."""
+    protocol: Literal["paper", "code"] = "paper"
+    """The recipe as the papers print it (2000 steps, squared τJp) or as their public
+    code has it (epochs, longer warm-up, τJp not squared)."""
+    steps: int | None = None
+    """Optimizer steps; those of the protocol by default."""
+    batch_size: int = 128
+    learning_rate: float = 1e-5
+    penalty_coef: float = 0.1
+    """Weight λ of the τJp penalty."""
+    penalty_power: Literal[1, 2] | None = None
+    """Of the τJp norm; that of the protocol by default."""
+    micro_batches: int = 1
+    """Parts of a batch that are computed one after another, where memory is short."""
+    tasks_together: bool = True
+    """Train all tasks of a method side by side; --no-tasks-together needs the memory of
+    one."""
+    samples: int | None = None
+    """The largest number of samples of a split, drawn at random; all by default."""
+    evaluation_batch: int = 128
+    workers: int = 8
+    """Processes that read and augment images; 0 for threads."""
+    seed: int = 0
+    smoke: bool = False
+    """Run the whole script in seconds, with the tiny CLIP, three small tasks and a few
+    steps; what it finds means nothing."""
+
+
+def smoke(options):
+    """The options of a smoke run, if it is one."""
+    if not options.smoke:
+        return options
+    return dataclasses.replace(
+        options,
+        tasks=SMOKE[:-1],
+        control=SMOKE[-1],
+        protocol="paper",
+        steps=3,
+        learning_rate=1e-3,
+        **dict(batch_size=8, samples=32, evaluation_batch=32, workers=0),
+        mesh="data=1",
+    )
+
+
+class Dataset(NamedTuple):
+    """One split of one task: batches, labels, and the frozen head.
+
+    Attributes:
+      source: of raw images.
+      batches: of preprocessed images, made anew in every pass.
+      labels: `i32[N]`.
+      head: `[C, D]`.
+    """
+
+    source: Any
+    batches: pipeline.Stream
+    labels: np.ndarray
+    head: jax.Array
+
+    def predict(self, features) -> np.ndarray:
+        """The predicted labels of features `[N, D]`."""
+        return np.asarray(heads.logits(self.head, features)).argmax(-1)
+
+    def accuracy(self, features) -> float:
+        return metrics.accuracy(heads.logits(self.head, features), self.labels)
+
+
+class Task(NamedTuple):
+    """A task: its name, what the papers call it, training samples and datasets."""
+
+    name: str
+    title: str
+    train: Any
+    validation: Dataset
+    test: Dataset
+
+
+class Setup(NamedTuple):
+    """A CLIP and the tasks.
+
+    Attributes:
+      options: of the script.
+      model: its name in the bank.
+      apply_fn: `apply_fn(params, images) -> features[B, D]`, what is linearised.
+      params_0: of the image encoder.
+      identity: a fingerprint of them.
+      preprocess: of images that are evaluated.
+      augment: of training samples.
+      tasks: the tasks.
+      control: the control task, if the script needs one.
+      mesh: the devices.
+    """
+
+    options: Options
+    model: str
+    apply_fn: Any
+    params_0: dict
+    identity: int
+    preprocess: images.Preprocessing
+    augment: pipeline.Augment
+    tasks: list[Task]
+    control: Task | None
+    mesh: Mesh
+
+    @property
+    def title(self) -> str:
+        """What the papers call the model."""
+        return TITLES.get(self.model, Path(self.model).name)
+
+    @property
+    def names(self) -> list[str]:
+        return [task.name for task in self.tasks]
+
+    @property
+    def titles(self) -> list[str]:
+        return [task.title for task in self.tasks]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some samples of a source."""
+
+    source: Any
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index) -> dict:
+        return self.source[int(self.indices[index])]
+
+    @property
+    def labels(self) -> np.ndarray:
+        return np.asarray(labels(self.source))[self.indices]
+
+
+def labels(source) -> np.ndarray:
+    """The labels of all samples, `i32[N]`; of a list, which has them at hand, too."""
+    found = [r["label"] for r in source] if isinstance(source, list) else source.labels
+    return np.asarray(found, np.int32)
+
+
+def load(options: Options, model: str, *, control: bool = True) -> Setup:
+    """Loads a CLIP and the tasks, and makes or reads the heads.
+
+    Of the output folder nothing is made before all of it is found to be there.
+
+    Args:
+      options: of the script.
+      model: a folder, or an id of the Hugging Face Hub.
+      control: whether the script needs the control task; without it the setup's is
+        None.
+
+    Raises:
+      FileNotFoundError, ValueError: a task or the model is not there, or is not what it
+        should be; the message says how to get it.
+    """
+    mesh = sharding.make_mesh(options.mesh)
+    specs = [*options.tasks, *([options.control] if control else [])]
+    if len(set(specs)) < len(specs):
+        raise ValueError(f"every task, control included, once; got {specs}.")
+    # The tasks first: what is missing there is found before weights are downloaded.
+    found = [image_task(s, options) for s in tqdm(specs, desc="tasks", unit="task")]
+    model = str(clip.TINY_CLIP) if options.smoke else model
+    checkpoint = clip.load(model)
+    preprocess = images.Preprocessing.from_folder(checkpoint.folder)
+    params_0 = tree.select(checkpoint.params, clip.IMAGE_ENCODER)
+    head_files = [bank.vector_file(options.bank, model, "heads", t.name) for t in found]
+    tasks = [
+        prepared(task, head_of(task, checkpoint, file), preprocess, options)
+        for task, file in zip(found, head_files, strict=True)
+    ]
+    runs.claim(options)  # everything is there
+    return Setup(
+        options=options,
+        model=model,
+        apply_fn=clip.image_encoder(checkpoint.config),
+        params_0=sharding.shard(params_0, mesh),
+        identity=fingerprint.combined(params_0),
+        preprocess=preprocess,
+        augment=Augmented(
+            images.Augmentation(preprocess.size, preprocess.mean, preprocess.std)
+        ),
+        tasks=tasks[: len(options.tasks)],
+        control=tasks[-1] if control else None,
+        mesh=mesh,
+    )
+
+
+def setups(
+    options: Options, models: Sequence[str], *, control: bool = True
+) -> Iterator[Setup]:
+    """The setup of each model in turn; of a smoke run the first."""
+    for model in models[:1] if options.smoke else models:
+        yield load(options, model, control=control)
+
+
+def image_task(spec: str, options: Options) -> images.ImageTask:
+    """A task of raw images by its name, or by `NAME=FOLDER`."""
+    name, equals, folder = spec.partition("=")
+    if options.smoke:
+        task = quickstart_tasks.load(name, np.asarray)
+    elif equals:
+        task = vision.load_folder(name, Path(folder))
+    else:
+        task = vision.load(name, options.data_dir, source=options.source)
+    if options.samples is None:
+        return task
+    splits = {
+        split: limited(getattr(task, split), options.samples)
+        for split in ("train", "validation", "test")
+    }
+    return dataclasses.replace(task, **splits)
+
+
+def limited(source, samples: int):
+    """So many samples of a source, drawn at random."""
+    order = np.random.default_rng(0).permutation(len(source))[:samples]
+    return Part(source, np.sort(order))
+
+
+def prepared(task: images.ImageTask, head, preprocess, options) -> Task:
+    """A task that is ready to be trained and evaluated."""
+
+    return Task(
+        task.name,
+        vision.TASKS[task.name].title if task.name in vision.TASKS else task.name,
+        task.train,
+        dataset(task.validation, head, preprocess, options),
+        dataset(task.test, head, preprocess, options),
+    )
+
+
+def dataset(source, head, preprocess, options: Options) -> Dataset:
+    """A split that is ready to be evaluated."""
+    batches = pipeline.evaluation_stream(
+        source,
+        options.evaluation_batch,
+        preprocess=Preprocessed(preprocess),
+        # Starting processes takes longer than to read a few images.
+        workers=options.workers if len(source) > 1000 else 0,
+    )
+    return Dataset(source, batches, labels(source), head)
+
+
+def drawn(setup: Setup, split: Dataset, samples: int) -> Dataset:
+    """So many samples of a split, drawn with a fixed seed."""
+    source = limited(split.source, samples)
+    return dataset(source, split.head, setup.preprocess, setup.options)
+
+
+def head_of(task: images.ImageTask, checkpoint: clip.CLIP, file: Path) -> jax.Array:
+    """The zero-shot head of a task, from the bank if it is there."""
+    prompts = json.dumps([list(task.classes), list(task.templates)])
+    if file.exists():
+        saved, metadata = hub.load_tree(file)
+        if metadata.get("prompts") == prompts:
+            return jax.numpy.asarray(saved["head"])
+    head = clip.zero_shot_head(checkpoint, task.classes, task.templates)
+
+    def save():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        hub.save_tree(file, {"head": np.asarray(head)}, {"prompts": prompts})
+
+    processes.on_first(save)
+    return head
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessed:
+    """A sample as the model is evaluated on; a class, so that it pickles by name."""
+
+    preprocess: images.Preprocessing
+
+    def __call__(self, sample: dict) -> dict:
+        return sample | {"image": self.preprocess(sample["image"])}
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmented:
+    """A sample as the model is trained on."""
+
+    augmentation: images.Augmentation
+
+    def __call__(self, sample: dict, rng: np.random.Generator) -> dict:
+        image = self.augmentation(sample["image"], rng)
+        return {"image": image, "label": np.int32(sample["label"])}
+
+
+def recipe_of(options: Options, task: Task) -> recipe.TrainConfig:
+    """The recipe of the protocol for a task, with what the options change."""
+    config = recipe.paper()
+    if options.protocol == "code":
+        epochs = vision.TASKS[task.name].epochs if task.name in vision.TASKS else None
+        if epochs is None:
+            raise ValueError(
+                f"the code protocol states no epochs for {task.name}; use --protocol "
+                "paper."
+            )
+        config = recipe.code(len(task.train), epochs)
+    steps = options.steps or config.steps
+    return dataclasses.replace(
+        config,
+        steps=steps,
+        warmup_steps=config.warmup_steps * steps // config.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        penalty_coef=options.penalty_coef,
+        penalty_power=options.penalty_power or config.penalty_power,
+        penalty_batch_size=max(options.batch_size // 8, 1),
+        micro_batches=options.micro_batches,
+        seed=options.seed,
+    )
+
+
+def means(values: Sequence[float]) -> float:
+    """The mean in percent, as the papers print it."""
+    return 100 * float(np.mean(values))
