@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments import vision
+from experiments import methods, vision
 from jaxarith import evaluate, metrics, task_vectors, tau_jp, tree
 
 COEFS = np.linspace(0, 1, 21)
@@ -110,6 +110,14 @@ def addition(
     )
     rows = [(0, 0), (0, 1), (1, 0), (search.coef, 0)]
     return Addition(*at("test", rows), search)
+
+
+def joint_accuracies(setup: vision.Setup) -> np.ndarray:
+    """Test accuracies of the model of multi-task learning, `[T]`."""
+    [tau] = methods.vectors(setup, "multi_task")
+    return np.array(
+        [accuracies(setup, [tau], task.test, False, [[1.0]])[0] for task in setup.tasks]
+    )
 
 
 class Negation(NamedTuple):

@@ -25,6 +25,7 @@ from jaxarith import (
     recipe,
     sharding,
     task_vectors,
+    tau_jp,
     train,
     tree,
 )
@@ -37,6 +38,7 @@ Method = Literal[
     "tau_jp_strict",
     "tau_jp_mixed",
     "tau_jp_incremental",
+    "tau_jp_incremental_no_control",
     "linear_layers_1",
     "linear_layers_2",
     "linear_layers_3",
@@ -63,11 +65,14 @@ def is_linearized(method: str) -> bool:
 
 def recipe_of(setup: vision.Setup, method: str, task: vision.Task):
     """How a method trains on a task: a `TrainConfig`."""
-    mode = method.removeprefix("tau_jp_") if method.startswith("tau_jp") else None
+    mode = None
+    if method.startswith("tau_jp"):
+        mode = method.split("/")[0].removeprefix("tau_jp_")
+        mode = mode if mode in tau_jp.MODES else "cyclic"
     return dataclasses.replace(
         vision.recipe_of(setup.options, task),
         linearized=is_linearized(method),
-        penalty="cyclic" if mode in ("incremental", "continued") else mode,
+        penalty=mode,
         trained=LINEAR_LAYERS.get(method, ".*"),
     )
 
@@ -75,13 +80,14 @@ def recipe_of(setup: vision.Setup, method: str, task: vision.Task):
 def others_of(setup: vision.Setup, method: str, task: vision.Task) -> list[vision.Task]:
     """T_orth: the tasks that the τJp penalty keeps as they were, the control last.
 
-    The incremental variant knows of the tasks that come before.
+    The incremental variants know of the tasks that come before.
     """
-    names = setup.names
-    index = names.index(task.name)
+    index = setup.names.index(task.name)
     before, after = setup.tasks[:index], setup.tasks[index + 1 :]
-    control = [] if setup.control is None else [setup.control]
-    return before + ([] if method == "tau_jp_incremental" else after) + control
+    incremental = method.startswith("tau_jp_incremental")
+    known = before + ([] if incremental else after)
+    has_control = setup.control is not None and not method.endswith("no_control")
+    return known + ([setup.control] if has_control else [])
 
 
 def vectors(setup: vision.Setup, method: Method) -> list[tree.Tree]:

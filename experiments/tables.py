@@ -13,6 +13,7 @@ def beside(
     *,
     keys: Sequence[str],
     values: Sequence[str],
+    published_keys: Sequence[str] | None = None,
 ) -> list[dict]:
     """The rows with the published values, `"<value>, published"`, beside ours.
 
@@ -22,6 +23,7 @@ def beside(
         values in the order of `values`; a row without an entry has none.
       keys: the fields that name a row.
       values: the fields that are measured.
+      published_keys: those of the keys that `published` has; by default all.
 
     Raises:
       ValueError: an entry of `published` has another number of values.
@@ -33,8 +35,8 @@ def beside(
     """
     found = []
     for row in rows:
-        key = tuple(row[name] for name in keys)
-        theirs = published.get(key[0] if len(keys) == 1 else key, [None] * len(values))
+        key = tuple(row[name] for name in published_keys or keys)
+        theirs = published.get(key[0] if len(key) == 1 else key, [None] * len(values))
         if len(theirs) != len(values):
             raise ValueError(f"{len(theirs)} published values of {key} for {values}.")
         both = {name: row[name] for name in keys}

@@ -86,6 +86,7 @@ def smoke(options):
         learning_rate=1e-3,
         **dict(batch_size=8, samples=32, evaluation_batch=32, workers=0),
         mesh="data=1",
+        save_every=0,
     )
 
 

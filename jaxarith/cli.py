@@ -1,4 +1,4 @@
-"""The `jaxarith` command: `jaxarith merge` merges checkpoint folders."""
+"""The `jaxarith` command: `jaxarith merge`, and `jaxarith data check`."""
 
 import argparse
 import sys
@@ -18,7 +18,9 @@ _METHODS = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("jaxarith", description="Merges models.")
+    parser = argparse.ArgumentParser(
+        "jaxarith", description="Merges models, and checks data."
+    )
     parser.add_argument("--version", action="version", version=jaxarith.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
@@ -52,7 +54,38 @@ def _parser() -> argparse.ArgumentParser:
             type=int if option == "steps" else float,
             help=f"of {', '.join(methods)}; the method's default where it is not given",
         )
+    _add_data(commands)
     return parser
+
+
+def _add_data(commands):
+    data = commands.add_parser("data", help="the image tasks of the papers")
+    command = data.add_subparsers(dest="action", required=True).add_parser(
+        "check",
+        help="what is there of a task's data, and what prepares what is missing",
+        description=(
+            "Tells where the data of a task was found, compares its sizes and class "
+            "names with the papers', and prints the commands that prepare what is "
+            "missing. Nothing is downloaded. The exit status is 0 if all is well."
+        ),
+    )
+    command.set_defaults(run=_check_data)
+    command.add_argument("name", help='a task, "all", or an image folder of your own')
+    command.add_argument(
+        "--data-dir",
+        help="folder with image folders by name, and of prepared TFDS sets",
+    )
+    command.add_argument("--source", choices=("folder", "tfds", "hub"))
+    command.add_argument(
+        "--images", action="store_true", help="decode every image; takes minutes"
+    )
+
+
+def _check_data(args: argparse.Namespace) -> int:
+    from jaxarith.data import check
+
+    fine = check.main(args.name, args.data_dir, args.source, args.images)
+    return 0 if fine else 1
 
 
 def _merge(args: argparse.Namespace):
@@ -92,11 +125,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     args = _parser().parse_args(arguments)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (ValueError, OSError) as error:
         print(f"jaxarith {args.command}: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

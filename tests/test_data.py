@@ -147,3 +147,21 @@ def test_token_losses_leave_out_what_does_not_count_and_shift_for_causal_models(
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
     nothing = losses.token_cross_entropy(args[0], jnp.full((2, 4), -100))
     assert nothing == 0
+
+
+def test_a_stream_gives_the_batches_of_a_list_in_every_pass():
+    source = [{"image": np.full(3, i, np.float32), "label": i} for i in range(11)]
+
+    def doubled(sample):
+        return sample | {"image": 2 * sample["image"]}
+
+    expected = pipeline.evaluation_batches([doubled(s) for s in source], 4)
+    stream = pipeline.evaluation_stream(source, 4, preprocess=doubled)
+    assert len(stream) == len(expected) == 3
+    for _ in range(2):
+        for batch, whole in zip(stream, expected, strict=True):
+            assert batch.keys() == whole.keys()
+            for name, field in whole.items():
+                np.testing.assert_array_equal(batch[name], field)
+    with pytest.raises(ValueError, match="empty"):
+        pipeline.evaluation_stream([], 4, preprocess=doubled)

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from jaxarith import recipe, tangent, task_vectors, tau_jp, train, train_step, tree
+from jaxarith.data import pipeline
 
 CONFIG = train.TrainConfig(steps=8, warmup_steps=3, batch_size=4, learning_rate=0.05)
 
@@ -301,3 +302,81 @@ def test_wrong_data_is_refused():
         list(train.task_batches([source(1)], penalised))
     with pytest.raises(ValueError, match="no leaf matches"):
         run(dataclasses.replace(CONFIG, trained="nothing"), [source(1)], [1.0])
+
+
+def test_continued_training_starts_from_the_given_vectors():
+    config = dataclasses.replace(CONFIG, learning_rate=1e-12)
+    taus = [jax.tree.map(lambda x, i=i: x * 0.1 * (i + 1), params_0(7)) for i in (0, 1)]
+    found = run(config, [source(1), source(2)], [1.0, 1.0], start=taus)
+    for tau, expected in zip(found, taus, strict=True):
+        assert_trees_close(tau, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_start_of_another_number_of_tasks_is_refused(count):
+    taus = [params_0()] * count
+    with pytest.raises(ValueError, match=f"{count} task vectors .* for 2 tasks"):
+        run(CONFIG, [source(1), source(2)], [1.0, 1.0], start=taus)
+
+
+def test_a_start_without_a_trained_leaf_is_refused_with_its_path():
+    with pytest.raises(ValueError, match="in/bias"):
+        tau = params_0()
+        del tau["in"]["bias"]
+        run(CONFIG, [source(1)], [1.0], start=[tau])
+
+
+def test_vectors_along_the_way_are_those_of_shorter_runs():
+    config = dataclasses.replace(CONFIG, decay="constant")  # no end to steer for
+    seen = {}
+    (last,) = run(
+        config,
+        [source(1)],
+        [1.0],
+        observe=lambda done, taus: seen.update({done: taus[0]}),
+        observe_every=4,
+    )
+    (half,) = run(dataclasses.replace(config, steps=4), [source(1)], [1.0])
+    assert list(seen) == [4, 8]
+    assert_trees_close(seen[4], half, rtol=0, atol=0)
+    assert_trees_close(seen[8], last, rtol=0, atol=0)
+    assert np.abs(np.subtract(seen[4]["in"]["bias"], seen[8]["in"]["bias"])).max() > 0
+
+
+def test_augmentation_is_a_function_of_the_position_alone():
+    def augment(sample, rng):
+        return sample | {"image": sample["image"] + rng.normal(size=5).astype("f4")}
+
+    config = dataclasses.replace(CONFIG, linearized=True, penalty="cyclic")
+    sources = [source(1), source(2)]
+    plain = train.task_batches(sources, config)
+    first, again = (
+        train.task_batches(sources, config, augment=augment) for _ in range(2)
+    )
+    np.testing.assert_array_equal(first[3]["image"], again[3]["image"])
+    np.testing.assert_array_equal(first[3]["label"], plain[3]["label"])
+    for field in (lambda b: b["image"], lambda b: b["penalty"]["image"]):
+        noise = field(first[3]) - field(plain[3])
+        assert noise.std() > 0.5
+        assert np.abs(noise - (field(first[4]) - field(plain[4]))).max() > 0.1
+
+
+def test_a_joint_batch_takes_every_task_in_turn():
+    sources = [source(1, 6), source(2, 9), source(3, 12)]
+    config = dataclasses.replace(CONFIG, steps=3, warmup_steps=0, batch_size=2)
+    batches = train.joint_batches(sources, config)
+    assert len(batches) == 3 and batches[0]["image"].shape == (1, 6, 5)
+    rows = np.concatenate([batch["image"][0] for batch in batches])
+    for task, own in enumerate(sources):  # an epoch of the first: each sample once
+        known = {sample["image"].tobytes() for sample in own}
+        found = [row.tobytes() for row in rows[task::3]]
+        assert set(found) <= known and len(set(found)) == 6
+
+
+def test_batches_of_worker_processes_are_those_of_threads():
+    config = dataclasses.replace(CONFIG, steps=4, warmup_steps=1)
+    batches = train.task_batches([source(1)], config)
+    made = list(pipeline.prefetch(batches, 1, workers=2))
+    assert len(made) == 3
+    for batch, expected in zip(made, list(batches)[1:], strict=True):
+        np.testing.assert_array_equal(batch["image"], expected["image"])

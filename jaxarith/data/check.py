@@ -1,0 +1,151 @@
+"""`jaxarith data check`: what is there of the image tasks, beside the papers' sizes."""
+
+import contextlib
+import itertools
+from pathlib import Path
+
+import numpy as np
+import tqdm
+
+from jaxarith import report
+from jaxarith.data import sources, vision
+from jaxarith.data.images import ImageTask
+
+PARTS = ("train", "validation", "test")
+_HEADER = ("part", "samples", "papers", "classes", "least", "median", "most")
+
+
+def main(name: str, data_dir=None, source=None, images: bool = False) -> bool:
+    """Prints what was found of a task, or of all, and what is wrong with it.
+
+    Nothing is downloaded: of the hub's datasets, those in its cache count.
+
+    Args:
+      name: one of `vision.TASKS`, "all", or an image folder of one's own.
+      data_dir, source: as for `vision.load`.
+      images: decode every image.
+
+    Returns:
+      Whether all is as the papers have it.
+    """
+    names = tuple(vision.TASKS) if name == "all" else (name,)
+    bad = [name for name in names if not _check(name, data_dir, source, images)]
+    if len(names) > 1:
+        print(f"{len(names) - len(bad)} of {len(names)} tasks are complete.")
+        if bad:
+            print(f"Not complete: {', '.join(bad)}.")
+    return not bad
+
+
+def _check(name, data_dir, source, images) -> bool:
+    own = name not in vision.TASKS and Path(name).is_dir()
+    try:
+        with _offline():
+            if own:
+                info, found = vision.locate_folder(Path(name).resolve().name, name)
+            else:
+                info, found = vision.locate(name, data_dir, source)
+        print(f"{info.name} ({info.title}): {found.source}, {found.place}")
+        task = vision.assemble(info, found)
+    except (ValueError, OSError) as error:
+        if name not in vision.TASKS and not own:
+            raise
+        print(f"{error}\n")
+        return False
+    print(report.markdown_table(_HEADER, list(_rows(info, task))))
+    print(_naming(info, found))
+    warnings = [*_sizes(info, task), *_classes(info, task), *_copies(info, found)]
+    warnings += _images(task, images)
+    for warning in warnings:
+        print(f"WARNING: {warning}")
+    if info.note:
+        print(f"note: {info.note}")
+    print()
+    return not warnings
+
+
+@contextlib.contextmanager
+def _offline():
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        yield
+        return
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _parts(task: ImageTask):
+    return [(part, getattr(task, part)) for part in PARTS]
+
+
+def _counts(info, samples) -> np.ndarray:
+    return np.bincount(samples.labels, minlength=len(info.classes))
+
+
+def _rows(info, task):
+    sizes = info.sizes or (None,) * len(PARTS)
+    for (part, samples), size in zip(_parts(task), sizes, strict=True):
+        counts = _counts(info, samples)
+        classes = f"{np.count_nonzero(counts)} of {len(counts)}"
+        spread = int(counts.min()), float(np.median(counts)), int(counts.max())
+        yield [part, len(samples), size, classes, *map(_number, spread)]
+
+
+def _number(value):
+    return int(value) if value == int(value) else value
+
+
+def _naming(info, found) -> str:
+    split = vision.layout_of(info, found).train[0]
+    names = found.splits[split]().names
+    order = vision.label_map(info, names, found.place)
+    same = (order == np.arange(len(order))).all()
+    return f"The {len(names)} class names match" + (
+        "." if same else ", in another order: labels are numbered by name."
+    )
+
+
+def _sizes(info, task):
+    if info.sizes is None:
+        return
+    for (part, samples), size in zip(_parts(task), info.sizes, strict=True):
+        if len(samples) != size:
+            yield f"{part} has {len(samples)} samples; the papers' has {size}."
+
+
+def _classes(info, task):
+    for part, samples in _parts(task):
+        # A tenth of a small training split need not hold every class.
+        if part == "validation":
+            continue
+        absent = np.flatnonzero(_counts(info, samples) == 0)
+        if len(absent):
+            listed = sources.listed([info.classes[i] for i in absent])
+            yield f"{part} has no sample of {len(absent)} classes: {listed}."
+
+
+def _copies(info, found):
+    if found.source != "folder":
+        return
+    names = [split for part in vision.layout_of(info, found) for split in part]
+    for a, b in itertools.combinations(names, 2):
+        pairs = sources.identical_files(found.splits[a](), found.splits[b]())
+        if pairs:
+            yield (
+                f"{len(pairs)} files of {b} are copies of files of {a}, such as "
+                f"{pairs[0][1]} of {pairs[0][0]}."
+            )
+
+
+def _images(task, every: bool):
+    for part, samples in _parts(task):
+        which = range(len(samples)) if every else range(min(1, len(samples)))
+        for i in tqdm.tqdm(which, f"{part}: images", disable=not every):
+            try:
+                samples[i]
+            except ValueError as error:
+                yield f"{part}: {error}"

@@ -1,0 +1,292 @@
+"""Raw labelled images from folders, TFDS and the Hugging Face hub.
+
+A reader is one split as it lies there: `len(reader)`; `reader.names`, its classes;
+`reader[i]`, the image and its number among those classes; `reader.labels`, all these
+numbers, for which no image is decoded. `Samples` puts readers together and numbers
+their labels as a task does. Everything here can be pickled.
+"""
+
+import functools
+import itertools
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxarith.data import images
+
+SUFFIXES = frozenset(
+    ".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
+)  # of the files that count as images
+
+
+class Samples:
+    """A source of `{"image": PIL image or u8 array, "label": int}`.
+
+    Args:
+      readers: taken one after the other.
+      maps: of each reader, `i32[its classes]`: their labels.
+      indices: `i[N]`, which samples, in which order; all by default.
+    """
+
+    def __init__(self, readers: Sequence, maps: Sequence, indices=None):
+        self._readers, self._maps = tuple(readers), tuple(maps)
+        lengths = [len(reader) for reader in self._readers]
+        self._starts = np.cumsum([0, *lengths[:-1]])
+        self._indices = np.arange(sum(lengths)) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, i: int) -> dict:
+        index = int(self._indices[i])
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        image, number = self._readers[part][index - int(self._starts[part])]
+        return {"image": image, "label": int(self._maps[part][number])}
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """`i32[N]`, without decoding an image."""
+        parts = zip(self._maps, self._readers, strict=True)
+        labels = np.concatenate([labels[reader.labels] for labels, reader in parts])
+        return labels[self._indices]
+
+
+class Folder:
+    """Image files in one folder for each class.
+
+    A class is every folder with no folder in it, or with images in it, by its path:
+    `cat`, or `a/apartment_building/outdoor`. The order is that of the sorted paths.
+
+    Raises:
+      ValueError: there is no class, or a class has no image.
+    """
+
+    def __init__(self, folder):
+        names, files = [], []
+        for path, folders, content in os.walk(folder, followlinks=True):
+            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            found = [
+                os.path.join(path, name)
+                for name in sorted(content)
+                if not name.startswith(".")
+                and os.path.splitext(name)[1].lower() in SUFFIXES
+            ]
+            name = Path(path).relative_to(folder).as_posix()
+            if name != "." and (found or not folders):
+                names.append(name)
+                files.append(found)
+        empty = [name for name, found in zip(names, files, strict=True) if not found]
+        if empty or not names:
+            raise ValueError(
+                f"{folder} has no image of {listed(empty) or 'any class'}. It must "
+                "hold a folder for each class, with images in it: "
+                f"{', '.join(sorted(SUFFIXES))}."
+            )
+        self.names = tuple(names)
+        self.files = list(itertools.chain.from_iterable(files))
+        counts = [len(found) for found in files]
+        self.labels = np.repeat(np.arange(len(names), dtype=np.int32), counts)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int):
+        path = self.files[i]
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise ValueError(f"cannot read the image {path}: {error}") from error
+        return images.decode(content, path), int(self.labels[i])
+
+
+class Records:
+    """Records of a TFDS data source or a Hugging Face dataset.
+
+    Args:
+      records: `{image: encoded image, label: int, …}` each.
+      label_records: the same ones, perhaps without their images.
+      names: the classes; without names they are called by their numbers.
+      image, label: the fields.
+      place: for messages.
+    """
+
+    def __init__(self, records, label_records, names, image, label, place):
+        self._records, self._label_records = records, label_records
+        self.names = tuple(names)
+        self._image, self._label, self._place = image, label, place
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int):
+        place = f"{self._place}, index {i}"
+        record = self._records[int(i)]
+        image, label = record[self._image], int(record[self._label])
+        self._check(np.array([label]), i)
+        if isinstance(image, Mapping):  # datasets.Image(decode=False)
+            if image["bytes"] is None:
+                return images.decode(Path(image["path"]).read_bytes(), place), label
+            image = image["bytes"]
+        if isinstance(image, bytes):
+            image = images.decode(image, place)
+        return image, label
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        labels = (record[self._label] for record in self._label_records)
+        labels = np.fromiter(map(int, labels), np.int32, len(self))
+        self._check(labels, 0)
+        return labels
+
+    def _check(self, labels, start):
+        wrong = (labels < 0) | (labels >= len(self.names))
+        if wrong.any():
+            first = int(np.argmax(wrong))
+            raise ValueError(
+                f"{self._place}, index {start + first} has the label {labels[first]}; "
+                f"its {len(self.names)} classes are numbered from 0. Is this split "
+                "without labels?"
+            )
+
+
+def folder_splits(folder) -> dict[str, Callable]:
+    """What opens every split of an image folder, by its name; `val` is `validation`.
+
+    Raises:
+      ValueError: both `val` and `validation` are there.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return {}
+    splits = {
+        path.name: functools.cache(functools.partial(Folder, path))
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and not path.name.startswith(".")
+    }
+    if {"val", "validation"} <= splits.keys():
+        raise ValueError(f"{folder} has both val and validation; keep one of them.")
+    return {{"val": "validation"}.get(name, name): s for name, s in splits.items()}
+
+
+def tfds_splits(name: str, data_dir=None) -> dict[str, Callable]:
+    """What opens every split of a prepared TFDS set; none where it is not prepared.
+
+    Raises:
+      ImportError: tensorflow-datasets is not installed.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder(name, data_dir=data_dir)
+    # `is_prepared` alone logs a warning where there is nothing.
+    if not (builder.data_path.exists() and builder.is_prepared()):
+        return {}
+    return {
+        split: functools.cache(functools.partial(_open_tfds, builder, split))
+        for split in builder.info.splits
+    }
+
+
+def _open_tfds(builder, split: str) -> Records:
+    import tensorflow_datasets as tfds
+
+    features, skip = builder.info.features, tfds.decode.SkipDecoding()
+    decoders = {
+        name: skip
+        for name, feature in features.items()
+        if isinstance(feature, tfds.features.Image)
+    }
+    try:
+        records = builder.as_data_source(split, decoders=decoders)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{builder.data_path} is prepared as {builder.info.file_format.value}, "
+            "which cannot be read in any order. Prepare it as array_record."
+        ) from error
+    names, place = features["label"].names, f"{builder.data_path}, {split}"
+    return Records(records, records, names, "image", "label", place)
+
+
+def open_hub(
+    identity: str, config: str | None, split: str, image: str, label: str
+) -> Records:
+    """A split of a dataset on the Hugging Face hub, by `datasets`.
+
+    Args:
+      identity: such as "ylecun/mnist".
+      config: its configuration, where it has several.
+      split: "train" and so on.
+      image, label: the columns.
+
+    Raises:
+      ImportError: `datasets` is not installed.
+      ValueError: there is no such column.
+    """
+    import datasets
+
+    dataset = datasets.load_dataset(identity, config, split=split)
+    if missing := [c for c in (image, label) if c not in dataset.column_names]:
+        raise ValueError(
+            f"{identity}, {split} has no column {listed(missing)}; "
+            f"it has {', '.join(dataset.column_names)}."
+        )
+    feature = dataset.features[label]
+    label_records = dataset.select_columns([label])
+    names = getattr(feature, "names", None)
+    if names is None:
+        names = map(str, range(1 + max(int(r[label]) for r in label_records)))
+    dataset = dataset.select_columns([image, label])
+    dataset = dataset.cast_column(image, datasets.Image(decode=False))
+    place = f"{identity}, {split}"
+    return Records(dataset, label_records, names, image, label, place)
+
+
+def shared_files(a: Folder, b: Folder) -> list[tuple[str, str]]:
+    """Files of two splits that are one file, behind links; their content is not read.
+
+    Returns:
+      Pairs of paths.
+    """
+    real = functools.cache(os.path.realpath)
+
+    def resolved(path):
+        if os.path.islink(path):
+            return real(path)
+        folder, name = os.path.split(path)
+        return os.path.join(real(folder), name)
+
+    paths = {resolved(path): path for path in a.files}
+    return [(paths[p], path) for path in b.files if (p := resolved(path)) in paths]
+
+
+def identical_files(a: Folder, b: Folder) -> list[tuple[str, str]]:
+    """Files of two splits with the same size and CRC-32; only equal sizes are read.
+
+    Returns:
+      Pairs of paths.
+    """
+    sizes = [{os.path.getsize(path) for path in folder.files} for folder in (a, b)]
+    common = sizes[0] & sizes[1]
+
+    def prints(folder):
+        sized = ((os.path.getsize(path), path) for path in folder.files)
+        for size, path in sized:
+            if size in common:
+                yield (size, zlib.crc32(Path(path).read_bytes())), path
+
+    known = dict(prints(a))
+    return [(known[key], path) for key, path in prints(b) if key in known]
+
+
+def listed(names: Sequence[Any], most: int = 8) -> str:
+    """Names for a message, the first ones of many.
+
+    Example:
+      >>> listed("abc", most=2)
+      'a, b and 1 more'
+    """
+    shown = ", ".join(map(str, names[:most]))
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown

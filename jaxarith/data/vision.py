@@ -1,0 +1,484 @@
+"""The image tasks of the task-arithmetic papers, from folders, TFDS or the hub.
+
+Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023, and Ortiz-Jimenez et al.
+Task Arithmetic in the Tangent Space. NeurIPS 2023, whose splits, class names and prompt
+templates are in `vision_tasks.json`.
+
+A tenth of the training split, at most 5,000 samples, validates; which ones is drawn by
+index, as in the papers' code. They are the same samples where the source keeps the
+papers' order: MNIST and SVHN on the hub; folders of DTD, GTSRB, SUN397 and ImageNet
+with the original file names. TFDS shuffles while it prepares.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxarith.data import sources, splits
+from jaxarith.data.images import ImageTask
+
+EIGHT = (
+    "stanford_cars",
+    "dtd",
+    "eurosat",
+    "gtsrb",
+    "mnist",
+    "resisc45",
+    "sun397",
+    "svhn",
+)
+SOURCES = ("folder", "tfds", "hub")
+
+
+class Layout(NamedTuple):
+    """Which splits of a source are a task's parts.
+
+    Without `validation`, a share of `train` validates. Without `test`, the one split is
+    divided: of each class a tenth of the samples of the average class to validate, as
+    many to test (270 of EuroSAT's).
+    """
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Hub:
+    """A dataset on the Hugging Face hub: its id, configuration and columns."""
+
+    id: str
+    config: str | None = None
+    image: str = "image"
+    label: str = "label"
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskInfo:
+    """What is known of a task.
+
+    Attributes:
+      name: "stanford_cars" and so on.
+      title: as the papers print it.
+      classes: in the order of the labels, as the prompts read.
+      labels: of each class, what sources call it besides its own name.
+      templates: the prompts, with one `{}` each.
+      train, validation, test: samples of the training split, how many validate, samples
+        of the test split; None where nothing is known. What validates is among the
+        training samples, except for EuroSAT.
+      epochs: of the papers' code.
+      tfds: name in TFDS, and hub: dataset on the hub; None where there is none, or none
+        with the papers' splits.
+      layouts: of each source; the first one whose splits exist is taken.
+      note: what is particular.
+    """
+
+    name: str
+    title: str
+    classes: tuple[str, ...]
+    labels: tuple[tuple[str, ...], ...]
+    templates: tuple[str, ...]
+    train: int | None = None
+    validation: int | None = None
+    test: int | None = None
+    epochs: int | None = None
+    tfds: str | None = None
+    hub: Hub | None = None
+    layouts: Mapping[str, tuple[Layout, ...]] = dataclasses.field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def sizes(self) -> tuple[int, int, int] | None:
+        """Samples of the parts that `load` returns, where the source is the papers'."""
+        if self.train is None:
+            return None
+        own = any(layout.validation for layout in self.layouts["folder"])
+        train = self.train if own else self.train - self.validation
+        return train, self.validation, self.test
+
+
+class Found(NamedTuple):
+    """Where a task's data was found: the source, its place, and what opens splits."""
+
+    source: str
+    place: str
+    splits: dict[str, Callable]
+
+
+def _read(name: str, raw: dict) -> TaskInfo:
+    def layouts(source):
+        given = raw.get(source, {})
+        given = given.get("layouts") if isinstance(given, dict) else None
+        return tuple(
+            Layout(**{part: tuple(names.split("+")) for part, names in one.items()})
+            for one in given or [{"train": "train", "test": "test"}]
+        )
+
+    hub = {k: v for k, v in raw.get("hub", {}).items() if k != "layouts"}
+    return TaskInfo(
+        name,
+        raw["title"],
+        tuple(raw["classes"]),
+        tuple(map(tuple, raw.get("labels", [()] * len(raw["classes"])))),
+        tuple(raw["templates"]),
+        *raw["sizes"],
+        raw.get("epochs"),
+        raw.get("tfds", {}).get("name"),
+        Hub(**hub) if hub else None,
+        {source: layouts(source) for source in SOURCES},
+        raw.get("note", ""),
+    )
+
+
+TASKS: Mapping[str, TaskInfo] = {
+    name: _read(name, raw)
+    for name, raw in json.loads(
+        (Path(__file__).parent / "vision_tasks.json").read_text(encoding="utf-8")
+    ).items()
+}
+
+
+def load(name: str, data_dir=None, *, source: str | None = None) -> ImageTask:
+    """A task with the class names, templates and splits of the papers.
+
+    Without `source`, the first that is there: the image folder `data_dir/NAME`, with
+    `train/<class>/*` and `test/<class>/*`; a TFDS set prepared under `data_dir`; the
+    dataset on the Hugging Face hub, which is downloaded. Labels are numbered by the
+    names that the source gives its classes, never by their order there. Validation
+    splits that the papers do not use are not used.
+
+    Sizes are not compared with the papers': `jaxarith data check NAME` does.
+
+    Args:
+      name: one of `TASKS`.
+      data_dir: a folder; without it there is no image folder, and TFDS takes its own.
+      source: "folder", "tfds" or "hub", and no other.
+
+    Returns:
+      The task. Its sources yield raw samples, `{"image": PIL image, "label": int}`,
+      decoded when asked for, have `labels`, `i32[N]`, and can be pickled.
+
+    Raises:
+      ValueError: there is no such task or source, or the data there has other classes
+        or splits, an empty class, or a file in two splits.
+      FileNotFoundError: nothing was found; the message says how to prepare it.
+    """
+    return assemble(*locate(name, data_dir, source))
+
+
+def load_folder(name: str, folder) -> ImageTask:
+    """A task of one's own from an image folder.
+
+    The folder has `train/<class>/*`, `test/<class>/*`, and, or a tenth of the training
+    samples validates, `validation/<class>/*`. Classes are named as their folders, with
+    `_` read as a space, and the template is "a photo of a {}."; a file `task.json` may
+    state others: `{"classes": [...], "templates": [...]}`, or `"classes": {folder:
+    name}`. Its order numbers the labels; otherwise the sorted folders do.
+
+    Raises:
+      ValueError: a split is missing, empty or overlaps another, a class is unknown or
+        empty, or `task.json` is not as above.
+      FileNotFoundError: there is no such folder.
+    """
+    return assemble(*locate_folder(name, folder))
+
+
+def locate(name: str, data_dir=None, source=None) -> tuple[TaskInfo, Found]:
+    """Facts about a task, and where its data is. As `load`, which then opens it."""
+    if name not in TASKS:
+        raise ValueError(
+            f"there is no task {name!r}; the tasks are {', '.join(TASKS)}. "
+            "`load_folder` takes any image folder."
+        )
+    if source not in (None, *SOURCES):
+        raise ValueError(f"source is {source!r}; it must be {', '.join(SOURCES)}.")
+    info, tried = TASKS[name], []
+    finders = {"folder": _in_folder, "tfds": _in_tfds, "hub": _on_hub}
+    for kind in SOURCES if source is None else (source,):
+        found = finders[kind](info, data_dir)
+        if isinstance(found, Found):
+            return info, found
+        tried.append(
+            f"  {kind}: {found}\n    to prepare: {command(info, kind, data_dir)}"
+        )
+    raise FileNotFoundError(
+        "\n".join([f"no data of {name} was found. Tried:", *tried])
+        + (f"\n  note: {info.note}" if info.note else "")
+    )
+
+
+def locate_folder(name: str, folder) -> tuple[TaskInfo, Found]:
+    """Facts about the task in an image folder, as `load_folder` reads them."""
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}.")
+    found = Found("folder", str(folder), sources.folder_splits(folder))
+    if "train" not in found.splits:
+        raise ValueError(
+            f"{folder} has no split train; it has {_names(found.splits)}. "
+            "It must hold train/<class>/* and test/<class>/*."
+        )
+    train = found.splits["train"]()
+    path = Path(folder) / "task.json"
+    raw = _task_file(path) if path.exists() else {}
+    named = raw.get("classes", {n: n.replace("_", " ") for n in train.names})
+    named = named if isinstance(named, dict) else {name: name for name in named}
+    layouts = (
+        Layout(("train",), ("validation",), ("test",)),
+        Layout(("train",), (), ("test",)),
+    )
+    info = TaskInfo(
+        name,
+        name,
+        tuple(named.values()),
+        tuple((label,) for label in named),
+        tuple(raw.get("templates", ("a photo of a {}.",))),
+        layouts={"folder": layouts},
+    )
+    return info, found
+
+
+def assemble(info: TaskInfo, found: Found) -> ImageTask:
+    """Opens what was found and makes the papers' parts of it, for `load`.
+
+    Raises:
+      ValueError: other splits or classes, an empty class, or a file in two splits.
+    """
+    layout = layout_of(info, found)
+    names = [split for part in layout for split in part]
+    readers = {name: found.splits[name]() for name in names}
+    maps = {
+        name: label_map(info, reader.names, f"{found.place}, {name}")
+        for name, reader in readers.items()
+    }
+    # In a folder of one's own, not every class need be validated or tested.
+    partial = layout.validation + layout.test if info.train is None else ()
+    complete = {name: m for name, m in maps.items() if name not in partial}
+    _check_complete(info, complete, found)
+    if found.source == "folder":
+        _check_disjoint(readers)
+
+    def samples(split, indices=None):
+        of = [readers[name] for name in split], [maps[name] for name in split]
+        return sources.Samples(*of, indices)
+
+    everything = samples(layout.train)
+    if not layout.test:
+        parts = one_split(everything.labels, len(info.classes))
+        parts = [samples(layout.train, indices) for indices in parts]
+    elif layout.validation:
+        parts = [everything, samples(layout.validation), samples(layout.test)]
+    else:
+        parts = splits.train_validation(len(everything))
+        parts = [samples(layout.train, indices) for indices in parts]
+        parts.append(samples(layout.test))
+    return ImageTask(info.name, info.classes, info.templates, *parts)
+
+
+def one_split(labels, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Indices of three parts of samples that come as one split.
+
+    The order is `splits.torch_permutation`; in it, the first of each class validate and
+    the next test, as many as a tenth of the average class has (270 for EuroSAT).
+
+    Args:
+      labels: `i[N]`.
+      classes: how many there are.
+
+    Returns:
+      `(train, validation, test)`, disjoint, together `0..N-1`.
+    """
+    order = splits.torch_permutation(len(labels))
+    share = len(labels) // (10 * classes)
+    taken = np.zeros(classes, int)
+    part = np.zeros(len(labels), int)
+    for place, label in enumerate(np.asarray(labels)[order]):
+        part[place] = 1 + taken[label] // share if taken[label] < 2 * share else 0
+        taken[label] += 1
+    train, validation, test = (order[part == i] for i in range(3))
+    return train, validation, test
+
+
+def label_map(info: TaskInfo, names: Sequence[str], place: str) -> np.ndarray:
+    """The labels of a source's classes, by their names.
+
+    Case, blanks and punctuation do not count: "AnnualCrop", "annual_crop" and "Annual
+    Crop" are one name.
+
+    Returns:
+      `i32[len(names)]`.
+
+    Raises:
+      ValueError: a name is none of the task's, or two are one class.
+    """
+    known = _known(info)
+    labels = [known.get(name, known.get(_key(name))) for name in names]
+    unknown = [n for n, label in zip(names, labels, strict=True) if label is None]
+    double = len(set(labels) - {None}) < len(labels) - len(unknown)
+    if unknown or double:
+        missing = [info.classes[i] for i in range(len(info.classes)) if i not in labels]
+        raise ValueError(
+            f"{place} does not have the classes of {info.name}.\n"
+            f"  only there ({len(unknown)}): {sources.listed(unknown)}\n"
+            f"  only in {info.name} ({len(missing)}): {sources.listed(missing)}"
+            + ("\n  and two names there are one class." if double else "")
+        )
+    return np.asarray(labels, np.int32)
+
+
+def command(info: TaskInfo, source: str, data_dir=None) -> str:
+    """What prepares a task's data for a source."""
+    root = data_dir or "DATA_DIR"
+    if source == "folder":
+        layout = info.layouts["folder"][0]
+        parts = " and ".join(
+            f"{root}/{info.name}/{split}/<class>/" for part in layout for split in part
+        )
+        return f"put its images into {parts}"
+    if source == "tfds" and info.tfds:
+        where = f" --data_dir={data_dir}" if data_dir else ""
+        return (
+            "pip install tensorflow 'jaxarith[data]' && "
+            f"tfds build {info.tfds}{where} --file_format=array_record"
+        )
+    if source == "hub" and info.hub:
+        given = ", ".join(repr(v) for v in (info.hub.id, info.hub.config) if v)
+        load = f"from datasets import load_dataset; load_dataset({given})"
+        return f"pip install 'jaxarith[data]' && python -c \"{load}\""
+    return "not possible"
+
+
+def _in_folder(info, data_dir):
+    if data_dir is None:
+        return "no data_dir was given."
+    folder = Path(data_dir) / info.name
+    found = sources.folder_splits(folder)
+    # A TFDS set of this name lies in the same folder; it has versions, not splits.
+    if "train" in found:
+        return Found("folder", str(folder), found)
+    return f"{folder}/train is no folder."
+
+
+def _in_tfds(info, data_dir):
+    if info.tfds is None:
+        return f"TFDS has no {info.name} with the papers' splits."
+    try:
+        found = sources.tfds_splits(info.tfds, data_dir)
+    except ImportError as error:
+        return f"pip install 'jaxarith[data]' is needed: {error}."
+    place = Path(data_dir or "~/tensorflow_datasets") / info.tfds
+    return Found("tfds", str(place), found) if found else f"{place} is not prepared."
+
+
+def _on_hub(info, data_dir):
+    del data_dir
+    if info.hub is None:
+        return f"no dataset of {info.name} on the hub is known."
+    hub, (layout,) = info.hub, info.layouts["hub"]
+    opened = {}
+    try:
+        for split in itertools.chain(*layout):
+            opened[split] = sources.open_hub(
+                hub.id, hub.config, split, hub.image, hub.label
+            )
+    except ImportError as error:
+        return f"pip install 'jaxarith[data]' is needed: {error}."
+    except Exception as error:  # of the network, the hub or the dataset
+        first = str(error).strip().split("\n")[0]
+        return f"{hub.id}, {split}: {type(error).__name__}: {first}"
+    place = " ".join(filter(None, (hub.id, hub.config)))
+    return Found(
+        "hub", place, {s: functools.partial(_given, r) for s, r in opened.items()}
+    )
+
+
+def _given(value):
+    return value
+
+
+def layout_of(info: TaskInfo, found: Found) -> Layout:
+    """The first of a task's layouts whose splits were found.
+
+    Raises:
+      ValueError: there is none.
+    """
+    layouts = info.layouts[found.source]
+    for layout in layouts:
+        if all(split in found.splits for part in layout for split in part):
+            return layout
+    wanted = " or ".join(
+        "+".join(split for part in layout for split in part) for layout in layouts
+    )
+    raise ValueError(
+        f"{found.place} has the splits {_names(found.splits)}; "
+        f"{info.name} needs {wanted}."
+    )
+
+
+def _check_complete(info, maps, found):
+    for name, labels in maps.items():
+        missing = sorted(set(range(len(info.classes))) - set(labels.tolist()))
+        if missing:
+            raise ValueError(
+                f"{found.place}, {name} lacks {len(missing)} of the "
+                f"{len(info.classes)} classes of {info.name}: "
+                f"{sources.listed([info.classes[i] for i in missing])}."
+            )
+
+
+def _check_disjoint(readers):
+    for a, b in itertools.combinations(readers, 2):
+        shared = sources.shared_files(readers[a], readers[b])
+        if shared:
+            raise ValueError(
+                f"the splits {a} and {b} overlap: {len(shared)} files are in both, "
+                f"such as {shared[0][1]}, which is {shared[0][0]}. Remove them from "
+                "one of the splits."
+            )
+
+
+def _task_file(path) -> dict:
+    form = '{"classes": [...] or {folder: name}, "templates": ["... {} ..."]}'
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}. It must be {form}.") from error
+    fits = isinstance(raw, dict) and raw.keys() <= {"classes", "templates"}
+    if fits:
+        classes, templates = raw.get("classes", []), raw.get("templates", ["{}"])
+        fits = isinstance(classes, list | dict) and isinstance(templates, list)
+    if fits:
+        texts = [*classes, *templates]
+        texts += classes.values() if isinstance(classes, dict) else []
+        fits = all(isinstance(text, str) for text in texts) and bool(templates)
+        fits = fits and all(template.count("{}") == 1 for template in templates)
+    if not fits:
+        raise ValueError(f"{path} must be {form}, with one {{}} in every template.")
+    return raw
+
+
+def _key(name: str) -> str:
+    return "".join(c for c in name.casefold() if c.isalnum())
+
+
+def _known(info: TaskInfo) -> dict[str, int]:
+    """The class of every name that only one has; those of the sources come first."""
+    own = [(name,) for name in info.classes]
+    known: dict[str, int] = {}
+    for spelled in (_key, str):
+        for names in (own, info.labels):
+            owners: dict[str, set[int]] = {}
+            for i, of_class in enumerate(names):
+                for name in of_class:
+                    owners.setdefault(spelled(name), set()).add(i)
+            known |= {name: min(i) for name, i in owners.items() if len(i) == 1}
+    return known
+
+
+def _names(splits) -> str:
+    return ", ".join(splits) or "none"
