@@ -67,7 +67,7 @@ def recipe_of(setup: vision.Setup, method: str, task: vision.Task):
     """How a method trains on a task: a `TrainConfig`."""
     mode = None
     if method.startswith("tau_jp"):
-        mode = method.split("/")[0].removeprefix("tau_jp_")
+        mode = method.removeprefix("tau_jp_")
         mode = mode if mode in tau_jp.MODES else "cyclic"
     return dataclasses.replace(
         vision.recipe_of(setup.options, task),

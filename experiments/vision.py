@@ -200,15 +200,23 @@ def load(options: Options, model: str, *, control: bool = True) -> Setup:
         None.
 
     Raises:
-      FileNotFoundError, ValueError: a task or the model is not there, or is not what it
-        should be; the message says how to get it.
+      ValueError: tasks are not there, or are not what they should be; the message says
+        of each how to get it.
+      FileNotFoundError: there is no such model.
     """
     mesh = sharding.make_mesh(options.mesh)
     specs = [*options.tasks, *([options.control] if control else [])]
     if len(set(specs)) < len(specs):
         raise ValueError(f"every task, control included, once; got {specs}.")
     # The tasks first: what is missing there is found before weights are downloaded.
-    found = [image_task(s, options) for s in tqdm(specs, desc="tasks", unit="task")]
+    found, problems = [], []
+    for spec in tqdm(specs, desc="tasks", unit="task"):
+        try:
+            found.append(image_task(spec, options))
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(str(error))
+    if problems:  # all at once: one may take hours to mend
+        raise ValueError("\n\n".join(problems))
     model = str(clip.TINY_CLIP) if options.smoke else model
     checkpoint = clip.load(model)
     preprocess = images.Preprocessing.from_folder(checkpoint.folder)

@@ -66,38 +66,46 @@ def disentanglement(
     tasks: tuple[str, str],
     *,
     searched: tuple[float, float] = (0.0, 1.0),
+    # ξ reaches 2; the papers' scale ends at 1, where half of all labels differ.
+    scales: Sequence[tuple[str, float]] = (("disentanglement error ξ", 1.0),),
 ):
     """ξ heat maps side by side; a red box marks the range that a search covers.
 
     Args:
       path: the PNG file.
-      panels: title to grid `[n, n]`: rows are the coefficient of the first task.
+      panels: title to grid `[n, n]`: rows are the coefficient of the first task. Where
+        ξ was measured in R ways, title to grids `[R, n, n]`, drawn one above another.
       coefs: the n coefficients, evenly spaced.
       tasks: the pair.
       searched: the coefficients inside the box.
+      scales: what each of the R ways is called, and the largest value of its colours.
     """
     half = (coefs[1] - coefs[0]) / 2
     extent = (coefs[0] - half, coefs[-1] + half) * 2
-    figure = Figure(figsize=(1.4 + 3.8 * len(panels), 3.9), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (title, grid) in zip(axes, panels.items(), strict=True):
-        image = axis.imshow(
-            np.transpose(grid),
-            origin="lower",
-            extent=extent,
-            vmin=0,
-            vmax=1,
-            cmap="Blues",
-        )
-        low, high = searched
-        box = [low, high, high, low, low], [low, low, high, high, low]
-        axis.plot(*box, color="red", linewidth=1.5)
-        axis.set(title=title, xlabel=f"coefficient of {tasks[0]}")
-    axes[0].set_ylabel(f"coefficient of {tasks[1]}")
-    # ξ reaches 2; the papers' scale ends at 1, where half of all labels differ.
-    figure.colorbar(
-        image, ax=list(axes), label="disentanglement error ξ", shrink=0.9, extend="max"
-    )
+    low, high = searched
+    size = (1.4 + 3.8 * len(panels), 0.5 + 3.4 * len(scales))
+    figure = Figure(figsize=size, layout="constrained")
+    shape = (len(panels), len(scales), len(coefs), len(coefs))
+    grids = np.reshape(list(panels.values()), shape)
+    axes = figure.subplots(len(scales), len(panels), squeeze=False)
+    for i, (label, top) in enumerate(scales):
+        for axis, grid in zip(axes[i], grids[:, i], strict=True):
+            image = axis.imshow(
+                np.transpose(grid),
+                origin="lower",
+                extent=extent,
+                vmin=0,
+                vmax=top,
+                cmap="Blues",
+            )
+            box = [low, high, high, low, low], [low, low, high, high, low]
+            axis.plot(*box, color="red", linewidth=1.5)
+        axes[i, 0].set_ylabel(f"coefficient of {tasks[1]}")
+        bar = {"ax": list(axes[i]), "label": label, "shrink": 0.9, "extend": "max"}
+        figure.colorbar(image, **bar)
+    for top, bottom, title in zip(axes[0], axes[-1], panels, strict=True):
+        top.set_title(title)
+        bottom.set_xlabel(f"coefficient of {tasks[0]}")
     _save(figure, path)
 
 
@@ -176,6 +184,7 @@ def bars(path, groups: Mapping[str, Sequence[float]], names: Sequence[str], *, y
         axis.bar(places, values, width, label=label, color=color, hatch=hatch)
     axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
     axis.set(ylabel=y)
+    axis.set_axisbelow(True)
     axis.grid(axis="y", alpha=0.3)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=4, fontsize=8)
     _save(figure, path)
@@ -204,4 +213,152 @@ def horizontal_bars(
     axis.set_axisbelow(True)
     axis.grid(axis="x", alpha=0.3)
     axis.legend()
+    _save(figure, path)
+
+
+def against(
+    path,
+    groups: Mapping[str, Sequence[float]],
+    reference: Sequence[float],
+    names: Sequence[str],
+    *,
+    x: str,
+    y: str,
+):
+    """Values of several methods against a reference's; equal ones lie on a diagonal.
+
+    Args:
+      path: the PNG file.
+      groups: method to its n values.
+      reference: the n values that they are compared with.
+      names: of the n columns of points.
+      x: what the values of the reference are.
+      y: what those of the methods are.
+    """
+    figure = Figure(figsize=(5, 4.6), layout="constrained")
+    axis = figure.subplots()
+    values = np.concatenate([reference, *groups.values()])
+    margin = 0.1 * max(np.ptp(values), 1e-3)
+    ends = [values.min() - margin, values.max() + margin]
+    axis.plot(ends, ends, "--", color=_COLORS[-1], label="equal")
+    for i, (label, own) in enumerate(groups.items()):
+        marker, color = "o^sDvP*X"[i % 8], _COLORS[i % len(_COLORS)]
+        axis.plot(reference, own, marker, color=color, label=label)
+    for place, name in zip(reference, names, strict=True):
+        axis.annotate(
+            name, (place, ends[0]), (0, 4), rotation=90, fontsize=8, ha="center",
+            va="bottom", textcoords="offset points",
+        )  # fmt: skip
+    axis.set(xlabel=x, ylabel=y, xlim=ends, ylim=ends)
+    axis.set_aspect("equal")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    _save(figure, path)
+
+
+def scatter(
+    path,
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float | None]]]],
+    *,
+    x: str,
+    y: str,
+):
+    """Points of several groups, panels side by side.
+
+    Args:
+      path: the PNG file.
+      panels: title to groups: label to the two coordinates of its points. A point
+        without a second one, None, is not drawn.
+      x, y: what the coordinates are.
+    """
+    figure = Figure(figsize=(0.6 + 4.2 * len(panels), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, groups) in zip(axes, panels.items(), strict=True):
+        for i, (label, (xs, ys)) in enumerate(groups.items()):
+            color, marker = _COLORS[i % len(_COLORS)], "o*s^DvPX"[i % 8]
+            values = np.array(ys, float)
+            axis.scatter(xs, values, s=45, color=color, marker=marker, label=label)
+        axis.set(title=title, xlabel=x)
+        axis.set_axisbelow(True)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(y)
+    axes[0].legend()
+    _save(figure, path)
+
+
+def two_scales(
+    path,
+    xs: Sequence[float],
+    left: tuple[str, Sequence[float | None]],
+    right: tuple[str, Sequence[float | None]],
+    *,
+    x: str,
+):
+    """Two curves that have a vertical axis each, in the colour of the curve.
+
+    Args:
+      path: the PNG file.
+      xs: where both were measured.
+      left, right: what an axis shows, and its values at `xs`; None leaves a gap.
+      x: what `xs` is.
+    """
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    first = figure.subplots()
+    for i, (axis, (label, values)) in enumerate(
+        zip((first, first.twinx()), (left, right), strict=True)
+    ):
+        values, style = np.array(values, float), ("o-", "s--")[i]
+        axis.plot(xs, values, style, color=_COLORS[i], markersize=4)
+        axis.set_ylabel(label, color=_COLORS[i])
+        axis.tick_params(axis="y", colors=_COLORS[i])
+    first.set_xlabel(x)
+    first.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def disentanglement_of_pairs(
+    path,
+    rows: Sequence[Sequence[tuple[str, np.ndarray]]],
+    coefs: Sequence[float],
+    tasks: Sequence[tuple[str, str]],
+    *,
+    searched: tuple[float, float] = (0.0, 1.0),
+):
+    """ξ heat maps of several pairs of tasks, a column for each pair.
+
+    A red box marks the range that a search covers, a cross the pre-trained model.
+
+    Args:
+      path: the PNG file.
+      rows: for each row and column a title and a grid `[n, n]`, whose rows are the
+        coefficient of the pair's first task.
+      coefs: the n coefficients, evenly spaced.
+      tasks: the pair of each column.
+      searched: the coefficients inside the box.
+    """
+    half = (coefs[1] - coefs[0]) / 2
+    extent = (coefs[0] - half, coefs[-1] + half) * 2
+    low, high = searched
+    size = (1.2 + 3.1 * len(tasks), 0.2 + 3.1 * len(rows))
+    figure = Figure(figsize=size, layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)
+    axes = figure.subplots(len(rows), len(tasks), squeeze=False)
+    for row, cells in zip(axes, rows, strict=True):
+        for axis, (title, grid), (first, second) in zip(row, cells, tasks, strict=True):
+            image = axis.imshow(
+                np.transpose(grid),
+                origin="lower",
+                extent=extent,
+                vmin=0,
+                vmax=1,  # as in `disentanglement`
+                cmap="Blues",
+            )
+            box = [low, high, high, low, low], [low, low, high, high, low]
+            axis.plot(*box, color="red", linewidth=1.5)
+            axis.plot(0, 0, "x", color="red")
+            axis.set_title(title, fontsize=10)
+            axis.set_xlabel(f"coefficient of {first}")
+            axis.set_ylabel(f"coefficient of {second}", labelpad=0)
+    label = "disentanglement error ξ"
+    figure.colorbar(image, ax=axes, label=label, shrink=0.8, extend="max")
     _save(figure, path)

@@ -1,0 +1,86 @@
+"""Figure 4: accuracy of every task's own model, by way of fine-tuning.
+
+Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
+Disentanglement. ICLR 2025: Appendix E.1.
+
+    python -m experiments.tau_jp.figure4_single_task --data-dir DATA
+    python -m experiments.tau_jp.figure4_single_task --smoke --out runs/smoke
+
+Data: those of `table1_addition`, whose task vectors are taken from the bank.
+
+Published, as bars only: "Non-linear FT outperforms the linearized FT methods (Linear FT
+and Ours) due to the non-linear advantage", and of Ours "there is no degradation in
+performance compared to the original Linear FT".
+
+Not run at full scale yet.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from experiments import arithmetic, methods, runs, tables, vision
+from jaxarith import plots
+
+METHODS = {
+    "Non-lin. FT": "nonlinear",
+    "Linear FT": "linear",
+    "Ours": "tau_jp_cyclic",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(vision.Options):
+    """Compare the models of single tasks."""
+
+    out: Path = Path("runs/tau_jp/figure4")
+    """Folder for figure4_<model>.png, report.json and report.md."""
+    models: tuple[str, ...] = vision.MODELS
+    """CLIPs: folders, or ids of the Hugging Face Hub."""
+
+
+def single(setup: vision.Setup, method: str) -> np.ndarray:
+    """Test accuracy before and after fine-tuning, in percent: `[2, T]`."""
+    taus = methods.vectors(setup, method)
+    linearized = methods.is_linearized(method)
+    progress = tqdm(setup.tasks, desc=f"single models, {method}", unit="task")
+    found = [
+        arithmetic.accuracies(setup, [tau], task.test, linearized, [[0.0], [1.0]])
+        for task, tau in zip(progress, taus, strict=True)
+    ]
+    return 100 * np.array(found).T
+
+
+def main(config: Config) -> dict:
+    """Runs everything; returns what `report.json` holds."""
+    config = vision.smoke(config)
+    runs.start(config)
+    rows = []
+    for setup in vision.setups(config, config.models):
+        found = {name: single(setup, method) for name, method in METHODS.items()}
+        groups = {"Pre-trained": found["Non-lin. FT"][0]}
+        groups |= {name: after for name, (_, after) in found.items()}
+        for name, accuracies in groups.items():
+            values = dict(zip(setup.names, map(float, accuracies), strict=True))
+            mean = {"mean": float(np.mean(accuracies))}
+            rows.append({"model": setup.title, "method": name} | values | mean)
+        plots.bars(
+            config.out / f"figure4_{setup.title}.png",
+            groups,
+            setup.titles,
+            y="test accuracy, percent",
+        )
+    results = {"rows": rows}
+    table = {"Test accuracy, percent.": tables.markdown(rows)}
+    tables.write(config.out, "Single tasks (τJp, Fig. 4)", table, results)
+    return results
+
+
+if __name__ == "__main__":
+    # Full float32 on accelerators too: a task vector is a small difference.
+    with jax.default_matmul_precision("float32"):
+        main(tyro.cli(Config))

@@ -1,0 +1,196 @@
+"""What the figures of Yoshida et al. (2025) measure of pairs of task vectors.
+
+Their vectors belong to tangent-space models, whose outputs are affine in the
+coefficients: one pass over the images, with all vectors, serves every pair and every
+coefficient, and τJp too.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments import arithmetic, vision
+from jaxarith import evaluate, metrics, tree
+
+METHODS = {"Linear FT": "linear", "Ours": "tau_jp_cyclic"}
+
+
+class TauJp(NamedTuple):
+    """τJp of T task vectors (rows) on the test data of T tasks (columns).
+
+    The figures show `norm`: it is what the paper's code measures, and so what the
+    published figures most likely show; its square would also crowd the small values.
+
+    Attributes:
+      norm: the mean of ‖J(x; θ0)τ‖ over samples, `[T, T]`.
+      square: the mean of ‖J(x; θ0)τ‖², of which Eq. 9 speaks, `[T, T]`.
+    """
+
+    norm: np.ndarray
+    square: np.ndarray
+
+    def of_pairs(self) -> list[dict[str, float]]:
+        """Both measures of every pair, in the order of `arithmetic.pairs`."""
+        return [
+            {"tau_jp": norm, "tau_jp_squared": square}
+            for norm, square in zip(
+                arithmetic.pair_values(self.norm),
+                arithmetic.pair_values(self.square),
+                strict=True,
+            )
+        ]
+
+
+def tau_jp(setup: vision.Setup, taus: Sequence[tree.Tree]) -> TauJp:
+    """τJp of every vector on the test data of every task, both measures in one pass."""
+    return _matrices([norms(at.moves) for _, at in outputs(setup, taus, "test")])
+
+
+def additions(
+    setup: vision.Setup, taus: Sequence[tree.Tree], coefs: Sequence[float]
+) -> list[dict]:
+    """Adds every two task vectors, with a coefficient searched for each pair.
+
+    Args:
+      setup: the model and the tasks.
+      taus: a linearised vector of every task.
+      coefs: the candidates of the coefficient, which both vectors share; the best mean
+        normalised accuracy on validation data chooses.
+
+    Returns:
+      For every pair, as plain data: the names, both measures of τJp, the coefficient,
+      and on test data the two accuracies and their means in percent.
+    """
+    couples = arithmetic.pairs(len(taus))
+    curves, single, _ = _accuracies(
+        setup, taus, "validation", dict.fromkeys(couples, coefs)
+    )
+    chosen = {}
+    for pair, curve in curves.items():
+        alone = single[list(pair)]
+        chosen[pair] = evaluate.search(
+            dict(zip(coefs, curve, strict=True)).__getitem__,
+            # A task that its own vector does not learn at all is compared as it is.
+            alone if alone.all() else np.ones(2),
+            coefs,
+        ).coef
+    found, single, measured = _accuracies(
+        setup, taus, "test", {pair: [coef] for pair, coef in chosen.items()}
+    )
+    rows = []
+    for pair, measures in zip(couples, measured.of_pairs(), strict=True):
+        [both] = found[pair]
+        rows.append(
+            {
+                "pair": [setup.names[i] for i in pair],
+                **measures,
+                "coefficient": chosen[pair],
+                "accuracies": both.tolist(),
+                "abs": vision.means(both),
+                "norm": arithmetic.normalized(both, single[list(pair)]),
+            }
+        )
+    return rows
+
+
+def panels(points: Sequence[dict], y: str) -> dict:
+    """For `plots.scatter`: τJp and the measure `y` by model and by method."""
+    found: dict = {}
+    for point in points:
+        xs, ys = found.setdefault(point["model"], {}).setdefault(
+            point["method"], ([], [])
+        )
+        xs.append(point["tau_jp"])
+        ys.append(point[y])
+    return found
+
+
+def correlations(points: Sequence[dict], y: str) -> list[dict]:
+    """How `y` goes with both measures of τJp, of every model: rows of a table.
+
+    Args:
+      points: plain data: "model", "method", "tau_jp", "tau_jp_squared" and `y`. Where y
+        is None the pair does not count.
+      y: the name of a measure.
+
+    Returns:
+      For each model and method, and for both methods together: the number of pairs, and
+      the correlations of Pearson and Spearman, None where there are none.
+    """
+    rows = []
+    for model in dict.fromkeys(point["model"] for point in points):
+        for method in (*METHODS, "both"):
+            own = [
+                point
+                for point in points
+                if point["model"] == model
+                and method in (point["method"], "both")
+                and point[y] is not None
+            ]
+            row = {"model": model, "method": method, "pairs": len(own)}
+            ys = np.array([point[y] for point in own], float)
+            for measure in ("tau_jp", "tau_jp_squared"):
+                xs = np.array([point[measure] for point in own], float)
+                for name in ("pearson", "spearman"):
+                    correlation = getattr(metrics, name)
+                    defined = len(set(xs)) > 1 and len(set(ys)) > 1
+                    row[f"{name}, {measure}"] = correlation(xs, ys) if defined else None
+            rows.append(row)
+    return rows
+
+
+def title(setup: vision.Setup, pair: Sequence[int]) -> str:
+    """The two tasks as the paper prints them."""
+    return " – ".join(setup.titles[i] for i in pair)
+
+
+def outputs(
+    setup: vision.Setup, taus: Sequence[tree.Tree], split: str
+) -> Iterator[tuple[vision.Dataset, evaluate.TangentOutputs]]:
+    """The dataset of every task in turn, and its outputs in terms of all vectors."""
+    for task in tqdm(setup.tasks, desc=f"tangents, {split}", unit="task"):
+        dataset = getattr(task, split)
+        model = (setup.apply_fn, setup.params_0, taus, dataset.batches)
+        yield dataset, evaluate.tangent(*model, mesh=setup.mesh)
+
+
+def norms(moves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The means over samples of ‖J(x)τ‖ and of its square.
+
+    Args:
+      moves: tangents `[T, N, D]`.
+
+    Returns:
+      Two arrays `[T]`.
+
+    Example:
+      >>> norm, square = norms(np.array([[[3.0, 4.0], [0.0, 1.0]]]))
+      >>> print(norm, square)
+      [3.] [13.]
+    """
+    lengths = np.linalg.norm(moves, axis=-1).astype(float)
+    return lengths.mean(-1), np.square(lengths).mean(-1)
+
+
+def _accuracies(setup, taus, split, coefs: Mapping[tuple[int, int], Sequence[float]]):
+    """Accuracies `[n, 2]` of every pair at its n coefficients, `[T]` of single models,
+    and τJp."""
+    found = {pair: np.empty((len(values), 2)) for pair, values in coefs.items()}
+    single, lengths = [], []
+    for task, (dataset, at) in enumerate(outputs(setup, taus, split)):
+        single.append(dataset.accuracy(at.f0 + at.moves[task]))
+        lengths.append(norms(at.moves))
+        for pair, values in coefs.items():
+            if task in pair:
+                total = at.moves[pair[0]] + at.moves[pair[1]]
+                added = evaluate.TangentOutputs(at.f0, total[None])
+                found[pair][:, pair.index(task)] = [
+                    dataset.accuracy(added([coef])) for coef in values
+                ]
+    return found, np.array(single), _matrices(lengths)
+
+
+def _matrices(columns):
+    return TauJp(*np.stack(columns, axis=-1))

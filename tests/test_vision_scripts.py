@@ -1,0 +1,142 @@
+"""Every script of the vision papers runs, and its rows are those of the paper."""
+
+import importlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import bank, finetune, methods, vision
+from jaxarith import hub, tree
+
+FOLDER = Path(vision.__file__).parent
+LANGUAGE = ("glue", "detoxification")
+SCRIPTS = [
+    f"{folder}.{file.stem}"
+    for folder in ("tau_jp", "linear_layers")
+    for file in sorted((FOLDER / folder).glob("*.py"))
+    if file.stem.startswith(("table", "figure"))
+    and not any(word in file.stem for word in LANGUAGE)
+]
+
+
+@pytest.fixture(scope="session")
+def shared_bank(tmp_path_factory):
+    """One bank for all scripts; of several workers too, whose vectors are the same."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bank"
+
+
+def test_every_table_and_figure_of_the_two_papers_has_a_script():
+    found = {
+        folder: {file.stem.split("_")[0] for file in (FOLDER / folder).glob("*_*.py")}
+        for folder in ("tau_jp", "linear_layers")
+    }
+    tables = {f"table{i}" for i in range(1, 10)}
+    assert found["tau_jp"] >= tables | {f"figure{i}" for i in range(1, 9)}
+    assert found["linear_layers"] >= {f"figure{i}" for i in range(3, 8)} | {
+        "table1",
+        "table2",
+    }
+
+
+def plain_numbers(value):
+    """All numbers in plain data."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [x for child in value for x in plain_numbers(child)]
+    return [value] if isinstance(value, int | float) else []
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_smoke_run_has_the_rows_that_the_paper_prints(name, shared_bank, tmp_path):
+    script = importlib.import_module(f"experiments.{name}")
+    out = tmp_path / "out"
+    found = script.main(script.Config(smoke=True, out=out, bank=shared_bank))
+    assert json.loads((out / "report.json").read_text()) == found
+    numbers = plain_numbers(found)
+    assert len(numbers) >= 3 and np.isfinite(numbers).all()
+    assert len(set(numbers)) > 1  # not a table of zeros
+    if name.split(".")[1].startswith("figure"):
+        assert [file for file in out.glob("*.png") if file.stat().st_size > 5000]
+    else:
+        text = (out / "report.md").read_text()
+        published = getattr(script, "PUBLISHED", None) or script.ACCURACIES
+        rows = [key[1:] for key in published if key[0] == "ViT-B-32"]
+        printed = [row_key(row, len(rows[0])) for row in found["rows"]]
+        assert rows == [row for row in printed if row in rows]
+        assert all(row[0] in text for row in rows)
+
+
+def row_key(row, length):
+    """What names a row below its model."""
+    method = row["paradigm"] if "paradigm" in row else row["method"]
+    return (method, row.get("coefficient"))[:length]
+
+
+# The other methods are those of the tables.
+@pytest.mark.parametrize("method", ["gradient_ascent", "multi_task", "random"])
+def test_fine_tuning_adds_a_vector_with_its_accuracies(method, shared_bank, tmp_path):
+    config = finetune.Config(
+        task="mnist", method=method, smoke=True, bank=shared_bank, out=tmp_path / "out"
+    )
+    found = finetune.main(config)
+    assert set(found) >= {"mnist, validation", "mnist, test"}
+    assert all(0 <= x <= 1 for x in plain_numbers(found))
+    name = "joint" if method == "multi_task" else "mnist"
+    file = bank.vector_file(shared_bank, str(vision.clip.TINY_CLIP), method, name)
+    tau, metadata = hub.load_tree(file)
+    assert metadata == {"task": name, "method": method}
+    assert bank.record(file)["metrics"]["accuracy"] == found
+    trained = methods.LINEAR_LAYERS.get(method, ".*")
+    assert tau and tree.select(tau, trained).keys() == tau.keys()
+    assert all(np.abs(leaf).max() > 0 for leaf in tree.flatten(tau).values())
+
+
+def test_a_vector_is_continued_from_a_file(shared_bank, tmp_path):
+    options = {"task": "mnist", "smoke": True, "bank": shared_bank}
+    finetune.main(finetune.Config(method="linear", out=tmp_path / "a", **options))
+    model = str(vision.clip.TINY_CLIP)
+    start = bank.vector_file(shared_bank, model, "linear", "mnist")
+    method = "tau_jp_continued"
+    config = finetune.Config(
+        method=method,
+        start=start,
+        others=("uci_digits",),
+        out=tmp_path / "b",
+        **options,
+    )
+    finetune.main(config)
+    file = bank.vector_file(shared_bank, model, method, "mnist")
+    record = bank.record(file)["configuration"]
+    assert record["others"] == {"uci_digits": 32} and "start" in record
+    first, second = (tree.flatten(hub.load_tree(f)[0]) for f in (start, file))
+    assert any(np.abs(first[path] - second[path]).max() > 0 for path in first)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": ("mnist", "cats")}, r"(?s)no data of mnist.*no task 'cats'"),
+        ({"tasks": ("mnist", "mnist")}, "once"),
+        ({}, r"(?s)no data of mnist.*to prepare.*no data of imagenet.*to prepare"),
+        ({"control": "mnist=/nowhere/at/all"}, "no folder"),
+    ],
+)
+def test_what_is_missing_is_found_before_anything_is_written(
+    options, message, tmp_path, monkeypatch
+):
+    script = importlib.import_module("experiments.tau_jp.table1_addition")
+    monkeypatch.setattr(
+        vision.clip, "load", lambda *_: pytest.fail("weights before data")
+    )
+    given = {"tasks": ("mnist",), "data_dir": tmp_path / "data", "source": "folder"}
+    config = script.Config(
+        out=tmp_path / "out", bank=tmp_path / "bank", **(given | options)
+    )
+    with pytest.raises(ValueError, match=message):
+        script.main(config)
+    assert not list(tmp_path.iterdir())
