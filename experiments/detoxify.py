@@ -46,7 +46,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -261,23 +261,24 @@ def read(file: Path) -> str:
 
 
 class Study(NamedTuple):
-    """What is loaded, and the two measures of a state of the model.
+    """What is loaded.
 
     Attributes:
       checkpoint: the GPT-2.
+      tokenizer: its tokenizer.
       source: toxic texts as tokens.
       penalty_source: blocks of the text of the penalty, if there is one.
-      perplexity: of a state, on the control text.
-      write: a state's continuations, with the prompt.
-      scores: of texts.
+      control: the tokens of which the perplexity is measured.
+      model: what is moved and measured.
+      scores: how toxic texts are.
     """
 
     checkpoint: gpt2.GPT2
+    tokenizer: Any
     source: list[dict]
     penalty_source: list[dict] | None
+    control: np.ndarray
     model: Model
-    perplexity: Callable
-    write: Callable
     scores: Callable
 
 
@@ -288,38 +289,35 @@ def prepare(config: Config) -> Study:
     tokenizer = text.load_tokenizer(checkpoint.folder)
     text.check_vocabulary(tokenizer, checkpoint.config.vocab_size)
     positions = checkpoint.config.n_positions
-    window = positions if config.window is None else config.window
-    for name, length in (("window", window), ("max_length", config.max_length)):
-        if length > positions:
+    for name in ("window", "max_length"):
+        length = getattr(config, name)
+        if length is not None and length > positions:
             raise ValueError(
                 f"{name} is {length}; the model has {positions} positions."
             )
     control = language.stream(tokenizer, [read(config.perplexity_text)], end=False)
-    control = control[: config.perplexity_tokens]
-    source = language.encode(tokenizer, texts, config.max_length)
     penalty_source = None
     if config.penalty_text is not None:
         stream = language.stream(tokenizer, [read(config.penalty_text)], end=False)
         penalty_source = language.blocks(stream, config.max_length)
-    model = (linearized if config.linearized else ordinary)(checkpoint)
-
-    def perplexity_of(state):
-        return perplexity.strided(
-            model.apply_fn,
-            state,
-            control,
-            window=window,
-            stride=max(window // 2, 1) if config.stride is None else config.stride,
-        )
-
     return Study(
-        checkpoint,
-        source,
-        penalty_source,
-        model,
-        perplexity_of,
-        functools.partial(write, config, model.decoder, tokenizer),
-        toxicity.scorer(config.classifier, label=config.label),
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        source=language.encode(tokenizer, texts, config.max_length),
+        penalty_source=penalty_source,
+        control=control[: config.perplexity_tokens],
+        model=(linearized if config.linearized else ordinary)(checkpoint),
+        scores=toxicity.scorer(config.classifier, label=config.label),
+    )
+
+
+def perplexity_of(config: Config, study: Study, state) -> float:
+    """The perplexity of a state of the model on the control text."""
+    positions = study.checkpoint.config.n_positions
+    window = positions if config.window is None else config.window
+    stride = max(window // 2, 1) if config.stride is None else config.stride
+    return perplexity.strided(
+        study.model.apply_fn, state, study.control, window=window, stride=stride
     )
 
 
@@ -365,18 +363,25 @@ def recipe_of(config: Config, texts: int) -> train.TrainConfig:
 
 
 def batches_of(config: Config, study: Study, recipe: train.TrainConfig):
-    others = None if study.penalty_source is None else [[study.penalty_source]]
     mesh = sharding.make_mesh(config.mesh)
     return train.task_batches(
-        [study.source], recipe, others=others, inputs=INPUTS, mesh=mesh
+        [study.source],
+        recipe,
+        others=[[study.penalty_source]] if recipe.penalty else None,
+        inputs=INPUTS,
+        mesh=mesh,
     )
 
 
-def fine_tune(config: Config, study: Study, recipe: train.TrainConfig) -> tree.Tree:
-    """The task vector of toxic text; one that is saved already is not trained again."""
-    file = runs.vectors(config) / "toxic.safetensors"
-    if config.resume and file.exists():
-        return hub.load_tree(file)[0]
+def trained(
+    config: Config,
+    study: Study,
+    recipe: train.TrainConfig,
+    *,
+    log: Path,
+    checkpoints: Path,
+) -> tree.Tree:
+    """Trains the task vector of toxic text."""
     [tau] = train.fine_tune(
         gpt2.language_model(study.checkpoint.config),
         study.checkpoint.params,
@@ -388,18 +393,28 @@ def fine_tune(config: Config, study: Study, recipe: train.TrainConfig) -> tree.T
         names=["toxic"],
         inputs=INPUTS,
         penalty_mask="attention_mask",
-        log=config.out / "train.jsonl",
+        log=log,
         mesh=sharding.make_mesh(config.mesh),
-        checkpoints=runs.checkpoints(config) if config.save_every else None,
+        checkpoints=checkpoints if config.save_every else None,
         save_every=config.save_every,
     )
-    tau = sharding.to_host(tau)
+    return sharding.to_host(tau)
+
+
+def fine_tune(config: Config, study: Study, recipe: train.TrainConfig) -> tree.Tree:
+    """The task vector of toxic text; one that is saved already is not trained again."""
+    file = runs.vectors(config) / "toxic.safetensors"
+    if config.resume and file.exists():
+        return hub.load_tree(file)[0]
+    checkpoints = runs.checkpoints(config)
+    log = config.out / "train.jsonl"
+    tau = trained(config, study, recipe, log=log, checkpoints=checkpoints)
 
     def save():
         file.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"model": study.checkpoint.folder.name, "task": "toxic"}
         hub.save_tree(file, tau, metadata)
-        shutil.rmtree(runs.checkpoints(config), ignore_errors=True)
+        shutil.rmtree(checkpoints, ignore_errors=True)
 
     processes.on_first(save)
     return tau
@@ -413,10 +428,10 @@ class Measured(NamedTuple):
     scores: np.ndarray
 
 
-def measure(study: Study, tau: tree.Tree, coef: float) -> Measured:
+def measure(config: Config, study: Study, tau: tree.Tree, coef: float) -> Measured:
     state = study.model.moved(tau, coef)
-    texts = study.write(state)
-    return Measured(study.perplexity(state), texts, study.scores(texts))
+    texts = write(config, study.model.decoder, study.tokenizer, state)
+    return Measured(perplexity_of(config, study, state), texts, study.scores(texts))
 
 
 def row(config: Config, name: str, coef: float, found: Measured) -> dict:
@@ -451,14 +466,14 @@ def main(config: Config) -> dict:
     batches_of(config, study, recipe)  # a wrong mesh shows before anything is measured
     # Before anything is trained or written: what does not work is found here.
     nothing = jax.tree.map(jnp.zeros_like, study.checkpoint.params)
-    at = {0.0: measure(study, nothing, 0.0)}
+    at = {0.0: measure(config, study, nothing, 0.0)}
     limit = at[0.0].perplexity + config.allowance
     runs.claim(config)
     tau = fine_tune(config, study, recipe)
 
     coefs = sorted({0.0, *config.coefs})
     for coef in tqdm(coefs[1:], desc="coefficients", unit="coefficient"):
-        at[coef] = measure(study, tau, -coef)
+        at[coef] = measure(config, study, tau, -coef)
     search = evaluate.search_negation(
         lambda coef: at[coef].perplexity, lambda found: found <= limit, coefs
     )
@@ -466,9 +481,9 @@ def main(config: Config) -> dict:
     noise = task_vectors.random_like(jax.random.key(config.seed), tau)
     models = {
         "pre-trained": (0.0, at[0.0]),
-        "fine-tuned": (1.0, measure(study, tau, 1.0)),
+        "fine-tuned": (1.0, measure(config, study, tau, 1.0)),
         "negated": (chosen, at[search.coef]),
-        "random, negated": (chosen, measure(study, noise, chosen)),
+        "random, negated": (chosen, measure(config, study, noise, chosen)),
     }
     rows = [row(config, name, *found) for name, found in models.items()]
     curve = [row(config, "negated", coef, at[coef]) for coef in coefs]

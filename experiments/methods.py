@@ -5,7 +5,6 @@
 
 import dataclasses
 import json
-import shutil
 import sys
 import zlib
 from collections.abc import Callable, Sequence
@@ -183,6 +182,8 @@ def trained(
         )
         for i, tau, own in zip(group, taus, metrics, strict=True):
             found[i] = add(setup, method, tasks[i].name, tau, configurations[i], own)
+        names = [task.name for task in members]
+        runs.remove_checkpoints(setup.options, checkpoints(setup, method, names))
     return [sharding.shard(tau, setup.mesh) for tau in found]
 
 
@@ -231,6 +232,8 @@ def joint_vector(setup: vision.Setup) -> tree.Tree:
             {name: leaf[None] for name, leaf in padded.items()},
         )
         found = add(setup, "multi_task", "joint", tau, identity, metrics)
+        folder = checkpoints(setup, "multi_task", ["joint"])
+        runs.remove_checkpoints(options, folder)
     return sharding.shard(found, setup.mesh)
 
 
@@ -257,10 +260,8 @@ def run(
     observe_every=1,
 ):
     """Trains; returns vectors on the host, and plain metrics of every name."""
-    folder = runs.checkpoints(setup.options) / bank.vector_file(
-        setup.options.bank, setup.model, method, "-".join(names)
-    ).relative_to(setup.options.bank).with_suffix("")
-    log = setup.options.out / f"train_{folder.parent.parent.name}_{method}.jsonl"
+    folder = checkpoints(setup, method, names)
+    log = setup.options.out / f"train_{folder.name}.jsonl"
     tqdm.write(f"{setup.model}, {method}: {', '.join(names)}", file=sys.stderr)
     taus = train.fine_tune(
         setup.apply_fn,
@@ -284,8 +285,13 @@ def run(
         {name: last[name][task] for name in ("loss", "penalty") if name in last}
         for task in names
     ]
-    processes.on_first(lambda: shutil.rmtree(folder, ignore_errors=True))
     return sharding.to_host(taus), metrics
+
+
+def checkpoints(setup, method, names):
+    """Where a training keeps its checkpoints, until its vectors are in the bank."""
+    place = f"{setup.title}_{method}_{'-'.join(names)}"
+    return runs.checkpoints(setup.options) / place
 
 
 def loss(features, batch, constants) -> jax.Array:

@@ -98,6 +98,19 @@ def checkpoints(options: Options) -> Path:
     return options.out / "checkpoints"
 
 
+def remove_checkpoints(options: Options, folder: Path):
+    """Removes one of the folders of checkpoints, and `checkpoints` with the last."""
+
+    def remove():
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in folder.parents:
+            if parent == options.out or not parent.exists() or any(parent.iterdir()):
+                break
+            parent.rmdir()
+
+    processes.on_first(remove)
+
+
 def vectors(options: Options) -> Path:
     """The folder of trained task vectors."""
     return options.out / "task_vectors"

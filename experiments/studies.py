@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -200,9 +199,9 @@ def fine_tune(study: Study, method: str, recipe: train.TrainConfig) -> list[tree
         for name, file, tau in zip(study.names, files, held, strict=True):
             metadata = {"model": model, "task": name, "method": method}
             hub.save_tree(file, tau, metadata)
-        shutil.rmtree(checkpoints, ignore_errors=True)
 
     processes.on_first(save)
+    runs.remove_checkpoints(config, checkpoints)
     return taus
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import runs
 from jaxarith import report
 
 
@@ -68,7 +69,8 @@ def _cell(value, digits):
 
 
 def write(out: Path, title: str, tables: Mapping[str, str], results: dict, note=""):
-    """Writes report.json and report.md, and prints the latter.
+    """Writes report.json and report.md, and prints the latter; of several processes the
+    first does.
 
     Args:
       out: the folder.
@@ -77,6 +79,8 @@ def write(out: Path, title: str, tables: Mapping[str, str], results: dict, note=
       results: what report.json holds, as plain data.
       note: what a reader of the tables must know.
     """
+    if not runs.is_first():
+        return
     parts = [f"# {title}"]
     for caption, table in tables.items():
         parts += [caption, table]

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 from tiny import random_params
-from tiny_language import write_classifier, write_gpt2
+from tiny_language import write_classifier
 
-from experiments import detoxify
+from experiments import detoxify, tiny_text
 from jaxarith import generate, hub, perplexity, tangent, task_vectors, tree
 from jaxarith.data import text
 from jaxarith.models import gpt2
@@ -31,7 +31,7 @@ CONTROL = "The sun rose over the hills and the river ran to the sea.\n" * 30
 def place(tmp_path_factory):
     transformers = pytest.importorskip("transformers", reason="makes the tokenizers")
     folder = tmp_path_factory.mktemp("detoxify")
-    write_gpt2(folder / "gpt2", transformers)
+    tiny_text.write_gpt2(folder / "gpt2")
     write_classifier(folder / "classifier", transformers)
     (folder / "toxic.txt").write_text("you hate you hate\nhate hate you\n\n" * 10)
     (folder / "control.txt").write_text(CONTROL)

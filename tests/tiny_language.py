@@ -1,41 +1,11 @@
-"""Folders of a tiny GPT-2 and a tiny classifier, with tokenizers, for whole runs."""
+"""Folders of tiny classifiers with tokenizers, in every variant."""
 
 import json
 
-import jax
-import numpy as np
 from tiny import random_params
 
 from jaxarith import hub
-from jaxarith.models import bert, gpt2
-
-GPT2_SIZES = {"n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
-
-
-def write_gpt2(folder, transformers, **sizes):
-    """Random weights, and a tokenizer whose tokens are bytes."""
-    symbols = sorted(_byte_symbols())
-    vocab = {symbol: i for i, symbol in enumerate([*symbols, "<|endoftext|>"])}
-    raw = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": len(vocab),
-        "bos_token_id": len(vocab) - 1,
-        "eos_token_id": len(vocab) - 1,
-        **GPT2_SIZES,
-        **sizes,
-    }
-    params = gpt2.init(jax.random.key(0), gpt2.GPT2Config.from_json(raw))
-    hub.save(folder, jax.tree.map(np.asarray, params), raw)
-    transformers.GPT2Tokenizer(vocab=vocab, merges=[]).save_pretrained(folder)
-    return folder
-
-
-def _byte_symbols():
-    """The characters that GPT-2's tokenizer writes for the 256 bytes."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [*map(chr, shown), *(chr(256 + i) for i in range(256 - len(shown)))]
-
+from jaxarith.models import bert
 
 CLASSIFIER = {
     "architectures": ["BertForSequenceClassification"],

@@ -111,7 +111,8 @@ def main(config: Config) -> dict:
             row = {"method": name, "pair": pairs.title(setup, pair), **measures}
             rows.append(row | {"mean ξ": float(grid.mean()), "grid": grid.tolist()})
     titles = [tuple(setup.titles[i] for i in pair) for pair in columns]
-    plots.disentanglement_of_pairs(config.out / "figure1.png", cells, coefs, titles)
+    if runs.is_first():
+        plots.disentanglement_of_pairs(config.out / "figure1.png", cells, coefs, titles)
     results = {"coefs": coefs.tolist(), "rows": rows}
     shown = [{k: row[k] for k in row if k != "grid"} for row in rows]
     table = {"ξ, the mean over the grid.": tables.markdown(shown, digits=3)}

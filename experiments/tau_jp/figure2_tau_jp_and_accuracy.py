@@ -54,12 +54,13 @@ def main(config: Config) -> dict:
         for name, method in pairs.METHODS.items():
             found = pairs.additions(setup, methods.vectors(setup, method), coefs)
             points += [{"model": setup.title, "method": name} | row for row in found]
-    plots.scatter(
-        config.out / "figure2.png",
-        pairs.panels(points, "norm"),
-        x="τJp of the pair",
-        y="normalised accuracy, percent",
-    )
+    if runs.is_first():
+        plots.scatter(
+            config.out / "figure2.png",
+            pairs.panels(points, "norm"),
+            x="τJp of the pair",
+            y="normalised accuracy, percent",
+        )
     results = {"points": points, "correlations": pairs.correlations(points, "norm")}
     caption = "Correlation of τJp and of its square with the normalised accuracy."
     table = {caption: tables.markdown(results["correlations"], digits=2)}

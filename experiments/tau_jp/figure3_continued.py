@@ -114,13 +114,14 @@ def main(config: Config) -> dict:
         [row] = pairs.additions(setup, taus, coefs)
         rows.append({"step": step} | row)
     steps = [row["step"] for row in rows]
-    plots.two_scales(
-        config.out / "figure3.png",
-        steps,
-        ("normalised accuracy, percent", [row["norm"] for row in rows]),
-        ("τJp", [row["tau_jp"] for row in rows]),
-        x="additional steps",
-    )
+    if runs.is_first():
+        plots.two_scales(
+            config.out / "figure3.png",
+            steps,
+            ("normalised accuracy, percent", [row["norm"] for row in rows]),
+            ("τJp", [row["tau_jp"] for row in rows]),
+            x="additional steps",
+        )
     results = {"rows": rows}
     names = ("step", "tau_jp", "tau_jp_squared", "coefficient", "abs", "norm")
     shown = [{name: row[name] for name in names} for row in rows]

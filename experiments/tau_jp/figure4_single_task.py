@@ -68,12 +68,13 @@ def main(config: Config) -> dict:
             values = dict(zip(setup.names, map(float, accuracies), strict=True))
             mean = {"mean": float(np.mean(accuracies))}
             rows.append({"model": setup.title, "method": name} | values | mean)
-        plots.bars(
-            config.out / f"figure4_{setup.title}.png",
-            groups,
-            setup.titles,
-            y="test accuracy, percent",
-        )
+        if runs.is_first():
+            plots.bars(
+                config.out / f"figure4_{setup.title}.png",
+                groups,
+                setup.titles,
+                y="test accuracy, percent",
+            )
     results = {"rows": rows}
     table = {"Test accuracy, percent.": tables.markdown(rows)}
     tables.write(config.out, "Single tasks (τJp, Fig. 4)", table, results)

@@ -91,12 +91,13 @@ def main(config: Config) -> dict:
                 for row in own
                 if row["measure"] == measure and row["searched"]
             }
-            plots.bars(
-                config.out / f"figure5_{setup.title}_{measure}.png",
-                groups,
-                setup.titles,
-                y=f"{measure} test accuracy, percent",
-            )
+            if runs.is_first():
+                plots.bars(
+                    config.out / f"figure5_{setup.title}_{measure}.png",
+                    groups,
+                    setup.titles,
+                    y=f"{measure} test accuracy, percent",
+                )
     results = {"rows": rows}
     shown = [
         {name: value for name, value in row.items() if name != "searched"}

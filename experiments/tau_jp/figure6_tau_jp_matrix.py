@@ -58,14 +58,15 @@ def main(config: Config) -> dict:
                 row |= {f"own task, {measure}": float(np.diag(matrix).mean())}
                 row |= {f"other tasks, {measure}": float(matrix[others].mean())}
             rows.append(row)
-        plots.matrices(
-            config.out / f"figure6_{setup.title}.png",
-            panels,
-            setup.titles,
-            rows="task vector",
-            columns="test data",
-            value="τJp",
-        )
+        if runs.is_first():
+            plots.matrices(
+                config.out / f"figure6_{setup.title}.png",
+                panels,
+                setup.titles,
+                rows="task vector",
+                columns="test data",
+                value="τJp",
+            )
     results = {"matrices": matrices, "rows": rows}
     table = {"Mean τJp.": tables.markdown(rows, digits=3)}
     tables.write(config.out, "τJp of all pairs (τJp, Fig. 6)", table, results)

@@ -55,14 +55,15 @@ def main(config: Config) -> dict:
             largest = arithmetic.pairs(len(taus))[int(np.argmax(values))]
             row |= {"mean": float(np.mean(values)), "largest": max(values)}
             rows.append(row | {"pair of the largest": pairs.title(setup, largest)})
-        plots.matrices(
-            config.out / f"figure7_{setup.title}.png",
-            panels,
-            setup.titles,
-            rows="task vector",
-            columns="task vector",
-            value="cosine",
-        )
+        if runs.is_first():
+            plots.matrices(
+                config.out / f"figure7_{setup.title}.png",
+                panels,
+                setup.titles,
+                rows="task vector",
+                columns="task vector",
+                value="cosine",
+            )
     results = {"matrices": matrices, "rows": rows}
     table = {"Cosines of different tasks.": tables.markdown(rows, digits=3)}
     tables.write(config.out, "Cosines of all pairs (τJp, Fig. 7)", table, results)

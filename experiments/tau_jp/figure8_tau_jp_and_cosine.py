@@ -65,12 +65,13 @@ def main(config: Config) -> dict:
         for name, method in pairs.METHODS.items():
             found = points_of(setup, method)
             points += [{"model": setup.title, "method": name} | row for row in found]
-    plots.scatter(
-        config.out / "figure8.png",
-        pairs.panels(points, "cosine"),
-        x="τJp of the pair",
-        y="cosine of the task vectors",
-    )
+    if runs.is_first():
+        plots.scatter(
+            config.out / "figure8.png",
+            pairs.panels(points, "cosine"),
+            x="τJp of the pair",
+            y="cosine of the task vectors",
+        )
     results = {"points": points, "correlations": pairs.correlations(points, "cosine")}
     caption = "Correlation of τJp and of its square with the cosine."
     table = {caption: tables.markdown(results["correlations"], digits=2)}

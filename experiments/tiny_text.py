@@ -1,0 +1,162 @@
+"""Tiny language models with tokenizers, and made-up texts, for runs without a network.
+
+Each is a checkpoint in Hugging Face format with random weights. What they say means
+nothing; every part of a script sees the files that it would see of a real one.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxarith import hub, tree
+from jaxarith.data import glue
+from jaxarith.data.text import Record
+from jaxarith.models import bert, gpt2, t5
+
+# Of one layer, and few shapes of weights: most of a short run is compilation.
+_T5 = {
+    "architectures": ["T5ForConditionalGeneration"],
+    "model_type": "t5",
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 1,
+    "num_heads": 4,
+    "feed_forward_proj": "relu",
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+_GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "n_positions": 64,
+    "n_embd": 16,
+    "n_layer": 1,
+    "n_head": 2,
+}
+_BERT = {
+    "architectures": ["BertForSequenceClassification"],
+    "model_type": "bert",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+    "id2label": {"0": "toxic", "1": "threat"},
+    "label2id": {"toxic": 0, "threat": 1},
+    "problem_type": "multi_label_classification",
+}
+
+# Of the made-up sentences; the first two tell the label.
+_WORDS = ("bad", "good", "film", "book", "cat", "dog", "the", "a", "is", "was")
+_TOXIC = ("you hate you hate", "hate hate you", "I hate it when you hate")
+_WIKI = "The sun rose over the hills and the river ran to the sea.\n"
+
+
+def write_t5(folder: Path) -> Path:
+    """A T5 whose tokens are the words of `glue_records` in T5's format."""
+    from transformers import T5Tokenizer
+
+    fields = {f"{name}:" for task in glue.TASKS.values() for name in task.prompt}
+    classes = {name for task in glue.TASKS.values() for name in task.classes}
+    words = [*glue.TASKS, *sorted(fields), *sorted(classes), *_WORDS]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -3.0)]
+    pieces += [(f"▁{word}", -1.0) for word in words]
+    raw = {**_T5, "vocab_size": len(pieces)}
+    config = t5.T5Config.from_json(raw)
+    hub.save(folder, _random(t5.layout(config)), raw)
+    T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder)
+    return folder
+
+
+def write_gpt2(folder: Path, **sizes: int) -> Path:
+    """A GPT-2 whose tokens are bytes; `sizes` are fields of its `config.json`."""
+    from transformers import GPT2Tokenizer
+
+    symbols = [*sorted(_byte_symbols()), "<|endoftext|>"]
+    end = len(symbols) - 1
+    raw = {**_GPT2, "vocab_size": len(symbols)}
+    raw |= {"bos_token_id": end, "eos_token_id": end, **sizes}
+    params = gpt2.init(jax.random.key(0), gpt2.GPT2Config.from_json(raw))
+    hub.save(folder, jax.tree.map(np.asarray, params), raw)
+    vocab = {symbol: i for i, symbol in enumerate(symbols)}
+    GPT2Tokenizer(vocab=vocab, merges=[]).save_pretrained(folder)
+    return folder
+
+
+def write_classifier(folder: Path) -> Path:
+    """A BERT with a score of how toxic a text is; its tokens are letters."""
+    from transformers import BertTokenizer
+
+    letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
+    symbols = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
+    symbols += [f"##{letter}" for letter in letters]
+    raw = {**_BERT, "vocab_size": len(symbols)}
+    config = bert.BertConfig.from_json(raw)
+    hub.save(folder, _random(bert.layout(config, "classifier")), raw)
+    vocab = {symbol: i for i, symbol in enumerate(symbols)}
+    BertTokenizer(vocab=vocab).save_pretrained(folder)
+    return folder
+
+
+def glue_records(task: glue.Task, count: int, seed: int) -> list[Record]:
+    """Sentences, or pairs of them, with a word that tells the label.
+
+    Example:
+      >>> [record] = glue_records(glue.TASKS["sst2"], 1, 0)
+      >>> record["label"], "bad" in record["text"].split()
+      (0, True)
+    """
+    rng = np.random.default_rng(seed)
+
+    def sentence(label):
+        words = [_WORDS[label], *rng.choice(_WORDS[2:], rng.integers(2, 6))]
+        return " ".join(rng.permutation(words))
+
+    names = ("text", "text_pair")[: len(task.fields)]
+    classes = len(task.classes)
+    return [
+        {**{name: sentence(i % classes) for name in names}, "label": i % classes}
+        for i in range(count)
+    ]
+
+
+def write_texts(folder: Path) -> dict[str, Path]:
+    """Files of toxic texts and of two texts to keep, as detoxification takes them.
+
+    Returns:
+      `toxic`, JSON lines with a text and its toxicity; `perplexity_text`;
+      `penalty_text`.
+    """
+    files = {
+        "toxic": folder / "toxic.jsonl",
+        "perplexity_text": folder / "test.txt",
+        "penalty_text": folder / "train.txt",
+    }
+    rows = [{"text": text, "toxicity": 0.9} for text in 8 * _TOXIC]
+    rows.append({"text": "a kind word", "toxicity": 0.1})
+    files["toxic"].write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    files["perplexity_text"].write_text(10 * _WIKI)
+    files["penalty_text"].write_text(40 * _WIKI)
+    return files
+
+
+def _byte_symbols():
+    """The characters that GPT-2's tokenizer writes for the 256 bytes."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [*map(chr, shown), *(chr(256 + i) for i in range(256 - len(shown)))]
+
+
+def _random(layout) -> dict:
+    """Weights with outputs that differ from input to input."""
+    rng = np.random.default_rng(0)
+
+    def leaf(path, expected):
+        scale = path.endswith("/scale") or "layer_norm/" in path
+        noise = 0.3 * rng.normal(size=expected.shape)
+        return np.asarray(noise + scale, np.float32)
+
+    return tree.map_with_path(leaf, layout)
