@@ -4,7 +4,7 @@ Coefficients are chosen on validation data and results are those on test data, a
 Ortiz-Jimenez et al. (2023) and Yoshida et al. (2025, App. B.2).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -112,6 +112,26 @@ def addition(
     return Addition(*at("test", rows), search)
 
 
+def linearized_rows(setup: vision.Setup, names: Mapping[str, str]) -> list[dict]:
+    """Addition with methods of the tangent-space model: plain rows of a table.
+
+    Args:
+      setup: the model and the tasks.
+      names: what the table calls each method.
+
+    Returns:
+      For each method a row at coefficient 1 and one at that of the search.
+    """
+    rows = []
+    for name, method in names.items():
+        taus = methods.vectors(setup, method)
+        found = addition(setup, taus, linearized=True)
+        for coef in ("1.0", "searched"):
+            row = {"model": setup.title, "method": name, "coefficient": coef}
+            rows.append(row | found.row(coef == "searched"))
+    return rows
+
+
 def joint_accuracies(setup: vision.Setup) -> np.ndarray:
     """Test accuracies of the model of multi-task learning, `[T]`."""
     [tau] = methods.vectors(setup, "multi_task")
@@ -212,11 +232,11 @@ def disentanglement_error(
     taus: Sequence[tree.Tree],
     *,
     linearized: bool,
-    coefs: np.ndarray,
+    coefs: Sequence[float],
     samples: int = 2048,
-    distance: Callable | None = None,
+    distances: Sequence[Callable] | None = None,
 ) -> np.ndarray:
-    """ξ of the two tasks of `setup` on test data, `[n, n]`.
+    """ξ of the two tasks of `setup` on test data.
 
     Args:
       setup: with two tasks, see `pair_setup`.
@@ -224,21 +244,28 @@ def disentanglement_error(
       linearized: whether they belong to the tangent-space model.
       coefs: the n values of both coefficients.
       samples: how many test samples of each task are drawn, with a fixed seed.
-      distance: `distance(dataset, features_1, features_2)`, the mean over samples; by
-        default the share of samples whose predicted labels differ.
+      distances: R of `distance(dataset, features_1, features_2)`, means over samples;
+        by default `labels_differ` alone. All are taken of one pass over the images.
+
+    Returns:
+      `[R, n, n]`: rows are the coefficient of the first task.
     """
-    distance = distance or labels_differ
+    distances = distances or [labels_differ]
     grid = [(a, b) for a in coefs for b in coefs]
     alone = [[(a, 0) for a in coefs], [(0, b) for b in coefs]]
-    total = 0
+    shape = (len(coefs), len(coefs))
+    total = np.zeros((len(distances), *shape))
     for axis, task in enumerate(setup.tasks):
         dataset = vision.drawn(setup, task.test, samples)
         at = outputs(setup, taus, dataset, linearized)
-        shape = (len(coefs), len(coefs))
-        both, own = at(np.array(grid)), at(np.array(alone[axis]))
+        found = at(np.array(grid + alone[axis]))
+        both, own = found[: len(grid)], found[len(grid) :]
         index = np.indices(shape)[axis].ravel()
-        found = [distance(dataset, own[i], f) for i, f in zip(index, both, strict=True)]
-        total = total + np.reshape(found, shape)
+        for part, distance in zip(total, distances, strict=True):
+            values = [
+                distance(dataset, own[i], x) for i, x in zip(index, both, strict=True)
+            ]
+            part += np.reshape(values, shape)
     return total
 
 

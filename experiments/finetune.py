@@ -39,13 +39,11 @@ from jaxarith import hub, report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Options):
+class Config(vision.OneModel):
     """Fine-tune a CLIP on a task."""
 
     out: Path = Path("runs/finetune")
     """Folder for checkpoints and logs of the training; the vector goes to --bank."""
-    model: str = vision.B32
-    """A CLIP: a folder, or an id of the Hugging Face Hub."""
     task: str
     """What is trained on; multi_task trains on all --tasks."""
     method: Literal[methods.Method, "tau_jp_continued"]

@@ -7,7 +7,7 @@ quickstart.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -71,6 +71,22 @@ class Options(runs.Options):
     smoke: bool = False
     """Run the whole script in seconds, with the tiny CLIP, three small tasks and a few
     steps; what it finds means nothing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OneModel(Options):
+    """The options of scripts on one CLIP."""
+
+    model: str = B32
+    """A CLIP: a folder, or an id of the Hugging Face Hub."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Models(Options):
+    """The options of scripts on several CLIPs."""
+
+    models: tuple[str, ...] = MODELS
+    """CLIPs: folders, or ids of the Hugging Face Hub."""
 
 
 def smoke(options):
@@ -367,6 +383,23 @@ def recipe_of(options: Options, task: Task) -> recipe.TrainConfig:
         micro_batches=options.micro_batches,
         seed=options.seed,
     )
+
+
+def of_models(rows: Mapping[tuple, Sequence]) -> dict[tuple, Sequence]:
+    """Published values by model and row, from the columns of a paper's table.
+
+    Args:
+      rows: by the key of each row, its values of ViT-B-32, ViT-B-16 and ViT-L-14.
+
+    Example:
+      >>> of_models({("MTL",): ((87.8,), (90.8,), (92.6,))})["ViT-B-16", "MTL"]
+      (90.8,)
+    """
+    return {
+        (title, *row): values
+        for row, columns in rows.items()
+        for title, values in zip(TITLES.values(), columns, strict=True)
+    }
 
 
 def means(values: Sequence[float]) -> float:

@@ -80,9 +80,6 @@ def disentanglement(
       searched: the coefficients inside the box.
       scales: what each of the R ways is called, and the largest value of its colours.
     """
-    half = (coefs[1] - coefs[0]) / 2
-    extent = (coefs[0] - half, coefs[-1] + half) * 2
-    low, high = searched
     size = (1.4 + 3.8 * len(panels), 0.5 + 3.4 * len(scales))
     figure = Figure(figsize=size, layout="constrained")
     shape = (len(panels), len(scales), len(coefs), len(coefs))
@@ -90,16 +87,7 @@ def disentanglement(
     axes = figure.subplots(len(scales), len(panels), squeeze=False)
     for i, (label, top) in enumerate(scales):
         for axis, grid in zip(axes[i], grids[:, i], strict=True):
-            image = axis.imshow(
-                np.transpose(grid),
-                origin="lower",
-                extent=extent,
-                vmin=0,
-                vmax=top,
-                cmap="Blues",
-            )
-            box = [low, high, high, low, low], [low, low, high, high, low]
-            axis.plot(*box, color="red", linewidth=1.5)
+            image = _xi(axis, grid, coefs, searched, top)
         axes[i, 0].set_ylabel(f"coefficient of {tasks[1]}")
         bar = {"ax": list(axes[i]), "label": label, "shrink": 0.9, "extend": "max"}
         figure.colorbar(image, **bar)
@@ -107,6 +95,23 @@ def disentanglement(
         top.set_title(title)
         bottom.set_xlabel(f"coefficient of {tasks[0]}")
     _save(figure, path)
+
+
+def _xi(axis, grid, coefs, searched, top):
+    """A heat map of ξ `[n, n]` with a red box."""
+    half = (coefs[1] - coefs[0]) / 2
+    image = axis.imshow(
+        np.transpose(grid),
+        origin="lower",
+        extent=(coefs[0] - half, coefs[-1] + half) * 2,
+        vmin=0,
+        vmax=top,
+        cmap="Blues",
+    )
+    low, high = searched
+    box = [low, high, high, low, low], [low, low, high, high, low]
+    axis.plot(*box, color="red", linewidth=1.5)
+    return image
 
 
 def curves(
@@ -336,25 +341,13 @@ def disentanglement_of_pairs(
       tasks: the pair of each column.
       searched: the coefficients inside the box.
     """
-    half = (coefs[1] - coefs[0]) / 2
-    extent = (coefs[0] - half, coefs[-1] + half) * 2
-    low, high = searched
     size = (1.2 + 3.1 * len(tasks), 0.2 + 3.1 * len(rows))
     figure = Figure(figsize=size, layout="constrained")
     figure.get_layout_engine().set(wspace=0.06)
     axes = figure.subplots(len(rows), len(tasks), squeeze=False)
     for row, cells in zip(axes, rows, strict=True):
         for axis, (title, grid), (first, second) in zip(row, cells, tasks, strict=True):
-            image = axis.imshow(
-                np.transpose(grid),
-                origin="lower",
-                extent=extent,
-                vmin=0,
-                vmax=1,  # as in `disentanglement`
-                cmap="Blues",
-            )
-            box = [low, high, high, low, low], [low, low, high, high, low]
-            axis.plot(*box, color="red", linewidth=1.5)
+            image = _xi(axis, grid, coefs, searched, top=1)  # as in `disentanglement`
             axis.plot(0, 0, "x", color="red")
             axis.set_title(title, fontsize=10)
             axis.set_xlabel(f"coefficient of {first}")

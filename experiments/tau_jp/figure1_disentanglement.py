@@ -39,13 +39,11 @@ from jaxarith import plots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Options):
+class Config(vision.OneModel):
     """Draw ξ of pairs of linearised and of τJp vectors."""
 
     out: Path = Path("runs/tau_jp/figure1")
     """Folder for figure1.png, report.json and report.md."""
-    model: str = vision.B32
-    """A CLIP: a folder, or an id of the Hugging Face Hub."""
     pairs: tuple[tuple[str, str], ...] = ()
     """Names of tasks, two for each pair; by default --columns pairs are chosen."""
     columns: int = 4
@@ -98,7 +96,7 @@ def main(config: Config) -> dict:
     for name, own in taus.items():
         cells.append([])
         for pair in columns:
-            grid = arithmetic.disentanglement_error(
+            [grid] = arithmetic.disentanglement_error(
                 arithmetic.pair_setup(setup, pair),
                 [own[i] for i in pair],
                 linearized=True,

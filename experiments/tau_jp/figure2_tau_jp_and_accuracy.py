@@ -35,13 +35,11 @@ from jaxarith import plots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Options):
+class Config(vision.Models):
     """Add every two of the tasks, with linearised and with τJp vectors."""
 
     out: Path = Path("runs/tau_jp/figure2")
     """Folder for figure2.png, report.json and report.md."""
-    models: tuple[str, ...] = vision.MODELS
-    """CLIPs: folders, or ids of the Hugging Face Hub."""
 
 
 def main(config: Config) -> dict:

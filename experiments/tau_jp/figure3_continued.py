@@ -37,13 +37,11 @@ from jaxarith import plots, sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Options):
+class Config(vision.OneModel):
     """Go on with two linearised vectors, with the τJp penalty."""
 
     out: Path = Path("runs/tau_jp/figure3")
     """Folder for figure3.png, report.json and report.md."""
-    model: str = vision.B32
-    """A CLIP: a folder, or an id of the Hugging Face Hub."""
     tasks: tuple[str, ...] = ("eurosat", "svhn")
     """The two tasks."""
     more_steps: int = 1000

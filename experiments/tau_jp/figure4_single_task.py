@@ -34,13 +34,11 @@ METHODS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Options):
+class Config(vision.Models):
     """Compare the models of single tasks."""
 
     out: Path = Path("runs/tau_jp/figure4")
     """Folder for figure4_<model>.png, report.json and report.md."""
-    models: tuple[str, ...] = vision.MODELS
-    """CLIPs: folders, or ids of the Hugging Face Hub."""
 
 
 def single(setup: vision.Setup, method: str) -> np.ndarray:

@@ -37,13 +37,11 @@ METHODS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Options):
+class Config(vision.Models):
     """Add all task vectors, and look at every task."""
 
     out: Path = Path("runs/tau_jp/figure5")
     """Folder for figure5_<model>_<measure>.png, report.json and report.md."""
-    models: tuple[str, ...] = vision.MODELS
-    """CLIPs: folders, or ids of the Hugging Face Hub."""
 
 
 def rows_of(setup: vision.Setup) -> list[dict]:

@@ -31,13 +31,11 @@ from jaxarith import plots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Options):
+class Config(vision.Models):
     """Measure τJp of linearised and of τJp vectors."""
 
     out: Path = Path("runs/tau_jp/figure6")
     """Folder for figure6_<model>.png, report.json and report.md."""
-    models: tuple[str, ...] = vision.MODELS
-    """CLIPs: folders, or ids of the Hugging Face Hub."""
 
 
 def main(config: Config) -> dict:

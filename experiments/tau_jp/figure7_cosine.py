@@ -29,13 +29,11 @@ from jaxarith import plots, task_vectors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Options):
+class Config(vision.Models):
     """Compare the directions of linearised and of τJp vectors."""
 
     out: Path = Path("runs/tau_jp/figure7")
     """Folder for figure7_<model>.png, report.json and report.md."""
-    models: tuple[str, ...] = vision.MODELS
-    """CLIPs: folders, or ids of the Hugging Face Hub."""
 
 
 def main(config: Config) -> dict:

@@ -31,13 +31,11 @@ from jaxarith import plots, task_vectors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Options):
+class Config(vision.Models):
     """Compare τJp and cosine of every two of the tasks."""
 
     out: Path = Path("runs/tau_jp/figure8")
     """Folder for figure8.png, report.json and report.md."""
-    models: tuple[str, ...] = vision.MODELS
-    """CLIPs: folders, or ids of the Hugging Face Hub."""
 
 
 def points_of(setup: vision.Setup, method: str) -> list[dict]:

@@ -45,35 +45,30 @@ from experiments import arithmetic, methods, runs, tables, vision
 from jaxarith import heads, merge, task_vectors
 from jaxarith.data import pipeline
 
-_PUBLISHED = {  # of ViT-B-32, ViT-B-16 and ViT-L-14
-    ("Pre-trained", ""): ((47.3, None), (54.5, None), (65.1, None)),
-    ("Individual", ""): ((89.9, 100.0), (92.2, 100.0), (93.7, 100.0)),
-    ("MTL", ""): ((87.8, None), (90.8, None), (92.6, None)),
-    ("Non-lin. FT", "1.0"): ((19.9, 20.5), (19.1, 19.7), (37.6, 39.0)),
-    ("Non-lin. FT", "searched"): ((70.4, 78.0), (75.5, 81.5), (84.0, 89.3)),
-    ("Linear FT", "1.0"): ((55.4, 61.7), (58.2, 63.6), (80.5, 86.7)),
-    ("Linear FT", "searched"): ((74.3, 85.0), (78.7, 87.6), (85.8, 92.8)),
-    ("TIES", "1.0"): ((74.2, 84.8), (78.6, 87.6), (85.0, 91.9)),
-    ("TIES", "searched"): ((74.2, 84.8), (78.6, 87.6), (85.0, 91.9)),
-    ("AdaMerging", "adapted"): ((81.1, 89.6), (85.7, 92.5), (91.0, 96.6)),
-    ("Ours", "1.0"): ((84.2, 97.2), (87.5, 98.4), (90.8, 99.0)),
-    ("Ours", "searched"): ((84.5, 97.6), (87.6, 98.5), (90.8, 99.0)),
-}
-PUBLISHED = {
-    (title, *row): values
-    for row, columns in _PUBLISHED.items()
-    for title, values in zip(vision.TITLES.values(), columns, strict=True)
-}
+PUBLISHED = vision.of_models(
+    {
+        ("Pre-trained", ""): ((47.3, None), (54.5, None), (65.1, None)),
+        ("Individual", ""): ((89.9, 100.0), (92.2, 100.0), (93.7, 100.0)),
+        ("MTL", ""): ((87.8, None), (90.8, None), (92.6, None)),
+        ("Non-lin. FT", "1.0"): ((19.9, 20.5), (19.1, 19.7), (37.6, 39.0)),
+        ("Non-lin. FT", "searched"): ((70.4, 78.0), (75.5, 81.5), (84.0, 89.3)),
+        ("Linear FT", "1.0"): ((55.4, 61.7), (58.2, 63.6), (80.5, 86.7)),
+        ("Linear FT", "searched"): ((74.3, 85.0), (78.7, 87.6), (85.8, 92.8)),
+        ("TIES", "1.0"): ((74.2, 84.8), (78.6, 87.6), (85.0, 91.9)),
+        ("TIES", "searched"): ((74.2, 84.8), (78.6, 87.6), (85.0, 91.9)),
+        ("AdaMerging", "adapted"): ((81.1, 89.6), (85.7, 92.5), (91.0, 96.6)),
+        ("Ours", "1.0"): ((84.2, 97.2), (87.5, 98.4), (90.8, 99.0)),
+        ("Ours", "searched"): ((84.5, 97.6), (87.6, 98.5), (90.8, 99.0)),
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Options):
+class Config(vision.Models):
     """Task addition with ordinary, linearised and τJp vectors, and with merges."""
 
     out: Path = Path("runs/tau_jp/table1")
     """Folder for report.json and report.md."""
-    models: tuple[str, ...] = vision.MODELS
-    """CLIPs: folders, or ids of the Hugging Face Hub."""
 
 
 def adamerging(setup: vision.Setup, taus) -> np.ndarray:

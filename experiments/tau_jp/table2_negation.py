@@ -39,32 +39,27 @@ import tyro
 from experiments import arithmetic, methods, runs, tables, vision
 from jaxarith import merge, task_vectors
 
-_PUBLISHED = {  # of ViT-B-32, ViT-B-16 and ViT-L-14
-    ("Pre-trained", ""): ((47.3, 66.7), (54.5, 69.3), (65.1, 77.3)),
-    ("Non-lin. FT", "1.0"): ((10.9, 44.7), (10.8, 51.6), (15.2, 68.6)),
-    ("Non-lin. FT", "searched"): ((24.0, 60.7), (20.3, 64.7), (18.4, 72.4)),
-    ("Linear FT", "1.0"): ((6.3, 57.2), (5.4, 62.2), (3.0, 67.9)),
-    ("Linear FT", "searched"): ((11.8, 60.6), (8.8, 65.0), (8.3, 72.2)),
-    ("TIES", "1.0"): ((21.8, 61.6), (24.3, 67.0), (26.6, 74.4)),
-    ("TIES", "searched"): ((21.8, 61.7), (24.3, 67.0), (26.6, 74.4)),
-    ("Ours", "1.0"): ((11.8, 62.5), (11.8, 67.8), (15.1, 75.1)),
-    ("Ours", "searched"): ((6.7, 60.8), (4.7, 66.0), (3.7, 73.0)),
-}
-PUBLISHED = {
-    (title, *row): values
-    for row, columns in _PUBLISHED.items()
-    for title, values in zip(vision.TITLES.values(), columns, strict=True)
-}
+PUBLISHED = vision.of_models(
+    {
+        ("Pre-trained", ""): ((47.3, 66.7), (54.5, 69.3), (65.1, 77.3)),
+        ("Non-lin. FT", "1.0"): ((10.9, 44.7), (10.8, 51.6), (15.2, 68.6)),
+        ("Non-lin. FT", "searched"): ((24.0, 60.7), (20.3, 64.7), (18.4, 72.4)),
+        ("Linear FT", "1.0"): ((6.3, 57.2), (5.4, 62.2), (3.0, 67.9)),
+        ("Linear FT", "searched"): ((11.8, 60.6), (8.8, 65.0), (8.3, 72.2)),
+        ("TIES", "1.0"): ((21.8, 61.6), (24.3, 67.0), (26.6, 74.4)),
+        ("TIES", "searched"): ((21.8, 61.7), (24.3, 67.0), (26.6, 74.4)),
+        ("Ours", "1.0"): ((11.8, 62.5), (11.8, 67.8), (15.1, 75.1)),
+        ("Ours", "searched"): ((6.7, 60.8), (4.7, 66.0), (3.7, 73.0)),
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Options):
+class Config(vision.Models):
     """Task negation with ordinary, linearised and τJp vectors, and with TIES."""
 
     out: Path = Path("runs/tau_jp/table2")
     """Folder for report.json and report.md."""
-    models: tuple[str, ...] = vision.MODELS
-    """CLIPs: folders, or ids of the Hugging Face Hub."""
 
 
 def rows_of(setup: vision.Setup) -> list[dict]:

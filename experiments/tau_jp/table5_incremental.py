@@ -27,7 +27,7 @@ from pathlib import Path
 import jax
 import tyro
 
-from experiments import arithmetic, methods, runs, tables, vision
+from experiments import arithmetic, runs, tables, vision
 
 METHODS = {
     "No reg.": "linear",
@@ -43,13 +43,11 @@ PUBLISHED = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Options):
+class Config(vision.OneModel):
     """Task addition with a τJp penalty on earlier tasks only."""
 
     out: Path = Path("runs/tau_jp/table5")
     """Folder for report.json and report.md."""
-    model: str = vision.B32
-    """A CLIP: a folder, or an id of the Hugging Face Hub."""
 
 
 def main(config: Config) -> dict:
@@ -57,13 +55,7 @@ def main(config: Config) -> dict:
     config = vision.smoke(config)
     runs.start(config)
     setup = vision.load(config, config.model)
-    rows = []
-    for name, method in METHODS.items():
-        taus = methods.vectors(setup, method)
-        result = arithmetic.addition(setup, taus, linearized=True)
-        for coef in ("1.0", "searched"):
-            row = {"model": setup.title, "method": name, "coefficient": coef}
-            rows.append(row | result.row(coef == "searched"))
+    rows = arithmetic.linearized_rows(setup, METHODS)
     beside = tables.beside(
         rows,
         PUBLISHED,

@@ -49,13 +49,11 @@ SECONDS = {"No reg.": 0.361, "Cyclical reg.": 0.374, "Strict reg.": 2.027}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Options):
+class Config(vision.OneModel):
     """Modes of the τJp penalty: accuracy after addition, seconds per step."""
 
     out: Path = Path("runs/tau_jp/table6")
     """Folder for report.json and report.md."""
-    model: str = vision.B32
-    """A CLIP: a folder, or an id of the Hugging Face Hub."""
     repetitions: int = 20
     """Steps of every method that are timed."""
 
@@ -118,13 +116,7 @@ def main(config: Config) -> dict:
     config = vision.smoke(config)
     runs.start(config)
     setup = vision.load(config, config.model)
-    rows = []
-    for name, method in METHODS.items():
-        taus = methods.vectors(setup, method)
-        result = arithmetic.addition(setup, taus, linearized=True)
-        for coef in ("1.0", "searched"):
-            row = {"model": setup.title, "method": name, "coefficient": coef}
-            rows.append(row | result.row(coef == "searched"))
+    rows = arithmetic.linearized_rows(setup, METHODS)
     seconds = timed(setup, 3 if config.smoke else config.repetitions)
     beside = tables.beside(
         rows,

@@ -36,27 +36,22 @@ NEEDS = {
     "Ours": ("x_self, y_self, x_other", "yes"),
     "MTL": ("x_self, y_self, x_other, y_other", "no"),
 }
-_PUBLISHED = {  # of ViT-B-32, ViT-B-16 and ViT-L-14
-    "Non-lin. FT": (70.4, 75.5, 84.0),
-    "Linear FT": (74.3, 78.7, 85.5),
-    "Ours": (84.5, 87.6, 90.8),
-    "MTL": (87.8, 90.8, 92.6),
-}
-PUBLISHED = {
-    (title, method): (value,)
-    for method, columns in _PUBLISHED.items()
-    for title, value in zip(vision.TITLES.values(), columns, strict=True)
-}
+PUBLISHED = vision.of_models(
+    {
+        ("Non-lin. FT",): ((70.4,), (75.5,), (84.0,)),
+        ("Linear FT",): ((74.3,), (78.7,), (85.5,)),
+        ("Ours",): ((84.5,), (87.6,), (90.8,)),
+        ("MTL",): ((87.8,), (90.8,), (92.6,)),
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Options):
+class Config(vision.Models):
     """Task addition and multi-task learning."""
 
     out: Path = Path("runs/tau_jp/table7")
     """Folder for report.json and report.md."""
-    models: tuple[str, ...] = vision.MODELS
-    """CLIPs: folders, or ids of the Hugging Face Hub."""
 
 
 def accuracy_of(setup: vision.Setup, method: str) -> float:

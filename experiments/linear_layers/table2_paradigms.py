@@ -1,0 +1,109 @@
+"""Table 2: which layers are trained: four paradigms, alone and added up.
+
+Jin et al. Fine-Tuning Attention Modules Only: Enhancing Weight Disentanglement in Task
+Arithmetic. ICLR 2025.
+
+    python -m experiments.linear_layers.table2_paradigms --data-dir DATA
+
+Data: those of table1_addition, whose vectors of paradigm (1) it takes from the bank.
+
+Published, ViT-B-32, percent: mean test accuracy of the tasks' own models; mean absolute
+and normalised test accuracy of all vectors added at a searched coefficient:
+
+    paradigm                                   single    abs      norm
+    (1) weights of Q, K, V and output (ours)   89.55     78.37    87.42
+    (2) their biases too                       89.48     77.71    86.79
+    (3) weights of all linear layers           88.95     76.52    86.11
+    (4) their biases too                       89.43     77.80    86.93
+
+"All linear layers in the attention module" would be those of (1) if the attention alone
+were meant; they are those of the residual block here, its MLP included.
+
+Not run at full scale yet.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import tyro
+
+from experiments import arithmetic, methods, runs, tables, vision
+
+METHODS = {
+    "(1) weights of Q, K, V and output": "linear_layers_1",
+    "(2) their biases too": "linear_layers_2",
+    "(3) weights of all linear layers": "linear_layers_3",
+    "(4) biases of all linear layers too": "linear_layers_4",
+}
+_PUBLISHED = (
+    (89.55, 78.37, 87.42),
+    (89.48, 77.71, 86.79),
+    (88.95, 76.52, 86.11),
+    (89.43, 77.80, 86.93),
+)
+PUBLISHED = {
+    (vision.TITLES[vision.B32], paradigm): values
+    for paradigm, values in zip(METHODS, _PUBLISHED, strict=True)
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(vision.Options):
+    """Task addition with vectors of which other layers were trained."""
+
+    out: Path = Path("runs/linear_layers/table2")
+    """Folder for report.json and report.md."""
+    models: tuple[str, ...] = (vision.B32,)
+    """CLIPs: folders, or ids of the Hugging Face Hub."""
+
+
+def rows_of(setup: vision.Setup) -> list[dict]:
+    """The rows of one model."""
+    rows = []
+    for paradigm, method in METHODS.items():
+        taus = methods.vectors(setup, method)
+        found = arithmetic.addition(setup, taus, linearized=False)
+        rows.append(
+            {
+                "model": setup.title,
+                "paradigm": paradigm,
+                "single": vision.means(found.single),
+                **found.row(searched=True),
+                "coefficient": found.search.coef,
+                "per_task_single": [float(x) for x in found.single],
+                "per_task": [float(x) for x in found.searched],
+            }
+        )
+    return rows
+
+
+def main(config: Config) -> dict:
+    """Runs the table; returns what `report.json` holds."""
+    config = vision.smoke(config)
+    runs.start(config)
+    rows = [
+        row
+        for setup in vision.setups(config, config.models, control=False)
+        for row in rows_of(setup)
+    ]
+    beside = tables.beside(
+        rows,
+        PUBLISHED,
+        keys=["model", "paradigm"],
+        values=["single", "abs", "norm"],
+    )
+    results = {"tasks": list(config.tasks), "rows": rows}
+    caption = (
+        "Mean test accuracy of the tasks' own models, and absolute and normalised that "
+        "of all vectors added, percent."
+    )
+    table = {caption: tables.markdown(beside, digits=2)}
+    tables.write(config.out, "Paradigms (linear layers, Table 2)", table, results)
+    return results
+
+
+if __name__ == "__main__":
+    # Full float32 on accelerators too: a task vector is a small difference.
+    with jax.default_matmul_precision("float32"):
+        main(tyro.cli(Config))
