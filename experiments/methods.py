@@ -306,14 +306,11 @@ def ascent(features, batch, constants) -> jax.Array:
 
 
 def joint(features, batch, constants) -> jax.Array:
-    """The mean over the tasks; sample i is of task i mod T."""
-    count = len(constants["head"])
-
-    def by_task(leaf):  # [B·T, ...] -> [T, B, ...]
-        return jnp.swapaxes(leaf.reshape(-1, count, *leaf.shape[1:]), 0, 1)
-
-    own = {"label": by_task(batch["label"])}
-    return jax.vmap(loss)(by_task(features), own, constants).mean()
+    """The mean over the samples of all tasks, each below the head of its own."""
+    of_heads = jax.vmap(lambda head, valid: heads.logits(head, features, valid))
+    scores = of_heads(constants["head"], constants["valid"])  # [T, B, C]
+    own = scores[batch["task"], jnp.arange(len(features))]
+    return losses.cross_entropy(own, batch["label"])
 
 
 LOSSES: dict[str, Callable] = {"gradient_ascent": ascent, "multi_task": joint}

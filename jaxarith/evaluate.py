@@ -99,7 +99,7 @@ def forward(
     apply_fn: ApplyFn,
     params_0: Tree,
     taus: Sequence[Tree],
-    batches: Iterable[dict],
+    batches: Sequence[dict],
     inputs=("image",),
     *,
     mesh: Mesh | None = None,
@@ -383,8 +383,9 @@ def search_negation(
     *,
     target_at: Callable[[float], float] | None = None,
 ) -> NegationSearch:
-    """The largest coefficient at which what should not be forgotten is still there.
+    """How far a vector can be negated while what should not be forgotten is there.
 
+    Without `target_at`, the largest coefficient that is allowed.
     Ilharco et al. (2023) allow classifiers 95 % of the pre-trained accuracy on a
     control task (section 3.1), and language models 0.5 more than the pre-trained
     perplexity (section 3.2). "Largest" is meant as printed, there and by Yoshida et al.
@@ -400,8 +401,8 @@ def search_negation(
         leaves the model as it is, always.
       coefs: the candidates.
       target_at: the measure of what is to be forgotten. With it the chosen coefficient
-        is the one at which it is the smallest, the first of equals, instead of the
-        largest.
+        is the one at which this is the smallest, and of equals the smallest, instead of
+        the largest. Of NaN, it is taken to be infinite.
 
     Raises:
       ValueError: no candidate, or none is allowed.
@@ -427,7 +428,11 @@ def search_negation(
             f"no candidate keeps the control measure within its limit: {controls} at "
             f"{np.asarray(coefs)}. Try smaller coefficients; 0 is the model as it is."
         )
-    chosen = max(within) if target_at is None else min(within, key=target_at)
+    if target_at is None:
+        chosen = max(within)
+    else:
+        targets = [(np.nan_to_num(target_at(c), nan=np.inf), c) for c in within]
+        chosen = min(targets)[1]
     return NegationSearch(chosen, np.asarray(coefs, float), controls)
 
 

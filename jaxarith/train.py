@@ -133,23 +133,26 @@ def joint_batches(
       augment, mesh: as for `task_batches`.
 
     Returns:
-      `config.steps` dicts of arrays `[1, T * config.batch_size, ...]`; sample i is of
-      task `i mod T`.
+      `config.steps` dicts of arrays `[1, T * config.batch_size, ...]`, with the number
+      of each sample's task as the field "task", `i32`.
 
     Raises:
-      ValueError: as for `task_batches`.
+      ValueError: as for `task_batches`; the devices cannot train different tasks, for
+        there is one.
     """
     if not sources:
         raise ValueError("no task to train on: the list of sources is empty.")
     mesh = mesh or sharding.one_device()
     seeds = itertools.count(10_000 * config.seed)
     views = [pipeline.shuffled(source, next(seeds), augment) for source in sources]
+    sharding.local_rows(1, mesh, "task")  # an error where there are several
     rows = _local_samples(len(views) * config.batch_size, config, mesh)
 
     def make_batch(step):
         first = step * config.batch_size
-        pairs = (divmod(int(row), len(views)) for row in rows)
+        pairs = [divmod(int(row), len(views)) for row in rows]
         batch = pipeline.collate([views[task][first + i] for i, task in pairs])
+        batch["task"] = np.array([task for _, task in pairs], np.int32)
         return {name: field[None] for name, field in batch.items()}
 
     return pipeline.lazy(make_batch, config.steps)
@@ -220,7 +223,7 @@ def fine_tune(
         every `observe_every` steps. A run that goes on from a checkpoint may do so
         for the steps since it once more.
       workers: how many processes make the batches; 0 for threads, see
-        `data.pipeline.prefetch`.
+        `data.pipeline.prefetch`, and mind that a script must not start anew in them.
 
     Returns:
       T task vectors in float32, with the leaves that `config.trained` matches.
@@ -237,6 +240,8 @@ def fine_tune(
     """
     if checkpoints is not None and save_every < 1:
         raise ValueError(f"save_every is {save_every}; at least 1 is needed.")
+    if observe_every < 1:
+        raise ValueError(f"observe_every is {observe_every}; at least 1 is needed.")
     if len(batches) != config.steps:
         raise ValueError(f"{len(batches)} batches for {config.steps} steps.")
     mesh = mesh or sharding.one_device()
@@ -244,7 +249,7 @@ def fine_tune(
     constants = sharding.put(constants, NamedSharding(mesh, P("task")))
     state = init_state(params_0, config, len(names), mesh, start)
     objective_fn = objective(apply_fn, loss_fn, config, inputs, penalty_mask, mesh)
-    step = make_step(objective_fn, config, mesh)
+    step, one_by_one = make_step(objective_fn, config, mesh), _one_by_one(mesh)
     leaves = list(tree.flatten(state[0]))
     learning_rate = schedule(config)
     first, saved, signalled = 0, None, lambda: None
@@ -303,10 +308,13 @@ def fine_tune(
                 record(*pending)
             pending, done = (number, metrics), number + 1
             if observe and done % observe_every == 0:
-                observe(done, _one_by_one(state[0], mesh))
+                record(*pending)  # what is not finite is not shown
+                pending = None
+                observe(done, one_by_one(state[0]))
             came = signalled()
             if saved and (came or done % save_every == 0 or done == config.steps):
-                record(*pending)  # what is not finite is not saved
+                if pending:
+                    record(*pending)  # what is not finite is not saved
                 pending = None
                 file.flush()
                 saved.save(done, state)
@@ -321,7 +329,7 @@ def fine_tune(
                 raise SystemExit(128 + came)
         if pending:
             record(*pending)
-    return _one_by_one(state[0], mesh)
+    return one_by_one(state[0])
 
 
 def _identity(config, names, params_0, constants):
@@ -344,12 +352,14 @@ def _keep_lines(log, steps):
     report.write_text(log, "".join(lines[:steps]))
 
 
-def _one_by_one(taus, mesh):
+def _one_by_one(mesh):
+    """From trees along a task axis to a list of them."""
+
     @jax.jit
     def unstack(taus):
         return [sharding.pin(tau, mesh) for tau in tree.unstack(taus)]
 
-    return unstack(taus)
+    return unstack
 
 
 def _title(config):

@@ -207,8 +207,12 @@ def test_the_loss_of_all_tasks_is_the_mean_of_theirs():
             for i, head in enumerate(head_of)
         ]
     )
-    batch = {"label": jnp.asarray(labels.reshape(-1))}
-    actual = methods.joint(found.reshape(8, 6), batch, heads.pad(head_of))
+    order = rng.permutation(8)  # samples may come in any order
+    batch = {
+        "label": jnp.asarray(labels.reshape(-1)[order]),
+        "task": jnp.asarray(np.tile([0, 1], 4)[order]),
+    }
+    actual = methods.joint(found.reshape(8, 6)[order], batch, heads.pad(head_of))
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 

@@ -367,6 +367,7 @@ def test_a_joint_batch_takes_every_task_in_turn():
     batches = train.joint_batches(sources, config)
     assert len(batches) == 3 and batches[0]["image"].shape == (1, 6, 5)
     rows = np.concatenate([batch["image"][0] for batch in batches])
+    assert batches[0]["task"].tolist() == [[0, 1, 2, 0, 1, 2]]
     for task, own in enumerate(sources):  # an epoch of the first: each sample once
         known = {sample["image"].tobytes() for sample in own}
         found = [row.tobytes() for row in rows[task::3]]

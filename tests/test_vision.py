@@ -1,5 +1,6 @@
 """The papers' image tasks: facts, splits, class names, image folders, and mistakes."""
 
+import hashlib
 import json
 import math
 import os
@@ -23,6 +24,8 @@ CLASSES = {
     "imagenet": 1000,
 }
 TEMPLATES = dict(zip(CLASSES, (8, 8, 3, 3, 1, 18, 2, 1, 80), strict=True))
+# Of all class names and templates, as the papers' code lists them.
+PROMPTS = "8e95d0a590cd029fe9535b9b30bb7765bed587e2e46b81323e450ad97fa976ee"
 STEPS = (2030, 2052, 2028, 2068, 2150, 1995, 1960, 2136, 39884)
 
 
@@ -342,3 +345,20 @@ def test_unknown_tasks_sources_and_folders_are_refused(tmp_path):
         vision.load("mnist", source="disk")
     with pytest.raises(FileNotFoundError, match="no folder"):
         vision.load_folder("pets", tmp_path / "nowhere")
+
+
+def test_class_names_and_templates_are_the_papers_to_the_letter():
+    prompts = {
+        name: {"class_names": list(info.classes), "templates": list(info.templates)}
+        for name, info in vision.TASKS.items()
+    }
+    text = json.dumps(prompts, sort_keys=True)
+    assert hashlib.sha256(text.encode()).hexdigest() == PROMPTS
+
+
+@pytest.mark.parametrize("template", ["a {} {x}", "a {0} {}", "a {{}}", "a photo", "{"])
+def test_a_template_without_one_place_for_the_class_is_refused(tmp_path, template):
+    root = folder(tmp_path, ("cat", "dog"))
+    (root / "task.json").write_text(json.dumps({"templates": [template]}))
+    with pytest.raises(ValueError, match="one {} in every template"):
+        vision.load_folder("own", root)

@@ -52,6 +52,7 @@ def run(config: Options, title: str) -> dict:
     config = vision.smoke(config)
     runs.start(config)
     setup = vision.load(config, config.model, control=False)
+    setup = arithmetic.pair_setup(setup, (0, 1))  # a smoke run has three
     coefs = np.linspace(-config.limit, config.limit, points)
     found = {}
     for label, method in tqdm(METHODS.items(), desc="ξ maps", unit="method"):

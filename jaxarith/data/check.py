@@ -8,14 +8,14 @@ import numpy as np
 import tqdm
 
 from jaxarith import report
-from jaxarith.data import sources, vision
+from jaxarith.data import images, sources, vision
 from jaxarith.data.images import ImageTask
 
 PARTS = ("train", "validation", "test")
 _HEADER = ("part", "samples", "papers", "classes", "least", "median", "most")
 
 
-def main(name: str, data_dir=None, source=None, images: bool = False) -> bool:
+def main(name: str, data_dir=None, source=None, every: bool = False) -> bool:
     """Prints what was found of a task, or of all, and what is wrong with it.
 
     Nothing is downloaded: of the hub's datasets, those in its cache count.
@@ -23,13 +23,13 @@ def main(name: str, data_dir=None, source=None, images: bool = False) -> bool:
     Args:
       name: one of `vision.TASKS`, "all", or an image folder of one's own.
       data_dir, source: as for `vision.load`.
-      images: decode every image.
+      every: decode every image; by default the first of each part.
 
     Returns:
       Whether all is as the papers have it.
     """
     names = tuple(vision.TASKS) if name == "all" else (name,)
-    bad = [name for name in names if not _check(name, data_dir, source, images)]
+    bad = [name for name in names if not _check(name, data_dir, source, every)]
     if len(names) > 1:
         print(f"{len(names) - len(bad)} of {len(names)} tasks are complete.")
         if bad:
@@ -37,7 +37,7 @@ def main(name: str, data_dir=None, source=None, images: bool = False) -> bool:
     return not bad
 
 
-def _check(name, data_dir, source, images) -> bool:
+def _check(name, data_dir, source, every) -> bool:
     own = name not in vision.TASKS and Path(name).is_dir()
     try:
         with _offline():
@@ -46,16 +46,12 @@ def _check(name, data_dir, source, images) -> bool:
             else:
                 info, found = vision.locate(name, data_dir, source)
         print(f"{info.name} ({info.title}): {found.source}, {found.place}")
-        task = vision.assemble(info, found)
+        warnings = _report(info, found, every)
     except (ValueError, OSError) as error:
         if name not in vision.TASKS and not own:
             raise
         print(f"{error}\n")
         return False
-    print(report.markdown_table(_HEADER, list(_rows(info, task))))
-    print(_naming(info, found))
-    warnings = [*_sizes(info, task), *_classes(info, task), *_copies(info, found)]
-    warnings += _images(task, images)
     for warning in warnings:
         print(f"WARNING: {warning}")
     if info.note:
@@ -64,9 +60,23 @@ def _check(name, data_dir, source, images) -> bool:
     return not warnings
 
 
+def _report(info, found, every) -> list[str]:
+    """Prints the parts and their classes; returns what is wrong with them."""
+    task = vision.assemble(info, found)
+    print(report.markdown_table(_HEADER, list(_rows(info, task))))
+    print(_naming(info, found))
+    return [
+        *_sizes(info, task),
+        *_classes(info, task),
+        *_copies(info, found),
+        *_readable(task, every),
+    ]
+
+
 @contextlib.contextmanager
 def _offline():
     try:
+        import datasets  # noqa: F401, which copies the constant when it is imported
         from huggingface_hub import constants
     except ImportError:
         yield
@@ -141,11 +151,16 @@ def _copies(info, found):
             )
 
 
-def _images(task, every: bool):
+def _readable(task, every: bool):
     for part, samples in _parts(task):
         which = range(len(samples)) if every else range(min(1, len(samples)))
         for i in tqdm.tqdm(which, f"{part}: images", disable=not every):
             try:
-                samples[i]
+                image = samples[i]["image"]
             except ValueError as error:
                 yield f"{part}: {error}"
+                continue
+            try:
+                images.rgb(image)
+            except ValueError as error:
+                yield f"{part}, sample {i}: {error}"

@@ -61,14 +61,19 @@ class Preprocessing:
             ) from error
 
     def __call__(self, image: Image.Image | np.ndarray) -> np.ndarray:
-        """`f32[size, size, 3]` of a PIL image or an array `u8[H, W]`, `u8[H, W, 3]`."""
-        image = _rgb(image)
+        """`f32[size, size, 3]` of a PIL image or an array `u8[H, W]`, `u8[H, W, 3]`.
+
+        Raises:
+          ValueError: the image is not of 8 bits by channel.
+        """
+        image = rgb(image)
         # Hugging Face and torchvision truncate the longer edge.
         width, height = (self.size * side // min(image.size) for side in image.size)
         if (width, height) != image.size:
             # PIL's bicubic filters when it shrinks; jax.image.resize differs.
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (width - self.size) // 2, (height - self.size) // 2
+        # To the nearest pixel, as torchvision and so the papers; Hugging Face truncates.
+        left, top = (round((side - self.size) / 2) for side in (width, height))
         image = image.crop((left, top, left + self.size, top + self.size))
         return _normalized(image, self.mean, self.std)
 
@@ -92,8 +97,8 @@ class Augmentation:
     def __call__(
         self, image: Image.Image | np.ndarray, rng: np.random.Generator
     ) -> np.ndarray:
-        """`f32[size, size, 3]` of a PIL image or an array `u8[H, W]`, `u8[H, W, 3]`."""
-        image = _rgb(image)
+        """`f32[size, size, 3]` of a PIL image or an array, as `Preprocessing` takes."""
+        image = rgb(image)
         # Not `resize(box=...)`, whose filter reads pixels outside the crop.
         image = image.crop(random_crop(*image.size, rng))
         image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
@@ -156,9 +161,25 @@ def decode(content: bytes, name: str) -> Image.Image:
     return image
 
 
-def _rgb(image):
+def rgb(image: Image.Image | np.ndarray) -> Image.Image:
+    """An image of 8 bits by channel as RGB; transparency is dropped.
+
+    Raises:
+      ValueError: it has more bits, of which Pillow would cut off the upper ones.
+    """
     if not isinstance(image, Image.Image):
-        image = Image.fromarray(np.asarray(image, np.uint8))
+        image = np.asarray(image)
+        if image.dtype != np.uint8:
+            raise ValueError(
+                f"an image of {image.dtype}; expected uint8, from 0 to 255. What is "
+                "preprocessed already must not be so again."
+            )
+        image = Image.fromarray(image)
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"an image of mode {image.mode}, with more than 8 bits by channel; convert "
+            "it to 8 bits."
+        )
     return image.convert("RGB")
 
 

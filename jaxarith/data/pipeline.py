@@ -45,7 +45,9 @@ def prefetch(
         everything that it reads must pickle.
       start: the first.
       workers: how many processes make them; with 0, threads of this one, which is
-        enough where no images have to be decoded.
+        enough where no images have to be decoded. Every process imports the main
+        module anew, so a script that starts them needs `if __name__ == "__main__":`.
+        It takes seconds to start them.
     """
     rest = grain.MapDataset.range(start, len(batches)).map(batches.__getitem__)
     if not workers:

@@ -103,6 +103,10 @@ class Folder:
         return images.decode(content, path), int(self.labels[i])
 
 
+class NoColumn(ValueError):
+    """A dataset was found, and is not what it was taken for."""
+
+
 class Records:
     """Records of a TFDS data source or a Hugging Face dataset.
 
@@ -128,9 +132,12 @@ class Records:
         image, label = record[self._image], int(record[self._label])
         self._check(np.array([label]), i)
         if isinstance(image, Mapping):  # datasets.Image(decode=False)
-            if image["bytes"] is None:
-                return images.decode(Path(image["path"]).read_bytes(), place), label
-            image = image["bytes"]
+            try:
+                image = image["bytes"] or Path(image["path"]).read_bytes()
+            except (OSError, TypeError) as error:  # no file, or neither of both
+                raise ValueError(f"cannot read the image {place}: {error}") from error
+        if image is None:
+            raise ValueError(f"cannot read the image {place}: there is none.")
         if isinstance(image, bytes):
             image = images.decode(image, place)
         return image, label
@@ -223,17 +230,19 @@ def open_hub(
 
     Raises:
       ImportError: `datasets` is not installed.
-      ValueError: there is no such column.
+      NoColumn: there is no such column, or the labels are no numbers.
     """
     import datasets
 
     dataset = datasets.load_dataset(identity, config, split=split)
     if missing := [c for c in (image, label) if c not in dataset.column_names]:
-        raise ValueError(
+        raise NoColumn(
             f"{identity}, {split} has no column {listed(missing)}; "
             f"it has {', '.join(dataset.column_names)}."
         )
     feature = dataset.features[label]
+    if getattr(feature, "dtype", None) == "string":
+        raise NoColumn(f"{identity}, {split}: the column {label} holds texts.")
     label_records = dataset.select_columns([label])
     names = getattr(feature, "names", None)
     if names is None:

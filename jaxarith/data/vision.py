@@ -6,8 +6,9 @@ templates are in `vision_tasks.json`.
 
 A tenth of the training split, at most 5,000 samples, validates; which ones is drawn by
 index, as in the papers' code. They are the same samples where the source keeps the
-papers' order: MNIST and SVHN on the hub; folders of DTD, GTSRB, SUN397 and ImageNet
-with the original file names. TFDS shuffles while it prepares.
+papers' order: MNIST and SVHN on the hub; folders of GTSRB and ImageNet with the
+original file names, of SUN397 with a flat folder for each class, and of DTD with the
+two parts that train in one folder. TFDS shuffles while it prepares.
 """
 
 import dataclasses
@@ -228,6 +229,8 @@ def locate_folder(name: str, folder) -> tuple[TaskInfo, Found]:
     raw = _task_file(path) if path.exists() else {}
     named = raw.get("classes", {n: n.replace("_", " ") for n in train.names})
     named = named if isinstance(named, dict) else {name: name for name in named}
+    if len(set(named.values())) < len(named):
+        raise ValueError(f"{path}: two classes have one name; {_names(named.values())}")
     layouts = (
         Layout(("train",), ("validation",), ("test",)),
         Layout(("train",), (), ("test",)),
@@ -277,6 +280,12 @@ def assemble(info: TaskInfo, found: Found) -> ImageTask:
         parts = splits.train_validation(len(everything))
         parts = [samples(layout.train, indices) for indices in parts]
         parts.append(samples(layout.test))
+    for name, part in zip(("training", "validation", "test"), parts, strict=True):
+        if not len(part):
+            raise ValueError(
+                f"{found.place} leaves no {name} sample of {len(everything)} in "
+                f"{_names(layout.train)}; it needs more, or splits of its own."
+            )
     return ImageTask(info.name, info.classes, info.templates, *parts)
 
 
@@ -388,17 +397,15 @@ def _on_hub(info, data_dir):
             )
     except ImportError as error:
         return f"pip install 'jaxarith[data]' is needed: {error}."
+    except sources.NoColumn:
+        raise
     except Exception as error:  # of the network, the hub or the dataset
         first = str(error).strip().split("\n")[0]
         return f"{hub.id}, {split}: {type(error).__name__}: {first}"
     place = " ".join(filter(None, (hub.id, hub.config)))
     return Found(
-        "hub", place, {s: functools.partial(_given, r) for s, r in opened.items()}
+        "hub", place, {split: lambda r=reader: r for split, reader in opened.items()}
     )
-
-
-def _given(value):
-    return value
 
 
 def layout_of(info: TaskInfo, found: Found) -> Layout:
@@ -456,10 +463,17 @@ def _task_file(path) -> dict:
         texts = [*classes, *templates]
         texts += classes.values() if isinstance(classes, dict) else []
         fits = all(isinstance(text, str) for text in texts) and bool(templates)
-        fits = fits and all(template.count("{}") == 1 for template in templates)
+        fits = fits and all(map(_is_template, templates))
     if not fits:
         raise ValueError(f"{path} must be {form}, with one {{}} in every template.")
     return raw
+
+
+def _is_template(text: str) -> bool:
+    try:
+        return text.count("{}") == 1 and text.format("x") == text.replace("{}", "x")
+    except (LookupError, ValueError):  # other fields, or single braces
+        return False
 
 
 def _key(name: str) -> str:
