@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import methods, vision
-from jaxarith import evaluate, metrics, task_vectors, tau_jp, tree
+from jaxarith import evaluate, metrics, task_vectors, tree
 
 COEFS = np.linspace(0, 1, 21)
 NEGATION_COEFS = np.linspace(0, 3, 31)
@@ -171,40 +171,41 @@ def negation(
     95 % of the control accuracy, both on validation data. S0 B.2.
     """
     coefs = coefs_of(setup.options, NEGATION_COEFS)
-    chosen, found = [], []
+
+    def on_control(split, coefs_of_tasks):  # one pass for all vectors
+        rows = [
+            -coef * unit
+            for unit, own in zip(np.eye(len(taus)), coefs_of_tasks, strict=True)
+            for coef in own
+        ]
+        dataset = getattr(setup.control, split)
+        found = accuracies(setup, taus, dataset, linearized, rows)
+        return found.reshape(len(taus), -1)
+
+    def on_target(split, task, tau, coefs):
+        rows = [[-coef] for coef in coefs]
+        return accuracies(setup, [tau], getattr(task, split), linearized, rows)
+
+    controls = on_control("validation", [coefs] * len(taus))
+    chosen, targets = [], []
     progress = tqdm(setup.tasks, desc="negation", unit="task")
-    for task, tau in zip(progress, taus, strict=True):
-
-        def at(dataset, coefs, tau=tau):
-            negated = -np.asarray(coefs, float)[:, None]
-            return accuracies(setup, [tau], dataset, linearized, negated)
-
-        target = dict(zip(coefs, at(task.validation, coefs), strict=True))
-        control = dict(zip(coefs, at(setup.control.validation, coefs), strict=True))
+    for task, tau, curve in zip(progress, taus, controls, strict=True):
+        control = dict(zip(coefs, curve, strict=True))
+        target = on_target("validation", task, tau, coefs)
         search = evaluate.search_negation(
             control.__getitem__,
             lambda accuracy, limit=allowed * control[0.0]: accuracy >= limit,
             coefs,
-            target_at=target.__getitem__,
+            target_at=dict(zip(coefs, target, strict=True)).__getitem__,
         )
         chosen.append(search.coef)
-        three = [0.0, 1.0, search.coef]
-        found.append([at(task.test, three), at(setup.control.test, three)])
+        targets.append(on_target("test", task, tau, [0.0, 1.0, search.coef]))
+    controls = on_control("test", [[0.0, 1.0, coef] for coef in chosen])
+    found = np.stack([targets, controls], axis=1)  # [T, target and control, 3]
     means = 100 * np.mean(found, axis=0)  # [target and control, three coefficients]
     pairs = [tuple(map(float, pair)) for pair in means.T]
     kept = tuple(pair[1] >= allowed * pairs[0][1] for pair in pairs[1:])
     return Negation(*pairs, kept, chosen)
-
-
-def tau_jp_matrix(setup: vision.Setup, taus, power: int = 1) -> np.ndarray:
-    """τJp of every vector (rows) on the test data of every task, `[T, T]`."""
-    datasets = [
-        (((batch["image"],), batch["mask"]) for batch in task.test.batches)
-        for task in setup.tasks
-    ]
-    return tau_jp.matrix(
-        setup.apply_fn, setup.params_0, taus, datasets, power=power, mesh=setup.mesh
-    )
 
 
 def pairs(count: int) -> list[tuple[int, int]]:

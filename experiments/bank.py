@@ -6,11 +6,17 @@
 A vector is taken only where its configuration is the one that is asked for.
 """
 
+import dataclasses
 import json
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxarith import hub, manifest, report, tree
+from jaxarith.recipe import TrainConfig
 
 
 def vector_file(bank: Path, model: str, method: str, task: str) -> Path:
@@ -23,6 +29,25 @@ def vector_file(bank: Path, model: str, method: str, task: str) -> Path:
     path = Path(model)
     name = path.name if path.is_dir() else model.replace("/", "--")
     return Path(bank) / name / method / f"{task}.safetensors"
+
+
+def plain_recipe(config: TrainConfig) -> dict:
+    """What of a recipe decides on a vector, as plain data."""
+    options = dataclasses.asdict(config)
+    # How a step is computed, not what.
+    del options["tasks_at_once"], options["micro_batches"]
+    if config.penalty is None:  # whose options then change nothing
+        options = {k: v for k, v in options.items() if not k.startswith("penalty_")}
+    return options
+
+
+def checksum(records: Sequence[dict]) -> int:
+    """One number of 32 bits for samples of arrays, such as texts as tokens."""
+    crc32 = 0
+    for record in records:
+        for name in sorted(record):
+            crc32 = zlib.crc32(np.ascontiguousarray(record[name]).tobytes(), crc32)
+    return crc32
 
 
 def read(file: Path, configuration: dict[str, Any]) -> tree.Tree | None:

@@ -4,7 +4,7 @@
         --method linear --data-dir DATA
     python -m experiments.finetune --task svhn --method tau_jp_continued \\
         --start bank/openai--clip-vit-base-patch32/linear/svhn.safetensors \\
-        --others eurosat --steps 1000
+        --others eurosat --data-dir DATA
     python -m experiments.finetune --task mnist --method nonlinear --smoke
 
 The methods:
@@ -43,7 +43,8 @@ class Config(vision.OneModel):
     """Fine-tune a CLIP on a task."""
 
     out: Path = Path("runs/finetune")
-    """Folder for checkpoints and logs of the training; the vector goes to --bank."""
+    """Folder with one of checkpoints and a log for every training; the vector goes to
+    --bank."""
     task: str
     """What is trained on; multi_task trains on all --tasks."""
     method: Literal[methods.Method, "tau_jp_continued"]
@@ -59,16 +60,19 @@ def main(config: Config) -> dict:
     """Fine-tunes; returns the accuracies."""
     if (config.start is None) == (config.method == "tau_jp_continued"):
         raise ValueError("--start and --method tau_jp_continued need each other.")
+    if config.others is not None and config.start is None:
+        raise ValueError("--others is an option of --method tau_jp_continued.")
     config = vision.smoke(config)
+    config, control = needed(config)
     runs.start(config)
-    setup = vision.load(config, config.model, control=uses_others(config))
-    task = chosen(setup, config.task)
-    alone = setup._replace(tasks=[task])
+    setup = vision.load(config, config.model, control=control)
+    by_name = {task.name: task for task in setup.tasks}
+    task = by_name[config.task]
     if config.method == "tau_jp_continued":
         if config.others is None:
             others = methods.others_of(setup, config.method, task)
         else:
-            others = [chosen(setup, name) for name in config.others]
+            others = [by_name[name] for name in config.others]
         recipe = methods.recipe_of(setup, config.method, task)
         start = [hub.load_tree(config.start)[0]]
         [tau] = methods.trained(
@@ -76,10 +80,10 @@ def main(config: Config) -> dict:
         )
     elif config.method == "multi_task":
         [tau] = methods.vectors(setup, config.method)
-    elif config.method.startswith("tau_jp"):
-        [tau] = methods.of_tasks(setup, config.method, [task])
+    elif config.method == "random":
+        [tau] = methods.random_vectors(setup._replace(tasks=[task]))
     else:
-        [tau] = methods.vectors(alone, config.method)
+        [tau] = methods.of_tasks(setup, config.method, [task])
     linearized = methods.is_linearized(config.method)
     accuracies = {
         f"{task.name}, {split}": dict(
@@ -106,19 +110,31 @@ def main(config: Config) -> dict:
     return accuracies
 
 
-def uses_others(config: Config) -> bool:
-    """Whether the method reads the images of other tasks, the control among them."""
-    return config.method.startswith("tau_jp")
+def needed(config: Config) -> tuple[Config, bool]:
+    """The options with the tasks that the method reads, and whether it needs a control.
 
-
-def chosen(setup: vision.Setup, name: str) -> vision.Task:
-    """A task of the setup by its name."""
-    for task in [*setup.tasks, setup.control]:
-        if task is not None and task.name == name:
-            return task
-    raise ValueError(
-        f"{name!r} is not among --tasks {', '.join(setup.names)} nor the control."
-    )
+    Raises:
+      ValueError: --task is not among --tasks.
+    """
+    names = [spec.partition("=")[0] for spec in config.tasks]
+    own = config.task
+    if own not in names:
+        raise ValueError(f"--task {own} is not among --tasks {', '.join(names)}.")
+    wanted = names
+    if config.others is not None:
+        wanted = [own, *config.others]
+    elif config.method != "multi_task" and not config.method.startswith("tau_jp"):
+        wanted = [own]
+    if missing := set(wanted) - set(names):
+        raise ValueError(f"--others: {', '.join(missing)} not among --tasks.")
+    specs = dict(zip(names, config.tasks, strict=True))
+    place = "_".join([Path(config.model).name, config.method, own])
+    control = config.method.startswith("tau_jp") and config.others is None
+    options = {
+        "tasks": tuple(specs[name] for name in wanted),
+        "out": config.out / place,
+    }
+    return dataclasses.replace(config, **options), control
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def trained(
     start: Sequence[tree.Tree] | None = None,
     snapshots: int | None = None,
 ) -> list[tree.Tree]:
-    """Task vectors from the bank, those that are missing trained and added.
+    """Task vectors from the bank, on the host; those that are missing are trained.
 
     Args:
       setup: the model.
@@ -150,10 +150,7 @@ def trained(
             zip(tasks, recipes, others, strict=True)
         )
     ]
-    found = [
-        bank.read(*pair) if setup.options.resume else None
-        for pair in zip(files, configurations, strict=True)
-    ]
+    found = [bank.read(*pair) for pair in zip(files, configurations, strict=True)]
     missing = [i for i, tau in enumerate(found) if tau is None]
     for group in groups(missing, recipes, setup.options.tasks_together):
 
@@ -173,6 +170,7 @@ def trained(
                 others=[[other.train for other in others[i]] for i in group],
                 augment=setup.augment,
                 mesh=setup.mesh,
+                seeds=[seed_of(setup.options, task) for task in members],
             ),
             recipes[group[0]],
             heads.pad([task.test.head for task in members]),
@@ -184,7 +182,12 @@ def trained(
             found[i] = add(setup, method, tasks[i].name, tau, configurations[i], own)
         names = [task.name for task in members]
         runs.remove_checkpoints(setup.options, checkpoints(setup, method, names))
-    return [sharding.shard(tau, setup.mesh) for tau in found]
+    return found
+
+
+def seed_of(options: vision.Options, task: vision.Task) -> int:
+    """Of a task's samples, whichever tasks are trained beside it."""
+    return zlib.crc32(task.name.encode()) + options.seed
 
 
 def groups(missing, recipes, together):
@@ -204,18 +207,19 @@ def joint_vector(setup: vision.Setup) -> tree.Tree:
     32 samples four times over. Its learning rate is as good as constant after the
     warm-up, for its schedule is that of 1000 epochs; so is ours with `--protocol code`.
     """
-    # The tasks share the recipe of the first, but for the number of steps, which for
-    # all protocols is that of the papers.
     options = setup.options
-    base = vision.recipe_of(
+    # The number of steps is that of the papers with all protocols.
+    config = vision.recipe_of(
         dataclasses.replace(options, protocol="paper"), setup.tasks[0]
     )
-    config = dataclasses.replace(
-        base, decay="constant" if options.protocol == "code" else "cosine"
-    )
+    if options.protocol == "code":
+        warmup_steps = config.steps // 4  # 500 of 2000
+        config = dataclasses.replace(
+            config, decay="constant", warmup_steps=warmup_steps
+        )
     file = file_of(setup, "multi_task", "joint")
     identity = configuration(setup, "multi_task", setup.tasks, config, [])
-    found = bank.read(file, identity) if options.resume else None
+    found = bank.read(file, identity)
     if found is None:
         padded = heads.pad([task.test.head for task in setup.tasks])
         [tau], [metrics] = run(
@@ -234,7 +238,7 @@ def joint_vector(setup: vision.Setup) -> tree.Tree:
         found = add(setup, "multi_task", "joint", tau, identity, metrics)
         folder = checkpoints(setup, "multi_task", ["joint"])
         runs.remove_checkpoints(options, folder)
-    return sharding.shard(found, setup.mesh)
+    return found
 
 
 def random_vectors(setup: vision.Setup) -> list[tree.Tree]:
@@ -280,11 +284,13 @@ def run(
         observe=observe,
         observe_every=observe_every,
     )
-    last = json.loads(log.read_text().splitlines()[-1])
-    metrics = [
-        {name: last[name][task] for name in ("loss", "penalty") if name in last}
-        for task in names
-    ]
+    metrics = [{}] * len(names)
+    if runs.is_first():  # which has written the log
+        last = json.loads(log.read_text().splitlines()[-1])
+        metrics = [
+            {name: last[name][task] for name in ("loss", "penalty") if name in last}
+            for task in names
+        ]
     return sharding.to_host(taus), metrics
 
 
@@ -318,14 +324,11 @@ LOSSES: dict[str, Callable] = {"gradient_ascent": ascent, "multi_task": joint}
 
 def configuration(setup, method, tasks, config, others, start=None) -> dict:
     """What a vector depends on, as plain data."""
-    options = dataclasses.asdict(config)
-    # How a step is computed, not what.
-    del options["tasks_at_once"], options["micro_batches"]
     return {
         "method": method,
-        "recipe": options,
-        "tasks": {task.name: len(task.train) for task in tasks},
-        "others": {task.name: len(task.train) for task in others},
+        "recipe": bank.plain_recipe(config),
+        "tasks": {task.name: task.identity for task in tasks},
+        "others": {task.name: task.identity for task in others},
         "heads": [fingerprint.combined(np.asarray(task.test.head)) for task in tasks],
         "params_0": setup.identity,
         **({} if start is None else {"start": fingerprint.combined(start)}),

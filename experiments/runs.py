@@ -7,6 +7,7 @@ with the same ones, a script goes on with what the folder holds; with others it 
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -27,7 +28,7 @@ class Options:
     By default all devices share every batch."""
     resume: bool = True
     """Go on with what --out holds of a run with the same options; --no-resume starts
-    anew."""
+    anew there."""
     save_every: int = 100
     """Steps from one checkpoint to the next; 0: none."""
     coordinator: str | None = None
@@ -42,8 +43,11 @@ class Options:
     """This is a host of a TPU pod; JAX finds the others."""
 
 
-# They say where a run is, and not what.
-_WHERE = {field.name for field in dataclasses.fields(Options)}
+# They say where a run is, or how it computes, and not what.
+_WHERE = {field.name for field in dataclasses.fields(Options)} | {
+    *("bank", "data_dir", "micro_batches", "tasks_together", "workers"),
+    "evaluation_batch",
+}
 
 
 def start(options: Options) -> Mesh:
@@ -122,8 +126,11 @@ def is_first() -> bool:
 
 
 def plain(options: Options) -> dict:
-    """The options as plain data; of paths only the last part."""
-    values = dataclasses.asdict(options)
+    """The script and its options as plain data; of paths only the last part."""
+    module = type(options).__module__
+    if module == "__main__":
+        module = sys.modules[module].__spec__.name
+    values = {"script": module} | dataclasses.asdict(options)
     values = {k: v.name if isinstance(v, Path) else v for k, v in values.items()}
     return json.loads(json.dumps(values))
 

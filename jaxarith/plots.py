@@ -247,13 +247,10 @@ def against(
     ends = [values.min() - margin, values.max() + margin]
     axis.plot(ends, ends, "--", color=_COLORS[-1], label="equal")
     for i, (label, own) in enumerate(groups.items()):
-        marker, color = "o^sDvP*X"[i % 8], _COLORS[i % len(_COLORS)]
+        marker, color = "^osDvP*X"[i % 8], _COLORS[i % len(_COLORS)]
         axis.plot(reference, own, marker, color=color, label=label)
-    for place, name in zip(reference, names, strict=True):
-        axis.annotate(
-            name, (place, ends[0]), (0, 4), rotation=90, fontsize=8, ha="center",
-            va="bottom", textcoords="offset points",
-        )  # fmt: skip
+    above = axis.secondary_xaxis("top")  # where no point hides a name
+    above.set_xticks(reference, names, rotation=30, ha="left")
     axis.set(xlabel=x, ylabel=y, xlim=ends, ylim=ends)
     axis.set_aspect("equal")
     axis.grid(alpha=0.3)

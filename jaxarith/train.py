@@ -46,6 +46,7 @@ def task_batches(
     inputs: Sequence[str] = ("image",),
     augment: pipeline.Augment | None = None,
     mesh: Mesh | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Sequence[dict]:
     """The batches of a run: every task's own samples and, if asked, penalty samples.
 
@@ -62,6 +63,8 @@ def task_batches(
       augment: from a sample of a source and a `numpy.random.Generator` to what is
         trained on, of penalty samples too; by default samples are taken as they are.
       mesh: the devices, see `sharding`; by default one.
+      seeds: of each task, so that its samples do not depend on the tasks that are
+        trained beside it; by default they follow from `config.seed` and its position.
 
     Returns:
       `config.steps` dicts of arrays `[T, config.batch_size, ...]`; with a penalty also
@@ -78,16 +81,29 @@ def task_batches(
         tasks = range(len(sources))
         others = [[sources[j] for j in tasks if j != i] for i in tasks]
     mesh = mesh or sharding.one_device()
-    seeds = itertools.count(10_000 * config.seed)
-    own = [pipeline.shuffled(source, next(seeds), augment) for source in sources]
-    foreign = [
-        [pipeline.shuffled(s, next(seeds), augment) for s in group] for group in others
-    ]
+    if seeds is None:
+        count = itertools.count(10_000 * config.seed)
+        own_seeds = [next(count) for _ in sources]
+        other_seeds = [[next(count) for _ in group] for group in others]
+        draw_seeds = [config.seed + task for task in range(len(sources))]
+    else:
+        own_seeds = draw_seeds = list(seeds)
+        other_seeds = [
+            [seed + 1 + j for j in range(len(group))]
+            for seed, group in zip(seeds, others, strict=True)
+        ]
+
+    def shuffled(sources, seeds):
+        pairs = zip(sources, seeds, strict=True)
+        return [pipeline.shuffled(source, seed, augment) for source, seed in pairs]
+
+    own = shuffled(sources, own_seeds)
+    foreign = [shuffled(*pair) for pair in zip(others, other_seeds, strict=True)]
     local_tasks = sharding.local_rows(len(sources), mesh, "task")
 
     def drawn(task, step):
         views, size = len(foreign[task]), config.penalty_batch_size
-        return tau_jp.draw(config.penalty, step, views, size, config.seed + task)
+        return tau_jp.draw(config.penalty, step, views, size, draw_seeds[task])
 
     rows = _local_samples(config.batch_size, config, mesh)
     if config.penalty:

@@ -61,7 +61,7 @@ def task_of(seed, samples=40, classes=5):
         return vision.Dataset(source, batches, vision.labels(source), head)
 
     test = dataset(samples)
-    return vision.Task(f"task{seed}", f"Task {seed}", [], dataset(samples), test)
+    return vision.Task(f"task{seed}", f"Task {seed}", [], {}, dataset(samples), test)
 
 
 @pytest.fixture(scope="module")

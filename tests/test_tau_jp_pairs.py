@@ -6,7 +6,7 @@ import pytest
 
 from experiments import arithmetic, vision
 from experiments.tau_jp import figure1_disentanglement, pairs
-from jaxarith import evaluate, metrics, plots, sharding, task_vectors
+from jaxarith import evaluate, metrics, plots, sharding, task_vectors, tau_jp
 
 COEFS = np.linspace(0, 1, 5)
 
@@ -35,7 +35,7 @@ def model():
     for name in "abc":
         head = jnp.asarray(rng.normal(size=(3, 5)), "float32")
         tasks.append(
-            vision.Task(name, name.upper(), None, dataset(head), dataset(head))
+            vision.Task(name, name.upper(), None, {}, dataset(head), dataset(head))
         )
     fields = dict.fromkeys(vision.Setup._fields)
     fields["params_0"] = {"w": jnp.asarray(rng.normal(size=(4, 5)), "float32")}
@@ -51,8 +51,14 @@ def rows(model):
 
 def test_both_measures_of_tau_jp_are_those_of_the_library(model):
     found = pairs.tau_jp(*model)
+    setup, taus = model
     for power, measured in ((1, found.norm), (2, found.square)):
-        expected = arithmetic.tau_jp_matrix(*model, power=power)
+        datasets = [
+            [((batch["image"],), batch["mask"]) for batch in task.test.batches]
+            for task in setup.tasks
+        ]
+        weights = (setup.apply_fn, setup.params_0, taus)
+        expected = tau_jp.matrix(*weights, datasets, power=power)
         np.testing.assert_allclose(measured, expected, rtol=1e-5)
     assert not np.allclose(found.norm, found.norm.T)  # vectors are the rows
 

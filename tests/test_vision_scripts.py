@@ -52,9 +52,13 @@ def plain_numbers(value):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_smoke_run_has_the_rows_that_the_paper_prints(name, shared_bank, tmp_path):
+def test_a_smoke_run_has_the_rows_that_the_paper_prints(
+    name, shared_bank, tmp_path, monkeypatch
+):
     script = importlib.import_module(f"experiments.{name}")
     out = tmp_path / "out"
+    # As one of the papers' models, so that their figures stand beside.
+    monkeypatch.setitem(vision.TITLES, str(vision.clip.TINY_CLIP), "ViT-B-32")
     found = script.main(script.Config(smoke=True, out=out, bank=shared_bank))
     assert json.loads((out / "report.json").read_text()) == found
     numbers = plain_numbers(found)
@@ -68,7 +72,9 @@ def test_a_smoke_run_has_the_rows_that_the_paper_prints(name, shared_bank, tmp_p
         rows = [key[1:] for key in published if key[0] == "ViT-B-32"]
         printed = [row_key(row, len(rows[0])) for row in found["rows"]]
         assert rows == [row for row in printed if row in rows]
-        assert all(row[0] in text for row in rows)
+        for row in rows:
+            for value in published["ViT-B-32", *row]:
+                assert value is None or f" {value} " in text or f" {value:.2f} " in text
 
 
 def row_key(row, length):
@@ -112,7 +118,7 @@ def test_a_vector_is_continued_from_a_file(shared_bank, tmp_path):
     finetune.main(config)
     file = bank.vector_file(shared_bank, model, method, "mnist")
     record = bank.record(file)["configuration"]
-    assert record["others"] == {"uci_digits": 32} and "start" in record
+    assert list(record["others"]) == ["uci_digits"] and "start" in record
     first, second = (tree.flatten(hub.load_tree(f)[0]) for f in (start, file))
     assert any(np.abs(first[path] - second[path]).max() > 0 for path in first)
 
@@ -140,3 +146,85 @@ def test_what_is_missing_is_found_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         script.main(config)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two image folders of the same size."""
+    from PIL import Image
+
+    root, rng = tmp_path_factory.mktemp("folders"), np.random.default_rng(0)
+    for name, counts in (("dots", (12, 8)), ("lines", (10, 10))):
+        for split in ("train", "test"):
+            for label, count in enumerate(counts):
+                folder = root / name / split / f"class_{label}"
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    pixels = rng.integers(0, 256, (30, 28), dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def figure7(folders, tmp_path, out, tasks, **options):
+    """Cosines of two vectors trained for two steps; not a smoke run."""
+    script = importlib.import_module("experiments.tau_jp.figure7_cosine")
+    given = dict(steps=2, batch_size=4, workers=0, save_every=0, mesh="data=1")
+    return script.main(
+        script.Config(
+            models=(str(vision.clip.TINY_CLIP),),
+            tasks=tuple(f"{name}={folders / path}" for name, path in tasks.items()),
+            control=f"control={folders / 'dots'}",
+            bank=tmp_path / "bank",
+            out=tmp_path / out,
+            **(given | options),
+        )
+    )
+
+
+def test_the_bank_gives_a_vector_again_and_never_one_of_other_data_or_options(
+    folders, tmp_path, monkeypatch
+):
+    tasks = {"a": "dots", "b": "lines"}
+    first = figure7(folders, tmp_path, "first", tasks)
+    with monkeypatch.context() as patch:
+        patch.setattr(methods.train, "fine_tune", lambda *_, **__: pytest.fail())
+        assert figure7(folders, tmp_path, "again", tasks) == first
+        with pytest.raises(ValueError, match="tasks/a/labels"):
+            figure7(folders, tmp_path, "swapped", {"a": "lines", "b": "dots"})
+        with pytest.raises(ValueError, match="recipe/learning_rate"):
+            figure7(folders, tmp_path, "rate", tasks, learning_rate=1e-4)
+        with pytest.raises(ValueError, match="every task, control included, once"):
+            figure7(folders, tmp_path, "twice", {"a": "dots", "control": "lines"})
+        with pytest.raises(ValueError, match="multiple of 2"):
+            figure7(folders, tmp_path, "parts", tasks, batch_size=5, micro_batches=2)
+    # Without a penalty its weight changes nothing, and the vector is taken.
+    with pytest.raises(ValueError, match="tau_jp_cyclic.*(?s:.)*penalty_coef"):
+        figure7(folders, tmp_path, "weight", tasks, penalty_coef=0.5)
+
+
+def test_a_vector_does_not_depend_on_what_is_trained_beside_it(folders, tmp_path):
+    tasks = {"a": "dots", "b": "lines"}
+    figure7(folders, tmp_path, "together", tasks)
+    name = str(vision.clip.TINY_CLIP)
+    files = [
+        bank.vector_file(tmp_path / "bank", name, method, "b")
+        for method in ("linear", "tau_jp_cyclic")
+    ]
+    together = [hub.load_tree(file)[0] for file in files]
+    for file in files:
+        file.unlink()  # the other vector is in the bank, and is not trained again
+    figure7(folders, tmp_path, "alone", tasks)
+    for file, expected in zip(files, together, strict=True):
+        alone = tree.flatten(hub.load_tree(file)[0])
+        for path, leaf in tree.flatten(expected).items():
+            # Adam's first steps divide by gradients of any size.
+            np.testing.assert_allclose(alone[path], leaf, atol=1e-7, err_msg=path)
+
+
+def test_two_scripts_do_not_share_an_output_folder(folders, tmp_path):
+    tasks = {"a": "dots", "b": "lines"}
+    figure7(folders, tmp_path, "out", tasks)
+    other = importlib.import_module("experiments.tau_jp.figure6_tau_jp_matrix")
+    config = other.Config(out=tmp_path / "out")
+    with pytest.raises(ValueError, match="script: .*figure7_cosine there, .*figure6"):
+        other.main(config)

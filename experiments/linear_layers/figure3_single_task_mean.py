@@ -56,15 +56,14 @@ def main(config: Config) -> dict:
             for label in single.METHODS
         }
         reference = means.pop("Non-linear")
-        if runs.is_first():
-            plots.against(
-                config.out / "single_task_mean.png",
-                means,
-                reference,
-                list(dict.fromkeys(row["model"] for row in rows)),
-                x="non-linear, mean single-task accuracy (%)",
-                y="linear, mean single-task accuracy (%)",
-            )
+        plots.against(
+            config.out / "single_task_mean.png",
+            means,
+            reference,
+            list(dict.fromkeys(row["model"] for row in rows)),
+            x="non-linear, mean single-task accuracy (%)",
+            y="linear, mean single-task accuracy (%)",
+        )
     return results
 
 

@@ -93,8 +93,5 @@ def run(config: Options, title: str) -> dict:
     tables.write(config.out, title, {caption: tables.markdown(rows, digits=4)}, results)
     if runs.is_first():
         pair = tuple(setup.titles)
-        if runs.is_first():
-            plots.disentanglement(
-                config.out / "xi.png", found, coefs, pair, scales=SCALES
-            )
+        plots.disentanglement(config.out / "xi.png", found, coefs, pair, scales=SCALES)
     return results

@@ -146,7 +146,7 @@ def start(config: Config) -> Study:
     study = Study(config, options, linear, net, found, {})
     for method in METHODS:
         pair = file_of(config, method), identity(study, method)
-        study.banked[method] = bank.read(*pair) if config.resume else None
+        study.banked[method] = bank.read(*pair)
         # A wrong mesh shows here.
         detoxify.batches_of(options, study.of(method), recipe_of(study, method))
     runs.claim(config)
@@ -213,16 +213,15 @@ def file_of(config: Config, method: str) -> Path:
 
 def identity(study: Study, method: str) -> dict:
     """What a task vector in the bank must have been trained with."""
-    options = dataclasses.asdict(recipe_of(study, method))
-    del options["tasks_at_once"], options["micro_batches"]  # how, and not what
+    recipe, texts = recipe_of(study, method), study.of(method)
     return {
         "method": method,
-        "recipe": options,
-        "others": ["wikitext103"] if options["penalty"] else [],
+        "recipe": bank.plain_recipe(recipe),
+        "others": bank.checksum(texts.penalty_source) if recipe.penalty else None,
         "params_0": study.fingerprint,
         "max_length": study.config.max_length,
         "padding_counts": study.config.padding_counts,
-        "samples": len(study.linearized.source),
+        "samples": bank.checksum(texts.source),
     }
 
 

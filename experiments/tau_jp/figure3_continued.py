@@ -52,7 +52,6 @@ class Config(vision.OneModel):
 
 def continued(setup: vision.Setup, config: Config) -> dict[int, list]:
     """The task vectors after every so many steps, 0 included."""
-    start = methods.vectors(setup, "linear")
     method = "tau_jp_continued"
     recipes = [
         dataclasses.replace(
@@ -61,6 +60,7 @@ def continued(setup: vision.Setup, config: Config) -> dict[int, list]:
         for task in setup.tasks
     ]
     others = [methods.others_of(setup, method, task) for task in setup.tasks]
+    start = methods.vectors(setup, "linear")
     # T_orth is the pair's, so the pair has a folder of its own.
     folder = f"{method}_{'-'.join(setup.names)}"
     methods.trained(
@@ -103,6 +103,10 @@ def main(config: Config) -> dict:
         )
     if len(config.tasks) != 2:
         raise ValueError(f"two tasks are continued; --tasks names {config.tasks}.")
+    if not 1 <= config.snapshots <= config.more_steps:
+        raise ValueError(
+            f"--snapshots {config.snapshots} of {config.more_steps} more steps."
+        )
     runs.start(config)
     coefs = arithmetic.coefs_of(config, arithmetic.COEFS)
     # T_orth is the other task alone.

@@ -172,9 +172,7 @@ def start(config: Config) -> Study:
             (file_of(config, method, name), identity(study, method, name))
             for name in TASKS
         ]
-        study.banked[method] = [
-            bank.read(*pair) if config.resume else None for pair in pairs
-        ]
+        study.banked[method] = [bank.read(*pair) for pair in pairs]
         batches_of(study, method, range(len(TASKS)))  # a wrong mesh shows here
     runs.claim(config)
     return study
@@ -289,15 +287,18 @@ def file_of(config: Config, method: str, name: str) -> Path:
 
 def identity(study: Study, method: str, name: str) -> dict:
     """What a task vector in the bank must have been trained with."""
-    options = dataclasses.asdict(recipe_of(study.config, method))
-    del options["tasks_at_once"], options["micro_batches"]  # how, and not what
+    recipe = recipe_of(study.config, method)
+
+    def samples(task):
+        return bank.checksum(study.tasks[task].train)
+
     return {
         "method": method,
-        "recipe": options,
-        "others": others(name) if options["penalty"] else [],
+        "recipe": bank.plain_recipe(recipe),
+        "others": {o: samples(o) for o in others(name)} if recipe.penalty else {},
         "params_0": study.fingerprint,
         "max_length": study.config.max_length,
-        "samples": len(study.tasks[name].train),
+        "samples": samples(name),
     }
 
 

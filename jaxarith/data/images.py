@@ -18,6 +18,7 @@ class ImageTask:
 
     Every source yields `{"image": f32[H, W, 3], "label": int}`, with images already
     preprocessed for the model, or raw ones: a PIL image, `u8[H, W]` or `u8[H, W, 3]`.
+    `origin` is the kind of source, such as "tfds", where there are several.
     """
 
     name: str
@@ -26,6 +27,7 @@ class ImageTask:
     train: Any
     validation: Any
     test: Any
+    origin: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Preprocessing:
         if (width, height) != image.size:
             # PIL's bicubic filters when it shrinks; jax.image.resize differs.
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-        # To the nearest pixel, as torchvision and so the papers; Hugging Face truncates.
+        # To the nearest pixel, as torchvision and the papers; Hugging Face truncates.
         left, top = (round((side - self.size) / 2) for side in (width, height))
         image = image.crop((left, top, left + self.size, top + self.size))
         return _normalized(image, self.mean, self.std)

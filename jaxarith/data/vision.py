@@ -12,7 +12,6 @@ two parts that train in one folder. TFDS shuffles while it prepares.
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -286,7 +285,7 @@ def assemble(info: TaskInfo, found: Found) -> ImageTask:
                 f"{found.place} leaves no {name} sample of {len(everything)} in "
                 f"{_names(layout.train)}; it needs more, or splits of its own."
             )
-    return ImageTask(info.name, info.classes, info.templates, *parts)
+    return ImageTask(info.name, info.classes, info.templates, *parts, found.source)
 
 
 def one_split(labels, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
