@@ -165,3 +165,38 @@ def test_a_stream_gives_the_batches_of_a_list_in_every_pass():
                 np.testing.assert_array_equal(batch[name], field)
     with pytest.raises(ValueError, match="empty"):
         pipeline.evaluation_stream([], 4, preprocess=doubled)
+
+
+@pytest.mark.parametrize("margin", range(8))
+def test_the_middle_is_torchvisions_to_the_pixel(margin):
+    """`int(round((side - crop) / 2.0))`, of which Hugging Face takes the floor."""
+    image = noise(20, 20 + margin)
+    left = int(round(margin / 2.0))
+    actual = images.Preprocessing(20, (0, 0, 0), (1, 1, 1))(image)
+    expected = np.asarray(image)[:, left : left + 20] / np.float32(255)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_images_of_more_than_eight_bits_are_refused_and_not_cut_off(mode):
+    values = np.arange(64).reshape(8, 8) * 1000
+    dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    image = Image.fromarray(values.astype(dtype))
+    assert image.mode == mode
+    for preprocess in (images.Preprocessing(8), lambda x: images.rgb(x)):
+        with pytest.raises(ValueError, match=f"mode {mode}, with more than 8 bits"):
+            preprocess(image)
+
+
+def test_an_image_that_is_preprocessed_already_is_refused():
+    preprocess = images.Preprocessing(8)
+    once = preprocess(noise(8, 8))
+    with pytest.raises(ValueError, match="float32; expected uint8"):
+        preprocess(once)
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "LA", "RGBA", "CMYK"])
+def test_every_mode_of_eight_bits_or_less_becomes_rgb(mode):
+    image = noise(9, 9).convert(mode)
+    assert images.rgb(image).mode == "RGB"
+    assert images.Preprocessing(8)(image).shape == (8, 8, 3)

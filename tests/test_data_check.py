@@ -164,3 +164,16 @@ def test_an_unknown_task_is_one_line(capsys):
     assert error.startswith("jaxarith data: there is no task 'cars'; the tasks are")
     with pytest.raises(SystemExit):
         check(capsys, "mnist", "--source", "disk")
+
+
+def test_one_broken_task_does_not_hide_the_next(tmp_path, capsys):
+    link = tmp_path / "mnist" / "train" / "0" / "gone.png"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "mnist" / "test" / "0").mkdir(parents=True)
+    arguments = ("all", "--data-dir", tmp_path, "--source", "folder")
+    status = cli.main(["data", "check", *map(str, arguments)])
+    printed = capsys.readouterr().out
+    assert status == 1
+    assert f"0 of {len(vision.TASKS)} tasks are complete" in printed
+    assert "svhn" in printed.split("Not complete")[1]

@@ -419,3 +419,19 @@ def test_normalised_accuracy_is_the_mean_of_ratios_not_the_ratio_of_means():
         metrics.normalized_accuracy([0.4, 0.9], [0.0, 0.9])
     with pytest.raises(ValueError, match="merged accuracies"):
         metrics.normalized_accuracy([0.4], [0.5, 0.9])
+
+
+def test_of_what_forgets_most_the_smallest_coefficient_that_is_allowed_is_chosen():
+    control = {0.0: 0.6, 0.1: 0.59, 0.2: 0.58, 0.3: 0.3, 0.4: 0.6}
+    target = {0.0: 0.9, 0.1: 0.4, 0.2: 0.4, 0.3: 0.1, 0.4: np.nan}
+
+    def chosen(coefs):
+        return evaluate.search_negation(
+            control.__getitem__,
+            lambda accuracy: accuracy >= 0.95 * 0.6,
+            coefs,
+            target_at=target.__getitem__,
+        ).coef
+
+    assert chosen([0.0, 0.1, 0.2, 0.3, 0.4]) == chosen([0.4, 0.3, 0.2, 0.1, 0.0]) == 0.1
+    assert chosen([0.0, 0.3]) == 0

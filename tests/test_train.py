@@ -381,3 +381,27 @@ def test_batches_of_worker_processes_are_those_of_threads():
     assert len(made) == 3
     for batch, expected in zip(made, list(batches)[1:], strict=True):
         np.testing.assert_array_equal(batch["image"], expected["image"])
+
+
+def test_own_seeds_make_the_samples_of_a_task_the_same_in_any_company():
+    config = dataclasses.replace(
+        CONFIG, linearized=True, penalty="mixed", penalty_batch_size=3
+    )
+    sources = [source(i) for i in range(3)]
+    others = [[sources[j] for j in range(3) if j != i] for i in range(3)]
+    together = train.task_batches(sources, config, others=others, seeds=[5, 900, 7])
+    alone = train.task_batches([sources[1]], config, others=[others[1]], seeds=[900])
+    for step in (0, 6):
+        batch, own = together[step], alone[step]
+        for found, expected in zip(
+            jax.tree.leaves(batch), jax.tree.leaves(own), strict=True
+        ):
+            np.testing.assert_array_equal(found[1], expected[0])
+    default = train.task_batches(sources, config, others=others)
+    assert not np.array_equal(default[0]["image"], together[0]["image"])
+
+
+@pytest.mark.parametrize("every", [0, -1])
+def test_to_observe_every_zero_steps_is_refused(every):
+    with pytest.raises(ValueError, match="observe_every"):
+        run(CONFIG, [source(1)], [1.0], observe=print, observe_every=every)

@@ -129,7 +129,8 @@ def test_a_vector_is_continued_from_a_file(shared_bank, tmp_path):
         ({"tasks": ("mnist", "cats")}, r"(?s)no data of mnist.*no task 'cats'"),
         ({"tasks": ("mnist", "mnist")}, "once"),
         ({}, r"(?s)no data of mnist.*to prepare.*no data of imagenet.*to prepare"),
-        ({"control": "mnist=/nowhere/at/all"}, "no folder"),
+        ({"control": "letters=/nowhere/at/all"}, "no folder"),
+        ({"control": "mnist=/nowhere/at/all"}, "control included, once"),
     ],
 )
 def test_what_is_missing_is_found_before_anything_is_written(
