@@ -11,10 +11,9 @@ original file names, of SUN397 with a flat folder for each class, and of DTD wit
 two parts that train in one folder. TFDS shuffles while it prepares.
 """
 
-import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,85 +21,14 @@ import numpy as np
 
 from jaxarith.data import sources, splits
 from jaxarith.data.images import ImageTask
-
-EIGHT = (
-    "stanford_cars",
-    "dtd",
-    "eurosat",
-    "gtsrb",
-    "mnist",
-    "resisc45",
-    "sun397",
-    "svhn",
+from jaxarith.data.task_info import EIGHT as EIGHT
+from jaxarith.data.task_info import (
+    SOURCES,
+    TASKS,
+    Layout,
+    TaskInfo,
+    label_map,
 )
-SOURCES = ("folder", "tfds", "hub")
-
-
-class Layout(NamedTuple):
-    """Which splits of a source are a task's parts.
-
-    Without `validation`, a share of `train` validates. Without `test`, the one split is
-    divided: of each class a tenth of the samples of the average class to validate, as
-    many to test (270 of EuroSAT's).
-    """
-
-    train: tuple[str, ...]
-    validation: tuple[str, ...] = ()
-    test: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Hub:
-    """A dataset on the Hugging Face hub: its id, configuration and columns."""
-
-    id: str
-    config: str | None = None
-    image: str = "image"
-    label: str = "label"
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskInfo:
-    """What is known of a task.
-
-    Attributes:
-      name: "stanford_cars" and so on.
-      title: as the papers print it.
-      classes: in the order of the labels, as the prompts read.
-      labels: of each class, what sources call it besides its own name.
-      templates: the prompts, with one `{}` each.
-      train, validation, test: samples of the training split, how many validate, samples
-        of the test split; None where nothing is known. What validates is among the
-        training samples, except for EuroSAT.
-      epochs: of the papers' code.
-      tfds: name in TFDS, and hub: dataset on the hub; None where there is none, or none
-        with the papers' splits.
-      layouts: of each source; the first one whose splits exist is taken.
-      note: what is particular.
-    """
-
-    name: str
-    title: str
-    classes: tuple[str, ...]
-    labels: tuple[tuple[str, ...], ...]
-    templates: tuple[str, ...]
-    train: int | None = None
-    validation: int | None = None
-    test: int | None = None
-    epochs: int | None = None
-    tfds: str | None = None
-    hub: Hub | None = None
-    layouts: Mapping[str, tuple[Layout, ...]] = dataclasses.field(default_factory=dict)
-    note: str = ""
-
-    @property
-    def sizes(self) -> tuple[int, int, int] | None:
-        """Samples of the parts that `load` returns, where the source is the papers'."""
-        if self.train is None:
-            return None
-        own = any(layout.validation for layout in self.layouts["folder"])
-        train = self.train if own else self.train - self.validation
-        return train, self.validation, self.test
 
 
 class Found(NamedTuple):
@@ -109,39 +37,6 @@ class Found(NamedTuple):
     source: str
     place: str
     splits: dict[str, Callable]
-
-
-def _read(name: str, raw: dict) -> TaskInfo:
-    def layouts(source):
-        given = raw.get(source, {})
-        given = given.get("layouts") if isinstance(given, dict) else None
-        return tuple(
-            Layout(**{part: tuple(names.split("+")) for part, names in one.items()})
-            for one in given or [{"train": "train", "test": "test"}]
-        )
-
-    hub = {k: v for k, v in raw.get("hub", {}).items() if k != "layouts"}
-    return TaskInfo(
-        name,
-        raw["title"],
-        tuple(raw["classes"]),
-        tuple(map(tuple, raw.get("labels", [()] * len(raw["classes"])))),
-        tuple(raw["templates"]),
-        *raw["sizes"],
-        raw.get("epochs"),
-        raw.get("tfds", {}).get("name"),
-        Hub(**hub) if hub else None,
-        {source: layouts(source) for source in SOURCES},
-        raw.get("note", ""),
-    )
-
-
-TASKS: Mapping[str, TaskInfo] = {
-    name: _read(name, raw)
-    for name, raw in json.loads(
-        (Path(__file__).parent / "vision_tasks.json").read_text(encoding="utf-8")
-    ).items()
-}
 
 
 def load(name: str, data_dir=None, *, source: str | None = None) -> ImageTask:
@@ -312,33 +207,6 @@ def one_split(labels, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return train, validation, test
 
 
-def label_map(info: TaskInfo, names: Sequence[str], place: str) -> np.ndarray:
-    """The labels of a source's classes, by their names.
-
-    Case, blanks and punctuation do not count: "AnnualCrop", "annual_crop" and "Annual
-    Crop" are one name.
-
-    Returns:
-      `i32[len(names)]`.
-
-    Raises:
-      ValueError: a name is none of the task's, or two are one class.
-    """
-    known = _known(info)
-    labels = [known.get(name, known.get(_key(name))) for name in names]
-    unknown = [n for n, label in zip(names, labels, strict=True) if label is None]
-    double = len(set(labels) - {None}) < len(labels) - len(unknown)
-    if unknown or double:
-        missing = [info.classes[i] for i in range(len(info.classes)) if i not in labels]
-        raise ValueError(
-            f"{place} does not have the classes of {info.name}.\n"
-            f"  only there ({len(unknown)}): {sources.listed(unknown)}\n"
-            f"  only in {info.name} ({len(missing)}): {sources.listed(missing)}"
-            + ("\n  and two names there are one class." if double else "")
-        )
-    return np.asarray(labels, np.int32)
-
-
 def command(info: TaskInfo, source: str, data_dir=None) -> str:
     """What prepares a task's data for a source."""
     root = data_dir or "DATA_DIR"
@@ -473,24 +341,6 @@ def _is_template(text: str) -> bool:
         return text.count("{}") == 1 and text.format("x") == text.replace("{}", "x")
     except (LookupError, ValueError):  # other fields, or single braces
         return False
-
-
-def _key(name: str) -> str:
-    return "".join(c for c in name.casefold() if c.isalnum())
-
-
-def _known(info: TaskInfo) -> dict[str, int]:
-    """The class of every name that only one has; those of the sources come first."""
-    own = [(name,) for name in info.classes]
-    known: dict[str, int] = {}
-    for spelled in (_key, str):
-        for names in (own, info.labels):
-            owners: dict[str, set[int]] = {}
-            for i, of_class in enumerate(names):
-                for name in of_class:
-                    owners.setdefault(spelled(name), set()).add(i)
-            known |= {name: min(i) for name, i in owners.items() if len(i) == 1}
-    return known
 
 
 def _names(splits) -> str:
