@@ -48,7 +48,10 @@ class Config(vision.OneModel):
     task: str
     """What is trained on; multi_task trains on all --tasks."""
     method: Literal[methods.Method, "tau_jp_continued"]
-    """How; see the top of this page."""
+    """How: ordinary (nonlinear), in the tangent space (linear), there with the τJp
+    penalty (tau_jp_…), linear layers alone (linear_layers_1 to _4), away from the
+    optimum (gradient_ascent), all --tasks at once (multi_task), or not at all
+    (random)."""
     others: tuple[str, ...] | None = None
     """The tasks that tau_jp_continued keeps as they were; by default the other --tasks
     and the control."""
