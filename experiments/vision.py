@@ -281,17 +281,20 @@ def load(options: Options, model: str, *, control: bool = True) -> Setup:
         control=tasks[-1] if control else None,
         mesh=mesh,
     )
-    for (
-        task
-    ) in setup.tasks:  # what is wrong with the recipe, before anything is trained
-        config = recipe_of(options, task)
-        config = dataclasses.replace(
-            config, linearized=control, penalty="cyclic" if control else None
-        )
-        others = [[task.train]] if control else [[]]
-        train.task_batches([task.train], config, others=others, mesh=mesh)
+    check_recipes(setup)
     runs.claim(options)
     return setup
+
+
+def check_recipes(setup: Setup):
+    """Raises ValueError for recipes that cannot be, before anything is trained."""
+    penalty = None if setup.control is None else "cyclic"
+    for task in setup.tasks:
+        config = recipe_of(setup.options, task)
+        config = dataclasses.replace(
+            config, linearized=penalty is not None, penalty=penalty
+        )
+        train.task_batches([task.train], config, others=[[task.train]], mesh=setup.mesh)
 
 
 def setups(

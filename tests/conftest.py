@@ -17,6 +17,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 else:
     _OWN_CACHE = None
 
+# Most of the suite's time is LLVM's, for programs that run once. What XLA itself does
+# with them stays as it is: collectives, buffers, FLOPs.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+)
+
 import hypothesis
 import jax
 import pytest

@@ -146,7 +146,7 @@ def test_the_bank_holds_every_vector_with_its_recipe_and_its_scores(place, at_on
             content = json.loads(file.with_suffix(".json").read_text())
             others = [other for other in glue.TASKS if other != task]
             expected = others if method == "tau_jp_cyclic" else []
-            assert content["configuration"]["others"] == expected
+            assert list(content["configuration"]["others"]) == expected
             trained = content["configuration"]["recipe"]
             assert (trained["decay"], trained["clip_norm"]) == ("constant", None)
             score = 100 * content["metrics"]["token score"]
