@@ -132,6 +132,18 @@ def linearized_rows(setup: vision.Setup, names: Mapping[str, str]) -> list[dict]
     return rows
 
 
+def single_accuracies(setup: vision.Setup, method: methods.Method) -> np.ndarray:
+    """Test accuracy before and after fine-tuning on one task, in percent: `[2, T]`."""
+    taus = methods.vectors(setup, method)
+    linearized = methods.is_linearized(method)
+    progress = tqdm(setup.tasks, desc=f"single models, {method}", unit="task")
+    found = [
+        accuracies(setup, [tau], task.test, linearized, [[0.0], [1.0]])
+        for task, tau in zip(progress, taus, strict=True)
+    ]
+    return 100 * np.array(found).T
+
+
 def joint_accuracies(setup: vision.Setup) -> np.ndarray:
     """Test accuracies of the model of multi-task learning, `[T]`."""
     [tau] = methods.vectors(setup, "multi_task")

@@ -21,16 +21,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import tyro
-from tqdm import tqdm
 
-from experiments import arithmetic, methods, runs, tables, vision
+from experiments import arithmetic, runs, tables, vision
+from experiments.tau_jp import pairs
 from jaxarith import plots
 
-METHODS = {
-    "Non-lin. FT": "nonlinear",
-    "Linear FT": "linear",
-    "Ours": "tau_jp_cyclic",
-}
+METHODS = {"Non-lin. FT": "nonlinear"} | pairs.METHODS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,25 +37,16 @@ class Config(vision.Models):
     """Folder for figure4_<model>.png, report.json and report.md."""
 
 
-def single(setup: vision.Setup, method: str) -> np.ndarray:
-    """Test accuracy before and after fine-tuning, in percent: `[2, T]`."""
-    taus = methods.vectors(setup, method)
-    linearized = methods.is_linearized(method)
-    progress = tqdm(setup.tasks, desc=f"single models, {method}", unit="task")
-    found = [
-        arithmetic.accuracies(setup, [tau], task.test, linearized, [[0.0], [1.0]])
-        for task, tau in zip(progress, taus, strict=True)
-    ]
-    return 100 * np.array(found).T
-
-
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = vision.smoke(config)
     runs.start(config)
     rows = []
     for setup in vision.setups(config, config.models):
-        found = {name: single(setup, method) for name, method in METHODS.items()}
+        found = {
+            name: arithmetic.single_accuracies(setup, method)
+            for name, method in METHODS.items()
+        }
         groups = {"Pre-trained": found["Non-lin. FT"][0]}
         groups |= {name: after for name, (_, after) in found.items()}
         for name, accuracies in groups.items():

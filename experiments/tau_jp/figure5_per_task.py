@@ -27,13 +27,10 @@ import numpy as np
 import tyro
 
 from experiments import arithmetic, methods, runs, tables, vision
+from experiments.tau_jp import pairs
 from jaxarith import plots
 
-METHODS = {
-    "Non-lin. FT": "nonlinear",
-    "Linear FT": "linear",
-    "Ours": "tau_jp_cyclic",
-}
+METHODS = {"Non-lin. FT": "nonlinear"} | pairs.METHODS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
