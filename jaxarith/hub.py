@@ -27,6 +27,7 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _MSGPACK = "flax_model.msgpack"
 _CONFIG = "config.json"
+ADAPTER = "adapter_model.safetensors"  # PEFT's; `lora` reads it
 _SIDE_FILES = (".json", ".txt", ".model")  # tokenizers and preprocessing
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SHOWN = 8  # lines of an error that list leaves, before the rest is only counted
@@ -90,6 +91,8 @@ def find(model: str | os.PathLike, *, revision: str | None = None) -> Path:
         weights = "model*.safetensors"
     elif _MSGPACK in names:
         weights = _MSGPACK
+    elif ADAPTER in names:
+        weights = ADAPTER
     else:
         raise ValueError(_no_weights(f"{model}{at}", names))
     patterns = [*(f"*{suffix}" for suffix in _SIDE_FILES), weights]
@@ -195,7 +198,7 @@ def write(folder, tensors: dict[str, Any], config: dict, *, copy_from=None):
     tensors = _arrays(tensors, None)
     text = json.dumps(config, indent=2) + "\n"
     extras = [] if copy_from is None else _side_files(_existing(Path(copy_from)))
-    with _staging(folder if folder.is_dir() else folder.parent) as temporary:
+    with staging(folder if folder.is_dir() else folder.parent) as temporary:
         new = temporary / "new"
         new.mkdir()
         for extra in extras:
@@ -269,7 +272,7 @@ def save_tree(path, values: tree.Tree, metadata: dict[str, str] | None = None):
     """
     path = Path(path).absolute()
     leaves = _arrays(values, None)
-    with _staging(path.parent) as temporary:
+    with staging(path.parent) as temporary:
         _write(temporary / path.name, leaves, metadata)
         os.replace(temporary / path.name, path)
 
@@ -323,11 +326,16 @@ def _open_safetensors(path):
     return stored, file.metadata() or {}
 
 
-def _open_shards(index):
+def shards(index: Path) -> dict[str, Path]:
+    """By tensor, the file that holds it, of a `model.safetensors.index.json`.
+
+    Raises:
+      FileNotFoundError: a file is not there, or not in the folder of the index.
+      ValueError: it is no such index.
+    """
     shard_of = read_json(index.parent, index.name).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise ValueError(f"{index} has no weight_map: it is no index of safetensors.")
-    stored = {}
     for shard in sorted(set(map(str, shard_of.values()))):
         path = index.parent / shard
         if path.parent != index.parent or not path.is_file():
@@ -335,6 +343,13 @@ def _open_shards(index):
                 f"{index} names the shard {shard!r}, which is not beside it. Download "
                 f"it again; the folder holds {_listing(index.parent)}."
             )
+    return {name: index.parent / str(shard) for name, shard in shard_of.items()}
+
+
+def _open_shards(index):
+    shard_of = shards(index)
+    stored = {}
+    for path in sorted(set(shard_of.values())):
         stored.update(_open_safetensors(path)[0])
     if absent := sorted(set(shard_of) - set(stored)):
         raise ValueError(
@@ -388,8 +403,11 @@ def _write(path, tensors, metadata):
 
 
 @contextlib.contextmanager
-def _staging(parent: Path) -> Iterator[Path]:
-    """A folder on the same disk to write in, gone afterwards, whatever happens."""
+def staging(parent: Path) -> Iterator[Path]:
+    """A folder on the same disk to write in, gone afterwards, whatever happens.
+
+    Only a process that is killed leaves it, under a name that begins `.jaxarith-`.
+    """
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".jaxarith-", dir=parent) as name:
         yield Path(name)

@@ -6,13 +6,15 @@ in other pytrees they are `None`, which JAX does not count as a leaf either.
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxarith import lazy
 
 Tree = Any  # any pytree of arrays
 
@@ -183,15 +185,17 @@ def check_part(part: Tree, whole: Tree, part_name="tree", whole_name="parameters
 def check_finite(tree: Tree, name: str):
     """Raises a ValueError with the paths of leaves that hold NaN or infinity.
 
-    Values that `jit` is tracing are not known yet and are not checked.
+    Values that `jit` is tracing are not known yet and are not checked; those in files
+    are when they are read.
     """
-    leaves = {
-        path: leaf
-        for path, leaf in flatten(tree).items()
-        if not isinstance(leaf, jax.core.Tracer) and _is_floating(leaf)
-    }
+    leaves = {}
+    for path, leaf in flatten(tree).items():
+        if isinstance(leaf, lazy.Leaf):
+            leaf.check()
+        elif not isinstance(leaf, jax.core.Tracer) and _is_floating(leaf):
+            leaves[path] = leaf
     with jax.ensure_compile_time_eval():  # values that are known inside a `jit`
-        finite = {path: settled(_all_finite(leaf)) for path, leaf in leaves.items()}
+        finite = {path: settled(lazy.all_finite(leaf)) for path, leaf in leaves.items()}
     finite = jax.device_get(finite)
     if bad := [path for path, ok in finite.items() if not ok]:
         raise ValueError(
@@ -202,17 +206,18 @@ def check_finite(tree: Tree, name: str):
 
 
 def is_finite(tree: Tree) -> bool:
-    """Whether all values are known to be finite; False if `jit` is tracing one."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if _is_floating(leaf)]
+    """Whether all values are known to be finite; False if `jit` is tracing one.
+
+    Leaves in files do not count: they are looked at when they are written.
+    """
+    leaves = [
+        leaf
+        for leaf in jax.tree.leaves(tree)
+        if not isinstance(leaf, lazy.Leaf) and _is_floating(leaf)
+    ]
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return False
-    return all(jax.device_get([settled(_all_finite(leaf)) for leaf in leaves]))
-
-
-@jax.jit
-def _all_finite(leaf):
-    # The largest magnitude is NaN if any entry is; faster than `isfinite` of them all.
-    return jnp.isfinite(jnp.max(jnp.abs(leaf), initial=0))
+    return all(jax.device_get([settled(lazy.all_finite(leaf)) for leaf in leaves]))
 
 
 def safe_sqrt(x: jax.Array) -> jax.Array:
@@ -243,26 +248,32 @@ def gathered(tree: Tree) -> Tree:
 
 
 def settled(tree: Tree) -> Tree:
-    """The tree, after waiting for leaves that several CPU devices compute together.
+    """The tree, after waiting for leaves that CPU devices compute.
 
-    On a CPU, XLA runs all devices with as many threads as there are cores. With many
-    such programs under way, some wait for others in threads that these need, forever.
-    What computes leaf by leaf, or batch by batch, settles one before the next.
+    What computes leaf by leaf, or batch by batch, settles one before the next. Leaves
+    that are read from files would otherwise all be read before the first is done. And
+    XLA runs all CPU devices with as many threads as there are cores: with many programs
+    for several devices under way, some wait for others in threads that these need,
+    forever.
     """
-    shared = [
+    of_cpu = [
         leaf
         for leaf in jax.tree.leaves(tree)
         if isinstance(leaf, jax.Array)
         and not isinstance(leaf, jax.core.Tracer)
-        and len(leaf.sharding.device_set) > 1
         and next(iter(leaf.sharding.device_set)).platform == "cpu"
     ]
-    jax.block_until_ready(shared)
+    jax.block_until_ready(of_cpu)
     return tree
 
 
 def sharded_like(leaf: jax.Array, like: jax.Array) -> jax.Array:
-    """The leaf where `like` is, unless `jit` traces it: the way back of `gathered`."""
+    """The leaf where `like` is, unless `jit` traces it: the way back of `gathered`.
+
+    Where `like` is in a file, so is the leaf then.
+    """
+    if isinstance(like, lazy.Leaf):
+        return like.place(leaf)
     tracing = isinstance(leaf, jax.core.Tracer) or not isinstance(like, jax.Array)
     if tracing or leaf.sharding == like.sharding:
         return leaf
@@ -287,10 +298,13 @@ def gram(trees: Sequence[Tree]) -> jax.Array:
       Array([[2., 2.],
              [2., 3.]], dtype=float32)
     """
-    return sum(
-        (_leaf_gram(gathered(leaves)) for leaves in aligned(trees).values()),
-        jnp.zeros((len(trees), len(trees)), jnp.float32),
-    )
+    zero = jnp.zeros((len(trees), len(trees)), jnp.float32)
+    return zero + gram_of(aligned(trees).values())
+
+
+def gram_of(rows: Iterable[tuple]) -> jax.Array:
+    """`gram` of trees of which each row is a leaf of all; 0 if there is no row."""
+    return sum(settled(_leaf_gram(gathered(row))) for row in rows)
 
 
 BLOCK = 8  # tasks whose products are summed in one pass
@@ -360,10 +374,11 @@ def _in_rows(term, longest=4096, width=1024):
     return jnp.pad(term, padding).reshape(*rest, -1, width)
 
 
-def aligned(trees: Sequence[Tree]) -> dict[str, tuple]:
+def aligned(trees: Sequence[Tree]) -> Mapping[str, tuple]:
     """For each path that any tree has, its leaf in every tree.
 
-    Where a tree lacks the leaf, zeros stand for it that take no memory.
+    Where a tree lacks the leaf, zeros stand for it that take no memory. Leaves in files
+    are read when their path is looked up.
     """
     flat = [flatten(tree) for tree in trees]
     aligned = {}
@@ -377,11 +392,13 @@ def aligned(trees: Sequence[Tree]) -> dict[str, tuple]:
         zeros = np.zeros((), jnp.result_type(*found))
         zeros = np.broadcast_to(zeros, jnp.shape(found[0]))
         aligned[path] = tuple(_as_array(leaves.get(path, zeros)) for leaves in flat)
-    return aligned
+    in_files = any(isinstance(x, lazy.Leaf) for row in aligned.values() for x in row)
+    return lazy.Rows(aligned) if in_files else aligned
 
 
 def _as_array(leaf):
-    return leaf if isinstance(leaf, jax.Array | np.ndarray) else jnp.asarray(leaf)
+    known = isinstance(leaf, jax.Array | np.ndarray | lazy.Leaf)
+    return leaf if known else jnp.asarray(leaf)
 
 
 def cosine(gram: jax.Array) -> jax.Array:

@@ -186,11 +186,9 @@ def draw(key, shape):
     return jax.random.normal(key, shape, jnp.float32)
 
 
-def draw_products(part, keys):
+def draw_products(rows, part, keys):
     """Inner products of the drawn vector with the task vectors, `[K]`, and itself."""
-    products = [
-        _draw_products(tree.gathered(row), keys[path]) for path, row in part.items()
-    ]
+    products = [_draw_products(tree.gathered(rows[path]), keys[path]) for path in part]
     return tuple(map(sum, zip(*products, strict=True)))
 
 

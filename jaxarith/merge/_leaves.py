@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxarith import task_vectors, tree
+from jaxarith import lazy, task_vectors, tree
 
 
 def check(params_0: tree.Tree, taus: Sequence[tree.Tree], least: int = 1):
@@ -128,7 +128,8 @@ def fold(
         if path not in rows or not jnp.size(leaf_0):
             return leaf_0
         of_leaf = (at(arg, path) for arg in args)
-        merged = merge_leaf(leaf_0, rows[path], *of_leaf, **options)
+        row = rows[path]  # a base in a file was read for the differences to it
+        merged = merge_leaf(lazy.read(leaf_0), row, *of_leaf, **options)
         return tree.sharded_like(tree.settled(merged), leaf_0)
 
     return tree.map_with_path(leaf, params_0)
@@ -164,6 +165,9 @@ class Mapped(Mapping):
         # Without waiting, the results of many leaves would be allocated ahead.
         return jax.block_until_ready(self._function(self._rows[path], *args))
 
+    def __contains__(self, path) -> bool:
+        return path in self._rows  # that of `Mapping` would compute the row
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
 
@@ -178,7 +182,7 @@ class Mapped(Mapping):
 
 def unmapped(rows: Mapping[str, tuple]) -> Mapping[str, tuple]:
     """Leaves of the same shapes that are there already, to ask for those."""
-    return rows.unmapped if isinstance(rows, Mapped) else rows
+    return rows.unmapped if isinstance(rows, Mapped | lazy.Rows) else rows
 
 
 def one_of(value: str, known: Collection[str], name: str):

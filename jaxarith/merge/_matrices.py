@@ -6,13 +6,15 @@ are differentiated as :math:`\\operatorname{diag}(U^\\top M V)`, which is exact.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from jaxarith.merge import _leaves
 
-def which(rows: dict[str, tuple], pattern: str | None) -> dict[str, bool]:
+
+def which(rows: Mapping[str, tuple], pattern: str | None) -> dict[str, bool]:
     """Whether each leaf is merged as a matrix: an argument of `fold`, a static one.
 
     Args:
@@ -22,6 +24,7 @@ def which(rows: dict[str, tuple], pattern: str | None) -> dict[str, bool]:
     Raises:
       ValueError: there are 2-D leaves, and none of their paths matches.
     """
+    rows = _leaves.unmapped(rows)
     planes = [path for path, row in rows.items() if jnp.ndim(row[0]) == 2]
     found = {p for p in planes if pattern is None or re.fullmatch(pattern, p)}
     if planes and not found:

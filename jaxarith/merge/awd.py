@@ -103,30 +103,31 @@ def awd(
         taus = [tree.select(tau, pattern) for tau in taus]
     coefs = _leaves.task_coefs(coef, taus)
     rows = tree.aligned(taus)
-    # The parts of the vector that share one δ, each as {path: leaf in every task}.
-    if scope == "global":
-        parts = {"": rows}
-    else:
-        parts = {path: {path: row} for path, row in rows.items()}
+    # The parts of the vector that share one δ, each as the paths of its leaves.
+    parts = [list(rows)] if scope == "global" else [[path] for path in rows]
     reverse = objective == "reverse"
 
     if solver == "adam":
         delta = {}
-        for part in parts.values():
-            part = tree.gathered(part)
+        for part in parts:
+            part = {
+                path: [jnp.asarray(tau) for tau in tree.gathered(rows[path])]
+                for path in part
+            }
             delta |= _awd_solvers.adam(part, alpha, step_size, steps, reverse)
         return _leaves.fold(_subtract, params_0, taus, coefs, delta)
 
-    grams = jnp.stack([tree.gram(_columns(part)) for part in parts.values()])
+    grams = jnp.stack([tree.gram_of(rows[path] for path in part) for part in parts])
     redundant = _redundant_of_parts(grams, alpha, step_size, steps, reverse)
     if solver == "direct":
         # Only more entries than vectors leave room for an orthogonal direction.
-        entries = [sum(row[0].size for row in part.values()) for part in parts.values()]
+        leaves = _leaves.unmapped(rows)
+        entries = [sum(leaves[path][0].size for path in part) for part in parts]
         room = jnp.array([key is not None and n > len(taus) for n in entries])
         redundant, length = _awd_solvers.direct(grams, alpha, redundant, room, reverse)
         if key is not None:
             keys = _leaves.keys(key, taus)
-            drawn = [_awd_solvers.draw_products(p, keys) for p in parts.values()]
+            drawn = [_awd_solvers.draw_products(rows, part, keys) for part in parts]
             inner, square = map(jnp.stack, zip(*drawn, strict=True))
             redundant, scale = _awd_solvers.add_orthogonal(
                 grams, redundant, length, inner, square
@@ -188,17 +189,9 @@ def _redundant_of_parts(grams, alpha, step_size, steps, reverse):
     return jax.vmap(solve)(grams)
 
 
-def _columns(part):
-    """`{path: leaf in every task}` as a list of `{path: leaf}`."""
-    tasks = range(len(next(iter(part.values()))))
-    return [{path: row[i] for path, row in part.items()} for i in tasks]
-
-
 def _by_path(values, parts):
     """Values per part as an argument of `fold`."""
-    return {
-        path: v for v, part in zip(values, parts.values(), strict=True) for path in part
-    }
+    return {path: v for v, part in zip(values, parts, strict=True) for path in part}
 
 
 @_leaves.leaf_function

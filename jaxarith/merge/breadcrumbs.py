@@ -69,10 +69,10 @@ def breadcrumbs(
     coefs = _leaves.task_coefs(coef, taus)
     limits = {}
     for path, row in tree.aligned(taus).items():
-        if not jnp.size(row[0]):
+        if not row[0].size:
             continue
-        by_row = axis is not None and jnp.ndim(row[0]) > 1
-        size = row[0].shape[axis(path)] if by_row else jnp.size(row[0])
+        by_row = axis is not None and row[0].ndim > 1
+        size = row[0].shape[axis(path)] if by_row else row[0].size
         low = min(floor_share(beta, size), size - 1)
         ranks = [low + 1, max(size - floor_share(1 - gamma, size), low + 1)]
         if by_row:

@@ -92,7 +92,7 @@ def dare(
         share = 1 - drop_rate
         dropped = _leaves.Mapped(_drop_random, rows, keys, share, 1 / share, rescale)
     else:
-        sizes = {path: jnp.size(row[0]) for path, row in rows.items()}
+        sizes = {path: row[0].size for path, row in _leaves.unmapped(rows).items()}
         ranks = {p: min(floor_share(drop_rate, n) + 1, n) for p, n in sizes.items()}
         least = {
             path: _order.kth_magnitudes({path: row}, ranks[path])

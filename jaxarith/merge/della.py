@@ -95,7 +95,8 @@ def della(
     if rescale == "l1":  # it sums over leaves
         rows = _leaves.Mapped(tree.gathered, rows)
     axes = {
-        path: axis(path) if jnp.ndim(row[0]) > 1 else -1 for path, row in rows.items()
+        path: axis(path) if row[0].ndim > 1 else -1
+        for path, row in _leaves.unmapped(rows).items()
     }
     dropped = _leaves.Mapped(
         _magprune, rows, keys, 1 - drop_rate, float(epsilon), axes, rescale

@@ -76,11 +76,11 @@ def pcb(
     _leaves.one_of(cross, ("sum", "normalized"), "cross")
     _leaves.check(params_0, taus)
     coef = _leaves.vector_coef(coef, taus)
-    rows = {path: row for path, row in tree.aligned(taus).items() if row[0].size}
-    if not rows:
-        return params_0
+    rows = tree.aligned(taus)
     # The indices of the authors' code, from 0, into sorted entries.
-    size = sum(row[0].size for row in rows.values())
+    size = sum(row[0].size for row in _leaves.unmapped(rows).values())
+    if not size:
+        return params_0
     low = _order.kth_magnitudes(rows, int(size * clip) + 1)
     high = _order.kth_magnitudes(rows, max(int(size * (1 - clip) - 1), 0) + 1)
     scores = _leaves.Mapped(_positive_scores, rows, low, high, cross)
@@ -93,13 +93,13 @@ def pcb(
 
 @jax.jit(static_argnames="cross")
 def _positive_scores(row, low, high, cross):
-    taus = [tau.astype(low.dtype) for tau in row]
+    taus = [jnp.asarray(tau, low.dtype) for tau in row]
     return tuple(jnp.maximum(score, 0) for score in _scores(taus, low, high, cross))
 
 
 @jax.jit
 def _largest(row):
-    return jnp.stack([jnp.max(leaf) for leaf in row])
+    return jnp.stack([jnp.max(leaf, initial=0) for leaf in row])
 
 
 def _scores(taus, low, high, cross):

@@ -1,0 +1,231 @@
+"""Leaves that are in files, and are read when a computation looks at them.
+
+A tree may hold a `Leaf` where it holds an array. `tree.aligned`, with which every merge
+goes over its task vectors, then gives `Rows`: they read a leaf of all tasks when asked
+for it, and the next ones ahead, in threads. What is read is kept as long as somebody
+holds it, and no longer.
+"""
+
+import dataclasses
+import functools
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_READERS = 2
+_AHEAD = 64 * 2**20  # bytes of small leaves that are read ahead
+
+
+class Source:
+    """A tensor in a file.
+
+    Attributes:
+      label: what an error calls it.
+      nbytes: its size.
+      check: whether `read` looks for NaN and infinite values, the first time.
+    """
+
+    def __init__(self, label: str, nbytes: int, load: Callable[[], Any]):
+        self.label, self.nbytes, self.check = label, nbytes, False
+        self._load, self._lock, self._held = load, threading.Lock(), lambda: None
+
+    def read(self) -> jax.Array:
+        """The tensor: read now, unless somebody still holds it.
+
+        Raises:
+          ValueError: it holds NaN or infinite values, and is to be checked.
+        """
+        with self._lock:
+            if (held := self._held()) is not None:
+                return held
+            array = self._load()
+            if self.check:
+                if not all_finite(array):
+                    raise ValueError(not_finite(self.label))
+                self.check = False
+            self._held = weakref.ref(array)
+            return array
+
+
+@jax.jit
+def all_finite(array: jax.Array) -> jax.Array:
+    """Whether no entry is NaN or infinite."""
+    # The largest magnitude is NaN if any entry is; faster than `isfinite` of them all.
+    return jnp.isfinite(jnp.max(jnp.abs(array), initial=0))
+
+
+def not_finite(label: str) -> str:
+    """What an error says about a tensor with NaN or infinite values."""
+    return (
+        f"{label} has NaN or infinite values. Check the run or the file that it came "
+        "from."
+    )
+
+
+class Leaf:
+    """A leaf that is computed from tensors in files when it is read.
+
+    Args:
+      shape, dtype: of the result.
+      sources: the tensors.
+      combine: a function of them.
+      place: where the merged leaf goes, a function of it; None for task vectors.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype,
+        sources: Sequence[Source],
+        combine: Callable[..., Any],
+        place: Callable[[jax.Array], None] | None = None,
+    ):
+        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
+        self.sources, self._combine, self._place = tuple(sources), combine, place
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    def read(self):
+        """The array, or the `Difference`."""
+        return self._combine(*(source.read() for source in self.sources))
+
+    def __jax_array__(self) -> jax.Array:
+        return jnp.asarray(self.read())
+
+    def check(self):
+        """Has the sources looked through for NaN and infinite values when read."""
+        for source in self.sources:
+            source.check = True
+
+    def place(self, merged: jax.Array) -> "Leaf":
+        """Sends the merged leaf where this one is from; returns what stands for it."""
+        self._place(merged)
+        return Leaf(self.shape, self.dtype, (), functools.partial(_gone, self.shape))
+
+
+def _gone(shape):
+    raise ValueError(f"a merged leaf of shape {list(shape)} was written, not kept.")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """`model - base` in float32 or better, subtracted by the program that needs it.
+
+    Two tensors of bfloat16 are as much to read as one of float32, of which each model
+    would need its own.
+    """
+
+    model: jax.Array
+    base: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.model.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.model.ndim
+
+    @property
+    def size(self) -> int:
+        return self.model.size
+
+    @property
+    def dtype(self):
+        return jnp.promote_types(
+            jnp.promote_types(self.model.dtype, self.base.dtype), jnp.float32
+        )
+
+    def __getitem__(self, index) -> "Difference":
+        return Difference(self.model[index], self.base[index])
+
+    def __jax_array__(self) -> jax.Array:
+        return jnp.asarray(self.model, self.dtype) - jnp.asarray(self.base, self.dtype)
+
+
+class Rows(Mapping):
+    """By path, a leaf of every task, read when asked for.
+
+    The sources of the rows that follow are read ahead, as many as one row has bytes at
+    most, so that whoever goes through the rows in order seldom waits.
+
+    Args:
+      leaves: by path, a tuple of `Leaf`s and arrays.
+    """
+
+    def __init__(self, leaves: Mapping[str, tuple]):
+        self._leaves = leaves
+        self._sources = {path: _sources(row) for path, row in leaves.items()}
+        self._next = dict(itertools.pairwise(leaves))
+        sizes = map(_nbytes, self._sources.values())
+        self._budget = max(max(sizes, default=0), _AHEAD)
+        self._ahead: dict[str, list[Future]] = {}
+
+    @property
+    def unmapped(self) -> Mapping[str, tuple]:
+        """The leaves before they are read: their shapes and dtypes, at no cost."""
+        return self._leaves
+
+    def __getitem__(self, path: str) -> tuple:
+        # Futures hold what they have read: it is not read again below.
+        reading = self._ahead.pop(path, None) or self._start(path)
+        self._read_ahead(path)
+        for future in reading:
+            future.result()
+        return tuple(map(read, self._leaves[path]))
+
+    def __contains__(self, path) -> bool:
+        return path in self._leaves  # that of `Mapping` would read it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._leaves)
+
+    def __len__(self) -> int:
+        return len(self._leaves)
+
+    def _start(self, path):
+        return [_readers().submit(source.read) for source in self._sources[path]]
+
+    def _read_ahead(self, path):
+        wanted, used = [], 0
+        while (path := self._next.get(path)) is not None:
+            used += _nbytes(self._sources[path])
+            if wanted and used > self._budget:
+                break
+            wanted.append(path)
+        self._ahead = {
+            path: self._ahead.get(path) or self._start(path) for path in wanted
+        }
+
+
+def read(leaf):
+    """A leaf's values, if it is one that is to be read; else the leaf."""
+    return leaf.read() if isinstance(leaf, Leaf) else leaf
+
+
+def _sources(row):
+    found = (leaf.sources for leaf in row if isinstance(leaf, Leaf))
+    return list(dict.fromkeys(itertools.chain.from_iterable(found)))
+
+
+def _nbytes(sources):
+    return sum(source.nbytes for source in sources)
+
+
+@functools.cache
+def _readers():
+    return ThreadPoolExecutor(_READERS, thread_name_prefix="read")

@@ -1,0 +1,242 @@
+import functools
+import json
+import os
+
+import checkpoints
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxarith import hub, merge, stream, task_vectors, tree
+
+KEY = jax.random.key(3)
+METHODS = {
+    "average": functools.partial(merge.average, weights=[1, 2, 3]),
+    "task_arithmetic": functools.partial(merge.task_arithmetic, coef=0.3),
+    "ties": merge.ties,
+    "ties_tensor": functools.partial(merge.ties, preset="mergekit", density=0.3),
+    "ties_adamerging": functools.partial(merge.ties, preset="adamerging"),
+    "awd": functools.partial(merge.awd, steps=30),
+    "awd_layer": functools.partial(merge.awd, steps=30, scope="layer"),
+    "awd_direct": functools.partial(merge.awd, steps=30, solver="direct", key=KEY),
+    "awd_adam": functools.partial(merge.awd, steps=5, solver="adam"),
+    "dare": functools.partial(merge.dare, key=KEY),
+    "dare_l1": functools.partial(merge.dare, key=KEY, rescale="l1", into="ties"),
+    "dare_magnitude": functools.partial(merge.dare, strategy="magnitude"),
+    "della": functools.partial(merge.della, key=KEY),
+    "breadcrumbs": merge.breadcrumbs,
+    "consensus": merge.consensus,
+    "consensus_ties": functools.partial(merge.consensus, of="ties"),
+    "iso_c": merge.iso_c,
+    "iso_cts": merge.iso_cts,
+    "karcher": merge.karcher,
+    "magmax": merge.magmax,
+    "model_stock": merge.model_stock,
+    "pcb": merge.pcb,
+    "topk": merge.topk,
+    "tsv": merge.tsv,
+    "wudi": functools.partial(merge.wudi, matrices=".*proj.*", steps=3),
+}
+
+
+def in_memory(method, base, models):
+    params_0 = hub.read(base)
+    taus = [task_vectors.difference(hub.read(model), params_0) for model in models]
+    return method(params_0, taus)
+
+
+def assert_same_bits(folder, expected):
+    found = hub.read(folder)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        other = np.asarray(expected[name])
+        assert tensor.dtype == other.dtype and tensor.shape == other.shape, name
+        assert tensor.tobytes() == other.tobytes(), name
+
+
+def run(method, base, models, out, **options):
+    opened = stream.open_models(base, models)
+    return stream.merge(method, opened, out, quiet=True, **options)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    return checkpoints.family(tmp_path_factory.mktemp("bf16"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_streamed_merges_have_the_bits_of_those_in_memory(name, family, tmp_path):
+    base, models = family
+    run(METHODS[name], base, models, tmp_path / "out")
+    expected = in_memory(METHODS[name], base, models)
+    moved = [n for n in expected if n not in (checkpoints.COUNTER, "model.empty")]
+    start = hub.read(base)
+    assert any(np.any(np.asarray(expected[n]) != start[n]) for n in moved)
+    assert_same_bits(tmp_path / "out", expected)
+
+
+@pytest.mark.parametrize("dtype", ["f16", "f32"])
+@pytest.mark.parametrize("name", ["average", "ties", "dare_l1", "model_stock"])
+def test_any_type_and_shards_give_the_same_bits(name, dtype, tmp_path):
+    base, models = checkpoints.family(tmp_path / "in", dtype=dtype, shards=3)
+    expected = in_memory(METHODS[name], base, models)
+    for shard_bytes in (1, 1000, 10**9):
+        out = tmp_path / f"out-{shard_bytes}"
+        run(METHODS[name], base, models, out, shard_bytes=shard_bytes)
+        assert_same_bits(out, expected)
+
+
+def test_models_of_several_types_are_merged_in_float32(tmp_path):
+    base = checkpoints.write(tmp_path / "base", checkpoints.tensors(0, "bf16"))
+    models = [
+        checkpoints.write(tmp_path / dtype, checkpoints.tensors(i, dtype))
+        for i, dtype in enumerate(checkpoints.TYPES, 1)
+    ]
+    run(merge.average, base, models, tmp_path / "out")
+    assert_same_bits(tmp_path / "out", in_memory(merge.average, base, models))
+
+
+def test_shards_are_of_the_size_asked_for_and_indexed(family, tmp_path):
+    base, models = family
+    run(merge.average, base, models, tmp_path / "out", shard_bytes=1000)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert sorted(set(index["weight_map"].values())) == [file.name for file in files]
+    tensors = hub.read(tmp_path / "out")
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+    assert set(index["weight_map"]) == set(tensors)
+    assert len(files) > 2
+    of_file = {file.name: 0 for file in files}
+    for name, file in index["weight_map"].items():
+        of_file[file] += tensors[name].nbytes
+    assert max(of_file.values()) <= 1000
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_results_are_rounded_once_to_the_type_asked_for(dtype, family, tmp_path):
+    base, models = family
+    run(merge.average, base, models, tmp_path / "out", dtype=dtype)
+    start = hub.read(base)
+    floats = {n: x for n, x in start.items() if n != checkpoints.COUNTER}
+    wide = {n: np.asarray(x, np.float32) for n, x in floats.items()}
+    taus = [
+        {n: np.asarray(hub.read(model)[n], np.float32) - wide[n] for n in wide}
+        for model in models
+    ]
+    merged = merge.average(wide, taus)
+    expected = {n: np.asarray(x).astype(dtype) for n, x in merged.items()}
+    assert_same_bits(
+        tmp_path / "out", expected | {checkpoints.COUNTER: start[checkpoints.COUNTER]}
+    )
+
+
+def test_without_a_base_models_are_averaged_themselves(family, tmp_path):
+    _, models = family
+    run(merge.average, None, models, tmp_path / "out")
+    tensors = [hub.read(model) for model in models]
+    zero = {n: np.zeros_like(x) for n, x in tensors[0].items() if n != "model.num"}
+    del zero[checkpoints.COUNTER]
+    taus = [{n: t[n] for n in zero} for t in tensors]
+    expected = merge.average(zero, taus)
+    counter = {checkpoints.COUNTER: tensors[0][checkpoints.COUNTER]}
+    assert_same_bits(tmp_path / "out", {**expected, **counter})
+
+
+def test_the_gram_matrix_of_models_in_files_is_that_in_memory(family):
+    base, models = family
+    opened = stream.open_models(base, models)
+    params_0 = hub.read(base)
+    taus = [task_vectors.difference(hub.read(model), params_0) for model in models]
+    np.testing.assert_array_equal(tree.gram(opened.taus), tree.gram(taus))
+
+
+def test_every_pass_reads_each_tensor_once(family, tmp_path):
+    base, models = family
+    opened = stream.open_models(base, models)
+    planned = stream.plan(opened)
+    in_files = [hub.read(folder) for folder in (base, *models)]
+    size = sum(
+        x.nbytes for t in in_files for n, x in t.items() if n != checkpoints.COUNTER
+    )
+    assert planned.bytes_in == size
+    report = stream.merge(merge.average, opened, tmp_path / "a", quiet=True)
+    assert report.bytes_read == size
+    assert planned.bytes_out == report.bytes_written
+    assert report.bytes_written == os.path.getsize(tmp_path / "a" / "model.safetensors")
+    report = stream.merge(merge.awd, opened, tmp_path / "b", quiet=True)
+    assert report.bytes_read == 2 * size
+
+
+def test_metadata_of_the_weights_is_kept(family, tmp_path):
+    from safetensors import safe_open
+
+    base, models = family
+    run(merge.average, base, models, tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_hashes_are_those_of_the_files(family, tmp_path):
+    import hashlib
+
+    base, models = family
+    report = run(merge.average, base, models, tmp_path / "out")
+    for folder in (base, *models):
+        data = (folder / "model.safetensors").read_bytes()
+        expected = {"model.safetensors": hashlib.sha256(data).hexdigest()}
+        assert report.sha256[str(folder)] == expected
+
+
+def test_a_nan_is_reported_with_its_tensor_and_model_and_nothing_is_written(tmp_path):
+    base, models = checkpoints.family(tmp_path / "in", models=2)
+    bad = checkpoints.tensors(2)
+    bad["model.layers.1.norm.weight"][3] = np.nan
+    bad = checkpoints.write(tmp_path / "bad", bad)
+    for method in (merge.average, merge.ties):
+        with pytest.raises(ValueError, match=r"layers.1.norm.weight of model 1 .*NaN"):
+            run(method, base, [models[0], bad], tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "in"]
+
+
+def test_a_merge_that_overflows_its_type_says_so(family, tmp_path):
+    base, models = family
+    with pytest.raises(ValueError, match="overflows the type"):
+        run(
+            functools.partial(merge.task_arithmetic, coef=1e6),
+            *(base, models, tmp_path / "out"),
+            dtype="float16",
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_refused_or_replaced_as_a_whole(family, tmp_path):
+    base, models = family
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").touch()
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        run(merge.average, base, models, out)
+    assert (out / "old.txt").exists()
+    run(merge.average, base, models, out, overwrite=True)
+    assert [p.name for p in out.iterdir()] == ["model.safetensors"]
+
+
+def test_too_little_space_is_told_before_anything_is_computed(
+    family, tmp_path, monkeypatch
+):
+    base, models = family
+    usage = stream.shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match="GB left"):
+        run(merge.average, base, models, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_leaves_in_files_are_differences_that_jax_computes_with(family):
+    base, models = family
+    leaf = stream.open_models(base, models).taus[0]["model.scale"].read()
+    expected = checkpoints.tensors(1)["model.scale"].astype(np.float32)
+    expected -= checkpoints.tensors(0)["model.scale"].astype(np.float32)
+    assert leaf.dtype == jnp.float32
+    np.testing.assert_array_equal(jax.jit(jnp.abs)(leaf), abs(expected))
