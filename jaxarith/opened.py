@@ -103,6 +103,7 @@ class Opened:
         wide = tensor.dtype
         if dtype is not None and policies.is_floating(tensor):
             wide = jnp.promote_types(wide, dtype)
+        wide = jax.dtypes.canonicalize_dtype(wide)  # JAX may have no float64
         go = None if place is None else functools.partial(place, name)
         if self.has_base:
             sources = (self._source(tensor, f"{name} of the base"),)
@@ -289,6 +290,7 @@ def _move(source, label, layout, base, model, delta) -> lazy.Leaf:
     elif base is None:
         wide = _dtype(model)
     combine = functools.partial(_combine, tuple(found), shape)
+    wide = jax.dtypes.canonicalize_dtype(wide)
     return lazy.Leaf(shape, wide, found.values(), combine)
 
 

@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -229,7 +230,8 @@ class _Places:
         self.names.add(name)
         tensor = self._opened.base[name]
         dtype = _written(tensor, self._dtype)
-        rounded = jnp.asarray(merged, dtype)  # JAX may have no float64; NumPy does
+        # JAX may have no float64; NumPy does.
+        rounded = jnp.asarray(merged, jax.dtypes.canonicalize_dtype(dtype))
         self._submit(tensor, self._put, name, rounded, dtype)
 
     def _put(self, name, rounded, dtype):

@@ -159,4 +159,4 @@ def _around(guess, bits):
     """
     near = jnp.array([[0.8, 0.98, 0.998, 1, 1, 1.002, 1.02]], guess.dtype)
     patterns = jax.lax.bitcast_convert_type(guess[:, None] * near, bits)
-    return patterns + jnp.array([0, 0, 0, 0, 1, 1, 1], bits)
+    return patterns + jnp.array([[0, 0, 0, 0, 1, 1, 1]], bits)

@@ -1,0 +1,376 @@
+"""Our merges under mergekit's definitions, beside mergekit's own.
+
+Tiny random models of several architectures, a base and three fine-tunes each, are
+merged by mergekit in its own environment and by `jaxarith.merge.mergekit`, and the
+merged tensors are compared. Random methods are compared by what their draws share: the
+number of entries that are kept, and the sum of magnitudes of every tensor.
+
+    python -m venv mergekit && mergekit/bin/pip install mergekit==0.1.5
+    python -m experiments.bench.against_mergekit --mergekit mergekit/bin --out runs/mk
+
+Without `--mergekit` the models are made and merged by ours alone, to try the script.
+Needs PyTorch and transformers, which make the models.
+"""
+
+import dataclasses
+import functools
+import json
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+
+from jaxarith import hub, report, task_vectors
+from jaxarith.merge import mergekit
+
+LIMIT = 1e-6  # the largest absolute difference of results that count as the same
+FINE_TUNES = 3
+ARCHITECTURES = ("llama", "gpt2", "bert", "clip_vision")
+
+# What is no rounding, and is not looked for below.
+KNOWN_DIFFERENCES = (
+    "Of entries with the magnitude of the smallest that is kept, ours keeps all; "
+    "mergekit as many as its share, by an unstable sort.",
+    "Of a tensor with density·n < 1, mergekit's breadcrumbs keep nothing, and SCE with "
+    "select_topk·m < 1 neither; ours keeps one entry.",
+    "In bfloat16 and float16 mergekit subtracts, weighs and adds in that dtype in all "
+    "methods but linear and slerp; ours in float32, cast once.",
+    "mergekit's multislerp of three or more models fails at a tensor that none of them "
+    "changed, DELLA at rows of one entry; ours goes on.",
+    "Its karcher drops models of norm below 1e-5, and takes the first model's where "
+    "directions cancel; ours averages.",
+    "Its DARE and DELLA leave tensors whose sum of magnitudes is below 1e-7 unscaled.",
+    "Weights that sum to zero give infinite values in its linear; ours is an error.",
+)
+
+# One process for all merges: to import mergekit takes longer than to merge.
+DRIVER = """
+import json, sys, traceback
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+
+options = MergeOptions(
+    copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=0
+)
+errors = {}
+for name, (config, out) in json.load(open(sys.argv[1])).items():
+    try:
+        run_merge(MergeConfiguration.model_validate(config), out, options)
+    except Exception as error:
+        traceback.print_exc()
+        errors[name] = f"{type(error).__name__}: {error}"
+json.dump(errors, open(sys.argv[2], "w"))
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Compare merges with mergekit's."""
+
+    mergekit: Path | None = None
+    """The folder of the programs of an environment with mergekit, such as venv/bin."""
+    out: Path | None = None
+    """Folder for report.json and report.md."""
+    architectures: tuple[Literal["llama", "gpt2", "bert", "clip_vision"], ...] = (
+        ARCHITECTURES
+    )
+
+
+class Case(NamedTuple):
+    """A merge in both languages.
+
+    Attributes:
+      method: mergekit's name.
+      merge: `merge(params_0, taus)`, ours.
+      shared: mergekit's parameters of all models.
+      each: mergekit's parameters of every model.
+      inputs: what is merged: task vectors of the base, the fine-tunes, or, as slerp
+        does, the base and a fine-tune.
+      models: how many fine-tunes there are.
+      random: whether only statistics can agree.
+    """
+
+    method: str
+    merge: Callable
+    shared: dict[str, Any]
+    each: dict[str, list] = {}
+    inputs: Literal["task vectors", "models", "base and model"] = "task vectors"
+    models: int = FINE_TUNES
+    random: bool = False
+
+
+WEIGHTS = [0.5, 0.8, 0.3]
+DENSITIES = [0.3, 0.5, 0.9]
+DRAWN = 0.4  # the density of the random methods
+FILTERED = [{"filter": "att", "value": 0.2}, {"value": 0.6}]  # att(n|ention)
+
+
+def filtered(path: str) -> float:
+    return 0.2 if "att" in path else 0.6
+
+
+FAMILY = mergekit.generalized_task_arithmetic
+KEY = jax.random.key(0)
+
+
+def family(method: str, **options) -> Case:
+    """A case of the task-arithmetic family, on three models of their own weights."""
+    ours = functools.partial(FAMILY, method=method, weight=WEIGHTS, key=KEY, **options)
+    shared = {"lambda" if k == "coef" else k: v for k, v in options.items()}
+    each = {"weight": WEIGHTS}
+    for name in [name for name, value in shared.items() if isinstance(value, list)]:
+        each[name] = shared.pop(name)
+    return Case(method, ours, shared, each)
+
+
+def draws(method: str) -> Case:
+    """A random case: one model, of which both must keep a share and all magnitude."""
+    options = {"weight": 1.0, "density": DRAWN}
+    ours = functools.partial(FAMILY, method=method, key=KEY, **options)
+    return Case(method, ours, options, models=1, random=True)
+
+
+def nuslerp(inputs, **options) -> Case:
+    ours = functools.partial(mergekit.nuslerp, weight=[0.4, 0.7], **options)
+    shared = {f"nuslerp_{name}": value for name, value in options.items()}
+    return Case("nuslerp", ours, shared, {"weight": [0.4, 0.7]}, inputs, 2)
+
+
+def plain(method: str, inputs="task vectors", models=FINE_TUNES, **options) -> Case:
+    """A merge without parameters of single models."""
+    ours = functools.partial(getattr(mergekit, method), **options)
+    return Case(method, ours, options, {}, inputs, models)
+
+
+def mean(method: str, inputs="models", normalize=True) -> Case:
+    """A mean of three weighted models, or of their task vectors."""
+    options = {"weight": WEIGHTS, "normalize": normalize}
+    ours = functools.partial(getattr(mergekit, method), **options)
+    name = "normalize" if method == "linear" else "normalize_weights"
+    return Case(method, ours, {name: normalize}, {"weight": WEIGHTS}, inputs)
+
+
+def by_filter(case: Case, parameter: str) -> Case:
+    """The case with one parameter of all models that depends on the tensor."""
+    ours = functools.partial(case.merge, **{parameter: filtered})
+    return case._replace(merge=ours, shared={parameter: FILTERED})
+
+
+CASES = {
+    "linear": mean("linear"),
+    "linear, normalize false": mean("linear", normalize=False),
+    "slerp": plain("slerp", "base and model", 1, t=0.3),
+    "slerp, t by filter": by_filter(plain("slerp", "base and model", 1), "t"),
+    "nuslerp": nuslerp("models"),
+    "nuslerp, base": nuslerp("task vectors"),
+    "nuslerp, last axis": nuslerp("models", flatten=False),
+    "nuslerp, base, first axis": nuslerp("task vectors", flatten=False, row_wise=True),
+    "multislerp": mean("multislerp"),
+    "multislerp, base, not normalized": mean(
+        "multislerp", "task vectors", normalize=False
+    ),
+    "karcher": plain("karcher", "models"),
+    "task_arithmetic": family("task_arithmetic", coef=0.7),
+    "task_arithmetic, normalize": family("task_arithmetic", normalize=True),
+    "ties": family("ties", density=0.3),
+    "ties, densities, lambda": family("ties", density=DENSITIES, coef=1.3),
+    "ties, normalize false, rescale": family(
+        "ties", density=0.3, normalize=False, rescale=True
+    ),
+    "ties, density by filter": by_filter(family("ties"), "density"),
+    "breadcrumbs": family("breadcrumbs", density=0.6, gamma=0.05),
+    "breadcrumbs, gammas": family("breadcrumbs", density=0.9, gamma=[0.01, 0.2, 0.05]),
+    "breadcrumbs_ties": family("breadcrumbs_ties", density=DENSITIES),
+    "della, density 1": family("della", density=1.0),
+    "model_stock": plain("model_stock"),
+    "model_stock, filter_wise": plain("model_stock", filter_wise=True),
+    "sce": plain("sce"),
+    "sce, select_topk 0.3": plain("sce", select_topk=0.3),
+    "nearswap": plain("nearswap", models=1, t=0.01),
+    "dare_linear": draws("dare_linear"),
+    "dare_ties": draws("dare_ties"),
+    "della": draws("della"),
+    "della_linear": draws("della_linear"),
+}
+
+
+def make_models(architecture: str, folder: Path) -> list[Path]:
+    """A random base and its fine-tunes, in float32, as transformers writes them."""
+    import torch
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    sizes |= {"num_hidden_layers": 2, "vocab_size": 64, "dtype": "float32"}
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    if architecture == "llama":
+        config = transformers.LlamaConfig(**sizes, num_key_value_heads=2)
+        model = transformers.LlamaForCausalLM(config)
+    elif architecture == "gpt2":
+        gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
+        gpt2 |= {"bos_token_id": 0, "eos_token_id": 0, "dtype": "float32"}
+        config = transformers.GPT2Config(vocab_size=64, **gpt2)
+        model = transformers.GPT2LMHeadModel(config)
+    elif architecture == "bert":
+        # mergekit 0.1.5 fails at a BertModel: it adds a tuple, the other names of the
+        # optional position_ids, to a list.
+        config = transformers.BertConfig(**sizes, num_labels=32)
+        model = transformers.BertForTokenClassification(config)
+    else:
+        del sizes["vocab_size"]
+        config = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+        model = transformers.CLIPVisionModel(config)
+    base = {name: leaf.clone() for name, leaf in model.named_parameters()}
+    folders = [folder / architecture / name for name in ("base", "m1", "m2", "m3")]
+    with torch.no_grad():
+        for target in folders:
+            if target != folders[0]:
+                for name, leaf in model.named_parameters():
+                    leaf.copy_(base[name] + 0.02 * torch.randn_like(leaf))
+            model.save_pretrained(target)
+    return folders
+
+
+def recipe(case: Case, folders: list[Path]) -> dict:
+    """The case as mergekit's configuration."""
+    base, *tuned = map(str, folders)
+    entries = [
+        {"model": model, "parameters": {k: v[i] for k, v in case.each.items()}}
+        for i, model in enumerate(tuned[: case.models])
+    ]
+    config = {"merge_method": case.method, "models": entries, "dtype": "float32"}
+    if case.inputs != "models":
+        config["base_model"] = base
+    return config | ({"parameters": case.shared} if case.shared else {})
+
+
+def merged_by_ours(case: Case, trees: list[dict]) -> dict[str, np.ndarray]:
+    base, *tuned = trees
+    tuned = tuned[: case.models]
+    if case.inputs == "task vectors":
+        merged = case.merge(base, [task_vectors.difference(m, base) for m in tuned])
+    else:
+        inputs = tuned if case.inputs == "models" else [base, *tuned]
+        merged = case.merge(
+            {name: np.zeros_like(x) for name, x in base.items()}, inputs
+        )
+    return {name: np.asarray(leaf) for name, leaf in merged.items()}
+
+
+def run_mergekit(programs: Path, jobs: dict[str, tuple[dict, str]], folder: Path):
+    """Merges all; returns what went wrong, by job."""
+    asked, answered = folder / "jobs.json", folder / "errors.json"
+    asked.write_text(json.dumps(jobs), encoding="utf-8")
+    python = programs.absolute() / "python"
+    # Its warnings would hide the table; a failed import is shown.
+    done = subprocess.run(
+        [python, "-c", DRIVER, asked, answered], capture_output=True, text=True
+    )
+    if done.returncode or not answered.exists():
+        raise RuntimeError(f"mergekit did not run by {python}:\n{done.stderr[-2000:]}")
+    return json.loads(answered.read_text(encoding="utf-8"))
+
+
+def compare(case: Case, ours: dict, theirs: dict, base: dict) -> dict:
+    """The differences of two merges."""
+    names = sorted(ours.keys() & theirs.keys())
+    row = {"tensors": len(names), "in one only": len(ours.keys() ^ theirs.keys())}
+    if not case.random:
+        apart = max(float(np.abs(ours[n] - theirs[n]).max()) for n in names)
+        same = apart <= LIMIT and not row["in one only"]
+        return row | {"difference": apart, "same": same}
+    moves = [{n: np.float64(x[n]) - base[n] for n in names} for x in (ours, theirs)]
+    shares = [
+        sum(np.count_nonzero(x) for x in move.values())
+        / sum(x.size for x in move.values())
+        for move in moves
+    ]
+    sums = [np.array([np.abs(move[n]).sum() for n in names]) for move in moves]
+    apart = float(np.max(np.abs(sums[0] / sums[1] - 1)))
+    entries = sum(base[n].size for n in names)
+    likely = 5 * np.sqrt(2 * DRAWN * (1 - DRAWN) / entries)  # five deviations
+    return row | {
+        "kept by ours": shares[0],
+        "kept by mergekit": shares[1],
+        "difference": apart,
+        # The moves are differences of float32 numbers, with their rounding.
+        "same": bool(apart <= 1e-4 and abs(shares[0] - shares[1]) < likely),
+    }
+
+
+def main(config: Config) -> dict:
+    """Merges, compares, prints and writes; returns what `report.json` holds."""
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        made = {name: make_models(name, folder) for name in config.architectures}
+        jobs = {
+            f"{name}/{case}": (recipe(CASES[case], made[name]), f"{folder}/{name}/{i}")
+            for name in made
+            for i, case in enumerate(CASES)
+        }
+        errors = {}
+        if config.mergekit is not None:
+            errors = run_mergekit(config.mergekit, jobs, folder)
+        for name, folders in made.items():
+            trees = [hub.read(model) for model in folders]
+            for case_name, case in CASES.items():
+                ours = merged_by_ours(case, trees)
+                row = {"method": case_name, "architecture": name, "random": case.random}
+                job = f"{name}/{case_name}"
+                if config.mergekit is None:
+                    row |= {"same": None, "error": "mergekit was not run"}
+                elif job in errors:
+                    row |= {"same": None, "error": errors[job]}
+                else:
+                    theirs = hub.read(jobs[job][1])
+                    row |= compare(case, ours, theirs, trees[0])
+                rows.append(row)
+    results = {"rows": rows, "known_differences": KNOWN_DIFFERENCES}
+    text = tables(rows)
+    if config.out is not None:
+        config.out.mkdir(parents=True, exist_ok=True)
+        report.write_json(config.out / "report.json", results)
+        report.write_text(config.out / "report.md", f"# Beside mergekit\n\n{text}\n")
+    print(text)
+    return results
+
+
+def tables(rows) -> str:
+    def verdict(row):
+        words = {True: "same", False: "differs", None: row.get("error")}
+        return words[row["same"]]
+
+    def shown(row):
+        return f"{row['difference']:.1e}" if "difference" in row else None
+
+    exact = [
+        [r["method"], r["architecture"], r.get("tensors"), shown(r), verdict(r)]
+        for r in rows
+        if not r["random"]
+    ]
+    random = [
+        [
+            *(r["method"], r["architecture"]),
+            *(r.get("kept by ours"), r.get("kept by mergekit"), shown(r), verdict(r)),
+        ]
+        for r in rows
+        if r["random"]
+    ]
+    header = ["method", "architecture", "tensors", "largest difference", "verdict"]
+    drawn = ["method", "architecture", "kept by ours", "kept by mergekit"]
+    drawn += ["sums of magnitudes apart", "verdict"]
+    parts = [report.markdown_table(header, exact), report.markdown_table(drawn, random)]
+    parts.append("Known differences, in none of these merges:")
+    parts.append("\n".join(f"- {line}" for line in KNOWN_DIFFERENCES))
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,317 @@
+r"""Merging checkpoints from files to files: seconds, bandwidth, memory.
+
+Makes a base and four fine-tuned models of the shape of a Llama of 1.1 billion
+parameters in bfloat16, with random values, and merges them by `jaxarith merge` and,
+where its command is given, by mergekit, in turn, each run in a process of its own. What
+the disk and the page cache allow is told by `cat` of all inputs and `dd` of the output.
+
+    python -m experiments.bench.stream_merge --models /tmp/models --out runs/stream
+    python -m experiments.bench.stream_merge --models /tmp/models --out runs/stream \
+        --mergekit other/bin/mergekit-yaml
+
+Seconds are those of whole commands, with the start of Python and compilation; merging
+is the part from opened models to complete weights. Memory is the peak of what was
+resident. The bandwidth counts every input once, and the output.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+import tyro
+import yaml
+from tqdm import tqdm
+
+from experiments.bench.measure import processor
+from jaxarith import report, shards
+
+TASKS = 4
+# Of `jaxarith merge`, and the method of mergekit that comes nearest, if there is one.
+METHODS = {
+    "average": ("average", ("linear", {"weight": 0.25})),
+    "task_arithmetic": (
+        "task_arithmetic --coef 0.3",
+        ("task_arithmetic", {"weight": 0.3}),
+    ),
+    "ties": ("ties --density 0.2", None),
+    "ties_tensor": (
+        "ties --density 0.2 --trim tensor",
+        ("ties", {"weight": 1.0, "density": 0.2}),
+    ),
+    "awd": ("awd", None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is measured.
+
+    Attributes:
+      models: folder of the models, which are made where they are missing (11 GB).
+      out: folder of the report.
+      methods: those that are timed.
+      mergekit: the command `mergekit-yaml` of an environment that has it.
+      repetitions: runs of each.
+      layers: of the models; fewer make a quicker, smaller measurement.
+      hashes: also time the average with hashes of its inputs.
+    """
+
+    models: Path
+    out: Path
+    methods: tuple[str, ...] = tuple(METHODS)
+    mergekit: Path | None = None
+    repetitions: int = 3
+    layers: int = 22
+    hashes: bool = True
+
+
+class Layout(NamedTuple):
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+def layout(layers: int) -> dict[str, Layout]:
+    """The tensors of TinyLlama 1.1B, if there are 22 layers."""
+    width, inner, keys, tokens = 2048, 5632, 256, 32000
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (tokens, width),
+        "lm_head.weight": (tokens, width),
+        "model.norm.weight": (width,),
+    }
+    for i in range(layers):
+        shapes |= {
+            f"model.layers.{i}.{name}.weight": shape
+            for name, shape in {
+                "self_attn.q_proj": (width, width),
+                "self_attn.k_proj": (keys, width),
+                "self_attn.v_proj": (keys, width),
+                "self_attn.o_proj": (width, width),
+                "mlp.gate_proj": (inner, width),
+                "mlp.up_proj": (inner, width),
+                "mlp.down_proj": (width, inner),
+                "input_layernorm": (width,),
+                "post_attention_layernorm": (width,),
+            }.items()
+        }
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    return {name: Layout(dtype, shape) for name, shape in shapes.items()}
+
+
+def config_json(layers: int) -> dict:
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+        "torch_dtype": "bfloat16",
+        "tie_word_embeddings": False,
+    }
+
+
+def values(name: str, shape, model: int) -> np.ndarray:
+    """Those of the base, moved a little for each other model."""
+    seed = zlib.crc32(name.encode())
+    base = np.random.Generator(np.random.SFC64(seed))
+    found = base.standard_normal(shape, np.float32) * np.float32(0.02)
+    if model:
+        move = np.random.Generator(np.random.SFC64([model, seed]))
+        found += move.standard_normal(shape, np.float32) * np.float32(0.001)
+    return found.astype(ml_dtypes.bfloat16)
+
+
+def make(folder: Path, layers: int) -> list[Path]:
+    """The folders of the base and of the models, which are made if they are missing."""
+    names = ["base", *(f"model-{i}" for i in range(1, TASKS + 1))]
+    missing = [name for name in names if not (folder / name / "config.json").exists()]
+    tensors = layout(layers)
+    with tqdm(total=len(missing) * len(tensors), desc="making models") as bar:
+        for name in missing:
+            place = folder / name
+            place.mkdir(parents=True, exist_ok=True)
+            files = shards.plan(tensors, 1_500_000_000, {"format": "pt"})
+            with shards.Writer(place, files) as writer:
+                for key, leaf in tensors.items():
+                    writer.put(key, values(key, leaf.shape, names.index(name)))
+                    bar.update()
+            if len(files) > 1:
+                index = json.dumps(shards.index(files, {}))
+                (place / "model.safetensors.index.json").write_text(index)
+            (place / "config.json").write_text(json.dumps(config_json(layers)))
+    return [folder / name for name in names]
+
+
+class Run(NamedTuple):
+    seconds: float
+    merging: float | None
+    peak: int
+
+
+def timed(command: list[str], merged: Path) -> Run:
+    """Runs a command that makes a folder, which is then removed."""
+    begin = time.perf_counter()
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    output, errors = process.stdout.read(), process.stderr.read()
+    # The peak of this child alone; `resource` knows that of all.
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - begin
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{errors[-2000:]}")
+    merging = re.search(r"in ([\d.]+) s", output)
+    shutil.rmtree(merged)
+    return Run(seconds, float(merging[1]) if merging else None, usage.ru_maxrss * 1024)
+
+
+def jaxarith_command(method: str, folders: list[Path], merged: Path) -> list[str]:
+    base, *models = map(str, folders)
+    return [
+        *(sys.executable, "-m", "jaxarith.cli", "merge", "--quiet", "--base", base),
+        *(part for model in models for part in ("--model", model)),
+        *("--out", str(merged), "--shard-size", "1.5GB"),
+        *("--method", *method.split()),
+    ]
+
+
+def mergekit_command(
+    program: Path, method: tuple[str, dict], folders: list[Path], merged: Path
+) -> list[str]:
+    name, parameters = method
+    base, *models = map(str, folders)
+    recipe = {
+        "merge_method": name,
+        "models": [{"model": m, "parameters": parameters} for m in models],
+        "dtype": "bfloat16",
+    }
+    if name != "linear":
+        recipe["base_model"] = base
+    file = merged.parent / "mergekit.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    return [str(program), str(file), str(merged), "--allow-crimes"]
+
+
+def disk(folders: list[Path], scratch: Path, size: int) -> float:
+    """Seconds to read all inputs and to write as much as the output has."""
+    files = [str(f) for folder in folders for f in sorted(folder.glob("*.safetensors"))]
+    target = scratch / "zeros"
+    begin = time.perf_counter()
+    subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(
+        ["dd", "if=/dev/zero", f"of={target}", "bs=16M", f"count={size // 2**24}"],
+        stderr=subprocess.DEVNULL,
+        check=True,
+    )
+    seconds = time.perf_counter() - begin
+    target.unlink()
+    return seconds
+
+
+def main(config: Config):
+    """Measures, and writes report.md and report.json."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    folders = make(config.models, config.layers)
+    size = sum(
+        np.prod(x.shape) * x.dtype.itemsize for x in layout(config.layers).values()
+    )
+    largest = max(np.prod(x.shape) * x.dtype.itemsize for x in layout(1).values())
+    merged = config.models / "merged"
+    shutil.rmtree(merged, ignore_errors=True)
+
+    commands = {}
+    for name in config.methods:
+        ours, theirs = METHODS[name]
+        command = jaxarith_command(ours, folders, merged)
+        commands[name, "jaxarith"] = [*command, "--no-hashes"]
+        if name == "average" and config.hashes:
+            commands[name, "jaxarith, hashes"] = command
+        if config.mergekit and theirs:
+            commands[name, "mergekit"] = theirs
+    runs: dict[tuple[str, str], list[Run]] = {key: [] for key in commands}
+    limit = []
+    with tqdm(total=config.repetitions * (1 + len(commands))) as bar:
+        for _ in range(config.repetitions):
+            limit.append(disk(folders, config.models, size))
+            bar.update()
+            for (name, program), command in commands.items():
+                bar.set_description(f"{name}, {program}")
+                if program == "mergekit":
+                    command = mergekit_command(
+                        config.mergekit, command, folders, merged
+                    )
+                runs[name, program].append(timed(command, merged))
+                bar.update()
+
+    cat = statistics.median(limit)
+    read = size * (TASKS + 1)
+    rows = [
+        {
+            "method": "cat and dd",
+            "program": "",
+            "seconds": cat,
+            "GB/s": (read + size) / cat / 1e9,
+        }
+    ]
+    for (name, program), of_program in runs.items():
+        seconds = statistics.median(run.seconds for run in of_program)
+        merging = [run.merging for run in of_program if run.merging is not None]
+        row = {
+            "method": name,
+            "program": program,
+            "seconds": seconds,
+            "GB/s": (read + size) / seconds / 1e9,
+            "peak GB": max(run.peak for run in of_program) / 1e9,
+        }
+        if merging:
+            row["merging s"] = statistics.median(merging)
+            row["of cat and dd"] = cat / row["merging s"]
+        if (name, "mergekit") in runs and program != "mergekit":
+            pairs = zip(runs[name, "mergekit"], of_program, strict=True)
+            row["mergekit / it"] = statistics.median(
+                theirs.seconds / ours.seconds for theirs, ours in pairs
+            )
+        rows.append(row)
+    bound = (1.5e9 + 3 * largest * TASKS) / 1e9
+    title = (
+        f"{TASKS} models and a base of {size / 2e9:.2f}B parameters in bfloat16, "
+        f"{read / 1e9:.1f} GB in, {size / 1e9:.1f} GB out. "
+        f"{processor()}, {os.cpu_count()} cores. Medians of "
+        f"{config.repetitions} runs. 1.5 GB + 3 · largest tensor · models = "
+        f"{bound:.2f} GB."
+    )
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_cell(row.get(key, "")) for key in columns] for row in rows]
+    table = report.markdown_table(columns, cells)
+    (config.out / "report.md").write_text(f"{title}\n\n{table}\n", encoding="utf-8")
+    content = {"title": title, "rows": rows, "seconds": _seconds(runs), "disk": limit}
+    (config.out / "report.json").write_text(json.dumps(content, indent=2))
+    print(f"{title}\n\n{table}")
+
+
+def _seconds(runs):
+    return {
+        f"{a}, {b}": [run.seconds for run in found] for (a, b), found in runs.items()
+    }
+
+
+def _cell(value):
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

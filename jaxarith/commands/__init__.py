@@ -1,0 +1,1 @@
+"""The subcommands of `jaxarith`: each file adds its own with `add(commands)`."""

@@ -1,0 +1,34 @@
+"""`jaxarith data check`: what is there of a task's data."""
+
+import argparse
+
+
+def add(commands):
+    """Adds the subcommand to what `add_subparsers` returned."""
+    data = commands.add_parser("data", help="the image tasks of the papers")
+    command = data.add_subparsers(dest="action", required=True).add_parser(
+        "check",
+        help="what is there of a task's data, and what prepares what is missing",
+        description=(
+            "Tells where the data of a task was found, compares its sizes and class "
+            "names with the papers', and prints the commands that prepare what is "
+            "missing. Nothing is downloaded. The exit status is 0 if all is well."
+        ),
+    )
+    command.set_defaults(run=_run)
+    command.add_argument("name", help='a task, "all", or an image folder of your own')
+    command.add_argument(
+        "--data-dir",
+        help="folder with image folders by name, and of prepared TFDS sets",
+    )
+    command.add_argument("--source", choices=("folder", "tfds", "hub"))
+    command.add_argument(
+        "--images", action="store_true", help="decode every image; takes minutes"
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    from jaxarith.data import check
+
+    fine = check.main(args.name, args.data_dir, args.source, args.images)
+    return 0 if fine else 1

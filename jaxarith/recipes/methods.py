@@ -1,0 +1,221 @@
+"""The merge methods by name, with the options that a user can set.
+
+These are the methods of `jaxarith.merge` that need no data and give one model. Tensors
+have the names of PyTorch, whose matrices are [output, input].
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from jaxarith import merge
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """An option of a method.
+
+    Attributes:
+      kind: the type of its values, or the words that it can be.
+      each: whether there may be one value for each model.
+      by_path: whether it may differ from tensor to tensor.
+      keyword: the parameter of the function, where that has another name; "" for what
+        has no effect here.
+      required: whether it must be given.
+      default: what it is for models and tensors for which it is not given, if it is
+        given for others.
+    """
+
+    kind: type | tuple[str, ...]
+    each: bool = False
+    by_path: bool = False
+    keyword: str | None = None
+    required: bool = False
+    default: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method that merges models into one.
+
+    Attributes:
+      merge: `merge(params_0, taus, **options) -> params`.
+      options: by name.
+      passes: about how often the task vectors are read, with the default options.
+      base: what the base model is: where task vectors begin, and so "needed"; the same,
+        but "optional"; an "input" like the other models; or set "aside", for models are
+        merged.
+      random: whether the function takes a `key`.
+      note: how it differs from another method of the same name.
+    """
+
+    merge: Callable
+    options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
+    passes: int = 1
+    base: Literal["needed", "optional", "input", "aside"] = "needed"
+    random: bool = False
+    note: str = ""
+
+
+def converted(value, option: Option):
+    """A value as the option takes it; texts, such as those of flags, are read.
+
+    Raises:
+      ValueError: it is none, with a message that goes on after the option's name.
+    """
+    kind = option.kind
+    if isinstance(kind, tuple):
+        if value not in kind:
+            raise ValueError(f"is {value!r}; it must be one of {', '.join(kind)}.")
+        return value
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if kind in (int, float) and not isinstance(value, bool):
+        # A YAML file may hold 1e-4, which is a text there.
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isfinite(number) and number == kind(number):
+            return kind(number)
+    raise ValueError(f"is {value!r}; it must be {KINDS[kind]}.")
+
+
+KINDS = {
+    float: "a number",
+    int: "a whole number",
+    bool: "true or false",
+    str: "a text",
+}
+NUMBER, INTEGER, SWITCH = map(Option, (float, int, bool))
+_PATTERN = Option(str)
+_COEF = Option(float, by_path=True)
+_COEFS = Option(float, each=True, by_path=True)
+_WEIGHTS = Option(float, each=True, keyword="weights")
+_INTO = Option(("task_arithmetic", "average", "ties"))
+_RESCALE = Option(("inverse", "l1", "none"))
+# The weights of the layers of a stack, which have a number in their names; T5 has a
+# table of positions among them.
+_LINEAR = r"(?!.*relative_attention_bias).*\.\d+\..*weight"
+_NONE = r"(?!)"
+
+
+def _wise_ft(params_0, taus, *, coef=0.5):
+    if len(taus) != 1:
+        raise ValueError(f"WiSE-FT moves the base to one model; found {len(taus)}.")
+    return merge.wise_ft(params_0, taus[0], coef=coef)
+
+
+_wudi = functools.partial(merge.wudi, matrices=_LINEAR, in_out=_NONE)
+_iso_cts = functools.partial(merge.iso_cts, in_out=_NONE)
+
+PAPER = {
+    "average": Method(merge.average, {"weight": _WEIGHTS}, base="aside"),
+    "task_arithmetic": Method(merge.task_arithmetic, {"coef": _COEFS}),
+    "ties": Method(
+        merge.ties,
+        {
+            "density": NUMBER,
+            "coef": _COEF,
+            "weight": _WEIGHTS,
+            "trim": Option(("global", "tensor")),
+            "aggregate": Option(("mean", "sum", "max")),
+        },
+        passes=11,
+    ),
+    "awd": Method(
+        merge.awd,
+        {
+            "coef": _COEFS,
+            "alpha": NUMBER,
+            "step_size": NUMBER,
+            "steps": INTEGER,
+            "scope": Option(("global", "layer")),
+            "pattern": _PATTERN,
+            "objective": Option(("reduce", "reverse")),
+            "solver": Option(("gradient_descent", "direct", "adam")),
+        },
+        passes=2,
+    ),
+    "dare": Method(
+        merge.dare,
+        {
+            "drop_rate": NUMBER,
+            "strategy": Option(("random", "magnitude")),
+            "rescale": _RESCALE,
+            "into": _INTO,
+            "coef": _COEFS,
+            "density": NUMBER,
+        },
+        random=True,
+    ),
+    "della": Method(
+        merge.della,
+        {
+            "drop_rate": NUMBER,
+            "epsilon": NUMBER,
+            "rescale": _RESCALE,
+            "into": _INTO,
+            "coef": _COEFS,
+            "density": NUMBER,
+        },
+        passes=2,
+        random=True,
+    ),
+    "breadcrumbs": Method(
+        merge.breadcrumbs, {"beta": NUMBER, "gamma": NUMBER, "coef": _COEFS}, passes=2
+    ),
+    "consensus": Method(
+        merge.consensus,
+        {
+            "least": INTEGER,
+            "threshold": Option(float, each=True),
+            "coef": _COEF,
+            "of": Option(("task_arithmetic", "ties")),
+            "density": NUMBER,
+        },
+    ),
+    "iso_c": Method(merge.iso_c, {"coef": _COEF, "matrices": _PATTERN}),
+    "iso_cts": Method(
+        _iso_cts,
+        {"coef": _COEF, "common": NUMBER, "matrices": _PATTERN, "in_out": _PATTERN},
+    ),
+    "karcher": Method(
+        merge.karcher, {"max_iter": INTEGER, "tol": NUMBER}, base="aside"
+    ),
+    "magmax": Method(merge.magmax, {"coef": _COEF}),
+    "model_stock": Method(merge.model_stock),
+    "pcb": Method(
+        merge.pcb,
+        {
+            "density": NUMBER,
+            "clip": NUMBER,
+            "coef": _COEF,
+            "cross": Option(("sum", "normalized")),
+        },
+        passes=45,
+    ),
+    "slerp": Method(
+        merge.slerp,
+        {"t": _COEF, "between": Option(("models", "task_vectors"))},
+        base="aside",
+    ),
+    "topk": Method(merge.topk, {"density": NUMBER, "coef": _COEFS}, passes=8),
+    "tsv": Method(merge.tsv, {"coef": _COEF, "matrices": _PATTERN}),
+    "wise_ft": Method(_wise_ft, {"coef": _COEF}),
+    "wudi": Method(
+        _wudi,
+        {
+            "solver": Option(("adam", "closed"), keyword="method"),
+            "steps": INTEGER,
+            "learning_rate": NUMBER,
+            "matrices": _PATTERN,
+            "in_out": _PATTERN,
+            "others": Option(("pretrained", "average")),
+        },
+    ),
+}

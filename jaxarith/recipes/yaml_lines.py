@@ -1,0 +1,138 @@
+"""YAML with the line of every value, so that errors can name it."""
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A value of a YAML file.
+
+    Attributes:
+      file: the name of the file.
+      line: where the value begins, from 1.
+      value: a scalar, a list of nodes, or a dict of nodes.
+    """
+
+    file: str
+    line: int
+    value: Any
+
+    def error(self, text: str) -> ValueError:
+        """What to raise about this value."""
+        return ValueError(f"{self.file}, line {self.line}: {text}")
+
+    def fields(self, known: Collection[str], name: str) -> dict[str, "Node"]:
+        """The entries of a mapping with known keys.
+
+        Raises:
+          ValueError: it is no mapping, or has a key that is not known.
+        """
+        entries = self.mapping(name)
+        for key, node in entries.items():
+            if key not in known:
+                raise node.error(
+                    f"the key {key!r} of {name} is not supported; supported are "
+                    f"{', '.join(known) or 'none'}."
+                )
+        return entries
+
+    def mapping(self, name: str) -> dict[str, "Node"]:
+        """The entries of a mapping; of nothing, none."""
+        if self.value is None:
+            return {}
+        if not isinstance(self.value, dict):
+            raise self.error(f"{name} must be a mapping; found {self.shown()}.")
+        return self.value
+
+    def items(self, name: str) -> list["Node"]:
+        """The items of a list that is not empty."""
+        if not isinstance(self.value, list) or not self.value:
+            raise self.error(f"{name} must be a list; found {self.shown()}.")
+        return self.value
+
+    def text(self, name: str) -> str:
+        """A string that is not empty."""
+        if not isinstance(self.value, str) or not self.value.strip():
+            raise self.error(f"{name} must be a text; found {self.shown()}.")
+        return self.value
+
+    def word(self, known: Collection[str], name: str) -> str:
+        """One of the known words."""
+        if self.text(name) not in known:
+            raise self.error(
+                f"{name} is {self.value!r}; it must be one of {', '.join(known)}."
+            )
+        return self.value
+
+    def shown(self) -> str:
+        """The value as errors show it."""
+        kinds = {dict: "a mapping", list: "a list" if self.value else "an empty list"}
+        shown = kinds.get(type(self.value)) or repr(self.value)
+        return "nothing" if self.value is None else shown
+
+
+def read(path) -> Node:
+    """Reads a YAML file of scalars, lists and mappings.
+
+    Raises:
+      OSError: there is no such file.
+      ValueError: it is no YAML, is empty, has a key twice, or contains itself.
+    """
+    file = str(path)
+    try:
+        loader = yaml.SafeLoader(Path(path).read_bytes())
+        document = loader.get_single_node()
+        if document is None:
+            raise ValueError(f"{file} is empty; expected the YAML of a merge.")
+        return _node(loader, document, file, {})
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = file if mark is None else f"{file}, line {mark.line + 1}"
+        raise ValueError(f"{place}: this is no YAML: {error.problem}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no YAML: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{file} is nested too deeply, or contains itself.") from None
+
+
+def _node(loader, found, file, done):
+    # By identity: an alias is the node that it stands for, and read once.
+    line = found.start_mark.line + 1
+    if id(found) in done:
+        if (node := done[id(found)]) is None:
+            raise ValueError(f"{file}, line {line}: the anchor contains itself.")
+        return node
+    done[id(found)] = None
+    if isinstance(found, yaml.MappingNode):
+        value = _mapping(loader, found, file, done)
+    elif isinstance(found, yaml.SequenceNode):
+        value = [_node(loader, item, file, done) for item in found.value]
+    else:
+        try:
+            value = loader.construct_object(found)
+        except ValueError as error:  # such as the date 2024-13-01
+            raise ValueError(f"{file}, line {line}: {error}.") from error
+    done[id(found)] = Node(file, line, value)
+    return done[id(found)]
+
+
+def _mapping(loader, found, file, done):
+    keys = [key.value for key, _ in found.value]
+    for key, _ in found.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise ValueError(f"{file}, line {line}: a key must be a word.")
+        if keys.count(key.value) > 1:
+            raise ValueError(f"{file}, line {line}: the key {key.value!r} is twice.")
+    loader.flatten_mapping(found)  # `<<: *anchor`; what is beside it comes last
+    entries = {}
+    for key, value in found.value:
+        node = _node(loader, value, file, done)
+        # An error about an entry names its own line, also where an alias is the value.
+        entries[key.value] = Node(file, key.start_mark.line + 1, node.value)
+    return entries

@@ -1,0 +1,488 @@
+"""YAML files of mergekit's form: what they mean, and the line of every mistake."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxarith import merge
+from jaxarith.commands import model_card
+from jaxarith.merge import mergekit
+from jaxarith.recipes import gradients, merge_recipe, mergekit_yaml
+
+LAYERS = 5
+NAMES = [
+    "model.embed_tokens.weight",
+    *(
+        f"model.layers.{i}.{part}.weight"
+        for i in range(LAYERS)
+        for part in ("self_attn.q_proj", "mlp.up_proj", "norm")
+    ),
+    "model.norm.weight",
+    "lm_head.weight",
+]
+
+
+def random_tree(seed):
+    rng = np.random.default_rng(seed)
+    shapes = {name: (4,) if "norm" in name else (4, 6) for name in NAMES}
+    return {name: rng.normal(size=shapes[name]).astype("f4") for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def base():
+    return random_tree(0)
+
+
+@pytest.fixture(scope="module")
+def taus():
+    return [random_tree(1), random_tree(2)]
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read_text(text, **options):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return mergekit_yaml.read(path, **options)
+
+    return read_text
+
+
+def assert_close(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        np.testing.assert_allclose(
+            actual[name], expected[name], rtol=1e-6, atol=1e-6, err_msg=name
+        )
+
+
+TIES = """
+models:
+  - model: base
+    # no parameters necessary for the base model
+  - model: math
+    parameters: {density: 0.5, weight: 0.3}
+  - model: code
+    parameters:
+      density: 0.25
+      weight: 1e-1
+merge_method: ties
+base_model: base
+parameters:
+  normalize: false
+  int8_mask: true
+dtype: bfloat16
+"""
+
+
+def test_ties_has_the_weights_and_densities_of_each_model(read, base, taus):
+    recipe = read(TIES)
+    expected = mergekit.generalized_task_arithmetic(
+        *(base, taus),
+        method="ties",
+        weight=[0.3, 0.1],
+        density=[0.5, 0.25],
+        normalize=False,
+    )
+    assert_close(recipe.merge(base, taus), expected)
+    ours = merge.ties(base, taus, density=0.5)
+    assert any(not np.allclose(ours[name], expected[name]) for name in base)
+    assert (recipe.base, recipe.models) == ("base", ("math", "code"))
+    assert recipe.dtype == "bfloat16"
+
+
+def test_notes_say_where_mergekit_differs_and_what_has_no_effect(read):
+    notes = "\n".join(read(TIES).notes)
+    assert "trims every tensor by itself" in notes
+    assert "int8_mask has no effect" in notes
+    assert "sums are taken in float32 and cast once, to bfloat16" in notes
+    text = TIES.replace("    # no", "    parameters: {weight: 1}\n    # no")
+    assert "in line 4, have no effect" in "\n".join(read(text).notes)
+
+
+def test_the_preset_of_papers_takes_our_options(read, base, taus):
+    recipe = read("""
+merge_method: ties
+preset: paper
+base_model: base
+models: [{model: math}, {model: code}]
+parameters: {density: 0.5, coef: 0.7}
+""")
+    assert_close(
+        recipe.merge(base, taus), merge.ties(base, taus, density=0.5, coef=0.7)
+    )
+    assert not recipe.notes
+
+
+def test_linear_counts_the_base_among_its_models(read, base, taus):
+    recipe = read("""
+merge_method: linear
+base_model: base
+models:
+- {model: math, parameters: {weight: 2}}
+- {model: base, parameters: {weight: 0.5}}
+- {model: code}
+parameters: {weight: 1.5, normalize: true}
+out_dtype: float16
+""")
+    assert (recipe.base, recipe.models) == (None, ("base", "math", "code"))
+    models = [base, *taus]
+    zero = {name: np.zeros_like(leaf) for name, leaf in base.items()}
+    weights = np.array([0.5, 2, 1.5]) / 4
+    expected = {
+        n: sum(w * m[n] for w, m in zip(weights, models, strict=True)) for n in NAMES
+    }
+    assert_close(recipe.merge(zero, models), expected)
+    assert recipe.dtype == "float16"
+
+
+SLERP = """
+slices:
+  - sources:
+      - model: a
+        layer_range: [0, 5]
+      - model: b
+        layer_range: [0, 5]
+merge_method: slerp
+base_model: a
+parameters:
+  t:
+    - filter: self_attn
+      value: [0, 0.5, 0.3, 0.7, 1]
+    - filter: mlp
+      value: [1, 0.2]
+    - value: 0.5
+dtype: float32
+tokenizer_source: base
+"""
+
+
+def test_gradients_and_filters_give_the_numbers_computed_by_hand(read, base, taus):
+    recipe = read(SLERP)
+    assert (recipe.base, recipe.models) == (None, ("a", "b"))
+    positions = {name: 0.5 for name in NAMES}
+    for layer, t in enumerate([0, 0.5, 0.3, 0.7, 1]):
+        positions[f"model.layers.{layer}.self_attn.q_proj.weight"] = t
+        positions[f"model.layers.{layer}.mlp.up_proj.weight"] = 1 - 0.2 * layer
+    zero = {name: np.zeros_like(leaf) for name, leaf in base.items()}
+    expected = mergekit.slerp(zero, taus, t=positions.get)
+    actual = recipe.merge(zero, taus)
+    assert_close(actual, expected)
+    for name in ("model.layers.0.self_attn.q_proj.weight", "lm_head.weight"):
+        away = np.abs(np.asarray(actual[name]) - taus[0][name]).max()
+        assert (away < 1e-6) == (name != "lm_head.weight")
+
+
+def test_a_gradient_per_model_interpolates_over_layers(read, base, taus):
+    recipe = read("""
+merge_method: task_arithmetic
+base_model: base
+models:
+- {model: math, parameters: {weight: [0, 1]}}
+- {model: code, parameters: {weight: [1, 0, 0.5]}}
+parameters: {lambda: 2.0}
+""")
+    first = [0, 0.25, 0.5, 0.75, 1]
+    second = [1, 0.5, 0, 0.25, 0.5]
+    weights = {name: (0, 1) for name in NAMES}  # outside of the layers: depth 0
+    for name in NAMES:
+        if ".layers." in name:
+            layer = int(name.split(".")[2])
+            weights[name] = first[layer], second[layer]
+    expected = {
+        name: base[name] + 2 * (a * taus[0][name] + b * taus[1][name])
+        for name, (a, b) in weights.items()
+    }
+    assert_close(recipe.merge(base, taus), expected)
+
+
+def test_what_no_filter_of_the_model_fits_is_looked_for_at_the_top(read, base, taus):
+    recipe = read("""
+merge_method: ties
+base_model: base
+models:
+- model: math
+  parameters:
+    weight: {filter: mlp, value: 0.25}
+    density: [{filter: norm, value: 0.5}]
+- {model: code}
+parameters: {weight: 0.75}
+""")
+
+    def weight(path):
+        return [0.25 if "mlp" in path else 0.75, 0.75]
+
+    def density(path):  # mergekit's default is 1
+        return [0.5 if "norm" in path else 1.0, 1.0]
+
+    expected = mergekit.generalized_task_arithmetic(
+        base, taus, method="ties", weight=weight, density=density
+    )
+    assert_close(recipe.merge(base, taus), expected)
+
+
+def test_a_filter_that_leaves_tensors_without_a_weight_is_told(read, base, taus):
+    recipe = read("""
+merge_method: linear
+models:
+- {model: math, parameters: {weight: [{filter: mlp, value: 1}]}}
+- {model: code, parameters: {weight: 1}}
+""")
+    with pytest.raises(
+        ValueError, match="no filter of weight of math fits the tensor lm_head"
+    ):
+        recipe.merge(base, taus)
+
+
+def test_the_settings_of_a_slice_count_before_those_at_the_top(read, base, taus):
+    text = SLERP.replace("merge_method", "    parameters: {t: 0.25}\nmerge_method")
+    zero = {name: np.zeros_like(leaf) for name, leaf in base.items()}
+    assert_close(read(text).merge(zero, taus), mergekit.slerp(zero, taus, t=0.25))
+
+
+def test_slices_must_have_all_layers(read, base, taus):
+    recipe = read(SLERP.replace("[0, 5]", "[0, 4]"))
+    with pytest.raises(ValueError, match="slice has 4 layers and the models have 5"):
+        recipe.merge(base, taus)
+
+
+def test_each_stack_has_depths_of_its_own():
+    names = [
+        "encoder.block.0.layer.1.w",
+        "encoder.block.2.layer.0.w",
+        "decoder.block.1.layer.0.w",
+        "decoder.block.4.layer.2.w",
+        "pooler.layers.0.w",
+        "shared.weight",
+    ]
+    assert gradients.depths(names) == dict(
+        zip(names, [0, 1, 0.25, 1, 1, 0], strict=True)
+    )
+
+
+def test_random_methods_depend_on_the_seed_alone(read, base, taus):
+    text = """
+merge_method: dare_ties
+base_model: base
+models: [{model: math}, {model: code}]
+parameters: {weight: 0.5, density: 0.5}
+"""
+    one, same, other = (read(text, seed=seed).merge(base, taus) for seed in (3, 3, 4))
+    assert all(np.array_equal(one[name], same[name]) for name in NAMES)
+    assert any(not np.array_equal(one[name], other[name]) for name in NAMES)
+    expected = mergekit.generalized_task_arithmetic(
+        base, taus, method="dare_ties", weight=0.5, density=0.5, key=jax.random.key(3)
+    )
+    assert all(np.array_equal(one[name], expected[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    ("preset", "name"),
+    [
+        (preset, name)
+        for preset, table in merge_recipe.PRESETS.items()
+        for name in table
+    ],
+)
+def test_every_method_runs_under_pytorchs_names(preset, name, base, taus):
+    method = merge_recipe.find(name, preset)
+    models = taus[:1] if name in ("wise_ft", "nearswap") else taus
+    given = {key: 0.5 for key, option in method.options.items() if option.required}
+    settings = {
+        "merge_method": name,
+        "preset": preset,
+        "models": [{"model": f"m{i}"} for i in range(len(models))],
+        "parameters": given,
+    }
+    if method.base == "needed":
+        with pytest.raises(ValueError, match="needs a base"):
+            merge_recipe.build(settings)
+        settings["base_model"] = "base"
+    recipe = merge_recipe.build(settings)
+    params = recipe.merge(base, models)
+    moved = [n for n in NAMES if not np.allclose(params[n], base[n], atol=1e-3)]
+    assert moved
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    if name == "wudi":  # the weights of layers, and neither embeddings nor the head
+        assert {n.split(".")[1] for n in moved} == {"layers"}
+
+
+def test_every_option_reaches_its_function(base, taus):
+    """A wrong name would be a TypeError, a wrong type mostly an error of the method."""
+    for preset, table in merge_recipe.PRESETS.items():
+        for name, method in table.items():
+            given = {}
+            for key, option in method.options.items():
+                samples = {float: 0.5, int: 2, bool: True, str: ".*"}
+                is_word = isinstance(option.kind, tuple)
+                given[key] = option.kind[0] if is_word else samples[option.kind]
+            given |= {"epsilon": 0.1} if "epsilon" in given else {}
+            given |= {"clip": 0.1} if "clip" in given else {}
+            given |= {"gamma": 0.9} if "beta" in given else {}
+            few = 1 if name in ("wise_ft", "nearswap") else 2
+            settings = {
+                "merge_method": name,
+                "preset": preset,
+                "models": [{"model": f"m{i}"} for i in range(few)],
+                "base_model": None if method.base == "input" else "base",
+                "parameters": given,
+            }
+            params = merge_recipe.build(settings).merge(base, taus[:few])
+            assert params.keys() == base.keys()
+
+
+def test_matrices_of_gpt2_need_a_pattern_and_the_notes_say_so(base, taus):
+    settings = {
+        "merge_method": "iso_cts",
+        "base_model": "base",
+        "models": [{"model": "m"}, {"model": "n"}],
+        "parameters": {"common": 0.5},  # with 0.8 matrices as small have one subspace
+    }
+    recipe = merge_recipe.build(settings)
+    assert any("[output, input]" in note for note in recipe.notes)
+    settings["parameters"] |= {"in_out": ".*q_proj.*"}
+    transposed = merge_recipe.build(settings)
+    assert not transposed.notes
+    a, b = recipe.merge(base, taus), transposed.merge(base, taus)
+    differing = {name for name in NAMES if not np.allclose(a[name], b[name], atol=1e-4)}
+    assert differing == {name for name in NAMES if "q_proj" in name}
+
+
+def test_what_the_card_shows_is_a_file_that_gives_the_same_merge(read, base, taus):
+    recipe = read(TIES)
+    again = read(model_card.dump(recipe.settings))
+    assert_close(again.merge(base, taus), recipe.merge(base, taus))
+    assert again.settings == recipe.settings
+
+
+def test_anchors_and_merge_keys_are_understood(read, base, taus):
+    recipe = read("""
+merge_method: linear
+models:
+- model: math
+  parameters: &shared {weight: 0.5, }
+- model: code
+  parameters: {<<: *shared}
+""")
+    zero = {name: np.zeros_like(leaf) for name, leaf in base.items()}
+    expected = {n: (taus[0][n] + taus[1][n]) / 2 for n in NAMES}
+    assert_close(recipe.merge(zero, taus), expected)
+
+
+def replaced(old, new):
+    assert old in TIES
+    return TIES.replace(old, new)
+
+
+MISTAKES = {
+    "an unknown key": (TIES + "modules: {}\n", 17, "key 'modules' of the file"),
+    "no method": (replaced("merge_method: ties", ""), 2, "names no merge_method"),
+    "unknown method": (replaced(": ties", ": magic"), 11, "no method 'magic'; .*ties"),
+    "frankenmerge": (
+        replaced(": ties", ": passthrough"),
+        11,
+        "no method 'passthrough'",
+    ),
+    "unknown parameter": (
+        replaced("  int8_mask", "  int9_mask"),
+        15,
+        "key 'int9_mask' of parameters of ties is not supported; .*density",
+    ),
+    "parameter of a model": (replaced("density: 0.25", "depth: 1"), 9, "key 'depth'"),
+    "shared parameter": (
+        replaced("density: 0.25", "lambda: 0.25"),
+        9,
+        "lambda of ties is one for all models",
+    ),
+    "not a number": (replaced("1e-1", "heavy"), 10, "weight is 'heavy'; .* a number"),
+    "infinite": (replaced("1e-1", ".inf"), 10, "weight is inf"),
+    "not a switch": (replaced("normalize: false", "normalize: 2"), 14, "true or false"),
+    "gradient of a switch": (
+        replaced("ize: false", "ize: [true, false]"),
+        14,
+        "a list",
+    ),
+    "empty gradient": (replaced("1e-1", "[]"), 10, "weight must be a list; .* empty"),
+    "mixed list": (
+        replaced("1e-1", "[{value: 1}, 2]"),
+        10,
+        "must be a mapping; found 2",
+    ),
+    "no value": (replaced("1e-1", "{filter: mlp}"), 10, "entry of weight has no value"),
+    "odd condition": (replaced("1e-1", "{valve: 1}"), 10, "key 'valve' of weight"),
+    "nested": (replaced("1e-1", "{value: {value: 1}}"), 10, "found a mapping"),
+    "no base": (replaced("base_model: base", ""), 11, "needs a base model"),
+    "no weight": (replaced("weight: 1e-1", ""), 11, "ties needs weight of code"),
+    "no models": (
+        TIES.split("merge_method")[0][:9] + "\nmerge_method: ties",
+        2,
+        "list",
+    ),
+    "model twice": (replaced("- model: code", "- model: math"), 7, "twice, .* line 5"),
+    "model without a name": (replaced("- model: code", "- lora: x"), 7, "key 'lora'"),
+    "no such dtype": (replaced("bfloat16", "int3"), 16, "dtype is 'int3'; .*float32"),
+    "union": (TIES + "tokenizer_source: union\n", 17, "union .* not supported"),
+    "tokens": (
+        TIES + "tokenizer:\n  source: base\n  tokens: {x: {source: base}}\n",
+        19,
+        "key 'tokens' of tokenizer",
+    ),
+    "preset": (TIES + "preset: ours\n", 17, "preset is 'ours'; .* paper, mergekit"),
+    "key twice": (TIES + "dtype: float32\n", 16, "key 'dtype' is twice"),
+    "models and slices": (TIES + "slices: []\n", 2, "either models or slices"),
+    "no YAML": (TIES + "x: ]\n", 17, "this is no YAML"),
+    "a Python object": (TIES + "preset: !!python/name:os.system\n", 17, "no YAML"),
+    "contains itself": ("a: &a\n  b: *a\n", 1, "contains itself"),
+    "two slices": (
+        SLERP.replace("merge_method", "  - {sources: []}\nmerge_method"),
+        8,
+        "second slice",
+    ),
+    "part of a model": (
+        SLERP.replace("[0, 5]", "[2, 5]"),
+        5,
+        r"layer_range is \[2, 5\]",
+    ),
+    "residual": (
+        SLERP.replace("merge_method", "    residual_weight: 1\nmerge_method"),
+        8,
+        "residual_weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_name_the_file_and_the_line(read, mistake):
+    text, line, message = MISTAKES[mistake]
+    with pytest.raises(ValueError, match=rf"config\.yaml, line {line}: .*{message}"):
+        read(text)
+
+
+@pytest.mark.parametrize("content", [b"", b"# nothing\n", b"\xff\xfe\x00", b"a: \x00"])
+def test_what_is_no_text_is_refused(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.yaml"):
+        mergekit_yaml.read(path)
+
+
+def test_aliases_cannot_make_a_small_file_large(read):
+    levels = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 40)]
+    with pytest.raises(ValueError, match="key 'a0'"):
+        read("\n".join(["a0: &a0 [x]", *levels]))
+
+
+def test_values_are_taken_as_numbers_of_jax(read, base, taus):
+    """Ints and texts of YAML become floats before they are interpolated."""
+    recipe = read("""
+merge_method: task_arithmetic
+base_model: base
+models: [{model: math}]
+parameters: {weight: [0, "1e0"]}
+""")
+    params = recipe.merge(base, taus[:1])
+    name = "model.layers.1.norm.weight"
+    np.testing.assert_allclose(
+        params[name], jnp.asarray(base[name]) + 0.25 * taus[0][name], rtol=1e-6
+    )
