@@ -28,7 +28,7 @@ _INDEX = "model.safetensors.index.json"
 _MSGPACK = "flax_model.msgpack"
 _CONFIG = "config.json"
 ADAPTER = "adapter_model.safetensors"  # PEFT's; `lora` reads it
-_SIDE_FILES = (".json", ".txt", ".model")  # tokenizers and preprocessing
+_SIDE_FILES = (".json", ".txt", ".model", ".jinja")  # tokenizers and preprocessing
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SHOWN = 8  # lines of an error that list leaves, before the rest is only counted
 
@@ -229,9 +229,7 @@ def read(folder) -> dict[str, np.ndarray]:
       FileNotFoundError: the folder, the checkpoint or one of its shards is not there.
       ValueError: a file is corrupt, or a tensor holds NaN or infinite values.
     """
-    file, stored = _open(Path(folder))
-    for name, tensor in stored.items():
-        _check_numbers(name, tensor.dtype)
+    file, stored = open_tensors(Path(folder))
     tensors = {name: tensor.read() for name, tensor in stored.items()}
     _check_values(tensors, str(file))
     return layouts.to_torch(tensors) if file.name == _MSGPACK else tensors
@@ -296,7 +294,20 @@ def load_tree(path) -> tuple[dict, dict[str, str]]:
 # Reading and writing files.
 
 
-def _open(folder) -> tuple[Path, dict[str, layouts.Stored]]:
+def open_tensors(folder: Path) -> tuple[Path, dict[str, layouts.Stored]]:
+    """The file that holds or lists the weights, and all tensors by name, not read.
+
+    Raises:
+      FileNotFoundError: the folder, the checkpoint or one of its shards is not there.
+      ValueError: a file is corrupt, or holds other than arrays of numbers.
+    """
+    file, stored = _open(folder)
+    for name, tensor in stored.items():
+        _check_numbers(name, tensor.dtype)
+    return file, stored
+
+
+def _open(folder):
     _existing(folder)
     if (file := folder / _WEIGHTS).is_file():
         return file, _open_safetensors(file)[0]

@@ -289,6 +289,7 @@ def test_every_method_runs_under_pytorchs_names(preset, name, base, taus):
     method = merge_recipe.find(name, preset)
     models = taus[:1] if name in ("wise_ft", "nearswap") else taus
     given = {key: 0.5 for key, option in method.options.items() if option.required}
+    given |= {"clusters": 1} if name == "bases" else {}
     settings = {
         "merge_method": name,
         "preset": preset,
@@ -319,6 +320,7 @@ def test_every_option_reaches_its_function(base, taus):
                 given[key] = option.kind[0] if is_word else samples[option.kind]
             given |= {"epsilon": 0.1} if "epsilon" in given else {}
             given |= {"clip": 0.1} if "clip" in given else {}
+            given |= {"negative": -0.5} if "negative" in given else {}
             given |= {"gamma": 0.9} if "beta" in given else {}
             few = 1 if name in ("wise_ft", "nearswap") else 2
             settings = {
@@ -486,3 +488,22 @@ parameters: {weight: [0, "1e0"]}
     np.testing.assert_allclose(
         params[name], jnp.asarray(base[name]) + 0.25 * taus[0][name], rtol=1e-6
     )
+
+
+def test_bases_are_the_means_of_clusters(base):
+    vectors = [random_tree(seed) for seed in (1, 2)]
+    # The last is near the first, and so of its cluster.
+    near = {n: x + 0.01 * random_tree(3)[n] for n, x in vectors[0].items()}
+    taus = [*vectors, near]
+    settings = {
+        "merge_method": "bases",
+        "base_model": "base",
+        "models": [{"model": f"m{i}"} for i in range(3)],
+        "parameters": {"clusters": 2, "coef": 0.5},
+    }
+    params = merge_recipe.build(settings).merge(base, taus)
+    found = merge.bases(base, taus, clusters=2)
+    assert found.clusters == [[0, 2], [1]]
+    expected = merge.task_arithmetic(base, found.vectors, coef=0.5)
+    for name in NAMES:
+        np.testing.assert_allclose(params[name], expected[name], atol=1e-6)

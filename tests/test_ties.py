@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxarith import merge
+from jaxarith.merge import _order
 from jaxarith.merge.ties import trim_thresholds
 
 SIZE = 60  # entries of a task vector, cut into three leaves
@@ -240,3 +241,23 @@ def test_thresholds_of_leaves_with_few_or_many_rows_are_exact(shape):
     flat = np.concatenate([values.reshape(2, -1), [[2], [3]]], axis=1, dtype=np.float32)
     expected = oracles.ties_thresholds(flat, flat.shape[1] - int(0.2 * flat.shape[1]))
     np.testing.assert_array_equal(trim_thresholds(rows, 0.2), expected)
+
+
+def test_models_of_more_than_2_to_the_31_entries_are_trimmed_exactly(monkeypatch):
+    # One leaf under many names; its counts are taken once.
+    leaf = np.random.default_rng(0).normal(size=2**17).astype(np.float32)
+    rows = dict.fromkeys(range(2**14 + 1), (jnp.asarray(leaf),))
+    assert sum(row[0].size for row in rows.values()) > 2**31
+    count, known = _order._count_below, {}
+
+    def count_below(row, trials):
+        key = row[0].size, np.asarray(trials).tobytes()
+        if key not in known:
+            known[key] = count(row, trials)
+        return known[key]
+
+    monkeypatch.setattr(_order, "_count_below", count_below)
+    for share in (0.001, 0.8, 1):
+        rank = int(share * len(leaf)) * len(rows)
+        expected = np.sort(np.abs(leaf))[int(share * len(leaf)) - 1]
+        assert _order.kth_magnitudes(rows, rank) == expected

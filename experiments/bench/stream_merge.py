@@ -174,7 +174,7 @@ def timed(command: list[str], merged: Path) -> Run:
     seconds = time.perf_counter() - begin
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{errors[-2000:]}")
-    merging = re.search(r"in ([\d.]+) s", output)
+    merging = re.search(r", ([\d.]+) s\)", output)
     shutil.rmtree(merged)
     return Run(seconds, float(merging[1]) if merging else None, usage.ru_maxrss * 1024)
 
@@ -182,7 +182,7 @@ def timed(command: list[str], merged: Path) -> Run:
 def jaxarith_command(method: str, folders: list[Path], merged: Path) -> list[str]:
     base, *models = map(str, folders)
     return [
-        *(sys.executable, "-m", "jaxarith.cli", "merge", "--quiet", "--base", base),
+        *(sys.executable, "-m", "jaxarith.cli", "merge", "--base", base),
         *(part for model in models for part in ("--model", model)),
         *("--out", str(merged), "--shard-size", "1.5GB"),
         *("--method", *method.split()),

@@ -70,9 +70,7 @@ def _run(args: argparse.Namespace):
     if args.out.exists():
         raise ValueError(f"{args.out} exists; name a new folder, or remove it first.")
     folder = hub.find(args.model)
-    file, stored = hub._open(folder)
-    for name, leaf in stored.items():
-        hub._check_numbers(name, leaf.dtype)
+    file, stored = hub.open_tensors(folder)
     keep = args.names == "keep"
     to_flax = file.name != _MSGPACK
     left_out: list[str] = []

@@ -69,6 +69,7 @@ def _run(args: argparse.Namespace):
             out,
             dtype=dtype,
             shard_bytes=args.shard_size,
+            hashes=args.hashes,
             overwrite=args.overwrite,
             quiet=args.quiet,
             finish=finish,

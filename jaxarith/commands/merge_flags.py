@@ -99,6 +99,13 @@ def add(commands) -> argparse.ArgumentParser:
     common.add_argument(
         "--dry-run", action="store_true", help="print the plan, and write nothing"
     )
+    common.add_argument(
+        "--no-hashes",
+        action="store_false",
+        dest="hashes",
+        help="take no SHA-256 of the weights for the card, which costs as much as an "
+        "average of few models on two cores",
+    )
     common.add_argument("--quiet", action="store_true", help="print nothing but errors")
     group = command.add_argument_group("of methods (defaults: those of the method)")
     for option, owners in _owners().items():

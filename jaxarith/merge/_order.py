@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxarith import tree
 from jaxarith.merge import _leaves
@@ -30,27 +31,37 @@ def kth_magnitudes(rows: Mapping[str, tuple], rank: int | jax.Array) -> jax.Arra
       `[T]` in float32, or float64 where a leaf is.
 
     Raises:
-      ValueError: the vectors have 2^31 entries or more, which an int32 cannot count.
+      ValueError: a leaf has 2^31 entries or more, which an int32 cannot count; or the
+        vectors have, and `jit` is tracing them.
     """
     known = _leaves.unmapped(rows)
     size = sum(row[0].size for row in known.values())
-    if size >= 2**31:
+    counted = size if _traced(known) else max(row[0].size for row in known.values())
+    if counted >= 2**31:
         raise ValueError(
-            f"{size} entries in a task vector; at most 2^31 - 1 are counted."
+            f"{counted} entries to count; at most 2^31 - 1 are counted in a leaf, and "
+            "inside `jit` in all."
         )
     tasks = len(next(iter(known.values())))
     leaves = [leaf for row in known.values() for leaf in row]
     dtype = jnp.result_type(jnp.float32, *leaves)
     if isinstance(rank, int) and not rank:
         return jnp.zeros(tasks, dtype)
-    rank = jnp.broadcast_to(jnp.asarray(rank, jnp.int32), (tasks,))
+    xp, whole = (jnp, jnp.int32) if _traced(known, rank) else (np, np.int64)
+    rank = xp.broadcast_to(xp.asarray(rank, whole), (tasks,))
     guess = None
     if size > LARGE:
         sample = {path: tuple(map(_sample, rows[path])) for path in rows}
         drawn = sum(row[0].size for row in sample.values())
-        near = (rank / size * drawn).round().clip(1, drawn).astype(jnp.int32)
+        near = (rank / size * drawn).round().clip(1, drawn).astype(whole)
         guess = _search(sample, near, dtype)
     return _search(rows, rank, dtype, guess)
+
+
+def _traced(*values) -> bool:
+    """Whether `jit` is tracing any of the arrays."""
+    leaves = jax.tree.leaves([dict(v) if isinstance(v, Mapping) else v for v in values])
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
 
 
 def _sample(leaf):
@@ -61,35 +72,39 @@ def _sample(leaf):
 
 
 def _search(rows, rank, dtype, guess=None):
-    """Narrows the bracket of the `rank`-th smallest magnitude down to it."""
+    """Narrows the bracket of the `rank`-th smallest magnitude down to it.
+
+    NumPy keeps the bracket, whose counts may need 64 bits, unless `jit` is tracing.
+    """
     known = _leaves.unmapped(rows)
     tasks = len(next(iter(known.values())))
     size = sum(row[0].size for row in known.values())
     bits = jnp.int64 if dtype == jnp.float64 else jnp.int32
-    largest = jax.lax.bitcast_convert_type(jnp.array(jnp.inf, dtype), bits)
+    largest = np.array(np.inf, dtype).view(bits)
+    traced = _traced(known, rank)
+    xp, whole = (jnp, jnp.int32) if traced else (np, np.int64)
     found = _Bracket(
-        jnp.zeros(tasks, bits),
-        jnp.full(tasks, largest + 1),
-        jnp.zeros(tasks, jnp.int32),
-        jnp.full(tasks, size, jnp.int32),
+        xp.zeros(tasks, bits),
+        xp.full(tasks, largest + 1),
+        xp.zeros(tasks, whole),
+        xp.full(tasks, size, whole),
     )
 
     def narrow(bracket, trials):
         counts = (_count_below(row, trials) for row in rows.values())
-        below = sum(map(tree.settled, counts))
-        return _narrowed(bracket, trials, below, rank)
+        below = sum(xp.asarray(tree.settled(count), whole) for count in counts)
+        return _narrowed(xp, bracket, trials, below, rank)
 
     if guess is not None:
-        found = narrow(found, _around(guess, bits))
-    leaves = jax.tree.leaves([list(row) for row in known.values()])
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        found = narrow(found, xp.asarray(_around(guess, bits)))
+    if traced:
         found = jax.lax.while_loop(
-            _is_open, lambda bracket: narrow(bracket, _trials(bracket, rank)), found
+            _is_open, lambda bracket: narrow(bracket, _trials(xp, bracket, rank)), found
         )
     else:
         while _is_open(found):
-            found = narrow(found, _trials(found, rank))
-    return jax.lax.bitcast_convert_type(found.low, dtype)
+            found = narrow(found, _trials(xp, found, rank))
+    return jax.lax.bitcast_convert_type(jnp.asarray(found.low), dtype)
 
 
 class _Bracket(NamedTuple):
@@ -105,7 +120,7 @@ class _Bracket(NamedTuple):
 
 
 def _is_open(bracket):
-    return jnp.any(bracket.high - bracket.low > 1)
+    return (bracket.high - bracket.low > 1).any()
 
 
 @jax.jit
@@ -120,19 +135,17 @@ def _count_below(row, trials):
     return jnp.stack([count(*pair) for pair in zip(row, trials, strict=True)])
 
 
-@jax.jit
-def _narrowed(bracket, trials, below, rank):
+def _narrowed(xp, bracket, trials, below, rank):
     is_low = below < rank[:, None]
-    low = jnp.where(is_low, trials, bracket.low[:, None])
-    high = jnp.where(is_low, bracket.high[:, None], trials)
+    low = xp.where(is_low, trials, bracket.low[:, None])
+    high = xp.where(is_low, bracket.high[:, None], trials)
     # Counts ascend with the patterns, so each extreme has the count of its pattern.
-    below_low = jnp.where(is_low, below, bracket.below_low[:, None])
-    below_high = jnp.where(is_low, bracket.below_high[:, None], below)
+    below_low = xp.where(is_low, below, bracket.below_low[:, None])
+    below_high = xp.where(is_low, bracket.below_high[:, None], below)
     return _Bracket(low.max(1), high.min(1), below_low.max(1), below_high.min(1))
 
 
-@jax.jit
-def _trials(bracket, rank):
+def _trials(xp, bracket, rank):
     """Patterns to count next `[task, trial]`, above `low` and not above `high`.
 
     Entries lie almost evenly between close patterns, so five trials are put where the
@@ -140,15 +153,15 @@ def _trials(bracket, rank):
     in thirds, for patterns that are anything but even.
     """
     low, high = bracket.low[:, None], bracket.high[:, None]
-    real = jnp.float64 if low.dtype == jnp.int64 else jnp.float32
+    real = np.float64 if low.dtype == np.int64 else np.float32
     entries = (bracket.below_high - bracket.below_low)[:, None].astype(real)
     share = (rank - bracket.below_low)[:, None].astype(real) / entries
-    steps = jnp.array([[-1, -0.25, 0, 0.25, 1]], real) * 2 / jnp.sqrt(entries)
-    thirds = jnp.broadcast_to(jnp.array([[1 / 3, 2 / 3]], real), (len(low), 2))
-    shares = jnp.concatenate([share + steps, thirds], axis=1).clip(0, 1)
+    steps = xp.array([[-1, -0.25, 0, 0.25, 1]], real) * 2 / xp.sqrt(entries)
+    thirds = xp.broadcast_to(xp.array([[1 / 3, 2 / 3]], real), (len(low), 2))
+    shares = xp.concatenate([share + steps, thirds], axis=1).clip(0, 1)
     trials = low + (shares * (high - low).astype(real)).astype(low.dtype)
-    every = low + 1 + jnp.arange(TRIALS, dtype=low.dtype)[None]
-    return jnp.where(high - low <= TRIALS + 1, every, trials).clip(low + 1, high)
+    every = low + 1 + xp.arange(TRIALS, dtype=low.dtype)[None]
+    return xp.where(high - low <= TRIALS + 1, every, trials).clip(low + 1, high)
 
 
 def _around(guess, bits):

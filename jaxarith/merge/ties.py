@@ -186,7 +186,11 @@ def majority_sign(rows: Mapping[str, tuple], thresholds, weights=None) -> jax.Ar
         _sign_sum(row, _leaves.at(thresholds, path), weights)
         for path, row in rows.items()
     )
-    return jnp.sign(sum(map(tree.settled, signs)))
+    signs = [tree.settled(sign) for sign in signs]
+    if any(isinstance(sign, jax.core.Tracer) for sign in signs):
+        return jnp.sign(sum(signs))
+    total = sum(map(int, signs))  # a model may have more entries than an int32 counts
+    return jnp.asarray((total > 0) - (total < 0))
 
 
 @jax.jit

@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from jaxarith import merge
+from jaxarith import merge, tree
+from jaxarith.merge.bases import cluster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,15 @@ def _wise_ft(params_0, taus, *, coef=0.5):
     return merge.wise_ft(params_0, taus[0], coef=coef)
 
 
+def _bases(params_0, taus, *, coef=1.0, clusters=None, negative=None):
+    # Task arithmetic with the means of clusters, which is one with the task vectors.
+    cosines = tree.cosine(tree.gram(taus))
+    found = cluster(cosines, clusters, negative=negative)
+    size = {task: len(members) for members in found for task in members}
+    coefs = [coef / size[task] for task in range(len(taus))]
+    return merge.task_arithmetic(params_0, taus, coef=coefs)
+
+
 _wudi = functools.partial(merge.wudi, matrices=_LINEAR, in_out=_NONE)
 _iso_cts = functools.partial(merge.iso_cts, in_out=_NONE)
 
@@ -125,7 +135,7 @@ PAPER = {
             "trim": Option(("global", "tensor")),
             "aggregate": Option(("mean", "sum", "max")),
         },
-        passes=11,
+        passes=6,
     ),
     "awd": Method(
         merge.awd,
@@ -165,6 +175,11 @@ PAPER = {
         },
         passes=2,
         random=True,
+    ),
+    "bases": Method(
+        _bases,
+        {"coef": NUMBER, "clusters": INTEGER, "negative": NUMBER},
+        passes=2,
     ),
     "breadcrumbs": Method(
         merge.breadcrumbs, {"beta": NUMBER, "gamma": NUMBER, "coef": _COEFS}, passes=2
