@@ -28,7 +28,13 @@ _INDEX = "model.safetensors.index.json"
 _MSGPACK = "flax_model.msgpack"
 _CONFIG = "config.json"
 ADAPTER = "adapter_model.safetensors"  # PEFT's; `lora` reads it
-_SIDE_FILES = (".json", ".txt", ".model", ".jinja")  # tokenizers and preprocessing
+_SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".py")
+# Of training runs, other merges and quantised copies.
+_LEFT_OVERS = re.compile(
+    r".*\.index\.json|.*_results\.json|trainer_state\.json|log_history\.json|"
+    r"adapter_config\.json|quantize_config\.json|params\.json|requirements\.txt|"
+    r"jaxarith_merge\.json"
+)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SHOWN = 8  # lines of an error that list leaves, before the rest is only counted
 
@@ -197,7 +203,7 @@ def write(folder, tensors: dict[str, Any], config: dict, *, copy_from=None):
         raise ValueError(f"{folder} is a file; a checkpoint needs a folder.")
     tensors = _arrays(tensors, None)
     text = json.dumps(config, indent=2) + "\n"
-    extras = [] if copy_from is None else _side_files(_existing(Path(copy_from)))
+    extras = [] if copy_from is None else side_files(_existing(Path(copy_from)))
     with staging(folder if folder.is_dir() else folder.parent) as temporary:
         new = temporary / "new"
         new.mkdir()
@@ -289,6 +295,21 @@ def load_tree(path) -> tuple[dict, dict[str, str]]:
     leaves = {name: leaf.read() for name, leaf in stored.items()}
     _check_values(leaves, str(path))
     return tree.unflatten(leaves), metadata
+
+
+def side_files(folder: Path) -> list[Path]:
+    """The files that belong to a model beside its weights and its configuration.
+
+    Tokenizers, preprocessing, generation and code; not what training left.
+    """
+    return [
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file()
+        and file.suffix in _SIDE_FILES
+        and file.name != _CONFIG
+        and not _LEFT_OVERS.fullmatch(file.name)
+    ]
 
 
 # Reading and writing files.
@@ -422,16 +443,6 @@ def staging(parent: Path) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".jaxarith-", dir=parent) as name:
         yield Path(name)
-
-
-def _side_files(folder):
-    return [
-        file
-        for file in sorted(folder.iterdir())
-        if file.suffix in _SIDE_FILES
-        and file.name != _CONFIG
-        and not file.name.endswith(".index.json")
-    ]
 
 
 # Errors.

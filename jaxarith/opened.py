@@ -229,11 +229,24 @@ def open_models(
     )
 
 
+def adapted(model: str) -> list[str]:
+    """The parts of `model+adapter`, or the one part of another name.
+
+    Raises:
+      ValueError: a part is empty.
+    """
+    if "+" not in model or Path(model).expanduser().is_dir():
+        return [model]
+    parts = list(model.rpartition("+")[::2])
+    if "" in parts:
+        raise ValueError(f"{model!r} must be a model, or `model+adapter`.")
+    return parts
+
+
 def _find(model: str) -> tuple[Path | None, Path | None]:
     """The folders of a model and of an adapter, of which one may be missing."""
-    if "+" in model and not Path(model).expanduser().is_dir():
-        model, _, adapter = model.rpartition("+")
-        folder, adapter = hub.find(model), hub.find(adapter)
+    if len(parts := adapted(model)) == 2:
+        folder, adapter = map(hub.find, parts)
         if not lora.is_adapter(adapter):
             raise ValueError(
                 f"{adapter} is no PEFT adapter: it has no {lora.CONFIG}. What follows "

@@ -23,9 +23,10 @@ MISSING = ("error", "base")
 
 # Tensors with a row for every token: embeddings and what is tied or compared to them.
 _TOKENS = re.compile(
-    r"embed|wte|shared|lm_head|vocab|predictions|decoder\.(weight|bias)"
+    r"embed|wte|(^|\.)shared\.|lm_head|vocab|predictions|decoder\.(weight|bias)"
 )
 _POSITIONS = re.compile(r"position|wpe|patch|relative")
+_BUFFERS = ("position_ids", "attn.bias")
 _SHOWN = 8
 
 
@@ -88,6 +89,17 @@ def fit(
         if _same_values(tensor, found[other])
     }
     buffers = [name for name, tensor in extra.items() if not is_floating(tensor)]
+    for name, tensor in ours.items():
+        # Buffers are vectors and masks; packed weights of a quantised model would be
+        # taken from the base while their scales are merged.
+        is_matrix = tensor.dtype.kind in "iu" and len(tensor.shape) > 1
+        known = name not in base or name.endswith(_BUFFERS)
+        if is_matrix and not known and not _same_values(tensor, base[name]):
+            raise ValueError(
+                f"{label}: {name} is a matrix of {tensor.dtype} that differs from the "
+                "base's. Quantised models cannot be merged: convert them to a "
+                "floating-point type first."
+            )
     notes += [f"{label}: {a} is a copy of {b}" for a, b in sorted(copies.items())]
     strange = sorted(extra.keys() - copies.keys() - set(buffers))
     if missing == "error" and (lacking or strange):

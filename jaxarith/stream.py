@@ -179,7 +179,13 @@ def merge(
 
 def check_out(out: Path, overwrite: bool):
     """Raises a FileExistsError if a folder is there and is not to be replaced."""
-    if out.exists() and not (overwrite and out.is_dir()):
+    if not os.path.lexists(out):
+        return
+    if out.is_symlink() or not out.is_dir() or out.samefile(Path.cwd()):
+        raise FileExistsError(
+            f"{out} is a file, a link or the current folder; name a new folder."
+        )
+    if not overwrite:
         raise FileExistsError(
             f"{out} exists; name a new folder, or replace it with overwrite=True "
             "(--overwrite)."

@@ -301,7 +301,7 @@ def test_overwrite_replaces_the_folder_once_the_new_one_is_complete(
     assert (out / "model.safetensors").exists() and not (out / "old.txt").exists()
     for place in (models[0], models[2]):
         error = failure(capsys, models, place, *flags, "0.5")
-        assert "has one of the models" in error
+        assert "holds one of the models" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("base", "m1", "m2", "merged")
     ]

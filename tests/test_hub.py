@@ -610,8 +610,10 @@ def test_find_downloads_weights_in_one_format(monkeypatch, weights, wanted, unwa
     assert str(found) == "/cache/snapshot"
     assert (model, options["revision"]) == ("openai/clip", "refs/pr/32")
     assert wanted in options["allow_patterns"]
-    assert {"*.json", "*.txt", "*.model", "*.jinja"} < set(options["allow_patterns"])
-    assert len(options["allow_patterns"]) == 5
+    assert {"*.json", "*.txt", "*.model", "*.jinja", "*.py"} < set(
+        options["allow_patterns"]
+    )
+    assert len(options["allow_patterns"]) == 6
     assert unwanted not in options["allow_patterns"]
 
 

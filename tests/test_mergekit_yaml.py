@@ -96,7 +96,7 @@ def test_notes_say_where_mergekit_differs_and_what_has_no_effect(read):
     notes = "\n".join(read(TIES).notes)
     assert "trims every tensor by itself" in notes
     assert "int8_mask has no effect" in notes
-    assert "sums are taken in float32 and cast once, to bfloat16" in notes
+    assert "cast once (mergekit computes in bfloat16)" in notes
     text = TIES.replace("    # no", "    parameters: {weight: 1}\n    # no")
     assert "in line 4, have no effect" in "\n".join(read(text).notes)
 

@@ -191,3 +191,12 @@ def test_positions_are_no_vocabulary():
         policies.rows(tensors, {"model": longer}, "truncate")
     del longer["wpe.weight"]
     assert policies.rows(tensors, {"model": longer}, "truncate")[0] == {"wte.weight": 4}
+
+
+def test_packed_weights_of_quantised_models_are_refused(tmp_path):
+    name = "model.layers.0.mlp.qweight"
+    packed = [np.full((4, 4), i, np.int32) for i in range(2)]
+    base, model = (f32(i, **{name: packed[i]}) for i in range(2))
+    with pytest.raises(ValueError, match=rf"{name} is a matrix of int32 that differs"):
+        merged(tmp_path, base, model)
+    assert merged(tmp_path / "same", base, model | {name: packed[0]})

@@ -15,7 +15,6 @@ from jaxarith import hub, layouts, lazy, tree
 _MSGPACK = "flax_model.msgpack"
 _SAFETENSORS = "model.safetensors"
 _SHOWN = 8
-_SIDE_FILES = (".json", ".txt", ".model", ".jinja")
 _DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -145,9 +144,8 @@ def _write(folder, out, leaves, to_flax, dtype):
     with hub.staging(out.parent) as temporary:
         new = temporary / "new"
         new.mkdir()
-        for file in sorted(folder.iterdir()):
-            if file.suffix in _SIDE_FILES and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, new / file.name)
+        for file in hub.side_files(folder):
+            shutil.copyfile(file, new / file.name)
         text = json.dumps(config, indent=2) + "\n"
         (new / "config.json").write_text(text, encoding="utf-8")
         if to_flax:

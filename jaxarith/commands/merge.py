@@ -12,6 +12,7 @@ import jax
 from jaxarith import hub, stream
 from jaxarith.commands import merge_flags, merge_output
 from jaxarith.recipes import merge_recipe, mergekit_yaml
+from jaxarith.recipes.mergekit_methods import MERGEKIT
 
 
 def add(commands):
@@ -32,6 +33,11 @@ def _run(args: argparse.Namespace):
         recipe = mergekit_yaml.read(args.config, seed=args.seed)
     else:
         recipe = merge_recipe.build(merge_flags.settings(args), seed=args.seed)
+    notes = list(recipe.notes)
+    if args.method in MERGEKIT and args.preset is None and MERGEKIT[args.method].note:
+        notes.append(
+            f"{args.method} is its paper's; --preset mergekit takes mergekit's"
+        )
     dtype = args.dtype or recipe.dtype
     with contextlib.ExitStack() as stack:
         stack.enter_context(_device(args.device))
@@ -44,8 +50,11 @@ def _run(args: argparse.Namespace):
             vocabulary=args.vocabulary,
             missing=args.missing,
         )
-        if any(f.resolve().is_relative_to(out.resolve()) for f in opened.folders):
-            raise ValueError(f"{out} has one of the models; name another folder.")
+        for folder in map(Path.resolve, opened.folders):
+            if folder.is_relative_to(out.resolve()):
+                raise ValueError(f"{out} holds one of the models; name another folder.")
+            if out.resolve().is_relative_to(folder):
+                raise ValueError(f"{out} is in one of the models; name another folder.")
         tokenizer = None if recipe.tokenizer is None else hub.find(recipe.tokenizer)
         finish = merge_output.finisher(
             recipe,
@@ -61,7 +70,7 @@ def _run(args: argparse.Namespace):
             print(merge_output.planned(recipe, opened, plan, dtype))
             return
         if not args.quiet:
-            for note in (*recipe.notes, *opened.notes):
+            for note in (*notes, *opened.notes):
                 print(f"note: {note}", file=sys.stderr)
         report = stream.merge(
             recipe.merge,

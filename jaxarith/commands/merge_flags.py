@@ -90,9 +90,17 @@ def add(commands) -> argparse.ArgumentParser:
         help="the most that a file holds, such as 500MB (default: 5GB)",
     )
     common.add_argument(
-        "--seed", type=int, default=0, help="of random methods (default: 0)"
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="SEED",
+        help="of random methods, from 0 (the default) to 2^32 - 1",
     )
-    common.add_argument("--device", choices=("cpu", "gpu", "tpu"))
+    common.add_argument(
+        "--device",
+        choices=("cpu", "gpu", "tpu"),
+        help="default: the best there is",
+    )
     common.add_argument(
         "--overwrite", action="store_true", help="replace the folder, when all is done"
     )
@@ -146,6 +154,12 @@ def _table() -> str:
             flags = (f"--{option.replace('_', '-')}" for option in method.options)
             lines.append(f"    {name:<18}{' '.join(flags)}".rstrip())
     return "\n".join(lines)
+
+
+def _seed(text: str) -> int:
+    if text.isdecimal() and int(text) < 2**32:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number below 2^32.")
 
 
 def _size(text: str) -> int:

@@ -8,19 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxarith import hub
+from jaxarith import hub, policies
 from jaxarith.commands import model_card
-from jaxarith.opened import Opened, open_checkpoint
+from jaxarith.opened import Opened, adapted, open_checkpoint
 from jaxarith.recipes.merge_recipe import MergeRecipe
 from jaxarith.stream import Plan, Report
 
 FACTS = "jaxarith_merge.json"
-_SIDE_FILES = (".json", ".jinja", ".model", ".py", ".txt")
 _TOKENIZER = re.compile(
-    r"tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|spiece|bpe|"
+    r"tokenizer|tekken|special_tokens|added_tokens|vocab|merges|chat_template|spiece|bpe|"
     r".*\.model"
 )
-_NOT_COPIED = (FACTS, "config.json", "adapter_config.json", "trainer_state.json")
 
 
 def planned(recipe: MergeRecipe, opened: Opened, plan: Plan, dtype: str | None) -> str:
@@ -76,11 +74,23 @@ def finisher(
         if not {"dtype", "torch_dtype"} & config.keys():
             config["torch_dtype"] = dtype
     for old, new in _changed_rows(opened).items():
-        config = _with_vocabulary(config, old, new)
-    extras = _side_files(folder)
+        before, config = config, _with_vocabulary(config, old, new)
+        if config == before:
+            opened.notes.append(
+                f"config.json gives no vocab_size of {old} and is kept; the merge has "
+                f"{new} rows"
+            )
+    if all(map(policies.is_floating, opened.base.values())):
+        config.pop("quantization_config", None)  # what is merged is not quantised
+    extras = hub.side_files(folder)
     if tokenizer is not None:
+        found = [f for f in hub.side_files(tokenizer) if _TOKENIZER.match(f.name)]
+        if not found:
+            raise ValueError(
+                f"tokenizer_source: {tokenizer} has no files of a tokenizer."
+            )
         own = [file for file in extras if not _TOKENIZER.match(file.name)]
-        extras = own + [f for f in _side_files(tokenizer) if _TOKENIZER.match(f.name)]
+        extras = own + found
 
     def finish(new: Path, report: Report):
         for file in extras:
@@ -113,10 +123,10 @@ def _inputs(recipe, opened, report) -> list[dict[str, Any]]:
     inputs = []
     named = [(recipe.base, "base")] if recipe.base is not None else []
     for model, role in [*named, *((model, "model") for model in recipe.models)]:
-        local = Path(model).expanduser().is_dir()
-        count = 2 if "+" in model and not local else 1
+        parts = adapted(model)
+        local = any(Path(part).expanduser().is_dir() for part in parts)
         hashes: dict[str, str] = {}
-        for _ in range(count):
+        for _ in parts:
             hashes |= report.sha256.get(str(next(folders)), {})
         inputs.append({"model": model, "role": role, "local": local, "sha256": hashes})
     return inputs
@@ -153,14 +163,3 @@ def _with_vocabulary(config, old, new):
         else value
         for key, value in config.items()
     }
-
-
-def _side_files(folder: Path) -> list[Path]:
-    return [
-        file
-        for file in sorted(folder.iterdir())
-        if file.is_file()
-        and file.suffix in _SIDE_FILES
-        and file.name not in _NOT_COPIED
-        and not file.name.endswith(".index.json")
-    ]

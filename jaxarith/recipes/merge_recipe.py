@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -91,8 +92,9 @@ def build(settings: Mapping[str, Any], *, seed: int = 0) -> MergeRecipe:
     if base is None and of_vectors:
         raise ValueError(f"{name} merges task vectors, so it needs a base model.")
     if method.base != "aside" and base is not None:
-        of_base = dict(models).get(base, {})
-        models = [(model, own) for model, own in models if model != base]
+        same = {model for model, _ in models if _place(model) == _place(base)}
+        of_base = next((own for model, own in models if model in same), {})
+        models = [(model, own) for model, own in models if model not in same]
         if method.base == "input":
             models, base = [(base, of_base), *models], None
     if not models:
@@ -121,6 +123,12 @@ def build(settings: Mapping[str, Any], *, seed: int = 0) -> MergeRecipe:
         passes=method.passes,
         settings={key: item for key, item in settings.items() if key != "layers"},
     )
+
+
+def _place(model):
+    """The folder of a local model, however it was written; else its name."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() else model
 
 
 def _bound(name, method, models, shared):

@@ -191,6 +191,6 @@ def _entries(setting):
 
 
 def _dtype_notes(settings):
-    dtype, out = settings.get("dtype"), settings.get("out_dtype")
+    dtype = settings.get("dtype")
     if dtype not in (None, "float32"):
-        yield f"sums are taken in float32 and cast once, to {out or dtype}, not {dtype}"
+        yield f"sums are taken in float32 and cast once (mergekit computes in {dtype})"

@@ -7,6 +7,7 @@ have the names of PyTorch, whose matrices are [output, input].
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -72,20 +73,34 @@ def converted(value, option: Option):
             raise ValueError(f"is {value!r}; it must be one of {', '.join(kind)}.")
         return value
     if kind is str and isinstance(value, str):
-        return value
-    if kind is bool and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
+        return _pattern(value)
+    if kind is bool and str(value).lower() in _SWITCHES:
+        return _SWITCHES[str(value).lower()]
     if kind in (int, float) and not isinstance(value, bool):
         # A YAML file may hold 1e-4, which is a text there.
         try:
             number = float(value)
         except (TypeError, ValueError):
             number = math.nan
-        if math.isfinite(number) and number == kind(number):
+        if abs(number) <= _LARGEST and number == kind(number):
             return kind(number)
     raise ValueError(f"is {value!r}; it must be {KINDS[kind]}.")
 
 
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(
+            f"is {text!r}, which is no regular expression: {error}."
+        ) from error
+    return text
+
+
+# mergekit's files have numbers as well.
+_SWITCHES = {"true": True, "1": True, "1.0": True}
+_SWITCHES |= {"false": False, "0": False, "0.0": False}
+_LARGEST = 3e38  # of a float32
 KINDS = {
     float: "a number",
     int: "a whole number",
