@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
+import checkpoints
 import numpy as np
 import pytest
 
-from jaxarith import train
+from jaxarith import hub, train
 from jaxarith.models import clip
 
 README = Path(__file__).parent.parent / "README.md"
@@ -24,6 +25,17 @@ def test_the_example_runs_and_saves_a_model_that_loads(tmp_path, monkeypatch):
     assert np.isfinite(scope["features"]).all()
     saved = clip.load("merged").params["visual_projection"]["kernel"]
     np.testing.assert_array_equal(saved, scope["params"]["visual_projection"]["kernel"])
+
+
+def test_the_example_of_folders_merges_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, models = checkpoints.family(tmp_path / "in", models=2)
+    for place, name in zip(
+        (base, *models), ("BASE", "TUNED_1", "TUNED_2"), strict=True
+    ):
+        place.rename(tmp_path / name)
+    exec(compile(examples()[1], "README.md", "exec"), {})
+    assert hub.read("MERGED").keys() == hub.read("BASE").keys()
 
 
 @pytest.mark.devices
@@ -44,7 +56,7 @@ def test_the_example_of_many_devices_trains_and_saves_checkpoints(
         "loss": lambda features, batch, constants: (features**2).mean(),
         "test_batches": [{"image": image[None], "mask": np.ones(1, bool)}],
     }
-    exec(compile(examples()[1], "README.md", "exec"), scope)
+    exec(compile(examples()[2], "README.md", "exec"), scope)
     assert scope["mesh"].shape == {"task": 1, "data": 4, "fsdp": 2}
     moved = scope["outputs"]([1.0, 0.0]) - scope["outputs"]([0.0, 0.0])
     assert np.abs(moved).max() > 1e-6

@@ -11,7 +11,8 @@ the disk and the page cache allow is told by `cat` of all inputs and `dd` of the
 
 Seconds are those of whole commands, with the start of Python and compilation; merging
 is the part from opened models to complete weights. Memory is the peak of what was
-resident. The bandwidth counts every input once, and the output.
+resident. The bandwidth counts every input once, and the output. Before every run the
+inputs are read once, so that they are in memory as far as there is room.
 """
 
 import dataclasses
@@ -206,9 +207,8 @@ def mergekit_command(
     return [str(program), str(file), str(merged), "--allow-crimes"]
 
 
-def disk(folders: list[Path], scratch: Path, size: int) -> float:
+def disk(files: list[str], scratch: Path, size: int) -> float:
     """Seconds to read all inputs and to write as much as the output has."""
-    files = [str(f) for folder in folders for f in sorted(folder.glob("*.safetensors"))]
     target = scratch / "zeros"
     begin = time.perf_counter()
     subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
@@ -230,6 +230,8 @@ def main(config: Config):
         np.prod(x.shape) * x.dtype.itemsize for x in layout(config.layers).values()
     )
     largest = max(np.prod(x.shape) * x.dtype.itemsize for x in layout(1).values())
+    files = [str(f) for folder in folders for f in sorted(folder.glob("*.safetensors"))]
+    subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
     merged = config.models / "merged"
     shutil.rmtree(merged, ignore_errors=True)
 
@@ -246,10 +248,11 @@ def main(config: Config):
     limit = []
     with tqdm(total=config.repetitions * (1 + len(commands))) as bar:
         for _ in range(config.repetitions):
-            limit.append(disk(folders, config.models, size))
+            limit.append(disk(files, config.models, size))
             bar.update()
             for (name, program), command in commands.items():
                 bar.set_description(f"{name}, {program}")
+                subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
                 if program == "mergekit":
                     command = mergekit_command(
                         config.mergekit, command, folders, merged
