@@ -218,8 +218,14 @@ def _removed(name, prefix, base):
 def _same_values(a: Tensor, b: Tensor) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape) or not a.shape:
         return False
-    first, second = a.read().view(np.uint8), b.read().view(np.uint8)
-    return np.array_equal(first, second)
+    # Most tensors that differ do so in their first rows already.
+    return all(
+        np.array_equal(x.read().view(np.uint8), y.read().view(np.uint8))
+        for x, y in (
+            (a.rows(min(1, *a.shape[:1])), b.rows(min(1, *b.shape[:1]))),
+            (a, b),
+        )
+    )
 
 
 def _spec(tensor):

@@ -245,30 +245,43 @@ class Memory:
     """Memory that waits to be used again."""
 
     def __init__(self):
-        self._free = collections.defaultdict(list)
-        self._bytes, self._lock = 0, threading.RLock()  # a finalizer may come in
+        self._free: list[np.ndarray] = []  # the oldest first
+        self._returned: collections.deque[np.ndarray] = collections.deque()
+        self._bytes, self._lock = 0, threading.Lock()
 
     def take(self, size: int) -> np.ndarray:
         """Aligned bytes, which come back by themselves when nobody holds them."""
-        rounded = -(-size // 4096) * 4096
+        needed = -(-size // 4096) * 4096 + _ALIGNMENT
         with self._lock:
-            raw = self._free[rounded].pop() if self._free[rounded] else None
-            if raw is not None:
-                self._bytes -= rounded
-        if raw is None:
-            raw = np.empty(rounded + _ALIGNMENT, np.uint8)
+            self._sort_in()
+            fitting = (i for i, raw in enumerate(self._free) if raw.size == needed)
+            if (found := next(fitting, None)) is None:
+                raw = np.empty(needed, np.uint8)
+            else:
+                raw = self._free.pop(found)
+                self._bytes -= needed
         start = -raw.ctypes.data % _ALIGNMENT
         # A new array of the same memory, of which all views are views. JAX holds it
         # until the last program that reads it has ended.
         lent = np.frombuffer(raw.data, np.uint8, size, start)
-        weakref.finalize(lent, self._give_back, rounded, raw).atexit = False
+        weakref.finalize(lent, self._give_back, raw).atexit = False
         return lent
 
-    def _give_back(self, rounded, raw):
-        with self._lock:
-            if self._bytes + rounded <= _KEPT:
-                self._free[rounded].append(raw)
-                self._bytes += rounded
+    def _give_back(self, raw):
+        self._returned.append(raw)
+        # A finalizer may come in anywhere, in `take` of this very thread too.
+        if self._lock.acquire(blocking=False):
+            try:
+                self._sort_in()
+            finally:
+                self._lock.release()
+
+    def _sort_in(self):
+        while self._returned:
+            self._free.append(self._returned.popleft())
+            self._bytes += self._free[-1].size
+        while self._bytes > _KEPT:
+            self._bytes -= self._free.pop(0).size
 
 
 _pool = Memory()

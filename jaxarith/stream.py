@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -153,12 +154,15 @@ def merge(
         _check_space(temporary, planned.bytes_out)
         new = temporary / "new"
         new.mkdir()
-        begin = time.perf_counter()
+        begin, stop = time.perf_counter(), threading.Event()
         with ThreadPoolExecutor(1, "hash") as pool:
-            hashing = pool.submit(_sha256, opened.folders) if hashes else None
-            with opened.progress.shown(planned.bytes_in, quiet):
-                _write(method, opened, new, planned.files, dtype)
-            hashed = hashing.result() if hashing else {}
+            hashing = pool.submit(_sha256, opened.folders, stop) if hashes else None
+            try:
+                with opened.progress.shown(planned.bytes_in, quiet):
+                    _write(method, opened, new, planned.files, dtype)
+                hashed = hashing.result() if hashing else {}
+            finally:
+                stop.set()
         report = Report(
             time.perf_counter() - begin,
             opened.progress.bytes_read,
@@ -280,11 +284,14 @@ class _Places:
         )
 
 
-def _sha256(folders):
-    return {
-        str(folder): {file.name: _of_file(file) for file in weights(folder)}
-        for folder in dict.fromkeys(folders)
-    }
+def _sha256(folders, stop):
+    hashes = {}
+    for folder in dict.fromkeys(folders):
+        for file in weights(folder):
+            if stop.is_set():  # nobody waits for the rest of a merge that failed
+                return hashes
+            hashes.setdefault(str(folder), {})[file.name] = _of_file(file)
+    return hashes
 
 
 def weights(folder: Path) -> list[Path]:

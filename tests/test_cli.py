@@ -380,7 +380,10 @@ def test_a_truncated_vocabulary_is_that_of_the_configuration(tmp_path):
     [
         (("--method", "ties", "--coef", "x"), "--coef of ties is 'x'; .* a number"),
         (("--method", "ties", "--density", "1", "1"), "--density of ties is one value"),
-        (("--method", "average", "--weight", "1", "2", "3"), "3 values for 2 models"),
+        (
+            ("--method", "average", "--weight", "1", "2", "3"),
+            "3 values for 2 of --model",
+        ),
         (("--method", "awd", "--steps", "1.5"), "--steps of awd is '1.5'; .* whole"),
         (("--method", "awd", "--scope", "leaf"), "--scope of awd .* global, layer"),
         (("--method", "wise_ft"), "WiSE-FT moves the base to one model; found 2"),

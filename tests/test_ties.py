@@ -243,6 +243,21 @@ def test_thresholds_of_leaves_with_few_or_many_rows_are_exact(shape):
     np.testing.assert_array_equal(trim_thresholds(rows, 0.2), expected)
 
 
+@pytest.mark.parametrize("whole", [0, 2**30])
+def test_thresholds_of_leaves_are_exact_in_one_program_and_in_several(
+    whole, monkeypatch
+):
+    monkeypatch.setattr(_order, "WHOLE", whole)
+    row = np.round(2 * oracles.normal(0, 3, 2**17)).astype(np.float32)
+    for rank in (1, 2**16, np.array([5, 2**17, 2**13])):
+        found = _order.kth_of_leaf(tuple(map(jnp.asarray, row)), rank)
+        of_task = np.broadcast_to(rank, 3) - 1
+        expected = np.sort(np.abs(row))[np.arange(3), of_task]
+        np.testing.assert_array_equal(found, expected)
+    nothing = _order.kth_of_leaf((jnp.zeros((0, 3)),) * 2, 1)
+    np.testing.assert_array_equal(nothing, [0, 0])
+
+
 def test_models_of_more_than_2_to_the_31_entries_are_trimmed_exactly(monkeypatch):
     # One leaf under many names; its counts are taken once.
     leaf = np.random.default_rng(0).normal(size=2**17).astype(np.float32)

@@ -121,6 +121,18 @@ def test_check_finite_names_the_path(value):
         tree.check_finite(bad, "model")
 
 
+@pytest.mark.parametrize("size", [1, 7, 1000, 8192, 3 * 2**18 + 5])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_one_bad_value_is_found_wherever_it_is_in_leaves_of_any_size(size, dtype):
+    # XLA's maximum on CPUs loses NaN in vectors of float32 from some length on.
+    values = jax.random.normal(jax.random.key(0), (size,)).astype(dtype)
+    extreme = values.at[0].set(jnp.finfo(dtype).max).at[-1].set(-jnp.finfo(dtype).tiny)
+    tree.check_finite({"w": extreme}, "model")
+    for place in {0, size // 2, size - 1}:
+        for value in (np.nan, np.inf, -np.inf):
+            assert not tree.is_finite({"w": extreme.at[place].set(value)})
+
+
 def test_check_finite_accepts_integers_and_traced_values():
     tree.check_finite({"ids": jnp.arange(3), "w": np.ones(2), "b": 1.0}, "model")
 

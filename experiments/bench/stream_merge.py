@@ -50,6 +50,10 @@ METHODS = {
         "ties --density 0.2 --trim tensor",
         ("ties", {"weight": 1.0, "density": 0.2}),
     ),
+    "ties_mergekit": (
+        "ties --preset mergekit --weight 1 --density 0.2",
+        ("ties", {"weight": 1.0, "density": 0.2}),
+    ),
     "awd": ("awd", None),
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxarith import report
-from jaxarith.commands import inspect_figures, inspect_report
+from jaxarith.commands import inspect_figures, inspect_report, merge_flags
 
 _LABEL = 30  # characters
 
@@ -49,13 +49,16 @@ def add(commands):
         "models, cosines.png",
     )
     command.add_argument("--tensors", action="store_true", help="list every tensor")
+    merge_flags.add_policies(command.add_argument_group("with --base"))
 
 
 def _run(args: argparse.Namespace):
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise ValueError(f"{args.out} is a file; name a folder.")
     if args.base is not None:
-        found = inspect_figures.task_vectors(args.base, args.models)
+        found = inspect_figures.task_vectors(
+            args.base, args.models, vocabulary=args.vocabulary, missing=args.missing
+        )
         text = inspect_report.of_task_vectors(found, args.tensors)
     else:
         models = [inspect_figures.checkpoint(model) for model in args.models]

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
-from jaxarith import fingerprint, hub, layouts, lora, stream, tree
+from jaxarith import fingerprint, hub, layouts, lora, policies, stream, tree
 
 _CHUNK = 2**18  # entries that are widened at a time
 _LARGEST = 5
@@ -44,7 +45,10 @@ def checkpoint(model: str) -> dict[str, Any]:
         )
     file, stored = hub.open_tensors(folder)
     stored = {name: stored[name] for name in sorted(stored, key=_in_order)}
-    measured = {name: _measured(leaf.read()) for name, leaf in stored.items()}
+    measured = {
+        name: _measured(leaf.read())
+        for name, leaf in tqdm(stored.items(), model, unit="tensor", leave=False)
+    }
     table = [
         {
             "name": name,
@@ -173,25 +177,33 @@ def differences(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def task_vectors(base: str, models: Sequence[str]) -> dict[str, Any]:
+def task_vectors(
+    base: str,
+    models: Sequence[str],
+    *,
+    vocabulary: policies.Vocabulary = "error",
+    missing: policies.Missing = "error",
+) -> dict[str, Any]:
     """Norms and cosines of task vectors, over all and by layer, as plain data.
 
     Args:
-      base, models: as for `stream.open_models`.
+      base, models, vocabulary, missing: as for `stream.open_models`.
 
     Raises:
       FileNotFoundError: a checkpoint is not there.
       ValueError: one does not fit the base, or has NaN or infinite values.
     """
-    opened = stream.open_models(base, models)
+    opened = stream.open_models(base, models, vocabulary=vocabulary, missing=missing)
     params_0 = tree.floating(opened.params_0)
     for leaves, name in ((params_0, "base"), *zip(opened.taus, models, strict=True)):
         tree.check_finite(leaves, name)
     # The base goes along for its norm: its tensors are read for the differences anyway.
     rows = tree.aligned([params_0, *opened.taus])
-    grams = {
-        name: np.asarray(tree.gram_of([row]), np.float64) for name, row in rows.items()
-    }
+    with opened.progress.shown(stream.plan(opened).bytes_in, quiet=False):
+        grams = {
+            name: np.asarray(tree.gram_of([row]), np.float64)
+            for name, row in rows.items()
+        }
     grams = {name: grams[name] for name in sorted(grams, key=_in_order)}
     total = sum(grams.values())
     return {

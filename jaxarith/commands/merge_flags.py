@@ -69,19 +69,7 @@ def add(commands) -> argparse.ArgumentParser:
         choices=merge_recipe.DTYPES,
         help="of the new weights (default: the base's); sums are taken in float32",
     )
-    common.add_argument(
-        "--vocabulary",
-        choices=policies.VOCABULARIES,
-        default="error",
-        help="what to do where numbers of tokens differ: keep the rows that all have, "
-        "or those of the base, or take such tensors from the base",
-    )
-    common.add_argument(
-        "--missing",
-        choices=policies.MISSING,
-        default="error",
-        help="what to do where a model lacks tensors or has others: keep the base's",
-    )
+    add_policies(common)
     common.add_argument(
         "--shard-size",
         type=_size,
@@ -127,6 +115,23 @@ def add(commands) -> argparse.ArgumentParser:
     return command
 
 
+def add_policies(group):
+    """Adds the flags for models that do not fit their base in every tensor."""
+    group.add_argument(
+        "--vocabulary",
+        choices=policies.VOCABULARIES,
+        default="error",
+        help="what to do where numbers of tokens differ: keep the rows that all have, "
+        "or those of the base, or take such tensors from the base",
+    )
+    group.add_argument(
+        "--missing",
+        choices=policies.MISSING,
+        default="error",
+        help="what to do where a model lacks tensors or has others: keep the base's",
+    )
+
+
 def _owners() -> dict[str, dict[str, list[str]]]:
     """By option and what its values are, the methods that have it."""
     owners: dict[str, dict[str, list[str]]] = {}
@@ -146,7 +151,6 @@ def _values(option: methods.Option) -> str:
 
 
 def _table() -> str:
-
     lines = []
     for preset, table in merge_recipe.PRESETS.items():
         lines += [f"  --preset {preset}"]
@@ -219,8 +223,8 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"{flag} of {args.method} is one value; found {words}.")
         elif len(values) != len(models):
             raise ValueError(
-                f"{flag} has {len(values)} values for {len(models)} models; give one, "
-                "or one for each."
+                f"{flag}: found {len(values)} values for {len(models)} of --model; "
+                "give one value, or one for each."
             )
         else:
             for model, value in zip(models, values, strict=True):
@@ -237,7 +241,6 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _value(word, option, label):
-
     try:
         return methods.converted(word, option)
     except ValueError as error:

@@ -15,6 +15,7 @@ from jaxarith.recipes.merge_recipe import MergeRecipe
 from jaxarith.stream import Plan, Report
 
 FACTS = "jaxarith_merge.json"
+_DTYPE_KEYS = {"dtype", "torch_dtype"}
 _TOKENIZER = re.compile(
     r"tokenizer|tekken|special_tokens|added_tokens|vocab|merges|chat_template|spiece|bpe|"
     r".*\.model"
@@ -70,11 +71,13 @@ def finisher(
     folder = opened.folders[0]
     config = hub.read_json(folder)
     if dtype is not None:
-        config = _with_dtype(config, dtype)
-        if not {"dtype", "torch_dtype"} & config.keys():
+        config = _replaced(config, lambda key, _: key in _DTYPE_KEYS, dtype)
+        if not _DTYPE_KEYS & config.keys():
             config["torch_dtype"] = dtype
     for old, new in _changed_rows(opened).items():
-        before, config = config, _with_vocabulary(config, old, new)
+        vocabulary = ("vocab_size", old)
+        before = config
+        config = _replaced(config, lambda *item, of=vocabulary: item == of, new)
         if config == before:
             opened.notes.append(
                 f"config.json gives no vocab_size of {old} and is kept; the merge has "
@@ -132,12 +135,12 @@ def _inputs(recipe, opened, report) -> list[dict[str, Any]]:
     return inputs
 
 
-def _with_dtype(config, dtype):
-    """The configuration, of which parts may name their own dtype, with another."""
+def _replaced(config, chosen, new):
+    """The configuration, and those in it, with another value of the chosen entries."""
     return {
-        key: dtype
-        if key in ("dtype", "torch_dtype")
-        else _with_dtype(value, dtype)
+        key: new
+        if chosen(key, value)
+        else _replaced(value, chosen, new)
         if key.endswith("_config") and isinstance(value, dict)
         else value
         for key, value in config.items()
@@ -151,15 +154,4 @@ def _changed_rows(opened) -> dict[int, int]:
         before[name].shape[0]: tensor.shape[0]
         for name, tensor in opened.base.items()
         if tensor.shape and before[name].shape[0] != tensor.shape[0]
-    }
-
-
-def _with_vocabulary(config, old, new):
-    return {
-        key: new
-        if (key, value) == ("vocab_size", old)
-        else _with_vocabulary(value, old, new)
-        if key.endswith("_config") and isinstance(value, dict)
-        else value
-        for key, value in config.items()
     }

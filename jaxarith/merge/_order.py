@@ -18,6 +18,7 @@ from jaxarith.merge import _leaves
 TRIALS = 7  # as many as a pass counts at the speed of memory
 LARGE = 2**16  # entries from which on a first guess
 SAMPLE = 64  # comes from every 64th row of a leaf
+WHOLE = 2**21  # entries up to which one program does all passes over a leaf
 
 
 def kth_magnitudes(rows: Mapping[str, tuple], rank: int | jax.Array) -> jax.Array:
@@ -56,6 +57,26 @@ def kth_magnitudes(rows: Mapping[str, tuple], rank: int | jax.Array) -> jax.Arra
         near = (rank / size * drawn).round().clip(1, drawn).astype(whole)
         guess = _search(sample, near, dtype)
     return _search(rows, rank, dtype, guess)
+
+
+def kth_of_leaf(row: tuple, rank: int | np.ndarray) -> jax.Array:
+    """`kth_magnitudes` of a single leaf of T vectors; 0 if it has no entries.
+
+    One program is the fastest for small leaves. For large ones it is slow: it stores
+    what all passes have in common, the magnitudes in float32.
+    """
+    if not row[0].size:
+        rank = 0
+    if row[0].size > WHOLE:
+        return tree.settled(kth_magnitudes({"leaf": row}, rank))
+    if isinstance(rank, int):
+        rank = np.full(len(row), rank)
+    return tree.settled(_kth_of_leaf(row, rank))
+
+
+@jax.jit
+def _kth_of_leaf(row, rank):
+    return kth_magnitudes({"leaf": row}, rank if row[0].size else 0)
 
 
 def _traced(*values) -> bool:

@@ -184,10 +184,16 @@ def _check_windows(densities, windows):
 
 
 def _keep_between(row, densities, outliers, bounded, rescale):
-    smallest, largest = _ranks(densities, outliers, row[0].size)
+    if (densities == 1).all():
+        return row
+    size = row[0].size
+    smallest, largest = _ranks(densities, outliers, size)
+    ranks = [smallest, largest] if bounded else [smallest]
+    limits = [_order.kth_of_leaf(row, rank.clip(1, max(size, 1))) for rank in ranks]
+    found = zip(row, densities, smallest <= largest, *limits, strict=True)
     return tuple(
-        tau if density == 1 else _between(tau, *ranks, bounded, rescale)
-        for tau, density, *ranks in zip(row, densities, smallest, largest, strict=True)
+        tau if density == 1 else _between(tau, some, of_task, rescale)
+        for tau, density, some, *of_task in found
     )
 
 
@@ -198,16 +204,13 @@ def _ranks(densities, outliers, size):
     return below + 1, below + kept
 
 
-@jax.jit(static_argnames=("bounded", "rescale"))
-def _between(tau, smallest, largest, bounded, rescale):
+@jax.jit(static_argnames="rescale")
+def _between(tau, some, limits, rescale):
+    """The entries from the first limit to the second, if there is one; or none."""
     tau = _leaves.widened(tau)
-    ranks = [smallest, largest] if bounded else [smallest]
-    limits = _order.kth_magnitudes(
-        {"leaf": (tau,) * len(ranks)}, jnp.stack(ranks).clip(1, tau.size)
-    )
-    kept = (jnp.abs(tau) >= limits[0]) & (smallest <= largest)
-    if bounded:
-        kept &= jnp.abs(tau) <= limits[1]
+    kept = (jnp.abs(tau) >= limits[0]) & some
+    for largest in limits[1:]:
+        kept &= jnp.abs(tau) <= largest
     return rescaled(tau, kept, None, rescale)
 
 

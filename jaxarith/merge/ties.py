@@ -162,16 +162,11 @@ def trim_thresholds(rows: Mapping[str, tuple], density: float, trim="global"):
         size = sum(row[0].size for row in _leaves.unmapped(rows).values())
         return _order.kth_magnitudes(rows, size - int(size * density))
     return {
-        path: tree.settled(
-            _of_leaf(row, row[0].size - max(int(row[0].size * density), 1) + 1)
+        path: _order.kth_of_leaf(
+            row, row[0].size - max(int(row[0].size * density), 1) + 1
         )
         for path, row in rows.items()
     }
-
-
-@jax.jit(static_argnames="rank")
-def _of_leaf(row, rank):
-    return _order.kth_magnitudes({"leaf": row}, rank if row[0].size else 0)
 
 
 def trim(taus, thresholds):
