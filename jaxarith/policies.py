@@ -219,13 +219,12 @@ def _same_values(a: Tensor, b: Tensor) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape) or not a.shape:
         return False
     # Most tensors that differ do so in their first rows already.
-    return all(
-        np.array_equal(x.read().view(np.uint8), y.read().view(np.uint8))
-        for x, y in (
-            (a.rows(min(1, *a.shape[:1])), b.rows(min(1, *b.shape[:1]))),
-            (a, b),
-        )
-    )
+    few = min(16, a.shape[0])
+    return _same_bytes(a.rows(few), b.rows(few)) and _same_bytes(a, b)
+
+
+def _same_bytes(a, b):
+    return a.read().tobytes() == b.read().tobytes()
 
 
 def _spec(tensor):

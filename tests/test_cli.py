@@ -382,7 +382,7 @@ def test_a_truncated_vocabulary_is_that_of_the_configuration(tmp_path):
         (("--method", "ties", "--density", "1", "1"), "--density of ties is one value"),
         (
             ("--method", "average", "--weight", "1", "2", "3"),
-            "3 values for 2 of --model",
+            "3 values for 2 of",
         ),
         (("--method", "awd", "--steps", "1.5"), "--steps of awd is '1.5'; .* whole"),
         (("--method", "awd", "--scope", "leaf"), "--scope of awd .* global, layer"),
@@ -396,6 +396,12 @@ def test_mistakes_in_options_are_told(models, tmp_path, capsys, flags, message):
     error = failure(capsys, models, tmp_path / "merged", *flags)
     assert re.search(message, error)
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_dry_run_finds_options_out_of_range(models, tmp_path, capsys):
+    options = ("--method", "ties", "--density", "2", "--dry-run")
+    error = failure(capsys, models, tmp_path / "merged", *options)
+    assert "density is 2.0; it must be in (0, 1]" in error
 
 
 def test_mistakes_around_files_are_told(models, tmp_path, capsys):

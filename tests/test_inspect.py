@@ -274,6 +274,26 @@ def test_task_vectors_with_nan_are_an_error_that_names_them(fine_tuned, capsys):
     assert "NaN or infinite values" in capsys.readouterr().err
 
 
+def test_models_with_other_vocabularies_are_inspected_if_a_policy_is_chosen(
+    tmp_path, capsys
+):
+    base, tuned = random_tensors(0), random_tensors(1)
+    tuned["embed.weight"] = tuned["embed.weight"][:5]
+    folders = [checkpoint(tmp_path / "b", base), checkpoint(tmp_path / "m", tuned)]
+    command = ["inspect", str(folders[1]), "--base", str(folders[0])]
+    assert cli.main(command) == 1
+    assert "(--vocabulary)" in capsys.readouterr().err
+    found = inspect(
+        tmp_path / "out",
+        *(folders[1], "--base", folders[0]),
+        "--vocabulary",
+        "truncate",
+    )
+    base["embed.weight"] = base["embed.weight"][:5]
+    expected = norm(*(tuned[name] - base[name] for name in base))
+    np.testing.assert_allclose(found["models"][0]["norm"], expected, rtol=1e-6)
+
+
 def test_types_without_arithmetic_are_an_error(tmp_path, capsys):
     header = b'{"w":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}'
     folder = tmp_path / "m"

@@ -235,6 +235,34 @@ models:
         recipe.merge(base, taus)
 
 
+def test_filters_that_fit_no_tensor_are_known(read, base):
+    recipe = read("""
+merge_method: task_arithmetic
+base_model: base
+models:
+- {model: math, parameters: {weight: [{filter: mpl, value: 1}, {value: 0.5}]}}
+parameters: {lambda: [{filter: mlp, value: 2}, {filter: "*", value: 1}]}
+""")
+    assert recipe.unused_filters(base) == ["mpl"]
+
+
+def test_wrong_options_are_found_from_shapes_alone(read, base, taus):
+    text = """
+merge_method: ties
+base_model: base
+models:
+- {model: math, parameters: {weight: 1}}
+- {model: code, parameters: {weight: 1}}
+parameters: {density: 0.5}
+"""
+    no_values = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in base.items()}
+    read(text).check(no_values, [no_values] * 2)
+    with pytest.raises(
+        ValueError, match=r"density of .* is 1.5; it must be in \[0, 1\]"
+    ):
+        read(text.replace("0.5", "1.5")).check(no_values, [no_values] * 2)
+
+
 def test_the_settings_of_a_slice_count_before_those_at_the_top(read, base, taus):
     text = SLERP.replace("merge_method", "    parameters: {t: 0.25}\nmerge_method")
     zero = {name: np.zeros_like(leaf) for name, leaf in base.items()}

@@ -55,6 +55,10 @@ def _run(args: argparse.Namespace):
                 raise ValueError(f"{out} holds one of the models; name another folder.")
             if out.resolve().is_relative_to(folder):
                 raise ValueError(f"{out} is in one of the models; name another folder.")
+        opened.notes.extend(
+            f"the filter {part!r} fits no tensor and has no effect"
+            for part in recipe.unused_filters(opened.base)
+        )
         tokenizer = None if recipe.tokenizer is None else hub.find(recipe.tokenizer)
         finish = merge_output.finisher(
             recipe,
@@ -67,6 +71,7 @@ def _run(args: argparse.Namespace):
         )
         plan = stream.plan(opened, dtype=dtype, shard_bytes=args.shard_size)
         if args.dry_run:
+            recipe.check(opened.params_0, opened.taus)
             print(merge_output.planned(recipe, opened, plan, dtype))
             return
         if not args.quiet:

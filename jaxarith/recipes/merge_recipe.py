@@ -1,7 +1,8 @@
 """A merge that can be run: which models, by which function, with which options."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ class MergeRecipe:
 
     Attributes:
       method: its name.
-      merge: `merge(params_0, taus) -> params`, with the options bound. The leaves are
-        named as in PyTorch; without a base `params_0` is zero and `taus` are models.
+      function: the method.
+      options: its options by keyword, a function of the names of all tensors.
       base: the model from which task vectors are measured, if there is one.
       models: the others.
       dtype: of the output, or None for that of the base.
@@ -35,7 +36,8 @@ class MergeRecipe:
     """
 
     method: str
-    merge: Callable[[tree.Tree, Sequence[tree.Tree]], tree.Tree]
+    function: Method
+    options: Callable[[Iterable[str]], dict[str, Any]]
     base: str | None
     models: tuple[str, ...]
     dtype: str | None
@@ -43,6 +45,46 @@ class MergeRecipe:
     notes: tuple[str, ...]
     passes: int
     settings: Mapping[str, Any]
+
+    def merge(self, params_0: tree.Tree, taus: Sequence[tree.Tree]) -> tree.Tree:
+        """Merges leaves that are named as in PyTorch.
+
+        Args:
+          params_0: the base, or zero if there is none.
+          taus: task vectors; models if there is no base.
+        """
+        options = self.options(tree.flatten(tree.floating(params_0)))
+        return self.function.merge(params_0, taus, **options)
+
+    def check(self, params_0: tree.Tree, taus: Sequence[tree.Tree]):
+        """Raises what `merge` would because of its options, from shapes alone.
+
+        The method goes over one leaf of every shape, since tracing takes time.
+        """
+        leaves = tree.flatten(tree.floating(params_0))
+        options = self.options(leaves)
+        if not self.function.by_shape:
+            return
+        of_shape = {
+            (leaf.shape, str(leaf.dtype)): path for path, leaf in leaves.items()
+        }
+        few = [
+            {
+                path: jax.ShapeDtypeStruct(vector[path].shape, vector[path].dtype)
+                for path in of_shape.values()
+                if path in vector
+            }
+            for vector in (leaves, *map(tree.flatten, taus))
+        ]
+        method = functools.partial(self.function.merge, **options)
+        jax.eval_shape(method, few[0], few[1:])
+
+    def unused_filters(self, names: Collection[str]) -> list[str]:
+        """The filters that fit none of the tensors."""
+        places = [self.settings, *self.settings["models"]]
+        values = [x for place in places for x in place.get("parameters", {}).values()]
+        parts = {part for value in values for part, _ in entries(value)} - {None, "*"}
+        return sorted(part for part in parts if not any(part in name for name in names))
 
 
 def find(name: str, preset: str | None) -> Method:
@@ -102,19 +144,20 @@ def build(settings: Mapping[str, Any], *, seed: int = 0) -> MergeRecipe:
     bound = _bound(name, method, models, shared)
     layers = settings.get("layers")
 
-    def merge(params_0, taus):
-        leaves = tree.flatten(params_0)
+    def options(names):
+        names = list(names)
         if layers is not None:
-            _check_layers(layers, gradients.stacks(leaves))
-        depths = gradients.depths(leaves)
-        options = {keyword: bind(depths) for keyword, bind in bound.items()}
+            _check_layers(layers, gradients.stacks(names))
+        depths = gradients.depths(names)
+        found = {keyword: bind(depths) for keyword, bind in bound.items()}
         if method.random:
-            options["key"] = jax.random.key(seed)
-        return method.merge(params_0, taus, **options)
+            found["key"] = jax.random.key(seed)
+        return found
 
     return MergeRecipe(
         method=name,
-        merge=merge,
+        function=method,
+        options=options,
         base=base,
         models=tuple(model for model, _ in models),
         dtype=settings.get("out_dtype") or settings.get("dtype"),
@@ -182,7 +225,12 @@ def _binding(labels, chains, same):
 
     if all(map(is_constant, chains)):
         return lambda depths: at("", 0.0)
-    return lambda depths: lambda path: at(path, depths[path])
+
+    def bind(depths):
+        values = {path: at(path, depth) for path, depth in depths.items()}
+        return values.__getitem__
+
+    return bind
 
 
 def _check_layers(expected, stacks):

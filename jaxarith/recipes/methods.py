@@ -50,6 +50,7 @@ class Method:
         but "optional"; an "input" like the other models; or set "aside", for models are
         merged.
       random: whether the function takes a `key`.
+      by_shape: whether it can be traced without values.
       note: how it differs from another method of the same name.
     """
 
@@ -58,6 +59,7 @@ class Method:
     passes: int = 1
     base: Literal["needed", "optional", "input", "aside"] = "needed"
     random: bool = False
+    by_shape: bool = True
     note: str = ""
 
 
@@ -195,6 +197,7 @@ PAPER = {
         _bases,
         {"coef": NUMBER, "clusters": INTEGER, "negative": NUMBER},
         passes=2,
+        by_shape=False,
     ),
     "breadcrumbs": Method(
         merge.breadcrumbs, {"beta": NUMBER, "gamma": NUMBER, "coef": _COEFS}, passes=2
