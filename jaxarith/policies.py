@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Literal
 
 import jax.numpy as jnp
-import numpy as np
 
 from jaxarith.shards import Tensor
 
