@@ -211,11 +211,16 @@ def mergekit_command(
     return [str(program), str(file), str(merged), "--allow-crimes"]
 
 
+def read_all(files: list[str]):
+    """Brings the files into memory, as far as there is room."""
+    subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
+
+
 def disk(files: list[str], scratch: Path, size: int) -> float:
     """Seconds to read all inputs and to write as much as the output has."""
     target = scratch / "zeros"
     begin = time.perf_counter()
-    subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
+    read_all(files)
     subprocess.run(
         ["dd", "if=/dev/zero", f"of={target}", "bs=16M", f"count={size // 2**24}"],
         stderr=subprocess.DEVNULL,
@@ -235,7 +240,6 @@ def main(config: Config):
     )
     largest = max(np.prod(x.shape) * x.dtype.itemsize for x in layout(1).values())
     files = [str(f) for folder in folders for f in sorted(folder.glob("*.safetensors"))]
-    subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
     merged = config.models / "merged"
     shutil.rmtree(merged, ignore_errors=True)
 
@@ -252,11 +256,12 @@ def main(config: Config):
     limit = []
     with tqdm(total=config.repetitions * (1 + len(commands))) as bar:
         for _ in range(config.repetitions):
+            read_all(files)
             limit.append(disk(files, config.models, size))
             bar.update()
             for (name, program), command in commands.items():
                 bar.set_description(f"{name}, {program}")
-                subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
+                read_all(files)
                 if program == "mergekit":
                     command = mergekit_command(
                         config.mergekit, command, folders, merged
