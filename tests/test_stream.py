@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxarith import hub, merge, stream, task_vectors, tree
+from jaxarith import hub, merge, shards, stream, task_vectors, tree
 
 KEY = jax.random.key(3)
 METHODS = {
@@ -85,6 +85,22 @@ def test_any_type_and_shards_give_the_same_bits(name, dtype, tmp_path):
         out = tmp_path / f"out-{shard_bytes}"
         run(METHODS[name], base, models, out, shard_bytes=shard_bytes)
         assert_same_bits(out, expected)
+
+
+def test_memory_that_is_used_again_changes_no_bit(tmp_path):
+    # Smaller tensors are read into memory of their own.
+    sizes = {"a": (1024, 600), "b": (900, 1100), "c": (2 * shards._LARGE,)}
+    layout = {f"h.{i}.{key}": sizes[key] for i in range(3) for key in sizes}
+    folders = [
+        checkpoints.write(tmp_path / f"{i}", checkpoints.tensors(i, "bf16", layout))
+        for i in range(4)
+    ]
+    for name in ("average", "ties", "ties_tensor", "awd"):
+        expected = in_memory(METHODS[name], folders[0], folders[1:])
+        for attempt in range(2):
+            out = tmp_path / f"{name}-{attempt}"
+            run(METHODS[name], folders[0], folders[1:], out)
+            assert_same_bits(out, expected)
 
 
 def test_models_of_several_types_are_merged_in_float32(tmp_path):
@@ -197,6 +213,34 @@ def test_a_nan_is_reported_with_its_tensor_and_model_and_nothing_is_written(tmp_
         with pytest.raises(ValueError, match=r"layers.1.norm.weight of model 1 .*NaN"):
             run(method, base, [models[0], bad], tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "in"]
+
+
+def test_a_merge_that_fails_leaves_the_folder_that_was_there(family, tmp_path):
+    base, models = family
+    out = tmp_path / "out"
+    run(merge.average, base, models, out)
+    before = (out / "model.safetensors").read_bytes()
+
+    def failing(params_0, taus):
+        merge.average(params_0, taus)  # all of it is written
+        raise RuntimeError("at the end")
+
+    with pytest.raises(RuntimeError, match="at the end"):
+        run(failing, base, models, out, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_file_that_is_cut_short_meanwhile_is_an_error(tmp_path):
+    base, models = checkpoints.family(tmp_path / "in")
+
+    def cutting(params_0, taus):
+        os.truncate(models[1] / "model.safetensors", 1000)
+        return merge.average(params_0, taus)
+
+    with pytest.raises(ValueError, match=r"model-2.* was cut short"):
+        run(cutting, base, models, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["in"]
 
 
 def test_a_merge_that_overflows_its_type_says_so(family, tmp_path):
