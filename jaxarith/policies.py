@@ -69,10 +69,12 @@ def fit(
     if prefix:
         notes.append(f"{label}: the names differ from the base's by {prefix!r}")
     wanted = {name for name, tensor in base.items() if is_floating(tensor)}
-    found = {name: ours[name] for name in wanted if name in ours}
+    found = {name: ours[name] for name in sorted(wanted) if name in ours}
 
     tied = {}
     for name in sorted(wanted - found.keys()):
+        if _is_constant(base[name]):  # norms begin as ones, and biases as zeros
+            continue
         twins = (other for other in found if _same_values(base[name], base[other]))
         if (twin := next(twins, None)) is not None:
             tied[name] = found[twin]
@@ -200,8 +202,9 @@ def _without_prefix(base, model):
         renamings["-" + prefix] = {
             _removed(n, prefix, base): t for n, t in model.items()
         }
-    # As they are, unless more names fit otherwise.
-    best = max(renamings, key=lambda sign: len(renamings[sign].keys() & base.keys()))
+    # As they are, unless more names fit otherwise. None may take another's place.
+    possible = [sign for sign in renamings if len(renamings[sign]) == len(model)]
+    best = max(possible, key=lambda sign: len(renamings[sign].keys() & base.keys()))
     return renamings[best], best
 
 
@@ -220,6 +223,11 @@ def _same_values(a: Tensor, b: Tensor) -> bool:
     # Most tensors that differ do so in their first rows already.
     few = min(16, a.shape[0])
     return _same_bytes(a.rows(few), b.rows(few)) and _same_bytes(a, b)
+
+
+def _is_constant(tensor):
+    entries = tensor.read().reshape(-1)
+    return bool((entries == entries[:1]).all())
 
 
 def _same_bytes(a, b):

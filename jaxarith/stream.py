@@ -120,7 +120,8 @@ def merge(
     """Merges checkpoints into a new one.
 
     It is written to a temporary folder beside `out`, which gets its name when all is
-    complete. A process that is killed leaves `out` as it was, and that folder.
+    complete. A process that is killed leaves that folder, and `out` as it was; killed
+    between the two renames that replace an old one, it leaves that in the folder too.
 
     Args:
       method: `method(params_0, taus) -> params`: any of `jaxarith.merge` that needs no
@@ -175,10 +176,20 @@ def merge(
             (new / _INDEX).write_text(text, encoding="utf-8")
         if finish is not None:
             finish(new, report)
-        if out.exists():
-            os.replace(out, temporary / "old")
-        os.replace(new, out)
+        _replace(new, out, temporary / "old")
     return report
+
+
+def _replace(new, out, old):
+    """Renames a folder to `out`, and what is there to `old`."""
+    try:
+        if out.exists():
+            os.replace(out, old)
+        os.replace(new, out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+        raise
 
 
 def check_out(out: Path, overwrite: bool):
@@ -257,7 +268,11 @@ class _Places:
     def _copy(self, name, tensor):
         # Through NumPy, which has all types; JAX may not have integers of 64 bits.
         dtype = _written(tensor, self._dtype)
-        self._writer.put(name, tensor.read().astype(dtype, copy=False))
+        with np.errstate(over="ignore"):
+            array = tensor.read().astype(dtype, copy=False)
+        if policies.is_floating(tensor) and not np.isfinite(array).all():
+            raise ValueError(self._blame(name))
+        self._writer.put(name, array)
 
     def _submit(self, tensor, function, *args):
         while self._waiting and self._used + tensor.nbytes > _WAITING:

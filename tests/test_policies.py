@@ -140,6 +140,32 @@ def test_a_head_that_is_tied_in_the_base_is_left_out_of_the_model(tmp_path):
         merged(tmp_path / "untied", base, other)
 
 
+def test_equal_norms_are_not_tied(tmp_path):
+    # As they are where training begins; the model lacks one of two.
+    ones = np.ones(8, np.float32)
+    base = f32(0) | {f"model.layers.{i}.norm.weight": ones for i in (0, 1)}
+    model = without(f32(1), "model.layers.0.norm.weight")
+    with pytest.raises(ValueError, match="- model.layers.0.norm.weight"):
+        merged(tmp_path, base, model)
+
+
+def test_no_renaming_lets_one_tensor_take_the_place_of_another(tmp_path):
+    a, b, c = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    base = {"x.v": a, "x.w": b}
+    with pytest.raises(ValueError, match=r"\- x.v"):
+        merged(tmp_path, base, {"v": a, "w": b, "x.w": c})
+
+
+@pytest.mark.parametrize("value", [np.nan, 1e5])
+def test_tensors_that_are_copied_are_looked_through_too(value, tmp_path):
+    base = f32(0) | {"head.weight": np.full(5, value, np.float32)}
+    with pytest.raises(ValueError, match=r"head.weight.* (NaN|overflows)"):
+        base, model = write(tmp_path, base, f32(1))
+        opened = stream.open_models(base, [model], missing="base")
+        stream.merge(HALF, opened, tmp_path / "out", dtype="float16", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("sign", ["added", "removed"])
 def test_a_prefix_of_all_names_makes_no_difference(sign, tmp_path):
     base, model = f32(0), f32(1)

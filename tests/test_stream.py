@@ -231,6 +231,27 @@ def test_a_merge_that_fails_leaves_the_folder_that_was_there(family, tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_an_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
+    family, tmp_path, monkeypatch
+):
+    base, models = family
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").touch()
+    replace, renamed = os.replace, []
+
+    def failing(source, target):
+        renamed.append(target)
+        if len(renamed) == 2:
+            raise OSError("no")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="no"):
+        run(merge.average, base, models, out, overwrite=True)
+    assert len(renamed) == 3 and os.listdir(out) == ["mine"]
+
+
 def test_a_file_that_is_cut_short_meanwhile_is_an_error(tmp_path):
     base, models = checkpoints.family(tmp_path / "in")
 

@@ -12,6 +12,7 @@ where :math:`\operatorname{sgn}^+(0) = 1`, all t are in A without a consensus of
 and the divisor is one without `normalize`.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -188,13 +189,51 @@ def _keep_between(row, densities, outliers, bounded, rescale):
         return row
     size = row[0].size
     smallest, largest = _ranks(densities, outliers, size)
-    ranks = [smallest, largest] if bounded else [smallest]
-    limits = [_order.kth_of_leaf(row, rank.clip(1, max(size, 1))) for rank in ranks]
-    found = zip(row, densities, smallest <= largest, *limits, strict=True)
-    return tuple(
-        tau if density == 1 else _between(tau, some, of_task, rescale)
-        for tau, density, some, *of_task in found
-    )
+    low = _order.kth_of_leaf(row, smallest.clip(1, max(size, 1)))
+    low = jnp.where(smallest <= largest, low, jnp.inf)
+    high = jnp.full_like(low, jnp.inf)
+    if bounded:
+        high = _order.kth_of_leaf(row, largest.clip(1, max(size, 1)))
+    kept = [
+        tau if density == 1 else _Between(tau, *limits)
+        for tau, density, *limits in zip(row, densities, low, high, strict=True)
+    ]
+    if rescale == "l1":
+        kept = [_with_norm(x) if isinstance(x, _Between) else x for x in kept]
+    return tuple(kept)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Between:
+    """A leaf, zero outside of two magnitudes, where the program that needs it looks.
+
+    Leaves of float32 for every task would take longer to store than to merge.
+    """
+
+    tau: jax.Array
+    smallest: jax.Array
+    largest: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tau.shape
+
+    @property
+    def dtype(self):
+        return jnp.promote_types(self.tau.dtype, jnp.float32)
+
+    def kept(self) -> jax.Array:
+        size = jnp.abs(_leaves.widened(self.tau))
+        return (size >= self.smallest) & (size <= self.largest)
+
+    def __jax_array__(self) -> jax.Array:
+        return jnp.where(self.kept(), _leaves.widened(self.tau), 0)
+
+
+@jax.jit
+def _with_norm(leaf):
+    return rescaled(_leaves.widened(leaf.tau), leaf.kept(), None, "l1")
 
 
 def _ranks(densities, outliers, size):
@@ -202,16 +241,6 @@ def _ranks(densities, outliers, size):
     kept = np.maximum((densities * size).astype(int), densities > 0)
     below = np.maximum(size - kept - (outliers * size).astype(int), 0)
     return below + 1, below + kept
-
-
-@jax.jit(static_argnames="rescale")
-def _between(tau, some, limits, rescale):
-    """The entries from the first limit to the second, if there is one; or none."""
-    tau = _leaves.widened(tau)
-    kept = (jnp.abs(tau) >= limits[0]) & some
-    for largest in limits[1:]:
-        kept &= jnp.abs(tau) <= largest
-    return rescaled(tau, kept, None, rescale)
 
 
 def _keep_random(row, key, densities, windows, ranked, rescale):
