@@ -31,7 +31,7 @@ class Progress:
     @contextlib.contextmanager
     def shown(self, bytes_in: int, quiet: bool) -> Iterator[None]:
         """Shows passes of this size while the context lasts, unless `quiet`."""
-        self.bytes_read, self._bytes_in = 0, bytes_in
+        self.bytes_read, self._bytes_in = 0, max(bytes_in, 1)
         self._bar = None if quiet else self._next(1)
         try:
             yield

@@ -6,6 +6,7 @@ And the fixtures that many files share.
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # One cache for all that compiles in one run of the suite, in workers and in the
 # processes that tests start: they inherit the variable of the first process.
@@ -43,6 +44,18 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if _OWN_CACHE is not None:
         shutil.rmtree(_OWN_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fewer_programs():
+    """Frees compiled programs before their memory maps are as many as Linux allows.
+
+    Beyond 65530 maps of one process XLA crashes.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture
