@@ -55,34 +55,22 @@ def fitted_vectors(study, taus) -> dict[str, tree.Tree]:
 
     # As many samples of each task as the public tables take.
     samples = [dataset.batches[:2] for dataset in study.validation]
-    key = jax.random.key(study.config.seed)
 
-    def fisher():
-        diagonals = []
-        progress = tqdm(taus, desc="Fisher", unit="task")
-        for tau, head, batches in zip(progress, head_of, samples, strict=True):
-            tuned = task_vectors.apply(params_0, tau)
-            diagonal = merge.fisher_diagonal(
-                *(logits_of, {"encoder": tuned, "head": head}, batches),
-                **dict(part={"encoder": tau}, samples=4, key=key, chunk=32),
-                inputs=study.inputs,
-            )
-            diagonals.append(diagonal["encoder"])
-        return merge.fisher(params_0, taus, diagonals)
+    def fisher_mean():
+        return fisher(
+            *(logits_of, params_0, taus, head_of, samples),
+            key=jax.random.key(study.config.seed),
+            inputs=study.inputs,
+        )
 
-    def regmean():
-        progress = tqdm(taus, desc="Gram matrices", unit="task")
-        grams = [
-            capture.input_grams(
-                *(study.apply_fn, task_vectors.apply(params_0, tau), batches),
-                inputs=study.inputs,
-                token_mask=study.token_mask,
-                # What follows the tokens, such as a prompt's head, has no mask.
-                select=study.blocks if study.token_mask else ".*",
-            )
-            for tau, batches in zip(progress, samples, strict=True)
-        ]
-        return merge.regmean(params_0, taus, grams)
+    def regression_mean():
+        return regmean(
+            *(study.apply_fn, params_0, taus, samples),
+            inputs=study.inputs,
+            token_mask=study.token_mask,
+            # What follows the tokens, such as a prompt's head, has no mask.
+            select=study.blocks if study.token_mask else ".*",
+        )
 
     def adamerging():
         with_heads = [
@@ -94,10 +82,56 @@ def fitted_vectors(study, taus) -> dict[str, tree.Tree]:
             **adaptation(study.config),
         ).params
 
-    operators = {"fisher": fisher, "regmean": regmean, "adamerging": adamerging}
+    operators = {
+        "fisher": fisher_mean,
+        "regmean": regression_mean,
+        "adamerging": adamerging,
+    }
     return {
         name: task_vectors.difference(operators[name](), params_0) for name in wanted
     }
+
+
+def fisher(logits_of, params_0, taus, heads, samples, *, key, inputs) -> tree.Tree:
+    """The Fisher merge of T models, each with its own head.
+
+    Args:
+      logits_of: `logits_of({"encoder": params, "head": head}, *inputs) -> logits`.
+      params_0: of the encoder.
+      taus: T task vectors.
+      heads: of every task, all of one shape.
+      samples: of every task, batches of unlabelled samples.
+      key: of the draws of labels, 4 for every sample.
+      inputs: the fields of a batch that are passed on.
+    """
+    diagonals = []
+    progress = tqdm(taus, desc="Fisher", unit="task")
+    for tau, head, batches in zip(progress, heads, samples, strict=True):
+        tuned = task_vectors.apply(params_0, tau)
+        diagonal = merge.fisher_diagonal(
+            *(logits_of, {"encoder": tuned, "head": head}, batches),
+            **dict(part={"encoder": tau}, samples=4, key=key, chunk=32),
+            inputs=inputs,
+        )
+        diagonals.append(diagonal["encoder"])
+    return merge.fisher(params_0, taus, diagonals)
+
+
+def regmean(
+    apply_fn, params_0, taus, samples, *, inputs, token_mask=None, select=".*"
+) -> tree.Tree:
+    """The RegMean merge of T encoders; see `capture.input_grams` for the options."""
+    progress = tqdm(taus, desc="Gram matrices", unit="task")
+    grams = [
+        capture.input_grams(
+            *(apply_fn, task_vectors.apply(params_0, tau), batches),
+            inputs=inputs,
+            token_mask=token_mask,
+            select=select,
+        )
+        for tau, batches in zip(progress, samples, strict=True)
+    ]
+    return merge.regmean(params_0, taus, grams)
 
 
 def sixteens(batches, inputs) -> list[dict]:

@@ -66,6 +66,13 @@ def x64():
 
 
 @pytest.fixture(scope="session")
+def shared_bank(tmp_path_factory):
+    """One bank for all scripts; of several workers too, whose vectors are the same."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bank"
+
+
+@pytest.fixture(scope="session")
 def torch():
     return pytest.importorskip(
         "torch", reason="PyTorch, the oracle of the ports, is not installed"

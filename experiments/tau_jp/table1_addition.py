@@ -35,16 +35,14 @@ Not run at full scale yet.
 """
 
 import dataclasses
-import itertools
 from pathlib import Path
 
 import jax
 import numpy as np
 import tyro
 
-from experiments import arithmetic, methods, runs, tables, vision
-from jaxarith import heads, merge, task_vectors
-from jaxarith.data import pipeline
+from experiments import arithmetic, fitted, methods, runs, tables, vision
+from jaxarith import merge, task_vectors
 
 PUBLISHED = vision.of_models(
     {
@@ -73,48 +71,11 @@ class Config(vision.Models):
 
 
 def adamerging(setup: vision.Setup, taus) -> np.ndarray:
-    """Test accuracies with layer-wise coefficients that adapt to test images.
-
-    Yang et al. (2024): 500 steps of Adam at 1e-3 from 0.3, on the entropy of batches of
-    16 unlabelled test images of every task.
-    """
-    steps = 2 if setup.options.smoke else 500
-    padded = heads.pad([task.test.head for task in setup.tasks])
-
-    def logits(params, batch):
-        features = setup.apply_fn(params, batch["image"])
-        return heads.logits(batch["head"], features, batch["valid"])
-
-    def batches(index):
-        own = {name: leaf[index] for name, leaf in padded.items()}
-        samples = pipeline.evaluation_stream(
-            vision.limited(setup.tasks[index].test.source, 16 * steps),
-            16,
-            preprocess=vision.Preprocessed(setup.preprocess),
-            workers=min(setup.options.workers, 1),  # for each of the tasks
-        )
-        epochs = itertools.chain.from_iterable(itertools.repeat(samples))
-
-        def following(step):
-            del step  # every task is asked once in each step
-            batch = next(epochs)
-            return {"image": batch["image"], "mask": batch["mask"], **own}
-
-        return following
-
-    count = len(setup.tasks)
-    adapted = merge.adamerging(
-        setup.params_0,
-        taus,
-        [logits] * count,
-        [batches(index) for index in range(count)],
-        steps=steps,
-        learning_rate=1e-3,
-    ).params
-    move = task_vectors.difference(adapted, setup.params_0)
+    """Test accuracies with layer-wise coefficients that adapt to test images."""
+    tau = fitted.adamerging(setup, taus)
     return np.array(
         [
-            arithmetic.accuracies(setup, [move], task.test, False, [[1.0]])[0]
+            arithmetic.accuracies(setup, [tau], task.test, False, [[1.0]])[0]
             for task in setup.tasks
         ]
     )

@@ -1,0 +1,119 @@
+"""Merges of the vision papers that look at images: Fisher, RegMean, AdaMerging.
+
+None looks at labels. Each gives a merged task vector, to be added at coefficient 1.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+
+from experiments import study_merges, vision
+from jaxarith import heads, merge, sharding, task_vectors, tree
+from jaxarith.data import pipeline
+
+SAMPLES = 256  # of every task; so many have the public tables of FusionBench
+
+
+def fisher(setup: vision.Setup, taus: Sequence[tree.Tree]) -> tree.Tree:
+    """The Fisher merge on 256 validation images of every task (Matena and Raffel 2022).
+
+    Args:
+      setup: the model and the T tasks of the vectors, see `vision.Setup._replace`.
+      taus: their vectors.
+    """
+    params_0, taus = sharding.to_host((setup.params_0, list(taus)))
+    padded = heads.pad([task.test.head for task in setup.tasks])
+
+    def logits_of(params, images):
+        features = setup.apply_fn(params["encoder"], images)
+        head = params["head"]
+        return heads.logits(head["head"], features, head["valid"])
+
+    merged = study_merges.fisher(
+        *(logits_of, params_0, taus),
+        # Heads are inputs, padded to one shape, so that tasks share one compilation.
+        [jax.tree.map(lambda x, i=i: x[i], padded) for i in range(len(taus))],
+        validation_samples(setup),
+        key=jax.random.key(setup.options.seed),
+        inputs=("image",),
+    )
+    return task_vectors.difference(merged, params_0)
+
+
+def regmean(setup: vision.Setup, taus: Sequence[tree.Tree]) -> tree.Tree:
+    """The RegMean merge on 256 validation images of every task (Jin et al. 2023)."""
+    params_0, taus = sharding.to_host((setup.params_0, list(taus)))
+    samples = validation_samples(setup)
+    merged = study_merges.regmean(
+        setup.apply_fn, params_0, taus, samples, inputs=("image",)
+    )
+    return task_vectors.difference(merged, params_0)
+
+
+def validation_samples(setup: vision.Setup) -> list[list[dict]]:
+    """Batches of 256 validation images of every task, drawn with a fixed seed."""
+    return [
+        list(vision.drawn(setup, task.validation, SAMPLES).batches)
+        for task in setup.tasks
+    ]
+
+
+def adamerging(
+    setup: vision.Setup,
+    taus: Sequence[tree.Tree],
+    *,
+    scope: Literal["layer", "task"] = "layer",
+    coef: float = 0.3,
+    density: float | None = None,
+) -> tree.Tree:
+    """AdaMerging on unlabelled test images, as its paper has it (Yang et al. 2024).
+
+    500 steps of Adam at 1e-3 from `coef`, on the entropy of batches of 16 test images
+    of every task.
+
+    Args:
+      setup: the model and the T tasks of the vectors.
+      taus: their vectors.
+      scope: one coefficient per task and parameter tensor, or one per task.
+      coef: where the coefficients start.
+      density: the share of entries that AdaMerging++ keeps; none is AdaMerging.
+    """
+    steps = 2 if setup.options.smoke else 500
+    padded = heads.pad([task.test.head for task in setup.tasks])
+
+    def logits(params, batch):
+        features = setup.apply_fn(params, batch["image"])
+        return heads.logits(batch["head"], features, batch["valid"])
+
+    def batches(index):
+        own = {name: leaf[index] for name, leaf in padded.items()}
+        samples = pipeline.evaluation_stream(
+            vision.limited(setup.tasks[index].test.source, 16 * steps),
+            16,
+            preprocess=vision.Preprocessed(setup.preprocess),
+            workers=min(setup.options.workers, 1),  # for each of the tasks
+        )
+        epochs = itertools.chain.from_iterable(itertools.repeat(samples))
+
+        def following(step):
+            del step  # every task is asked once in each step
+            batch = next(epochs)
+            return {"image": batch["image"], "mask": batch["mask"], **own}
+
+        return following
+
+    count = len(setup.tasks)
+    adapted = merge.adamerging(
+        setup.params_0,
+        taus,
+        [logits] * count,
+        [batches(index) for index in range(count)],
+        scope=scope,
+        coef=coef,
+        steps=steps,
+        learning_rate=1e-3,
+        density=density,
+    ).params
+    return task_vectors.difference(adapted, setup.params_0)
