@@ -1,4 +1,4 @@
-"""Image folders of three sets of handwritten digits, for a small-scale study.
+"""Image folders of sets of handwritten digits and of letters, for small studies.
 
     python -m experiments.digit_folders --data DATA --out digits
 
@@ -13,8 +13,9 @@ DATA holds the files as their authors distribute them,
                     (Prabhu. Kannada-MNIST. arXiv:1908.01242)
 
 and OUT gets, for each, PNG files <task>/<split>/<class>/<number>.png of 28 by 28 pixels
-and a task.json with the prompts; and a control task, the small letters of the
-quickstart, from the fonts of matplotlib.
+and a task.json with the prompts. So it does for four tasks of the quickstart: the
+digits of the UCI, which scikit-learn ships, and from the fonts of matplotlib digits in
+black on white, capital letters, and the small letters that serve as control task.
 """
 
 import dataclasses
@@ -30,10 +31,18 @@ from tqdm import tqdm
 from experiments import quickstart_tasks
 from jaxarith import report
 
+# What a task of the quickstart is called here.
+QUICKSTART = {
+    "uci_digits": "uci_digits",
+    "printed_digits": "inverted_digits",
+    "capitals": "capital_letters",
+    "letters": "small_letters",
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Make image folders of MNIST, USPS, Kannada-MNIST and of letters."""
+    """Make image folders of MNIST, USPS, Kannada-MNIST, UCI digits and of letters."""
 
     data: Path
     """Folder of mnist, usps and kannada_mnist, see the top of this page."""
@@ -108,15 +117,16 @@ def main(config: Config):
     for name, splits in digits.items():
         templates = quickstart_tasks.DIGIT_TEMPLATES
         write(config.out / name, splits, string.digits, templates)
-    letters = quickstart_tasks.load("small_letters", np.asarray)
-    splits = {
-        split: (
-            [sample["image"] for sample in getattr(letters, split)],
-            [sample["label"] for sample in getattr(letters, split)],
-        )
-        for split in ("train", "validation", "test")
-    }
-    write(config.out / "letters", splits, letters.classes, letters.templates)
+    for name, source in QUICKSTART.items():
+        task = quickstart_tasks.load(source, np.asarray)
+        splits = {
+            split: (
+                [sample["image"] for sample in getattr(task, split)],
+                [sample["label"] for sample in getattr(task, split)],
+            )
+            for split in ("train", "validation", "test")
+        }
+        write(config.out / name, splits, task.classes, task.templates)
     print(f"image folders: {config.out}")
 
 
