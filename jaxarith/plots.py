@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 
 # Distinct to colour-blind readers too (Okabe and Ito).
@@ -351,4 +352,135 @@ def disentanglement_of_pairs(
             axis.set_ylabel(f"coefficient of {second}", labelpad=0)
     label = "disentanglement error ξ"
     figure.colorbar(image, ax=axes, label=label, shrink=0.8, extend="max")
+    _save(figure, path)
+
+
+def clustered(
+    path,
+    matrix: np.ndarray,
+    panels: Mapping[str, Sequence[Sequence[int]]],
+    names: Sequence[str],
+    *,
+    value: str,
+):
+    """One matrix over tasks, ordered by clusters in every panel; boxes mark them.
+
+    Args:
+      path: the PNG file.
+      matrix: `[T, T]`, symmetric; the diagonal is left out of the colour scale.
+      panels: title to the clusters of the T tasks; those of one task have no box.
+      names: the T tasks.
+      value: what the numbers are.
+    """
+    others = matrix[~np.eye(len(matrix), dtype=bool)]
+    low, top = min(0.0, float(others.min())), max(float(others.max()), 1e-6)
+    side = max(3.6, 0.13 * len(names) + 1.4)
+    size = (1.2 + (side + 0.9) * len(panels), side + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    font = 8 if len(names) < 20 else 5
+    for axis, (title, clusters) in zip(axes, panels.items(), strict=True):
+        order = [i for members in clusters for i in members]
+        image = axis.imshow(matrix[np.ix_(order, order)], vmin=low, vmax=top)
+        labels = [names[i] for i in order]
+        axis.set_xticks(range(len(order)), labels, rotation=90, fontsize=font)
+        axis.set_yticks(range(len(order)), labels, fontsize=font)
+        axis.set(title=title, xlabel="task vector", ylabel="task vector")
+        first = -0.5
+        for members in clusters:
+            last = first + len(members)
+            if len(members) > 1:
+                box = (
+                    [first, last, last, first, first],
+                    [first, first, last, last] + [first],
+                )
+                line = {"color": _COLORS[1], "linewidth": 2, "clip_on": False}
+                axis.plot(*box, label="cluster", **line)
+            first = last
+    figure.colorbar(image, ax=list(axes), label=value, shrink=0.8, extend="max")
+    handles, labels = axes[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles[:1], labels[:1], loc="outside lower left")
+    _save(figure, path)
+
+
+def repeated(
+    path,
+    xs: Sequence[float],
+    lines: Mapping[str, Sequence[Sequence[float]]],
+    levels: Mapping[str, float],
+    *,
+    x: str,
+    y: str,
+):
+    """Means of repeated measurements, with the range of those; levels are dashed.
+
+    Args:
+      path: the PNG file.
+      xs: where it was measured.
+      lines: label to the measurements at every one of `xs`, one or several.
+      levels: label to a value that does not depend on `xs`.
+      x, y: what the axes are.
+    """
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axis = figure.subplots()
+    for i, (label, values) in enumerate(lines.items()):
+        color, marker = _COLORS[i % len(_COLORS)], "os^D"[i % 4]
+        axis.plot(
+            xs, list(map(np.mean, values)), f"{marker}-", color=color, label=label
+        )
+        if any(len(found) > 1 for found in values):
+            low, high = list(map(min, values)), list(map(max, values))
+            axis.fill_between(xs, low, high, color=color, alpha=0.2, linewidth=0)
+    for i, (label, value) in enumerate(levels.items(), len(lines)):
+        color = _COLORS[i % len(_COLORS)]
+        axis.axhline(value, color=color, linestyle="--", label=label)
+    axis.set(xlabel=x, ylabel=y)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    _save(figure, path)
+
+
+def landscape(
+    path,
+    panels: Mapping[str, np.ndarray],
+    coefs: tuple[Sequence[float], Sequence[float]],
+    points: Mapping[str, tuple[float, float]],
+    *,
+    x: str,
+    y: str,
+    value: str = "loss",
+):
+    """Filled contours on the plane of two task vectors, with models marked on it.
+
+    Every panel has colours of its own, even in rank and not in value: a basin shows
+    beside a loss that is many times larger.
+
+    Args:
+      path: the PNG file.
+      panels: title to grid `[n, m]`; what is not finite is left white.
+      coefs: the n coefficients of the first vector, and the m of the second.
+      points: label to the coefficients of a model.
+      x, y: what the first and the second coefficient are.
+      value: what the numbers are.
+    """
+    figure = Figure(figsize=(1.2 + 4.4 * len(panels), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, grid) in zip(axes, panels.items(), strict=True):
+        grid = np.ma.masked_invalid(np.asarray(grid, float))
+        finite = grid.compressed() if grid.count() else np.zeros(1)
+        levels = np.unique(np.quantile(finite, np.linspace(0, 1, 25)))
+        if len(levels) < 2:  # of a loss that is flat
+            levels = levels[0] + np.array([-0.5, 0.5])
+        colors = {"norm": BoundaryNorm(levels, 256), "cmap": "viridis"}
+        filled = axis.contourf(*coefs, grid.T, levels=levels, **colors)
+        axis.contour(*coefs, grid.T, levels=levels, colors="white", linewidths=0.2)
+        for i, (label, point) in enumerate(points.items()):
+            marker, color = "o^s*DvPX"[i % 8], _COLORS[i % len(_COLORS)]
+            axis.plot(*point, marker, color=color, mec="white", ms=10, label=label)
+        axis.set(title=title, xlabel=x)
+        figure.colorbar(filled, ax=axis, label=value, shrink=0.9, format="%.3g")
+    axes[0].set_ylabel(y)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     _save(figure, path)
