@@ -5,13 +5,14 @@ nothing; every part of a script sees the files that it would see of a real one.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from jaxarith import hub, tree
-from jaxarith.data import glue
+from jaxarith.data import glue, prompts
 from jaxarith.data.text import Record
 from jaxarith.models import bert, gpt2, t5
 
@@ -36,6 +37,17 @@ _GPT2 = {
     "n_embd": 16,
     "n_layer": 1,
     "n_head": 2,
+}
+_ROBERTA = {
+    "architectures": ["RobertaForMaskedLM"],
+    "model_type": "roberta",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+    "max_position_embeddings": 66,
+    "type_vocab_size": 1,
+    "pad_token_id": 1,
 }
 _BERT = {
     "architectures": ["BertForSequenceClassification"],
@@ -87,6 +99,29 @@ def write_gpt2(folder: Path, **sizes: int) -> Path:
     return folder
 
 
+def write_roberta(folder: Path, words: Sequence[str] = ()) -> Path:
+    """A RoBERTa with a masked-LM head.
+
+    Its tokens are the made-up words and `words`, after a blank, and else characters.
+    """
+    from transformers import RobertaTokenizer
+
+    specials = ["<s>", "<pad>", "</s>", "<unk>"]
+    # A word is merged from its left end, so that no two words get in each other's way.
+    ends = {f"Ġ{w}"[:i] for w in (*_WORDS, *words) for i in range(2, len(w) + 2)}
+    merged = sorted(ends, key=lambda end: (len(end), end))
+    vocab = [*specials, *sorted(_byte_symbols()), *merged, "<mask>"]
+    raw = {**_ROBERTA, "vocab_size": len(vocab)}
+    config = bert.BertConfig.from_json(raw)
+    hub.save(folder, _random(bert.layout(config, "masked_lm")), raw)
+    RobertaTokenizer(
+        vocab={token: i for i, token in enumerate(vocab)},
+        merges=[(end[:-1], end[-1]) for end in merged],
+        add_prefix_space=True,  # a word that begins a text is the same token
+    ).save_pretrained(folder)
+    return folder
+
+
 def write_classifier(folder: Path) -> Path:
     """A BERT with a score of how toxic a text is; its tokens are letters."""
     from transformers import BertTokenizer
@@ -117,9 +152,34 @@ def glue_records(task: glue.Task, count: int, seed: int) -> list[Record]:
         return " ".join(rng.permutation(words))
 
     names = ("text", "text_pair")[: len(task.fields)]
-    classes = len(task.classes)
+    classes = len(task.classes) or 2  # of STS-B, two scores
+    labels = range(classes) if task.classes else (0.5, 4.5)
     return [
-        {**{name: sentence(i % classes) for name in names}, "label": i % classes}
+        {**{name: sentence(c) for name in names}, "label": labels[c]}
+        for c in (i % classes for i in range(count))
+    ]
+
+
+def prompt_records(prompt: prompts.Prompt, count: int, seed: int) -> list[Record]:
+    """Sentences for every field of a prompt, with a word that tells the class.
+
+    Example:
+      >>> record, _ = prompt_records(prompts.TASKS["sst2"], 2, 0)
+      >>> record["label"], "bad" in record["text"].split()
+      ('negative', True)
+    """
+    rng, classes = np.random.default_rng(seed), list(prompt.words)
+
+    def sentence(label):
+        words = [_WORDS[label % len(_WORDS)]]
+        words += list(rng.choice(_WORDS[2:], rng.integers(1, 3)))
+        return " ".join(rng.permutation(words))
+
+    return [
+        {
+            **{name: sentence(i % len(classes)) for name in prompt.fields},
+            "label": classes[i % len(classes)],
+        }
         for i in range(count)
     ]
 

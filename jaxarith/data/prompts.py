@@ -201,6 +201,29 @@ def word_ids(tokenizer, words: Sequence[str]) -> np.ndarray:
     return np.asarray(ids, np.int32)
 
 
+def word_pieces(tokenizer, words: Sequence[str]) -> list[list[int]]:
+    """The tokens of every label word, one or several, as it stands after a blank.
+
+    Where a word is several tokens, the mean of their rows of the output matrix can be
+    its own, as of a token that was added for it: the bases paper adds tokens, and does
+    not say what their rows are.
+
+    Raises:
+      ValueError: a word is unknown, or two classes share a word.
+    """
+    pieces = [tokenizer(" " + w, add_special_tokens=False)["input_ids"] for w in words]
+    unknown = [
+        word
+        for word, ids in zip(words, pieces, strict=True)
+        if not ids or tokenizer.unk_token_id in ids
+    ]
+    if unknown:
+        raise ValueError(f"the tokenizer does not know {', '.join(unknown)}.")
+    if len(set(map(tuple, pieces))) < len(pieces):
+        raise ValueError(f"two classes share a label word: {', '.join(words)}.")
+    return pieces
+
+
 def few_shot(records: Sequence[Record], per_class: int, seed: int = 0) -> list[Record]:
     """Records drawn without order, equally many of every class (64 in the bases paper).
 

@@ -1,0 +1,130 @@
+"""What the scripts on images share: vectors of linear weights, AWD, and the search.
+
+The paper merges the weights of the linear layers in the blocks and nothing else, from
+vectors of ordinary fine-tuning (`nonlinear` in the bank); so it is here for AWD. One
+coefficient λ of 0.3, 0.4, …, 1 is chosen by the mean accuracy on validation data, and
+so is the weight α of AWD of 1e-2, 1e-3, …, 1e-6.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from experiments import arithmetic, vision
+from jaxarith import merge, task_vectors, tree
+from jaxarith.models import clip
+
+COEFS = np.linspace(0.3, 1.0, 8)
+ALPHAS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+STEPS = 1000
+
+
+def linear_weights(taus: Sequence[tree.Tree]) -> list[tree.Tree]:
+    """The part of task vectors that AWD disentangles and merges."""
+    return [tree.select(tau, clip.BLOCK_LINEAR_WEIGHTS) for tau in taus]
+
+
+def alphas(options: vision.Options) -> tuple[float, ...]:
+    """The candidates of α; of a smoke run two."""
+    return ALPHAS[1:4:2] if options.smoke else ALPHAS
+
+
+def coefs(options: vision.Options) -> np.ndarray:
+    """The candidates of λ; of a smoke run two."""
+    return COEFS[::7] if options.smoke else COEFS
+
+
+def disentangled(
+    setup: vision.Setup,
+    taus: Sequence[tree.Tree],
+    *,
+    alpha: float = 1e-4,
+    objective: str = "reduce",
+) -> list[tree.Tree]:
+    """The vectors τ_i - δ of the linear weights.
+
+    Args:
+      setup: the model.
+      taus: whole task vectors, or their linear weights.
+      alpha: the weight of the norm of δ.
+      objective: "reduce" the cosines, or "reverse".
+    """
+    parts = linear_weights(taus)
+    found = merge.awd(
+        *(setup.params_0, parts),
+        **dict(coef=1.0, alpha=alpha, steps=STEPS, objective=objective),
+    )
+    total = tree.restrict(
+        task_vectors.difference(found, setup.params_0), tree.flatten(parts[0])
+    )
+    # Σ(τ_i - δ) is given, so K δ is what it lacks of the sum.
+    lacking = task_vectors.difference(task_vectors.add(parts), total)
+    return [task_vectors.apply(part, lacking, -1 / len(parts)) for part in parts]
+
+
+class Chosen(NamedTuple):
+    """A merged vector at the coefficient that validation data have chosen.
+
+    Attributes:
+      name: which of the candidates it is.
+      coef: λ.
+      validation: mean accuracy there.
+      test: accuracies on test data, `[T]`.
+    """
+
+    name: str
+    coef: float
+    validation: float
+    test: np.ndarray
+
+
+def searched(
+    setup: vision.Setup,
+    candidates: Mapping[str, tree.Tree],
+    coefs: Sequence[float],
+) -> Chosen:
+    """The candidate and the coefficient with the best mean validation accuracy.
+
+    Args:
+      setup: the model and the tasks.
+      candidates: merged vectors at λ = 1 by name; of equals the first is taken, at the
+        smallest coefficient.
+      coefs: the candidates of λ.
+    """
+    vectors = list(candidates.values())
+    units = np.eye(len(vectors))
+    rows = np.concatenate([np.outer(coefs, unit) for unit in units])
+    curves = on_all(setup, vectors, "validation", rows).mean(axis=1)
+    best = int(np.argmax(curves))
+    index, coef = best // len(coefs), float(coefs[best % len(coefs)])
+    test = on_all(setup, vectors[index : index + 1], "test", [[coef]])[0]
+    return Chosen(list(candidates)[index], coef, float(curves[best]), test)
+
+
+def on_all(setup: vision.Setup, taus, split: str, rows) -> np.ndarray:
+    """Accuracies of the network on every task at each of n rows of coefficients.
+
+    Args:
+      setup: the model and the tasks.
+      taus: vectors.
+      split: "validation" or "test".
+      rows: `[n, len(taus)]`.
+
+    Returns:
+      `[n, T]`.
+    """
+    progress = tqdm(setup.tasks, desc=f"merges, {split}", unit="task", leave=False)
+    found = [
+        arithmetic.accuracies(setup, taus, getattr(task, split), False, rows)
+        for task in progress
+    ]
+    return np.array(found).T
+
+
+def mean_cosine(taus: Sequence[tree.Tree]) -> float:
+    """The mean magnitude of the cosines of different vectors: Eq. 11."""
+    cosines = np.abs(task_vectors.cosine_matrix(taus))
+    return float(jnp.mean(cosines[~np.eye(len(taus), dtype=bool)]))

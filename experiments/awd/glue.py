@@ -1,0 +1,401 @@
+"""RoBERTa with a classification head on GLUE, as AWD's language tables have it.
+
+Xiong et al. Multi-Task Model Merging via Adaptive Weight Disentanglement.
+arXiv:2411.18729: sections 7.3 and 8.3.
+
+Its models are those of Lu et al. (2024), 10 epochs with a batch of 64 at 1e-5. Here
+they are trained so, and what neither text says is this:
+
+- Everything is trained, the embeddings and a new head too, by AdamW without weight
+  decay and warm-up, clipped to norm 1, with half a cosine. There is no dropout. All
+  tasks start from the same random head; it has three outputs, of which a task uses as
+  many as it has classes. STS-B is a regression by mean squared error.
+- Encoders are merged, and every task keeps the head of its own model, also the row of
+  the pre-trained encoder.
+- A score is the mean of GLUE's official metrics: Matthews correlation for CoLA, F1 and
+  accuracy for MRPC and QQP, Pearson and Spearman correlation for STS-B, else accuracy.
+- GLUE's validation split (of MNLI the matched one) is the test part; a validation part
+  as large is taken out of the training split.
+"""
+
+import dataclasses
+import math
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from experiments import bank, runs, tiny_text
+from jaxarith import (
+    evaluate,
+    fingerprint,
+    losses,
+    processes,
+    sharding,
+    task_vectors,
+    train,
+    tree,
+)
+from jaxarith.data import glue, pipeline, text
+from jaxarith.models import bert
+
+TITLES = {  # in the order of the tables; GLUE's own folders have the same names
+    **{"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B"},
+    **{"qqp": "QQP", "qnli": "QNLI", "mnli": "MNLI", "rte": "RTE"},
+}
+MODELS = {
+    "FacebookAI/roberta-base": "RoBERTa-Base",
+    "FacebookAI/roberta-large": "RoBERTa-Large",
+}
+TINY = "tiny_roberta"
+INPUTS = ("input_ids", "attention_mask")
+METHOD = "classifier"  # the folder in the bank
+ENCODER = r"(bert|roberta)/.*"
+_OUTPUTS = 3  # of MNLI, which has the most
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(runs.Options):
+    """The options of scripts on RoBERTa with classification heads."""
+
+    bank: Path = Path("bank")
+    """Folder of task vectors, which all scripts share: what is there is not trained
+    again."""
+    models: tuple[str, ...] = tuple(MODELS)
+    """RoBERTas: folders, or ids of the Hugging Face Hub."""
+    tasks: tuple[str, ...] = tuple(TITLES)
+    """Tasks of GLUE, in order."""
+    data_dir: Path | None = None
+    """Folder of GLUE's own files, such as CoLA/train.tsv and CoLA/dev.tsv; by default
+    the tasks come from the Hugging Face Hub."""
+    epochs: int = 10
+    steps: int | None = None
+    """Optimizer steps in place of those of the epochs."""
+    batch_size: int = 64
+    learning_rate: float = 1e-5
+    max_length: int = 128
+    """Tokens of a text, to which all are padded; longer ones are cut."""
+    validation_samples: int | None = 2000
+    """The largest number of validation samples of a task, on which coefficients are
+    chosen."""
+    evaluation_batch: int = 64
+    seed: int = 0
+    smoke: bool = False
+    """Run the whole script in seconds, with a tiny RoBERTa and made-up sentences; what
+    it finds means nothing."""
+
+
+def smoke(options):
+    """The options of a smoke run, if it is one."""
+    if not options.smoke:
+        return options
+    return dataclasses.replace(
+        options,
+        models=(TINY,),
+        tasks=("mrpc", "stsb", "mnli"),
+        steps=20,
+        **dict(batch_size=8, learning_rate=1e-2, max_length=24, evaluation_batch=16),
+        **dict(mesh="data=1", save_every=0),
+    )
+
+
+class Task(NamedTuple):
+    """A task as tokens.
+
+    Attributes:
+      train: its training source.
+      parts: batches to evaluate on, of "validation" and "test".
+    """
+
+    train: list[dict]
+    parts: dict[str, list[dict]]
+
+
+class Setup(NamedTuple):
+    """A RoBERTa and the tasks.
+
+    Attributes:
+      options: of the script.
+      model: its name in the bank.
+      mesh: the devices.
+      apply_fn: `apply_fn(params, *INPUTS) -> outputs[B, 3]`.
+      params_0: its parameters, with the head that all tasks start from.
+      identity: a fingerprint of them.
+      tasks: by name.
+    """
+
+    options: Options
+    model: str
+    mesh: Mesh
+    apply_fn: Callable
+    params_0: dict
+    identity: int
+    tasks: dict[str, Task]
+
+    @property
+    def title(self) -> str:
+        """What the paper calls the model."""
+        return MODELS.get(self.model, Path(self.model).name)
+
+
+def setups(options: Options):
+    """Every model in turn, with the tasks; nothing is written before the first is here.
+
+    Raises:
+      ValueError: tasks are not there, or not what they should be; the message has all.
+      FileNotFoundError: there is no such model.
+    """
+    if unknown := [name for name in options.tasks if name not in TITLES]:
+        raise ValueError(
+            f"no tasks of GLUE: {', '.join(unknown)}; they are {', '.join(TITLES)}."
+        )
+    if len(set(options.tasks)) < max(len(options.tasks), 2):
+        raise ValueError(f"every task once, and at least two; got {options.tasks}.")
+    mesh = runs.start(options)
+    parts, problems = {}, []
+    for name in tqdm(options.tasks, desc="tasks", unit="task"):
+        try:
+            parts[name] = records(options, name)
+        # Of many kinds: `datasets` says in several that a set is not to be had.
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise ValueError("\n\n".join(problems))
+    for i, model in enumerate(options.models):
+        setup = load(options, model, mesh, parts)
+        if i == 0:
+            for names in alike(setup, list(setup.tasks)):
+                batches_of(setup, names)  # a wrong mesh shows before the folder is made
+            runs.claim(options)
+        yield setup
+
+
+def records(options: Options, name: str) -> text.TextTask:
+    """The texts and labels of a task, with a validation part."""
+    task = glue.TASKS[name]
+    if options.smoke:
+        made = [tiny_text.glue_records(task, count, count) for count in (60, 16)]
+    elif options.data_dir is None:
+        made = [glue.load(task, split) for split in ("train", "validation")]
+    else:
+        dev = "dev_matched.tsv" if name == "mnli" else "dev.tsv"
+        folder = options.data_dir / TITLES[name]
+        made = [glue.read_tsv(task, folder / file) for file in ("train.tsv", dev)]
+    return glue.protocol(task, *made, seed=options.seed)
+
+
+def load(options: Options, model: str, mesh: Mesh, parts) -> Setup:
+    with tempfile.TemporaryDirectory() as folder:
+        path = tiny_text.write_roberta(Path(folder) / TINY) if options.smoke else model
+        checkpoint = bert.load(path, head=None)
+        tokenizer = text.load_tokenizer(checkpoint.folder)
+    text.check_vocabulary(tokenizer, checkpoint.config.vocab_size)
+    config = dataclasses.replace(checkpoint.config, num_labels=_OUTPUTS)
+    params_0 = with_head(config, checkpoint.params, options.seed)
+    return Setup(
+        options=options,
+        model=model,
+        mesh=mesh,
+        apply_fn=bert.classifier(config),
+        params_0=sharding.shard(params_0, mesh),
+        identity=fingerprint.combined(params_0),
+        tasks={
+            name: tokens(options, tokenizer, own)
+            for name, own in tqdm(parts.items(), desc="tokens", unit="task")
+        },
+    )
+
+
+def with_head(config: bert.BertConfig, params: dict, seed: int) -> dict:
+    """A base with a new head, without what the head has no use for."""
+    init = jax.jit(bert.init, static_argnames=("config", "head"))
+    fresh = init(jax.random.key(seed), config=config, head="classifier")
+    base = tree.flatten(params)
+    return tree.map_with_path(lambda path, leaf: base.get(path, leaf), fresh)
+
+
+def tokens(options: Options, tokenizer, parts: text.TextTask) -> Task:
+    def source(rows):
+        found = text.encode(tokenizer, rows, options.max_length)
+        # One kind of label for all tasks, which train in one program.
+        return [{**row, "label": np.float32(row["label"])} for row in found]
+
+    held_out = parts.validation[: options.validation_samples]
+    batches = {
+        part: pipeline.evaluation_batches(source(rows), options.evaluation_batch)
+        for part, rows in (("validation", held_out), ("test", parts.test))
+    }
+    return Task(source(parts.train), batches)
+
+
+# Training.
+
+
+def recipe_of(options: Options, task: Task) -> train.TrainConfig:
+    epochs = options.epochs * math.ceil(len(task.train) / options.batch_size)
+    return train.TrainConfig(
+        steps=options.steps or epochs,
+        warmup_steps=0,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        weight_decay=0.0,
+        seed=options.seed,
+    )
+
+
+def loss(outputs, batch, constants) -> jax.Array:
+    """Cross-entropy over the classes of a task; of a regression the squared error."""
+    regression = constants["classes"] == 1
+    valid = jnp.arange(_OUTPUTS) < constants["classes"]
+    # A score is no class: in its place the one class, whose loss is zero.
+    labels = jnp.where(regression, 0, batch["label"].astype(jnp.int32))
+    scores = jnp.where(valid, outputs, -jnp.inf)
+    squared = jnp.mean((outputs[:, 0] - batch["label"]) ** 2)
+    return jnp.where(regression, squared, losses.cross_entropy(scores, labels))
+
+
+def outputs_of(name: str) -> int:
+    """How many outputs a task uses."""
+    return len(glue.TASKS[name].classes) or 1
+
+
+def vectors(setup: Setup) -> dict[str, tree.Tree]:
+    """The task vectors by task, heads included, on the host; missing ones are trained.
+
+    Raises:
+      ValueError: the bank holds a vector of another configuration.
+    """
+    found = {
+        name: bank.read(file_of(setup, name), configuration(setup, name))
+        for name in setup.tasks
+    }
+    for names in alike(setup, [name for name, tau in found.items() if tau is None]):
+        taus = sharding.to_host(fine_tuned(setup, names))
+        for name, tau in zip(names, taus, strict=True):
+            found[name] = tau
+
+        def save(names=names):
+            for name in names:
+                file = file_of(setup, name)
+                bank.write(file, found[name], configuration(setup, name), {})
+
+        processes.on_first(save)
+        runs.remove_checkpoints(setup.options, checkpoints(setup, names))
+    return found
+
+
+def alike(setup: Setup, names: Sequence[str]) -> list[list[str]]:
+    """Tasks of one recipe, with as many steps, which train side by side."""
+    groups: dict = {}
+    for name in names:
+        recipe = recipe_of(setup.options, setup.tasks[name])
+        groups.setdefault(recipe, []).append(name)
+    return list(groups.values())
+
+
+def fine_tuned(setup: Setup, names: Sequence[str]) -> list[tree.Tree]:
+    options = setup.options
+    tqdm.write(f"{setup.model}, {METHOD}: {', '.join(names)}", file=sys.stderr)
+    folder = checkpoints(setup, names)
+    return train.fine_tune(
+        setup.apply_fn,
+        setup.params_0,
+        loss,
+        batches_of(setup, names),
+        recipe_of(options, setup.tasks[names[0]]),
+        names=names,
+        constants={"classes": np.array([outputs_of(n) for n in names], np.int32)},
+        inputs=INPUTS,
+        log=options.out / f"train_{folder.name}.jsonl",
+        mesh=setup.mesh,
+        checkpoints=folder if options.save_every else None,
+        save_every=options.save_every,
+    )
+
+
+def batches_of(setup: Setup, names: Sequence[str]) -> Sequence[dict]:
+    # Of a task's own name, so that its samples do not depend on who trains beside it.
+    seeds = [zlib.crc32(name.encode()) + setup.options.seed for name in names]
+    return train.task_batches(
+        [setup.tasks[name].train for name in names],
+        recipe_of(setup.options, setup.tasks[names[0]]),
+        inputs=INPUTS,
+        mesh=setup.mesh,
+        seeds=seeds,
+    )
+
+
+def configuration(setup: Setup, name: str) -> dict:
+    """What a vector depends on, as plain data."""
+    return {
+        "method": METHOD,
+        "recipe": bank.plain_recipe(recipe_of(setup.options, setup.tasks[name])),
+        "samples": bank.checksum(setup.tasks[name].train),
+        "params_0": setup.identity,
+    }
+
+
+def file_of(setup: Setup, name: str) -> Path:
+    return bank.vector_file(setup.options.bank, setup.model, METHOD, name)
+
+
+def checkpoints(setup: Setup, names: Sequence[str]) -> Path:
+    place = f"{setup.title}_{METHOD}_{'-'.join(names)}"
+    return runs.checkpoints(setup.options) / place
+
+
+# Scores.
+
+
+def encoders(taus: dict[str, tree.Tree]) -> list[tree.Tree]:
+    """The parts of the task vectors that are merged."""
+    return [tree.select(tau, ENCODER) for tau in taus.values()]
+
+
+def scores_at(
+    setup: Setup, taus: dict[str, tree.Tree], added: Sequence[tree.Tree], split: str
+) -> Callable[[float], list[float]]:
+    """The scores on all tasks as a function of a coefficient.
+
+    Args:
+      taus: the task vectors, of which each task takes its head as it is.
+      added: for every task the vector of encoders that the coefficient scales.
+      split: "validation" or "test".
+    """
+    outputs = []
+    for (name, tau), vector in zip(taus.items(), added, strict=True):
+        paths = [path for path in tree.flatten(tau) if path not in encoder_paths(tau)]
+        own = task_vectors.apply(setup.params_0, tree.restrict(tau, paths))
+        batches = setup.tasks[name].parts[split]
+        model = setup.apply_fn, own, [vector], batches, INPUTS
+        outputs.append(evaluate.forward(*model, mesh=setup.mesh))
+
+    def at(coef):
+        return [
+            score(name, at_coefs([coef]), setup.tasks[name].parts[split])
+            for name, at_coefs in zip(taus, outputs, strict=True)
+        ]
+
+    return at
+
+
+def encoder_paths(tau: tree.Tree) -> set[str]:
+    return set(tree.flatten(tree.select(tau, ENCODER)))
+
+
+def score(name: str, outputs: np.ndarray, batches: list[dict]) -> float:
+    """The mean of the official metrics of a task, of outputs `[N, 3]`."""
+    labels = evaluate.labels(batches)
+    count = outputs_of(name)
+    if count == 1:
+        return glue.score(glue.TASKS[name], outputs[:, 0], labels)
+    predictions = outputs[:, :count].argmax(-1)
+    return glue.score(glue.TASKS[name], predictions, labels.astype(int))

@@ -1,0 +1,93 @@
+"""Table 16 (S2): whether vectors are alike by their task or by the form of the prompt.
+
+Zeng et al. Efficient Model Editing with Task Vector Bases: A Theoretical Framework and
+Scalable Approach. arXiv:2502.01015: Appendix D.4.
+
+    python -m experiments.bases.table16_prompt_robustness --data-dir DATA
+    python -m experiments.bases.table16_prompt_robustness --smoke --out runs/smoke
+
+SST-2, whose prompt has one sentence, is trained with a prompt of two, its sentence
+before and after the mask: "[S1] It was [MASK]. [S1]". CR and MNLI have their own, of
+one sentence and of two. `prompted` beside the folders says how RoBERTa-base is
+fine-tuned; the vectors of CR and MNLI are those of the other scripts.
+
+Data: GLUE from the Hugging Face Hub; CR as a file of LM-BFF's datasets.tar, unpacked in
+DATA; or any files, see --help.
+
+Published, cosines:
+
+    MNLI, SST-2 adversarial   0.0075
+    MNLI, CR                  0.0080
+    CR, SST-2 adversarial     0.0627
+
+The row of SST-2 with its own prompt is ours. The paper's text prints the template with
+a full stop after the second sentence, which may end its own; there is none here.
+
+Not run at full scale yet.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+
+from experiments import prompted, tables
+from jaxarith import task_vectors
+
+TEMPLATE = "{text} It was {mask}. {text}"
+PUBLISHED = {
+    ("MNLI", "SST2Adv"): [0.0075],
+    ("MNLI", "CR"): [0.0080],
+    ("CR", "SST2Adv"): [0.0627],
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(prompted.Options):
+    """Table 16 (S2): cosines of task vectors, one of them of an adversarial prompt."""
+
+    out: Path = Path("runs/bases/table16")
+    """Folder for report.json, report.md and the logs of training."""
+    tasks: tuple[str, ...] = ("MNLI", "CR", "SST2")
+    """A task of two sentences, one of one sentence, and the one of which the prompt is
+    changed: names of the paper's list (Appendix D.3), or files, NAME=FILE."""
+
+
+def main(config: Config) -> dict:
+    """Runs everything; returns what `report.json` holds."""
+    config = prompted.smoke(config, ("QNLI", "CR", "SST2"))
+    if len(config.tasks) != 3:
+        raise ValueError(f"three tasks are compared; --tasks names {config.tasks}.")
+    last = config.tasks[2]
+    adversarial = f"{last.partition('=')[0]}Adv"
+    setup = prompted.load(config, changed={adversarial: (last, TEMPLATE)})
+    taus = prompted.vectors(setup)
+    cosines = np.asarray(task_vectors.cosine_matrix(taus), float)
+    pairs, one, changed, _ = setup.names
+    index = {name: i for i, name in enumerate(setup.names)}
+    rows = [
+        {"first": a, "second": b, "cosine": float(cosines[index[a], index[b]])}
+        for a, b in (
+            (pairs, adversarial),
+            (pairs, one),
+            (one, adversarial),
+            (pairs, changed),
+            (one, changed),
+            (changed, adversarial),
+        )
+    ]
+    results = {"tasks": setup.names, "cosines": cosines.tolist(), "rows": rows}
+    beside = tables.beside(rows, PUBLISHED, keys=["first", "second"], values=["cosine"])
+    captions = {"Cosines of task vectors.": tables.markdown(beside, digits=4)}
+    note = f"{adversarial} is {changed} with the prompt “{TEMPLATE}”."
+    title = "Prompts and task vectors (bases, Table 16)"
+    tables.write(config.out, title, captions, results, note)
+    return results
+
+
+if __name__ == "__main__":
+    # Full float32 on accelerators too: a task vector is a small difference.
+    with jax.default_matmul_precision("float32"):
+        main(tyro.cli(Config))

@@ -1,0 +1,407 @@
+"""Tables 8 and 15 (S2): twelve language tasks merged, by masks and without.
+
+Zeng et al. Efficient Model Editing with Task Vector Bases: A Theoretical Framework and
+Scalable Approach. arXiv:2502.01015: section 6.4.2, Table 8; Appendix D.1, Table 15.
+
+    python -m experiments.bases.table8_twelve_tasks --data-dir DATA
+    python -m experiments.bases.table8_twelve_tasks --smoke --out runs/smoke
+
+Data: GLUE, SNLI and TREC from the Hugging Face Hub; SUBJ, CR, MPQA and MR as files of
+LM-BFF's datasets.tar, unpacked in DATA; or any files, see --help. `prompted` beside the
+folders says how RoBERTa-base is fine-tuned.
+
+Published, means over the tasks (accuracy; F1 of MRPC and QQP), and of Table 8 masks,
+non-zero entries of a mask in percent, and gigabytes:
+
+    Task Arithmetic      67.5   12   100    3.90
+    TIES                 62.1
+    Fisher merging       69.0
+    RegMean              73.9
+    AdaMerging           63.7
+    Consensus TA         71.5
+    Consensus TIES       69.5
+    Localize-and-Stitch  75.9   12   10.9   0.42
+    Mask Sharing         74.1    4   11.6   0.15
+    Stitch Twice         76.4   12   7.93   0.31
+
+All but the last two rows are those of He et al. (2024), whose models are others: their
+code trains by other options, and on other draws of samples.
+
+What the paper leaves open, and what we take:
+
+- Coefficients of the methods that have one are searched in 0.1, 0.2, …, 1 by the mean
+  score on validation samples. Fisher, RegMean and AdaMerging look at texts without
+  labels, of the validation part and AdaMerging of the test part.
+- Masks are learned from the training samples by He et al.'s code: 10 steps at 1e7 from
+  the 1e-5 of the entries with the largest magnitudes, where the regulariser holds every
+  entry on its side (`--regularizer`), with its weight for language.
+- The clusters are those of the whole task vectors' cosines, four as in the paper; the
+  text can be read as those of the masked vectors too. --clusters 0 takes as many as the
+  eigengap says.
+- Storage is masks x density x 4 bytes x trained parameters. Of RoBERTa-base these are
+  85.1 million, so 0.34 GB a model; the paper's 3.90 / 12 is 0.325.
+
+Not run at full scale yet.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from experiments import prompted, study_merges, tables
+from jaxarith import (
+    evaluate,
+    heads,
+    losses,
+    merge,
+    sharding,
+    task_vectors,
+    tree,
+)
+from jaxarith.data import pipeline
+from jaxarith.merge.bases import cluster
+from jaxarith.merge.stitch_twice import stitched_masks
+from jaxarith.models import bert
+
+TASKS = {  # names of the list, and what the paper's table calls them
+    **{"SST2": "SST-2", "CR": "CR", "MR": "MR", "MPQA": "MPQA", "TREC": "TREC"},
+    **{"SUBJ": "SUBJ", "QNLI": "QNLI", "SNLI": "SNLI", "MNLI": "MNLI", "RTE": "RTE"},
+    **{"MRPC": "MRPC", "QQP": "QQP"},
+}
+# He et al. report F1 where GLUE does.
+MEASURES = {"MRPC": prompted.f1_of("similar"), "QQP": prompted.f1_of("duplicate")}
+PUBLISHED = {
+    "Task Arithmetic": [88.5, 88.2, 80.3, 82.9, 32.0, 61.0]
+    + [62.0, 56.1, 49.5, 65.6, 82.8, 62.3, 67.5],
+    "TIES": [88.6, 88.0, 85.2, 83.5, 22.6, 48.2]
+    + [54.8, 35.9, 39.7, 59.4, 79.4, 60.3, 62.1],
+    "Fisher merging": [90.0, 89.8, 83.7, 75.8, 26.0, 54.6]
+    + [54.2, 72.5, 65.2, 65.6, 83.3, 67.7, 69.0],
+    "RegMean": [89.7, 89.7, 84.7, 82.6, 73.0, 79.1]
+    + [55.9, 68.3, 56.8, 63.8, 79.4, 64.2, 73.9],
+    "AdaMerging": [85.0, 86.1, 77.8, 81.5, 23.0, 59.5]
+    + [61.2, 54.1, 40.4, 54.7, 82.2, 58.8, 63.7],
+    "Consensus TA": [89.2, 89.4, 86.6, 88.2, 37.6, 59.6]
+    + [71.4, 66.5, 52.0, 63.0, 88.1, 66.4, 71.5],
+    "Consensus TIES": [89.8, 89.3, 84.7, 86.2, 31.4, 63.1]
+    + [68.9, 60.4, 46.1, 63.0, 86.2, 64.4, 69.5],
+    "Localize-and-Stitch": [89.6, 89.6, 84.9, 82.8, 78.2, 82.0]
+    + [73.4, 62.1, 58.0, 63.3, 82.0, 65.1, 75.9],
+    "Mask Sharing": [90.4, 89.4, 84.8, 76.4, 89.4, 90.9]
+    + [53.0, 58.2, 51.9, 59.2, 77.7, 67.3, 74.1],
+    "Stitch Twice": [88.3, 88.5, 83.5, 78.5, 78.6, 85.1]
+    + [54.3, 74.1, 62.8, 67.5, 81.4, 74.2, 76.4],
+}
+PUBLISHED_STORAGE = {  # masks, density in percent, GB
+    "Task Arithmetic": [12, 100.0, 3.90],
+    "Localize-and-Stitch": [12, 10.9, 0.42],
+    "Mask Sharing": [4, 11.6, 0.15],
+    "Stitch Twice": [12, 7.93, 0.31],
+}
+STORAGE = ("masks", "density, %", "GB")
+COEFS = np.linspace(0.1, 1, 10)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(prompted.Options):
+    """Tables 8 and 15 (S2): merge twelve language tasks, by masks and without."""
+
+    out: Path = Path("runs/bases/table8")
+    """Folder for report.json, report.md and the logs of training."""
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """The tasks, in order: names of the paper's list (Appendix D.3), or files with
+    labelled texts, NAME=FILE, NAME=TRAIN,TEST or NAME=TRAIN,VALIDATION,TEST."""
+    clusters: int = 4
+    """Of the task vectors; 0 takes the number from the eigengap."""
+    mask_epochs: int = 10
+    """Steps in which a mask is learned."""
+    mask_density: float = 1e-5
+    """The share of the entries that it starts from."""
+    mask_l1: float = 1e-6
+    """Weight of its regulariser: times the learning rate of 1e7 the 10 of He et al.'s
+    code for language."""
+    regularizer: Literal["official", "paper"] = "official"
+    """Whether it holds entries on their side, as that code has it, or pulls them out of
+    the mask, as the paper of He et al. prints it."""
+
+
+def main(config: Config) -> dict:
+    """Runs everything; returns what `report.json` holds."""
+    config = prompted.smoke(config)
+    if config.smoke:
+        clusters = min(config.clusters, 2)
+        small = dict(clusters=clusters, mask_epochs=2, mask_density=0.2)
+        config = dataclasses.replace(config, **small)
+    if not 0 <= config.clusters <= len(config.tasks):
+        raise ValueError(
+            f"--clusters {config.clusters} of {len(config.tasks)} tasks; 0 takes the "
+            "number from the eigengap."
+        )
+    setup = prompted.load(config)
+    taus = prompted.vectors(setup)
+    # The merges run on one device, whatever the mesh.
+    setup = setup._replace(params_0=sharding.to_host(setup.params_0))
+    single = [
+        prompted.score(
+            *(setup, task, task_vectors.apply(setup.params_0, tau), "test"),
+            MEASURES.get(task.name, prompted.accuracy),
+        )
+        for task, tau in zip(setup.tasks, taus, strict=True)
+    ]
+    rows = [
+        row(setup, "Pre-trained", prompted.scores(setup, setup.params_0, *on("test"))),
+        row(setup, "Individual", single),
+    ]
+    for name, vector in searched(setup, taus).items():
+        coef = search(setup, vector)
+        edited = task_vectors.apply(setup.params_0, vector, coef)
+        found = prompted.scores(setup, edited, *on("test"))
+        rows.append(row(setup, name, found, coefficient=coef))
+    for name, edited in fitted(setup, taus).items():
+        rows.append(row(setup, name, prompted.scores(setup, edited, *on("test"))))
+    own = learned_masks(setup, taus, config)
+    groups = cluster(task_vectors.cosine_matrix(taus), config.clusters or None)
+    for name, (edited, stored) in by_masks(setup, taus, own, groups).items():
+        found = prompted.scores(setup, edited, *on("test"))
+        rows.append(row(setup, name, found, **storage(stored, taus)))
+    whole = {"masks": len(taus), "density, %": 100.0}
+    for line in rows:
+        if line["method"] == "Task Arithmetic":
+            line |= whole | {"GB": len(taus) * gigabytes(taus)}
+    order = ["Pre-trained", "Individual", *PUBLISHED]
+    rows = sorted(rows, key=lambda line: order.index(line["method"]))
+    named = [[setup.names[i] for i in members] for members in groups]
+    results = {"rows": rows, "clusters": named}
+    write(setup, results)
+    return results
+
+
+def on(split: str) -> tuple[str, dict]:
+    """A part of the tasks, and their scores."""
+    return split, MEASURES
+
+
+def titles(setup: prompted.Setup) -> list[str]:
+    """What the paper calls the tasks."""
+    return [TASKS.get(name, name) for name in setup.names]
+
+
+def row(setup: prompted.Setup, method: str, found: Sequence[float], **more) -> dict:
+    """A plain row: the scores of all tasks in percent, and their mean."""
+    named = zip(titles(setup), found, strict=True)
+    values = {name: 100 * float(value) for name, value in named}
+    return {"method": method, **values, "Avg.": 100 * float(np.mean(found)), **more}
+
+
+# Merges without masks.
+
+
+def searched(setup: prompted.Setup, taus: Sequence[tree.Tree]) -> dict[str, tree.Tree]:
+    """Merged vectors whose coefficient is searched."""
+    params_0 = setup.params_0
+    merged = {
+        "TIES": merge.ties(params_0, taus, coef=1.0),
+        "Consensus TA": merge.consensus(params_0, taus, coef=1.0),
+        "Consensus TIES": merge.consensus(params_0, taus, coef=1.0, of="ties"),
+    }
+    vectors = {
+        name: tree.restrict(task_vectors.difference(edited, params_0), paths(taus))
+        for name, edited in merged.items()
+    }
+    return {"Task Arithmetic": task_vectors.add(taus), **vectors}
+
+
+def paths(taus: Sequence[tree.Tree]) -> list[str]:
+    return list(tree.flatten(taus[0]))
+
+
+def search(setup: prompted.Setup, vector: tree.Tree) -> float:
+    """The coefficient with the best mean score on validation samples."""
+
+    coefs = COEFS[::5] if setup.options.smoke else COEFS
+    with tqdm(total=len(coefs), desc="coefficients") as progress:
+
+        def scores_at(coef):
+            edited = task_vectors.apply(setup.params_0, vector, coef)
+            progress.update()
+            return prompted.scores(setup, edited, *on("validation"))
+
+        return evaluate.search(scores_at, np.ones(len(setup.tasks)), coefs).coef
+
+
+def fitted(setup: prompted.Setup, taus: Sequence[tree.Tree]) -> dict[str, tree.Tree]:
+    """Merged models of the methods that look at texts without labels."""
+    padded = heads.pad([task.head for task in setup.tasks])
+    # Heads are inputs, padded to one shape, so that all tasks share one compilation.
+    own = [jax.tree.map(lambda x, i=i: x[i], padded) for i in range(len(taus))]
+
+    def logits_of(params, *inputs):
+        features = setup.apply_fn(params["encoder"], *inputs)
+        head = params["head"]
+        return heads.affine_logits(head["head"], features, head["valid"])
+
+    def logits_of_batch(params, batch):
+        inputs = (batch[name] for name in prompted.INPUTS)
+        return logits_of({"encoder": params, "head": batch["head"]}, *inputs)
+
+    samples = [task.validation.batches for task in setup.tasks]
+    texts = [
+        [
+            part | {"head": head}
+            for part in study_merges.sixteens(task.test.batches, prompted.INPUTS)
+        ]
+        for task, head in zip(setup.tasks, own, strict=True)
+    ]
+    return {
+        "Fisher merging": study_merges.fisher(
+            *(logits_of, setup.params_0, taus, own, samples),
+            key=jax.random.key(setup.options.seed),
+            inputs=prompted.INPUTS,
+        ),
+        "RegMean": study_merges.regmean(
+            *(setup.apply_fn, setup.params_0, taus, samples),
+            inputs=prompted.INPUTS,
+            token_mask="attention_mask",
+            select=bert.BLOCK_LINEAR_WEIGHTS,
+        ),
+        "AdaMerging": merge.adamerging(
+            *(setup.params_0, taus, [logits_of_batch] * len(taus), texts),
+            steps=2 if setup.options.smoke else 500,
+        ).params,
+    }
+
+
+# Merges by masks.
+
+
+def learned_masks(
+    setup: prompted.Setup, taus: Sequence[tree.Tree], config: Config
+) -> list[tree.Tree]:
+    """The mask of every task, from its training samples."""
+    padded = heads.pad([task.head for task in setup.tasks])
+
+    def loss(params, batch):
+        inputs = (batch[name] for name in prompted.INPUTS)
+        features = setup.apply_fn(params, *inputs)
+        scores = heads.affine_logits(batch["head"], features, batch["valid"])
+        return losses.cross_entropy(scores, batch["label"], batch["mask"])
+
+    found = []
+    progress = tqdm(setup.tasks, desc="masks", unit="task")
+    for i, (task, tau) in enumerate(zip(progress, taus, strict=True)):
+        head = {name: leaf[i] for name, leaf in padded.items()}
+        # Of 8 texts, as the code of He et al. has them for language.
+        batches = pipeline.evaluation_batches(task.train, 8)
+        mask = merge.localize(
+            *(loss, setup.params_0, tau, [batch | head for batch in batches]),
+            density=config.mask_density,
+            epochs=config.mask_epochs,
+            l1=config.mask_l1,
+            regularizer=config.regularizer,
+        )
+        found.append(jax.device_get(mask))
+    return found
+
+
+def by_masks(
+    setup: prompted.Setup,
+    taus: Sequence[tree.Tree],
+    own: Sequence[tree.Tree],
+    groups: Sequence[Sequence[int]],
+) -> dict[str, tuple[tree.Tree, list[tree.Tree]]]:
+    """Merged models, and the masks that each of them needs."""
+    shared = merge.mask_sharing(own, groups)
+    stitch = merge.localize_and_stitch
+    return {
+        "Localize-and-Stitch": (stitch(setup.params_0, taus, masks=own), list(own)),
+        "Mask Sharing": (
+            stitch(setup.params_0, taus, masks=shared),
+            [shared[members[0]] for members in groups],
+        ),
+        "Stitch Twice": (
+            merge.stitch_twice(setup.params_0, taus, masks=own, clusters=groups),
+            stitched_masks(own, groups),
+        ),
+    }
+
+
+def storage(masks: Sequence[tree.Tree], taus: Sequence[tree.Tree]) -> dict:
+    """How many masks there are, their mean density in percent, and what both take."""
+    density = float(np.mean([share(mask) for mask in masks]))
+    taken = len(masks) * density * gigabytes(taus)
+    return {"masks": len(masks), "density, %": 100 * density, "GB": taken}
+
+
+def share(mask: tree.Tree) -> float:
+    """The share of a mask's entries that are True."""
+    leaves = list(tree.flatten(mask).values())
+    return sum(int(np.sum(x)) for x in leaves) / sum(np.size(x) for x in leaves)
+
+
+def gigabytes(taus: Sequence[tree.Tree]) -> float:
+    """What the trained parameters of one model take in float32."""
+    return 4e-9 * tree.size(taus[0])
+
+
+def published(setup: prompted.Setup, columns: Sequence[str]) -> Mapping[str, list]:
+    """The paper's values of some columns; None of tasks that it has not."""
+    known = [*TASKS.values(), "Avg."]
+    whole = setup.names == list(TASKS)  # of other tasks its mean says nothing
+    return {
+        method: [
+            values[known.index(name)]
+            if name in known and (whole or name != "Avg.")
+            else None
+            for name in columns
+        ]
+        for method, values in PUBLISHED.items()
+    }
+
+
+def write(setup: prompted.Setup, results: dict):
+    columns = [*titles(setup), "Avg."]
+    half = -(-len(columns) // 2)
+
+    def table(chosen):
+        theirs = published(setup, chosen)
+        beside = tables.beside(
+            results["rows"], theirs, keys=["method"], values=list(chosen)
+        )
+        return tables.markdown(beside)
+
+    stored = [line for line in results["rows"] if "masks" in line]
+    both = tables.beside(
+        stored, PUBLISHED_STORAGE, keys=["method"], values=list(STORAGE)
+    )
+    captions = {
+        "Table 15: accuracy, of MRPC and QQP F1, in percent.": table(columns[:half]),
+        "The other columns.": table(columns[half:]),
+        "Table 8: what has to be kept.": tables.markdown(both, digits=3),
+    }
+    clusters = "; ".join(", ".join(members) for members in results["clusters"])
+    note = (
+        f"Clusters: {clusters}. GB: masks x density x {gigabytes_text(setup)} GB of "
+        "trained parameters in float32. The rows of the paper but the last two are "
+        "those of He et al. (2024)."
+    )
+    tables.write(
+        *(setup.options.out, "Twelve language tasks (bases, Tables 8 and 15)"),
+        *(captions, results, note),
+    )
+
+
+def gigabytes_text(setup: prompted.Setup) -> str:
+    """The size of the trained parameters as the report prints it."""
+    return f"{gigabytes([tree.select(setup.params_0, bert.BLOCKS)]):.3g}"
+
+
+if __name__ == "__main__":
+    # Full float32 on accelerators too: a task vector is a small difference.
+    with jax.default_matmul_precision("float32"):
+        main(tyro.cli(Config))

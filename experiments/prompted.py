@@ -1,0 +1,593 @@
+"""What the scripts on prompted RoBERTa share: options, tasks, task vectors, scores.
+
+A task is a template that asks for one word and a label word of every class, as in Gao
+et al. (2021), and Zeng et al. (2025, Appendix D.2) fine-tune on 64 samples per class:
+10 epochs of AdamW at 2e-5 with a batch of 4; the masked-LM head and the embeddings stay
+fixed, so a task vector has the blocks of the encoder alone.
+
+The paper and the code of its authors decide what is not in our options:
+
+- No weight decay and no warm-up, and gradients clipped to norm 1, as their code has by
+  default. The learning rate falls in a line there, and as half a cosine here. Their
+  code takes 1024 steps per class, 64 epochs; the paper's 10 epochs are 160.
+- A class with too few samples repeats them. A part for choosing coefficients, as large
+  as the training part, is drawn from what is left of the training split, as Gao et al.
+  do; of a class with few samples it has a quarter. The paper does not mention one.
+- The paper adds label words that the tokenizer lacks, with new rows in the frozen
+  embeddings; its code looks words up without the blank before them, and so adds many.
+  Here the row of a word of several tokens is the mean of theirs.
+- Texts are padded to the longest of their task, to 32, 64, 128, 256 or 512 tokens:
+  padding changes nothing. There is no dropout.
+
+A smoke run takes a tiny RoBERTa and made-up sentences.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from experiments import bank, runs, text_study, tiny_text
+from jaxarith import (
+    evaluate,
+    fingerprint,
+    heads,
+    losses,
+    metrics,
+    processes,
+    sharding,
+    train,
+    tree,
+)
+from jaxarith.data import pipeline, prompt_sources, prompts, splits, text
+from jaxarith.models import bert
+
+INPUTS = ("input_ids", "attention_mask")
+METHOD = "prompted"  # the folder in the bank
+SMOKE = ("SST2", "CR", "QNLI", "MRPC")
+_LENGTHS = (32, 64, 128, 256)  # and --max-length
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(runs.Options):
+    """The options of all scripts on prompted RoBERTa."""
+
+    bank: Path = Path("bank")
+    """Folder of task vectors, which all scripts share: what is there is not trained
+    again."""
+    model: str = "FacebookAI/roberta-base"
+    """A RoBERTa or BERT with a masked-LM head: a folder, or an id of the Hugging Face
+    Hub."""
+    tasks: tuple[str, ...] = ()
+    """The tasks, in order: names of the paper's list (Appendix D.3), or files with
+    labelled texts, NAME=FILE, NAME=TRAIN,TEST or NAME=TRAIN,VALIDATION,TEST. A file of
+    a task of the list takes its prompt. Columns are label and text, text_pair as
+    experiments.text_study reads them; in .jsonl any fields of the template."""
+    prompt: tuple[str, ...] = ()
+    """Prompts of tasks that are files, each NAME=TEMPLATE|CLASS:WORD,CLASS:WORD with
+    {mask} and fields such as {text} in the template."""
+    data_dir: Path | None = None
+    """Folder in which LM-BFF's datasets.tar was unpacked, for SUBJ, CR, MPQA and MR."""
+    shots: int = 64
+    """Training samples of each class."""
+    epochs: int = 10
+    steps: int | None = None
+    """Optimizer steps in place of those of the epochs."""
+    batch_size: int = 4
+    learning_rate: float = 2e-5
+    max_length: int = 512
+    """Tokens of a text; of longer ones the fields lose their ends."""
+    samples: int | None = None
+    """The largest number of test samples of a task, drawn at random; all by default."""
+    evaluation_batch: int = 64
+    tasks_together: int = 4
+    """How many tasks of one length and one number of steps train side by side, for each
+    of which the devices hold three times the parameters of the blocks."""
+    seed: int = 0
+    smoke: bool = False
+    """Run the whole script in seconds, with a tiny RoBERTa and made-up sentences; what
+    it finds means nothing."""
+
+
+def smoke(options, tasks: Sequence[str] = SMOKE):
+    """The options of a smoke run, if it is one."""
+    if not options.smoke:
+        return options
+    return dataclasses.replace(
+        options,
+        model="tiny_roberta",
+        tasks=tuple(tasks),
+        prompt=(),
+        steps=4,
+        **dict(shots=8, batch_size=8, learning_rate=1e-2, max_length=32),
+        **dict(evaluation_batch=16, mesh="data=1", save_every=0),
+    )
+
+
+class Part(NamedTuple):
+    """One part of a task: batches to evaluate on, and the labels."""
+
+    batches: list[dict]
+    labels: np.ndarray
+
+
+class Task(NamedTuple):
+    """A task as tokens.
+
+    Attributes:
+      name: in the bank.
+      classes: their names, in the order of their numbers.
+      train: the training source.
+      validation, test: the other parts.
+      head: of its label words, for `heads.affine_logits`.
+      majority: the accuracy on the test part of the class that most training samples,
+        before the few were drawn, have.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: list[dict]
+    validation: Part
+    test: Part
+    head: np.ndarray
+    majority: float
+
+    @property
+    def length(self) -> int:
+        """The tokens that its texts are padded to."""
+        return len(self.train[0]["input_ids"])
+
+
+class Setup(NamedTuple):
+    """A masked language model and the tasks.
+
+    Attributes:
+      options: of the script.
+      mesh: the devices.
+      apply_fn: `apply_fn(params, *INPUTS) -> features[B, D]`.
+      params_0: its parameters.
+      identity: a fingerprint of them.
+      tasks: the tasks.
+    """
+
+    options: Options
+    mesh: Mesh
+    apply_fn: Any
+    params_0: dict
+    identity: int
+    tasks: list[Task]
+
+    @property
+    def names(self) -> list[str]:
+        return [task.name for task in self.tasks]
+
+
+class Texts(NamedTuple):
+    """A task as texts.
+
+    Attributes:
+      name: of the task.
+      prompt: its template and words.
+      train: the training split.
+      test: the test split.
+    """
+
+    name: str
+    prompt: prompts.Prompt
+    train: prompt_sources.Rows
+    test: prompt_sources.Rows
+
+
+# Loading.
+
+
+def load(
+    options: Options, *, changed: dict[str, tuple[str, str]] | None = None
+) -> Setup:
+    """Loads the tasks and the model, and claims the output folder.
+
+    Args:
+      options: of the script, as `smoke` returns them.
+      changed: by a new name, one of the tasks and a template in place of its own; such
+        tasks come last.
+
+    Raises:
+      ValueError: tasks are not there, or not what they should be; the message has all.
+      FileNotFoundError: there is no such model.
+    """
+    mesh = runs.start(options)
+    found = texts(options)
+    for name, (spec, template) in (changed or {}).items():
+        task = found[options.tasks.index(spec)]
+        prompt = prompts.Prompt(template, task.prompt.words)
+        found.append(task._replace(name=name, prompt=prompt))
+    model, tokenizer = masked_lm(options, found)
+    least = tokenizer.num_special_tokens_to_add() + 2
+    if not least <= options.max_length <= model.config.max_length:
+        raise ValueError(
+            f"--max-length {options.max_length}: it must be {least} at least, and the "
+            f"model has positions for {model.config.max_length} tokens."
+        )
+    output = sharding.to_host(bert.output_words(model.config, model.params))
+    progress = tqdm(found, desc="tokens", unit="task")
+    setup = Setup(
+        options=options,
+        mesh=mesh,
+        apply_fn=bert.mask_encoder(model.config, tokenizer.mask_token_id),
+        params_0=sharding.shard(model.params, mesh),
+        identity=fingerprint.combined(model.params),
+        tasks=[tokens(options, task, tokenizer, output) for task in progress],
+    )
+    for group in groups(setup, range(len(setup.tasks))):
+        # A wrong mesh shows before the folder is made.
+        batches_of(setup, [setup.tasks[i] for i in group])
+    runs.claim(options)
+    return setup
+
+
+def texts(options: Options) -> list[Texts]:
+    """The tasks as texts; what is wrong with any of them is one error.
+
+    The prompt of an option goes before that of the list.
+    """
+    names = [spec.partition("=")[0] for spec in options.tasks]
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"every task once, and at least one; got {options.tasks}.")
+    given = dict(map(text_study.read_prompt, options.prompt))
+    if unknown := [name for name in given if name not in names]:
+        raise ValueError(f"--prompt for {', '.join(unknown)}, which is no --tasks.")
+    found, problems = [], []
+    for spec in tqdm(options.tasks, desc="tasks", unit="task"):
+        try:
+            found.append(read(spec, given, options))
+        # Of many kinds: `datasets` says in several that a set is not to be had.
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            problems.append(f"{spec}: {error}")
+    if problems:  # all at once: one may take hours to mend
+        raise ValueError("\n\n".join(problems))
+    return found
+
+
+def read(spec: str, given: dict[str, prompts.Prompt], options: Options) -> Texts:
+    """A task by its name, or by `NAME=FILE`."""
+    name, equals, _ = spec.partition("=")
+    source = prompt_sources.sources().get(name)
+    prompt = given.get(name) or (source and source.prompt) or prompts.TASKS.get(name)
+    if prompt is None:
+        raise ValueError("it is no task of the list; give its file and its --prompt.")
+    if options.smoke:
+        pool, test = (made_up(prompt, count) for count in (40, 16))
+        return Texts(name, prompt, pool, test)
+    if equals:
+        return Texts(name, prompt, *file_parts(spec, prompt))
+    if source is None:
+        raise ValueError("no dataset of it is known; give its file, NAME=FILE.")
+    parts = [
+        prompt_sources.load(source, part, options.data_dir)
+        for part in ("train", "test")
+    ]
+    return Texts(name, prompt, *parts)
+
+
+def made_up(prompt: prompts.Prompt, count: int) -> prompt_sources.Rows:
+    records = tiny_text.prompt_records(prompt, count, count)
+    return prompt_sources.Rows([r["label"] for r in records], records.__getitem__)
+
+
+def file_parts(spec: str, prompt: prompts.Prompt) -> list[prompt_sources.Rows]:
+    """The training and the test part of a task that is files."""
+    name, paths = text_study.task_files(spec)
+    first, *others = [records(path, prompt.fields) for path in paths]
+    # A validation file's samples are those of the pool of which few are drawn.
+    pool = first + (others[0] if len(others) == 2 else [])
+    task = text.task(name, pool, pool[:1], others[-1] if others else None)
+    prompt.label_words(task.classes)  # an error where a class has no word
+
+    def rows(part):
+        labels = [task.classes[record["label"]] for record in part]
+        return prompt_sources.Rows(labels, list(part).__getitem__)
+
+    return [rows(task.train), rows(task.test)]
+
+
+def records(file: Path, fields: Iterable[str]) -> list[text.Record]:
+    """The records of a file; of JSON lines with all the fields of a template."""
+    if set(fields) <= {"text", "text_pair"} or file.suffix != ".jsonl":
+        return text.read(file)
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file.")
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines() if line]
+    for number, row in enumerate(rows, 1):
+        if missing := [name for name in (*fields, "label") if name not in row]:
+            raise ValueError(f"{file}, line {number} has no {', '.join(missing)}.")
+    return [{name: str(row[name]) for name in (*fields, "label")} for row in rows]
+
+
+def masked_lm(options: Options, found: Sequence[Texts]):
+    """The model and its tokenizer; of a smoke run tiny ones that know the words."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = options.model
+        if options.smoke:
+            known = prompt_sources.sources()
+            words = {w for name in known for w in known[name].prompt.words.values()}
+            tiny_words = sorted(w for w in words if w.isalpha() and len(w) < 9)
+            model = tiny_text.write_roberta(Path(folder) / model, tiny_words)
+        checkpoint = bert.load(model, head="masked_lm")
+        tokenizer = text.load_tokenizer(checkpoint.folder)
+    text.check_vocabulary(tokenizer, checkpoint.config.vocab_size)
+    if tokenizer.mask_token is None:
+        raise ValueError(f"{options.model} has no mask token; prompts need one.")
+    return checkpoint, tokenizer
+
+
+def tokens(options: Options, task: Texts, tokenizer, output) -> Task:
+    """A task as tokens, with the head of its label words."""
+    classes = tuple(c for c in task.prompt.words if c in set(task.train.labels))
+    if len(classes) < 2:
+        raise ValueError(f"{task.name}: {len(classes)} classes in its training part.")
+    numbers = {name: i for i, name in enumerate(classes)}
+    chosen = draw(task.train.labels, classes, options.shots, options.seed)
+    usable = [i for i, name in enumerate(task.test.labels) if name in numbers]
+    if options.samples is not None and len(usable) > options.samples:
+        rng = np.random.default_rng(options.seed)
+        usable = sorted(rng.choice(usable, options.samples, replace=False).tolist())
+
+    def encoded(rows, indices):
+        found = [
+            {**rows.record(int(i)), "label": numbers[rows.labels[i]]} for i in indices
+        ]
+        return prompts.encode(tokenizer, task.prompt, found, options.max_length)
+
+    sources = [
+        encoded(task.train, chosen[0]),
+        encoded(task.train, chosen[1]),
+        encoded(task.test, usable),
+    ]
+    longest = max(int(row["attention_mask"].sum()) for rows in sources for row in rows)
+    length = min([n for n in _LENGTHS if n >= longest] + [options.max_length])
+    train_source, validation, test = [
+        [{**row, **{name: row[name][:length] for name in INPUTS}} for row in rows]
+        for rows in sources
+    ]
+    words = task.prompt.label_words(classes)
+    pool = [name for name in task.train.labels if name in numbers]
+    common = max(classes, key=pool.count)
+    return Task(
+        name=task.name,
+        classes=classes,
+        train=train_source,
+        validation=part(validation, options),
+        test=part(test, options),
+        head=label_head(*output, prompts.word_pieces(tokenizer, words)),
+        majority=float(np.mean([row["label"] == numbers[common] for row in test])),
+    )
+
+
+def part(source: list[dict], options: Options) -> Part:
+    batches = pipeline.evaluation_batches(source, options.evaluation_batch)
+    return Part(batches, evaluate.labels(batches))
+
+
+def draw(
+    labels: Sequence[str | None], classes: Sequence[str], shots: int, seed: int
+) -> tuple[list[int], list[int]]:
+    """Rows to train on, equally many of every class, and others for validation.
+
+    Args:
+      labels: the class of every row; rows of no class are not drawn.
+      classes: the classes.
+      shots: rows of each class that are trained on; few ones are repeated.
+      seed: of the order.
+
+    Returns:
+      The rows of both parts; the second has at most `shots` of a class.
+
+    Raises:
+      ValueError: a class has fewer than two rows.
+
+    Example:
+      >>> found = draw(["a", "b", "a", None, "b", "a"], ["a", "b"], 2, 0)
+      >>> [len(part) for part in found], not set(found[0]) & set(found[1])
+      ([4, 2], True)
+    """
+    of_class: dict[str, list[int]] = {name: [] for name in classes}
+    for i in splits.torch_permutation(len(labels), seed):
+        if labels[i] in of_class:
+            of_class[labels[i]].append(int(i))
+    drawn, held_out = [], []
+    for name, rows in of_class.items():
+        if len(rows) < 2:
+            raise ValueError(f"{len(rows)} rows of the class {name}; two are needed.")
+        kept = min(shots, max(1, len(rows) - max(1, len(rows) // 4)))
+        drawn += np.resize(rows[:kept], shots).tolist()
+        held_out += rows[kept : kept + shots]
+    return drawn, held_out
+
+
+def label_head(words, bias, pieces: Sequence[Sequence[int]]) -> np.ndarray:
+    """The head of label words; the row of one of several tokens is the mean of theirs.
+
+    Args:
+      words, bias: of the model's output, `[V, D]` and `[V]`.
+      pieces: of every class the tokens of its word.
+
+    Returns:
+      `[C, D + 1]`, for `heads.affine_logits`.
+
+    Example:
+      >>> label_head(np.eye(3, 2), np.arange(3.0), [[2], [0, 1]]).tolist()
+      [[0.0, 0.0, 2.0], [0.5, 0.5, 0.5]]
+    """
+    rows = [np.append(words[ids].mean(0), bias[ids].mean()) for ids in pieces]
+    return np.stack(rows)
+
+
+# Training.
+
+
+def recipe_of(options: Options, task: Task) -> train.TrainConfig:
+    """The paper's recipe; the number of steps is that of the task's epochs."""
+    epochs = options.epochs * math.ceil(len(task.train) / options.batch_size)
+    return train.TrainConfig(
+        steps=options.steps or epochs,
+        warmup_steps=0,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        weight_decay=0.0,
+        trained=bert.BLOCKS,
+        seed=options.seed,
+    )
+
+
+def vectors(setup: Setup) -> list[tree.Tree]:
+    """The task vectors from the bank, on the host; missing ones are trained.
+
+    Raises:
+      ValueError: the bank holds a vector of another configuration.
+    """
+    pairs = [(file_of(setup, task), configuration(setup, task)) for task in setup.tasks]
+    found = [bank.read(*pair) for pair in pairs]
+    missing = [i for i, tau in enumerate(found) if tau is None]
+    for group in groups(setup, missing):
+        members = [setup.tasks[i] for i in group]
+        for i, tau in zip(group, fine_tuned(setup, members), strict=True):
+            found[i] = sharding.to_host(tau)
+            file, identity = pairs[i]
+            processes.on_first(
+                lambda file=file, tau=found[i], identity=identity: bank.write(
+                    file, tau, identity, {}
+                )
+            )
+        runs.remove_checkpoints(setup.options, checkpoints(setup, members))
+    return found
+
+
+def groups(setup: Setup, missing: Sequence[int]) -> list[list[int]]:
+    """Tasks that can train side by side: of one recipe and one length."""
+    alike: dict = {}
+    for i in missing:
+        task = setup.tasks[i]
+        alike.setdefault((recipe_of(setup.options, task), task.length), []).append(i)
+    most = setup.options.tasks_together
+    return [
+        group[first : first + most]
+        for group in alike.values()
+        for first in range(0, len(group), most)
+    ]
+
+
+def fine_tuned(setup: Setup, tasks: Sequence[Task]) -> list[tree.Tree]:
+    options, names = setup.options, [task.name for task in tasks]
+    tqdm.write(f"{options.model}, {METHOD}: {', '.join(names)}", file=sys.stderr)
+    folder = checkpoints(setup, tasks)
+    return train.fine_tune(
+        setup.apply_fn,
+        setup.params_0,
+        loss,
+        batches_of(setup, tasks),
+        recipe_of(options, tasks[0]),
+        names=names,
+        constants=heads.pad([task.head for task in tasks]),
+        inputs=INPUTS,
+        log=options.out / f"train_{folder.name}.jsonl",
+        mesh=setup.mesh,
+        checkpoints=folder if options.save_every else None,
+        save_every=options.save_every,
+    )
+
+
+def batches_of(setup: Setup, tasks: Sequence[Task]) -> Sequence[dict]:
+    # Of a task's own name, so that its samples do not depend on who trains beside it.
+    seeds = [zlib.crc32(task.name.encode()) + setup.options.seed for task in tasks]
+    return train.task_batches(
+        [task.train for task in tasks],
+        recipe_of(setup.options, tasks[0]),
+        inputs=INPUTS,
+        mesh=setup.mesh,
+        seeds=seeds,
+    )
+
+
+def loss(features, batch, constants) -> jax.Array:
+    """Cross-entropy over the label words."""
+    scores = heads.affine_logits(constants["head"], features, constants["valid"])
+    return losses.cross_entropy(scores, batch["label"])
+
+
+def configuration(setup: Setup, task: Task) -> dict:
+    """What a vector depends on, as plain data."""
+    return {
+        "method": METHOD,
+        "recipe": bank.plain_recipe(recipe_of(setup.options, task)),
+        "samples": bank.checksum(task.train),
+        "head": fingerprint.combined(task.head),
+        "params_0": setup.identity,
+    }
+
+
+def file_of(setup: Setup, task: Task) -> Path:
+    name = task.name.replace("/", "-")
+    return bank.vector_file(setup.options.bank, setup.options.model, METHOD, name)
+
+
+def checkpoints(setup: Setup, tasks: Sequence[Task]) -> Path:
+    names = "-".join(task.name.replace("/", "-") for task in tasks)
+    return runs.checkpoints(setup.options) / f"{METHOD}_{names}"
+
+
+# Scores.
+
+
+def accuracy(task: Task, predictions: np.ndarray, labels: np.ndarray) -> float:
+    """A score of a task, as `scores` takes it."""
+    del task
+    return float(np.mean(predictions == labels))
+
+
+def f1_of(name: str) -> Callable:
+    """F1 of one of the classes, as a score."""
+
+    def score(task, predictions, labels):
+        positive = task.classes.index(name)
+        binary = [(x == positive).astype(int) for x in (predictions, labels)]
+        return metrics.f1(*binary)
+
+    return score
+
+
+def score(setup: Setup, task: Task, params, split: str, measure=accuracy) -> float:
+    """The score of a model on the "validation" or "test" part of one task."""
+    own = getattr(task, split)
+    model = setup.apply_fn, params, own.batches
+    features = evaluate.outputs(*model, INPUTS, mesh=setup.mesh)
+    predictions = heads.affine_logits(task.head, features).argmax(-1)
+    return measure(task, predictions, own.labels)
+
+
+def scores(
+    setup: Setup, params, split: str, measures: dict[str, Callable] | None = None
+) -> np.ndarray:
+    """The scores of one model on all tasks, `[T]`.
+
+    Args:
+      measures: by the name of a task its score, `score(task, predictions, labels)`; of
+        the others it is accuracy.
+    """
+    params = sharding.shard(params, setup.mesh)  # once, not for every task
+    measures = measures or {}
+    return np.array(
+        [
+            score(setup, task, params, split, measures.get(task.name, accuracy))
+            for task in setup.tasks
+        ]
+    )

@@ -1,0 +1,410 @@
+"""The scripts on RoBERTa: their smoke runs, the task list, masks, heads and files."""
+
+import importlib
+import re
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import smoke
+
+from experiments import bank, prompted, tiny_text
+from experiments.awd import glue, table3_glue
+from experiments.bases import figure7_seventy_tasks as figure7
+from experiments.bases import table8_twelve_tasks as table8
+from experiments.bases import table16_prompt_robustness as table16
+from jaxarith import heads, hub, merge, tree
+from jaxarith.data import prompt_sources, prompts
+from jaxarith.data.glue import score as glue_score
+from jaxarith.models import bert
+
+SOURCES = prompt_sources.sources()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _transformers():
+    pytest.importorskip("transformers", reason="makes the tokenizers")
+    pytest.importorskip("sklearn", reason="clusters, and measures F1")
+
+
+# Smoke runs.
+
+
+def test_twelve_tasks_have_the_papers_rows_and_what_they_store(shared_bank, tmp_path):
+    found = smoke.run("bases.table8_twelve_tasks", tmp_path, bank=shared_bank)
+    rows = {row["method"]: row for row in found["rows"]}
+    assert list(rows) == ["Pre-trained", "Individual", *table8.PUBLISHED]
+    text = (tmp_path / "report.md").read_text()
+    known = [*table8.TASKS.values(), "Avg."]
+    for method, values in table8.PUBLISHED.items():
+        assert len(values) == len(known)
+        assert np.mean(values[:-1]) == pytest.approx(values[-1], abs=0.11)
+        [line] = [x for x in text.splitlines() if f"| {method} " in x][:1]
+        for name in ("SST-2", "CR", "QNLI"):
+            assert f" {values[known.index(name)]} |" in line
+    tau, _ = hub.load_tree(shared_bank / "tiny_roberta" / "prompted" / "CR.safetensors")
+    assert all("/encoder/layer/" in path for path in tree.flatten(tau))
+    size = 4e-9 * sum(leaf.size for leaf in tree.flatten(tau).values())
+    for method, [count, *_] in table8.PUBLISHED_STORAGE.items():
+        row = rows[method]
+        assert row["masks"] == (2 if count == 4 else 4)
+        stored = row["masks"] * row["density, %"] / 100 * size
+        assert row["GB"] == pytest.approx(stored)
+    assert 0 < rows["Stitch Twice"]["density, %"]
+    density = rows["Localize-and-Stitch"]["density, %"]
+    assert rows["Stitch Twice"]["density, %"] < density < 100
+    assert sorted(sum(found["clusters"], [])) == sorted(prompted.SMOKE)
+
+
+def test_seventy_tasks_are_clustered_and_merged_by_it(shared_bank, tmp_path):
+    found = smoke.run("bases.figure7_seventy_tasks", tmp_path, bank=shared_bank)
+    assert [row["k"] for row in found["rows"]] == [1, 2]
+    assert [len(row["random partitions"]) for row in found["rows"]] == [1, 2]
+    assert [row["task"] for row in found["tasks"]] == list(prompted.SMOKE)
+    assert all(row["majority vote"] == 50 for row in found["tasks"])
+    for clusters in found["clusters"].values():
+        assert sorted(sum(clusters, [])) == sorted(prompted.SMOKE)
+    cosines = np.array(found["cosines"])
+    np.testing.assert_allclose(np.diag(cosines), 1, atol=1e-5)
+    for name in ("figure7", "figure8"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+    text = (tmp_path / "report.md").read_text()
+    assert " 42.15 |" in text and " 40.47 |" in text and "published: 3" in text
+
+
+def test_the_adversarial_prompt_has_a_vector_of_its_own(shared_bank, tmp_path):
+    found = smoke.run("bases.table16_prompt_robustness", tmp_path, bank=shared_bank)
+    assert found["tasks"] == ["QNLI", "CR", "SST2", "SST2Adv"]
+    pairs = [(row["first"], row["second"]) for row in found["rows"]]
+    published = [tuple(x.replace("MNLI", "QNLI") for x in k) for k in table16.PUBLISHED]
+    assert pairs[:3] == published  # the smoke run has QNLI in the place of MNLI
+    assert "0.0627" in (tmp_path / "report.md").read_text()
+    folder = shared_bank / "tiny_roberta" / "prompted"
+    taus = [hub.load_tree(folder / f"{n}.safetensors")[0] for n in ("SST2", "SST2Adv")]
+    own, other = (tree.flatten(tau) for tau in taus)
+    assert any(np.abs(own[path] - other[path]).max() > 1e-4 for path in own)
+
+
+def test_glue_tasks_have_the_papers_rows(shared_bank, tmp_path, monkeypatch):
+    # As one of the papers' models, so that their figures stand beside.
+    monkeypatch.setitem(glue.MODELS, glue.TINY, table3_glue.BASE)
+    found = smoke.run("awd.table3_glue", tmp_path, bank=shared_bank)
+    methods = [method for model, method in table3_glue.PUBLISHED if "Base" in model]
+    assert [row["method"] for row in found["rows"]] == methods
+    text = (tmp_path / "report.md").read_text()
+    for (model, method), values in table3_glue.PUBLISHED.items():
+        if (model, method) != (table3_glue.BASE, "Pre-trained"):  # a slip of the paper
+            assert np.mean(values[:-1]) == pytest.approx(values[-1], abs=0.06)
+        if model == table3_glue.BASE:
+            named = re.compile(rf"\| {re.escape(method)} *\|")
+            lines = [x for x in text.splitlines() if named.search(x)]
+            at = [table3_glue.COLUMNS.index(x) for x in ("MRPC", "STS-B", "MNLI")]
+            assert (
+                f" {values[at[0]]} |" in lines[0] and f" {values[at[1]]} " in lines[0]
+            )
+            assert f" {values[at[2]]} |" in lines[1]
+    single = found["rows"][1]
+    assert single["MRPC"] == single["MNLI"] == 100
+    assert [row["variant"] for row in found["figure 2"]] == list(table3_glue.VARIANTS)
+    full = found["figure 2"][0]
+    assert full["MNLI"] == single["MNLI, score"]
+    assert (tmp_path / "figure2_RoBERTa-Base.png").stat().st_size > 5000
+
+
+# The list of tasks.
+
+
+def test_the_list_says_of_all_72_tasks_and_qqp_how_they_are_read():
+    listed = prompts.bases_tasks()
+    assert len(SOURCES) == 73 and figure7.LIST == tuple(SOURCES)[:-1]
+    assert set(table8.TASKS) <= SOURCES.keys()
+    counts = {name: 0 for name in listed}
+    for name, source in SOURCES.items():
+        assert set(source.prompt.fields) <= source.fields.keys(), name
+        assert set(source.classes.values()) <= set(source.prompt.words), name
+        assert source.files or "/" in source.dataset
+        for entry, known in listed.items():
+            if name.startswith(entry) and known.dataset == source.dataset:
+                counts[entry] += 1
+                assert source.prompt.template == known.prompt.template
+    assert all(counts[name] >= known.tasks for name, known in listed.items())
+    assert sum(name.startswith("bAbI ") for name in SOURCES) == 20
+    # Where the classes are not those of the paper, a note says so.
+    for name, source in SOURCES.items():
+        if set(source.classes.values()) != set(source.prompt.words):
+            assert source.note, name
+
+
+def stub_hub(monkeypatch, tables, scripts=()):
+    """A module `datasets` with these tables by (id, config, split)."""
+    asked = []
+
+    class Table(list):
+        @property
+        def column_names(self):
+            return list(super().__getitem__(0))
+
+        def __getitem__(self, key):
+            if isinstance(key, str):
+                return [row[key] for row in self]
+            return super().__getitem__(key)
+
+    def load_dataset(name, config, *, split, revision=None):
+        asked.append((name, config, split, revision))
+        if name in scripts and revision is None:
+            raise RuntimeError(f"Dataset scripts are no longer supported: {name}")
+        return Table(tables[name, config, split])
+
+    module = types.SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return asked
+
+
+def test_rows_of_the_hub_become_records(monkeypatch):
+    arc = {"question": "Which?", "answerKey": "2", "choices": {"text": ["x", "y"]}}
+    snli = [
+        {"premise": "A.", "hypothesis": "B.", "label": label} for label in (2, -1, 0)
+    ]
+    logic = {"major_premise": ["All a.", "Some b."], "minor_premise": "C."}
+    logic |= {"conclusion": "D.", "label": 1}
+    asked = stub_hub(
+        monkeypatch,
+        {
+            ("allenai/ai2_arc", "ARC-Easy", "train"): [arc],
+            ("stanfordnlp/snli", None, "test"): snli,
+            ("baber/logiqa2", "logiqa2_nli", "train"): [logic],
+            ("andythetechnerd03/AI-human-text", None, "test"): [
+                {"text": "Mine.", "generated": 1.0}
+            ],
+        },
+        scripts=["baber/logiqa2"],
+    )
+    rows = prompt_sources.load(SOURCES["ARC Easy"], "train")
+    assert rows.labels == ["1"]
+    filled = prompts.fill(SOURCES["ARC Easy"].prompt, rows.record(0), "<mask>")
+    assert filled == "Which? A: x B: y C:  D:  E:  Answer: <mask>"
+    rows = prompt_sources.load(SOURCES["SNLI"], "test")
+    assert rows.labels == ["not_entailment", None, "entailment"]
+    assert rows.record(2) == {"text": "A.", "text_pair": "B."}
+    rows = prompt_sources.load(SOURCES["LogiQA2.0 NLI"], "train")
+    assert rows.labels == ["entailment"]
+    assert rows.record(0) == {"text": "All a. Some b. C.", "text_pair": "D."}
+    assert asked[-1][-1] == "refs/convert/parquet"
+    rows = prompt_sources.load(SOURCES["AI-Human-Text"], "test")
+    assert rows.labels == ["machine-generated"]
+
+
+def test_a_dataset_without_its_columns_is_an_error(monkeypatch):
+    stub_hub(monkeypatch, {("stanfordnlp/snli", None, "train"): [{"premise": "A"}]})
+    with pytest.raises(ValueError, match="no column hypothesis, label; it has premise"):
+        prompt_sources.load(SOURCES["SNLI"], "train")
+
+
+def test_files_of_lm_bff_have_no_header(tmp_path):
+    (tmp_path / "original" / "cr").mkdir(parents=True)
+    file = tmp_path / "original" / "cr" / "train.csv"
+    file.write_text('1,"good, and cheap"\n0,bad\n')
+    rows = prompt_sources.load(SOURCES["CR"], "train", tmp_path)
+    assert rows.labels == ["positive", "negative"]
+    assert rows.record(0) == {"text": "good, and cheap"}
+
+
+def test_all_that_is_missing_is_one_error_and_nothing_is_written(tmp_path):
+    for script in (figure7, table8):
+        config = script.Config(
+            tasks=("MR", "cats", f"SUBJ={tmp_path / 'none.txt'}", "CR"),
+            data_dir=tmp_path,
+            out=tmp_path / "out",
+            bank=tmp_path / "bank",
+        )
+        missing = r"(?s)MR: .*datasets.tar.*cats: .*no task.*none.txt.*CR: .*original"
+        with pytest.raises(ValueError, match=missing):
+            script.main(config)
+    config = table3_glue.Config(data_dir=tmp_path, out=tmp_path / "out")
+    missing = r"(?s)cola: .*no such file.*rte: .*no such file"
+    with pytest.raises(ValueError, match=missing):
+        table3_glue.main(config)
+    assert not list(tmp_path.iterdir())
+
+
+# Samples, heads, merges.
+
+
+def test_few_samples_are_balanced_repeated_and_apart_from_validation():
+    labels = ["a"] * 50 + ["b"] * 9 + [None] * 3
+    drawn, held_out = prompted.draw(labels, ["a", "b"], 16, seed=1)
+    of = np.array(labels, object)
+    assert [(of[drawn] == name).sum() for name in "ab"] == [16, 16]
+    assert [(of[held_out] == name).sum() for name in "ab"] == [16, 2]
+    assert not set(drawn) & set(held_out)
+    assert len({i for i in drawn if labels[i] == "a"}) == 16
+    assert len({i for i in drawn if labels[i] == "b"}) == 7  # of nine, two held out
+    with pytest.raises(ValueError, match="1 rows of the class b"):
+        prompted.draw(["a", "a", "b"], ["a", "b"], 1, seed=0)
+
+
+@pytest.fixture(scope="module")
+def roberta(tmp_path_factory):
+    words = ["great", "terrible"]
+    folder = tmp_path_factory.mktemp("model") / "roberta"
+    return tiny_text.write_roberta(folder, words)
+
+
+def test_a_label_word_of_several_tokens_has_the_mean_of_their_rows(roberta):
+    model = bert.load(roberta, head="masked_lm")
+    tokenizer = prompted.text.load_tokenizer(roberta)
+    pieces = prompts.word_pieces(tokenizer, ["great", "greatness"])
+    assert len(pieces[0]) == 1 and len(pieces[1]) > 1
+    words, bias = map(np.asarray, bert.output_words(model.config, model.params))
+    head = prompted.label_head(words, bias, pieces)
+    ids = tokenizer("a film " + tokenizer.mask_token)["input_ids"]
+    tokens, mask = np.array([ids], np.int32), np.ones((1, len(ids)), np.int32)
+    inputs = jnp.asarray(tokens), jnp.asarray(mask)
+    logits = bert.masked_lm(model.config)(model.params, *inputs)[
+        0, ids.index(tokenizer.mask_token_id)
+    ]
+    expected = [np.mean(logits[np.array(of_word)]) for of_word in pieces]
+    encode = bert.mask_encoder(model.config, tokenizer.mask_token_id)
+    found = heads.affine_logits(head, encode(model.params, *inputs))[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="two classes share a label word"):
+        prompts.word_pieces(tokenizer, ["great", "great"])
+
+
+def test_mean_of_means_is_the_average_of_the_basis_vectors():
+    rng = np.random.default_rng(0)
+    params_0 = {"w": rng.normal(size=(4, 3)).astype(np.float32)}
+    taus = [{"w": rng.normal(size=(4, 3)).astype(np.float32)} for _ in range(5)]
+    clusters = [[0, 3, 4], [1], [2]]
+    found = figure7.mean_of_means(params_0, taus, clusters)["w"]
+    bases = merge.bases(params_0, taus, clusters=clusters).vectors
+    expected = merge.average(params_0, bases)["w"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    means = [np.mean([taus[i]["w"] for i in c], axis=0) for c in clusters]
+    by_hand = params_0["w"] + np.mean(means, axis=0)
+    np.testing.assert_allclose(found, by_hand, rtol=1e-5, atol=1e-6)
+
+
+def test_a_random_partition_has_all_tasks_and_no_empty_group():
+    rng = np.random.default_rng(0)
+    seen = set()
+    for k in (1, 2, 5, 7):
+        for _ in range(20):
+            groups = figure7.random_partition(rng, 7, k)
+            assert len(groups) == k and all(groups)
+            assert sorted(sum(groups, [])) == list(range(7))
+            seen.add(tuple(map(tuple, groups)))
+    assert len(seen) > 20
+
+
+def test_the_loss_of_glue_is_cross_entropy_over_the_classes_or_squared_error():
+    rng = np.random.default_rng(0)
+    outputs = rng.normal(size=(5, 3)).astype(np.float32)
+
+    def loss(outputs, classes, labels):
+        batch = {"label": jnp.asarray(labels, jnp.float32)}
+        return glue.loss(outputs, batch, {"classes": jnp.int32(classes)})
+
+    for classes in (2, 3):
+        labels = rng.integers(classes, size=5)
+        logits = outputs[:, :classes].astype(float)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        expected = -np.mean(log_p[np.arange(5), labels])
+        found = loss(outputs, classes, labels)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    labels = rng.uniform(0, 5, size=5)
+    expected = np.mean((outputs[:, 0] - labels) ** 2)
+    np.testing.assert_allclose(loss(outputs, 1, labels), expected, rtol=1e-5)
+    slopes = jax.grad(loss)(jnp.asarray(outputs), 1, labels)
+    by_hand = np.zeros((5, 3))
+    by_hand[:, 0] = 2 * (outputs[:, 0] - labels) / 5
+    np.testing.assert_allclose(slopes, by_hand, rtol=1e-5, atol=1e-6)
+
+
+def test_a_score_of_glue_looks_at_the_outputs_of_the_task_alone():
+    labels = np.array([0, 1, 1, 0], np.float32)
+    batches = [{"label": labels, "mask": np.ones(4, bool)}]
+    outputs = np.array([[1, 0, 9], [0, 1, 9], [1, 0, 9], [1, 0, 9]], np.float32)
+    expected = glue_score(glue.glue.TASKS["mrpc"], [0, 1, 0, 0], [0, 1, 1, 0])
+    assert glue.score("mrpc", outputs, batches) == pytest.approx(expected)
+    scores = np.array([[1, 5], [2, 0], [3, 9], [0, 1]], np.float32)
+    expected = glue_score(glue.glue.TASKS["stsb"], scores[:, 0], labels)
+    assert glue.score("stsb", scores, batches) == pytest.approx(expected)
+
+
+# Files of texts, and the bank.
+
+
+def write_files(folder, count=24):
+    """Two tasks of a text and one of choices."""
+    rng = np.random.default_rng(0)
+    for name in ("films", "MR"):
+        labels = ["negative", "positive"] if name == "MR" else ["0", "1"]
+        words = [("bad", "good")[i % 2] for i in range(count)]
+        things = rng.choice(["cat", "dog"], count)
+        lines = [
+            f"{labels[i % 2]} the {word} {thing}"
+            for i, (word, thing) in enumerate(zip(words, things, strict=True))
+        ]
+        (folder / f"{name}.txt").write_text("\n".join(lines))
+    rows = [
+        f'{{"text": "it is", "choice1": "good", "choice2": "bad", "label": {i % 2}}}'
+        for i in range(count)
+    ]
+    (folder / "PiQA.jsonl").write_text("\n".join(rows))
+
+
+def test_tasks_are_files_too_and_their_vectors_are_kept(roberta, tmp_path, monkeypatch):
+    write_files(tmp_path)
+    options = dict(
+        model=str(roberta),
+        tasks=(
+            f"MR={tmp_path / 'MR.txt'}",
+            f"PiQA={tmp_path / 'PiQA.jsonl'}",
+            f"films={tmp_path / 'films.txt'},{tmp_path / 'films.txt'}",
+        ),
+        prompt=("films={text} It was {mask}.|0:terrible,1:great",),
+        **dict(shots=4, steps=2, batch_size=8, max_length=32, evaluation_batch=16),
+        **dict(save_every=0, mesh="data=1", bank=tmp_path / "bank"),
+    )
+    config = table16.Config(out=tmp_path / "first", **options)
+    first = table16.main(config)
+    assert first["tasks"] == ["MR", "PiQA", "films", "filmsAdv"]
+    with monkeypatch.context() as patch:
+        patch.setattr(prompted.train, "fine_tune", lambda *_, **__: pytest.fail())
+        again = figure7.Config(
+            out=tmp_path / "again", keep_all=True, ks=(1,), shown_ks=(2,), **options
+        )
+        found = figure7.main(again)
+        np.testing.assert_allclose(
+            found["cosines"], np.array(first["cosines"])[:3, :3], atol=1e-6
+        )
+        other = figure7.Config(out=tmp_path / "other", **{**options, "shots": 5})
+        with pytest.raises(ValueError, match="another configuration"):
+            figure7.main(other)
+    record = bank.record(tmp_path / "bank" / "roberta" / "prompted" / "MR.safetensors")
+    assert record["configuration"]["recipe"]["trained"] == bert.BLOCKS
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        ("figure7_seventy_tasks", {"tasks": ("MR", "CR")}, "at least three"),
+        ("table8_twelve_tasks", {"clusters": 13}, "--clusters 13 of 12"),
+        ("table16_prompt_robustness", {"tasks": ("MR", "CR")}, "three tasks are"),
+        ("table8_twelve_tasks", {"tasks": ("MR", "MR", "CR", "MR")}, "every task once"),
+        (
+            "table16_prompt_robustness",
+            {"tasks": ("MR", "CR", "SUBJ"), "prompt": ("x={text} {mask}|a:b,c:d",)},
+            "--prompt for x",
+        ),
+    ],
+)
+def test_options_that_cannot_be_are_refused(script, options, message, tmp_path):
+    script = importlib.import_module(f"experiments.bases.{script}")
+    with pytest.raises(ValueError, match=message):
+        script.main(script.Config(out=tmp_path / "out", **options))
+    assert not list(tmp_path.iterdir())
