@@ -3,6 +3,7 @@
 None looks at labels. Each gives a merged task vector, to be added at coefficient 1.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Literal
@@ -83,10 +84,6 @@ def adamerging(
     steps = 2 if setup.options.smoke else 500
     padded = heads.pad([task.test.head for task in setup.tasks])
 
-    def logits(params, batch):
-        features = setup.apply_fn(params, batch["image"])
-        return heads.logits(batch["head"], features, batch["valid"])
-
     def batches(index):
         own = {name: leaf[index] for name, leaf in padded.items()}
         samples = pipeline.evaluation_stream(
@@ -108,7 +105,7 @@ def adamerging(
     adapted = merge.adamerging(
         setup.params_0,
         taus,
-        [logits] * count,
+        [_logits(setup.apply_fn)] * count,
         [batches(index) for index in range(count)],
         scope=scope,
         coef=coef,
@@ -117,3 +114,12 @@ def adamerging(
         density=density,
     ).params
     return task_vectors.difference(adapted, setup.params_0)
+
+
+@functools.cache  # the same function of a model is compiled once
+def _logits(apply_fn):
+    def logits(params, batch):
+        features = apply_fn(params, batch["image"])
+        return heads.logits(batch["head"], features, batch["valid"])
+
+    return logits

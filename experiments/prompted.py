@@ -8,8 +8,8 @@ fixed, so a task vector has the blocks of the encoder alone.
 The paper and the code of its authors decide what is not in our options:
 
 - No weight decay and no warm-up, and gradients clipped to norm 1, as their code has by
-  default. The learning rate falls in a line there, and as half a cosine here. Their
-  code takes 1024 steps per class, 64 epochs; the paper's 10 epochs are 160.
+  default. Their code takes 1024 steps per class, 64 epochs; the paper's 10 epochs are
+  160.
 - A class with too few samples repeats them. A part for choosing coefficients, as large
   as the training part, is drawn from what is left of the training split, as Gao et al.
   do; of a class with few samples it has a quarter. The paper does not mention one.
@@ -441,6 +441,7 @@ def recipe_of(options: Options, task: Task) -> train.TrainConfig:
     return train.TrainConfig(
         steps=options.steps or epochs,
         warmup_steps=0,
+        decay="linear",
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
         weight_decay=0.0,

@@ -21,7 +21,8 @@ class TrainConfig:
     Attributes:
       steps: optimizer steps.
       warmup_steps: steps of linear warm-up.
-      decay: what follows it: a half cosine to zero, or the largest rate throughout.
+      decay: what follows it: a half cosine or a straight line to zero, or the largest
+        rate throughout.
       batch_size: samples per step and task.
       learning_rate: the largest.
       weight_decay: AdamW's, of all trained leaves, towards zero.
@@ -45,7 +46,7 @@ class TrainConfig:
 
     steps: int = 2000
     warmup_steps: int = 200
-    decay: Literal["cosine", "constant"] = "cosine"
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
     batch_size: int = 128
     learning_rate: float = 1e-5
     weight_decay: float = 0.1
@@ -84,8 +85,10 @@ class TrainConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; at least 1 is needed."
                 )
-        if self.decay not in ("cosine", "constant"):
-            raise ValueError(f"decay is {self.decay!r}; it is cosine or constant.")
+        if self.decay not in ("cosine", "linear", "constant"):
+            raise ValueError(
+                f"decay is {self.decay!r}; it is cosine, linear or constant."
+            )
         if self.penalty_power not in (1, 2):
             raise ValueError(f"penalty_power is {self.penalty_power}; it is 1 or 2.")
         if not 0 <= self.warmup_steps < self.steps:
@@ -134,9 +137,12 @@ def schedule(config: TrainConfig) -> optax.Schedule:
     def learning_rate(step):
         warmup = (step + 1) / max(config.warmup_steps, 1)
         progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
-        cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        after = cosine if config.decay == "cosine" else 1.0
-        factor = jnp.where(step < config.warmup_steps, warmup, after)
+        after = {
+            "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+            "linear": 1 - progress,
+            "constant": 1.0,
+        }
+        factor = jnp.where(step < config.warmup_steps, warmup, after[config.decay])
         return config.learning_rate * factor
 
     return learning_rate

@@ -20,10 +20,11 @@ SHORT = {"steps": 50, "warmup_steps": 7, "learning_rate": 3e-3}
     [
         dataclasses.replace(recipe.paper(), **SHORT),
         dataclasses.replace(recipe.code(1280, 5), **SHORT),
+        dataclasses.replace(recipe.paper(), **SHORT, decay="linear"),
         dataclasses.replace(recipe.paper(), **SHORT, decay="constant"),
         dataclasses.replace(recipe.paper(), **SHORT, clip_norm=None, weight_decay=0.0),
     ],
-    ids=["paper", "code", "constant", "neither clipped nor decayed"],
+    ids=["paper", "code", "linear", "constant", "neither clipped nor decayed"],
 )
 def test_fifty_steps_are_those_of_pytorchs_adamw(config, torch, x64):
     rng = np.random.default_rng(0)
@@ -56,6 +57,8 @@ def test_fifty_steps_are_those_of_pytorchs_adamw(config, torch, x64):
         if config.decay == "constant":
             return 1.0
         progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+        if config.decay == "linear":
+            return 1 - progress
         return 0.5 * (1 + np.cos(np.pi * progress))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(adamw, factor)
@@ -99,5 +102,5 @@ def test_the_code_trains_for_about_2000_steps_and_warms_up_500():
 
 
 def test_an_unknown_decay_is_refused():
-    with pytest.raises(ValueError, match="cosine or constant"):
-        recipe.TrainConfig(decay="linear")
+    with pytest.raises(ValueError, match="linear or constant"):
+        recipe.TrainConfig(decay="steps")
