@@ -4,6 +4,7 @@ Coefficients are chosen on validation data and results are those on test data, a
 Ortiz-Jimenez et al. (2023) and Yoshida et al. (2025, App. B.2).
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -161,6 +162,8 @@ class Negation(NamedTuple):
       searched: at the coefficients that were found on validation data.
       kept: whether the control accuracy is above its limit, `(at_one, searched)`.
       coefs: the coefficient of every task.
+      accuracies: of every task, `[T, 2, 3]`: on target and control; of the pre-trained
+        model, at 1 and at the coefficient found.
     """
 
     pretrained: tuple[float, float]
@@ -168,6 +171,7 @@ class Negation(NamedTuple):
     searched: tuple[float, float]
     kept: tuple[bool, bool]
     coefs: list[float]
+    accuracies: np.ndarray
 
 
 def negation(
@@ -176,13 +180,24 @@ def negation(
     *,
     linearized: bool,
     allowed: float = 0.95,
+    coefs: np.ndarray = NEGATION_COEFS,
+    largest: bool = False,
 ) -> Negation:
-    """Subtracts each vector alone; searches its coefficient in 0, 0.1, …, 3.
+    """Subtracts each vector alone; searches its coefficient.
 
     The coefficient is that with the lowest accuracy on the task among those that keep
     95 % of the control accuracy, both on validation data. S0 B.2.
+
+    Args:
+      setup: the model, the tasks and the control.
+      taus: a vector of every task.
+      linearized: whether they belong to the tangent-space model.
+      allowed: the share of the control accuracy that is to be kept.
+      coefs: the candidates.
+      largest: of the coefficients that keep the control accuracy take the largest, as
+        Ilharco et al. (2023, B.1), whatever the accuracy on the task.
     """
-    coefs = coefs_of(setup.options, NEGATION_COEFS)
+    coefs = coefs_of(setup.options, coefs)
 
     def on_control(split, coefs_of_tasks):  # one pass for all vectors
         rows = [
@@ -203,12 +218,15 @@ def negation(
     progress = tqdm(setup.tasks, desc="negation", unit="task")
     for task, tau, curve in zip(progress, taus, controls, strict=True):
         control = dict(zip(coefs, curve, strict=True))
-        target = on_target("validation", task, tau, coefs)
+        target_at = None
+        if not largest:
+            target = on_target("validation", task, tau, coefs)
+            target_at = dict(zip(coefs, target, strict=True)).__getitem__
         search = evaluate.search_negation(
             control.__getitem__,
             lambda accuracy, limit=allowed * control[0.0]: accuracy >= limit,
             coefs,
-            target_at=dict(zip(coefs, target, strict=True)).__getitem__,
+            target_at=target_at,
         )
         chosen.append(search.coef)
         targets.append(on_target("test", task, tau, [0.0, 1.0, search.coef]))
@@ -217,7 +235,25 @@ def negation(
     means = 100 * np.mean(found, axis=0)  # [target and control, three coefficients]
     pairs = [tuple(map(float, pair)) for pair in means.T]
     kept = tuple(pair[1] >= allowed * pairs[0][1] for pair in pairs[1:])
-    return Negation(*pairs, kept, chosen)
+    return Negation(*pairs, kept, chosen, found)
+
+
+def subsets(count: int) -> np.ndarray:
+    """All subsets of so many tasks, by size and then lexicographically.
+
+    Returns:
+      `[2^count, count]` of zeros and ones; the first is the empty one.
+
+    Example:
+      >>> print(subsets(2).tolist())
+      [[0, 0], [1, 0], [0, 1], [1, 1]]
+    """
+    sizes = range(count + 1)
+    members = [c for n in sizes for c in itertools.combinations(range(count), n)]
+    rows = np.zeros((len(members), count), int)
+    for row, own in zip(rows, members, strict=True):
+        row[list(own)] = 1
+    return rows
 
 
 def pairs(count: int) -> list[tuple[int, int]]:

@@ -43,6 +43,7 @@ import functools
 import io
 import json
 import math
+import operator
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -93,7 +94,8 @@ class Config(runs.Options):
     perplexity_text: Path
     """A text file, of which the perplexity must not rise."""
     keep: str = "toxicity>0.8"
-    """Which rows of a .csv or .jsonl are toxic: COLUMN>NUMBER or COLUMN=VALUE,VALUE."""
+    """Which rows of a .csv or .jsonl are toxic: COLUMN>NUMBER, COLUMN<NUMBER or
+    COLUMN=VALUE,VALUE."""
     text_column: str = "text"
     """The column of a .csv or .jsonl that holds the texts."""
     texts: int | None = None
@@ -204,20 +206,25 @@ def condition(keep: str) -> tuple[str, Callable[[str], bool]]:
       >>> condition("toxicity>0.8")[1]("0.8")
       False
     """
-    column, above, bound = keep.partition(">")
-    if above and column:
-        try:
-            least = float(bound)
-            return column, lambda value: float(value) > least
-        except ValueError:
-            pass
+    for sign, kept in ((">", operator.gt), ("<", operator.lt)):
+        column, found, number = keep.partition(sign)
+        if found and column:
+            try:
+                bound = float(number)
+            except ValueError:
+                continue
+            return column, functools.partial(_compared, kept, bound)
     column, equals, values = keep.partition("=")
     if column and equals and values:
         return column, lambda value: value in values.split(",")
     raise ValueError(
-        f"--keep {keep!r}: expected COLUMN>NUMBER, such as 'toxicity>0.8', or "
-        "COLUMN=VALUE,VALUE, such as 'class=0,1'."
+        f"--keep {keep!r}: expected COLUMN>NUMBER or COLUMN<NUMBER, such as "
+        "'toxicity>0.8', or COLUMN=VALUE,VALUE, such as 'class=0,1'."
     )
+
+
+def _compared(kept, bound, value):
+    return kept(float(value), bound)
 
 
 def toxic_texts(config: Config) -> list[str]:
@@ -380,13 +387,15 @@ def trained(
     *,
     log: Path,
     checkpoints: Path,
+    ascent: bool = False,
 ) -> tree.Tree:
-    """Trains the task vector of toxic text."""
+    """Trains the task vector of toxic text; with `ascent`, away from it."""
+    sign = -1.0 if ascent else 1.0
     [tau] = train.fine_tune(
         gpt2.language_model(study.checkpoint.config),
         study.checkpoint.params,
-        lambda logits, batch, _: losses.next_token_cross_entropy(
-            logits, batch["labels"]
+        lambda logits, batch, _: (
+            sign * losses.next_token_cross_entropy(logits, batch["labels"])
         ),
         batches_of(config, study, recipe),
         recipe,

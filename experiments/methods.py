@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 import jax
@@ -59,7 +59,7 @@ LINEAR_LAYERS = {
 
 def is_linearized(method: str) -> bool:
     """Whether the vectors of a method belong to the tangent-space model."""
-    return method == "linear" or method.startswith("tau_jp")
+    return method in ("linear", "multi_task_linear") or method.startswith("tau_jp")
 
 
 def recipe_of(setup: vision.Setup, method: str, task: vision.Task):
@@ -129,7 +129,7 @@ def trained(
     others: Sequence[Sequence[vision.Task]],
     *,
     start: Sequence[tree.Tree] | None = None,
-    snapshots: int | None = None,
+    snapshots: int | Sequence[Collection[int]] | None = None,
 ) -> list[tree.Tree]:
     """Task vectors from the bank, on the host; those that are missing are trained.
 
@@ -141,8 +141,9 @@ def trained(
       others: T_orth of every task.
       start: vectors to continue from, of every task.
       snapshots: every so many steps the vectors are also added to the bank, as the
-        method `<method>/step_<number>`.
+        method `<method>/step_<number>`; or, of every task, after which steps.
     """
+    every = snapshots if isinstance(snapshots, int) else 1
     files = [file_of(setup, method, task.name) for task in tasks]
     configurations = [
         configuration(setup, method, [task], config, theirs, start and start[i])
@@ -156,6 +157,8 @@ def trained(
 
         def snapshot(done, taus, group=group):
             for i, tau in zip(group, taus, strict=True):
+                if not isinstance(snapshots, int) and done not in snapshots[i]:
+                    continue
                 name = f"{method}/step_{done:04d}"
                 add(setup, name, tasks[i].name, tau, configurations[i], {"steps": done})
 
@@ -176,7 +179,7 @@ def trained(
             heads.pad([task.test.head for task in members]),
             start=start and [start[i] for i in group],
             observe=snapshots and snapshot,
-            observe_every=snapshots or 1,
+            observe_every=every,
         )
         for i, tau, own in zip(group, taus, metrics, strict=True):
             found[i] = add(setup, method, tasks[i].name, tau, configurations[i], own)
@@ -207,37 +210,78 @@ def joint_vector(setup: vision.Setup) -> tree.Tree:
     32 samples four times over. Its learning rate is as good as constant after the
     warm-up, for its schedule is that of 1000 epochs; so is ours with `--protocol code`.
     """
-    options = setup.options
-    # The number of steps is that of the papers with all protocols.
-    config = vision.recipe_of(
-        dataclasses.replace(options, protocol="paper"), setup.tasks[0]
-    )
-    if options.protocol == "code":
-        warmup_steps = config.steps // 4  # 500 of 2000
-        config = dataclasses.replace(
-            config, decay="constant", warmup_steps=warmup_steps
-        )
-    file = file_of(setup, "multi_task", "joint")
-    identity = configuration(setup, "multi_task", setup.tasks, config, [])
+    config = joint_recipe(setup)
+    if setup.options.protocol == "code":
+        config = dataclasses.replace(config, decay="constant")
+    return trained_jointly(setup, "multi_task", "joint", setup.tasks, config)
+
+
+def cluster_vector(
+    setup: vision.Setup, tasks: Sequence[vision.Task], *, linearized: bool = False
+) -> tree.Tree:
+    """The vector of joint training on a cluster of tasks; of one task its own vector.
+
+    Zeng et al. (2025), C.5: the hyperparameters are those of a single task, and the
+    epochs are the sum of the members', so that "the total training time spent on all
+    data points" is that of training apart. A step takes a batch of every member here,
+    and there are as many steps as for one task: every sample is seen as often as where
+    its task is trained alone.
+
+    Args:
+      setup: the model.
+      tasks: the members, in the order of the setup.
+      linearized: train the tangent-space model.
+    """
+    if len(tasks) == 1:
+        return of_tasks(setup, "linear" if linearized else "nonlinear", tasks)[0]
+    config = dataclasses.replace(joint_recipe(setup), linearized=linearized)
+    method = "multi_task_linear" if linearized else "multi_task"
+    name = "-".join(task.name for task in tasks)
+    return trained_jointly(setup, method, name, tasks, config)
+
+
+def joint_recipe(setup: vision.Setup) -> recipe.TrainConfig:
+    """The recipe of training on several tasks at once.
+
+    The number of steps is that of the papers with all protocols, for the epochs of the
+    code protocol are those of one task.
+    """
+    options = dataclasses.replace(setup.options, protocol="paper")
+    config = vision.recipe_of(options, setup.tasks[0])
+    if setup.options.protocol == "code":  # 500 of 2000
+        config = dataclasses.replace(config, warmup_steps=config.steps // 4)
+    return config
+
+
+def trained_jointly(
+    setup: vision.Setup,
+    method: str,
+    name: str,
+    tasks: Sequence[vision.Task],
+    config: recipe.TrainConfig,
+) -> tree.Tree:
+    """One vector of several tasks from the bank; it is trained where it is missing."""
+    file = file_of(setup, method, name)
+    identity = configuration(setup, method, tasks, config, [])
     found = bank.read(file, identity)
     if found is None:
-        padded = heads.pad([task.test.head for task in setup.tasks])
+        padded = heads.pad([task.test.head for task in tasks])
         [tau], [metrics] = run(
             setup,
-            "multi_task",
-            ["joint"],
+            method,
+            [name],
             train.joint_batches(
-                [task.train for task in setup.tasks],
+                [task.train for task in tasks],
                 config,
                 augment=setup.augment,
                 mesh=setup.mesh,
             ),
             config,
-            {name: leaf[None] for name, leaf in padded.items()},
+            {key: leaf[None] for key, leaf in padded.items()},
         )
-        found = add(setup, "multi_task", "joint", tau, identity, metrics)
-        folder = checkpoints(setup, "multi_task", ["joint"])
-        runs.remove_checkpoints(options, folder)
+        found = add(setup, method, name, tau, identity, metrics)
+        folder = checkpoints(setup, method, [name])
+        runs.remove_checkpoints(setup.options, folder)
     return found
 
 
@@ -319,7 +363,11 @@ def joint(features, batch, constants) -> jax.Array:
     return losses.cross_entropy(own, batch["label"])
 
 
-LOSSES: dict[str, Callable] = {"gradient_ascent": ascent, "multi_task": joint}
+LOSSES: dict[str, Callable] = {
+    "gradient_ascent": ascent,
+    "multi_task": joint,
+    "multi_task_linear": joint,
+}
 
 
 def configuration(setup, method, tasks, config, others, start=None) -> dict:

@@ -220,3 +220,39 @@ def _random(layout) -> dict:
         return np.asarray(noise + scale, np.float32)
 
     return tree.map_with_path(leaf, layout)
+
+
+def write_comments(folder: Path) -> dict[str, Path]:
+    """What `write_texts` writes, with as many kind comments as toxic ones.
+
+    Returns:
+      `comments`, JSON lines with a text and its toxicity; `perplexity_text`;
+      `prompts`, JSON lines as RealToxicityPrompts has them.
+    """
+    files = write_texts(folder)
+    kind = ("you are kind", "a kind word for you", "I thank you for it")
+    rows = [{"text": text, "toxicity": 0.1} for text in 8 * kind]
+    with files["toxic"].open("a") as file:
+        file.writelines(f"{json.dumps(row)}\n" for row in rows)
+    prompts_file = folder / "prompts.jsonl"
+    starts = ("you hate", "the film is", "I hate", "a dog was in")
+    made = [
+        {"prompt": {"text": text}, "challenging": "hate" in text} for text in starts
+    ]
+    prompts_file.write_text("".join(f"{json.dumps(row)}\n" for row in made))
+    return {
+        "comments": files["toxic"],
+        "perplexity_text": files["perplexity_text"],
+        "prompts": prompts_file,
+    }
+
+
+def write_like(folder: Path, source: Path, seed: int) -> Path:
+    """A copy of a checkpoint and its tokenizer with other weights near by."""
+    rng = np.random.default_rng(seed)
+    weights = {
+        name: np.asarray(leaf + 0.05 * rng.normal(size=leaf.shape), np.float32)
+        for name, leaf in hub.read(source).items()
+    }
+    hub.write(folder, weights, hub.read_json(source), copy_from=source)
+    return folder

@@ -484,3 +484,34 @@ def landscape(
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     _save(figure, path)
+
+
+def bands(
+    path,
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]],
+    *,
+    x: str,
+    y: str,
+    interval: str,
+):
+    """Means of several groups, each with a shaded interval around them.
+
+    Args:
+      path: the PNG file.
+      lines: label to where it was measured, the means, and half the width of the
+        interval at each.
+      x, y: what the axes are.
+      interval: what the shade is.
+    """
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axis = figure.subplots()
+    for i, (label, (xs, means, halves)) in enumerate(lines.items()):
+        color, marker = _COLORS[i % len(_COLORS)], "os^D"[i % 4]
+        means, halves = np.asarray(means, float), np.asarray(halves, float)
+        axis.plot(xs, means, f"{marker}-", color=color, label=label)
+        shade = {"color": color, "alpha": 0.2, "linewidth": 0}
+        axis.fill_between(xs, means - halves, means + halves, **shade)
+    axis.set(xlabel=x, ylabel=y)
+    axis.grid(alpha=0.3)
+    axis.legend(title=f"shaded: {interval}")
+    _save(figure, path)

@@ -124,7 +124,40 @@ def on_all(setup: vision.Setup, taus, split: str, rows) -> np.ndarray:
     return np.array(found).T
 
 
+def own_accuracies(
+    setup: vision.Setup, taus, split: str, coefs: Sequence[float] = (1.0,)
+) -> np.ndarray:
+    """Accuracy of θ0 + λ τ_i on its own task, `[len(coefs), T]`."""
+    rows = [[coef] for coef in coefs]
+    progress = tqdm(setup.tasks, desc=f"own tasks, {split}", unit="task", leave=False)
+    found = [
+        arithmetic.accuracies(setup, [tau], getattr(task, split), False, rows)
+        for task, tau in zip(progress, taus, strict=True)
+    ]
+    return np.array(found).T
+
+
 def mean_cosine(taus: Sequence[tree.Tree]) -> float:
     """The mean magnitude of the cosines of different vectors: Eq. 11."""
     cosines = np.abs(task_vectors.cosine_matrix(taus))
     return float(jnp.mean(cosines[~np.eye(len(taus), dtype=bool)]))
+
+
+def published(
+    setup: vision.Setup, rows_of_models: Mapping, order: Sequence[str]
+) -> dict[object, list[float | None]]:
+    """What the paper prints for a model: by row, each of our tasks, and the mean.
+
+    Args:
+      setup: the model and the tasks.
+      rows_of_models: by the title of a model its rows: a value of every task of
+        `order`, and the mean, which is shown beside ours where the tasks are the same.
+      order: the tasks of the paper.
+    """
+    same = sorted(setup.names) == sorted(order) or setup.options.smoke
+    found = {}
+    for row, (*values, mean) in rows_of_models.get(setup.title, {}).items():
+        by_task = dict(zip(order, values, strict=True))
+        own = [by_task.get(name) for name in setup.names]
+        found[row] = [*own, mean if same else None]
+    return found

@@ -211,17 +211,6 @@ def surgery(setup: vision.Setup, taus, total, coef: float) -> np.ndarray:
     return np.array(found)
 
 
-def published(setup: vision.Setup) -> dict[str, list[float | None]]:
-    """What the paper prints for a model: by method, each of our tasks, and the mean."""
-    found = {}
-    for method, (*values, mean) in PUBLISHED.get(setup.title, {}).items():
-        by_task = dict(zip(ORDER, values, strict=True))
-        same = sorted(setup.names) == sorted(ORDER) or setup.options.smoke
-        own = [by_task.get(name) for name in setup.names]
-        found[method] = [*own, mean if same else None]
-    return found
-
-
 def main(config: Config) -> dict:
     """Runs the tables; returns what `report.json` holds."""
     config = vision.smoke(config)
@@ -237,7 +226,7 @@ def main(config: Config) -> dict:
         ]
         beside = tables.beside(
             found,
-            published(setup),
+            disentangled.published(setup, PUBLISHED, ORDER),
             keys=["method"],
             values=[*setup.names, "mean"],
         )

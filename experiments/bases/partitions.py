@@ -119,6 +119,24 @@ def given_partition(clusters: Sequence[str], names: Sequence[str]) -> Partition:
         ) from error
 
 
+def check_inner(inner: Sequence[str]):
+    """Raises a ValueError for inner merges that there are not."""
+    unknown = [name for name in inner if name not in INNER]
+    if unknown or not inner:
+        raise ValueError(
+            f"--inner {', '.join(unknown)}; the merges are {', '.join(INNER)}."
+        )
+
+
+def check_count(count: int):
+    """Raises a ValueError for so many tasks that their partitions are too many."""
+    if count > 6:
+        raise ValueError(
+            f"{count} tasks have too many partitions to merge them all; six tasks have "
+            "203. table4_partitions has --no-all-partitions."
+        )
+
+
 def found_partition(taus: Sequence[tree.Tree]) -> Partition:
     """The clusters of Algorithm 1; of two vectors, which have no eigengap, both."""
     if len(taus) < 3:

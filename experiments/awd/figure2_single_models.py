@@ -1,0 +1,98 @@
+"""Figures 2 and 7: models of one task, from parts of their vectors and at any λ.
+
+Xiong et al. Multi-Task Model Merging via Adaptive Weight Disentanglement.
+arXiv:2411.18729: Section 4.2, Appendix 8.5.
+
+    python -m experiments.awd.figure2_single_models --data-dir DATA
+    python -m experiments.awd.figure2_single_models --smoke --out runs/smoke
+
+Figure 2 compares on every task the fine-tuned model, θ0 + τ_i of the linear weights of
+the blocks alone, and θ0 + (τ_i - δ) after AWD; that of RoBERTa is with `table3_glue`.
+Figure 7 shows θ0 + λ τ_i on its own task against λ.
+
+Data: those of `table1_addition`, whose task vectors are taken from the bank.
+
+Published, as plots only: the three models of Figure 2 are alike on every task, and
+"when λ > 0.3 for each combination of Θ + λτ_i, its performance is close to that of the
+fully fine-tuned model". Figure 2 is of ViT-B/32 and, it seems, Figure 7 of ViT-B/32
+and ViT-L/14.
+
+Not run at full scale yet.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+
+from experiments import arithmetic, methods, runs, tables, vision
+from experiments.awd import disentangled, table1_addition
+from jaxarith import plots
+
+COEFS = np.linspace(0, 1, 11)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(vision.Models):
+    """Figures 2 and 7 of AWD (S3): models of one task, from parts of their vectors and
+    at any λ."""
+
+    out: Path = Path("runs/awd/figure2")
+    """Folder for figure2_<model>.png, figure7_<model>.png and the report."""
+    models: tuple[str, ...] = (vision.B32, vision.L14)
+    """CLIPs: folders, or ids of the Hugging Face Hub."""
+    tasks: tuple[str, ...] = table1_addition.ORDER
+    """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
+    FOLDER/<split>/<class>/."""
+    alpha: float = 1e-4
+    """α of AWD; take that which `table1_addition` has found."""
+
+
+def main(config: Config) -> dict:
+    """Runs everything; returns what `report.json` holds."""
+    config = vision.smoke(config)
+    runs.start(config)
+    coefs = list(map(float, arithmetic.coefs_of(config, COEFS)))
+    rows, curves = [], []
+    for setup in vision.setups(config, config.models, control=False):
+        taus = methods.vectors(setup, "nonlinear")
+        curve = 100 * disentangled.own_accuracies(setup, taus, "test", coefs)
+        parts = disentangled.linear_weights(taus)
+        found = {
+            "fine-tuned": curve[-1] / 100,
+            "linear weights": disentangled.own_accuracies(setup, parts, "test")[0],
+        }
+        parts = disentangled.disentangled(setup, taus, alpha=config.alpha)
+        own = disentangled.own_accuracies(setup, parts, "test")[0]
+        found["reconstructed by AWD"] = own
+        groups = {name: (100 * own).tolist() for name, own in found.items()}
+        for name, own in groups.items():
+            row = {"model": setup.title, "vector": name}
+            row |= dict(zip(setup.names, own, strict=True))
+            rows.append(row | {"mean": float(np.mean(own))})
+        names = setup.names
+        lines = dict(zip(names, curve.T.tolist(), strict=True))
+        curves.append({"model": setup.title, "coefs": coefs, "accuracies": lines})
+        if runs.is_first():
+            file = config.out / f"figure2_{setup.title}.png"
+            plots.bars(file, groups, setup.titles, y="test accuracy, %")
+            drawn = {
+                title: (coefs, lines[name])
+                for name, title in zip(names, setup.titles, strict=True)
+            }
+            file = config.out / f"figure7_{setup.title}.png"
+            plots.curves(file, drawn, x="coefficient λ", y="test accuracy, %")
+    results = {"rows": rows, "curves": curves}
+    caption = "Test accuracy of the models of one task each, percent."
+    table = {caption: tables.markdown(rows)}
+    title = "Models of one task (AWD, Figs. 2 and 7)"
+    tables.write(config.out, title, table, results)
+    return results
+
+
+if __name__ == "__main__":
+    # Full float32 on accelerators too: a task vector is a small difference.
+    with jax.default_matmul_precision("float32"):
+        main(tyro.cli(Config))

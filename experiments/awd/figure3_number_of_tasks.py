@@ -1,0 +1,298 @@
+"""Table 11 and Figure 3: accuracy by the number of tasks, and by the coefficient.
+
+Xiong et al. Multi-Task Model Merging via Adaptive Weight Disentanglement.
+arXiv:2411.18729: Section 4.5, Appendix 8.6.
+
+    python -m experiments.awd.figure3_number_of_tasks --data-dir DATA
+    python -m experiments.awd.figure3_number_of_tasks --tasks a=A b=B c=C d=D e=E \\
+        --model MODEL --out runs/digits
+
+Data: those of `table1_addition`, whose task vectors are taken from the bank.
+
+Published, ViT-B/32, mean test accuracy in percent over eight subsets of each size:
+
+    tasks                  2     3     4     5     6     7     8
+    Individual             93.0  90.6  92.5  90.1  91.5  91.4  90.6
+    Task Arithmetic        91.8  84.1  82.3  77.1  75.7  72.6  69.1
+    Ties-Merging           92.6  85.6  83.9  79.2  77.6  75.1  72.4
+    AWD Task Arithmetic    92.4  85.7  85.1  80.6  79.7  77.1  75.2
+
+Figure 3a is this table with 95 % confidence intervals. Figure 3b: with λ up to 0.2 AWD
+is as Task Arithmetic, beyond it is better.
+
+For the paper's eight tasks the subsets are those that it lists, and the lists are as
+they stand there: those of two, three, five and six tasks have a set twice, in another
+order, and that of seven has five different ones. For other tasks they are all subsets
+of each size or, where there are more, eight of them, drawn with the seed. λ of 0, 0.1,
+…, 1 is chosen for each subset on its validation data, and so is α of AWD. The intervals
+are those of Student's t over the subsets of a list, as if they were independent, which
+subsets that share tasks are not.
+
+Not run at full scale yet.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+from scipy import stats
+from tqdm import tqdm
+
+from experiments import arithmetic, methods, runs, tables, vision
+from experiments.awd import disentangled, table1_addition
+from jaxarith import merge, plots, task_vectors, tree
+
+COEFS = np.linspace(0, 1, 11)
+METHODS = ("Individual", "Task Arithmetic", "Ties-Merging", "AWD Task Arithmetic")
+PUBLISHED = dict(
+    zip(
+        itertools.product(range(2, 9), METHODS),
+        [[x] for x in (93.0, 91.8, 92.6, 92.4)]
+        + [[x] for x in (90.6, 84.1, 85.6, 85.7)]
+        + [[x] for x in (92.5, 82.3, 83.9, 85.1)]
+        + [[x] for x in (90.1, 77.1, 79.2, 80.6)]
+        + [[x] for x in (91.5, 75.7, 77.6, 79.7)]
+        + [[x] for x in (91.4, 72.6, 75.1, 77.1)]
+        + [[x] for x in (90.6, 69.1, 72.4, 75.2)],
+        strict=True,
+    )
+)
+SUBSETS = (
+    (
+        "dtd gtsrb",
+        "gtsrb svhn",
+        "gtsrb sun397",
+        "svhn sun397",
+        "svhn gtsrb",
+        "svhn eurosat",
+        "svhn mnist",
+        "mnist cars",
+    ),
+    (
+        "mnist svhn sun397",
+        "mnist sun397 svhn",
+        "dtd gtsrb sun397",
+        "gtsrb eurosat cars",
+        "cars gtsrb dtd",
+        "mnist resisc45 svhn",
+        "svhn mnist dtd",
+        "resisc45 sun397 eurosat",
+    ),
+    (
+        "eurosat svhn cars sun397",
+        "mnist resisc45 eurosat gtsrb",
+        "eurosat cars resisc45 mnist",
+        "dtd sun397 gtsrb eurosat",
+        "sun397 eurosat cars resisc45",
+        "resisc45 mnist gtsrb sun397",
+        "resisc45 svhn gtsrb mnist",
+        "svhn gtsrb cars resisc45",
+    ),
+    (
+        "dtd svhn gtsrb sun397 eurosat",
+        "dtd gtsrb mnist resisc45 sun397",
+        "svhn mnist gtsrb resisc45 cars",
+        "dtd eurosat cars mnist resisc45",
+        "eurosat gtsrb mnist cars resisc45",
+        "mnist cars sun397 dtd svhn",
+        "mnist sun397 resisc45 svhn dtd",
+        "svhn dtd cars sun397 mnist",
+    ),
+    (
+        "gtsrb resisc45 dtd mnist svhn sun397",
+        "eurosat gtsrb cars mnist dtd resisc45",
+        "mnist sun397 svhn resisc45 eurosat dtd",
+        "dtd mnist resisc45 svhn gtsrb sun397",
+        "svhn resisc45 eurosat mnist gtsrb dtd",
+        "mnist dtd eurosat cars sun397 gtsrb",
+        "dtd cars svhn sun397 eurosat mnist",
+        "svhn sun397 resisc45 gtsrb eurosat mnist",
+    ),
+    (
+        "gtsrb mnist cars resisc45 svhn dtd eurosat",
+        "cars gtsrb mnist svhn sun397 eurosat resisc45",
+        "cars mnist sun397 dtd eurosat gtsrb svhn",
+        "gtsrb sun397 eurosat cars resisc45 dtd mnist",
+        "svhn cars gtsrb mnist sun397 eurosat dtd",
+        "eurosat gtsrb dtd resisc45 svhn mnist sun397",
+        "mnist svhn gtsrb resisc45 eurosat dtd cars",
+        "eurosat mnist gtsrb dtd resisc45 svhn sun397",
+    ),
+)  # of two to seven tasks, as Appendix 8.6 lists them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(vision.OneModel):
+    """Table 11 and Figure 3 of AWD (S3): accuracy by the number of tasks, and by λ."""
+
+    out: Path = Path("runs/awd/figure3")
+    """Folder for figure3a.png, figure3b.png, report.json and report.md."""
+    tasks: tuple[str, ...] = table1_addition.ORDER
+    """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
+    FOLDER/<split>/<class>/."""
+
+
+def subsets_of(names: Sequence[str], *, seed: int, largest: int = 8) -> list[tuple]:
+    """The subsets of two and more tasks: the paper's, or all, or so many of each size.
+
+    Example:
+      >>> subsets_of(["a", "b", "c"], seed=0)
+      [('a', 'b'), ('a', 'c'), ('b', 'c'), ('a', 'b', 'c')]
+    """
+    if sorted(names) == sorted(table1_addition.ORDER):
+        listed = [tuple(text.split()) for size in SUBSETS for text in size]
+        return [*listed, tuple(table1_addition.ORDER)]
+    rng, found = np.random.default_rng(seed), []
+    for size in range(2, len(names) + 1):
+        subsets = list(itertools.combinations(names, size))
+        if len(subsets) > largest:
+            drawn = rng.choice(len(subsets), largest, replace=False)
+            subsets = [subsets[i] for i in sorted(drawn)]
+        found += subsets
+    return found
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % confidence interval of a mean; 0 of one value.
+
+    Example:
+      >>> print(round(interval([1.0, 2.0, 3.0]), 3))
+      2.484
+    """
+    count = len(values)
+    if count < 2:
+        return 0.0
+    return float(stats.t.ppf(0.975, count - 1) * stats.sem(values))
+
+
+def sums_of(setup: vision.Setup, taus: Sequence[tree.Tree]) -> dict[str, dict]:
+    """By method, the candidates for a merged vector at λ = 1."""
+    ties = merge.ties(setup.params_0, taus, coef=1.0)
+    return {
+        "Task Arithmetic": {"": task_vectors.add(taus)},
+        "Ties-Merging": {"": task_vectors.difference(ties, setup.params_0)},
+        "AWD Task Arithmetic": {
+            f"{alpha:g}": task_vectors.add(
+                disentangled.disentangled(setup, taus, alpha=alpha)
+            )
+            for alpha in disentangled.alphas(setup.options)
+        },
+    }
+
+
+def measured(setup: vision.Setup, taus, singles: dict[str, float]) -> list[dict]:
+    """The rows of one subset: those of `setup`."""
+    tasks = {"tasks": setup.names, "number": len(setup.tasks)}
+    mean = 100 * float(np.mean([singles[name] for name in setup.names]))
+    rows = [tasks | {"method": "Individual", "mean": mean}]
+    coefs = arithmetic.coefs_of(setup.options, COEFS)
+    for method, sums in sums_of(setup, taus).items():
+        found = disentangled.searched(setup, sums, coefs)
+        row = tasks | {"method": method, "mean": vision.means(found.test)}
+        alpha = float(found.name) if len(sums) > 1 else None
+        rows.append(row | {"coef": found.coef, "alpha": alpha})
+    return rows
+
+
+def by_number(rows: Sequence[dict]) -> list[dict]:
+    """The mean over the subsets of each size and method, with its interval."""
+    found = []
+    numbers = sorted({row["number"] for row in rows})
+    for number, method in itertools.product(numbers, METHODS):
+        own = [
+            row["mean"]
+            for row in rows
+            if (row["number"], row["method"]) == (number, method)
+        ]
+        row = {"number": number, "method": method, "mean": float(np.mean(own))}
+        found.append(row | {"± 95 %": interval(own), "subsets": len(own)})
+    return found
+
+
+def by_coef(setup: vision.Setup, taus, alpha: float) -> dict[str, list[float]]:
+    """Figure 3b: by method, mean test accuracy of all tasks at each λ."""
+    coefs = arithmetic.coefs_of(setup.options, COEFS)
+    sums = sums_of(setup, taus)
+    vectors = [own.get(f"{alpha:g}") or own[""] for own in sums.values()]
+    units = np.eye(len(vectors))
+    rows = np.concatenate([np.outer(coefs, unit) for unit in units])
+    means = 100 * disentangled.on_all(setup, vectors, "test", rows).mean(axis=1)
+    parts = np.split(means, len(vectors))
+    return {
+        method: list(map(float, own)) for method, own in zip(sums, parts, strict=True)
+    }
+
+
+def draw(config: Config, means: Sequence[dict], curves: dict):
+    """Figures 3a and 3b."""
+    lines = {}
+    for method in METHODS[1:]:
+        own = [row for row in means if row["method"] == method]
+        fields = ("number", "mean", "± 95 %")
+        lines[method] = tuple([row[name] for row in own] for name in fields)
+    labels = {"y": "mean test accuracy, %", "interval": "95 % confidence of the mean"}
+    plots.bands(config.out / "figure3a.png", lines, x="number of tasks", **labels)
+    coefs = list(map(float, arithmetic.coefs_of(config, COEFS)))
+    lines = {method: (coefs, own) for method, own in curves.items()}
+    labels = {"x": "coefficient λ", "y": "mean test accuracy, %"}
+    plots.curves(config.out / "figure3b.png", lines, **labels)
+
+
+def main(config: Config) -> dict:
+    """Runs everything; returns what `report.json` holds."""
+    config = vision.smoke(config)
+    if len(config.tasks) < 2:
+        raise ValueError(f"two tasks at least are merged; got {config.tasks}.")
+    runs.start(config)
+    setup = vision.load(config, config.model, control=False)
+    taus = dict(zip(setup.names, methods.vectors(setup, "nonlinear"), strict=True))
+    tasks = {task.name: task for task in setup.tasks}
+    singles = {
+        name: arithmetic.accuracies(setup, [tau], tasks[name].test, False, [[1.0]])[0]
+        for name, tau in tqdm(taus.items(), desc="single models", unit="task")
+    }
+    once, rows = {}, []  # a set that is listed twice is measured once
+    for subset in tqdm(subsets_of(setup.names, seed=config.seed), unit="subset"):
+        names = frozenset(subset)
+        if names not in once:
+            own = setup._replace(tasks=[tasks[name] for name in subset])
+            once[names] = measured(own, [taus[name] for name in subset], singles)
+        rows += once[names]
+    means = by_number(rows)
+    alpha = rows[-1]["alpha"]  # of all tasks
+    curves = by_coef(setup, list(taus.values()), alpha)
+    if runs.is_first():
+        draw(config, means, curves)
+    is_paper = setup.title == "ViT-B-32" and (
+        sorted(setup.names) == sorted(table1_addition.ORDER) or config.smoke
+    )
+    beside = tables.beside(
+        means,
+        PUBLISHED if is_paper else {},
+        keys=["number", "method", "± 95 %", "subsets"],
+        values=["mean"],
+        published_keys=["number", "method"],
+    )
+    results = {
+        "rows": means,
+        "subsets": rows,
+        "coefs": list(map(float, arithmetic.coefs_of(config, COEFS))),
+        "alpha": alpha,
+        "curves": curves,
+    }
+    caption = f"{setup.title}: mean test accuracy over subsets of the tasks, percent."
+    table = {caption: tables.markdown(beside)}
+    title = "Accuracy by the number of tasks (AWD, Table 11 and Fig. 3)"
+    note = f"figure3a.png is this table. figure3b.png is of all tasks, α = {alpha:g}."
+    tables.write(config.out, title, table, results, note)
+    return results
+
+
+if __name__ == "__main__":
+    # Full float32 on accelerators too: a task vector is a small difference.
+    with jax.default_matmul_precision("float32"):
+        main(tyro.cli(Config))

@@ -1,0 +1,159 @@
+"""Table 5: time and memory of 1000 steps of AWD.
+
+Xiong et al. Multi-Task Model Merging via Adaptive Weight Disentanglement.
+arXiv:2411.18729: Section 7.2.
+
+    python -m experiments.awd.table5_cost
+    python -m experiments.awd.table5_cost --models ViT-B-32 --solvers adam
+
+Needs neither data nor models: cost depends on shapes alone, and the vectors are drawn,
+with a part that all share, in the shapes of the linear weights of the blocks.
+
+Published, eight tasks on an NVIDIA A100 40GB:
+
+                seconds    GB
+    ViT-B-32    142        3.76
+    ViT-L-14    463        5.04
+
+The paper states neither its optimizer nor what its memory holds; eight float32 vectors
+of ViT-L/14 alone are 9.7 GB. "gradient_descent" is Algorithm 1 by the Gram matrix, the
+same steps in eight variables; "adam" steps in the space of the weights, as automatic
+differentiation does.
+
+Seconds are those of the second of two calls, the whole merge included; that of
+compilation is a column of its own. Memory is what XLA plans for the merge as one
+program: its arguments (the vectors and the model), results and temporaries.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Literal
+
+import jax
+import tyro
+from tqdm import tqdm
+
+from experiments import runs, tables
+from jaxarith import merge, tree
+
+# Layers, width, and width of the MLP.
+SHAPES = {"ViT-B-32": (12, 768, 3072), "ViT-L-14": (24, 1024, 4096)}
+PUBLISHED = {"ViT-B-32": [142.0, 3.76], "ViT-L-14": [463.0, 5.04]}
+SMOKE = (2, 16, 32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(runs.Options):
+    """Table 5 of AWD (S3): time and memory of 1000 steps."""
+
+    out: Path = Path("runs/awd/table5")
+    """Folder for report.json and report.md."""
+    models: tuple[Literal["ViT-B-32", "ViT-L-14"], ...] = tuple(SHAPES)
+    """Whose shapes."""
+    solvers: tuple[Literal["gradient_descent", "adam"], ...] = (
+        *("gradient_descent", "adam"),
+    )
+    """By the Gram matrix, or in the space of the weights."""
+    vectors: int = 8
+    """How many task vectors."""
+    steps: int = 1000
+    smoke: bool = False
+    """Run the whole script in seconds, with tiny shapes and a few steps."""
+
+
+def drawn(shape: tuple[int, int, int], key: jax.Array) -> tree.Tree:
+    """Normal weights in the shapes of all linear layers of the blocks."""
+    layers, width, hidden = shape
+    sizes = {
+        f"self_attn/{name}_proj": (width, width) for name in ("q", "k", "v", "out")
+    }
+    sizes |= {"mlp/fc1": (width, hidden), "mlp/fc2": (hidden, width)}
+    found = {}
+    for i in range(layers):
+        for name, size in sizes.items():
+            key, own = jax.random.split(key)
+            path = f"vision_model/encoder/layers/{i}/{name}/kernel"
+            found[path] = jax.random.normal(own, size)
+    return tree.unflatten(found)
+
+
+def vectors_of(shape: tuple[int, int, int], count: int) -> list[tree.Tree]:
+    """Task vectors with cosines of 0.2."""
+    shared = drawn(shape, jax.random.key(0))
+    return [
+        jax.tree.map(lambda a, b: 1e-3 * (0.5 * a + b), shared, own)
+        for own in (drawn(shape, jax.random.key(1 + i)) for i in range(count))
+    ]
+
+
+def measured(shape, solver: str, config: Config) -> dict:
+    """Seconds and bytes of one merge."""
+    taus = vectors_of(shape, config.vectors)
+    params_0 = drawn(shape, jax.random.key(1000))
+    # The step of each in its own units; it changes no cost.
+    step_size = {"gradient_descent": 0.01, "adam": 1e-3}[solver]
+
+    @jax.jit
+    def merged(params_0, taus):
+        options = {"steps": config.steps, "step_size": step_size, "solver": solver}
+        return merge.awd(params_0, taus, **options)
+
+    started = time.perf_counter()
+    compiled = merged.lower(params_0, taus).compile()
+    compilation = time.perf_counter() - started
+    jax.block_until_ready(compiled(params_0, taus))
+    started = time.perf_counter()
+    jax.block_until_ready(compiled(params_0, taus))
+    seconds = time.perf_counter() - started
+    plan = compiled.memory_analysis()
+    sizes = ("argument", "output", "temp")
+    found = [getattr(plan, f"{name}_size_in_bytes") for name in sizes]
+    return {
+        "parameters": int(sum(x.size for x in jax.tree.leaves(params_0))),
+        "seconds": seconds,
+        "compilation": compilation,
+        "GB": sum(found) / 1e9,
+        "GB without arguments": sum(found[1:]) / 1e9,
+    }
+
+
+def main(config: Config) -> dict:
+    """Runs the table; returns what `report.json` holds."""
+    if config.smoke:
+        config = dataclasses.replace(config, steps=3, mesh="data=1")
+    runs.start(config)
+    runs.claim(config)
+    pairs = [(model, solver) for model in config.models for solver in config.solvers]
+    rows = []
+    for model, solver in tqdm(pairs, desc="merges", unit="merge"):
+        shape = SMOKE if config.smoke else SHAPES[model]
+        row = {"model": model, "solver": solver}
+        rows.append(row | measured(shape, solver, config))
+    device = jax.devices()[0].device_kind
+    beside = tables.beside(
+        rows,
+        PUBLISHED,
+        keys=["model", "solver", "compilation", "GB without arguments"],
+        values=["seconds", "GB"],
+        published_keys=["model"],
+    )
+    results = {
+        "device": device,
+        "steps": config.steps,
+        "vectors": config.vectors,
+        "rows": rows,
+    }
+    caption = (
+        f"{config.steps} steps with {config.vectors} vectors on {device}; published: "
+        "1000 steps with 8 on an NVIDIA A100 40GB."
+    )
+    table = {caption: tables.markdown(beside, digits=3)}
+    tables.write(config.out, "The cost of AWD (Table 5)", table, results)
+    return results
+
+
+if __name__ == "__main__":
+    # Full float32 on accelerators too: a task vector is a small difference.
+    with jax.default_matmul_precision("float32"):
+        main(tyro.cli(Config))

@@ -1,0 +1,171 @@
+"""Tables 6 and 7: vectors made more orthogonal by AWD, and less by its reverse.
+
+Xiong et al. Multi-Task Model Merging via Adaptive Weight Disentanglement.
+arXiv:2411.18729: Appendix 8.2.
+
+    python -m experiments.awd.table6_reversed --data-dir DATA
+    python -m experiments.awd.table6_reversed --smoke --out runs/smoke
+
+Data: those of `table1_addition`, whose task vectors are taken from the bank.
+
+Published, mean test accuracy in percent (each row by task in `PUBLISHED`):
+
+                                                  ViT-B-32    ViT-L-14
+    Pretrained                                    48.0        64.5
+    Individual                                    90.8        94.2
+    Task Arithmetic                               69.1        84.5
+    increased  Individual Reconstructed           90.9        94.4
+               AWD Task Arithmetic                75.2        87.5
+    decreased  Individual Reconstructed           90.6        94.4
+               AWD Task Arithmetic                31.8        55.5
+
+A reconstructed model is θ0 + (τ_i - δ). The paper says of the reverse only that the
+vectors "can still recover the performance of the original" ones. Here its α is that of
+1e-2, …, 1e-6 with the best reconstructed models on validation data, and its λ is that
+of AWD, so that the objective is all that differs.
+
+Not run at full scale yet.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import tyro
+from tqdm import tqdm
+
+from experiments import methods, runs, tables, vision
+from experiments.awd import disentangled, table1_addition
+from jaxarith import task_vectors
+
+OURS, REVERSED = "increased orthogonality", "decreased orthogonality"
+# By the objective and the method; the first three are those of Tables 1 and 2.
+PUBLISHED = {
+    "ViT-B-32": {
+        (OURS, "Individual Reconstructed"): [79.3, 77.6, 96.1, 99.8, 97.4, 98.8]
+        + [99.7, 78.8, 90.9],
+        (OURS, "AWD Task Arithmetic"): [63.5, 61.9, 72.6, 84.9, 85.1, 79.1, 98.1]
+        + [56.7, 75.2],
+        (REVERSED, "Individual Reconstructed"): [78.3, 76.6, 95.6, 99.6, 97.4, 98.8]
+        + [99.7, 78.6, 90.6],
+        (REVERSED, "AWD Task Arithmetic"): [2.7, 1.1, 19.3, 42.1, 60.1, 20.1, 92.6]
+        + [16.7, 31.8],
+    },
+    "ViT-L-14": {
+        (OURS, "Individual Reconstructed"): [84.8, 92.4, 97.3, 99.7, 98.1, 99.3]
+        + [99.7, 84.3, 94.4],
+        (OURS, "AWD Task Arithmetic"): [76.2, 85.4, 88.7, 96.1, 92.4, 92.3, 99.3]
+        + [69.4, 87.5],
+        (REVERSED, "Individual Reconstructed"): [84.6, 92.3, 97.4, 99.7, 98.2, 99.3]
+        + [99.7, 84.4, 94.4],
+        (REVERSED, "AWD Task Arithmetic"): [36.0, 31.5, 48.5, 54.9, 83.2, 54.3, 97.6]
+        + [37.9, 55.5],
+    },
+}
+for _model, _rows in PUBLISHED.items():
+    _rows |= {
+        ("", method): table1_addition.PUBLISHED[_model][method]
+        for method in ("Pretrained", "Individual", "Task Arithmetic")
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(vision.Models):
+    """Tables 6 (ViT-B/32) and 7 (ViT-L/14) of AWD (S3): vectors made more orthogonal,
+    and less."""
+
+    out: Path = Path("runs/awd/table6")
+    """Folder for report.json and report.md."""
+    models: tuple[str, ...] = (vision.B32, vision.L14)
+    """CLIPs: folders, or ids of the Hugging Face Hub."""
+    tasks: tuple[str, ...] = table1_addition.ORDER
+    """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
+    FOLDER/<split>/<class>/."""
+
+
+def rows_of(setup: vision.Setup) -> list[dict]:
+    """The rows of one model, in the order of the paper."""
+    taus, rows = methods.vectors(setup, "nonlinear"), []
+    alphas = disentangled.alphas(setup.options)
+    coefs = disentangled.coefs(setup.options)
+
+    def add(objective, method, accuracies, vectors=None, **found):
+        per_task = {
+            name: 100 * float(value)
+            for name, value in zip(setup.names, accuracies, strict=True)
+        }
+        row = {"model": setup.title, "objective": objective, "method": method}
+        row |= per_task | {"mean": vision.means(accuracies)}
+        row["cosine"] = None if vectors is None else disentangled.mean_cosine(vectors)
+        rows.append(row | {"coef": None, "alpha": None} | found)
+
+    def vectors_of(objective):
+        progress = tqdm(alphas, desc=f"AWD, {objective}", unit="α")
+        return {
+            f"{alpha:g}": disentangled.disentangled(
+                setup, taus, alpha=alpha, objective=objective
+            )
+            for alpha in progress
+        }
+
+    zero_shot, single = disentangled.own_accuracies(setup, taus, "test", (0.0, 1.0))
+    add("", "Pretrained", zero_shot)
+    add("", "Individual", single, disentangled.linear_weights(taus))
+    total = {"": task_vectors.add(taus)}
+    found = disentangled.searched(setup, total, coefs)
+    add("", "Task Arithmetic", found.test, coef=found.coef)
+
+    parts = vectors_of("reduce")
+    sums = {alpha: task_vectors.add(own) for alpha, own in parts.items()}
+    found = disentangled.searched(setup, sums, coefs)
+    own, alpha = parts[found.name], float(found.name)
+    single = disentangled.own_accuracies(setup, own, "test")[0]
+    add(OURS, "Individual Reconstructed", single, own, alpha=alpha)
+    given = {"coef": found.coef, "alpha": alpha}
+    add(OURS, "AWD Task Arithmetic", found.test, **given)
+
+    parts = vectors_of("reverse")
+    kept = {
+        alpha: disentangled.own_accuracies(setup, own, "validation").mean()
+        for alpha, own in parts.items()
+    }
+    name = max(kept, key=kept.get)  # of equals the first, the largest α
+    own, alpha = parts[name], float(name)
+    single = disentangled.own_accuracies(setup, own, "test")[0]
+    add(REVERSED, "Individual Reconstructed", single, own, alpha=alpha)
+    total, coef = task_vectors.add(own), found.coef
+    merged = disentangled.on_all(setup, [total], "test", [[coef]])[0]
+    add(REVERSED, "AWD Task Arithmetic", merged, coef=coef, alpha=alpha)
+    return rows
+
+
+def main(config: Config) -> dict:
+    """Runs the tables; returns what `report.json` holds."""
+    config = vision.smoke(config)
+    runs.start(config)
+    rows, shown = [], {}
+    for setup in vision.setups(config, config.models, control=False):
+        found = rows_of(setup)
+        rows += found
+        beside = tables.beside(
+            found,
+            disentangled.published(setup, PUBLISHED, table1_addition.ORDER),
+            keys=["objective", "method"],
+            values=[*setup.names, "mean"],
+        )
+        caption = f"{setup.title}: test accuracy, percent."
+        shown[caption] = tables.markdown(beside)
+        names = ("objective", "method", "cosine", "coef", "alpha")
+        caption = f"{setup.title}: mean |cosine| of different vectors, λ and α."
+        chosen = [{name: row[name] for name in names} for row in found]
+        shown[caption] = tables.markdown(chosen, digits=6)
+    results = {"rows": rows}
+    title = "More and less orthogonal vectors (AWD, Tables 6 and 7)"
+    tables.write(config.out, title, shown, results)
+    return results
+
+
+if __name__ == "__main__":
+    # Full float32 on accelerators too: a task vector is a small difference.
+    with jax.default_matmul_precision("float32"):
+        main(tyro.cli(Config))

@@ -1,0 +1,184 @@
+"""Figures 4 and 5, and Table 9: directions and norms of vectors of two pre-trainings.
+
+Zeng, He, You, Hao, Tsai, Yamada, Zhao. Efficient Model Editing with Task Vector Bases:
+A Theoretical Framework and Scalable Approach. arXiv:2502.01015: section 6.2, C.1.
+
+    python -m experiments.bases.figure4_two_checkpoints --data-dir DATA \\
+        --models CONVERTED_E16 laion/CLIP-ViT-B-32-laion2B-s34B-b79K
+    python -m experiments.bases.figure4_two_checkpoints --smoke --out runs/smoke
+
+Data: the eight image tasks. The models are two checkpoints of LAION-2B, of which one
+must be converted: see `two_models`.
+
+Published, the norm of task vectors, and its share of the pre-trained model's norm:
+
+                laion2b_e16          laion2b_s34b_b79k
+                norm   percent       norm   percent
+    MNIST       2.18      0.46       2.30      0.42
+    EuroSAT     2.16      0.45       2.27      0.42
+    Cars        2.52      0.54       2.59      0.48
+    DTD         1.81      0.39       1.79      0.33
+    GTSRB       2.32      0.49       2.44      0.45
+    RESISC45    2.55      0.54       2.63      0.48
+    SUN397      3.03      0.65       3.18      0.58
+    SVHN        2.64      0.56       2.76      0.51
+
+Figure 4 is a heat map of 16 by 16 cosines, whose block of vectors of different
+pre-trainings is near 0. Figure 5 shows two random coordinates of all models, with the
+distance of the two pre-trained ones, about 314, beside that of their own fine-tuned
+ones, about 2.
+
+All norms here are of the image encoder. The paper does not say whether its 314 counts
+the text encoder too; by the ratios of Table 9, the model that it divides by has norm
+470 and 545.
+
+Not run at full scale yet; beyond training it takes seconds.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+
+from experiments import methods, runs, tables, vision
+from experiments.bases import two_models
+from jaxarith import plots, sharding, task_vectors, tree
+
+_TASKS = ("mnist", "eurosat", "cars", "dtd", "gtsrb", "resisc45", "sun397", "svhn")
+_NORMS = {
+    "laion2b_e16": (
+        *((2.18, 0.46), (2.16, 0.45), (2.52, 0.54), (1.81, 0.39)),
+        *((2.32, 0.49), (2.55, 0.54), (3.03, 0.65), (2.64, 0.56)),
+    ),
+    "laion2b_s34b_b79k": (
+        *((2.30, 0.42), (2.27, 0.42), (2.59, 0.48), (1.79, 0.33)),
+        *((2.44, 0.45), (2.63, 0.48), (3.18, 0.58), (2.76, 0.51)),
+    ),
+}
+PUBLISHED = {
+    (model, task): cells
+    for model, rows in _NORMS.items()
+    for task, cells in zip(_TASKS, rows, strict=True)
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(two_models.Options):
+    """Figures 4 and 5, and Table 9 (S2): cosines and norms of task vectors of two
+    pre-trainings."""
+
+    out: Path = Path("runs/bases/figure4")
+    """Folder for figure4.png, figure5.png, report.json and report.md."""
+    tasks: tuple[str, ...] = _TASKS
+    """The tasks, in order: names of jaxarith data check, or NAME=FOLDER."""
+
+
+def coordinates(
+    trees: Sequence[tree.Tree], rng: np.random.Generator
+) -> list[tuple[float, float]]:
+    """Two entries of every tree, the same two, drawn among all entries."""
+    flat = [tree.flatten(values) for values in trees]
+    paths = list(flat[0])
+    sizes = np.array([np.size(flat[0][path]) for path in paths])
+    ends = np.cumsum(sizes)
+    entries = rng.choice(ends[-1], 2, replace=False)
+
+    def at(leaves, entry):
+        index = int(np.searchsorted(ends, entry, side="right"))
+        leaf = np.ravel(np.asarray(leaves[paths[index]]))
+        return float(leaf[entry - (ends[index] - sizes[index])])
+
+    return [(at(leaves, entries[0]), at(leaves, entries[1])) for leaves in flat]
+
+
+def blocks(cosines: np.ndarray) -> dict[str, float]:
+    """Means of the cosines of different tasks within each model, and across both."""
+    count = len(cosines) // 2
+    different = ~np.eye(count, dtype=bool)
+    return {
+        "within 1": float(cosines[:count, :count][different].mean()),
+        "within 2": float(cosines[count:, count:][different].mean()),
+        "across": float(cosines[:count, count:].mean()),
+    }
+
+
+def main(config: Config) -> dict:
+    """Runs everything; returns what `report.json` holds."""
+    config = vision.smoke(config)
+    runs.start(config)
+    found = two_models.setups(config)
+    names = two_models.titles(found)
+    vectors = [methods.vectors(setup, "nonlinear") for setup in found]
+    starts = sharding.to_host([setup.params_0 for setup in found])
+    apart = float(task_vectors.norm(task_vectors.difference(*starts[::-1])))
+    cosines = np.asarray(task_vectors.cosine_matrix([*vectors[0], *vectors[1]]), float)
+    rows = []
+    for name, setup, start, taus in zip(names, found, starts, vectors, strict=True):
+        length = float(task_vectors.norm(start))
+        for task, tau in zip(setup.names, taus, strict=True):
+            norm = float(task_vectors.norm(tau))
+            rows.append(
+                {"model": name, "task": task, "norm": norm}
+                | {"ratio": 100 * norm / length}
+            )
+    points = {}
+    for number, (start, taus) in enumerate(zip(starts, vectors, strict=True), 1):
+        ends = [task_vectors.apply(start, tau) for tau in taus]
+        first, *others = coordinates([start, *ends], np.random.default_rng(config.seed))
+        points[f"pre-trained {number}"] = [first]
+        points[f"fine-tuned from {number}"] = others
+    if runs.is_first():
+        count = len(found[0].tasks)
+        plots.clustered(
+            config.out / "figure4.png",
+            cosines,
+            {
+                "boxes: of one model": [
+                    list(range(count)),
+                    list(range(count, 2 * count)),
+                ]
+            },
+            [f"{task} {i}" for i in (1, 2) for task in found[0].titles],
+            value="cosine",
+        )
+        largest = max(row["norm"] for row in rows)
+        title = (
+            f"pre-trained models {apart:.3g} apart, task vectors up to {largest:.3g}"
+        )
+        plots.scatter(
+            config.out / "figure5.png",
+            {title: {k: tuple(zip(*v, strict=True)) for k, v in points.items()}},
+            x="one entry of the parameters",
+            y="another entry",
+        )
+    results = {
+        "models": names,
+        "distance": apart,
+        "rows": rows,
+        "cosines": cosines.tolist(),
+        "blocks": blocks(cosines),
+    }
+    results["points"] = {k: [list(p) for p in v] for k, v in points.items()}
+    beside = tables.beside(
+        rows, PUBLISHED, keys=["model", "task"], values=["norm", "ratio"]
+    )
+    summary = [results["blocks"] | {"distance of the models": apart}]
+    shown = {
+        "Table 9: norms, and their percentage of the pre-trained model's.": (
+            tables.markdown(beside, digits=2)
+        ),
+        "Mean cosines of vectors, and the distance of the pre-trained models "
+        "(published: about 314).": tables.markdown(summary, digits=3),
+    }
+    title = "Vectors of two pre-trainings (S2, Figs. 4 and 5, Table 9)"
+    tables.write(config.out, title, shown, results)
+    return results
+
+
+if __name__ == "__main__":
+    # Full float32 on accelerators too: a task vector is a small difference.
+    with jax.default_matmul_precision("float32"):
+        main(tyro.cli(Config))

@@ -1,0 +1,188 @@
+"""Figures 9 and 11: clusters of task vectors, early in training and in tangent space.
+
+Zeng, He, You, Hao, Tsai, Yamada, Zhao. Efficient Model Editing with Task Vector Bases:
+A Theoretical Framework and Scalable Approach. arXiv:2502.01015: C.2, C.5, Algorithm 1.
+
+    python -m experiments.bases.figure9_clusters --data-dir DATA
+    python -m experiments.bases.figure9_clusters --tasks a=FOLDER b=FOLDER c=FOLDER
+    python -m experiments.bases.figure9_clusters --smoke --out runs/smoke
+
+Data: the eight image tasks, or any three or more.
+
+Published, as heat maps, and the clusters of Algorithm 1:
+
+    step 0, step 1, epoch 0   (MNIST, SVHN) (SUN397, DTD) (EuroSAT, RESISC45) (Cars)
+                              (GTSRB)
+    epoch 1, and later        (MNIST, SVHN, GTSRB) (DTD) (EuroSAT, RESISC45) (SUN397)
+                              (Cars)
+    tangent vectors           (MNIST, SVHN) (SUN397, DTD, Cars) (EuroSAT) (RESISC45)
+                              (GTSRB)
+
+"The first two steps of batch updates and two full epochs": step 0 is after the first
+update here, step 1 after the second, epoch 0 after the first pass over the training
+data, epoch 1 after the second. They are snapshots of one training with the schedule of
+all its steps, which the bank keeps as `nonlinear_early`. The tangent vectors are
+trained as in Table 1 of `tau_jp`.
+
+The number of clusters is that of the eigengap, and the clustering that of scikit-learn
+with a fixed seed; the paper does not say with which seed or implementation. `gap` is
+the number that the eigengap gives.
+
+Not run at full scale yet.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+
+from experiments import bank, methods, runs, tables, vision
+from experiments.bases import partitions
+from jaxarith import plots, task_vectors, tree
+from jaxarith.merge.bases import eigengap
+
+_METHOD = "nonlinear_early"
+_EARLY = "mnist,svhn sun397,dtd eurosat,resisc45 cars gtsrb"
+_LATER = "mnist,svhn,gtsrb dtd eurosat,resisc45 sun397 cars"
+PUBLISHED = {
+    "step 0": _EARLY,
+    "step 1": _EARLY,
+    "epoch 0": _EARLY,
+    "epoch 1": _LATER,
+    "converged": _LATER,
+    "tangent": "mnist,svhn sun397,dtd,cars eurosat resisc45 gtsrb",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(vision.OneModel):
+    """Figures 9 and 11 (S2): cosines and clusters of task vectors after one step, two
+    steps, one epoch, two epochs and all, and of tangent vectors."""
+
+    out: Path = Path("runs/bases/figure9")
+    """Folder for figure9.png, figure11.png, report.json and report.md."""
+    model: str = partitions.LAION_B32
+    """A CLIP: a folder, or an id of the Hugging Face Hub."""
+
+
+def moments(setup: vision.Setup, task: vision.Task) -> dict[str, int]:
+    """After how many steps a task is looked at.
+
+    Raises:
+      ValueError: its training is shorter than two epochs.
+    """
+    config = methods.recipe_of(setup, "nonlinear", task)
+    epoch = math.ceil(len(task.train) / config.batch_size)
+    if config.steps < max(2, 2 * epoch):
+        raise ValueError(
+            f"two epochs of {task.name} are {2 * epoch} steps of batch size "
+            f"{config.batch_size}, and it trains for {config.steps}; give more --steps."
+        )
+    return {"step 0": 1, "step 1": 2, "epoch 0": epoch, "epoch 1": 2 * epoch}
+
+
+def early_vectors(setup: vision.Setup) -> dict[str, list[tree.Tree]]:
+    """The task vectors at each of the moments, and at the end of that training."""
+    steps = [moments(setup, task) for task in setup.tasks]  # errors before training
+    recipes = [methods.recipe_of(setup, "nonlinear", task) for task in setup.tasks]
+    last = methods.trained(
+        setup,
+        _METHOD,
+        setup.tasks,
+        recipes,
+        [[]] * len(setup.tasks),
+        snapshots=[set(own.values()) for own in steps],
+    )
+
+    def snapshot(i, step):
+        task = setup.tasks[i]
+        file = methods.file_of(setup, f"{_METHOD}/step_{step:04d}", task.name)
+        identity = methods.configuration(setup, _METHOD, [task], recipes[i], [])
+        tau = bank.read(file, identity)
+        if tau is None:
+            final = methods.file_of(setup, _METHOD, task.name)
+            raise FileNotFoundError(
+                f"{file} is not there, though {final} is. Remove that one to train it "
+                "again."
+            )
+        return tau
+
+    found = {
+        name: [snapshot(i, own[name]) for i, own in enumerate(steps)]
+        for name in steps[0]
+    }
+    return found | {"converged": last}
+
+
+def written(partition: partitions.Partition, titles) -> str:
+    """Clusters as the paper prints them.
+
+    Example:
+      >>> written([[0, 1], [2]], ["MNIST", "SVHN", "Cars"])
+      '(MNIST, SVHN) (Cars)'
+    """
+    groups = (", ".join(titles[i] for i in members) for members in partition)
+    return " ".join(f"({group})" for group in groups)
+
+
+def published(name: str, setup: vision.Setup) -> str | None:
+    """The paper's clusters of its eight tasks, in the order of the first members."""
+    clusters = PUBLISHED[name].split()
+    if sorted(",".join(clusters).split(",")) != sorted(setup.names):
+        return None
+    found = partitions.given_partition(clusters, setup.names)
+    return written(sorted(map(sorted, found)), setup.titles)
+
+
+def main(config: Config) -> dict:
+    """Runs everything; returns what `report.json` holds."""
+    config = vision.smoke(config)
+    if len(config.tasks) < 3:
+        raise ValueError(f"{len(config.tasks)} tasks; at least 3 have an eigengap.")
+    runs.start(config)
+    setup = vision.load(config, config.model, control=False)
+    longer = dataclasses.replace(config, steps=8)  # two epochs of a smoke run
+    vectors = early_vectors(setup._replace(options=longer) if config.smoke else setup)
+    vectors["tangent"] = methods.vectors(setup, "linear")
+    cosines = {
+        name: np.asarray(task_vectors.cosine_matrix(taus), float)
+        for name, taus in vectors.items()
+    }
+    rows = []
+    for name, taus in vectors.items():
+        clusters = partitions.found_partition(taus)
+        theirs = published(name, setup)
+        ours = written(clusters, setup.titles)
+        rows.append(
+            {"vectors": name, "gap": eigengap(cosines[name]), "clusters": ours}
+            | {"published": theirs, "norm": mean_norm(taus), "indices": clusters}
+        )
+    if runs.is_first():
+        labels = {"rows": "task vector", "columns": "task vector", "value": "cosine"}
+        tangent = {"tangent vectors": cosines["tangent"]}
+        early = {name: cosines[name] for name in cosines if name != "tangent"}
+        plots.matrices(config.out / "figure9.png", early, setup.titles, **labels)
+        plots.matrices(config.out / "figure11.png", tangent, setup.titles, **labels)
+    results = {
+        "rows": rows,
+        "tasks": setup.names,
+        "cosines": {name: matrix.tolist() for name, matrix in cosines.items()},
+    }
+    shown = [{k: v for k, v in row.items() if k != "indices"} for row in rows]
+    table = {"Clusters, and the mean norm of the vectors.": tables.markdown(shown, 3)}
+    title = "Clusters of task vectors (S2, Algorithm 1, Figs. 9 and 11)"
+    tables.write(config.out, title, table, results)
+    return results
+
+
+def mean_norm(taus) -> float:
+    return float(np.mean([float(task_vectors.norm(tau)) for tau in taus]))
+
+
+if __name__ == "__main__":
+    # Full float32 on accelerators too: a task vector is a small difference.
+    with jax.default_matmul_precision("float32"):
+        main(tyro.cli(Config))

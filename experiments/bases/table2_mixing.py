@@ -1,0 +1,143 @@
+"""Table 2: task vectors of two pre-trainings, mixed.
+
+Zeng, He, You, Hao, Tsai, Yamada, Zhao. Efficient Model Editing with Task Vector Bases:
+A Theoretical Framework and Scalable Approach. arXiv:2502.01015: section 6.2.
+
+    python -m experiments.bases.table2_mixing --data-dir DATA \\
+        --models CONVERTED_E16 laion/CLIP-ViT-B-32-laion2B-s34B-b79K
+    python -m experiments.bases.table2_mixing --smoke --out runs/smoke
+
+Data: the eight image tasks. The models are two checkpoints of LAION-2B, of which one
+must be converted: see `two_models`.
+
+Published, mean test accuracy in percent over eight tasks:
+
+    θ_i \\ θ_0            pre-trained 1    pre-trained 2
+    fine-tuned from 1           70.83            51.71
+    50 / 50                     59.92            61.71
+    fine-tuned from 2           54.21            71.09
+
+How a vector of the other pre-training is made can be read in two ways, and both are
+here. The caption says τ = θ_i - θ_0, θ_0 being that of the column ("subtracted"), and
+the text that "if we subtract pretrained 2 from any finetune 1" its norm is huge. But
+Figure 4 compares vectors that both have been made with their own pre-trained model, and
+Table 2 refers to it ("own").
+
+The sum of the eight vectors has one coefficient of 0, 0.05, …, 1, with the best mean
+accuracy on validation data, for every cell; the paper does not state how it is chosen.
+
+Not run at full scale yet.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from experiments import arithmetic, methods, runs, tables, vision
+from experiments.bases import two_models
+from jaxarith import task_vectors
+
+ROWS = ("fine-tuned from 1", "50 / 50", "fine-tuned from 2")
+PUBLISHED = {
+    ROWS[0]: (70.83, 51.71),
+    ROWS[1]: (59.92, 61.71),
+    ROWS[2]: (54.21, 71.09),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(two_models.Options):
+    """Table 2 (S2): add task vectors of one, of both or of the other pre-training."""
+
+    out: Path = Path("runs/bases/table2")
+    """Folder for report.json and report.md."""
+
+
+def cells(setup: vision.Setup, own, other, apart) -> dict[str, list[dict]]:
+    """The cells of one column, by the reading of the caption.
+
+    Args:
+      setup: of the column's model.
+      own: the vectors of its pre-training.
+      other: those of the other one.
+      apart: the other pre-trained parameters minus those of `setup`.
+
+    Returns:
+      For each reading the cells of the column's own vectors, of half and half, and of
+      the other's.
+    """
+    count = len(own)
+    taus = [task_vectors.add(own), task_vectors.add(other), apart]
+    # The sum over tasks of θ_i - θ_0, where θ_i are of the other pre-training, has the
+    # distance of the two models once for every task.
+    shares = {
+        "own": [(1, 0, 0), (0.5, 0.5, 0), (0, 1, 0)],
+        "subtracted": [(1, 0, 0), (0.5, 0.5, 0.5 * count), (0, 1, count)],
+    }
+    rows = np.array([row for part in shares.values() for row in part])
+    coefs = arithmetic.coefs_of(setup.options, arithmetic.COEFS)
+    grid = (coefs[:, None, None] * rows).reshape(-1, 3)
+
+    def accuracies(split, rows):
+        found = [
+            arithmetic.accuracies(setup, taus, getattr(task, split), False, rows)
+            for task in tqdm(setup.tasks, desc=f"mixing, {split}", unit="task")
+        ]
+        return 100 * np.mean(found, axis=0)
+
+    curves = accuracies("validation", grid).reshape(len(coefs), -1)
+    best = coefs[curves.argmax(axis=0)]
+    found = accuracies("test", best[:, None] * rows).tolist()
+    made = [
+        {"abs": a, "coefficient": float(c)} for a, c in zip(found, best, strict=True)
+    ]
+    return {"own": made[:3], "subtracted": made[3:]}
+
+
+def main(config: Config) -> dict:
+    """Runs the table; returns what `report.json` holds."""
+    config = vision.smoke(config)
+    runs.start(config)
+    found = two_models.setups(config)
+    vectors = [methods.vectors(setup, "nonlinear") for setup in found]
+    apart = task_vectors.difference(found[1].params_0, found[0].params_0)
+    columns = [
+        cells(found[0], *vectors, apart),
+        cells(found[1], *vectors[::-1], task_vectors.negate(apart)),
+    ]
+    rows = []
+    for reading in ("subtracted", "own"):
+        first, second = (column[reading] for column in columns)
+        # Of the second model its own vectors are those of the last row.
+        for name, *pair in zip(ROWS, first, second[::-1], strict=True):
+            row = {"reading": reading, "vectors": name}
+            for number, cell in enumerate(pair, 1):
+                row[f"pre-trained {number}"] = cell["abs"]
+                row[f"coefficient {number}"] = cell["coefficient"]
+            rows.append(row)
+    beside = tables.beside(
+        rows,
+        {(name,): cells for name, cells in PUBLISHED.items()}
+        if two_models.titles(found) == list(two_models.TITLES)
+        else {},
+        keys=["reading", "vectors"],
+        values=["pre-trained 1", "pre-trained 2"],
+        published_keys=["vectors"],
+    )
+    results = {"models": two_models.titles(found), "rows": rows}
+    caption = "Mean test accuracy of the sum of task vectors, percent."
+    table = {caption: tables.markdown(beside, digits=2)}
+    tables.write(
+        config.out, "Vectors of two pre-trainings (S2, Table 2)", table, results
+    )
+    return results
+
+
+if __name__ == "__main__":
+    # Full float32 on accelerators too: a task vector is a small difference.
+    with jax.default_matmul_precision("float32"):
+        main(tyro.cli(Config))

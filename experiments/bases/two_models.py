@@ -1,0 +1,140 @@
+"""What the scripts on two pre-trained CLIPs (S2) share: a setup of each, and losses.
+
+The paper's are two checkpoints of OpenCLIP, ViT-B/32 on LAION-2B:
+
+1. `laion2b_e16`, 16 epochs. It is there in OpenCLIP's format only, on the Hugging Face
+   Hub as `timm/vit_base_patch32_clip_224.laion2b_e16`, and `jaxarith convert` does not
+   read that format. Its tensors are named as OpenAI's, so that the converter in the
+   repository of transformers (models/clip/convert_clip_original_pytorch_to_hf.py) makes
+   a folder of them, with `"hidden_act": "gelu"` in config.json; tokenizer and
+   preprocessing files are those of the second model.
+2. `laion2b_s34b_b79k`, with a larger batch and learning rate, in the format of
+   transformers: `laion/CLIP-ViT-B-32-laion2B-s34B-b79K`.
+
+Both have the same widths, so that parameters of one can be subtracted from those of the
+other.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments import arithmetic, vision
+from experiments.bases import partitions
+from jaxarith import fingerprint, heads, hub, processes, sharding, task_vectors, tree
+from jaxarith.models import clip
+
+FIRST = "clip-vit-base-patch32-laion2b_e16"
+# In the order of the paper's tables, as they are printed there.
+TITLES = ("laion2b_e16", "laion2b_s34b_b79k")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(vision.Options):
+    """The options of scripts on two CLIPs."""
+
+    models: tuple[str, str] = (FIRST, partitions.LAION_B32)
+    """Two CLIPs of the same architecture: folders, or ids of the Hugging Face Hub. The
+    first is by default a folder that must be converted, see
+    experiments/bases/two_models.py."""
+
+
+def setups(options: Options) -> list[vision.Setup]:
+    """The setup of each of the two models; of a smoke run of tiny_clip, and of a copy
+    with noise, saved in the output folder.
+
+    Raises:
+      ValueError: the parameters of the models differ in names or shapes.
+    """
+    first = vision.load(options, options.models[0], control=False)
+    if options.smoke:
+        found = [first, noisy(first)]
+    else:
+        found = [first, vision.load(options, options.models[1], control=False)]
+    shapes = [
+        {path: np.shape(leaf) for path, leaf in tree.flatten(setup.params_0).items()}
+        for setup in found
+    ]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{options.models[0]} and {options.models[1]} have parameters of other "
+            "names or shapes; the two models must be of one architecture."
+        )
+    if found[0].identity == found[1].identity:
+        raise ValueError(f"the two --models are the same: {options.models[0]}.")
+    return found
+
+
+def noisy(setup: vision.Setup, share: float = 0.05) -> vision.Setup:
+    """The setup of the same model with Gaussian noise, as of another pre-training.
+
+    Args:
+      setup: of a smoke run.
+      share: the norm of the noise in every leaf, relative to that of the leaf.
+    """
+    original = clip.load(setup.model)
+    folder = setup.options.out / "noisy_clip"
+    noise = task_vectors.random_like(jax.random.key(1), original.params)
+    params = task_vectors.apply(original.params, noise, share)
+    processes.on_first(
+        lambda: hub.save(
+            folder,
+            sharding.to_host(params),
+            hub.read_json(original.folder),
+            copy_from=original.folder,
+        )
+    )
+    checkpoint = clip.load(folder)
+    params_0 = tree.select(checkpoint.params, clip.IMAGE_ENCODER)
+
+    def task_of(spec):
+        raw = vision.image_task(spec, setup.options)
+        file = folder / "heads" / f"{raw.name}.safetensors"
+        head = vision.head_of(raw, checkpoint, file)
+        return vision.prepared(raw, head, setup.preprocess, setup.options)
+
+    return setup._replace(
+        model=str(folder),
+        params_0=sharding.shard(params_0, setup.mesh),
+        identity=fingerprint.combined(params_0),
+        tasks=[task_of(spec) for spec in setup.options.tasks],
+    )
+
+
+def titles(found: Sequence[vision.Setup]) -> list[str]:
+    """What the two models are called: as in the paper, where they are its own."""
+    known = {FIRST: TITLES[0], Path(partitions.LAION_B32).name: TITLES[1]}
+    names = [Path(setup.model).name for setup in found]
+    return [known.get(name, name) for name in names]
+
+
+def losses(
+    setup: vision.Setup, task: vision.Task, taus: Sequence[tree.Tree], coefs
+) -> np.ndarray:
+    """The mean cross-entropy of the ordinary model on a task's test data, `[n]`, at
+    each of n sets of coefficients `[n, T]`."""
+    at = arithmetic.outputs(setup, taus, task.test, False)
+    return np.array(
+        [loss(task.test, features) for features in at(np.asarray(coefs, float))]
+    )
+
+
+def loss(dataset: vision.Dataset, features) -> float:
+    """The mean cross-entropy of features `[N, D]` under the frozen head, in float64."""
+    scores = np.asarray(heads.logits(dataset.head, features), np.float64)
+    return cross_entropy(scores, dataset.labels)
+
+
+def cross_entropy(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The mean over samples, of scores `[N, C]` in float64.
+
+    Example:
+      >>> round(cross_entropy(np.zeros((2, 4)), np.array([0, 3])), 4)  # log 4
+      1.3863
+    """
+    shifted = scores - scores.max(axis=1, keepdims=True)
+    normalizers = np.log(np.exp(shifted).sum(axis=1))
+    return float(np.mean(normalizers - shifted[np.arange(len(labels)), labels]))

@@ -1,0 +1,108 @@
+"""Tasks that the experiments of Ilharco et al. (2023) make of other tasks."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import bank, vision
+from jaxarith import task_vectors, tree
+from jaxarith.data import images
+from jaxarith.models import clip
+
+
+@dataclasses.dataclass(frozen=True)
+class Relabelled:
+    """Some samples of a source, with other labels.
+
+    Attributes:
+      source: of raw images.
+      indices: of the samples in it, `i[N]`.
+      labels: their new labels, `i32[N]`.
+    """
+
+    source: Any
+    indices: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index) -> dict:
+        sample = self.source[int(self.indices[index])]
+        return sample | {"label": self.labels[index]}
+
+
+def some_classes(source, kept: Sequence[int]) -> Relabelled:
+    """The samples of some classes, which are numbered anew in the order of `kept`.
+
+    Example:
+      >>> source = [{"image": "a", "label": 2}, {"image": "b", "label": 0}]
+      >>> print(some_classes(source, [2])[0])
+      {'image': 'a', 'label': np.int32(0)}
+    """
+    kept = np.asarray(kept)
+    order = np.argsort(kept)
+    labels = vision.labels(source)
+    [indices] = np.nonzero(np.isin(labels, kept))
+    new = order[np.searchsorted(kept, labels[indices], sorter=order)]
+    return Relabelled(source, indices, new.astype(np.int32))
+
+
+def per_class(source, samples: int, seed: int) -> vision.Part:
+    """So many samples of every class, drawn at random; all of a class with fewer."""
+    labels = vision.labels(source)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    drawn = [order[labels[order] == label][:samples] for label in np.unique(labels)]
+    return vision.Part(source, np.sort(np.concatenate(drawn)))
+
+
+def of_classes(
+    task: images.ImageTask, name: str, kept: Sequence[int]
+) -> images.ImageTask:
+    """A task of some of the classes of another.
+
+    Raises:
+      ValueError: a split has no sample of them.
+    """
+    parts = {
+        split: some_classes(getattr(task, split), kept)
+        for split in ("train", "validation", "test")
+    }
+    if empty := [split for split, part in parts.items() if not len(part)]:
+        classes = ", ".join(task.classes[i] for i in kept)
+        raise ValueError(f"{task.name} has no {empty[0]} image of {classes}.")
+    classes = tuple(task.classes[i] for i in kept)
+    return dataclasses.replace(task, name=name, classes=classes, **parts)
+
+
+def prepared(
+    setup: vision.Setup, checkpoint: clip.CLIP, task: images.ImageTask
+) -> vision.Task:
+    """A task that is ready to be trained and evaluated; its head is in the bank."""
+    options = setup.options
+    file = bank.vector_file(options.bank, setup.model, "heads", task.name)
+    head = vision.head_of(task, checkpoint, file)
+    return vision.prepared(task, head, setup.preprocess, options)
+
+
+def analogy(taus: Sequence[tree.Tree], target: int) -> tree.Tree:
+    """The vector of one of four tasks from those of the others.
+
+    The four are two by two: the first and the second differ as the third and the fourth
+    do. So the vector of each is the sum of its two neighbours', less that of the one
+    opposite, such as king = queen + (man - woman).
+
+    Args:
+      taus: of four tasks.
+      target: the index of the one whose own vector is not used.
+
+    Example:
+      >>> taus = [{"w": np.float32(value)} for value in (9, 3, 10, 4)]
+      >>> print(analogy(taus, 1)["w"])
+      3.0
+    """
+    opposite = 3 - target
+    b, c = (taus[i] for i in range(4) if i not in (target, opposite))
+    return task_vectors.analogy(taus[opposite], b, c)

@@ -1,0 +1,102 @@
+"""Figure 17: the vector of ImageNet added to that of each of eight tasks.
+
+Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi. Editing Models
+with Task Arithmetic. ICLR 2023: Appendix D.5.
+
+    python -m experiments.editing.figure17_imagenet --data-dir DATA
+    python -m experiments.editing.figure17_imagenet --smoke --out runs/smoke
+
+Data: the eight tasks, and the training images of ImageNet (the task of --control), on
+which the encoder trains for 4 epochs, "around 40 thousand" steps, the rest being the
+same. The coefficient of each sum is searched on validation data.
+
+Published, as a plot only: a sum "in most experiments is competitive with the fine-tuned
+models on their respective datasets". The paper does not name the CLIP; we take
+ViT-L-14.
+
+Not run at full scale yet.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import tyro
+from tqdm import tqdm
+
+from experiments import arithmetic, methods, runs, tables, vision
+from jaxarith import plots, tree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(vision.OneModel):
+    """Figure 17 (S4): add the vector of ImageNet to every other."""
+
+    out: Path = Path("runs/editing/figure17")
+    """Folder for figure17.png, report.json and report.md."""
+    model: str = vision.L14
+    """A CLIP: a folder, or an id of the Hugging Face Hub."""
+    epochs: int = 4
+    """Of the training on ImageNet, unless --steps is given."""
+
+
+def large_vector(setup: vision.Setup, epochs: int) -> tree.Tree:
+    """The vector of the control task, trained for so many epochs."""
+    options = setup.options
+    config = methods.recipe_of(setup, "nonlinear", setup.control)
+    name = "nonlinear"
+    if options.steps is None:
+        name = f"nonlinear/epochs_{epochs}"
+        steps = epochs * math.ceil(len(setup.control.train) / options.batch_size)
+        config = dataclasses.replace(config, steps=steps)
+    [tau] = methods.trained(setup, name, [setup.control], [config], [[]])
+    return tau
+
+
+def main(config: Config) -> dict:
+    """Runs everything; returns what `report.json` holds."""
+    config = vision.smoke(config)
+    runs.start(config)
+    setup = vision.load(config, config.model)
+    large = large_vector(setup, config.epochs)
+    taus = methods.vectors(setup, "nonlinear")
+    rows = []
+    for task, tau in zip(tqdm(setup.tasks, desc="sums"), taus, strict=True):
+        pair = setup._replace(tasks=[task, setup.control])
+        found = arithmetic.addition(pair, [tau, large], linearized=False)
+        parts = {
+            "zero-shot": found.zero_shot,
+            "single": found.single,
+            "sum": found.searched,
+        }
+        for part, values in parts.items():
+            row = {"task": task.title, "model": part}
+            row |= {"coefficient": found.search.coef if part == "sum" else None}
+            row |= {"on the task": 100 * float(values[0])}
+            rows.append(row | {"on the control": 100 * float(values[1])})
+    if runs.is_first():
+        plots.scatter(
+            config.out / "figure17.png",
+            {
+                part: {
+                    row["task"]: ([row["on the task"]], [row["on the control"]])
+                    for row in rows
+                    if row["model"] == part
+                }
+                for part in ("zero-shot", "single", "sum")
+            },
+            x="accuracy on the task, percent",
+            y=f"accuracy on {setup.control.title}, percent",
+        )
+    results = {"rows": rows}
+    caption = "Test accuracy, percent; single: of each task's own model."
+    table = {caption: tables.markdown(rows)}
+    tables.write(config.out, "With ImageNet (S4, Fig. 17)", table, results)
+    return results
+
+
+if __name__ == "__main__":
+    # Full float32 on accelerators too: a task vector is a small difference.
+    with jax.default_matmul_precision("float32"):
+        main(tyro.cli(Config))

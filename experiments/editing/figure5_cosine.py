@@ -1,0 +1,70 @@
+"""Figure 5: cosines of the task vectors of eight image tasks.
+
+Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi. Editing Models
+with Task Arithmetic. ICLR 2023: section 6.
+
+    python -m experiments.editing.figure5_cosine --data-dir DATA
+    python -m experiments.editing.figure5_cosine --smoke --out runs/smoke
+
+Data: those of `table1_forgetting`, whose task vectors are taken from the bank.
+
+Published, as a heat map only: the vectors are "typically close to orthogonal"; the
+largest cosines are those of MNIST, SVHN and GTSRB, and of EuroSAT and RESISC45. The
+paper does not name the CLIP; we take ViT-L-14.
+
+Not run at full scale yet; beyond training it takes seconds.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+
+from experiments import arithmetic, methods, runs, tables, vision
+from jaxarith import plots, task_vectors
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(vision.OneModel):
+    """Figure 5 (S4): compare the directions of task vectors."""
+
+    out: Path = Path("runs/editing/figure5")
+    """Folder for figure5.png, report.json and report.md."""
+    model: str = vision.L14
+    """A CLIP: a folder, or an id of the Hugging Face Hub."""
+
+
+def main(config: Config) -> dict:
+    """Runs everything; returns what `report.json` holds."""
+    config = vision.smoke(config)
+    runs.start(config)
+    setup = vision.load(config, config.model, control=False)
+    taus = methods.vectors(setup, "nonlinear")
+    found = np.asarray(task_vectors.cosine_matrix(taus), float)
+    if runs.is_first():
+        plots.matrices(
+            config.out / "figure5.png",
+            {setup.title: found},
+            setup.titles,
+            rows="task vector",
+            columns="task vector",
+            value="cosine",
+        )
+    couples = arithmetic.pairs(len(taus))
+    rows = [
+        {"pair": " – ".join(setup.titles[i] for i in pair), "cosine": value}
+        for pair, value in zip(couples, arithmetic.pair_values(found), strict=True)
+    ]
+    rows.sort(key=lambda row: -row["cosine"])
+    results = {"tasks": setup.names, "cosines": found.tolist(), "rows": rows}
+    table = {f"{setup.title}, the largest first.": tables.markdown(rows, digits=3)}
+    tables.write(config.out, "Cosines of all pairs (S4, Fig. 5)", table, results)
+    return results
+
+
+if __name__ == "__main__":
+    # Full float32 on accelerators too: a task vector is a small difference.
+    with jax.default_matmul_precision("float32"):
+        main(tyro.cli(Config))

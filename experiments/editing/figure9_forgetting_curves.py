@@ -1,0 +1,132 @@
+"""Figures 9, 10 and 11: target and control accuracy along three directions.
+
+Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi. Editing Models
+with Task Arithmetic. ICLR 2023: Appendices B.4, B.6 and B.7.
+
+    python -m experiments.editing.figure9_forgetting_curves --data-dir DATA
+    python -m experiments.editing.figure9_forgetting_curves --smoke --out runs/smoke
+
+Data: those of `table1_forgetting`, whose task vectors are taken from the bank.
+
+From the pre-trained model, with coefficients 0, 0.05, …, 1 on test data: away from the
+fine-tuned model (-τ), along a random vector of the same norms, and towards the model of
+gradient ascent. Figure 11 sets the gain of fine-tuning against the drop of negation, at
+the coefficients of Table 1.
+
+Published, as plots only: "for task vectors, performance on the target tasks initially
+decreases faster than performance on the control task", which random vectors do not do;
+interpolations with gradient ascent are "even better accuracy trade-offs"; gain and drop
+have "a positive correlation". The paper does not name the CLIP; we take ViT-L-14.
+
+Not run at full scale yet.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+
+from experiments import arithmetic, methods, runs, tables, vision
+from experiments.editing import forgetting
+from jaxarith import metrics, plots
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(vision.OneModel):
+    """Figures 9, 10 and 11 (S4): curves of forgetting, and what goes with it."""
+
+    out: Path = Path("runs/editing/figure9")
+    """Folder for figure9.png, figure10.png, figure11.png, report.json and report.md."""
+    model: str = vision.L14
+    """A CLIP: a folder, or an id of the Hugging Face Hub."""
+
+
+def main(config: Config) -> dict:
+    """Runs everything; returns what `report.json` holds."""
+    config = vision.smoke(config)
+    runs.start(config)
+    setup = vision.load(config, config.model)
+    nonlinear = methods.vectors(setup, "nonlinear")
+    negative = forgetting.negation(setup, nonlinear)
+    coefs = arithmetic.coefs_of(config, arithmetic.COEFS)
+    directions = {
+        "negative task vector": (nonlinear, -coefs),
+        "random vector": (methods.vectors(setup, "random"), -coefs),
+        "gradient ascent": (methods.vectors(setup, "gradient_ascent"), coefs),
+    }
+    curves = {
+        name: 100 * forgetting.curves(setup, *direction)
+        for name, direction in directions.items()
+    }
+    tuned = 100 * forgetting.curves(setup, nonlinear, [1.0])[:, 0, 0]
+    before, after = 100 * negative.accuracies[:, 0, 0], negative.accuracies[:, 0, 2]
+    rows = [
+        {"task": name, "gain": float(gain), "drop": float(drop), "coefficient": coef}
+        for name, gain, drop, coef in zip(
+            setup.names,
+            tuned - before,
+            before - 100 * after,
+            negative.coefs,
+            strict=True,
+        )
+    ]
+    gains, drops = ([row[name] for row in rows] for name in ("gain", "drop"))
+    defined = len(set(gains)) > 1 and len(set(drops)) > 1
+    correlation = float(metrics.pearson(gains, drops)) if defined else None
+    means = [
+        {"direction": name, "coefficient": float(coef), "target": t, "control": c}
+        for name, found in curves.items()
+        for coef, (t, c) in zip(coefs, found.mean(0).T.tolist(), strict=True)
+    ]
+    if runs.is_first():
+        draw(setup, curves, (gains, drops))
+    results = {
+        "rows": rows,
+        "pearson": correlation,
+        "means": means,
+        "curves": {name: found.tolist() for name, found in curves.items()},
+    }
+    shown = {
+        "Figures 9 and 10. Test accuracies, mean over tasks, percent.": tables.markdown(
+            means, digits=2
+        ),
+        f"Figure 11. Points of accuracy; Pearson correlation {correlation}.": (
+            tables.markdown(rows, digits=2)
+        ),
+    }
+    title = "Curves of forgetting (S4, Figs. 9, 10, 11)"
+    tables.write(config.out, title, shown, results)
+    return results
+
+
+def draw(setup: vision.Setup, curves: dict[str, np.ndarray], points):
+    """The three figures."""
+    out = setup.options.out
+    axes = {"x": "control accuracy, percent", "y": "target accuracy, percent"}
+    for figure, other in ((9, "random vector"), (10, "gradient ascent")):
+        panels = {
+            title: {
+                name: (curves[name][i, 1], curves[name][i, 0])
+                for name in ("negative task vector", other)
+            }
+            for i, title in enumerate(setup.titles)
+        }
+        plots.scatter(out / f"figure{figure}.png", panels, **axes)
+    tasks = {
+        title: ([gain], [drop])
+        for title, gain, drop in zip(setup.titles, *points, strict=True)
+    }
+    plots.scatter(
+        out / "figure11.png",
+        {setup.title: tasks},
+        x="gain of fine-tuning, points",
+        y="drop of negation, points",
+    )
+
+
+if __name__ == "__main__":
+    # Full float32 on accelerators too: a task vector is a small difference.
+    with jax.default_matmul_precision("float32"):
+        main(tyro.cli(Config))

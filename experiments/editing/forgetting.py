@@ -1,0 +1,35 @@
+"""What Ilharco et al. (2023) measure of forgetting: accuracy on target and control.
+
+In `[T, 2, ...]`, 2 are the task that is forgotten and the control.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments import arithmetic, vision
+from jaxarith import tree
+
+
+def negation(setup: vision.Setup, taus: Sequence[tree.Tree]) -> arithmetic.Negation:
+    """Subtracts each vector; the coefficient is the largest of 0, 0.05, …, 1 that keeps
+    95 % of the control accuracy on validation data (B.1)."""
+    return arithmetic.negation(
+        setup, taus, linearized=False, coefs=arithmetic.COEFS, largest=True
+    )
+
+
+def curves(
+    setup: vision.Setup, taus: Sequence[tree.Tree], coefs: Sequence[float]
+) -> np.ndarray:
+    """Test accuracies `[T, 2, n]` with each vector alone at every coefficient."""
+    rows = np.asarray(coefs)[:, None]
+    progress = tqdm(setup.tasks, desc="target and control", unit="task")
+    found = []
+    for task, tau in zip(progress, taus, strict=True):
+        both = (task.test, setup.control.test)
+        found.append(
+            [arithmetic.accuracies(setup, [tau], x, False, rows) for x in both]
+        )
+    return np.array(found)

@@ -1,0 +1,42 @@
+"""Task vectors of the ordinary fine-tuning with something of it changed."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from experiments import arithmetic, methods, vision
+from jaxarith import tree
+
+
+def vectors(setup: vision.Setup, name: str, **changes) -> list[tree.Tree]:
+    """Ordinary vectors of all tasks, trained with some options changed.
+
+    Args:
+      setup: the model and the tasks.
+      name: of the variation; its folder in the bank is `nonlinear/<name>`.
+      changes: options of the script and their values, such as `seed=3`; where they are
+        what the options say anyway, the vectors are those of "nonlinear".
+    """
+    if all(getattr(setup.options, option) == x for option, x in changes.items()):
+        return methods.vectors(setup, "nonlinear")
+    changed = setup._replace(options=dataclasses.replace(setup.options, **changes))
+    recipes = [methods.recipe_of(changed, "nonlinear", task) for task in setup.tasks]
+    others = [[]] * len(setup.tasks)
+    return methods.trained(changed, f"nonlinear/{name}", setup.tasks, recipes, others)
+
+
+def added(setup: vision.Setup, taus: Sequence[tree.Tree]) -> dict:
+    """Accuracies in percent of the pair of vectors: alone and added, and as a row."""
+    found = arithmetic.addition(setup, taus, linearized=False)
+    return {
+        "coefficient": found.search.coef,
+        "single": vision.means(found.single),
+        **found.row(searched=True),
+        "accuracies": (100 * found.searched).tolist(),
+        "single accuracies": (100 * found.single).tolist(),
+    }
+
+
+def check_pair(tasks: Sequence[str]):
+    """Raises ValueError unless there are two tasks."""
+    if len(tasks) != 2:
+        raise ValueError(f"two task vectors are added; --tasks names {tasks}.")
