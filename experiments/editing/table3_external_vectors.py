@@ -182,6 +182,7 @@ def prepare(config: Config, base: text_to_text.Base, name: str, seed: int) -> Ta
     recipe = train.TrainConfig(
         steps=max(math.ceil(config.epochs * len(source) / config.batch_size), 1),
         warmup_steps=0,
+        decay="linear",
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         seed=seed,

@@ -265,6 +265,7 @@ def recipe_of(study: Study, name: str) -> train.TrainConfig:
     return train.TrainConfig(
         steps=max(math.ceil(config.epochs * samples / config.batch_size), 1),
         warmup_steps=0,
+        decay="linear",
         batch_size=config.batch_size,
         learning_rate=study.learning_rate,
         micro_batches=config.micro_batches,
