@@ -90,7 +90,7 @@ def test_drawn_vectors_have_the_shapes_of_the_linear_weights_of_a_clip():
     checkpoint = clip.load(MODEL)
     weights = tree.flatten(tree.select(checkpoint.params, clip.BLOCK_LINEAR_WEIGHTS))
     config = checkpoint.config.vision
-    shape = (config.num_layers, config.hidden_size, config.intermediate_size)
+    shape = (config.num_hidden_layers, config.hidden_size, config.intermediate_size)
     [tau] = table5_cost.vectors_of(shape, 1)
     found = {path: leaf.shape for path, leaf in tree.flatten(tau).items()}
     assert found == {path: leaf.shape for path, leaf in weights.items()}
