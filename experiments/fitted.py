@@ -81,6 +81,8 @@ def adamerging(
       coef: where the coefficients start.
       density: the share of entries that AdaMerging++ keeps; none is AdaMerging.
     """
+    # It runs the network on one device, whatever the mesh, in every process.
+    params_0, taus = sharding.to_host((setup.params_0, list(taus)))
     steps = 2 if setup.options.smoke else 500
     padded = heads.pad([task.test.head for task in setup.tasks])
 
@@ -103,7 +105,7 @@ def adamerging(
 
     count = len(setup.tasks)
     adapted = merge.adamerging(
-        setup.params_0,
+        params_0,
         taus,
         [_logits(setup.apply_fn)] * count,
         [batches(index) for index in range(count)],
@@ -113,7 +115,7 @@ def adamerging(
         learning_rate=1e-3,
         density=density,
     ).params
-    return task_vectors.difference(adapted, setup.params_0)
+    return task_vectors.difference(adapted, params_0)
 
 
 @functools.cache  # the same function of a model is compiled once

@@ -65,11 +65,36 @@ def x64():
         yield
 
 
-@pytest.fixture(scope="session")
-def shared_bank(tmp_path_factory):
+@pytest.fixture
+def shared_bank(tmp_path_factory, shallow_clip):
     """One bank for all scripts; of several workers too, whose vectors are the same."""
     base = tmp_path_factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bank"
+
+
+@pytest.fixture(scope="session")
+def shallow_folder(tmp_path_factory):
+    """The embedded CLIP with one layer in each tower, for fast compilation."""
+    from jaxarith import hub, tree
+    from jaxarith.models import clip
+
+    folder = tmp_path_factory.mktemp("shallow") / clip.TINY_CLIP.name
+    model = clip.load()
+    config = hub.read_json(model.folder)
+    for tower in ("vision_config", "text_config"):
+        config[tower]["num_hidden_layers"] = 1
+    params = tree.select(model.params, r"(?!.*/layers/[1-9]).*")
+    hub.save(folder, params, config, copy_from=model.folder)
+    return folder
+
+
+@pytest.fixture
+def shallow_clip(shallow_folder, monkeypatch):
+    """The same in place of the embedded CLIP, which smoke runs take."""
+    from jaxarith.models import clip
+
+    monkeypatch.setattr(clip, "TINY_CLIP", shallow_folder)
+    return shallow_folder
 
 
 @pytest.fixture(scope="session")

@@ -72,29 +72,18 @@ def test_seeds_are_summed_up_within_their_variant_and_budget():
     assert "0.600 ± 0.141 (0.500..0.700)" in lines[2] and "±" not in lines[3]
 
 
-def shallow_clip(folder):
-    """The embedded model with one layer in each tower, for fast compilation."""
-    model = clip.load()
-    config = hub.read_json(model.folder)
-    for tower in ("vision_config", "text_config"):
-        config[tower]["num_hidden_layers"] = 1
-    params = tree.select(model.params, r"(?!.*/layers/[1-9]).*")
-    hub.save(folder, params, config, copy_from=model.folder)
-    return folder
-
-
 def clock(durations):
     """Seconds at every other call after which one of the durations has passed."""
     ends = itertools.chain.from_iterable((0.0, d) for d in itertools.cycle(durations))
     return types.SimpleNamespace(perf_counter=itertools.accumulate(ends).__next__)
 
 
-def test_a_tiny_run_writes_all_it_promises(tmp_path, monkeypatch):
+def test_a_tiny_run_writes_all_it_promises(tmp_path, monkeypatch, shallow_clip):
     # Of a step of cyclic and of attention, which run in turn.
     monkeypatch.setattr(measure, "time", clock([4.0, 1.0]))
     config = cheaper.Config(
         tmp_path / "out",
-        model=shallow_clip(tmp_path / "model"),
+        model=shallow_clip,
         tasks=("mnist", "uci_digits"),
         variants=("cyclic", "attention"),
         seeds=(5,),

@@ -90,14 +90,15 @@ SEARCHED = ["task_arithmetic", "ties"]
 FITTED = ["fisher"]
 
 
-def test_the_quickstart_writes_everything_it_promises(tmp_path):
+def test_the_quickstart_writes_everything_it_promises(tmp_path, shallow_clip):
     tasks = ("mnist", "inverted_digits")
     config = quickstart.Config(
         out=tmp_path,
+        model=shallow_clip,
         tasks=tasks,
         merges=(*SEARCHED[1:], *FITTED),
         smoke=True,
-        mesh="fsdp=2",
+        mesh="data=1",
     )
     result = quickstart.main(config)
     content = json.loads((tmp_path / "report.json").read_text())
@@ -124,7 +125,7 @@ def test_the_quickstart_writes_everything_it_promises(tmp_path):
         assert (tmp_path / f"{figure}.png").stat().st_size > 5000
     # What was saved is what was evaluated.
     chosen = rows["nonlinear", "task_arithmetic", True]["coef"]
-    merged, base = clip.load(tmp_path / "merged"), clip.load()
+    merged, base = clip.load(tmp_path / "merged"), clip.load(shallow_clip)
     folder = tmp_path / "task_vectors" / "nonlinear"
     taus = [hub.load_tree(folder / f"{task}.safetensors")[0] for task in tasks]
     edited = task_vectors.apply(base.params, task_vectors.add(taus), chosen)

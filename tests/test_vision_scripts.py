@@ -10,6 +10,8 @@ import smoke
 from experiments import bank, finetune, methods, vision
 from jaxarith import hub, tree
 
+pytestmark = pytest.mark.usefixtures("shallow_clip")
+
 FOLDER = Path(vision.__file__).parent
 LANGUAGE = ("glue", "detoxification")
 SCRIPTS = [
