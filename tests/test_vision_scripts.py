@@ -1,6 +1,7 @@
 """Every script of the vision papers runs, and its rows are those of the paper."""
 
 import importlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,32 @@ def test_a_smoke_run_has_the_rows_that_the_paper_prints(
         for row in rows:
             for value in published["ViT-B-32", *row]:
                 assert value is None or f" {value} " in text or f" {value:.2f} " in text
+
+
+CHECKLIST = {  # the numbers of the papers' tables, and of the figures that have data
+    "bases": (range(2, 17), range(3, 12)),
+    "awd": (range(1, 12), range(2, 8)),
+    "editing": (range(1, 13), range(2, 19)),
+}
+
+
+def numbers(text: str, word: str) -> set[int]:
+    """Those after "Table", "Tables 1 to 3 and 5", and so on."""
+    found = set()
+    for listed in re.findall(rf"\b{word}s? ((?:\d+(?:, | and | to )?)+)", text):
+        for first, last in re.findall(r"(\d+)(?: to (\d+))?", listed):
+            found.update(range(int(first), int(last or first) + 1))
+    return found
+
+
+@pytest.mark.parametrize("folder", CHECKLIST)
+def test_help_says_which_script_has_which_table_and_figure(folder):
+    files = sorted((FOLDER / folder).glob("*.py"))
+    scripts = [f.stem for f in files if f.stem.startswith(("table", "figure"))]
+    modules = [importlib.import_module(f"experiments.{folder}.{s}") for s in scripts]
+    text = " ".join(" ".join(module.Config.__doc__.split()) for module in modules)
+    for word, expected in zip(("Table", "Figure"), CHECKLIST[folder], strict=True):
+        assert numbers(text, word) == set(expected), word
 
 
 def row_key(row, length):

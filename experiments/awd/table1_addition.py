@@ -113,8 +113,8 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(vision.Models):
-    """Tables 1 (ViT-B/32), 2 (ViT-L/14) and 4 (ViT-B/16) of AWD (S3): eight image
-    models merged by every method."""
+    """Tables 1, 2 and 4 of AWD (S3): eight image models merged by every method; of
+    ViT-B/32, ViT-L/14 and ViT-B/16."""
 
     out: Path = Path("runs/awd/table1")
     """Folder for report.json and report.md."""

@@ -71,8 +71,8 @@ for _model, _rows in PUBLISHED.items():
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(vision.Models):
-    """Tables 6 (ViT-B/32) and 7 (ViT-L/14) of AWD (S3): vectors made more orthogonal,
-    and less."""
+    """Tables 6 and 7 of AWD (S3): vectors made more orthogonal, and less; of ViT-B/32
+    and ViT-L/14."""
 
     out: Path = Path("runs/awd/table6")
     """Folder for report.json and report.md."""

@@ -4,8 +4,9 @@ A task vector is trained by the cross-entropy of the target's tokens and lies in
 bank under `editing`. Answers are ranked (Ilharco et al. 2023, Appendix D.7: the label
 that the decoder finds least perplexing) or generated, by the largest logit each.
 
-The learning rate falls in a straight line to zero, without warm-up. Weight decay 0.1 and
-clipping to norm 1 are this library's, for the paper does not say. T5's dropout is off.
+The learning rate falls in a straight line to zero, without warm-up. Weight decay 0.1
+and clipping to norm 1 are this library's, for the paper does not say. T5's dropout is
+off.
 """
 
 import dataclasses
