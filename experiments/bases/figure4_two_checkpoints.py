@@ -136,13 +136,14 @@ def main(config: Config) -> dict:
             config.out / "figure4.png",
             cosines,
             {
-                "boxes: of one model": [
+                "task vectors of two pre-trainings": [
                     list(range(count)),
                     list(range(count, 2 * count)),
                 ]
             },
             [f"{task} {i}" for i in (1, 2) for task in found[0].titles],
             value="cosine",
+            box="of one pre-training",
         )
         largest = max(row["norm"] for row in rows)
         title = (

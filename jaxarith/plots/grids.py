@@ -54,6 +54,7 @@ def clustered(
     names: Sequence[str],
     *,
     value: str,
+    box: str = "cluster",
 ):
     """One matrix over tasks, ordered by clusters in every panel; boxes mark them.
 
@@ -63,6 +64,7 @@ def clustered(
       panels: title to the clusters of the T tasks; those of one task have no box.
       names: the T tasks.
       value: what the numbers are.
+      box: what a box marks.
     """
     others = matrix[~np.eye(len(matrix), dtype=bool)]
     low, top = min(0.0, float(others.min())), max(float(others.max()), 1e-6)
@@ -87,7 +89,7 @@ def clustered(
                     [first, first, last, last] + [first],
                 )
                 line = {"color": COLORS[1], "linewidth": 2, "clip_on": False}
-                axis.plot(*box, label="cluster", **line)
+                axis.plot(*box, label=box, **line)
             first = last
     figure.colorbar(image, ax=list(axes), label=value, shrink=0.8, extend="max")
     handles, labels = axes[0].get_legend_handles_labels()
