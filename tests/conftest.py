@@ -65,11 +65,17 @@ def x64():
         yield
 
 
-@pytest.fixture
-def shared_bank(tmp_path_factory, shallow_clip):
+@pytest.fixture(scope="session")
+def bank_folder(tmp_path_factory):
     """One bank for all scripts; of several workers too, whose vectors are the same."""
     base = tmp_path_factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bank"
+
+
+@pytest.fixture
+def shared_bank(bank_folder, shallow_clip):
+    """That bank, for smoke runs on images, which then take the shallow CLIP."""
+    return bank_folder
 
 
 @pytest.fixture(scope="session")

@@ -25,9 +25,9 @@ pytest.importorskip("transformers", reason="makes the tokenizers")
 
 
 @pytest.fixture(scope="module")
-def negated(tmp_path_factory, shared_bank):
+def negated(tmp_path_factory, bank_folder):
     out = tmp_path_factory.mktemp("table2")
-    return smoke.run("editing.table2_detoxification", out, bank=shared_bank)
+    return smoke.run("editing.table2_detoxification", out, bank=bank_folder)
 
 
 def test_table_2_has_the_rows_of_the_paper_in_order(negated):
@@ -44,9 +44,9 @@ def test_table_2_has_the_rows_of_the_paper_in_order(negated):
     assert curve["limit"] == pytest.approx(by_name["Pre-trained"]["perplexity"] + 0.5)
 
 
-def test_ascent_unlearns_what_descent_learns(negated, shared_bank):
+def test_ascent_unlearns_what_descent_learns(negated, bank_folder):
     """Of one first step of Adam the two are opposite; later they still point apart."""
-    folder = shared_bank / "tiny_gpt2" / "editing"
+    folder = bank_folder / "tiny_gpt2" / "editing"
     toxic, ascent = (
         hub.load_tree(folder / f"{kind}.safetensors")[0]
         for kind in ("toxic", "toxic_ascent")
@@ -71,9 +71,9 @@ def test_comments_of_both_kinds_are_told_apart_by_their_toxicity(tmp_path):
     assert detoxify.condition("toxicity<0.2")[1]("0.2") is False
 
 
-def test_figure_13_takes_the_vector_of_table_2(negated, tmp_path, shared_bank):
+def test_figure_13_takes_the_vector_of_table_2(negated, tmp_path, bank_folder):
     found = smoke.run(
-        "editing.figure13_real_toxicity_prompts", tmp_path, bank=shared_bank
+        "editing.figure13_real_toxicity_prompts", tmp_path, bank=bank_folder
     )
     assert not list(tmp_path.glob("train_*"))
     assert [row["coef"] for row in found["rows"]] == [0.0, 1.0]
@@ -101,10 +101,10 @@ def test_prompts_that_are_broken_are_refused_before_anything_is_written(tmp_path
 
 
 def test_table_3_adds_a_vector_only_where_it_helps_on_held_out_data(
-    tmp_path, shared_bank
+    tmp_path, bank_folder
 ):
     pytest.importorskip("sklearn", reason="measures the Matthews correlation")
-    found = smoke.run("editing.table3_external_vectors", tmp_path, bank=shared_bank)
+    found = smoke.run("editing.table3_external_vectors", tmp_path, bank=bank_folder)
     printed = table3_external_vectors.PUBLISHED
     assert [row["method"] for row in found["rows"]] == list(printed)
     for search in found["searches"]:
@@ -129,8 +129,8 @@ def test_a_model_of_other_shapes_is_refused(tmp_path):
         text_to_text.check_same_shape(base, [str(folder)])
 
 
-def test_table_4_has_the_analogy_between_the_two_domains(tmp_path, shared_bank):
-    found = smoke.run("editing.table4_analogies", tmp_path, bank=shared_bank)
+def test_table_4_has_the_analogy_between_the_two_domains(tmp_path, bank_folder):
+    found = smoke.run("editing.table4_analogies", tmp_path, bank=bank_folder)
     rows = [(row["target"], row["method"]) for row in found["rows"]]
     methods = table4_analogies.METHODS
     assert rows == [(target, m) for target in ("yelp", "amazon") for m in methods]
@@ -150,9 +150,9 @@ def test_labels_of_the_files_of_a_domain_are_numbered_in_order(tmp_path):
         table4_analogies.from_files("yelp", option + ",x.txt")
 
 
-def test_figure_18_normalises_by_the_tasks_own_models(tmp_path, shared_bank):
+def test_figure_18_normalises_by_the_tasks_own_models(tmp_path, bank_folder):
     pytest.importorskip("rouge_score", reason="measures ROUGE-2")
-    found = smoke.run("editing.figure18_nlp_pairs", tmp_path, bank=shared_bank)
+    found = smoke.run("editing.figure18_nlp_pairs", tmp_path, bank=bank_folder)
     assert len(found["rows"]) == 3
     # The targets of generated texts are what the own model wrote.
     assert found["single"]["test"]["race"] == 1.0

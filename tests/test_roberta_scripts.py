@@ -33,8 +33,8 @@ def _transformers():
 # Smoke runs.
 
 
-def test_twelve_tasks_have_the_papers_rows_and_what_they_store(shared_bank, tmp_path):
-    found = smoke.run("bases.table8_twelve_tasks", tmp_path, bank=shared_bank)
+def test_twelve_tasks_have_the_papers_rows_and_what_they_store(bank_folder, tmp_path):
+    found = smoke.run("bases.table8_twelve_tasks", tmp_path, bank=bank_folder)
     rows = {row["method"]: row for row in found["rows"]}
     assert list(rows) == ["Pre-trained", "Individual", *table8.PUBLISHED]
     text = (tmp_path / "report.md").read_text()
@@ -45,7 +45,7 @@ def test_twelve_tasks_have_the_papers_rows_and_what_they_store(shared_bank, tmp_
         [line] = [x for x in text.splitlines() if f"| {method} " in x][:1]
         for name in ("SST-2", "CR", "QNLI"):
             assert f" {values[known.index(name)]} |" in line
-    tau, _ = hub.load_tree(shared_bank / "tiny_roberta" / "prompted" / "CR.safetensors")
+    tau, _ = hub.load_tree(bank_folder / "tiny_roberta" / "prompted" / "CR.safetensors")
     assert all("/encoder/layer/" in path for path in tree.flatten(tau))
     size = 4e-9 * sum(leaf.size for leaf in tree.flatten(tau).values())
     for method, [count, *_] in table8.PUBLISHED_STORAGE.items():
@@ -59,8 +59,8 @@ def test_twelve_tasks_have_the_papers_rows_and_what_they_store(shared_bank, tmp_
     assert sorted(sum(found["clusters"], [])) == sorted(prompted.SMOKE)
 
 
-def test_seventy_tasks_are_clustered_and_merged_by_it(shared_bank, tmp_path):
-    found = smoke.run("bases.figure7_seventy_tasks", tmp_path, bank=shared_bank)
+def test_seventy_tasks_are_clustered_and_merged_by_it(bank_folder, tmp_path):
+    found = smoke.run("bases.figure7_seventy_tasks", tmp_path, bank=bank_folder)
     assert [row["k"] for row in found["rows"]] == [1, 2]
     assert [len(row["random partitions"]) for row in found["rows"]] == [1, 2]
     assert [row["task"] for row in found["tasks"]] == list(prompted.SMOKE)
@@ -75,23 +75,23 @@ def test_seventy_tasks_are_clustered_and_merged_by_it(shared_bank, tmp_path):
     assert " 42.15 |" in text and " 40.47 |" in text and "published: 3" in text
 
 
-def test_the_adversarial_prompt_has_a_vector_of_its_own(shared_bank, tmp_path):
-    found = smoke.run("bases.table16_prompt_robustness", tmp_path, bank=shared_bank)
+def test_the_adversarial_prompt_has_a_vector_of_its_own(bank_folder, tmp_path):
+    found = smoke.run("bases.table16_prompt_robustness", tmp_path, bank=bank_folder)
     assert found["tasks"] == ["QNLI", "CR", "SST2", "SST2Adv"]
     pairs = [(row["first"], row["second"]) for row in found["rows"]]
     published = [tuple(x.replace("MNLI", "QNLI") for x in k) for k in table16.PUBLISHED]
     assert pairs[:3] == published  # the smoke run has QNLI in the place of MNLI
     assert "0.0627" in (tmp_path / "report.md").read_text()
-    folder = shared_bank / "tiny_roberta" / "prompted"
+    folder = bank_folder / "tiny_roberta" / "prompted"
     taus = [hub.load_tree(folder / f"{n}.safetensors")[0] for n in ("SST2", "SST2Adv")]
     own, other = (tree.flatten(tau) for tau in taus)
     assert any(np.abs(own[path] - other[path]).max() > 1e-4 for path in own)
 
 
-def test_glue_tasks_have_the_papers_rows(shared_bank, tmp_path, monkeypatch):
+def test_glue_tasks_have_the_papers_rows(bank_folder, tmp_path, monkeypatch):
     # As one of the papers' models, so that their figures stand beside.
     monkeypatch.setitem(glue.MODELS, glue.TINY, table3_glue.BASE)
-    found = smoke.run("awd.table3_glue", tmp_path, bank=shared_bank)
+    found = smoke.run("awd.table3_glue", tmp_path, bank=bank_folder)
     methods = [method for model, method in table3_glue.PUBLISHED if "Base" in model]
     assert [row["method"] for row in found["rows"]] == methods
     text = (tmp_path / "report.md").read_text()

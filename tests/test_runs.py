@@ -81,10 +81,12 @@ class Stop(Exception):
     """What a study is stopped by here."""
 
 
-def test_a_study_goes_on_with_the_methods_that_it_has_trained(tmp_path, monkeypatch):
+def test_a_study_goes_on_with_the_methods_that_it_has_trained(
+    tmp_path, monkeypatch, shallow_clip
+):
     config = quickstart.Config(
         **dict(out=tmp_path, tasks=("mnist", "uci_digits"), merges=(), modes=()),
-        **dict(smoke=True, mesh="fsdp=2,data=2"),
+        **dict(model=shallow_clip, smoke=True, mesh="fsdp=2,data=2"),
     )
     fine_tune, trained = train.fine_tune, []
 

@@ -84,12 +84,12 @@ def clustered(
         for members in clusters:
             last = first + len(members)
             if len(members) > 1:
-                box = (
+                corners = (
                     [first, last, last, first, first],
                     [first, first, last, last] + [first],
                 )
                 line = {"color": COLORS[1], "linewidth": 2, "clip_on": False}
-                axis.plot(*box, label=box, **line)
+                axis.plot(*corners, label=box, **line)
             first = last
     figure.colorbar(image, ax=list(axes), label=value, shrink=0.8, extend="max")
     handles, labels = axes[0].get_legend_handles_labels()
