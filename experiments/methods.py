@@ -309,7 +309,8 @@ def run(
 ):
     """Trains; returns vectors on the host, and plain metrics of every name."""
     folder = checkpoints(setup, method, names)
-    log = setup.options.out / f"train_{folder.name}.jsonl"
+    place = folder.relative_to(runs.checkpoints(setup.options)).as_posix()
+    log = setup.options.out / f"train_{place.replace('/', '_')}.jsonl"
     tqdm.write(f"{setup.model}, {method}: {', '.join(names)}", file=sys.stderr)
     taus = train.fine_tune(
         setup.apply_fn,

@@ -16,7 +16,7 @@ The two files of text:
     kept.to_json("civil_comments.jsonl")
     wiki = load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split="test")
     with open("wikitext103_test.txt", "w", encoding="utf-8") as file:
-        file.writelines(wiki["text"])
+        file.write("\n\n".join(wiki["text"]))
     END
 
 What the paper leaves open:
@@ -135,7 +135,16 @@ def start(config: Options, kinds: tuple[str, ...], **sampling) -> list[Study]:
 
 
 def load(config: Options, model: str, kinds: tuple[str, ...], sampling: dict) -> Study:
-    """One GPT-2, and what the bank has of its vectors."""
+    """One GPT-2, and what the bank has of its vectors.
+
+    Raises:
+      ValueError: the comments have no column that says which are toxic.
+    """
+    if not config.smoke and config.comments.suffix.lower() not in (".csv", ".jsonl"):
+        raise ValueError(
+            f"--comments {config.comments}: expected a .csv or .jsonl with text and "
+            "toxicity."
+        )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         places = dict(

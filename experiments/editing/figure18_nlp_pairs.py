@@ -156,7 +156,8 @@ def smoke(config: Config, folder: Path) -> tuple[Config, Sequence[str]]:
 def run(config: Config, models: Sequence[str]) -> dict:
     """The same, with the places of the tasks' models."""
     known = ", ".join(CHECKPOINTS)
-    if len(set(config.tasks)) < 2 or set(config.tasks) - set(CHECKPOINTS):
+    different = set(config.tasks)
+    if not 1 < len(config.tasks) == len(different) or different - set(CHECKPOINTS):
         raise ValueError(f"--tasks {config.tasks}: expected two or more of {known}.")
     if not config.coefs:
         raise ValueError("no --coefs; give at least one.")

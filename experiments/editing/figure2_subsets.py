@@ -41,7 +41,7 @@ from jaxarith import plots, tree
 
 PUBLISHED = {
     "pairs, both tasks": (0.989,),
-    "best subset, all tasks": (0.912,),
+    "best subset, all tasks, on test data": (0.912,),
     "multi-task training": (0.994,),
 }
 # Models at once, whose features of one data set must fit into memory together.
@@ -209,15 +209,17 @@ def main(config: Config) -> dict:
     runs.start(config)
     setup = vision.load(config, config.model, control=False)
     subsets, curves = subset_rows(setup, config)
-    single = arithmetic.single_accuracies(setup, config.method)[1] / 100
-    joint = normalized(arithmetic.joint_accuracies(setup), single)
+    # Of ordinary models, whatever the vectors are.
+    alone = arithmetic.single_accuracies(setup, "nonlinear")[1] / 100
+    joint = normalized(arithmetic.joint_accuracies(setup), alone)
     rows = [
         {
             "result": "pairs, both tasks",
             "norm": float(np.mean([r["members"] for r in subsets if r["size"] == 2])),
         },
         {
-            "result": "best subset, all tasks",
+            # The largest test value of Figure 3, as the paper seems to read it.
+            "result": "best subset, all tasks, on test data",
             "norm": max(row["all"] for row in subsets),
         },
         {"result": "multi-task training", "norm": float(joint.mean())},

@@ -54,7 +54,7 @@ def main(config: Config) -> dict:
     setup = vision.load(config, config.model, control=False)
     rows = []
     for rate in tqdm(config.learning_rates, desc="learning rates"):
-        taus = variations.vectors(setup, f"lr_{rate:.0e}", learning_rate=rate)
+        taus = variations.vectors(setup, f"lr_{rate:g}", learning_rate=rate)
         rows.append({"learning rate": rate} | variations.added(setup, taus))
     if runs.is_first():
         plots.bars(
@@ -63,7 +63,7 @@ def main(config: Config) -> dict:
                 "fine-tuned models": [row["single"] for row in rows],
                 "sum of both vectors": [row["abs"] for row in rows],
             },
-            [f"learning rate {row['learning rate']:.0e}" for row in rows],
+            [f"learning rate {row['learning rate']:g}" for row in rows],
             y="accuracy, mean over both tasks, percent",
         )
     results = {"rows": rows}

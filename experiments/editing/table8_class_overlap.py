@@ -104,29 +104,29 @@ def excluded_classes(config: Config, classes: Sequence[str]) -> dict[str, set[in
     Raises:
       ValueError: there are none for a task, all of them, or an unknown name.
     """
+    tasks = [spec.partition("=")[0] for spec in config.tasks]
     if config.smoke:
-        return {task: {1, 3} for task in config.tasks}
+        return {task: {1, 3} for task in tasks}
     if config.excluded is None:
-        unknown = [task for task in config.tasks if task not in NODES]
+        unknown = [task for task in tasks if task not in NODES]
         if unknown or config.control != "imagenet":
             raise ValueError(
-                f"what {config.control} has in common with {unknown or config.tasks} "
+                f"what {config.control} has in common with {unknown or tasks} "
                 "is not known; say it with --excluded."
             )
         ids = [labels[0] for labels in task_info.TASKS["imagenet"].labels]
-        theirs = {task: below(NODES[task]) for task in config.tasks}
+        theirs = {task: below(NODES[task]) for task in tasks}
         found = {
             task: {i for i, own in enumerate(ids) if own in nodes}
             for task, nodes in theirs.items()
         }
     else:
         raw: Mapping = json.loads(config.excluded.read_text(encoding="utf-8"))
-        names = {name for task in config.tasks for name in raw.get(task, [])}
+        names = {name for task in tasks for name in raw.get(task, [])}
         if wrong := sorted(names - set(classes)):
             raise ValueError(f"{config.excluded}: {config.control} has no {wrong}.")
         found = {
-            task: {classes.index(name) for name in raw.get(task, [])}
-            for task in config.tasks
+            task: {classes.index(name) for name in raw.get(task, [])} for task in tasks
         }
     for task, labels in found.items():
         if not 0 < len(labels) < len(classes):
