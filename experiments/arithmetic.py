@@ -17,6 +17,8 @@ from jaxarith import evaluate, metrics, task_vectors, tree
 
 COEFS = np.linspace(0, 1, 21)
 NEGATION_COEFS = np.linspace(0, 3, 31)
+# Models at once, whose features of one data set must fit into memory together.
+_TOGETHER = 32
 
 
 class Addition(NamedTuple):
@@ -72,8 +74,10 @@ def outputs(
 
 def accuracies(setup, taus, dataset, linearized, coefs) -> np.ndarray:
     """Accuracy on a dataset at each of n sets of coefficients `[n, T]`."""
-    at = outputs(setup, taus, dataset, linearized)
-    return np.array([dataset.accuracy(found) for found in at(np.asarray(coefs))])
+    at, coefs = outputs(setup, taus, dataset, linearized), np.asarray(coefs)
+    parts = [coefs[i : i + _TOGETHER] for i in range(0, len(coefs), _TOGETHER)]
+    progress = tqdm(parts, unit="part", leave=False, disable=len(parts) == 1)
+    return np.array([dataset.accuracy(x) for part in progress for x in at(part)])
 
 
 def addition(

@@ -3,7 +3,8 @@
 A task is a template that asks for one word and a label word of every class, as in Gao
 et al. (2021), and Zeng et al. (2025, Appendix D.2) fine-tune on 64 samples per class:
 10 epochs of AdamW at 2e-5 with a batch of 4; the masked-LM head and the embeddings stay
-fixed, so a task vector has the blocks of the encoder alone.
+fixed, so a task vector has the blocks of the encoder alone. `--head class-mean` takes
+encoders without that head too.
 
 The paper and the code of its authors decide what is not in our options:
 
@@ -26,18 +27,17 @@ import dataclasses
 import json
 import math
 import sys
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments import bank, runs, text_study, tiny_text
+from experiments import bank, prompted_model, runs, text_study, tiny_text
 from jaxarith import (
     evaluate,
     fingerprint,
@@ -52,8 +52,11 @@ from jaxarith import (
 from jaxarith.data import pipeline, prompt_sources, prompts, splits, text
 from jaxarith.models import bert
 
-INPUTS = ("input_ids", "attention_mask")
-METHOD = "prompted"  # the folder in the bank
+INPUTS = prompted_model.INPUTS
+METHODS = {  # the folder in the bank
+    "label-word": "prompted",
+    "class-mean": "prompted_class_mean",
+}
 SMOKE = ("SST2", "CR", "QNLI", "MRPC")
 _LENGTHS = (32, 64, 128, 256)  # and --max-length
 
@@ -66,8 +69,11 @@ class Options(runs.Options):
     """Folder of task vectors, which all scripts share: what is there is not trained
     again."""
     model: str = "FacebookAI/roberta-base"
-    """A RoBERTa or BERT with a masked-LM head: a folder, or an id of the Hugging Face
-    Hub."""
+    """A RoBERTa or BERT: a folder, or an id of the Hugging Face Hub."""
+    head: Literal["label-word", "class-mean"] = "label-word"
+    """The fixed head of a task: the words of its prompt, of a model with a masked-LM
+    head as in the paper; or, of any encoder of sentences, the mean features of the
+    classes in the training samples, of prompts all the same."""
     tasks: tuple[str, ...] = ()
     """The tasks, in order: names of the paper's list (Appendix D.3), or files with
     labelled texts, NAME=FILE, NAME=TRAIN,TEST or NAME=TRAIN,VALIDATION,TEST. A file of
@@ -129,7 +135,7 @@ class Task(NamedTuple):
       classes: their names, in the order of their numbers.
       train: the training source.
       validation, test: the other parts.
-      head: of its label words, for `heads.affine_logits`.
+      head: for `heads.affine_logits`; it stays fixed.
       majority: the accuracy on the test part of the class that most training samples,
         before the few were drawn, have.
     """
@@ -211,22 +217,24 @@ def load(
         task = found[options.tasks.index(spec)]
         prompt = prompts.Prompt(template, task.prompt.words)
         found.append(task._replace(name=name, prompt=prompt))
-    model, tokenizer = masked_lm(options, found)
-    least = tokenizer.num_special_tokens_to_add() + 2
+    if options.smoke:
+        model = prompted_model.tiny(options.head)
+    else:
+        model = prompted_model.load(options.model, options.head)
+    least = model.tokenizer.num_special_tokens_to_add() + 2
     if not least <= options.max_length <= model.config.max_length:
         raise ValueError(
             f"--max-length {options.max_length}: it must be {least} at least, and the "
             f"model has positions for {model.config.max_length} tokens."
         )
-    output = sharding.to_host(bert.output_words(model.config, model.params))
     progress = tqdm(found, desc="tokens", unit="task")
     setup = Setup(
         options=options,
         mesh=mesh,
-        apply_fn=bert.mask_encoder(model.config, tokenizer.mask_token_id),
+        apply_fn=model.apply_fn,
         params_0=sharding.shard(model.params, mesh),
         identity=fingerprint.combined(model.params),
-        tasks=[tokens(options, task, tokenizer, output) for task in progress],
+        tasks=[tokens(options, task, model) for task in progress],
     )
     for group in groups(setup, range(len(setup.tasks))):
         # A wrong mesh shows before the folder is made.
@@ -313,25 +321,8 @@ def records(file: Path, fields: Iterable[str]) -> list[text.Record]:
     return [{name: str(row[name]) for name in (*fields, "label")} for row in rows]
 
 
-def masked_lm(options: Options, found: Sequence[Texts]):
-    """The model and its tokenizer; of a smoke run tiny ones that know the words."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = options.model
-        if options.smoke:
-            known = prompt_sources.sources()
-            words = {w for name in known for w in known[name].prompt.words.values()}
-            tiny_words = sorted(w for w in words if w.isalpha() and len(w) < 9)
-            model = tiny_text.write_roberta(Path(folder) / model, tiny_words)
-        checkpoint = bert.load(model, head="masked_lm")
-        tokenizer = text.load_tokenizer(checkpoint.folder)
-    text.check_vocabulary(tokenizer, checkpoint.config.vocab_size)
-    if tokenizer.mask_token is None:
-        raise ValueError(f"{options.model} has no mask token; prompts need one.")
-    return checkpoint, tokenizer
-
-
-def tokens(options: Options, task: Texts, tokenizer, output) -> Task:
-    """A task as tokens, with the head of its label words."""
+def tokens(options: Options, task: Texts, model: prompted_model.Model) -> Task:
+    """A task as tokens, with its head."""
     classes = tuple(c for c in task.prompt.words if c in set(task.train.labels))
     if len(classes) < 2:
         raise ValueError(f"{task.name}: {len(classes)} classes in its training part.")
@@ -346,7 +337,7 @@ def tokens(options: Options, task: Texts, tokenizer, output) -> Task:
         found = [
             {**rows.record(int(i)), "label": numbers[rows.labels[i]]} for i in indices
         ]
-        return prompts.encode(tokenizer, task.prompt, found, options.max_length)
+        return prompts.encode(model.tokenizer, task.prompt, found, options.max_length)
 
     sources = [
         encoded(task.train, chosen[0]),
@@ -359,7 +350,6 @@ def tokens(options: Options, task: Texts, tokenizer, output) -> Task:
         [{**row, **{name: row[name][:length] for name in INPUTS}} for row in rows]
         for rows in sources
     ]
-    words = task.prompt.label_words(classes)
     pool = [name for name in task.train.labels if name in numbers]
     common = max(classes, key=pool.count)
     return Task(
@@ -368,7 +358,7 @@ def tokens(options: Options, task: Texts, tokenizer, output) -> Task:
         train=train_source,
         validation=part(validation, options),
         test=part(test, options),
-        head=label_head(*output, prompts.word_pieces(tokenizer, words)),
+        head=model.head(train_source, task.prompt.label_words(classes)),
         majority=float(np.mean([row["label"] == numbers[common] for row in test])),
     )
 
@@ -412,24 +402,6 @@ def draw(
         drawn += np.resize(rows[:kept], shots).tolist()
         held_out += rows[kept : kept + shots]
     return drawn, held_out
-
-
-def label_head(words, bias, pieces: Sequence[Sequence[int]]) -> np.ndarray:
-    """The head of label words; the row of one of several tokens is the mean of theirs.
-
-    Args:
-      words, bias: of the model's output, `[V, D]` and `[V]`.
-      pieces: of every class the tokens of its word.
-
-    Returns:
-      `[C, D + 1]`, for `heads.affine_logits`.
-
-    Example:
-      >>> label_head(np.eye(3, 2), np.arange(3.0), [[2], [0, 1]]).tolist()
-      [[0.0, 0.0, 2.0], [0.5, 0.5, 0.5]]
-    """
-    rows = [np.append(words[ids].mean(0), bias[ids].mean()) for ids in pieces]
-    return np.stack(rows)
 
 
 # Training.
@@ -489,7 +461,8 @@ def groups(setup: Setup, missing: Sequence[int]) -> list[list[int]]:
 
 def fine_tuned(setup: Setup, tasks: Sequence[Task]) -> list[tree.Tree]:
     options, names = setup.options, [task.name for task in tasks]
-    tqdm.write(f"{options.model}, {METHOD}: {', '.join(names)}", file=sys.stderr)
+    method = METHODS[options.head]
+    tqdm.write(f"{options.model}, {method}: {', '.join(names)}", file=sys.stderr)
     folder = checkpoints(setup, tasks)
     return train.fine_tune(
         setup.apply_fn,
@@ -520,7 +493,7 @@ def batches_of(setup: Setup, tasks: Sequence[Task]) -> Sequence[dict]:
 
 
 def loss(features, batch, constants) -> jax.Array:
-    """Cross-entropy over the label words."""
+    """Cross-entropy over the classes."""
     scores = heads.affine_logits(constants["head"], features, constants["valid"])
     return losses.cross_entropy(scores, batch["label"])
 
@@ -528,7 +501,7 @@ def loss(features, batch, constants) -> jax.Array:
 def configuration(setup: Setup, task: Task) -> dict:
     """What a vector depends on, as plain data."""
     return {
-        "method": METHOD,
+        "method": METHODS[setup.options.head],
         "recipe": bank.plain_recipe(recipe_of(setup.options, task)),
         "samples": bank.checksum(task.train),
         "head": fingerprint.combined(task.head),
@@ -538,12 +511,14 @@ def configuration(setup: Setup, task: Task) -> dict:
 
 def file_of(setup: Setup, task: Task) -> Path:
     name = task.name.replace("/", "-")
-    return bank.vector_file(setup.options.bank, setup.options.model, METHOD, name)
+    options, method = setup.options, METHODS[setup.options.head]
+    return bank.vector_file(options.bank, options.model, method, name)
 
 
 def checkpoints(setup: Setup, tasks: Sequence[Task]) -> Path:
     names = "-".join(task.name.replace("/", "-") for task in tasks)
-    return runs.checkpoints(setup.options) / f"{METHOD}_{names}"
+    method = METHODS[setup.options.head]
+    return runs.checkpoints(setup.options) / f"{method}_{names}"
 
 
 # Scores.

@@ -342,7 +342,7 @@ def prepared(task: images.ImageTask, head, preprocess, options) -> Task:
 
 
 def identity_of(task: images.ImageTask) -> dict:
-    """The number and kind of a task's training samples, and a checksum of their labels.
+    """The number and origin of a task's training samples, a checksum of their labels.
 
     TFDS reads whole samples to find their labels, and has one set of each name.
     """

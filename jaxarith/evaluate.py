@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -161,33 +162,43 @@ def sweep(
     mesh = mesh or sharding.make_mesh()
     whole = NamedSharding(mesh, P())
     params_0, taus = sharding.put((params_0, tuple(taus)), whole)
-    padding = -len(coefs) % mesh.size  # with points that are computed twice
-    padded = np.concatenate([coefs, np.repeat(coefs[-1:], padding, axis=0)])
+    # A program has room for a power of two of points on every device, of which it
+    # computes the first `each`: few programs serve sweeps of all lengths.
+    each = -(-len(coefs) // mesh.size)
+    room = max(8, 1 << (each - 1).bit_length())
+    place = np.arange(len(coefs))
+    place = place // each * room + place % each
+    padded = np.zeros((mesh.size * room, len(taus)), np.float32)
+    padded[place] = coefs
     padded = sharding.put(padded, NamedSharding(mesh, P(mesh.axis_names)))
     rows = []
     for batch in batches:
         fields = sharding.put(tuple(batch[name] for name in inputs), whole)
-        found = _at_all(apply_fn, readout, mesh, params_0, taus, padded, *fields)
-        rows.append(_unpadded(found, _mask(batch), axis=1)[: len(coefs)])
+        found = _at_all(apply_fn, readout, mesh, params_0, taus, each, padded, *fields)
+        rows.append(_unpadded(found, _mask(batch), axis=1)[place])
     return np.concatenate(rows, axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _at_all(apply_fn, readout, mesh, params_0, taus, coefs, *inputs):
-    def own(coefs, params_0, taus, *inputs):
+def _at_all(apply_fn, readout, mesh, params_0, taus, each, coefs, *inputs):
+    def own(coefs, params_0, taus, each, *inputs):
         def at(coefs):
             params = task_arithmetic(params_0, taus, coef=coefs)
             return readout(apply_fn(params, *inputs))
 
-        return jax.lax.map(at, coefs)
+        one = jax.eval_shape(at, coefs[0])
+        nothing = jnp.zeros((len(coefs), *one.shape), one.dtype)
+        return jax.lax.fori_loop(
+            0, each, lambda i, found: found.at[i].set(at(coefs[i])), nothing
+        )
 
     found = jax.shard_map(
         own,
         mesh=mesh,
-        in_specs=(P(mesh.axis_names), *[P()] * (2 + len(inputs))),
+        in_specs=(P(mesh.axis_names), *[P()] * (3 + len(inputs))),
         out_specs=P(mesh.axis_names),
         check_vma=False,
-    )(coefs, params_0, taus, *inputs)
+    )(coefs, params_0, taus, each, *inputs)
     return sharding.constrain(found, mesh, P())
 
 

@@ -118,15 +118,20 @@ def test_table_3_adds_a_vector_only_where_it_helps_on_held_out_data(
     assert "published" in (tmp_path / "report.md").read_text()
 
 
-def test_a_model_of_other_shapes_is_refused(tmp_path):
+def test_a_model_that_does_not_fit_the_base_has_no_vector(tmp_path):
     folder = tiny_text.write_t5(tmp_path / "tiny_t5")
     config = text_to_text.Options(out=tmp_path, smoke=True)
     base = text_to_text.load(config, sharding.make_mesh("data=1"), "tiny_t5")
-    text_to_text.check_same_shape(base, [str(folder)])
+    same = text_to_text.external_vector(base, str(folder))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(same))
     raw = hub.read_json(folder)
-    (folder / "config.json").write_text(json.dumps({**raw, "d_ff": 40}))
-    with pytest.raises(ValueError, match="other shapes"):
-        text_to_text.check_same_shape(base, [str(folder)])
+    for change in ({"d_ff": 40}, {"num_layers": 1}, {"num_layers": 9}):
+        (folder / "config.json").write_text(json.dumps({**raw, **change}))
+        with pytest.raises(ValueError, match="(?s)tiny_t5 has no task vector.*wi"):
+            text_to_text.external_vector(base, str(folder))
+    (folder / "config.json").write_text(json.dumps({**raw, "model_type": "bart"}))
+    with pytest.raises(ValueError, match="'bart'; expected a T5"):
+        text_to_text.external_vector(base, str(folder))
 
 
 def test_table_4_has_the_analogy_between_the_two_domains(tmp_path, bank_folder):

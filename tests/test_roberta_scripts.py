@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import smoke
 
-from experiments import bank, prompted, tiny_text
+from experiments import bank, prompted, prompted_model, tiny_text
 from experiments.awd import glue, table3_glue
 from experiments.bases import figure7_seventy_tasks as figure7
 from experiments.bases import table8_twelve_tasks as table8
@@ -259,7 +259,7 @@ def test_a_label_word_of_several_tokens_has_the_mean_of_their_rows(roberta):
     pieces = prompts.word_pieces(tokenizer, ["great", "greatness"])
     assert len(pieces[0]) == 1 and len(pieces[1]) > 1
     words, bias = map(np.asarray, bert.output_words(model.config, model.params))
-    head = prompted.label_head(words, bias, pieces)
+    head = prompted_model.label_head(words, bias, pieces)
     ids = tokenizer("a film " + tokenizer.mask_token)["input_ids"]
     tokens, mask = np.array([ids], np.int32), np.ones((1, len(ids)), np.int32)
     inputs = jnp.asarray(tokens), jnp.asarray(mask)
@@ -272,6 +272,34 @@ def test_a_label_word_of_several_tokens_has_the_mean_of_their_rows(roberta):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="two classes share a label word"):
         prompts.word_pieces(tokenizer, ["great", "great"])
+
+
+def test_class_means_are_those_of_normalised_mean_features(roberta):
+    model = prompted_model.load(str(roberta), "class-mean")
+    rng = np.random.default_rng(0)
+    ids = rng.integers(5, 20, (6, 7)).astype(np.int32)
+    mask = (np.arange(7) < rng.integers(3, 8, (6, 1))).astype(np.int32)
+    labels = [0, 1, 0, 1, 1, 0]
+    rows = zip(ids, mask, labels, strict=True)
+    head = model.head(
+        [{"input_ids": i, "attention_mask": m, "label": y} for i, m, y in rows],
+        ["great", "terrible"],
+    )
+    hidden = np.asarray(bert.encoder(model.config)(model.params, ids, mask))
+    features = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    means = np.stack([features[np.equal(labels, c)].mean(0) for c in range(2)])
+    means *= 20 / np.linalg.norm(means, axis=1, keepdims=True)
+    found = heads.affine_logits(head, model.apply_fn(model.params, ids, mask))
+    np.testing.assert_allclose(found, features @ means.T, rtol=1e-5, atol=1e-5)
+
+
+def test_an_encoder_without_a_masked_lm_head_is_clustered_too(bank_folder, tmp_path):
+    options = {"bank": bank_folder, "head": "class-mean"}
+    found = smoke.run("bases.figure7_seventy_tasks", tmp_path, **options)
+    assert [row["task"] for row in found["tasks"]] == list(prompted.SMOKE)
+    files = {path.parent.name for path in bank_folder.rglob("SST2.safetensors")}
+    assert "prompted_class_mean" in files
 
 
 def test_mean_of_means_is_the_average_of_the_basis_vectors():

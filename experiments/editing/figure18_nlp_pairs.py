@@ -166,11 +166,10 @@ def run(config: Config, models: Sequence[str]) -> dict:
     records = {name: read(config, name) for name in config.tasks}
     mesh = runs.start(config)
     base = text_to_text.load(config, mesh, config.model)
-    text_to_text.check_same_shape(base, models)
     tasks = {name: prepare(base, name, records[name]) for name in config.tasks}
     params_0 = base.checkpoint.params
     taus = {
-        name: task_vectors.difference(t5.load(model).params, params_0)
+        name: text_to_text.external_vector(base, model)
         for name, model in zip(
             tqdm(config.tasks, desc="models", unit="model"), models, strict=True
         )

@@ -44,8 +44,6 @@ PUBLISHED = {
     "best subset, all tasks, on test data": (0.912,),
     "multi-task training": (0.994,),
 }
-# Models at once, whose features of one data set must fit into memory together.
-_TOGETHER = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,15 +70,8 @@ def accuracies(
         dataset = getattr(task, split)
         if split == "validation" and config.validate is not None:
             dataset = vision.drawn(setup, dataset, config.validate)
-        at = arithmetic.outputs(setup, taus, dataset, config.method == "linear")
-        parts = range(0, len(rows), _TOGETHER)
-        columns.append(
-            [
-                dataset.accuracy(features)
-                for i in tqdm(parts, desc=task.title, unit="part", leave=False)
-                for features in at(rows[i : i + _TOGETHER])
-            ]
-        )
+        linearized = config.method == "linear"
+        columns.append(arithmetic.accuracies(setup, taus, dataset, linearized, rows))
     return np.array(columns).T
 
 

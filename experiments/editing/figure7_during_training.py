@@ -13,8 +13,7 @@ validation data.
 Published, as plots only, with ViT-L-14: "intermediate task vectors converge rapidly to
 the direction of the final task vector", and the accuracy of the sum "saturates after
 just a few hundred steps".
-The steps of the plots are not in the text; ours are a twentieth of the training apart,
-those at 2000 steps 100.
+The steps of the plots are not in the text; ours are 100 apart (--snapshots).
 
 Not run at full scale yet.
 """
@@ -50,15 +49,17 @@ def followed(setup: vision.Setup, config: Config) -> dict[int, list[tree.Tree]]:
     """The task vectors after every so many steps, the last among them.
 
     Raises:
+      ValueError: see `check_steps`.
       FileNotFoundError: the bank has the vectors, trained with other snapshots.
     """
     name = "nonlinear/followed"
     recipes = [methods.recipe_of(setup, name, task) for task in setup.tasks]
+    check_steps([recipe.steps for recipe in recipes], config.snapshots)
     others = [[]] * len(recipes)
     final = methods.trained(
         setup, name, setup.tasks, recipes, others, snapshots=config.snapshots
     )
-    last = min(recipe.steps for recipe in recipes)
+    last = recipes[0].steps
 
     def snapshot(step, task, recipe):
         file = methods.file_of(setup, f"{name}/step_{step:04d}", task.name)
@@ -78,14 +79,26 @@ def followed(setup: vision.Setup, config: Config) -> dict[int, list[tree.Tree]]:
     }
 
 
+def check_steps(steps: list[int], snapshots: int):
+    """Raises a ValueError where there is no curve of both tasks."""
+    if len(set(steps)) > 1:
+        raise ValueError(
+            f"training takes {steps} steps, and vectors of the same step are added. "
+            "Give --steps, or --protocol paper."
+        )
+    if not 1 <= snapshots < steps[0]:
+        raise ValueError(
+            f"--snapshots {snapshots}; with {steps[0]} steps of training it must be "
+            f"from 1 to {steps[0] - 1}."
+        )
+
+
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = vision.smoke(config)
     if config.smoke:
         config = dataclasses.replace(config, tasks=config.tasks[:2], snapshots=1)
     variations.check_pair(config.tasks)
-    if config.snapshots < 1:
-        raise ValueError(f"--snapshots {config.snapshots}; it must be at least 1.")
     runs.start(config)
     setup = vision.load(config, config.model, control=False)
     found = followed(setup, config)

@@ -48,7 +48,6 @@ from experiments import runs, tables, tiny_text
 from experiments.editing import text_to_text
 from jaxarith import evaluate, task_vectors, train, tree
 from jaxarith.data import glue, language
-from jaxarith.models import t5
 
 TASKS = ("mrpc", "rte", "cola", "sst2")  # in the order of the table
 ROWS = ("Zero-shot", "Fine-tuned", "Fine-tuned + task vectors")
@@ -131,7 +130,10 @@ def run(config: Config, others: Sequence[str]) -> dict:
         raise ValueError("--seeds and --coefs need at least one entry each.")
     mesh = runs.start(config)
     base = text_to_text.load(config, mesh, config.model)
-    text_to_text.check_same_shape(base, others)
+    # All are read once before hours of work, and again when their turn comes: hundreds
+    # do not fit in memory.
+    for other in tqdm(others, desc="external models", unit="model"):
+        text_to_text.external_vector(base, other)
     tasks = [prepare(config, base, name, s) for s in config.seeds for name in TASKS]
     for task in tasks:
         text_to_text.banked(base, task.vector, task.train, task.recipe)
@@ -208,10 +210,9 @@ def measure(
         predicted = text_to_text.ranked(base, params, batches, task.candidates)
         return glue.score(glue.TASKS[task.name], predicted, evaluate.labels(batches))
 
-    @functools.lru_cache(maxsize=1)  # hundreds of models do not fit in memory
+    @functools.lru_cache(maxsize=1)
     def external(index):
-        other = t5.load(others[index])
-        return task_vectors.difference(other.params, base.checkpoint.params)
+        return text_to_text.external_vector(base, others[index])
 
     def added(index, coef):
         return task_vectors.apply(fine_tuned, external(index), coef)

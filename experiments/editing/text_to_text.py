@@ -12,7 +12,6 @@ off.
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from jaxarith import (
     processes,
     rank,
     sharding,
+    task_vectors,
     train,
 )
 from jaxarith.data import language, pipeline, text
@@ -86,27 +86,21 @@ def load(config: Options, mesh: Mesh, model: str) -> Base:
     return Base(config, mesh, model, checkpoint, tokenizer, found)
 
 
-def check_same_shape(base: Base, models: Sequence[str]):
-    """Raises a ValueError where a model cannot be added to the base.
+def external_vector(base: Base, model: str) -> Tree:
+    """The task vector of a model that others have fine-tuned.
 
-    Only configurations are compared; weights are read when they are needed.
+    Raises:
+      ValueError: it is no T5, its files are broken, or its weights have other shapes
+        or places than those of the base.
     """
-
-    def shapes(config):
-        layout = t5.layout(dataclasses.replace(config, tie_word_embeddings=True))
-        return jax.tree.map(lambda leaf: leaf.shape, layout)
-
-    expected = shapes(base.checkpoint.config)
-    for model in models:
-        found = hub.read_json(hub.find(model))
-        if found.get("model_type") != "t5":
-            kind = found.get("model_type")
-            raise ValueError(f"{model} is a {kind!r}; expected a T5 as {base.model}.")
-        if shapes(t5.T5Config.from_json(found)) != expected:
-            raise ValueError(
-                f"{model} has other shapes of weights than {base.model}, so it has no "
-                "task vector. Leave it out."
-            )
+    if (kind := hub.read_json(hub.find(model)).get("model_type")) != "t5":
+        raise ValueError(f"{model} is a {kind!r}; expected a T5 as {base.model}.")
+    try:
+        return task_vectors.difference(t5.load(model).params, base.checkpoint.params)
+    except ValueError as error:
+        raise ValueError(
+            f"{model} has no task vector with {base.model}; leave it out.\n{error}"
+        ) from error
 
 
 # Texts as tokens.

@@ -18,7 +18,8 @@ class ImageTask:
 
     Every source yields `{"image": f32[H, W, 3], "label": int}`, with images already
     preprocessed for the model, or raw ones: a PIL image, `u8[H, W]` or `u8[H, W, 3]`.
-    `origin` is the kind of source, such as "tfds", where there are several.
+    `origin` is the kind of source, such as "tfds", where there are several, and of an
+    image folder of one's own a checksum of its training files.
     """
 
     name: str

@@ -90,9 +90,18 @@ class Folder:
         self.files = list(itertools.chain.from_iterable(files))
         counts = [len(found) for found in files]
         self.labels = np.repeat(np.arange(len(names), dtype=np.int32), counts)
+        self._folder = folder
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def checksum(self) -> int:
+        """Of the names and sizes of the files, wherever the folder is."""
+        listed = [
+            (Path(path).relative_to(self._folder).as_posix(), os.path.getsize(path))
+            for path in self.files
+        ]
+        return zlib.crc32(repr(listed).encode())
 
     def __getitem__(self, i: int):
         path = self.files[i]

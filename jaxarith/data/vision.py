@@ -180,7 +180,11 @@ def assemble(info: TaskInfo, found: Found) -> ImageTask:
                 f"{found.place} leaves no {name} sample of {len(everything)} in "
                 f"{_names(layout.train)}; it needs more, or splits of its own."
             )
-    return ImageTask(info.name, info.classes, info.templates, *parts, found.source)
+    origin = found.source
+    if info.train is None:  # another folder of one's own may have the same name
+        files = [readers[name].checksum() for name in layout.train]
+        origin = " ".join([origin, *(f"{checksum:08x}" for checksum in files)])
+    return ImageTask(info.name, info.classes, info.templates, *parts, origin)
 
 
 def one_split(labels, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
