@@ -143,7 +143,6 @@ def trained(
       snapshots: every so many steps the vectors are also added to the bank, as the
         method `<method>/step_<number>`; or, of every task, after which steps.
     """
-    every = snapshots if isinstance(snapshots, int) else 1
     files = [file_of(setup, method, task.name) for task in tasks]
     configurations = [
         configuration(setup, method, [task], config, theirs, start and start[i])
@@ -179,7 +178,11 @@ def trained(
             heads.pad([task.test.head for task in members]),
             start=start and [start[i] for i in group],
             observe=snapshots and snapshot,
-            observe_every=every,
+            observe_every=(
+                set().union(*(snapshots[i] for i in group))
+                if isinstance(snapshots, Sequence)
+                else snapshots or 1
+            ),
         )
         for i, tau, own in zip(group, taus, metrics, strict=True):
             found[i] = add(setup, method, tasks[i].name, tau, configurations[i], own)
@@ -224,8 +227,8 @@ def cluster_vector(
     Zeng et al. (2025), C.5: the hyperparameters are those of a single task, and the
     epochs are the sum of the members', so that "the total training time spent on all
     data points" is that of training apart. A step takes a batch of every member here,
-    and there are as many steps as for one task: every sample is seen as often as where
-    its task is trained alone.
+    and there are as many steps as for one task in the paper's protocol: every sample is
+    seen as often as where its task is trained alone by it.
 
     Args:
       setup: the model.
@@ -341,7 +344,7 @@ def run(
 
 def checkpoints(setup, method, names):
     """Where a training keeps its checkpoints, until its vectors are in the bank."""
-    place = f"{setup.title}_{method}_{'-'.join(names)}"
+    place = f"{setup.title}_{method}_{runs.joined(names)}"
     return runs.checkpoints(setup.options) / place
 
 

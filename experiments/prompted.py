@@ -212,14 +212,9 @@ def load(
       FileNotFoundError: there is no such model.
     """
     mesh = runs.start(options)
-    found = texts(options)
-    for name, (spec, template) in (changed or {}).items():
-        task = found[options.tasks.index(spec)]
-        prompt = prompts.Prompt(template, task.prompt.words)
-        found.append(task._replace(name=name, prompt=prompt))
     if options.smoke:
         model = prompted_model.tiny(options.head)
-    else:
+    else:  # before the texts: hours of downloads may follow
         model = prompted_model.load(options.model, options.head)
     least = model.tokenizer.num_special_tokens_to_add() + 2
     if not least <= options.max_length <= model.config.max_length:
@@ -227,14 +222,26 @@ def load(
             f"--max-length {options.max_length}: it must be {least} at least, and the "
             f"model has positions for {model.config.max_length} tokens."
         )
-    progress = tqdm(found, desc="tokens", unit="task")
+    found = texts(options)
+    for name, (spec, template) in (changed or {}).items():
+        task = found[options.tasks.index(spec)]
+        prompt = prompts.Prompt(template, task.prompt.words)
+        found.append(task._replace(name=name, prompt=prompt))
+    tasks, problems = [], []
+    for task in tqdm(found, desc="tokens", unit="task"):
+        try:
+            tasks.append(tokens(options, task, model))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n\n".join(problems))
     setup = Setup(
         options=options,
         mesh=mesh,
         apply_fn=model.apply_fn,
         params_0=sharding.shard(model.params, mesh),
         identity=fingerprint.combined(model.params),
-        tasks=[tokens(options, task, model) for task in progress],
+        tasks=tasks,
     )
     for group in groups(setup, range(len(setup.tasks))):
         # A wrong mesh shows before the folder is made.
@@ -516,9 +523,9 @@ def file_of(setup: Setup, task: Task) -> Path:
 
 
 def checkpoints(setup: Setup, tasks: Sequence[Task]) -> Path:
-    names = "-".join(task.name.replace("/", "-") for task in tasks)
-    method = METHODS[setup.options.head]
-    return runs.checkpoints(setup.options) / f"{method}_{names}"
+    names = runs.joined([task.name for task in tasks])
+    place = f"{Path(setup.options.model).name}_{METHODS[setup.options.head]}_{names}"
+    return runs.checkpoints(setup.options) / place
 
 
 # Scores.

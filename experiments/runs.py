@@ -8,6 +8,8 @@ import dataclasses
 import json
 import shutil
 import sys
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -100,6 +102,19 @@ def claim(options: Options):
 def checkpoints(options: Options) -> Path:
     """The folder of checkpoints, which is there while something is in training."""
     return options.out / "checkpoints"
+
+
+def joined(names: Sequence[str]) -> str:
+    """Names of tasks as a part of a path, the end of a long one as a checksum.
+
+    Example:
+      >>> joined(["MR", "a/b"]), joined(["task"] * 40)[90:]
+      ('MR-a-b', 'task-task--6ea964f4')
+    """
+    whole = "-".join(names).replace("/", "-")
+    if len(whole) <= 110:
+        return whole
+    return f"{whole[:100]}-{zlib.crc32(whole.encode()):08x}"
 
 
 def remove_checkpoints(options: Options, folder: Path):

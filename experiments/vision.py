@@ -301,7 +301,12 @@ def setups(
     options: Options, models: Sequence[str], *, control: bool = True
 ) -> Iterator[Setup]:
     """The setup of each model in turn; of a smoke run the first."""
-    for model in models[:1] if options.smoke else models:
+    first, *others = models[:1] if options.smoke else models
+    setup = load(options, first, control=control)
+    for model in others:
+        hub.find(model)  # before hours of training of the first
+    yield setup
+    for model in others:
         yield load(options, model, control=control)
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import jax
@@ -204,7 +204,7 @@ def fine_tune(
     keep: int = 2,
     start: Sequence[tree.Tree] | None = None,
     observe: Callable[[int, list[tree.Tree]], None] | None = None,
-    observe_every: int = 100,
+    observe_every: int | Collection[int] = 100,
     workers: int = 0,
 ) -> list[tree.Tree]:
     """Trains one task vector for each task.
@@ -235,9 +235,9 @@ def fine_tune(
       keep: how many checkpoints, the last ones, are kept.
       start: a task vector of every task to start from, with a fresh optimizer; by
         default zero.
-      observe: is called with the number of steps done and the task vectors after
-        every `observe_every` steps. A run that goes on from a checkpoint may do so
-        for the steps since it once more.
+      observe: is called with the number of steps done and the task vectors, every
+        `observe_every` steps, or after each of these numbers of steps. A run that goes
+        on from a checkpoint may do so for the steps since it once more.
       workers: how many processes make the batches; 0 for threads, see
         `data.pipeline.prefetch`, and mind that a script must not start anew in them.
 
@@ -256,8 +256,10 @@ def fine_tune(
     """
     if checkpoints is not None and save_every < 1:
         raise ValueError(f"save_every is {save_every}; at least 1 is needed.")
-    if observe_every < 1:
-        raise ValueError(f"observe_every is {observe_every}; at least 1 is needed.")
+    if isinstance(observe_every, int):
+        if observe_every < 1:
+            raise ValueError(f"observe_every is {observe_every}; at least 1 is needed.")
+        observe_every = range(observe_every, config.steps + 1, observe_every)
     if len(batches) != config.steps:
         raise ValueError(f"{len(batches)} batches for {config.steps} steps.")
     mesh = mesh or sharding.one_device()
@@ -323,7 +325,7 @@ def fine_tune(
             if pending:  # read the step before while the device computes this one
                 record(*pending)
             pending, done = (number, metrics), number + 1
-            if observe and done % observe_every == 0:
+            if observe and done in observe_every:
                 record(*pending)  # what is not finite is not shown
                 pending = None
                 observe(done, one_by_one(state[0]))

@@ -44,7 +44,7 @@ PICTURES = {
 @pytest.mark.parametrize(("count", "bell"), [(1, 1), (2, 2), (3, 5), (4, 15), (5, 52)])
 def test_partitions_are_as_many_as_bells_number_and_all_different(count, bell):
     found = partitions.partitions(count)
-    assert len({table7_generalization.frozen(partition) for partition in found}) == bell
+    assert len({partitions.frozen(partition) for partition in found}) == bell
     assert len(found) == bell
     for partition in found:
         assert sorted(itertools.chain(*partition)) == list(range(count))
@@ -88,7 +88,7 @@ NATURAL = [[0, 1], [2, 3]]
 
 
 def test_table_4_is_the_average_of_the_cells_of_table_10():
-    found = table4_partitions.summary(published_rows("10"), NATURAL)
+    found = table4_partitions.summary(published_rows("10"), NATURAL, True)
     assert [row["inner"] for row in found] == list(table4_partitions.TABLE_4)
     for row in found:
         cells = [row["avg_k2"], row["avg_all"], row["bases"]]
@@ -120,6 +120,13 @@ def test_published_cells_stand_beside_ours_in_the_papers_order():
     others = [row | {"label": "a+b - c"} for row in rows]
     [line] = table4_partitions.beside(others, "ViT-B-32", "10")
     assert line["MTL, published"] is None
+
+
+def test_a_partition_has_the_papers_label_however_it_is_written():
+    for label in ("MS-ER", "R-MSE", "S-R-EM"):
+        clusters = [",".join(reversed(group)) for group in label.split("-")[::-1]]
+        found = partitions.given_partition(clusters, "MSER")
+        assert partitions.label(found, "MSER") == label
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from experiments import arithmetic, vision
 from experiments.editing import (
     custom,
     figure2_subsets,
+    figure7_during_training,
     ocr,
     table1_forgetting,
     table8_class_overlap,
@@ -144,3 +145,13 @@ def test_classes_that_the_control_lacks_are_an_error(tmp_path):
     file.write_text(json.dumps({"sun397": ["jeep"]}))
     found = table8_class_overlap.excluded_classes(config, ["tench", "jeep"])
     assert found == {"sun397": {1}}
+
+
+@pytest.mark.parametrize(
+    ("steps", "snapshots", "message"),
+    [([5, 5], 5, "from 1 to 4"), ([5, 5], 0, "from 1 to 4"), ([5, 6], 1, "same step")],
+)
+def test_a_curve_needs_vectors_of_the_same_steps(steps, snapshots, message):
+    figure7_during_training.check_steps([5, 5], 4)
+    with pytest.raises(ValueError, match=message):
+        figure7_during_training.check_steps(steps, snapshots)

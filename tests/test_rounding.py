@@ -13,9 +13,10 @@ def test_distances_are_relative_to_the_exact_vector():
     np.testing.assert_allclose(row["cosine"], 5 / np.hypot(5, 0.5), rtol=1e-6)
 
 
-def test_the_report_holds_every_task_and_both_accuracies(tmp_path):
+def test_the_report_holds_every_task_and_both_accuracies(tmp_path, shallow_clip):
     config = rounding.Config(
         tmp_path,
+        model=shallow_clip,
         tasks=("mnist", "uci_digits"),
         **dict(penalty=None, steps=2, batch_size=8, samples=40),
     )

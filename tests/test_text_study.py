@@ -14,7 +14,7 @@ WORDS = ["good", "bad", "fine", "poor", "film", "book", "cat", "dog", "a", "the"
 RAW = {
     "vocab_size": 100,
     "hidden_size": 16,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "intermediate_size": 24,
     "max_position_embeddings": 20,

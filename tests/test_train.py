@@ -326,7 +326,8 @@ def test_a_start_without_a_trained_leaf_is_refused_with_its_path():
         run(CONFIG, [source(1)], [1.0], start=[tau])
 
 
-def test_vectors_along_the_way_are_those_of_shorter_runs():
+@pytest.mark.parametrize("every", [4, {4, 8}])
+def test_vectors_along_the_way_are_those_of_shorter_runs(every):
     config = dataclasses.replace(CONFIG, decay="constant")  # no end to steer for
     seen = {}
     (last,) = run(
@@ -334,7 +335,7 @@ def test_vectors_along_the_way_are_those_of_shorter_runs():
         [source(1)],
         [1.0],
         observe=lambda done, taus: seen.update({done: taus[0]}),
-        observe_every=4,
+        observe_every=every,
     )
     (half,) = run(dataclasses.replace(config, steps=4), [source(1)], [1.0])
     assert list(seen) == [4, 8]

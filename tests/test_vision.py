@@ -217,6 +217,14 @@ def folder(root, classes, per_class=10, parts=("train", "test")):
     return root
 
 
+def test_the_origin_of_a_folder_tells_its_files_and_not_its_place(tmp_path):
+    first, moved = (folder(tmp_path / name, ["cat", "dog"]) for name in "ab")
+    origin = vision.load_folder("pets", first).origin
+    assert vision.load_folder("pets", moved).origin == origin != "folder"
+    (moved / "train" / "cat" / "000.png").rename(moved / "train" / "cat" / "x.png")
+    assert vision.load_folder("pets", moved).origin != origin
+
+
 def test_a_folder_of_ones_own_is_a_task(tmp_path):
     task = vision.load_folder("pets", folder(tmp_path, ["big_cat", "dog"]))
     assert task.name == "pets"

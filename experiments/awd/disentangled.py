@@ -65,6 +65,17 @@ def disentangled(
     return [task_vectors.apply(part, lacking, -1 / len(parts)) for part in parts]
 
 
+def ties(setup: vision.Setup, taus: Sequence[tree.Tree]) -> tree.Tree:
+    """The vector of TIES at λ = 1, with the sum of the entries of the elected sign.
+
+    So have it AdaMerging and FusionBench, whose λ is 0.3; the mean, which the authors
+    of TIES take with λ from 0.8 on, would have its best λ beyond 1. The paper does not
+    say which it has.
+    """
+    model = merge.ties(setup.params_0, taus, preset="adamerging", coef=1.0)
+    return task_vectors.difference(model, setup.params_0)
+
+
 class Chosen(NamedTuple):
     """A merged vector at the coefficient that validation data have chosen.
 

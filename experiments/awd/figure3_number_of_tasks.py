@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from experiments import arithmetic, methods, runs, tables, vision
 from experiments.awd import disentangled, table1_addition
-from jaxarith import merge, plots, task_vectors, tree
+from jaxarith import plots, task_vectors, tree
 
 COEFS = np.linspace(0, 1, 11)
 METHODS = ("Individual", "Task Arithmetic", "Ties-Merging", "AWD Task Arithmetic")
@@ -171,10 +171,9 @@ def interval(values: Sequence[float]) -> float:
 
 def sums_of(setup: vision.Setup, taus: Sequence[tree.Tree]) -> dict[str, dict]:
     """By method, the candidates for a merged vector at λ = 1."""
-    ties = merge.ties(setup.params_0, taus, coef=1.0)
     return {
         "Task Arithmetic": {"": task_vectors.add(taus)},
-        "Ties-Merging": {"": task_vectors.difference(ties, setup.params_0)},
+        "Ties-Merging": {"": disentangled.ties(setup, taus)},
         "AWD Task Arithmetic": {
             f"{alpha:g}": task_vectors.add(
                 disentangled.disentangled(setup, taus, alpha=alpha)

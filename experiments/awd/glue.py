@@ -37,6 +37,7 @@ from experiments import bank, runs, tiny_text
 from jaxarith import (
     evaluate,
     fingerprint,
+    hub,
     losses,
     processes,
     sharding,
@@ -174,6 +175,8 @@ def setups(options: Options):
         if i == 0:
             for names in alike(setup, list(setup.tasks)):
                 batches_of(setup, names)  # a wrong mesh shows before the folder is made
+            for other in () if options.smoke else options.models[1:]:
+                hub.find(other)  # before hours of training of the first
             runs.claim(options)
         yield setup
 
@@ -348,7 +351,7 @@ def file_of(setup: Setup, name: str) -> Path:
 
 
 def checkpoints(setup: Setup, names: Sequence[str]) -> Path:
-    place = f"{setup.title}_{METHOD}_{'-'.join(names)}"
+    place = f"{setup.title}_{METHOD}_{runs.joined(names)}"
     return runs.checkpoints(setup.options) / place
 
 
@@ -372,7 +375,7 @@ def scores_at(
     """
     outputs = []
     for (name, tau), vector in zip(taus.items(), added, strict=True):
-        paths = [path for path in tree.flatten(tau) if path not in encoder_paths(tau)]
+        paths = tree.flatten(tau).keys() - encoder_paths(tau)
         own = task_vectors.apply(setup.params_0, tree.restrict(tau, paths))
         batches = setup.tasks[name].parts[split]
         model = setup.apply_fn, own, [vector], batches, INPUTS

@@ -36,8 +36,9 @@ The paper takes its baselines from others' papers. Here all start from the same 
 λ of Task Arithmetic, TIES and AWD is searched in 0.3, …, 1 and that of Consensus in
 0.1, …, 1 on validation data, and α of AWD in 1e-2, …, 1e-6. Fisher and RegMean look at
 256 validation images of each task, those below Consensus at unlabelled test images, as
-their papers do. Surgery is of Task Arithmetic. The paper does not say which α AWD
-AdaMerging has; it has that of AWD Task Arithmetic here.
+their papers do. TIES sums the entries of the elected sign. Surgery is of Task
+Arithmetic. The paper does not say which α AWD AdaMerging has; it has that of AWD Task
+Arithmetic here. Nor does it say which of its two starts, 0.3 or 0.4: here 0.3.
 
 Not run at full scale yet.
 """
@@ -163,7 +164,7 @@ def rows_of(setup: vision.Setup) -> list[dict]:
     add_fitted("RegMean", fitted.regmean(setup, taus))
     coefs, total = disentangled.coefs(options), task_vectors.add(taus)
     added = add_searched("Task Arithmetic", {"": total}, coefs)
-    add_searched("Ties-Merging", {"": difference(merge.ties, coef=1.0)}, coefs)
+    add_searched("Ties-Merging", {"": disentangled.ties(setup, taus)}, coefs)
     tenths = arithmetic.coefs_of(options, np.linspace(0.1, 1.0, 10))
     consensus = difference(merge.consensus, coef=1.0)
     add_searched("Consensus Merging", {"": consensus}, tenths)

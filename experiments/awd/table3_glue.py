@@ -116,7 +116,9 @@ def main(config: Config) -> dict:
             row(setup, "Individual", single, single),
         ]
         for name, (vector, coefs) in merged(setup, taus, config).items():
-            coef, _ = search(setup, taus, vector, own["validation"], coefs)
+            coef = coefs[0]
+            if len(coefs) > 1:
+                coef, _ = search(setup, taus, vector, own["validation"], coefs)
             found = glue.scores_at(setup, taus, [vector] * len(taus), "test")(coef)
             rows.append(row(setup, name, found, single, coefficient=coef))
         alpha, coef, vector = disentangled(setup, taus, own["validation"], config)
@@ -178,8 +180,6 @@ def search(setup: glue.Setup, taus, vector, single, coefs) -> tuple[float, float
 
     Where a single model scores nothing, the scores are not normalised.
     """
-    if len(coefs) == 1:
-        return coefs[0], 0.0
     scores_at = glue.scores_at(setup, taus, [vector] * len(taus), "validation")
     usable = min(single) > 0
     found = evaluate.search(scores_at, single if usable else np.ones(len(taus)), coefs)

@@ -99,14 +99,9 @@ def rows_of(setup: vision.Setup) -> list[dict]:
         row["cosine"] = None if vectors is None else disentangled.mean_cosine(vectors)
         rows.append(row | {"coef": None, "alpha": None} | found)
 
-    def vectors_of(objective):
-        progress = tqdm(alphas, desc=f"AWD, {objective}", unit="α")
-        return {
-            f"{alpha:g}": disentangled.disentangled(
-                setup, taus, alpha=alpha, objective=objective
-            )
-            for alpha in progress
-        }
+    # Those of one α at a time: of all α they would not fit into memory.
+    def vectors_at(alpha, objective):
+        return disentangled.disentangled(setup, taus, alpha=alpha, objective=objective)
 
     zero_shot, single = disentangled.own_accuracies(setup, taus, "test", (0.0, 1.0))
     add("", "Pretrained", zero_shot)
@@ -115,22 +110,26 @@ def rows_of(setup: vision.Setup) -> list[dict]:
     found = disentangled.searched(setup, total, coefs)
     add("", "Task Arithmetic", found.test, coef=found.coef)
 
-    parts = vectors_of("reduce")
-    sums = {alpha: task_vectors.add(own) for alpha, own in parts.items()}
+    sums = {
+        f"{alpha:g}": task_vectors.add(vectors_at(alpha, "reduce"))
+        for alpha in tqdm(alphas, desc="AWD", unit="α")
+    }
     found = disentangled.searched(setup, sums, coefs)
-    own, alpha = parts[found.name], float(found.name)
+    alpha = float(found.name)
+    own = vectors_at(alpha, "reduce")
     single = disentangled.own_accuracies(setup, own, "test")[0]
     add(OURS, "Individual Reconstructed", single, own, alpha=alpha)
     given = {"coef": found.coef, "alpha": alpha}
     add(OURS, "AWD Task Arithmetic", found.test, **given)
 
-    parts = vectors_of("reverse")
     kept = {
-        alpha: disentangled.own_accuracies(setup, own, "validation").mean()
-        for alpha, own in parts.items()
+        alpha: disentangled.own_accuracies(
+            setup, vectors_at(alpha, "reverse"), "validation"
+        ).mean()
+        for alpha in tqdm(alphas, desc="AWD, reversed", unit="α")
     }
-    name = max(kept, key=kept.get)  # of equals the first, the largest α
-    own, alpha = parts[name], float(name)
+    alpha = max(kept, key=kept.get)  # of equals the first, the largest α
+    own = vectors_at(alpha, "reverse")
     single = disentangled.own_accuracies(setup, own, "test")[0]
     add(REVERSED, "Individual Reconstructed", single, own, alpha=alpha)
     total, coef = task_vectors.add(own), found.coef

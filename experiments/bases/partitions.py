@@ -111,7 +111,7 @@ def given_partition(clusters: Sequence[str], names: Sequence[str]) -> Partition:
         )
     indices = [[list(names).index(name) for name in members] for members in listed]
     try:
-        return checked_partition(indices, len(names))
+        return in_order(checked_partition(indices, len(names)))
     except ValueError as error:
         raise ValueError(
             f"--partition {' '.join(clusters)}: every one of the tasks "
@@ -141,7 +141,7 @@ def found_partition(taus: Sequence[tree.Tree]) -> Partition:
     """The clusters of Algorithm 1; of two vectors, which have no eigengap, both."""
     if len(taus) < 3:
         return [[i] for i in range(len(taus))]
-    return cluster(task_vectors.cosine_matrix(taus))
+    return in_order(cluster(task_vectors.cosine_matrix(taus)))
 
 
 def names_of(options: vision.Options) -> list[str]:
@@ -152,6 +152,24 @@ def names_of(options: vision.Options) -> list[str]:
 def key(members: Iterable[int]) -> tuple[int, ...]:
     """A cluster, in whichever order its members are written."""
     return tuple(sorted(members))
+
+
+def frozen(partition: Partition) -> frozenset:
+    """A partition, in whichever order its clusters are written."""
+    return frozenset(map(key, partition))
+
+
+def in_order(partition: Partition) -> Partition:
+    """The same partition as `partitions` has it, so that it has the paper's label.
+
+    Example:
+      >>> in_order([[3, 2], [1, 0]]), in_order([[2], [1, 0]])
+      ([[0, 1], [2, 3]], [[0, 1], [2]])
+    """
+    if sum(map(len, partition)) != 4:
+        return sorted(map(sorted, partition))
+    [found] = [p for p in partitions(4) if frozen(p) == frozen(partition)]
+    return found
 
 
 def clusters_of(several: Sequence[Partition]) -> list[tuple[int, ...]]:
@@ -206,7 +224,7 @@ def merged_clusters(
         return merged_vector(setup, inner, own)
 
     bar = tqdm(clusters, desc=f"bases, {inner}", unit="cluster")
-    return sharding.to_host([merged(members) for members in bar])
+    return [sharding.to_host(merged(members)) for members in bar]
 
 
 def merged_vector(
@@ -253,8 +271,8 @@ def save_strategies(
 
     chosen = {
         "save_one": is_one,
-        "bases": lambda p: {key(c) for c in p} == {key(c) for c in natural},
-        "save_all": lambda p: {key(c) for c in p} == everything,
+        "bases": lambda p: frozen(p) == frozen(natural),
+        "save_all": lambda p: frozen(p) == everything,
     }
     found = []
     for name in dict.fromkeys(row["merge"] for row in rows):

@@ -79,7 +79,10 @@ def cells(setup: vision.Setup, own, other, apart) -> dict[str, list[dict]]:
         "subtracted": [(1, 0, 0), (0.5, 0.5, 0.5 * count), (0, 1, count)],
     }
     rows = np.array([row for part in shares.values() for row in part])
-    coefs = arithmetic.coefs_of(setup.options, arithmetic.COEFS)
+    # At 1 / T the distance of the two models is crossed once, in the second reading.
+    coefs = np.union1d(
+        arithmetic.coefs_of(setup.options, arithmetic.COEFS), [1 / count]
+    )
     grid = (coefs[:, None, None] * rows).reshape(-1, 3)
 
     def accuracies(split, rows):

@@ -154,6 +154,8 @@ TABLE_5 = {
     "TIES": (84.58, 91.41, 92.48),
     "Topk": (73.12, 73.63, 72.61),
 }
+# Vectors that are evaluated at once, all of which every device holds.
+_TOGETHER = 8
 CAPTIONS = {
     "10": "Table 10: bases of several inner merges, added with one coefficient",
     "11": "Table 11: bases by Mean, several outer merges",
@@ -225,16 +227,20 @@ def merged_twice(
     outer: str,
 ) -> list[tuple[float, None]]:
     """An outer merge without data, of the bases of each partition: test accuracies."""
-    taus = [
-        partitions.merged_vector(
-            setup,
-            outer,
-            [bases[clusters.index(partitions.key(members))] for members in partition],
-        )
-        for partition in tqdm(several, desc=f"outer {outer}", unit="partition")
-    ]
-    found = evaluated(setup, taus, False, np.eye(len(taus)), "test")
-    return [(float(accuracy), None) for accuracy in found]
+    found: list[float] = []
+    progress = tqdm(total=len(several), desc=f"outer {outer}", unit="partition")
+    for first in range(0, len(several), _TOGETHER):
+        taus = [
+            partitions.merged_vector(
+                *(setup, outer),
+                [bases[clusters.index(partitions.key(own))] for own in partition],
+            )
+            for partition in several[first : first + _TOGETHER]
+        ]
+        found += evaluated(setup, taus, False, np.eye(len(taus)), "test").tolist()
+        progress.update(len(taus))
+    progress.close()
+    return [(accuracy, None) for accuracy in found]
 
 
 def chosen_partition(setup: vision.Setup, config: Config) -> partitions.Partition:
@@ -249,10 +255,7 @@ def several_of(config: Config, count: int, chosen) -> list[partitions.Partition]
     if config.all_partitions:
         return partitions.partitions(count)
     ends = [list(range(count))], [[i] for i in range(count)]
-    unique = {
-        frozenset(map(partitions.key, partition)): partition
-        for partition in (ends[0], chosen, ends[1])
-    }
+    unique = {partitions.frozen(own): own for own in (ends[0], chosen, ends[1])}
     found = list(unique.values())
     # In seconds: a cluster of all tasks is another shape of every merge.
     return found[1:] if config.smoke else found
@@ -264,24 +267,22 @@ def rows_of(
     """The rows of one model, in the order of the tables and of their columns."""
     clusters = partitions.clusters_of(several)
     inner = list(config.inner) if is_first else []
-    bases = {
-        name: partitions.merged_clusters(setup, name, clusters)
-        for name in dict.fromkeys([*inner, *partitions.DATALESS])
-    }
     plan = [("10", name, "Task Arithmetic") for name in inner]
     if is_first:
         plan += [("11", "Mean", name) for name in partitions.DATALESS]
     plan += [("12", name, name) for name in partitions.DATALESS]
     names = partitions.letters(setup.titles)
     cells: dict = {}  # Mean over Mean is in two tables
-    rows = []
-    for table, first, second in plan:
-        if (first, second) not in cells:
-            given = (setup, bases[first], clusters, several)
+    for first in dict.fromkeys(first for _, first, _ in plan):
+        bases = partitions.merged_clusters(setup, first, clusters)
+        for second in {second: None for _, name, second in plan if name == first}:
+            given = (setup, bases, clusters, several)
             if second == "Task Arithmetic":
                 cells[first, second] = added(*given, first == "Tangent")
             else:
                 cells[first, second] = merged_twice(*given, second)
+    rows = []
+    for table, first, second in plan:
         for partition, (accuracy, coef) in zip(
             several, cells[first, second], strict=True
         ):
@@ -319,22 +320,28 @@ def beside(rows: Sequence[Mapping], model: str, table: str) -> list[dict]:
     return list(found.values())
 
 
-def summary(rows: Sequence[Mapping], chosen: partitions.Partition) -> list[dict]:
-    """Table 4: the averages of Table 10 beside the partition that is singled out."""
+def summary(
+    rows: Sequence[Mapping], chosen: partitions.Partition, averaged: bool
+) -> list[dict]:
+    """Table 4: the partition that is singled out, and the averages of Table 10.
+
+    Without averages where not all partitions were merged.
+    """
     found = []
     own = [row for row in rows if row["table"] == "10"]
-    natural = {partitions.key(members) for members in chosen}
+    natural = partitions.frozen(chosen)
     for name in dict.fromkeys(row["merge"] for row in own):
         cells = [row for row in own if row["merge"] == name]
         line = {"inner": name}
-        line |= partitions.averages(
-            {row["label"]: row["abs"] for row in cells},
-            {row["label"]: len(row["partition"]) for row in cells},
-        )
+        if averaged:
+            line |= partitions.averages(
+                {row["label"]: row["abs"] for row in cells},
+                {row["label"]: len(row["partition"]) for row in cells},
+            )
         [value] = [
             row["abs"]
             for row in cells
-            if {partitions.key(members) for members in row["partition"]} == natural
+            if partitions.frozen(row["partition"]) == natural
         ]
         found.append(line | {"bases": value})
     return found
@@ -365,7 +372,7 @@ def main(config: Config) -> dict:
     letters = partitions.letters(setup.titles)
     natural = partitions.label(chosen, letters)
     twice = [row for row in rows if row["table"] == "12"]
-    table_4 = summary(rows, chosen)
+    table_4 = summary(rows, chosen, config.all_partitions)
     table_5 = partitions.save_strategies(twice, chosen, len(setup.tasks))
     results = {
         "partition": {"label": natural, "clusters": chosen},
@@ -374,13 +381,15 @@ def main(config: Config) -> dict:
         "table_5": table_5,
     }
     are_theirs = tuple(names) == partitions.FOUR and natural == "MS-ER"
+    columns = list(table_4[0])[1:]  # the averages, or not, and the bases
+    theirs = {name: values[-len(columns) :] for name, values in TABLE_4.items()}
     shown = {
         f"Table 4: mean accuracy over partitions, and that of {natural}, percent; Task "
         "Arithmetic is the outer merge.": tables.beside(
             table_4,
-            TABLE_4 if are_theirs else {},
+            theirs if are_theirs else {},
             keys=["inner"],
-            values=["avg_k2", "avg_all", "bases"],
+            values=columns,
         ),
         f"Table 5: means over the models; the bases are {natural}.": tables.beside(
             table_5,

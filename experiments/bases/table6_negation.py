@@ -83,10 +83,9 @@ def rows_of(setup: vision.Setup, config: Config) -> list[dict]:
     """The rows of the table, and those of the task vector itself."""
     index = setup.names.index(config.target)
     names = partitions.letters(setup.titles)
-    vectors = {
-        False: methods.vectors(setup, "nonlinear"),
-        True: methods.vectors(setup, "linear"),
-    }
+    vectors = {False: methods.vectors(setup, "nonlinear")}
+    if "Tangent" in config.inner:
+        vectors[True] = methods.vectors(setup, "linear")
     chosen = (
         partitions.given_partition(config.partition, setup.names)
         if config.partition

@@ -131,7 +131,7 @@ def row_of(
       accuracies: of every cluster, `(at coefficient 1, at the tuned one)`.
       chosen: the partition with columns of its own.
     """
-    found = dict(zip(map(frozen, several), nearest, strict=True))
+    found = dict(zip(map(partitions.frozen, several), nearest, strict=True))
     count = len(several[-1])
     columns = {
         "bases": chosen,
@@ -142,14 +142,9 @@ def row_of(
     row = {"task": task.name, "inner": inner}
     row |= {"avg_at_one": float(at_one.mean()), "avg_tuned": float(tuned.mean())}
     for name, partition in columns.items():
-        first, second = accuracies[found[frozen(partition)]]
+        first, second = accuracies[found[partitions.frozen(partition)]]
         row |= {f"{name}_at_one": first, f"{name}_tuned": second}
     return row | {"cosine": float(np.mean([cosines[members] for members in nearest]))}
-
-
-def frozen(partition: partitions.Partition) -> frozenset:
-    """A partition, in whichever order its clusters are written."""
-    return frozenset(map(partitions.key, partition))
 
 
 def main(config: Config) -> dict:

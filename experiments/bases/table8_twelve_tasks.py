@@ -75,7 +75,8 @@ TASKS = {  # names of the list, and what the paper's table calls them
     **{"MRPC": "MRPC", "QQP": "QQP"},
 }
 # He et al. report F1 where GLUE does.
-MEASURES = {"MRPC": prompted.f1_of("similar"), "QQP": prompted.f1_of("duplicate")}
+POSITIVE = {"MRPC": "similar", "QQP": "duplicate"}
+MEASURES = {task: prompted.f1_of(name) for task, name in POSITIVE.items()}
 PUBLISHED = {
     "Task Arithmetic": [88.5, 88.2, 80.3, 82.9, 32.0, 61.0]
     + [62.0, 56.1, 49.5, 65.6, 82.8, 62.3, 67.5],
@@ -144,6 +145,7 @@ def main(config: Config) -> dict:
             "number from the eigengap."
         )
     setup = prompted.load(config)
+    check_measures(setup)
     taus = prompted.vectors(setup)
     # The merges run on one device, whatever the mesh.
     setup = setup._replace(params_0=sharding.to_host(setup.params_0))
@@ -180,6 +182,17 @@ def main(config: Config) -> dict:
     results = {"rows": rows, "clusters": named}
     write(setup, results)
     return results
+
+
+def check_measures(setup: prompted.Setup):
+    """Raises a ValueError where F1 is the score, and its class is called otherwise."""
+    for task in setup.tasks:
+        wanted = POSITIVE.get(task.name, task.classes[0])
+        if wanted not in task.classes:
+            raise ValueError(
+                f"{task.name} has the classes {', '.join(task.classes)}; its score is "
+                f"the F1 of {wanted}, and --prompt must have that class."
+            )
 
 
 def on(split: str) -> tuple[str, dict]:

@@ -7,7 +7,8 @@ The paper's are two checkpoints of OpenCLIP, ViT-B/32 on LAION-2B:
    read that format. Its tensors are named as OpenAI's, so that the converter in the
    repository of transformers (models/clip/convert_clip_original_pytorch_to_hf.py) makes
    a folder of them, with `"hidden_act": "gelu"` in config.json; tokenizer and
-   preprocessing files are those of the second model.
+   preprocessing files are those of the second model. Where the folder is called
+   `clip-vit-base-patch32-laion2b_e16`, the paper's numbers stand beside ours.
 2. `laion2b_s34b_b79k`, with a larger batch and learning rate, in the format of
    transformers: `laion/CLIP-ViT-B-32-laion2B-s34B-b79K`.
 
@@ -47,8 +48,12 @@ def setups(options: Options) -> list[vision.Setup]:
     with noise, saved in the output folder.
 
     Raises:
-      ValueError: the parameters of the models differ in names or shapes.
+      ValueError: the parameters of the models differ in names or shapes, or their
+        folders, by whose names the bank knows them, are called the same.
     """
+    names = [Path(model).name for model in options.models]
+    if len(set(names)) < 2 and not options.smoke:
+        raise ValueError(f"--models {options.models}: the folders have one name.")
     first = vision.load(options, options.models[0], control=False)
     if options.smoke:
         found = [first, noisy(first)]

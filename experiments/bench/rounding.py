@@ -21,6 +21,7 @@ import tyro
 from experiments import quickstart, quickstart_tasks, studies
 from experiments.bench import cheaper, measure
 from jaxarith import heads, report, task_vectors, tree
+from jaxarith.models import clip
 
 DTYPES = {"float32": None, "bfloat16": "bfloat16"}
 
@@ -31,6 +32,8 @@ class Config:
 
     out: Path
     """Folder for report.json, report.md, logs and task vectors."""
+    model: Path = clip.TINY_CLIP
+    """Folder of a CLIP checkpoint; the embedded tiny one by default."""
     tasks: tuple[str, ...] = quickstart_tasks.NAMES
     """The tasks, in order."""
     penalty: Literal["cyclic", "mixed", "strict"] | None = "cyclic"
