@@ -212,9 +212,14 @@ def load(
       FileNotFoundError: there is no such model.
     """
     mesh = runs.start(options)
+    found = texts(options)
+    for name, (spec, template) in (changed or {}).items():
+        task = found[options.tasks.index(spec)]
+        prompt = prompts.Prompt(template, task.prompt.words)
+        found.append(task._replace(name=name, prompt=prompt))
     if options.smoke:
         model = prompted_model.tiny(options.head)
-    else:  # before the texts: hours of downloads may follow
+    else:
         model = prompted_model.load(options.model, options.head)
     least = model.tokenizer.num_special_tokens_to_add() + 2
     if not least <= options.max_length <= model.config.max_length:
@@ -222,11 +227,6 @@ def load(
             f"--max-length {options.max_length}: it must be {least} at least, and the "
             f"model has positions for {model.config.max_length} tokens."
         )
-    found = texts(options)
-    for name, (spec, template) in (changed or {}).items():
-        task = found[options.tasks.index(spec)]
-        prompt = prompts.Prompt(template, task.prompt.words)
-        found.append(task._replace(name=name, prompt=prompt))
     tasks, problems = [], []
     for task in tqdm(found, desc="tokens", unit="task"):
         try:

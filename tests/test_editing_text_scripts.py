@@ -125,7 +125,7 @@ def test_a_model_that_does_not_fit_the_base_has_no_vector(tmp_path):
     same = text_to_text.external_vector(base, str(folder))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(same))
     raw = hub.read_json(folder)
-    for change in ({"d_ff": 40}, {"num_layers": 1}, {"num_layers": 9}):
+    for change in ({"d_ff": 40}, {"num_layers": 2}):
         (folder / "config.json").write_text(json.dumps({**raw, **change}))
         with pytest.raises(ValueError, match="(?s)tiny_t5 has no task vector.*wi"):
             text_to_text.external_vector(base, str(folder))
