@@ -240,6 +240,13 @@ def test_of_a_pair_the_longer_text_is_cut(roberta):
     assert abs(counts["x"] - counts["y"]) <= 1
 
 
+def test_a_text_that_stands_twice_loses_no_more_than_it_must(roberta):
+    prompt = prompts.Prompt("{text} It was {mask}. {text}", {"bad": "bad"})
+    record = {"text": "x" * 60, "label": 0}
+    (row,) = prompts.encode(roberta, prompt, [record], 40)
+    assert row["attention_mask"].sum() >= 39
+
+
 def test_a_template_that_is_too_long_alone_is_an_error(roberta):
     record = {"text": "abc", "label": 0}
     with pytest.raises(ValueError, match="alone takes .* tokens; max_length is 8"):

@@ -98,7 +98,7 @@ def main(config: Config) -> dict:
         if runs.is_first():
             of_tasks = {"rows": "task", "columns": "task", "value": "cosine"}
             file = config.out / f"figure4_{setup.title}.png"
-            plots.matrices(file, panels, setup.titles, **of_tasks)
+            plots.matrices(file, panels, setup.titles, **of_tasks, digits=3)
             points = [[row[n] for row in found] for n in ("normalised cosine", "mean")]
             label = {f"AWD, λ = {config.coef:g}, one point for each α": points}
             axes = {"x": "normalised cosine", "y": "mean test accuracy, %"}

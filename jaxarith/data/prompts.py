@@ -298,8 +298,10 @@ def _shortened(tokenizer, prompt, record, max_length):
                 f"the template {prompt.template!r} alone takes {len(ids)} tokens; "
                 f"max_length is {max_length}."
             )
-        for _ in range(min(excess, sum(kept.values()))):
-            kept[max(kept, key=kept.get)] -= 1
+        while excess > 0 and any(kept.values()):
+            longest = max(kept, key=kept.get)
+            kept[longest] -= 1
+            excess -= prompt.template.count(f"{{{longest}}}")  # it may stand twice
         # What is left may make other tokens at its new end, hence the loop.
         fields = {
             name: value[: ends[name][kept[name] - 1]] if kept[name] else ""
