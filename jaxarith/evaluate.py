@@ -182,6 +182,7 @@ def sweep(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _at_all(apply_fn, readout, mesh, params_0, taus, each, coefs, *inputs):
     def own(coefs, params_0, taus, each, *inputs):
+        @jax.jit  # traced once, for its shape and for the loop
         def at(coefs):
             params = task_arithmetic(params_0, taus, coef=coefs)
             return readout(apply_fn(params, *inputs))
