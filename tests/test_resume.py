@@ -34,6 +34,14 @@ def losses(folder):
     return [(line["step"], line["loss"], line["penalty"]) for line in lines]
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_interrupts():
+    """Whoever runs the suite: a shell's job in the background ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
