@@ -68,9 +68,8 @@ def disentangled(
 def ties(setup: vision.Setup, taus: Sequence[tree.Tree]) -> tree.Tree:
     """The vector of TIES at λ = 1, with the sum of the entries of the elected sign.
 
-    So have it AdaMerging and FusionBench, whose λ is 0.3; the mean, which the authors
-    of TIES take with λ from 0.8 on, would have its best λ beyond 1. The paper does not
-    say which it has.
+    So AdaMerging and FusionBench have it, at λ = 0.3; the authors of TIES take the mean
+    and search λ from 0.8 to 2.5. The paper, which searches up to 1, does not say which.
     """
     model = merge.ties(setup.params_0, taus, preset="adamerging", coef=1.0)
     return task_vectors.difference(model, setup.params_0)
