@@ -13,7 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import methods, vision
-from jaxarith import evaluate, metrics, task_vectors, tree
+from jaxarith import evaluate, metrics, task_vectors
+from jaxarith.typing import Taus, Tree
 
 COEFS = np.linspace(0, 1, 21)
 NEGATION_COEFS = np.linspace(0, 3, 31)
@@ -56,7 +57,7 @@ def coefs_of(options, coefs: np.ndarray) -> np.ndarray:
 
 def outputs(
     setup: vision.Setup,
-    taus: Sequence[tree.Tree],
+    taus: Taus,
     dataset: vision.Dataset,
     linearized: bool,
 ) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
@@ -82,10 +83,10 @@ def accuracies(setup, taus, dataset, linearized, coefs) -> np.ndarray:
 
 def addition(
     setup: vision.Setup,
-    taus: Sequence[tree.Tree],
+    taus: Taus,
     *,
     linearized: bool,
-    merged: tree.Tree | None = None,
+    merged: Tree | None = None,
 ) -> Addition:
     """Adds task vectors; searches their one coefficient in 0, 0.05, …, 1.
 
@@ -180,7 +181,7 @@ class Negation(NamedTuple):
 
 def negation(
     setup: vision.Setup,
-    taus: Sequence[tree.Tree],
+    taus: Taus,
     *,
     linearized: bool,
     allowed: float = 0.95,
@@ -282,7 +283,7 @@ def pair_setup(setup: vision.Setup, pair: tuple[int, int]) -> vision.Setup:
 
 def disentanglement_error(
     setup: vision.Setup,
-    taus: Sequence[tree.Tree],
+    taus: Taus,
     *,
     linearized: bool,
     coefs: Sequence[float],

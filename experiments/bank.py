@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxarith import hub, manifest, report, tree
-from jaxarith.recipe import TrainConfig
+from jaxarith import hub, report
+from jaxarith.train import manifest
+from jaxarith.train.config import TrainConfig
+from jaxarith.typing import Params, Tree
 
 
 def vector_file(bank: Path, model: str, method: str, task: str) -> Path:
@@ -50,7 +52,7 @@ def checksum(records: Sequence[dict]) -> int:
     return crc32
 
 
-def read(file: Path, configuration: dict[str, Any]) -> tree.Tree | None:
+def read(file: Path, configuration: dict[str, Any]) -> Tree | None:
     """A task vector from the bank; None if it is not there.
 
     Args:
@@ -73,7 +75,7 @@ def read(file: Path, configuration: dict[str, Any]) -> tree.Tree | None:
     return hub.load_tree(file)[0]
 
 
-def write(file: Path, tau: tree.Tree, configuration: dict, metrics: dict):
+def write(file: Path, tau: Params, configuration: dict, metrics: dict):
     """Adds a task vector with what it was trained with and what was measured."""
     file.parent.mkdir(parents=True, exist_ok=True)
     # First what describes the vector: a vector that is there is complete.

@@ -58,22 +58,20 @@ from tqdm import tqdm
 from experiments import runs
 from jaxarith import (
     evaluate,
-    generate,
     hub,
     losses,
-    perplexity,
     plots,
-    processes,
     report,
     sharding,
     tangent,
     task_vectors,
-    toxicity,
     train,
-    tree,
 )
 from jaxarith.data import language, text
-from jaxarith.models import gpt2
+from jaxarith.evaluate import perplexity, toxicity
+from jaxarith.models import generate, gpt2
+from jaxarith.sharding import processes
+from jaxarith.typing import Params, Tree
 
 INPUTS = ("input_ids", "attention_mask")
 PROMPT = "I don't care if this is controversial"
@@ -388,7 +386,7 @@ def trained(
     log: Path,
     checkpoints: Path,
     ascent: bool = False,
-) -> tree.Tree:
+) -> Tree:
     """Trains the task vector of toxic text; with `ascent`, away from it."""
     sign = -1.0 if ascent else 1.0
     [tau] = train.fine_tune(
@@ -410,7 +408,7 @@ def trained(
     return sharding.to_host(tau)
 
 
-def fine_tune(config: Config, study: Study, recipe: train.TrainConfig) -> tree.Tree:
+def fine_tune(config: Config, study: Study, recipe: train.TrainConfig) -> Tree:
     """The task vector of toxic text; one that is saved already is not trained again."""
     file = runs.vectors(config) / "toxic.safetensors"
     if config.resume and file.exists():
@@ -437,7 +435,7 @@ class Measured(NamedTuple):
     scores: np.ndarray
 
 
-def measure(config: Config, study: Study, tau: tree.Tree, coef: float) -> Measured:
+def measure(config: Config, study: Study, tau: Params, coef: float) -> Measured:
     state = study.model.moved(tau, coef)
     texts = write(config, study.model.decoder, study.tokenizer, state)
     return Measured(perplexity_of(config, study, state), texts, study.scores(texts))

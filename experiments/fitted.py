@@ -5,19 +5,20 @@ None looks at labels. Each gives a merged task vector, to be added at coefficien
 
 import functools
 import itertools
-from collections.abc import Sequence
 from typing import Literal
 
 import jax
 
 from experiments import study_merges, vision
-from jaxarith import heads, merge, sharding, task_vectors, tree
+from jaxarith import merge, sharding, task_vectors
 from jaxarith.data import pipeline
+from jaxarith.models import heads
+from jaxarith.typing import Taus, Tree
 
 SAMPLES = 256  # of every task; so many have the public tables of FusionBench
 
 
-def fisher(setup: vision.Setup, taus: Sequence[tree.Tree]) -> tree.Tree:
+def fisher(setup: vision.Setup, taus: Taus) -> Tree:
     """The Fisher merge on 256 validation images of every task (Matena and Raffel 2022).
 
     Args:
@@ -43,7 +44,7 @@ def fisher(setup: vision.Setup, taus: Sequence[tree.Tree]) -> tree.Tree:
     return task_vectors.difference(merged, params_0)
 
 
-def regmean(setup: vision.Setup, taus: Sequence[tree.Tree]) -> tree.Tree:
+def regmean(setup: vision.Setup, taus: Taus) -> Tree:
     """The RegMean merge on 256 validation images of every task (Jin et al. 2023)."""
     params_0, taus = sharding.to_host((setup.params_0, list(taus)))
     samples = validation_samples(setup)
@@ -63,12 +64,12 @@ def validation_samples(setup: vision.Setup) -> list[list[dict]]:
 
 def adamerging(
     setup: vision.Setup,
-    taus: Sequence[tree.Tree],
+    taus: Taus,
     *,
     scope: Literal["layer", "task"] = "layer",
     coef: float = 0.3,
     density: float | None = None,
-) -> tree.Tree:
+) -> Tree:
     """AdaMerging on unlabelled test images, as its paper has it (Yang et al. 2024).
 
     500 steps of Adam at 1e-3 from `coef`, on the entropy of batches of 16 test images

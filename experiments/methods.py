@@ -18,17 +18,15 @@ from tqdm import tqdm
 from experiments import bank, runs, vision
 from jaxarith import (
     fingerprint,
-    heads,
     losses,
-    processes,
-    recipe,
     sharding,
     task_vectors,
     tau_jp,
     train,
-    tree,
 )
-from jaxarith.models import clip
+from jaxarith.models import clip, heads
+from jaxarith.sharding import processes
+from jaxarith.typing import Tree
 
 Method = Literal[
     "nonlinear",
@@ -89,7 +87,7 @@ def others_of(setup: vision.Setup, method: str, task: vision.Task) -> list[visio
     return known + ([setup.control] if has_control else [])
 
 
-def vectors(setup: vision.Setup, method: Method) -> list[tree.Tree]:
+def vectors(setup: vision.Setup, method: Method) -> list[Tree]:
     """The task vectors of a method, in the order of the tasks; of multi-task learning
     one.
 
@@ -105,7 +103,7 @@ def vectors(setup: vision.Setup, method: Method) -> list[tree.Tree]:
 
 def of_tasks(
     setup: vision.Setup, method: str, tasks: Sequence[vision.Task]
-) -> list[tree.Tree]:
+) -> list[Tree]:
     """The vectors of some of the tasks."""
     others = [
         others_of(setup, method, task) if method.startswith("tau_jp") else []
@@ -125,12 +123,12 @@ def trained(
     setup: vision.Setup,
     method: str,
     tasks: Sequence[vision.Task],
-    recipes: Sequence[recipe.TrainConfig],
+    recipes: Sequence[train.TrainConfig],
     others: Sequence[Sequence[vision.Task]],
     *,
-    start: Sequence[tree.Tree] | None = None,
+    start: Sequence[Tree] | None = None,
     snapshots: int | Sequence[Collection[int]] | None = None,
-) -> list[tree.Tree]:
+) -> list[Tree]:
     """Task vectors from the bank, on the host; those that are missing are trained.
 
     Args:
@@ -206,7 +204,7 @@ def groups(missing, recipes, together):
     return list(found.values())
 
 
-def joint_vector(setup: vision.Setup) -> tree.Tree:
+def joint_vector(setup: vision.Setup) -> Tree:
     """The vector of multi-task learning: one encoder, all tasks, their own heads.
 
     A step takes a batch of every task, as the code of Yoshida et al. (2025) does with
@@ -221,7 +219,7 @@ def joint_vector(setup: vision.Setup) -> tree.Tree:
 
 def cluster_vector(
     setup: vision.Setup, tasks: Sequence[vision.Task], *, linearized: bool = False
-) -> tree.Tree:
+) -> Tree:
     """The vector of joint training on a cluster of tasks; of one task its own vector.
 
     Zeng et al. (2025), C.5: the hyperparameters are those of a single task, and the
@@ -243,7 +241,7 @@ def cluster_vector(
     return trained_jointly(setup, method, name, tasks, config)
 
 
-def joint_recipe(setup: vision.Setup) -> recipe.TrainConfig:
+def joint_recipe(setup: vision.Setup) -> train.TrainConfig:
     """The recipe of training on several tasks at once.
 
     The number of steps is that of the papers with all protocols, for the epochs of the
@@ -261,8 +259,8 @@ def trained_jointly(
     method: str,
     name: str,
     tasks: Sequence[vision.Task],
-    config: recipe.TrainConfig,
-) -> tree.Tree:
+    config: train.TrainConfig,
+) -> Tree:
     """One vector of several tasks from the bank; it is trained where it is missing."""
     file = file_of(setup, method, name)
     identity = configuration(setup, method, tasks, config, [])
@@ -288,7 +286,7 @@ def trained_jointly(
     return found
 
 
-def random_vectors(setup: vision.Setup) -> list[tree.Tree]:
+def random_vectors(setup: vision.Setup) -> list[Tree]:
     """Gaussian directions with the norms of the ordinary vectors in every leaf."""
     key = jax.random.key(setup.options.seed)
     return [

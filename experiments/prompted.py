@@ -41,16 +41,15 @@ from experiments import bank, prompted_model, runs, text_study, tiny_text
 from jaxarith import (
     evaluate,
     fingerprint,
-    heads,
     losses,
     metrics,
-    processes,
     sharding,
     train,
-    tree,
 )
 from jaxarith.data import pipeline, prompt_sources, prompts, splits, text
-from jaxarith.models import bert
+from jaxarith.models import bert, heads
+from jaxarith.sharding import processes
+from jaxarith.typing import Tree
 
 INPUTS = prompted_model.INPUTS
 METHODS = {  # the folder in the bank
@@ -429,7 +428,7 @@ def recipe_of(options: Options, task: Task) -> train.TrainConfig:
     )
 
 
-def vectors(setup: Setup) -> list[tree.Tree]:
+def vectors(setup: Setup) -> list[Tree]:
     """The task vectors from the bank, on the host; missing ones are trained.
 
     Raises:
@@ -466,7 +465,7 @@ def groups(setup: Setup, missing: Sequence[int]) -> list[list[int]]:
     ]
 
 
-def fine_tuned(setup: Setup, tasks: Sequence[Task]) -> list[tree.Tree]:
+def fine_tuned(setup: Setup, tasks: Sequence[Task]) -> list[Tree]:
     options, names = setup.options, [task.name for task in tasks]
     method = METHODS[options.head]
     tqdm.write(f"{options.model}, {method}: {', '.join(names)}", file=sys.stderr)

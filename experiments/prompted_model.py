@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import tiny_text
-from jaxarith import evaluate, heads, sharding
+from jaxarith import evaluate, sharding
 from jaxarith.data import pipeline, prompt_sources, prompts, text
-from jaxarith.models import bert
+from jaxarith.models import bert, heads
 
 INPUTS = ("input_ids", "attention_mask")
 _BATCH = 32  # samples of which class means are made, at a time

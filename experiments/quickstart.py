@@ -19,9 +19,9 @@ import tyro
 from tqdm import tqdm
 
 from experiments import quickstart_tasks, studies
-from jaxarith import heads, hub, tree
+from jaxarith import hub, tree
 from jaxarith.data import images
-from jaxarith.models import clip
+from jaxarith.models import clip, heads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,9 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from jaxarith import manifest, processes, report, sharding
+from jaxarith import report, sharding
+from jaxarith.sharding import processes
+from jaxarith.train import manifest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

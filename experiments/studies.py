@@ -26,13 +26,11 @@ from tqdm import tqdm
 from experiments import runs, study_merges
 from jaxarith import (
     evaluate,
-    heads,
     hub,
     losses,
     merge,
     metrics,
     plots,
-    processes,
     report,
     sharding,
     task_vectors,
@@ -41,6 +39,9 @@ from jaxarith import (
     tree,
 )
 from jaxarith.data import pipeline
+from jaxarith.models import heads
+from jaxarith.sharding import processes
+from jaxarith.typing import Tree
 
 COEFS = np.linspace(0, 1, 21)
 XI_COEFS = np.linspace(-2, 2, 15)
@@ -163,7 +164,7 @@ def batches_of(study: Study, recipe: train.TrainConfig) -> Sequence[dict]:
     )
 
 
-def fine_tune(study: Study, method: str, recipe: train.TrainConfig) -> list[tree.Tree]:
+def fine_tune(study: Study, method: str, recipe: train.TrainConfig) -> list[Tree]:
     """Trains the task vectors of a method, all tasks at once, and saves them.
 
     With --resume those that a run has saved before are not trained again, and a run
@@ -208,12 +209,12 @@ def fine_tune(study: Study, method: str, recipe: train.TrainConfig) -> list[tree
 class Outputs(NamedTuple):
     """Outputs of some task vectors on every validation and test set."""
 
-    vectors: Sequence[tree.Tree]
+    vectors: Sequence[Tree]
     validation: list[evaluate.OutputsAt]
     test: list[evaluate.OutputsAt]
 
 
-def outputs_of(study: Study, method: str, vectors: Sequence[tree.Tree]) -> Outputs:
+def outputs_of(study: Study, method: str, vectors: Sequence[Tree]) -> Outputs:
     """Free to vary in coefficients for tangent-space methods, a pass each otherwise."""
     at = evaluate.forward if method == "nonlinear" else evaluate.tangent
     model = (study.apply_fn, study.params_0, vectors)

@@ -9,13 +9,16 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxarith import capture, heads, merge, sharding, task_vectors, tree
+from jaxarith import merge, sharding, task_vectors, tree
+from jaxarith.merge import capture
+from jaxarith.models import heads
+from jaxarith.typing import Tree
 
 MERGES = ("ties", "dare_ties", "consensus", "awd", "tsv", "iso_c")
 FITTED = ("fisher", "regmean", "adamerging")
 
 
-def merged_vectors(study, taus) -> dict[str, tree.Tree]:
+def merged_vectors(study, taus) -> dict[str, Tree]:
     """Data-free merges of the ordinary vectors; each is linear in its coefficient."""
     params_0, key = study.params_0, jax.random.key(study.config.seed)
     # The paper of AWD merges the linear weights of the blocks and nothing else.
@@ -34,7 +37,7 @@ def merged_vectors(study, taus) -> dict[str, tree.Tree]:
     }
 
 
-def fitted_vectors(study, taus) -> dict[str, tree.Tree]:
+def fitted_vectors(study, taus) -> dict[str, Tree]:
     """Merges of the ordinary vectors that look at unlabelled validation samples."""
     wanted = [name for name in FITTED if name in study.config.merges]
     if not wanted:
@@ -92,7 +95,7 @@ def fitted_vectors(study, taus) -> dict[str, tree.Tree]:
     }
 
 
-def fisher(logits_of, params_0, taus, heads, samples, *, key, inputs) -> tree.Tree:
+def fisher(logits_of, params_0, taus, heads, samples, *, key, inputs) -> Tree:
     """The Fisher merge of T models, each with its own head.
 
     Args:
@@ -119,7 +122,7 @@ def fisher(logits_of, params_0, taus, heads, samples, *, key, inputs) -> tree.Tr
 
 def regmean(
     apply_fn, params_0, taus, samples, *, inputs, token_mask=None, select=".*"
-) -> tree.Tree:
+) -> Tree:
     """The RegMean merge of T encoders; see `capture.input_grams` for the options."""
     progress = tqdm(taus, desc="Gram matrices", unit="task")
     grams = [

@@ -27,9 +27,9 @@ import tyro
 from tqdm import tqdm
 
 from experiments import studies, study_merges
-from jaxarith import evaluate, heads, hub
+from jaxarith import evaluate, hub
 from jaxarith.data import pipeline, prompts, splits, text
-from jaxarith.models import bert
+from jaxarith.models import bert, heads
 
 _BATCH = 32  # texts that are evaluated at a time
 _HEAD_TEXTS = 250  # of every class, the most that a class-mean head is made of

@@ -33,8 +33,8 @@ import tyro
 from tqdm import tqdm
 
 from experiments import glyphs
-from jaxarith import heads, hub
-from jaxarith.models import clip
+from jaxarith import hub
+from jaxarith.models import clip, heads
 
 DIGIT_WORDS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",

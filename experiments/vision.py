@@ -18,19 +18,10 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from experiments import bank, quickstart_tasks, runs
-from jaxarith import (
-    fingerprint,
-    heads,
-    hub,
-    metrics,
-    processes,
-    recipe,
-    sharding,
-    train,
-    tree,
-)
+from jaxarith import fingerprint, hub, metrics, sharding, train, tree
 from jaxarith.data import images, pipeline, vision
-from jaxarith.models import clip
+from jaxarith.models import clip, heads
+from jaxarith.sharding import processes
 
 B32 = "openai/clip-vit-base-patch32"
 B16 = "openai/clip-vit-base-patch16"
@@ -416,9 +407,9 @@ class Augmented:
         return {"image": image, "label": np.int32(sample["label"])}
 
 
-def recipe_of(options: Options, task: Task) -> recipe.TrainConfig:
+def recipe_of(options: Options, task: Task) -> train.TrainConfig:
     """The recipe of the protocol for a task, with what the options change."""
-    config = recipe.paper()
+    config = train.paper()
     if options.protocol == "code":
         epochs = vision.TASKS[task.name].epochs if task.name in vision.TASKS else None
         if epochs is None:
@@ -426,7 +417,7 @@ def recipe_of(options: Options, task: Task) -> recipe.TrainConfig:
                 f"the code protocol states no epochs for {task.name}; use --protocol "
                 "paper."
             )
-        config = recipe.code(len(task.train), epochs, options.batch_size)
+        config = train.code(len(task.train), epochs, options.batch_size)
     steps = options.steps or config.steps
     return dataclasses.replace(
         config,

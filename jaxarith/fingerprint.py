@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxarith import tree as trees
+from jaxarith.typing import Tree
 
 
-def of(tree: trees.Tree) -> dict[str, int]:
+def of(tree: Tree) -> dict[str, int]:
     r"""The fingerprint of each leaf, by slash path.
 
     That of a leaf with entries of bits :math:`b_i` is :math:`\sum_i m(b_i + c\,i)
@@ -37,7 +38,7 @@ def of(tree: trees.Tree) -> dict[str, int]:
     return {path: int(x) for path, x in jax.device_get(found).items()}
 
 
-def combined(tree: trees.Tree) -> int:
+def combined(tree: Tree) -> int:
     """One number of 32 bits for a whole tree: paths, shapes, dtypes and entries.
 
     Example:

@@ -13,18 +13,14 @@ are rounded to it, forward and in the gradient; they accumulate in float32, and
 :math:`f(x; \theta_0)` is computed in float32 throughout.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from jaxarith import precision, task_vectors, tree
+from jaxarith.typing import ApplyFn, Params, Taus
 
-ApplyFn = Callable[..., Any]  # apply_fn(params, *inputs) -> outputs
 
-
-def linearize(apply_fn: ApplyFn, params_0: tree.Tree, *, product_dtype=None) -> ApplyFn:
+def linearize(apply_fn: ApplyFn, params_0: Params, *, product_dtype=None) -> ApplyFn:
     r"""The first-order Taylor expansion of a model in its parameters.
 
     The result has the signature of `apply_fn` and is affine in its parameters, so it is
@@ -61,8 +57,8 @@ def linearize(apply_fn: ApplyFn, params_0: tree.Tree, *, product_dtype=None) -> 
 
 def jvp(
     apply_fn: ApplyFn,
-    params_0: tree.Tree,
-    tau: tree.Tree,
+    params_0: Params,
+    tau: Params,
     *inputs,
     product_dtype=None,
 ):
@@ -98,7 +94,7 @@ def jvp(
     return outputs, tangent(tree.fill(tau, start))
 
 
-def jvps(apply_fn: ApplyFn, params_0: tree.Tree, taus: Sequence[tree.Tree], *inputs):
+def jvps(apply_fn: ApplyFn, params_0: Params, taus: Taus, *inputs):
     r"""The outputs and many tangents :math:`J(x;\theta_0)\tau_t` of one linearisation.
 
     The forward pass is shared: T tangents cost 1 + 2T forward passes, against 3T of T

@@ -8,15 +8,15 @@ not trained is absent, which means zero.
 """
 
 import zlib
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from jaxarith import tree
+from jaxarith.typing import Params, Taus, Tree
 
 
-def difference(params: tree.Tree, params_0: tree.Tree) -> tree.Tree:
+def difference(params: Params, params_0: Params) -> Params:
     """The task vector of fine-tuned `params`, or of the part of them that is given.
 
     Args:
@@ -46,7 +46,7 @@ def _subtract(a, b):
     return jnp.asarray(a, dtype) - jnp.asarray(b, dtype)
 
 
-def apply(params_0: tree.Tree, tau: tree.Tree, coef=1.0) -> tree.Tree:
+def apply(params_0: Params, tau: Params, coef=1.0) -> Params:
     r""":math:`\theta_0 + \lambda\tau`; leaves that `tau` lacks stay as they are.
 
     Raises:
@@ -69,7 +69,7 @@ def apply(params_0: tree.Tree, tau: tree.Tree, coef=1.0) -> tree.Tree:
     return tree.map_with_path(leaf, params_0)
 
 
-def add(taus: Sequence[tree.Tree]) -> dict:
+def add(taus: Taus) -> dict:
     """The sum of task vectors, over the union of their leaves.
 
     Raises:
@@ -81,14 +81,12 @@ def add(taus: Sequence[tree.Tree]) -> dict:
     return tree.unflatten({path: sum(row[1:], row[0]) for path, row in rows.items()})
 
 
-def negate(tau: tree.Tree) -> tree.Tree:
+def negate(tau: Params) -> Params:
     """The task vector that makes the model forget the task."""
     return jax.tree.map(jnp.negative, tau)
 
 
-def analogy(
-    a: tree.Tree, b: tree.Tree, c: tree.Tree, coefs: tuple[float, float] = (1.0, 1.0)
-) -> dict:
+def analogy(a: Tree, b: Tree, c: Tree, coefs: tuple[float, float] = (1.0, 1.0)) -> dict:
     r"""A is to B as C is to D.
 
     .. math:: \tau_D = \lambda_1\tau_C + \lambda_2(\tau_B - \tau_A)
@@ -118,7 +116,7 @@ def _scale(tau, coef):
     return jax.tree.map(lambda leaf: jnp.multiply(coef, leaf), tau)
 
 
-def random_like(key: jax.Array, tau: tree.Tree) -> tree.Tree:
+def random_like(key: jax.Array, tau: Params) -> Params:
     """A Gaussian direction with the norm of `tau` in every leaf: the paper's control.
 
     It is in float32 or better. The draw of a leaf depends only on the key and the
@@ -139,11 +137,11 @@ def leaf_key(key: jax.Array, path: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-def norm(tau: tree.Tree) -> jax.Array:
+def norm(tau: Params) -> jax.Array:
     """The Euclidean norm over all leaves; its gradient is zero, not NaN, at zero."""
     return tree.safe_sqrt(tree.gram([tau])[0, 0])
 
 
-def cosine_matrix(taus: Sequence[tree.Tree]) -> jax.Array:
+def cosine_matrix(taus: Taus) -> jax.Array:
     """Cosines of whole task vectors, `[T, T]`; zero for a vector that is zero."""
     return tree.cosine(tree.gram(taus))

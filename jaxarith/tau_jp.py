@@ -24,11 +24,12 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxarith import sharding, tangent, tree
+from jaxarith.typing import ApplyFn, Params, Taus, Tree
 
 MODES = ("cyclic", "strict", "mixed")
 
 
-def penalty(tangents: tree.Tree, mask: jax.Array | None = None, power: int = 1):
+def penalty(tangents: Tree, mask: jax.Array | None = None, power: int = 1):
     r"""Mean over samples of :math:`\|J(x)\tau\|_2^\text{power}`.
 
     Args:
@@ -57,9 +58,9 @@ def penalty(tangents: tree.Tree, mask: jax.Array | None = None, power: int = 1):
 
 
 def linearized_and_penalty(
-    apply_fn: tangent.ApplyFn,
-    params_0: tree.Tree,
-    tau: tree.Tree,
+    apply_fn: ApplyFn,
+    params_0: Params,
+    tau: Params,
     inputs: tuple,
     penalty_inputs: tuple,
     *,
@@ -146,9 +147,9 @@ def draw(mode: str, step: int, tasks: int, batch: int, seed: int = 0) -> np.ndar
 
 
 def matrix(
-    apply_fn: tangent.ApplyFn,
-    params_0: tree.Tree,
-    taus: Sequence[tree.Tree],
+    apply_fn: ApplyFn,
+    params_0: Params,
+    taus: Taus,
     datasets: Sequence[Iterable[tuple[tuple, jax.Array]]],
     *,
     power: int = 1,

@@ -13,8 +13,9 @@ import numpy as np
 import oracles
 import pytest
 
-from jaxarith import evaluate, heads, losses, merge, tree
+from jaxarith import evaluate, losses, merge, tree
 from jaxarith.merge.adamerging import _add_gradient, _elect, _elected
+from jaxarith.models import heads
 
 SHAPES = {
     "in/kernel": (5, 6),

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from experiments import arithmetic, methods, tables, vision
-from jaxarith import heads, losses, sharding, task_vectors, tree
+from jaxarith import losses, sharding, task_vectors, tree
 from jaxarith.data import images, pipeline
+from jaxarith.models import heads
 
 
 def apply_fn(params, x):

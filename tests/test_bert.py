@@ -14,7 +14,8 @@ from oracles import central_difference, normal
 from safetensors.numpy import load_file, save_file
 from tiny import random_params
 
-from jaxarith import capture, hub, tangent, tree
+from jaxarith import hub, tangent, tree
+from jaxarith.merge import capture
 from jaxarith.models import bert
 
 KINDS = ["bert", "roberta"]

@@ -7,7 +7,9 @@ import optax
 import pytest
 from oracles import normal
 
-from jaxarith import bounds, curvature, landscape, task_vectors
+from jaxarith import task_vectors
+from jaxarith.evaluate import bounds, landscape
+from jaxarith.evaluate import smoothness as curvature
 
 SIZE, TASKS = 6, 3
 SEEDS = range(200)

@@ -10,7 +10,8 @@ import pytest
 import tiny
 from oracles import normal
 
-from jaxarith import capture, tree
+from jaxarith import tree
+from jaxarith.merge import capture
 from jaxarith.models import clip
 
 CONFIG = tiny.tiny_clip()

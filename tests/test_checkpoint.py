@@ -17,8 +17,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxarith import checkpoint, manifest, tree
-from jaxarith.checkpoint import Checkpoints
+from jaxarith import tree
+from jaxarith.train import checkpoint, manifest
+from jaxarith.train.checkpoint import Checkpoints
 
 CONFIG = {"train": {"steps": 8, "rates": [0.1, 0.2]}, "tasks": ["a", "b"], "log": None}
 

@@ -17,7 +17,7 @@ from test_checkpoint import (
     large_state,
 )
 
-from jaxarith import manifest
+from jaxarith.train import manifest
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -13,7 +13,7 @@ from flax import serialization
 from safetensors.numpy import load_file, save_file
 
 from jaxarith import cli, merge, stream
-from jaxarith.recipes import merge_recipe
+from jaxarith.commands.merge import recipe as merge_recipe
 
 CONFIG = {"model_type": "anything"}
 

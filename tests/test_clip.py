@@ -9,7 +9,8 @@ import pytest
 from layouts import generate
 from tiny import random_params, tiny_clip, tiny_clip_config
 
-from jaxarith import capture, hub, tree
+from jaxarith import hub, tree
+from jaxarith.merge import capture
 from jaxarith.models import clip
 
 END = 29  # the end token of the tiny vocabulary, and its largest

@@ -8,7 +8,8 @@ import optax
 import pytest
 from oracles import normal
 
-from jaxarith import curvature, sharding, tangent, tree
+from jaxarith import sharding, tangent, tree
+from jaxarith.evaluate import smoothness
 
 CLASSES = 3
 CROSS_ENTROPY = optax.softmax_cross_entropy_with_integer_labels
@@ -76,7 +77,7 @@ def quadratic(values, seed=0):
 
 
 def of_quadratic(values, **options):
-    return curvature.largest_eigenvalue(
+    return smoothness.largest_eigenvalue(
         *(linear, weighted_square, {"w": normal(5, len(values))}),
         batches(quadratic(values), 3),
         targets=("label", "weight"),
@@ -87,7 +88,7 @@ def of_quadratic(values, **options):
 @pytest.mark.parametrize("part", [None, {"b": PARAMS["b"]}])
 def test_it_is_that_of_the_dense_hessian(x64, part):
     data = samples(20)
-    found = curvature.largest_eigenvalue(
+    found = smoothness.largest_eigenvalue(
         *(mlp, CROSS_ENTROPY, PARAMS, batches(data, 8)), part=part, **CLOSE
     )
     matrix = dense(mlp, CROSS_ENTROPY, PARAMS, data, part)
@@ -136,7 +137,7 @@ def test_it_ends_at_the_tolerance(x64):
 def test_it_does_not_matter_how_samples_are_cut_into_batches(x64, size):
     data = samples(20)
     found, whole = (
-        curvature.largest_eigenvalue(
+        smoothness.largest_eigenvalue(
             *(mlp, CROSS_ENTROPY, PARAMS, batches(data, size)), **CLOSE
         )
         for size in (size, 40)
@@ -149,7 +150,7 @@ def test_a_batch_of_padding_alone_adds_nothing(x64):
     data = batches(samples(8), 4)
     padding = [data[0] | {"mask": np.zeros(4, bool)}]
     found, expected = (
-        curvature.largest_eigenvalue(mlp, CROSS_ENTROPY, PARAMS, read, **CLOSE)
+        smoothness.largest_eigenvalue(mlp, CROSS_ENTROPY, PARAMS, read, **CLOSE)
         for read in (padding + data, data)
     )
     assert found == expected
@@ -157,7 +158,7 @@ def test_a_batch_of_padding_alone_adds_nothing(x64):
 
 def test_of_a_linearised_model_it_is_that_of_the_gauss_newton_matrix(x64):
     data, params = samples(20), jax.tree.map(jnp.asarray, PARAMS)
-    found = curvature.largest_eigenvalue(
+    found = smoothness.largest_eigenvalue(
         *(tangent.linearize(mlp, params), CROSS_ENTROPY, params, batches(data, 8)),
         **CLOSE,
     )
@@ -170,7 +171,7 @@ def test_of_a_linearised_model_it_is_that_of_the_gauss_newton_matrix(x64):
 
 
 def test_a_loss_without_curvature_has_none():
-    found = curvature.largest_eigenvalue(
+    found = smoothness.largest_eigenvalue(
         *(linear, lambda outputs, label: outputs, {"w": jnp.ones(4)}),
         batches(samples(6), 3),
         key=KEY,
@@ -184,7 +185,7 @@ def test_devices_share_batches_and_parameters(x64, monkeypatch):
     params = {"a": normal(1, 4, 8), "b": normal(2, 8, CLASSES)}
     data = batches(samples(10), 5)
     found, expected = (
-        curvature.largest_eigenvalue(
+        smoothness.largest_eigenvalue(
             mlp, CROSS_ENTROPY, params, data, key=KEY, mesh=mesh, max_iterations=9
         )
         for mesh in (mesh, None)
@@ -202,7 +203,7 @@ def test_the_model_is_traced_once():
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), PARAMS)
     data = batches(samples(20), 8)
     for key in jax.random.split(KEY):
-        curvature.largest_eigenvalue(
+        smoothness.largest_eigenvalue(
             *(counted, CROSS_ENTROPY, params, data),
             **dict(key=key, tolerance=0.0, max_iterations=5),
         )
@@ -214,7 +215,7 @@ def test_parameters_in_bfloat16_are_summed_in_float32():
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     data = batches(samples(20), 8)
     found, expected = (
-        curvature.largest_eigenvalue(mlp, CROSS_ENTROPY, p, data, key=KEY)
+        smoothness.largest_eigenvalue(mlp, CROSS_ENTROPY, p, data, key=KEY)
         for p in (params, wide)
     )
     assert found.value == pytest.approx(expected.value, rel=0.03)
@@ -235,4 +236,4 @@ def test_what_cannot_be_measured_is_an_error(changed, message):
     usual = dict(apply_fn=mlp, loss_fn=CROSS_ENTROPY, params=PARAMS, key=KEY)
     usual["batches"] = batches(samples(4), 4)
     with pytest.raises(ValueError, match=message):
-        curvature.largest_eigenvalue(**(usual | changed))
+        smoothness.largest_eigenvalue(**(usual | changed))

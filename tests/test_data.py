@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxarith import heads, losses
+from jaxarith import losses
 from jaxarith.data import images, pipeline, splits
+from jaxarith.models import heads
 
 
 def test_the_first_index_of_mnists_split_is_the_papers():

@@ -10,9 +10,10 @@ from tiny import random_params
 from tiny_language import write_classifier
 
 from experiments import detoxify, tiny_text
-from jaxarith import generate, hub, perplexity, tangent, task_vectors, tree
+from jaxarith import hub, tangent, task_vectors, tree
 from jaxarith.data import text
-from jaxarith.models import gpt2
+from jaxarith.evaluate import perplexity
+from jaxarith.models import generate, gpt2
 
 FILES = {
     "report.json",

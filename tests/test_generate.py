@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from oracles import normal
 
-from jaxarith.generate import Decoder, generate, keep_top_k, keep_top_p
+from jaxarith.models.generate import Decoder, generate, keep_top_k, keep_top_p
 
 V = 7
 

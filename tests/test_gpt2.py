@@ -13,8 +13,8 @@ from oracles import central_difference
 from safetensors.numpy import load_file, save_file
 
 from jaxarith import hub, tangent, tree
-from jaxarith.generate import generate
 from jaxarith.models import gpt2
+from jaxarith.models.generate import generate
 
 close = {"rtol": 1e-5, "atol": 1e-5}
 V, PAD, EOS = 61, 60, 59

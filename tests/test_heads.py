@@ -4,8 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxarith import heads
-from jaxarith.models import bert
+from jaxarith.models import bert, heads
 
 
 def test_class_means_are_the_directions_of_mean_directions():

@@ -7,7 +7,8 @@ import optax
 import pytest
 from oracles import normal
 
-from jaxarith import landscape, plots, tangent, task_vectors
+from jaxarith import plots, tangent, task_vectors
+from jaxarith.evaluate import landscape
 
 CROSS_ENTROPY = optax.softmax_cross_entropy_with_integer_labels
 XS, YS = np.array([-0.5, 0.0, 0.25, 1.0]), np.array([0.0, 0.5, 1.5])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxarith import layouts, lora
+from jaxarith.hub import layouts, lora
 
 RANK, ALPHA = 3, 5.0
 PREFIX = "base_model.model."

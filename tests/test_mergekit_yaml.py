@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 
 from jaxarith import merge
-from jaxarith.commands import model_card
+from jaxarith.commands.merge import (
+    gradients,
+    mergekit_yaml,
+    model_card,
+)
+from jaxarith.commands.merge import (
+    recipe as merge_recipe,
+)
 from jaxarith.merge import mergekit
-from jaxarith.recipes import gradients, merge_recipe, mergekit_yaml
 
 LAYERS = 5
 NAMES = [

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 import jaxarith
-from jaxarith.commands import model_card
+from jaxarith.commands.merge import model_card
 
 DIGEST = "0" * 64
 INPUTS = [

@@ -14,15 +14,8 @@ import optax
 import pytest
 from oracles import normal
 
-from jaxarith import (
-    evaluate,
-    landscape,
-    merge,
-    tangent,
-    task_vectors,
-    tau_jp,
-    tree,
-)
+from jaxarith import evaluate, merge, tangent, task_vectors, tau_jp, tree
+from jaxarith.evaluate import landscape
 
 SAMPLES, FEATURES, HIDDEN, CLASSES = 10, 8, 9, 3
 # Fewer outputs of both tasks together than parameters: vectors can avoid each other.

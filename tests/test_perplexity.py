@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from oracles import normal
 
-from jaxarith import perplexity, tree
+from jaxarith import tree
+from jaxarith.evaluate import perplexity
 from jaxarith.models import gpt2
 
 V = 11

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxarith import hub, merge, policies, stream
+from jaxarith import hub, merge, stream
+from jaxarith.stream import policies
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 HALF = functools.partial(merge.task_arithmetic, coef=0.5)

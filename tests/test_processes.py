@@ -15,7 +15,7 @@ import optax
 import pytest
 import training_run
 
-from jaxarith import evaluate, hub, tau_jp, train, train_step, tree
+from jaxarith import evaluate, hub, tau_jp, train, tree
 
 pytestmark = pytest.mark.devices
 ROOT = Path(training_run.__file__).parents[1]
@@ -90,7 +90,7 @@ def end(processes, status=0):
 
 @pytest.mark.parametrize("mesh", ["data=2,fsdp=2", "task=2,data=2"])
 def test_two_processes_are_one_run(mesh, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_step, "optimizer", lambda config: optax.sgd(0.01))
+    monkeypatch.setattr(train, "optimizer", lambda config: optax.sgd(0.01))
     data = training_run.sources()
     expected = training_run.run(data=data)
     reports = [
@@ -137,7 +137,7 @@ def assert_close(tau, expected):
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_step, "optimizer", lambda config: optax.sgd(0.01))
+    monkeypatch.setattr(train, "optimizer", lambda config: optax.sgd(0.01))
     processes = start(tmp_path, "data=4", seconds="0.02", save_every="5")
     while not list(tmp_path.glob("checkpoints/step_*/manifest.json")):
         time.sleep(0.01)

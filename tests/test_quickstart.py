@@ -9,18 +9,9 @@ import numpy as np
 import pytest
 
 from experiments import quickstart, quickstart_tasks, studies
-from jaxarith import (
-    evaluate,
-    heads,
-    hub,
-    metrics,
-    plots,
-    report,
-    task_vectors,
-    tree,
-)
+from jaxarith import evaluate, hub, metrics, plots, report, task_vectors, tree
 from jaxarith.data import images, pipeline
-from jaxarith.models import clip
+from jaxarith.models import clip, heads
 
 
 @pytest.fixture(scope="module")

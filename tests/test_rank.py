@@ -9,7 +9,8 @@ import pytest
 from oracles import flops, normal
 from tiny_t5 import START, plain_t5, random_params, tiny_t5, tiny_t5_config
 
-from jaxarith import hub, rank, tangent
+from jaxarith import hub, tangent
+from jaxarith.evaluate import rank
 from jaxarith.models import t5
 
 close = {"rtol": 1e-5, "atol": 1e-5}

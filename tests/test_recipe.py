@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxarith import recipe
+from jaxarith import train
 from jaxarith.data import vision
 
 SHORT = {"steps": 50, "warmup_steps": 7, "learning_rate": 3e-3}
@@ -18,11 +18,11 @@ SHORT = {"steps": 50, "warmup_steps": 7, "learning_rate": 3e-3}
 @pytest.mark.parametrize(
     "config",
     [
-        dataclasses.replace(recipe.paper(), **SHORT),
-        dataclasses.replace(recipe.code(1280, 5), **SHORT),
-        dataclasses.replace(recipe.paper(), **SHORT, decay="linear"),
-        dataclasses.replace(recipe.paper(), **SHORT, decay="constant"),
-        dataclasses.replace(recipe.paper(), **SHORT, clip_norm=None, weight_decay=0.0),
+        dataclasses.replace(train.paper(), **SHORT),
+        dataclasses.replace(train.code(1280, 5), **SHORT),
+        dataclasses.replace(train.paper(), **SHORT, decay="linear"),
+        dataclasses.replace(train.paper(), **SHORT, decay="constant"),
+        dataclasses.replace(train.paper(), **SHORT, clip_norm=None, weight_decay=0.0),
     ],
     ids=["paper", "code", "linear", "constant", "neither clipped nor decayed"],
 )
@@ -40,7 +40,7 @@ def test_fifty_steps_are_those_of_pytorchs_adamw(config, torch, x64):
         }
 
     params = jax.tree.map(jnp.asarray, start)
-    transform = recipe.optimizer(config)
+    transform = train.optimizer(config)
     state = transform.init(params)
     for step in range(config.steps):
         updates, state = transform.update(gradient(params, step), state, params)
@@ -84,7 +84,7 @@ def test_fifty_steps_are_those_of_pytorchs_adamw(config, torch, x64):
 
 def test_the_code_trains_for_about_2000_steps_and_warms_up_500():
     steps = {
-        name: recipe.code(info.train - info.validation, info.epochs).steps
+        name: train.code(info.train - info.validation, info.epochs).steps
         for name, info in vision.TASKS.items()
         if name in vision.EIGHT and name != "eurosat"
     }
@@ -97,10 +97,10 @@ def test_the_code_trains_for_about_2000_steps_and_warms_up_500():
         "sun397": 1960,
         "svhn": 2136,
     }
-    eurosat = recipe.code(vision.TASKS["eurosat"].train, vision.TASKS["eurosat"].epochs)
+    eurosat = train.code(vision.TASKS["eurosat"].train, vision.TASKS["eurosat"].epochs)
     assert (eurosat.steps, eurosat.warmup_steps) == (2028, 500)
 
 
 def test_an_unknown_decay_is_refused():
     with pytest.raises(ValueError, match="linear or constant"):
-        recipe.TrainConfig(decay="steps")
+        train.TrainConfig(decay="steps")

@@ -13,7 +13,8 @@ import pytest
 import tiny
 from oracles import normal
 
-from jaxarith import capture, merge, task_vectors, tree
+from jaxarith import merge, task_vectors, tree
+from jaxarith.merge import capture
 from jaxarith.merge.regmean_plusplus import TRANSFORMER_LAYER, _layer
 from jaxarith.models import clip
 

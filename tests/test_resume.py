@@ -17,7 +17,8 @@ import optax
 import pytest
 import training_run
 
-from jaxarith import fingerprint, interrupts, sharding, train, train_step, tree
+from jaxarith import fingerprint, sharding, train, tree
+from jaxarith.train import interrupts
 
 ROOT = Path(training_run.__file__).parents[1]
 
@@ -157,7 +158,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
 @pytest.mark.parametrize("mesh", ["data=1", "data=4", "task=2,fsdp=2"])
 def test_a_run_on_eight_devices_goes_on_on_others(mesh, tmp_path, monkeypatch):
     # SGD: AdamW divides by roots of sums of squares, which magnifies rounding.
-    monkeypatch.setattr(train_step, "optimizer", lambda config: optax.sgd(0.01))
+    monkeypatch.setattr(train, "optimizer", lambda config: optax.sgd(0.01))
     monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 8)
     config = dataclasses.replace(training_run.CONFIG, steps=20, penalty_batch_size=8)
     expected = training_run.run(config=config)

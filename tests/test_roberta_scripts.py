@@ -16,10 +16,10 @@ from experiments.awd import glue, table3_glue
 from experiments.bases import figure7_seventy_tasks as figure7
 from experiments.bases import table8_twelve_tasks as table8
 from experiments.bases import table16_prompt_robustness as table16
-from jaxarith import heads, hub, merge, tree
+from jaxarith import hub, merge, tree
 from jaxarith.data import prompt_sources, prompts
 from jaxarith.data.glue import score as glue_score
-from jaxarith.models import bert
+from jaxarith.models import bert, heads
 
 SOURCES = prompt_sources.sources()
 

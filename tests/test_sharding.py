@@ -15,16 +15,14 @@ from jax.sharding import PartitionSpec as P
 from jaxarith import (
     evaluate,
     fingerprint,
-    heads,
     losses,
     sharding,
     tangent,
     tau_jp,
     train,
-    train_step,
     tree,
 )
-from jaxarith.models import clip
+from jaxarith.models import clip, heads
 
 pytestmark = pytest.mark.devices
 
@@ -83,8 +81,8 @@ def assert_close(actual, expected, **tolerance):
 
 def prepared(config, mesh, params_0):
     """A step on a mesh and its arguments, of task vectors that are not zero."""
-    objective = train_step.objective(encode, loss_fn, config, mesh=mesh)
-    taus, opt_state = train_step.init_state(params_0, config, 2, mesh)
+    objective = train.objective(encode, loss_fn, config, mesh=mesh)
+    taus, opt_state = train.init_state(params_0, config, 2, mesh)
     keys = jax.random.split(jax.random.key(3), len(jax.tree.leaves(taus)))
     moved = [
         0.05 * jax.random.normal(key, leaf.shape)
@@ -100,7 +98,7 @@ def prepared(config, mesh, params_0):
         sharding.from_local_rows(batch, mesh),
         sharding.put(HEADS, NamedSharding(mesh, P("task"))),
     )
-    return train_step.make_step(objective, config, mesh), arguments
+    return train.make_step(objective, config, mesh), arguments
 
 
 def sgd(config):
@@ -128,7 +126,7 @@ ON_MESHES += [(kind, MIXED) for kind in ("ordinary", "cyclic")]
 
 @pytest.mark.parametrize(("kind", "mesh"), ON_MESHES)
 def test_gradients_are_those_of_one_device(kind, mesh, monkeypatch):
-    monkeypatch.setattr(train_step, "optimizer", sgd)
+    monkeypatch.setattr(train, "optimizer", sgd)
     expected, expected_metrics, _ = gradients(kind, "data=1")
     actual, metrics, compiled = gradients(kind, mesh)
     for path, leaf in tree.flatten(expected).items():
@@ -212,7 +210,7 @@ def test_a_step_on_a_mesh_compiles_once(params_0):
     ("kind", "mesh"), [("ordinary", "data=1"), ("strict", "data=2,fsdp=2")]
 )
 def test_micro_batches_give_the_gradient_of_the_batch(kind, mesh, monkeypatch):
-    monkeypatch.setattr(train_step, "optimizer", sgd)
+    monkeypatch.setattr(train, "optimizer", sgd)
     expected, expected_metrics, _ = gradients(kind, "data=1")
     actual, metrics, _ = gradients(kind, mesh, micro_batches=2)
     assert_close(actual, expected, rtol=0, atol=1e-6)
@@ -220,7 +218,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(kind, mesh, monkeypatch):
 
 
 def test_products_are_rounded_on_a_mesh_as_on_one_device(monkeypatch):
-    monkeypatch.setattr(train_step, "optimizer", sgd)
+    monkeypatch.setattr(train, "optimizer", sgd)
     exact, _, _ = gradients("linearised", "data=1")
     rounded, _, _ = gradients("linearised", "data=1", product_dtype="bfloat16")
     actual, _, _ = gradients("linearised", MIXED, product_dtype="bfloat16")
@@ -240,7 +238,7 @@ def distance(one, other):
 
 
 def test_training_on_a_mesh_ends_where_one_device_does(params_0, monkeypatch):
-    monkeypatch.setattr(train_step, "optimizer", lambda config: optax.sgd(0.1))
+    monkeypatch.setattr(train, "optimizer", lambda config: optax.sgd(0.1))
     config = dataclasses.replace(CONFIG, linearized=True, penalty="cyclic")
 
     def run(mesh):

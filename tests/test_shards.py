@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxarith import merge, opened, shards, stream
+from jaxarith import merge, stream
+from jaxarith.hub import safetensors
+from jaxarith.stream import opened
 
 NAME = "model.layers.0.norm.weight"
 TYPES = [
@@ -25,7 +27,7 @@ def content(dtype):
 @pytest.mark.parametrize("dtype", TYPES)
 def test_files_of_the_safetensors_package_are_read_as_it_reads_them(dtype, tmp_path):
     save_file(content(dtype), tmp_path / "x.safetensors", {"note": "kept"})
-    tensors, metadata = shards.open_file(tmp_path / "x.safetensors")
+    tensors, metadata = safetensors.open_file(tmp_path / "x.safetensors")
     assert metadata == {"note": "kept"}
     for name, expected in load_file(tmp_path / "x.safetensors").items():
         found = tensors[name].read()
@@ -35,8 +37,8 @@ def test_files_of_the_safetensors_package_are_read_as_it_reads_them(dtype, tmp_p
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_files_are_written_as_the_safetensors_package_reads_them(dtype, tmp_path):
-    files = shards.plan(content(dtype), 10**6, {"note": "kept"})
-    with shards.Writer(tmp_path, files) as writer:
+    files = safetensors.plan(content(dtype), 10**6, {"note": "kept"})
+    with safetensors.Writer(tmp_path, files) as writer:
         for name in reversed(content(dtype)):
             writer.put(name, content(dtype)[name])
     found = load_file(tmp_path / "model.safetensors")
@@ -46,17 +48,17 @@ def test_files_are_written_as_the_safetensors_package_reads_them(dtype, tmp_path
 
 
 def test_a_tensor_that_is_not_put_is_an_error(tmp_path):
-    files = shards.plan(content("f4"), 10**6, {})
+    files = safetensors.plan(content("f4"), 10**6, {})
     with (
         pytest.raises(ValueError, match="2 tensors were not merged, such as b"),
-        shards.Writer(tmp_path, files) as writer,
+        safetensors.Writer(tmp_path, files) as writer,
     ):
         writer.put("odd", content("f4")["odd"])
 
 
 def test_a_tensor_is_never_in_two_files_nor_split():
     layout = {f"t{i}": np.zeros(i, np.float32) for i in range(10)}
-    files = shards.plan(layout, 40, {})
+    files = safetensors.plan(layout, 40, {})
     assert [list(file.offsets) for file in files] == [
         *(["t0", "t1", "t2", "t3", "t4"], ["t5"], ["t6"], ["t7"], ["t8"], ["t9"])
     ]
@@ -64,7 +66,7 @@ def test_a_tensor_is_never_in_two_files_nor_split():
 
 
 def test_memory_is_used_again_once_nobody_holds_it():
-    memory = shards.Memory()
+    memory = safetensors.Memory()
     first = memory.take(2**21)
     place, view = first.ctypes.data, first[5:].view(np.uint8)
     del first

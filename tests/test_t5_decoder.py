@@ -21,9 +21,11 @@ from tiny_t5 import (
     tiny_t5_config,
 )
 
-from jaxarith import capture, hub, layouts, tangent, tree
-from jaxarith.generate import generate
+from jaxarith import hub, tangent, tree
+from jaxarith.hub import layouts
+from jaxarith.merge import capture
 from jaxarith.models import t5
+from jaxarith.models.generate import generate
 
 LAYOUTS = Path(__file__).parent / "layouts"
 close = {"rtol": 1e-5, "atol": 1e-5}

@@ -13,8 +13,9 @@ from experiments.tau_jp import table3_glue_searched as table3
 from experiments.tau_jp import table4_detoxification_searched as table4
 from experiments.tau_jp import table8_glue_at_one as table8
 from experiments.tau_jp import table9_detoxification_at_one as table9
-from jaxarith import hub, losses, rank, tangent, task_vectors, tau_jp, tree
+from jaxarith import hub, losses, tangent, task_vectors, tau_jp, tree
 from jaxarith.data import glue as glue_data
+from jaxarith.evaluate import rank
 from jaxarith.models import t5
 
 METHODS = ["Non-lin. FT", "Linear FT", "TIES", "Ours"]

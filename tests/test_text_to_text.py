@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from tiny_t5 import random_params, tiny_t5_config
 
-from jaxarith import generate, losses, rank, tangent, task_vectors, train
+from jaxarith import losses, tangent, task_vectors, train
 from jaxarith.data import glue, language, pipeline
-from jaxarith.models import t5
+from jaxarith.evaluate import rank
+from jaxarith.models import generate, t5
 
 INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")
 TASK = glue.TASKS["sst2"]

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from tiny_t5 import tiny_t5, tiny_t5_config
 
-from jaxarith import hub, losses, merge, task_vectors, tau_jp, train, train_step, tree
+from jaxarith import (
+    hub,
+    losses,
+    merge,
+    task_vectors,
+    tau_jp,
+    train,
+    tree,
+)
 from jaxarith.models import bert, gpt2, t5
 
 TEXTS = ("input_ids", "attention_mask")
@@ -195,7 +203,7 @@ def test_the_penalty_of_padded_texts_is_that_of_the_texts_alone():
     batch["penalty"] = {k: batch[k] for k in TEXTS}
 
     def parts(mask):
-        objective = train_step.objective(apply_fn, loss, CONFIG, inputs, mask)
+        objective = train.objective(apply_fn, loss, CONFIG, inputs, mask)
         return jax.jit(objective)(tau, params, batch, None)[1]
 
     @jax.jit

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from tiny_language import write_classifier
 
-from jaxarith import evaluate, toxicity
+from jaxarith import evaluate
+from jaxarith.evaluate import toxicity
 
 TEXTS = [
     "you",

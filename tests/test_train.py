@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxarith import recipe, tangent, task_vectors, tau_jp, train, train_step, tree
+from jaxarith import tangent, task_vectors, tau_jp, train, tree
 from jaxarith.data import pipeline
 
 CONFIG = train.TrainConfig(steps=8, warmup_steps=3, batch_size=4, learning_rate=0.05)
@@ -60,7 +60,7 @@ def assert_trees_close(actual, expected, **tolerance):
 
 def test_schedule_is_the_papers_to_the_last_step():
     config = train.TrainConfig(steps=2000, warmup_steps=200, learning_rate=1e-5)
-    rate = recipe.schedule(config)
+    rate = train.schedule(config)
     expected = [
         1e-5 * (s + 1) / 200
         if s < 200
@@ -83,7 +83,7 @@ def test_steps_equal_pytorchs_adamw_with_clipping_and_decay():
         for path, leaf in tree.flatten(start).items()
     }
     adamw = torch.optim.AdamW(leaves.values(), lr=1.0, weight_decay=0.1)
-    rate, clipped = recipe.schedule(CONFIG), 0
+    rate, clipped = train.schedule(CONFIG), 0
     for step, batch in enumerate(train.task_batches(sources, CONFIG)):
         for group in adamw.param_groups:
             group["lr"] = float(rate(step))
@@ -107,7 +107,7 @@ def test_steps_equal_pytorchs_adamw_with_clipping_and_decay():
 def test_weight_decay_pulls_the_parameters_and_not_the_task_vector_to_zero():
     config = dataclasses.replace(CONFIG, weight_decay=0.5)
     (tau,) = run(config, [source(1)], [0.0])  # no gradient: decay alone
-    rates = [float(recipe.schedule(config)(s)) for s in range(config.steps)]
+    rates = [float(train.schedule(config)(s)) for s in range(config.steps)]
     shrink = np.prod([1 - 0.5 * rate for rate in rates])
     expected = jax.tree.map(lambda leaf: leaf * (shrink - 1), params_0())
     assert_trees_close(tau, expected, rtol=1e-5, atol=1e-6)
@@ -141,8 +141,8 @@ def test_all_tasks_at_once_equal_one_after_the_other():
 
 def test_a_step_compiles_once():
     config = dataclasses.replace(CONFIG, linearized=True, penalty="cyclic")
-    step = train_step.make_step(train_step.objective(apply_fn, loss_fn, config), config)
-    state, scales = train_step.init_state(params_0(), config, 2), jnp.ones(2)
+    step = train.make_step(train.objective(apply_fn, loss_fn, config), config)
+    state, scales = train.init_state(params_0(), config, 2), jnp.ones(2)
     for batch in train.task_batches([source(1), source(2)], config):
         state, _ = step(state, params_0(), batch, scales)
     assert step._cache_size() == 1
@@ -159,9 +159,7 @@ def test_the_objective_is_the_loss_plus_the_weighted_penalty():
     tau = jax.tree.map(
         lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params_0()
     )
-    total, parts = train_step.objective(apply_fn, loss_fn, config)(
-        tau, start, batch, 2.0
-    )
+    total, parts = train.objective(apply_fn, loss_fn, config)(tau, start, batch, 2.0)
     params = task_vectors.apply(start, tau)
     linear = tangent.linearize(apply_fn, start)
     outputs = linear(params, batch["image"])
@@ -245,7 +243,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_task():
 
 
 def test_optimizer_state_is_optaxs_own():
-    taus, opt_state = train_step.init_state(params_0(), CONFIG, 2)
+    taus, opt_state = train.init_state(params_0(), CONFIG, 2)
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(taus))
     assert jax.tree.leaves(optax.tree.get(opt_state, "mu"))[0].shape[0] == 2
 

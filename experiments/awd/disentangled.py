@@ -16,13 +16,14 @@ from tqdm import tqdm
 from experiments import arithmetic, vision
 from jaxarith import merge, task_vectors, tree
 from jaxarith.models import clip
+from jaxarith.typing import Taus, Tree
 
 COEFS = np.linspace(0.3, 1.0, 8)
 ALPHAS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 STEPS = 1000
 
 
-def linear_weights(taus: Sequence[tree.Tree]) -> list[tree.Tree]:
+def linear_weights(taus: Taus) -> list[Tree]:
     """The part of task vectors that AWD disentangles and merges."""
     return [tree.select(tau, clip.BLOCK_LINEAR_WEIGHTS) for tau in taus]
 
@@ -39,11 +40,11 @@ def coefs(options: vision.Options) -> np.ndarray:
 
 def disentangled(
     setup: vision.Setup,
-    taus: Sequence[tree.Tree],
+    taus: Taus,
     *,
     alpha: float = 1e-4,
     objective: str = "reduce",
-) -> list[tree.Tree]:
+) -> list[Tree]:
     """The vectors τ_i - δ of the linear weights.
 
     Args:
@@ -65,7 +66,7 @@ def disentangled(
     return [task_vectors.apply(part, lacking, -1 / len(parts)) for part in parts]
 
 
-def ties(setup: vision.Setup, taus: Sequence[tree.Tree]) -> tree.Tree:
+def ties(setup: vision.Setup, taus: Taus) -> Tree:
     """The vector of TIES at λ = 1, with the sum of the entries of the elected sign.
 
     So AdaMerging and FusionBench have it, at λ = 0.3; the authors of TIES take the mean
@@ -93,7 +94,7 @@ class Chosen(NamedTuple):
 
 def searched(
     setup: vision.Setup,
-    candidates: Mapping[str, tree.Tree],
+    candidates: Mapping[str, Tree],
     coefs: Sequence[float],
 ) -> Chosen:
     """The candidate and the coefficient with the best mean validation accuracy.
@@ -147,7 +148,7 @@ def own_accuracies(
     return np.array(found).T
 
 
-def mean_cosine(taus: Sequence[tree.Tree]) -> float:
+def mean_cosine(taus: Taus) -> float:
     """The mean magnitude of the cosines of different vectors: Eq. 11."""
     cosines = np.abs(task_vectors.cosine_matrix(taus))
     return float(jnp.mean(cosines[~np.eye(len(taus), dtype=bool)]))

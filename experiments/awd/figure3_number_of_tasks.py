@@ -44,7 +44,8 @@ from tqdm import tqdm
 
 from experiments import arithmetic, methods, runs, tables, vision
 from experiments.awd import disentangled, table1_addition
-from jaxarith import plots, task_vectors, tree
+from jaxarith import plots, task_vectors
+from jaxarith.typing import Taus
 
 COEFS = np.linspace(0, 1, 11)
 METHODS = ("Individual", "Task Arithmetic", "Ties-Merging", "AWD Task Arithmetic")
@@ -169,7 +170,7 @@ def interval(values: Sequence[float]) -> float:
     return float(stats.t.ppf(0.975, count - 1) * stats.sem(values))
 
 
-def sums_of(setup: vision.Setup, taus: Sequence[tree.Tree]) -> dict[str, dict]:
+def sums_of(setup: vision.Setup, taus: Taus) -> dict[str, dict]:
     """By method, the candidates for a merged vector at λ = 1."""
     return {
         "Task Arithmetic": {"": task_vectors.add(taus)},

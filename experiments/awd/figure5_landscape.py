@@ -29,7 +29,9 @@ from tqdm import tqdm
 
 from experiments import methods, runs, tables, vision
 from experiments.awd import disentangled, table1_addition
-from jaxarith import heads, landscape, plots
+from jaxarith import plots
+from jaxarith.evaluate import landscape
+from jaxarith.models import heads
 
 PAIRS = ("resisc45,cars", "sun397,dtd")
 

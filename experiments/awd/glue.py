@@ -39,7 +39,6 @@ from jaxarith import (
     fingerprint,
     hub,
     losses,
-    processes,
     sharding,
     task_vectors,
     train,
@@ -47,6 +46,8 @@ from jaxarith import (
 )
 from jaxarith.data import glue, pipeline, text
 from jaxarith.models import bert
+from jaxarith.sharding import processes
+from jaxarith.typing import Params, Tree
 
 TITLES = {  # in the order of the tables; GLUE's own folders have the same names
     **{"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B"},
@@ -270,7 +271,7 @@ def outputs_of(name: str) -> int:
     return len(glue.TASKS[name].classes) or 1
 
 
-def vectors(setup: Setup) -> dict[str, tree.Tree]:
+def vectors(setup: Setup) -> dict[str, Tree]:
     """The task vectors by task, heads included, on the host; missing ones are trained.
 
     Raises:
@@ -304,7 +305,7 @@ def alike(setup: Setup, names: Sequence[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def fine_tuned(setup: Setup, names: Sequence[str]) -> list[tree.Tree]:
+def fine_tuned(setup: Setup, names: Sequence[str]) -> list[Tree]:
     options = setup.options
     tqdm.write(f"{setup.model}, {METHOD}: {', '.join(names)}", file=sys.stderr)
     folder = checkpoints(setup, names)
@@ -358,13 +359,13 @@ def checkpoints(setup: Setup, names: Sequence[str]) -> Path:
 # Scores.
 
 
-def encoders(taus: dict[str, tree.Tree]) -> list[tree.Tree]:
+def encoders(taus: dict[str, Tree]) -> list[Tree]:
     """The parts of the task vectors that are merged."""
     return [tree.select(tau, ENCODER) for tau in taus.values()]
 
 
 def scores_at(
-    setup: Setup, taus: dict[str, tree.Tree], added: Sequence[tree.Tree], split: str
+    setup: Setup, taus: dict[str, Tree], added: Sequence[Tree], split: str
 ) -> Callable[[float], list[float]]:
     """The scores on all tasks as a function of a coefficient.
 
@@ -390,7 +391,7 @@ def scores_at(
     return at
 
 
-def encoder_paths(tau: tree.Tree) -> set[str]:
+def encoder_paths(tau: Params) -> set[str]:
     return set(tree.flatten(tree.select(tau, ENCODER)))
 
 

@@ -52,6 +52,7 @@ from experiments import runs, tables
 from experiments.awd import glue
 from jaxarith import evaluate, merge, plots, task_vectors, tree
 from jaxarith.models import bert
+from jaxarith.typing import Tree
 
 BASE, LARGE = glue.MODELS.values()
 COLUMNS = (*glue.TITLES.values(), "Avg")
@@ -188,7 +189,7 @@ def search(setup: glue.Setup, taus, vector, single, coefs) -> tuple[float, float
 
 def disentangled(
     setup: glue.Setup, taus, single, config: Config
-) -> tuple[float, float, tree.Tree]:
+) -> tuple[float, float, Tree]:
     """AWD's best α and λ on validation data, and its vector."""
     found = []
     for alpha in tqdm(config.alphas, desc="AWD", unit="α"):
@@ -199,12 +200,12 @@ def disentangled(
     return alpha, coef, vector
 
 
-def linear_weights(taus) -> list[tree.Tree]:
+def linear_weights(taus) -> list[Tree]:
     """What AWD takes of the task vectors."""
     return [tree.select(tau, bert.BLOCK_LINEAR_WEIGHTS) for tau in taus.values()]
 
 
-def awd(setup: glue.Setup, taus, weights: np.ndarray, alpha: float) -> tree.Tree:
+def awd(setup: glue.Setup, taus, weights: np.ndarray, alpha: float) -> Tree:
     """The weighted sum of the disentangled vectors."""
     parts = linear_weights(taus)
     coef = np.asarray(weights, np.float32)

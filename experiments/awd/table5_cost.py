@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from experiments import runs, tables
 from jaxarith import merge, tree
+from jaxarith.typing import Tree
 
 # Layers, width, and width of the MLP.
 SHAPES = {"ViT-B-32": (12, 768, 3072), "ViT-L-14": (24, 1024, 4096)}
@@ -62,7 +63,7 @@ class Config(runs.Options):
     """Run the whole script in seconds, with tiny shapes and a few steps."""
 
 
-def drawn(shape: tuple[int, int, int], key: jax.Array) -> tree.Tree:
+def drawn(shape: tuple[int, int, int], key: jax.Array) -> Tree:
     """Normal weights in the shapes of all linear layers of the blocks."""
     layers, width, hidden = shape
     sizes = {
@@ -78,7 +79,7 @@ def drawn(shape: tuple[int, int, int], key: jax.Array) -> tree.Tree:
     return tree.unflatten(found)
 
 
-def vectors_of(shape: tuple[int, int, int], count: int) -> list[tree.Tree]:
+def vectors_of(shape: tuple[int, int, int], count: int) -> list[Tree]:
     """Task vectors with cosines of 0.2."""
     shared = drawn(shape, jax.random.key(0))
     return [

@@ -34,7 +34,10 @@ import tyro
 
 from experiments import methods, runs, tables, vision
 from experiments.bases import two_models
-from jaxarith import curvature, heads, plots, task_vectors, tree
+from jaxarith import plots, task_vectors
+from jaxarith.evaluate import smoothness as curvature
+from jaxarith.models import heads
+from jaxarith.typing import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,7 @@ def gaps(setup: vision.Setup, taus, target: int, share: float) -> dict[int, floa
 
 
 def smoothness(
-    setup: vision.Setup, task: vision.Task, tau: tree.Tree, config: Config
+    setup: vision.Setup, task: vision.Task, tau: Params, config: Config
 ) -> curvature.Eigenvalue:
     """The local smoothness L of a task's loss at its fine-tuned model."""
     dataset = vision.drawn(setup, task.test, config.smoothness_samples)

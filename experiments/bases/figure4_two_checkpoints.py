@@ -46,6 +46,7 @@ import tyro
 from experiments import methods, runs, tables, vision
 from experiments.bases import two_models
 from jaxarith import plots, sharding, task_vectors, tree
+from jaxarith.typing import Tree
 
 _TASKS = ("mnist", "eurosat", "cars", "dtd", "gtsrb", "resisc45", "sun397", "svhn")
 _NORMS = {
@@ -77,7 +78,7 @@ class Config(two_models.Options):
 
 
 def coordinates(
-    trees: Sequence[tree.Tree], rng: np.random.Generator
+    trees: Sequence[Tree], rng: np.random.Generator
 ) -> list[tuple[float, float]]:
     """Two entries of every tree, the same two, drawn among all entries."""
     flat = [tree.flatten(values) for values in trees]

@@ -49,9 +49,10 @@ import tyro
 from tqdm import tqdm
 
 from experiments import prompted, runs, tables
-from jaxarith import merge, plots, task_vectors, tree
+from jaxarith import merge, plots, task_vectors
 from jaxarith.data import prompt_sources
 from jaxarith.merge.bases import cluster, eigengap
+from jaxarith.typing import Taus, Tree
 
 LIST = tuple(name for name in prompt_sources.sources() if name != "QQP")
 PUBLISHED = {"Pre-trained": [42.15], "Majority vote": [40.47]}
@@ -138,7 +139,7 @@ def fitting(config: Config, kept: Sequence[int]) -> list[int]:
     return [k for k in config.shown_ks if k <= len(kept)]
 
 
-def measured(setup: prompted.Setup, taus: Sequence[tree.Tree]) -> list[dict]:
+def measured(setup: prompted.Setup, taus: Taus) -> list[dict]:
     """Accuracies on every task, in percent: a plain row of each."""
     before = prompted.scores(setup, setup.params_0, "test")
     rows = []
@@ -156,9 +157,7 @@ def measured(setup: prompted.Setup, taus: Sequence[tree.Tree]) -> list[dict]:
     return rows
 
 
-def merged(
-    setup: prompted.Setup, taus: Sequence[tree.Tree], cosines, config: Config
-) -> list[dict]:
+def merged(setup: prompted.Setup, taus: Taus, cosines, config: Config) -> list[dict]:
     """The mean accuracy of Mean after Mean, a row for every number of clusters."""
     rng = np.random.default_rng(config.seed)
 
@@ -187,9 +186,7 @@ def merged(
     return rows
 
 
-def mean_of_means(
-    params_0, taus: Sequence[tree.Tree], clusters: Sequence[Sequence[int]]
-) -> tree.Tree:
+def mean_of_means(params_0, taus: Taus, clusters: Sequence[Sequence[int]]) -> Tree:
     """The average of the averages of every cluster's models, in one pass.
 
     A task's weight is one over the number of clusters and the size of its own.

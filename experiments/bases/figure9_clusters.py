@@ -41,8 +41,9 @@ import tyro
 
 from experiments import bank, methods, runs, tables, vision
 from experiments.bases import partitions
-from jaxarith import plots, task_vectors, tree
+from jaxarith import plots, task_vectors
 from jaxarith.merge.bases import eigengap
+from jaxarith.typing import Tree
 
 _METHOD = "nonlinear_early"
 _EARLY = "mnist,svhn sun397,dtd eurosat,resisc45 cars gtsrb"
@@ -84,7 +85,7 @@ def moments(setup: vision.Setup, task: vision.Task) -> dict[str, int]:
     return {"step 0": 1, "step 1": 2, "epoch 0": epoch, "epoch 1": 2 * epoch}
 
 
-def early_vectors(setup: vision.Setup) -> dict[str, list[tree.Tree]]:
+def early_vectors(setup: vision.Setup) -> dict[str, list[Tree]]:
     """The task vectors at each of the moments, and at the end of that training."""
     steps = [moments(setup, task) for task in setup.tasks]  # errors before training
     recipes = [methods.recipe_of(setup, "nonlinear", task) for task in setup.tasks]

@@ -10,8 +10,9 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import fitted, methods, vision
-from jaxarith import merge, sharding, task_vectors, tree
+from jaxarith import merge, sharding, task_vectors
 from jaxarith.merge.bases import checked_partition, cluster
+from jaxarith.typing import Params, Taus, Tree
 
 Partition = list[list[int]]
 
@@ -137,7 +138,7 @@ def check_count(count: int):
         )
 
 
-def found_partition(taus: Sequence[tree.Tree]) -> Partition:
+def found_partition(taus: Taus) -> Partition:
     """The clusters of Algorithm 1; of two vectors, which have no eigengap, both."""
     if len(taus) < 3:
         return [[i] for i in range(len(taus))]
@@ -178,7 +179,7 @@ def clusters_of(several: Sequence[Partition]) -> list[tuple[int, ...]]:
     return list(found)
 
 
-def ties(params_0: tree.Tree, taus: Sequence[tree.Tree]) -> tree.Tree:
+def ties(params_0: Params, taus: Taus) -> Tree:
     """TIES with α = 0.4 (C.5), on the sum of the entries of the elected sign.
 
     The paper does not say whether they are summed or averaged. It is the sum that
@@ -198,7 +199,7 @@ DATALESS: Mapping[str, Callable] = {
 
 def merged_clusters(
     setup: vision.Setup, inner: str, clusters: Sequence[tuple[int, ...]]
-) -> list[tree.Tree]:
+) -> list[Tree]:
     """The basis vector of every cluster, on the host.
 
     A cluster of one task is its own vector with every method: the paper has the same
@@ -227,9 +228,7 @@ def merged_clusters(
     return [sharding.to_host(merged(members)) for members in bar]
 
 
-def merged_vector(
-    setup: vision.Setup, method: str, taus: Sequence[tree.Tree]
-) -> tree.Tree:
+def merged_vector(setup: vision.Setup, method: str, taus: Taus) -> Tree:
     """What one of the merges without data makes of some vectors, as a task vector."""
     found = DATALESS[method](setup.params_0, taus)
     return task_vectors.difference(found, setup.params_0)

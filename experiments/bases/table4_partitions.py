@@ -57,7 +57,7 @@ from tqdm import tqdm
 
 from experiments import arithmetic, methods, runs, tables, vision
 from experiments.bases import partitions
-from jaxarith import tree
+from jaxarith.typing import Taus, Tree
 
 # By table, model, inner and outer merge, the columns in the order of `partitions`.
 _TABLE_10 = {
@@ -187,7 +187,7 @@ class Config(vision.Models):
 
 
 def evaluated(
-    setup: vision.Setup, taus: Sequence[tree.Tree], linearized: bool, coefs, split: str
+    setup: vision.Setup, taus: Taus, linearized: bool, coefs, split: str
 ) -> np.ndarray:
     """Mean accuracy in percent at each of n sets of coefficients, `[n]`."""
     found = [
@@ -199,7 +199,7 @@ def evaluated(
 
 def added(
     setup: vision.Setup,
-    bases: Sequence[tree.Tree],
+    bases: Sequence[Tree],
     clusters: Sequence[tuple[int, ...]],
     several: Sequence[partitions.Partition],
     linearized: bool,
@@ -221,7 +221,7 @@ def added(
 
 def merged_twice(
     setup: vision.Setup,
-    bases: Sequence[tree.Tree],
+    bases: Sequence[Tree],
     clusters: Sequence[tuple[int, ...]],
     several: Sequence[partitions.Partition],
     outer: str,

@@ -55,19 +55,12 @@ import tyro
 from tqdm import tqdm
 
 from experiments import prompted, study_merges, tables
-from jaxarith import (
-    evaluate,
-    heads,
-    losses,
-    merge,
-    sharding,
-    task_vectors,
-    tree,
-)
+from jaxarith import evaluate, losses, merge, sharding, task_vectors, tree
 from jaxarith.data import pipeline
 from jaxarith.merge.bases import cluster
 from jaxarith.merge.stitch_twice import stitched_masks
-from jaxarith.models import bert
+from jaxarith.models import bert, heads
+from jaxarith.typing import Taus, Tree
 
 TASKS = {  # names of the list, and what the paper's table calls them
     **{"SST2": "SST-2", "CR": "CR", "MR": "MR", "MPQA": "MPQA", "TREC": "TREC"},
@@ -215,7 +208,7 @@ def row(setup: prompted.Setup, method: str, found: Sequence[float], **more) -> d
 # Merges without masks.
 
 
-def searched(setup: prompted.Setup, taus: Sequence[tree.Tree]) -> dict[str, tree.Tree]:
+def searched(setup: prompted.Setup, taus: Taus) -> dict[str, Tree]:
     """Merged vectors whose coefficient is searched."""
     params_0 = setup.params_0
     merged = {
@@ -230,11 +223,11 @@ def searched(setup: prompted.Setup, taus: Sequence[tree.Tree]) -> dict[str, tree
     return {"Task Arithmetic": task_vectors.add(taus), **vectors}
 
 
-def paths(taus: Sequence[tree.Tree]) -> list[str]:
+def paths(taus: Taus) -> list[str]:
     return list(tree.flatten(taus[0]))
 
 
-def search(setup: prompted.Setup, vector: tree.Tree) -> float:
+def search(setup: prompted.Setup, vector: Tree) -> float:
     """The coefficient with the best mean score on validation samples."""
 
     coefs = COEFS[::5] if setup.options.smoke else COEFS
@@ -248,7 +241,7 @@ def search(setup: prompted.Setup, vector: tree.Tree) -> float:
         return evaluate.search(scores_at, np.ones(len(setup.tasks)), coefs).coef
 
 
-def fitted(setup: prompted.Setup, taus: Sequence[tree.Tree]) -> dict[str, tree.Tree]:
+def fitted(setup: prompted.Setup, taus: Taus) -> dict[str, Tree]:
     """Merged models of the methods that look at texts without labels."""
     padded = heads.pad([task.head for task in setup.tasks])
     # Heads are inputs, padded to one shape, so that all tasks share one compilation.
@@ -293,9 +286,7 @@ def fitted(setup: prompted.Setup, taus: Sequence[tree.Tree]) -> dict[str, tree.T
 # Merges by masks.
 
 
-def learned_masks(
-    setup: prompted.Setup, taus: Sequence[tree.Tree], config: Config
-) -> list[tree.Tree]:
+def learned_masks(setup: prompted.Setup, taus: Taus, config: Config) -> list[Tree]:
     """The mask of every task, from its training samples."""
     padded = heads.pad([task.head for task in setup.tasks])
 
@@ -324,10 +315,10 @@ def learned_masks(
 
 def by_masks(
     setup: prompted.Setup,
-    taus: Sequence[tree.Tree],
-    own: Sequence[tree.Tree],
+    taus: Taus,
+    own: Sequence[Tree],
     groups: Sequence[Sequence[int]],
-) -> dict[str, tuple[tree.Tree, list[tree.Tree]]]:
+) -> dict[str, tuple[Tree, list[Tree]]]:
     """Merged models, and the masks that each of them needs."""
     shared = merge.mask_sharing(own, groups)
     stitch = merge.localize_and_stitch
@@ -344,20 +335,20 @@ def by_masks(
     }
 
 
-def storage(masks: Sequence[tree.Tree], taus: Sequence[tree.Tree]) -> dict:
+def storage(masks: Sequence[Tree], taus: Taus) -> dict:
     """How many masks there are, their mean density in percent, and what both take."""
     density = float(np.mean([share(mask) for mask in masks]))
     taken = len(masks) * density * gigabytes(taus)
     return {"masks": len(masks), "density, %": 100 * density, "GB": taken}
 
 
-def share(mask: tree.Tree) -> float:
+def share(mask: Tree) -> float:
     """The share of a mask's entries that are True."""
     leaves = list(tree.flatten(mask).values())
     return sum(int(np.sum(x)) for x in leaves) / sum(np.size(x) for x in leaves)
 
 
-def gigabytes(taus: Sequence[tree.Tree]) -> float:
+def gigabytes(taus: Taus) -> float:
     """What the trained parameters of one model take in float32."""
     return 4e-9 * tree.size(taus[0])
 

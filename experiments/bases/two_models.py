@@ -25,8 +25,10 @@ import numpy as np
 
 from experiments import arithmetic, vision
 from experiments.bases import partitions
-from jaxarith import fingerprint, heads, hub, processes, sharding, task_vectors, tree
-from jaxarith.models import clip
+from jaxarith import fingerprint, hub, sharding, task_vectors, tree
+from jaxarith.models import clip, heads
+from jaxarith.sharding import processes
+from jaxarith.typing import Taus
 
 FIRST = "clip-vit-base-patch32-laion2b_e16"
 # In the order of the paper's tables, as they are printed there.
@@ -116,9 +118,7 @@ def titles(found: Sequence[vision.Setup]) -> list[str]:
     return [known.get(name, name) for name in names]
 
 
-def losses(
-    setup: vision.Setup, task: vision.Task, taus: Sequence[tree.Tree], coefs
-) -> np.ndarray:
+def losses(setup: vision.Setup, task: vision.Task, taus: Taus, coefs) -> np.ndarray:
     """The mean cross-entropy of the ordinary model on a task's test data, `[n]`, at
     each of n sets of coefficients `[n, T]`."""
     at = arithmetic.outputs(setup, taus, task.test, False)

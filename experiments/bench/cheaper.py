@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from experiments import quickstart, quickstart_tasks, studies
 from experiments.bench import measure
-from jaxarith import heads, plots, report, train, train_step, tree
-from jaxarith.models import clip
+from jaxarith import plots, report, train, tree
+from jaxarith.models import clip, heads
 
 
 class Variant(NamedTuple):
@@ -122,12 +122,12 @@ def recipe_of(config: quickstart.Config, variant: str) -> train.TrainConfig:
 
 def compiled_step(study: studies.Study, recipe: train.TrainConfig):
     """A compiled optimizer step of all tasks, its first state and other arguments."""
-    objective = train_step.objective(study.apply_fn, study.loss, recipe)
-    state = train_step.init_state(study.params_0, recipe, len(study.names))
+    objective = train.objective(study.apply_fn, study.loss, recipe)
+    state = train.init_state(study.params_0, recipe, len(study.names))
     batch = train.task_batches(study.sources, recipe)[0]
     constants = heads.pad([dataset.head for dataset in study.test])
     arguments = jax.device_put((study.params_0, batch, constants))
-    step = train_step.make_step(objective, recipe)
+    step = train.make_step(objective, recipe)
     return step.lower(state, *arguments).compile(), state, arguments
 
 

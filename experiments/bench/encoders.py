@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxarith import hub, tree
 from jaxarith.models import clip, gpt2, t5
+from jaxarith.typing import Tree
 
 # Of OpenAI's CLIP; projection_dim is the width of the features.
 VISION = {
@@ -65,7 +66,7 @@ class Encoder(NamedTuple):
 
     apply_fn: Callable
     rematerialized: Callable | None
-    layout: tree.Tree
+    layout: Tree
     make_inputs: Callable
     paradigms: dict[str, str]
     config: dict
@@ -157,7 +158,7 @@ def random_texts(vocabulary, tokens, rng, batch):
     return tuple(inputs)
 
 
-def random_params(layout, seed: int, dtype) -> tree.Tree:
+def random_params(layout, seed: int, dtype) -> Tree:
     """Gaussian weights as wide as their inputs ask for; scales of norms around 1."""
     rng = np.random.default_rng(seed)
 
@@ -177,7 +178,7 @@ def random_params(layout, seed: int, dtype) -> tree.Tree:
     return tree.map_with_path(leaf, layout)
 
 
-def random_tau(params, seed: int) -> tree.Tree:
+def random_tau(params, seed: int) -> Tree:
     """A direction of a hundredth of the size of every leaf's entries."""
     rng = np.random.default_rng(seed)
 

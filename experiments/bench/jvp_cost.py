@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from experiments.bench import encoders, measure
 from jaxarith import losses, plots, report, tangent, task_vectors, tau_jp, tree
+from jaxarith.typing import Params, Tree
 
 CLASSES = 100
 TASKS = 8
@@ -77,10 +78,10 @@ class Work(NamedTuple):
     """
 
     encoder: encoders.Encoder
-    params: tree.Tree
-    taus: list[tree.Tree]
+    params: Params
+    taus: list[Tree]
     inputs: tuple
-    parts: dict[str, tree.Tree]
+    parts: dict[str, Tree]
     penalties: dict[str, tuple]
     labels: jax.Array
     head: jax.Array

@@ -20,8 +20,9 @@ import tyro
 
 from experiments import quickstart, quickstart_tasks, studies
 from experiments.bench import cheaper, measure
-from jaxarith import heads, report, task_vectors, tree
-from jaxarith.models import clip
+from jaxarith import report, task_vectors
+from jaxarith.models import clip, heads
+from jaxarith.typing import Tree
 
 DTYPES = {"float32": None, "bfloat16": "bfloat16"}
 
@@ -45,13 +46,13 @@ class Config:
     seed: int = 0
 
 
-def train(study: studies.Study, penalty: str | None, dtype: str) -> list[tree.Tree]:
+def train(study: studies.Study, penalty: str | None, dtype: str) -> list[Tree]:
     recipe = studies.recipe_of(study.config, "linear", penalty)
     recipe = dataclasses.replace(recipe, product_dtype=DTYPES[dtype])
     return studies.fine_tune(study, dtype, recipe)
 
 
-def distances(exact: list[tree.Tree], rounded: list[tree.Tree]) -> list[dict]:
+def distances(exact: list[Tree], rounded: list[Tree]) -> list[dict]:
     """For each task, the rounded vector's distance and direction from the exact one."""
     rows = []
     for pair in zip(exact, rounded, strict=True):

@@ -38,7 +38,8 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from experiments.bench import encoders
-from jaxarith import heads, losses, plots, report, sharding, train, train_step, tree
+from jaxarith import losses, plots, report, sharding, train, tree
+from jaxarith.models import heads
 
 CLASSES = 100
 MESHES = ("data=1", "data=2", "fsdp=2", "data=4", "fsdp=4", "data=8", "fsdp=8")
@@ -309,7 +310,7 @@ def program(
     (image,) = encoder.make_inputs(np.random.default_rng(0), 1)
     width = jax.eval_shape(encoder.apply_fn, params_0, image).shape[-1]
     state = jax.eval_shape(
-        lambda params: train_step.init_state(params, config, 1, mesh), params_0
+        lambda params: train.init_state(params, config, 1, mesh), params_0
     )
     batch = {
         "image": jax.ShapeDtypeStruct((1, samples, *image.shape[1:]), jnp.float32),
@@ -328,8 +329,8 @@ def program(
     def everywhere(tree_, spec):
         return placed(tree_, jax.tree.map(lambda _: NamedSharding(mesh, spec), tree_))
 
-    objective = train_step.objective(encoder.apply_fn, loss_fn, config, mesh=mesh)
-    lowered = train_step.make_step(objective, config, mesh).lower(
+    objective = train.objective(encoder.apply_fn, loss_fn, config, mesh=mesh)
+    lowered = train.make_step(objective, config, mesh).lower(
         placed(state, sharding.shardings(state, mesh, tasks=True)),
         placed(params_0, sharding.shardings(params_0, mesh)),
         everywhere(batch, P("task", sharding.BATCH)),

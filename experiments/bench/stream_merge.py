@@ -35,7 +35,8 @@ import yaml
 from tqdm import tqdm
 
 from experiments.bench.measure import processor
-from jaxarith import report, shards
+from jaxarith import report
+from jaxarith.hub import safetensors
 
 TASKS = 4
 # Of `jaxarith merge`, and the method of mergekit that comes nearest, if there is one.
@@ -148,13 +149,13 @@ def make(folder: Path, layers: int) -> list[Path]:
         for name in missing:
             place = folder / name
             place.mkdir(parents=True, exist_ok=True)
-            files = shards.plan(tensors, 1_500_000_000, {"format": "pt"})
-            with shards.Writer(place, files) as writer:
+            files = safetensors.plan(tensors, 1_500_000_000, {"format": "pt"})
+            with safetensors.Writer(place, files) as writer:
                 for key, leaf in tensors.items():
                     writer.put(key, values(key, leaf.shape, names.index(name)))
                     bar.update()
             if len(files) > 1:
-                index = json.dumps(shards.index(files, {}))
+                index = json.dumps(safetensors.index(files, {}))
                 (place / "model.safetensors.index.json").write_text(index)
             (place / "config.json").write_text(json.dumps(config_json(layers)))
     return [folder / name for name in names]

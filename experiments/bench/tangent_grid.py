@@ -25,9 +25,18 @@ import tyro
 from tqdm import tqdm
 
 from experiments.bench.measure import machine
-from jaxarith import evaluate, heads, merge, plots, report, tangent, task_vectors, tree
+from jaxarith import (
+    evaluate,
+    merge,
+    plots,
+    report,
+    tangent,
+    task_vectors,
+    tree,
+)
 from jaxarith.data import pipeline
-from jaxarith.models import clip
+from jaxarith.models import clip, heads
+from jaxarith.typing import Tree
 
 XI_SPEEDUP, SEARCH_SPEEDUP, PRECISION = 30, 10, 1e-5
 
@@ -96,7 +105,7 @@ class Study(NamedTuple):
     apply_fn: Callable
     linearized: Callable
     params_0: dict
-    taus: list[tree.Tree]
+    taus: list[Tree]
     datasets: list[Dataset]
     changed: list[float]
 

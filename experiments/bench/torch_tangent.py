@@ -16,13 +16,15 @@ import numpy as np
 import torch
 import transformers
 
-from jaxarith import layouts, tree
+from jaxarith import tree
+from jaxarith.hub import layouts
+from jaxarith.typing import Tree
 
 # What T5Model calls its inputs, of which the other language models have the first two.
 TEXTS = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
 
 
-def tensors(values: tree.Tree, device: str, dtype) -> dict[str, torch.Tensor]:
+def tensors(values: Tree, device: str, dtype) -> dict[str, torch.Tensor]:
     """A tree of JAX parameters under PyTorch's names and orientations."""
     leaves = {p: np.asarray(v, np.float32) for p, v in tree.flatten(values).items()}
     return {

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from experiments import bank, vision
-from jaxarith import task_vectors, tree
+from jaxarith import task_vectors
 from jaxarith.data import images
 from jaxarith.models import clip
+from jaxarith.typing import Taus, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ def prepared(
     return vision.prepared(task, head, setup.preprocess, options)
 
 
-def analogy(taus: Sequence[tree.Tree], target: int) -> tree.Tree:
+def analogy(taus: Taus, target: int) -> Tree:
     """The vector of one of four tasks from those of the others.
 
     The four are two by two: the first and the second differ as the third and the fourth

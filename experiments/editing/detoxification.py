@@ -35,8 +35,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments import bank, detoxify, runs, tiny_text
-from jaxarith import fingerprint, processes, train, tree
+from jaxarith import fingerprint, train
 from jaxarith.data import language
+from jaxarith.sharding import processes
+from jaxarith.typing import Params, Tree
 
 METHOD = "editing"  # the folder of the bank
 KINDS = ("toxic", "toxic_ascent", "non_toxic")
@@ -222,7 +224,7 @@ def identity(study: Study, kind: str) -> dict:
     }
 
 
-def vector(study: Study, kind: str) -> tree.Tree:
+def vector(study: Study, kind: str) -> Tree:
     """A task vector, which is trained where the bank has it not."""
     if study.banked[kind] is not None:
         return study.banked[kind]
@@ -245,7 +247,7 @@ def vector(study: Study, kind: str) -> tree.Tree:
     return tau
 
 
-def perplexity(study: Study, tau: tree.Tree, coef: float) -> float:
+def perplexity(study: Study, tau: Params, coef: float) -> float:
     """The perplexity of the model moved by `coef` times the vector."""
     state = study.toxic.model.moved(tau, coef)
     return detoxify.perplexity_of(study.options, study.toxic, state)

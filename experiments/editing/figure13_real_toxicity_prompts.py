@@ -43,8 +43,10 @@ from tqdm import tqdm
 
 from experiments import detoxify, runs, tables, tiny_text
 from experiments.editing import detoxification
-from jaxarith import generate, plots, tree
+from jaxarith import plots
 from jaxarith.data import text
+from jaxarith.models import generate
+from jaxarith.typing import Params
 
 NOTE = (
     "The scores are of a classifier, not of the Perspective API, which the paper asks: "
@@ -146,7 +148,7 @@ def read_prompts(config: Config) -> dict[str, list[str]]:
     return {"challenging": challenging, "random": chosen}
 
 
-def row(config: Config, study, subsets, tau: tree.Tree, coef: float) -> dict:
+def row(config: Config, study, subsets, tau: Params, coef: float) -> dict:
     """The measures of one model at one coefficient."""
     line = {"model": study.name, "coef": coef}
     for subset, prompts in subsets.items():
@@ -172,7 +174,7 @@ def expected_maximum(scores: np.ndarray, generations: int) -> float:
 
 
 def continuations(
-    config: Config, study, prompts: list[str], tau: tree.Tree, coef: float
+    config: Config, study, prompts: list[str], tau: Params, coef: float
 ) -> list[str]:
     """Continuations without their prompts, those of a prompt one after the other."""
     tokenizer, model = study.toxic.tokenizer, study.toxic.model

@@ -26,7 +26,8 @@ import tyro
 from tqdm import tqdm
 
 from experiments import arithmetic, methods, runs, tables, vision
-from jaxarith import plots, tree
+from jaxarith import plots
+from jaxarith.typing import Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Config(vision.OneModel):
     """Of the training on ImageNet, unless --steps is given."""
 
 
-def large_vector(setup: vision.Setup, epochs: int) -> tree.Tree:
+def large_vector(setup: vision.Setup, epochs: int) -> Tree:
     """The vector of the control task, trained for so many epochs."""
     options = setup.options
     config = methods.recipe_of(setup, "nonlinear", setup.control)

@@ -50,9 +50,10 @@ from tqdm import tqdm
 
 from experiments import detoxify, runs, tables, tiny_text
 from experiments.editing import text_to_text
-from jaxarith import evaluate, metrics, plots, task_vectors, tree
+from jaxarith import evaluate, metrics, plots, task_vectors
 from jaxarith.data import glue, language
 from jaxarith.models import t5
+from jaxarith.typing import Params
 
 CHECKPOINTS = {
     "imdb": "mrm8488/t5-base-finetuned-imdb-sentiment",
@@ -229,7 +230,7 @@ def prepare(base: text_to_text.Base, name: str, records: dict) -> Task:
     return Task(name, records, batches, sorted(targets))
 
 
-def score(base: text_to_text.Base, task: Task, params: tree.Tree, part: str) -> float:
+def score(base: text_to_text.Base, task: Task, params: Params, part: str) -> float:
     """The task's own metric, from 0 to 1."""
     batches = task.batches[part]
     targets = [record["target"] for record in task.records[part]]

@@ -37,7 +37,8 @@ import tyro
 from tqdm import tqdm
 
 from experiments import arithmetic, methods, runs, tables, vision
-from jaxarith import plots, tree
+from jaxarith import plots
+from jaxarith.typing import Tree
 
 PUBLISHED = {
     "pairs, both tasks": (0.989,),
@@ -62,7 +63,7 @@ class Config(vision.OneModel):
 
 
 def accuracies(
-    setup: vision.Setup, taus: list[tree.Tree], rows: np.ndarray, config, split: str
+    setup: vision.Setup, taus: list[Tree], rows: np.ndarray, config, split: str
 ) -> np.ndarray:
     """Accuracy `[n, T]` on every task at n sets of coefficients `[n, T]`."""
     columns = []

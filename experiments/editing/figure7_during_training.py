@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from experiments import bank, methods, runs, tables, vision
 from experiments.editing import variations
-from jaxarith import plots, task_vectors, tree
+from jaxarith import plots, task_vectors
+from jaxarith.typing import Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class Config(vision.OneModel):
     """Every so many steps the vectors are measured."""
 
 
-def followed(setup: vision.Setup, config: Config) -> dict[int, list[tree.Tree]]:
+def followed(setup: vision.Setup, config: Config) -> dict[int, list[Tree]]:
     """The task vectors after every so many steps, the last among them.
 
     Raises:

@@ -27,7 +27,8 @@ import tyro
 from tqdm import tqdm
 
 from experiments import arithmetic, methods, runs, tables, vision
-from jaxarith import heads, metrics, plots
+from jaxarith import metrics, plots
+from jaxarith.models import heads
 
 PUBLISHED = {"Pearson correlation": (0.99,)}
 

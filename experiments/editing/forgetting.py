@@ -9,10 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import arithmetic, vision
-from jaxarith import tree
+from jaxarith.typing import Taus
 
 
-def negation(setup: vision.Setup, taus: Sequence[tree.Tree]) -> arithmetic.Negation:
+def negation(setup: vision.Setup, taus: Taus) -> arithmetic.Negation:
     """Subtracts each vector; the coefficient is the largest of 0, 0.05, …, 1 that keeps
     95 % of the control accuracy on validation data (B.1)."""
     return arithmetic.negation(
@@ -20,9 +20,7 @@ def negation(setup: vision.Setup, taus: Sequence[tree.Tree]) -> arithmetic.Negat
     )
 
 
-def curves(
-    setup: vision.Setup, taus: Sequence[tree.Tree], coefs: Sequence[float]
-) -> np.ndarray:
+def curves(setup: vision.Setup, taus: Taus, coefs: Sequence[float]) -> np.ndarray:
     """Test accuracies `[T, 2, n]` with each vector alone at every coefficient."""
     rows = np.asarray(coefs)[:, None]
     progress = tqdm(setup.tasks, desc="target and control", unit="task")

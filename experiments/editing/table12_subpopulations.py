@@ -43,9 +43,10 @@ from tqdm import tqdm
 
 from experiments import arithmetic, methods, runs, tables, vision
 from experiments.editing import custom
-from jaxarith import plots, tree
+from jaxarith import plots
 from jaxarith.data import images
 from jaxarith.models import clip
+from jaxarith.typing import Tree
 
 COEFS = np.linspace(0, 1, 11)
 VALUES = ("Sketches-A", "Sketches-B", "ImageNet-A", "ImageNet-B", "Average")
@@ -129,8 +130,8 @@ def subpopulations(setup: vision.Setup) -> list[vision.Task]:
 
 
 def fine_tuned(
-    setup: vision.Setup, shots: int, starts: Sequence[tree.Tree] | None
-) -> list[tree.Tree]:
+    setup: vision.Setup, shots: int, starts: Sequence[Tree] | None
+) -> list[Tree]:
     """Vectors of the targets, trained on few samples, from the start or from others."""
     tasks = []
     for task in setup.tasks:

@@ -46,8 +46,9 @@ from tqdm import tqdm
 
 from experiments import runs, tables, tiny_text
 from experiments.editing import text_to_text
-from jaxarith import evaluate, task_vectors, train, tree
+from jaxarith import evaluate, task_vectors, train
 from jaxarith.data import glue, language
+from jaxarith.typing import Params
 
 TASKS = ("mrpc", "rte", "cola", "sst2")  # in the order of the table
 ROWS = ("Zero-shot", "Fine-tuned", "Fine-tuned + task vectors")
@@ -201,7 +202,7 @@ def prepare(config: Config, base: text_to_text.Base, name: str, seed: int) -> Ta
 
 
 def measure(
-    base: text_to_text.Base, task: Task, tau: tree.Tree, others: Sequence[str]
+    base: text_to_text.Base, task: Task, tau: Params, others: Sequence[str]
 ) -> dict:
     """The search of one task with one seed, and its test scores."""
     fine_tuned = task_vectors.apply(base.checkpoint.params, tau)

@@ -51,8 +51,9 @@ from tqdm import tqdm
 
 from experiments import runs, tables, tiny_text
 from experiments.editing import text_to_text
-from jaxarith import evaluate, task_vectors, train, tree
+from jaxarith import evaluate, task_vectors, train
 from jaxarith.data import glue, language, splits, text
+from jaxarith.typing import Tree
 
 DOMAINS = ("yelp", "amazon")
 WORDS = ("negative", "positive")
@@ -273,12 +274,12 @@ def recipe_of(study: Study, name: str) -> train.TrainConfig:
     )
 
 
-def vector(study: Study, name: str) -> tree.Tree:
+def vector(study: Study, name: str) -> Tree:
     source, recipe = study.sources[name], recipe_of(study, name)
     return text_to_text.vector(study.base, name, source, recipe)
 
 
-def rows(study: Study, taus: dict[str, tree.Tree], target: str):
+def rows(study: Study, taus: dict[str, Tree], target: str):
     """The rows of a target domain, and the search of its coefficients."""
     [auxiliary] = [name for name in DOMAINS if name != target]
     config, params_0 = study.base.config, study.base.checkpoint.params

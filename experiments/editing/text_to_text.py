@@ -20,20 +20,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments import bank, runs, tiny_text
-from jaxarith import (
-    fingerprint,
-    generate,
-    hub,
-    losses,
-    processes,
-    rank,
-    sharding,
-    task_vectors,
-    train,
-)
+from jaxarith import fingerprint, hub, losses, sharding, task_vectors, train
 from jaxarith.data import language, pipeline, text
-from jaxarith.models import t5
-from jaxarith.tree import Tree
+from jaxarith.evaluate import rank
+from jaxarith.models import generate, t5
+from jaxarith.sharding import processes
+from jaxarith.typing import Params, Tree
 
 METHOD = "editing"  # the folder of the bank
 INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")
@@ -197,7 +189,7 @@ def _loss(logits, batch, _):
 # Answers.
 
 
-def ranked(base: Base, params: Tree, found: list[dict], candidates) -> np.ndarray:
+def ranked(base: Base, params: Params, found: list[dict], candidates) -> np.ndarray:
     """The number of the candidate that the decoder finds least perplexing, `i64[N]`."""
     return rank.label_losses(
         t5.language_model(base.checkpoint.config),
@@ -209,7 +201,7 @@ def ranked(base: Base, params: Tree, found: list[dict], candidates) -> np.ndarra
 
 
 def generated(
-    base: Base, params: Tree, found: list[dict], max_new_tokens: int
+    base: Base, params: Params, found: list[dict], max_new_tokens: int
 ) -> list[str]:
     """The texts that the model writes, without sampling."""
     params, written = jax.device_put(params), []

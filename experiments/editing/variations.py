@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from experiments import arithmetic, methods, vision
-from jaxarith import tree
+from jaxarith.typing import Taus, Tree
 
 
-def vectors(setup: vision.Setup, name: str, **changes) -> list[tree.Tree]:
+def vectors(setup: vision.Setup, name: str, **changes) -> list[Tree]:
     """Ordinary vectors of all tasks, trained with some options changed.
 
     Args:
@@ -24,7 +24,7 @@ def vectors(setup: vision.Setup, name: str, **changes) -> list[tree.Tree]:
     return methods.trained(changed, f"nonlinear/{name}", setup.tasks, recipes, others)
 
 
-def added(setup: vision.Setup, taus: Sequence[tree.Tree]) -> dict:
+def added(setup: vision.Setup, taus: Taus) -> dict:
     """Accuracies in percent of the pair of vectors: alone and added, and as a row."""
     found = arithmetic.addition(setup, taus, linearized=False)
     return {

@@ -48,7 +48,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments import bank, detoxify, runs, tables, tiny_text
-from jaxarith import fingerprint, merge, processes, task_vectors, train, tree
+from jaxarith import fingerprint, merge, task_vectors, train
+from jaxarith.sharding import processes
+from jaxarith.typing import Params, Tree
 
 METHODS = {
     "nonlinear": "Non-lin. FT",
@@ -225,7 +227,7 @@ def identity(study: Study, method: str) -> dict:
     }
 
 
-def vector(study: Study, method: str) -> tree.Tree:
+def vector(study: Study, method: str) -> Tree:
     """The task vector of a method, which is trained where the bank has it not."""
     if study.banked[method] is not None:
         return study.banked[method]
@@ -255,10 +257,10 @@ class Negated(NamedTuple):
 
     name: str
     method: str
-    tau: tree.Tree
+    tau: Params
 
 
-def negations(study: Study, taus: dict[str, tree.Tree]) -> list[Negated]:
+def negations(study: Study, taus: dict[str, Tree]) -> list[Negated]:
     """The rows; of one vector, TIES only trims."""
     params_0 = study.ordinary.checkpoint.params
     density = study.config.ties_density

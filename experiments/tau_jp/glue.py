@@ -45,17 +45,17 @@ from jaxarith import (
     losses,
     merge,
     metrics,
-    processes,
-    rank,
     sharding,
     tangent,
     task_vectors,
     train,
-    tree,
 )
 from jaxarith.data import glue, language, pipeline, text
+from jaxarith.evaluate import rank
 from jaxarith.losses import IGNORED
 from jaxarith.models import t5
+from jaxarith.sharding import processes
+from jaxarith.typing import Params, Tree
 
 TASKS = ("mrpc", "rte", "cola", "sst2")  # in the order of the tables
 METHODS = {
@@ -121,7 +121,7 @@ class Model(NamedTuple):
 
     apply_fn: Callable
     likeliest: Callable
-    params_0: tree.Tree
+    params_0: Params
     moved: Callable
 
 
@@ -314,7 +314,7 @@ def batches_of(study: Study, method: str, chosen: Sequence[int]) -> Sequence[dic
     )
 
 
-def vectors(study: Study, method: str) -> list[tree.Tree]:
+def vectors(study: Study, method: str) -> list[Tree]:
     """The task vectors of a method; those that the bank has not are trained."""
     config, taus = study.config, list(study.banked[method])
     missing = [i for i, tau in enumerate(taus) if tau is None]
@@ -455,10 +455,10 @@ class Merge(NamedTuple):
 
     name: str
     method: str
-    tau: tree.Tree
+    tau: Params
 
 
-def merges(study: Study, taus: dict[str, list[tree.Tree]]) -> list[Merge]:
+def merges(study: Study, taus: dict[str, list[Tree]]) -> list[Merge]:
     """The rows of task addition; TIES is of the ordinary vectors."""
     params_0 = study.checkpoint.params
     density = study.config.ties_density

@@ -12,7 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import arithmetic, vision
-from jaxarith import evaluate, metrics, tree
+from jaxarith import evaluate, metrics
+from jaxarith.typing import Taus
 
 METHODS = {"Linear FT": "linear", "Ours": "tau_jp_cyclic"}
 
@@ -43,14 +44,12 @@ class TauJp(NamedTuple):
         ]
 
 
-def tau_jp(setup: vision.Setup, taus: Sequence[tree.Tree]) -> TauJp:
+def tau_jp(setup: vision.Setup, taus: Taus) -> TauJp:
     """τJp of every vector on the test data of every task, both measures in one pass."""
     return _matrices([norms(at.moves) for _, at in outputs(setup, taus, "test")])
 
 
-def additions(
-    setup: vision.Setup, taus: Sequence[tree.Tree], coefs: Sequence[float]
-) -> list[dict]:
+def additions(setup: vision.Setup, taus: Taus, coefs: Sequence[float]) -> list[dict]:
     """Adds every two task vectors, with a coefficient searched for each pair.
 
     Args:
@@ -147,7 +146,7 @@ def title(setup: vision.Setup, pair: Sequence[int]) -> str:
 
 
 def outputs(
-    setup: vision.Setup, taus: Sequence[tree.Tree], split: str
+    setup: vision.Setup, taus: Taus, split: str
 ) -> Iterator[tuple[vision.Dataset, evaluate.TangentOutputs]]:
     """The dataset of every task in turn, and its outputs in terms of all vectors."""
     for task in tqdm(setup.tasks, desc=f"tangents, {split}", unit="task"):

@@ -32,7 +32,8 @@ from jax.sharding import PartitionSpec as P
 
 from experiments import arithmetic, methods, runs, tables, vision
 from experiments.bench import measure
-from jaxarith import heads, sharding, train
+from jaxarith import sharding, train
+from jaxarith.models import heads
 
 METHODS = {
     "No reg.": "linear",

@@ -10,7 +10,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from jaxarith import hub, layouts, lazy, tree
+from jaxarith import hub, lazy, tree
+from jaxarith.hub import layouts
 
 _MSGPACK = "flax_model.msgpack"
 _SAFETENSORS = "model.safetensors"

@@ -6,16 +6,17 @@ its input and its result.
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxarith import lazy, task_vectors, tree
+from jaxarith.typing import Params, Taus, Tree
 
 
-def check(params_0: tree.Tree, taus: Sequence[tree.Tree], least: int = 1):
+def check(params_0: Params, taus: Taus, least: int = 1):
     """Raises a ValueError, with paths, for task vectors that cannot be merged.
 
     Args:
@@ -27,7 +28,7 @@ def check(params_0: tree.Tree, taus: Sequence[tree.Tree], least: int = 1):
     check_values(params_0, taus)
 
 
-def check_fit(params_0: tree.Tree, taus: Sequence[tree.Tree], least: int = 1):
+def check_fit(params_0: Params, taus: Taus, least: int = 1):
     """The part of `check` that reads no values: structure, shapes and number."""
     if not isinstance(taus, list | tuple) or hasattr(taus, "_fields"):
         kind = type(taus).__name__
@@ -49,14 +50,14 @@ def check_fit(params_0: tree.Tree, taus: Sequence[tree.Tree], least: int = 1):
         )
 
 
-def check_values(params_0: tree.Tree, taus: Sequence[tree.Tree]):
+def check_values(params_0: Params, taus: Taus):
     """The part of `check` that reads all values: none is NaN or infinite."""
     tree.check_finite(params_0, "pre-trained model")
     for i, tau in enumerate(taus):
         tree.check_finite(tau, f"task vector {i}")
 
 
-def check_sum(merged: tree.Tree, params_0: tree.Tree, taus: Sequence[tree.Tree]):
+def check_sum(merged: Tree, params_0: Params, taus: Taus):
     """`check_values` of what was summed, at the cost of reading the sum.
 
     A weighted sum of numbers of which one is NaN or infinite is neither finite. Where
@@ -106,11 +107,11 @@ def leaf_function(function=None, *, static=(), whole=False):
 
 def fold(
     merge_leaf: Callable,
-    params_0: tree.Tree,
-    taus: Sequence[tree.Tree] | Mapping[str, tuple],
+    params_0: Params,
+    taus: Taus | Mapping[str, tuple],
     *args,
     **options,
-) -> tree.Tree:
+) -> Params:
     """`merge_leaf(leaf_0, taus, *args, **options)` on every leaf that a tau has.
 
     Leaves that no task vector has, or that have no entries, stay as they are.
@@ -236,7 +237,7 @@ def one_number(value, name: str) -> jax.Array:
     return value
 
 
-def task_coefs(coef, taus: Sequence[tree.Tree], name: str = "coef"):
+def task_coefs(coef, taus: Taus, name: str = "coef"):
     """A coefficient of every task as an argument of `fold`: `[task]`, or by path.
 
     Args:
@@ -250,7 +251,7 @@ def task_coefs(coef, taus: Sequence[tree.Tree], name: str = "coef"):
     }
 
 
-def vector_coef(coef, taus: Sequence[tree.Tree], name: str = "coef"):
+def vector_coef(coef, taus: Taus, name: str = "coef"):
     """The coefficient of a merged vector as an argument of `fold`: one, or by path.
 
     Args:
@@ -263,7 +264,7 @@ def vector_coef(coef, taus: Sequence[tree.Tree], name: str = "coef"):
     }
 
 
-def keys(key: jax.Array, taus: Sequence[tree.Tree]) -> dict[str, jax.Array]:
+def keys(key: jax.Array, taus: Taus) -> dict[str, jax.Array]:
     """The random key of every leaf, as an argument of `fold`.
 
     Fold the number of the task in: `jax.random.fold_in(keys[path], task)`. The draws

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Tree
 
 
 class Masked(NamedTuple):
@@ -18,11 +18,11 @@ class Masked(NamedTuple):
       scales: `[T]`.
     """
 
-    tau: Tree
+    tau: Params
     masks: list[Tree]
     scales: jax.Array
 
-    def vector(self, task: int) -> Tree:
+    def vector(self, task: int) -> Params:
         """The vector of one task, `scales[task] · masks[task] · tau`.
 
         `task_vectors.apply(params_0, masked.vector(0))` is the model of the first task.

@@ -29,7 +29,7 @@ from jaxarith import tree
 from jaxarith.merge import _leaves
 from jaxarith.merge.task_arithmetic import add_scaled
 from jaxarith.merge.ties import agreeing, majority_sign, trim, trim_thresholds
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 # Optax, losses and tqdm are imported in functions: `import jaxarith` stays light.
 
@@ -46,14 +46,14 @@ class AdaMerging(NamedTuple):
       losses: the mean entropy of every task before every step, `[steps, T]`.
     """
 
-    params: Tree
+    params: Params
     coefs: jax.Array | dict[str, jax.Array]
     losses: np.ndarray
 
 
 def adamerging(
-    params_0: Tree,
-    taus: Sequence[Tree],
+    params_0: Params,
+    taus: Taus,
     logits_fns: Sequence[Callable],
     batches: Sequence[Batches],
     *,

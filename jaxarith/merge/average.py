@@ -4,17 +4,15 @@ Wortsman et al. Model soups: averaging weights of multiple fine-tuned models imp
 accuracy without increasing inference time. ICML 2022. arXiv:2203.05482.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
 from jaxarith.merge import _leaves
 from jaxarith.merge.task_arithmetic import add_scaled
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 
-def average(params_0: Tree, taus: Sequence[Tree], *, weights=1.0) -> Tree:
+def average(params_0: Params, taus: Taus, *, weights=1.0) -> Params:
     """The weighted mean of the fine-tuned models.
 
     Args:

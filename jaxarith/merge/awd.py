@@ -16,19 +16,17 @@ K×K Gram matrix: one pass over the model, then steps in K variables. These are 
 iterates as in the full space, not an approximation.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
 from jaxarith import tree
 from jaxarith.merge import _awd_solvers, _leaves
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 
 def awd(
-    params_0: Tree,
-    taus: Sequence[Tree],
+    params_0: Params,
+    taus: Taus,
     *,
     coef=0.3,
     alpha=1e-4,
@@ -39,7 +37,7 @@ def awd(
     objective="reduce",
     solver="gradient_descent",
     key: jax.Array | None = None,
-) -> Tree:
+) -> Params:
     r"""Merges disentangled vectors, :math:`\theta_0 + \lambda\sum_i(\tau_i-\delta)`.
 
     The paper restricts task vectors to the weights of linear layers inside transformer

@@ -27,7 +27,7 @@ import numpy as np
 from jaxarith import task_vectors, tree
 from jaxarith.merge import _leaves
 from jaxarith.merge.average import average
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus, Tree
 
 
 class Bases(NamedTuple):
@@ -45,8 +45,8 @@ class Bases(NamedTuple):
 
 
 def bases(
-    params_0: Tree,
-    taus: Sequence[Tree],
+    params_0: Params,
+    taus: Taus,
     *,
     inner: Callable[[Tree, Sequence[Tree]], Tree] = average,
     clusters: int | Sequence[Sequence[int]] | None = None,

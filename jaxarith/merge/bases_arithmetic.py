@@ -28,12 +28,12 @@ from jaxarith import tree
 from jaxarith.merge import _leaves
 from jaxarith.merge.greedy_soup import checked_score
 from jaxarith.merge.task_arithmetic import task_arithmetic
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Tree
 
 
 def bases_negation(
-    params_0: Tree, vectors: Sequence[Tree], tau: Tree, *, coef=1.0
-) -> Tree:
+    params_0: Params, vectors: Sequence[Tree], tau: Params, *, coef=1.0
+) -> Params:
     """Subtracts the basis vector that is most similar to a task vector.
 
     Args:
@@ -79,7 +79,7 @@ def _subtract_one(leaf_0, vectors, which, coef):
     return leaf_0 - coef * chosen
 
 
-def similarities(vectors: Sequence[Tree], tau: Tree) -> jax.Array:
+def similarities(vectors: Sequence[Tree], tau: Params) -> jax.Array:
     """The cosines of a task vector with each of m vectors, `[m]`."""
     rows = tree.aligned([tau, *vectors]).values()
     products = sum(_products(tree.gathered(row)) for row in rows)
@@ -109,7 +109,7 @@ class Generalization(NamedTuple):
       vectors: the bases to keep: the given ones, and `tau` where none is similar.
     """
 
-    params: Tree
+    params: Params
     chosen: list[int]
     coef: float
     score: float
@@ -117,9 +117,9 @@ class Generalization(NamedTuple):
 
 
 def bases_generalization(
-    params_0: Tree,
+    params_0: Params,
     vectors: Sequence[Tree],
-    tau: Tree,
+    tau: Params,
     score: Callable[[Tree], float],
     *,
     outer: Callable[..., Tree] = task_arithmetic,

@@ -10,25 +10,25 @@ quantiles β and γ.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from jaxarith import tree
 from jaxarith.merge import _leaves, _order
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 
 def breadcrumbs(
-    params_0: Tree,
-    taus: Sequence[Tree],
+    params_0: Params,
+    taus: Taus,
     *,
     beta=0.85,
     gamma=0.993,
     coef=0.3,
     axis: Callable[[str], int] | None = None,
-) -> Tree:
+) -> Params:
     """Adds task vectors from which the smallest and the largest entries are dropped.
 
     Every leaf counts as a layer. Of its n entries ⌊βn⌋ are dropped as negligible and

@@ -12,7 +12,6 @@ k = 1 removes what no task uses ("catastrophic" weights), and k = 2 also what on
 uses alone ("selfish" weights); k = 0 removes nothing.
 """
 
-from collections.abc import Sequence
 from typing import Literal
 
 import jax.numpy as jnp
@@ -26,19 +25,19 @@ from jaxarith.merge.tall_masks import (
     multi_task_leaf,
     multi_task_statistics,
 )
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 
 def consensus(
-    params_0: Tree,
-    taus: Sequence[Tree],
+    params_0: Params,
+    taus: Taus,
     *,
     least: int = 2,
     threshold=0.4,
     coef=1.0,
     of: Literal["task_arithmetic", "ties"] = "task_arithmetic",
     density: float = 0.2,
-) -> Tree:
+) -> Params:
     """Merges task vectors by Consensus TA, or of TIES; no mask is stored.
 
     Args:

@@ -13,7 +13,7 @@ The mask of a leaf depends only on the key, the leaf's path and the task's numbe
 drawn again in every pass; the dropped vectors are not held as a whole.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +23,14 @@ from jaxarith.merge import _leaves, _order
 from jaxarith.merge.breadcrumbs import floor_share
 from jaxarith.merge.task_arithmetic import add_scaled
 from jaxarith.merge.ties import chosen, merge_rows
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 RESCALES = ("inverse", "l1", "none")
 
 
 def dare(
-    params_0: Tree,
-    taus: Sequence[Tree],
+    params_0: Params,
+    taus: Taus,
     *,
     drop_rate=0.9,
     strategy="random",
@@ -39,7 +39,7 @@ def dare(
     coef=1.0,
     density=0.2,
     key: jax.Array | None = None,
-) -> Tree:
+) -> Params:
     """Drops and rescales task vectors, and merges them.
 
     Args:
@@ -108,7 +108,7 @@ def check_into(into: str, density: float):
     chosen("official", density, None, None)
 
 
-def merge_into(into, params_0: Tree, taus, rows: Mapping, coef, density) -> Tree:
+def merge_into(into, params_0: Params, taus, rows: Mapping, coef, density) -> Params:
     """Merges leaves by path, made of checked task vectors, as `into` of `dare` says."""
     if into == "ties":
         options = chosen("official", density, None, None)

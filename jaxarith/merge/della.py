@@ -14,7 +14,7 @@ window of drop probabilities, as in mergekit and in the authors' code, from whic
 ends of the window at ranks 1 and n are taken too.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +29,12 @@ from jaxarith.merge.dare import (
     merge_into,
     rescaled,
 )
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 
 def della(
-    params_0: Tree,
-    taus: Sequence[Tree],
+    params_0: Params,
+    taus: Taus,
     *,
     drop_rate=0.3,
     epsilon=0.07,
@@ -44,7 +44,7 @@ def della(
     density=1.0,
     axis: Callable[[str], int] = input_axis,
     key: jax.Array,
-) -> Tree:
+) -> Params:
     """Drops small entries of the task vectors rather than large ones, and merges.
 
     Args:

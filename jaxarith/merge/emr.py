@@ -12,7 +12,6 @@ and the model of task t is :math:`\theta_0 + \lambda_t M_t \odot \tau`.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -21,12 +20,12 @@ import jax.numpy as jnp
 from jaxarith import tree
 from jaxarith.merge import _leaves
 from jaxarith.merge._masked import Masked
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 
 def emr(
-    params_0: Tree,
-    taus: Sequence[Tree],
+    params_0: Params,
+    taus: Taus,
     *,
     preset: Literal["paper", "official"] = "paper",
 ) -> Masked:

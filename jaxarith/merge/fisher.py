@@ -21,20 +21,20 @@ import numpy as np
 
 from jaxarith import task_vectors, tree
 from jaxarith.merge import _leaves
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus, Tree
 
 ESTIMATORS = ("per_example", "batch_squared")
 
 
 def fisher(
-    params_0: Tree,
-    taus: Sequence[Tree],
+    params_0: Params,
+    taus: Taus,
     fishers: Sequence[Tree],
     *,
     weights=1.0,
     normalize=False,
     floor=0.0,
-) -> Tree:
+) -> Params:
     r"""The mean of the fine-tuned models, weighted by their Fisher information.
 
     Entries for which no model has information get the mean weighted by `weights` alone.
@@ -105,7 +105,7 @@ def _inverse(x):
 
 def fisher_diagonal(
     apply_fn: Callable,
-    params: Tree,
+    params: Params,
     batches: Sequence[dict],
     *,
     estimator="per_example",
@@ -114,7 +114,7 @@ def fisher_diagonal(
     samples: int | None = None,
     key: jax.Array | None = None,
     chunk: int = 4,
-) -> Tree:
+) -> Params:
     r"""The diagonal of a classifier's Fisher information matrix, on unlabelled data.
 
     Args:

@@ -12,12 +12,12 @@ Recipe 1. Sort the models by held-out score, best first. Starting from
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxarith.merge import _leaves
 from jaxarith.merge.average import average
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus, Tree
 
 
 class GreedySoup(NamedTuple):
@@ -29,13 +29,13 @@ class GreedySoup(NamedTuple):
       score: the score of `params`.
     """
 
-    params: Tree
+    params: Params
     taken: tuple[int, ...]
     score: float
 
 
 def greedy_soup(
-    params_0: Tree, taus: Sequence[Tree], score: Callable[[Tree], float]
+    params_0: Params, taus: Taus, score: Callable[[Tree], float]
 ) -> GreedySoup:
     """Averages fine-tuned models, each taken only if the soup does not get worse.
 

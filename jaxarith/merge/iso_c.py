@@ -12,18 +12,16 @@ singular values that are not zero to rounding, and the directions of the others,
 are noise, stay at zero.
 """
 
-from collections.abc import Sequence
-
 import jax.numpy as jnp
 
 from jaxarith import tree
 from jaxarith.merge import _leaves, _matrices
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 
 def iso_c(
-    params_0: Tree, taus: Sequence[Tree], *, coef=1.0, matrices: str | None = None
-) -> Tree:
+    params_0: Params, taus: Taus, *, coef=1.0, matrices: str | None = None
+) -> Params:
     """Merges task vectors by Iso-C.
 
     Gradients take the singular vectors as constants.

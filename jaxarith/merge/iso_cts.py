@@ -17,7 +17,6 @@ The residual is taken on the side of the outputs, so it matters which side that 
 """
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,18 +24,18 @@ import jax.numpy as jnp
 from jaxarith import tree
 from jaxarith.merge import _leaves, _matrices
 from jaxarith.merge.iso_c import mean_of_nonzero
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 
 def iso_cts(
-    params_0: Tree,
-    taus: Sequence[Tree],
+    params_0: Params,
+    taus: Taus,
     *,
     coef=1.0,
     common=0.8,
     matrices: str | None = None,
     in_out: str = ".*kernel",
-) -> Tree:
+) -> Params:
     """Merges task vectors by Iso-CTS.
 
     Gradients take the singular vectors as constants.

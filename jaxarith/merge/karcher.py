@@ -15,17 +15,15 @@ Every iterate is a combination of the u_i, so all that the iteration needs of a 
 is the K×K matrix of its cosines: one pass over the model, then steps in K variables.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
 from jaxarith import tree
 from jaxarith.merge import _leaves
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 
-def karcher(params_0: Tree, taus: Sequence[Tree], *, max_iter=10, tol=1e-5) -> Tree:
+def karcher(params_0: Params, taus: Taus, *, max_iter=10, tol=1e-5) -> Params:
     """Averages the directions of the models on the sphere, and their norms by number.
 
     With two models it is `slerp` at 0.5 if their norms agree. Where the directions

@@ -27,16 +27,16 @@ import numpy as np
 from jaxarith import tree
 from jaxarith.merge import _leaves
 from jaxarith.merge.ties import trim_thresholds
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus, Tree
 
 
 def localize_and_stitch(
-    params_0: Tree,
-    taus: Sequence[Tree],
+    params_0: Params,
+    taus: Taus,
     *,
     masks: Sequence[Tree] | None = None,
     density: float = 0.05,
-) -> Tree:
+) -> Params:
     """Adds the masked task vectors, averaged where masks overlap.
 
     Args:
@@ -70,8 +70,8 @@ def localize_and_stitch(
 
 def localize(
     loss_fn: Callable,
-    params_0: Tree,
-    tau: Tree,
+    params_0: Params,
+    tau: Params,
     batches: Iterable[dict],
     *,
     density: float = 1e-5,
@@ -80,7 +80,7 @@ def localize(
     l1: float = 1e-7,
     regularizer: str = "paper",
     bias: float = 5.0,
-) -> Tree:
+) -> Params:
     r"""The mask of one task vector, learned from labelled samples.
 
     An epoch is one step: with :math:`g = \sum_\text{batches} \partial\ell/\partial

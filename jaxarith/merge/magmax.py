@@ -9,15 +9,14 @@ Continual Learning. ECCV 2024. arXiv:2407.06322.
 """
 
 import functools
-from collections.abc import Sequence
 
 import jax.numpy as jnp
 
 from jaxarith.merge import _leaves
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 
-def magmax(params_0: Tree, taus: Sequence[Tree], *, coef=0.5) -> Tree:
+def magmax(params_0: Params, taus: Taus, *, coef=0.5) -> Params:
     """Merges by maximum magnitude selection.
 
     The paper fine-tunes on one task after the other, each from the weights of the one

@@ -17,7 +17,7 @@ import jax
 from jaxarith import tree
 from jaxarith.merge.bases import checked_partition
 from jaxarith.merge.localize_and_stitch import check_bool
-from jaxarith.tree import Tree
+from jaxarith.typing import Tree
 
 
 def mask_sharing(

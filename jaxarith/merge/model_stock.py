@@ -11,16 +11,14 @@ taken to be the same for all pairs; where it is not, cos φ is the mean over the
 as in mergekit and fusion_bench.
 """
 
-from collections.abc import Sequence
-
 import jax.numpy as jnp
 
 from jaxarith import tree
 from jaxarith.merge import _leaves
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 
-def model_stock(params_0: Tree, taus: Sequence[Tree]) -> Tree:
+def model_stock(params_0: Params, taus: Taus) -> Params:
     """Approximates the center of all fine-tuned models of one task from a few.
 
     Every leaf counts as a layer. A mean cosine below zero, which has no place in the

@@ -16,7 +16,6 @@ entries lies. Unlike there, an entry with a negative score never has a weight, w
 makes a difference only where fewer entries than that share have a positive one.
 """
 
-from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -24,18 +23,18 @@ import jax.numpy as jnp
 
 from jaxarith import tree
 from jaxarith.merge import _leaves, _order
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 
 def pcb(
-    params_0: Tree,
-    taus: Sequence[Tree],
+    params_0: Params,
+    taus: Taus,
     *,
     density: float = 0.1,
     clip: float = 1e-4,
     coef=1.0,
     cross: Literal["sum", "normalized"] = "sum",
-) -> Tree:
+) -> Params:
     """Merges task vectors by PCB-Merging.
 
     The authors' script for vision sets `density=0.05, clip=0.01, coef=1.2,

@@ -21,17 +21,17 @@ import jax.numpy as jnp
 
 from jaxarith import tree
 from jaxarith.merge import _leaves
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 
 def regmean(
-    params_0: Tree,
-    taus: Sequence[Tree],
+    params_0: Params,
+    taus: Taus,
     grams: Sequence[Mapping[str, jax.Array]],
     *,
     off_diagonal=0.9,
     ridge=1e-6,
-) -> Tree:
+) -> Params:
     r"""Merges linear layers by regression on their inputs, and averages the rest.
 
     Args:

@@ -19,15 +19,15 @@ from jaxarith import task_vectors, tree
 from jaxarith.merge import _leaves
 from jaxarith.merge.average import average
 from jaxarith.merge.regmean import regmean
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 # `encoder/layers/3`, `encoder/layer/3`, `h/3`, `block/3`: the outermost one of a path.
 TRANSFORMER_LAYER = r"(.*?/)??(layers?|h|block)/\d+(?=/)"
 
 
 def regmean_plusplus(
-    params_0: Tree,
-    taus: Sequence[Tree],
+    params_0: Params,
+    taus: Taus,
     apply_fn: Callable,
     batches: Sequence[Sequence[dict]],
     *,
@@ -36,7 +36,7 @@ def regmean_plusplus(
     inputs=("image",),
     token_mask=None,
     layers: str | None = TRANSFORMER_LAYER,
-) -> Tree:
+) -> Params:
     r"""Merges layer after layer by RegMean, each on the outputs of the merged ones.
 
     Every layer costs one compilation and a pass of each task's data through the layers
@@ -63,7 +63,7 @@ def regmean_plusplus(
       ValueError: not one sequence of batches per task, no Dense layer, or what
         `regmean` and `capture.input_grams` raise.
     """
-    from jaxarith import capture  # the only one here that needs flax
+    from jaxarith.merge import capture  # the only one here that needs flax
 
     merged = average(params_0, taus)
     _leaves.one_each(batches, len(taus), "sequences of batches")

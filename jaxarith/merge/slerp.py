@@ -8,19 +8,17 @@ has no paper; the conventions are those of mergekit and fusion_bench. With the a
                  + \frac{\sin(t\,\Omega)}{\sin\Omega}\,\theta_2.
 """
 
-from collections.abc import Sequence
-
 import jax.numpy as jnp
 import numpy as np
 
 from jaxarith import tree
 from jaxarith.merge import _leaves
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 PARALLEL = 0.9995  # the |cos Ω| from which on both tools interpolate linearly
 
 
-def slerp(params_0: Tree, taus: Sequence[Tree], *, t=0.5, between="models") -> Tree:
+def slerp(params_0: Params, taus: Taus, *, t=0.5, between="models") -> Params:
     """Interpolates two fine-tuned models on the sphere, every tensor by itself.
 
     Tensors that are nearly parallel (|cos Ω| > 0.9995), or of which one is zero, are

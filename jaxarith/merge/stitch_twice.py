@@ -18,16 +18,16 @@ import jax
 from jaxarith import tree
 from jaxarith.merge.bases import checked_partition
 from jaxarith.merge.localize_and_stitch import check_bool, localize_and_stitch
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus, Tree
 
 
 def stitch_twice(
-    params_0: Tree,
-    taus: Sequence[Tree],
+    params_0: Params,
+    taus: Taus,
     *,
     masks: Sequence[Tree],
     clusters: Sequence[Sequence[int]],
-) -> Tree:
+) -> Params:
     """Localize-and-stitch with masks that were stitched within clusters before.
 
     Args:

@@ -22,14 +22,14 @@ from jaxarith.merge import _leaves
 from jaxarith.merge._masked import Masked
 from jaxarith.merge.greedy_soup import checked_score
 from jaxarith.merge.ties import agreeing, majority_sign, trim, trim_thresholds
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus, Tree
 
 KINDS = ("task_arithmetic", "ties")
 
 
 def tall_masks(
-    params_0: Tree,
-    taus: Sequence[Tree],
+    params_0: Params,
+    taus: Taus,
     *,
     threshold=0.4,
     of: Literal["task_arithmetic", "ties"] = "task_arithmetic",
@@ -76,8 +76,8 @@ def tall_masks(
 
 
 def tall_thresholds(
-    params_0: Tree,
-    taus: Sequence[Tree],
+    params_0: Params,
+    taus: Taus,
     score: Callable[[int, Tree], float],
     *,
     grid: Sequence[float] = (0.2, 0.3, 0.4, 0.5, 0.6),

@@ -3,13 +3,11 @@ r"""Task arithmetic: :math:`\theta_0 + \sum_t \lambda_t \tau_t`.
 Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023. arXiv:2212.04089.
 """
 
-from collections.abc import Sequence
-
 from jaxarith.merge import _leaves
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 
-def task_arithmetic(params_0: Tree, taus: Sequence[Tree], *, coef=1.0) -> Tree:
+def task_arithmetic(params_0: Params, taus: Taus, *, coef=1.0) -> Params:
     """Adds scaled task vectors; a negative coefficient makes the model forget.
 
     Args:

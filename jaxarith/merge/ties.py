@@ -17,7 +17,7 @@ majority such an entry stays at zero here; their code keeps its negative values.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from jaxarith import tree
 from jaxarith.merge import _leaves, _order
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 
 class Preset(NamedTuple):
@@ -54,8 +54,8 @@ PRESETS = {
 
 
 def ties(
-    params_0: Tree,
-    taus: Sequence[Tree],
+    params_0: Params,
+    taus: Taus,
     *,
     density: float | None = None,
     coef=None,
@@ -63,7 +63,7 @@ def ties(
     trim: Literal["global", "tensor"] | None = None,
     aggregate: Literal["mean", "sum", "max"] | None = None,
     preset: str = "official",
-) -> Tree:
+) -> Params:
     """Merges task vectors by TIES.
 
     The presets, each of which an option overrides:
@@ -138,8 +138,8 @@ def chosen(preset, density, trim, aggregate) -> Preset:
 
 
 def merge_rows(
-    params_0: Tree, rows: Mapping, options: Preset, coef, weights=None
-) -> Tree:
+    params_0: Params, rows: Mapping, options: Preset, coef, weights=None
+) -> Params:
     """TIES of the leaves of checked task vectors, by path."""
     thresholds = trim_thresholds(rows, options.density, options.trim)
     elected = 1

@@ -9,15 +9,13 @@ dataless masks of He et al., Localize-and-Stitch, arXiv:2408.13656.
 where the mask γ_t is 1 on the entries of τ_t that are among its largest in magnitude.
 """
 
-from collections.abc import Sequence
-
 from jaxarith import tree
 from jaxarith.merge import _leaves
 from jaxarith.merge.ties import trim, trim_thresholds
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 
-def topk(params_0: Tree, taus: Sequence[Tree], *, density=0.05, coef=1.0) -> Tree:
+def topk(params_0: Params, taus: Taus, *, density=0.05, coef=1.0) -> Params:
     """Averages task vectors trimmed to their largest entries.
 
     The trim is that of TIES: one threshold per task over the whole vector, and entries

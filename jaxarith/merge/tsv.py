@@ -14,19 +14,17 @@ Other leaves are averaged, as in the authors' code. There a matrix with fewer si
 values than there are tasks is not moved at all; here it is averaged too.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
 from jaxarith import tree
 from jaxarith.merge import _leaves, _matrices
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 
 def tsv(
-    params_0: Tree, taus: Sequence[Tree], *, coef=1.0, matrices: str | None = None
-) -> Tree:
+    params_0: Params, taus: Taus, *, coef=1.0, matrices: str | None = None
+) -> Params:
     """Merges task vectors by TSV-Merge.
 
     Gradients take the singular vectors as constants: they are those of the singular

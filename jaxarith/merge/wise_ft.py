@@ -5,10 +5,10 @@ Schmidt. Robust Fine-Tuning of Zero-Shot Models. CVPR 2022. arXiv:2109.01903.
 """
 
 from jaxarith.merge.task_arithmetic import task_arithmetic
-from jaxarith.tree import Tree
+from jaxarith.typing import Params
 
 
-def wise_ft(params_0: Tree, tau: Tree, *, coef=0.5) -> Tree:
+def wise_ft(params_0: Params, tau: Params, *, coef=0.5) -> Params:
     """Interpolates between the pre-trained and one fine-tuned model.
 
     What fine-tuning gains on its own distribution is mostly kept, and what it loses on

@@ -19,19 +19,18 @@ at the pre-trained values; fusion_bench averages them.
 """
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from jaxarith import tree
 from jaxarith.merge import _leaves, _matrices
-from jaxarith.tree import Tree
+from jaxarith.typing import Params, Taus
 
 
 def wudi(
-    params_0: Tree,
-    taus: Sequence[Tree],
+    params_0: Params,
+    taus: Taus,
     *,
     method: str = "adam",
     steps: int = 300,
@@ -39,7 +38,7 @@ def wudi(
     matrices: str | None = ".*kernel",
     in_out: str = ".*kernel",
     others: str = "pretrained",
-) -> Tree:
+) -> Params:
     """Merges task vectors by WUDI-Merging, which has no coefficient.
 
     One task vector is the minimum and is given back.

@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxarith import heads, hub
+from jaxarith import hub
+from jaxarith.models import heads
 from jaxarith.models.layers import (
     Dense,
     LayerNorm,

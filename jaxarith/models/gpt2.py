@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxarith import hub
-from jaxarith.generate import Decoder
+from jaxarith.models.generate import Decoder
 from jaxarith.models.layers import Dense, LayerNorm, attend
 
 # Path patterns for `tree.select`: the blocks without embeddings, last norm and head;
@@ -326,7 +326,7 @@ def decoder(config: GPT2Config) -> Decoder:
       >>> config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=5)
       >>> params = init(jax.random.key(0), config)
       >>> prompt = jnp.array([[0, 1], [3, 4]]), jnp.array([[0, 1], [1, 1]])
-      >>> from jaxarith.generate import generate
+      >>> from jaxarith.models.generate import generate
       >>> generate(decoder(config), params, *prompt, max_new_tokens=3).shape
       (2, 3)
     """

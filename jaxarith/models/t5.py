@@ -24,8 +24,8 @@ import numpy as np
 from flax import linen as nn
 
 from jaxarith import hub, tree
-from jaxarith.generate import Decoder
 from jaxarith.losses import IGNORED
+from jaxarith.models.generate import Decoder
 from jaxarith.models.t5_stacks import Linear, Past, Stack, T5Config, Texts
 
 # Path patterns for `tree.select`: all that the encoder reads; the blocks of both stacks

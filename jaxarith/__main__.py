@@ -1,0 +1,7 @@
+"""`python -m jaxarith`: the `jaxarith` command."""
+
+import sys
+
+from jaxarith.cli import main
+
+sys.exit(main())

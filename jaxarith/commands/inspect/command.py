@@ -1,0 +1,82 @@
+"""`jaxarith inspect`: what checkpoints hold, and how far and whither they moved."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from jaxarith import report
+from jaxarith.commands.inspect import figures
+from jaxarith.commands.inspect import text as inspect_report
+from jaxarith.commands.merge import flags
+
+_LABEL = 30  # characters
+
+_DESCRIPTION = """\
+Prints what a checkpoint holds: tensors, parameters, types, the largest tensors, norms
+by layer, copies of tied tensors, NaN and infinite values, and a fingerprint, which is
+the same for the same tensors in other files or shards.
+
+With --base, the task vectors of one or several models: their norms, and the cosines
+between them, over all and by layer. The models may be PEFT adapters.
+
+Several models without --base are compared: names, shapes, types, equal tensors.
+
+Tensors are read one after another, so models may be larger than memory."""
+
+_EXAMPLES = """\
+examples:
+  jaxarith inspect ./model --tensors
+  jaxarith inspect ./math ./code ./my-lora --base ./llama --out ./report
+  jaxarith inspect ./before ./after"""
+
+
+def add(commands):
+    """Adds the subcommand to what `add_subparsers` returned."""
+    command = commands.add_parser(
+        "inspect",
+        help="show tensors and norms of checkpoints, and cosines of task vectors",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=_run)
+    command.add_argument("models", nargs="+", metavar="MODEL", help="folder or hub id")
+    command.add_argument("--base", help="the checkpoint that the models started from")
+    command.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="a folder for report.md, report.json and, with --base and several "
+        "models, cosines.png",
+    )
+    command.add_argument("--tensors", action="store_true", help="list every tensor")
+    flags.add_policies(command.add_argument_group("with --base"))
+
+
+def _run(args: argparse.Namespace):
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"{args.out} is a file; name a folder.")
+    if args.base is not None:
+        found = figures.task_vectors(
+            args.base, args.models, vocabulary=args.vocabulary, missing=args.missing
+        )
+        text = inspect_report.of_task_vectors(found, args.tensors)
+    else:
+        models = [figures.checkpoint(model) for model in args.models]
+        differences = figures.differences(models)
+        found = {"models": models, "differences": differences}
+        text = inspect_report.of_models(found, args.tensors)
+    print(text)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        if len(found.get("cosines", ())) > 1:
+            from jaxarith import plots  # here: matplotlib is slow to import
+
+            # What is longer leaves no room for the figure.
+            names = [model["name"][-_LABEL:] for model in found["models"]]
+            panels = {"task vectors": np.array(found["cosines"])}
+            axes = {"rows": "", "columns": "", "value": "cosine"}
+            plots.matrices(args.out / "cosines.png", panels, names, **axes)
+        report.write_json(args.out / "report.json", found)
+        report.write_text(args.out / "report.md", text + "\n")

@@ -1,0 +1,247 @@
+"""The flags of `jaxarith merge`, and what they ask for."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from jaxarith.commands.merge import methods, recipe
+from jaxarith.stream import policies
+
+_DESCRIPTION = """
+Merges fine-tuned checkpoints of one model into a new folder that transformers loads.
+Models are folders or hub ids with safetensors weights, of any architecture; PEFT
+adapters (on the base, or as MODEL+ADAPTER) count as the models that they make. Weights
+are streamed: memory is a few tensors of every model, whatever their size.
+
+What to do is said in a YAML file of mergekit's form, or by flags.
+"""
+_USAGE = """jaxarith merge CONFIG.yaml OUT [flags of every merge]
+       jaxarith merge --method METHOD [--base BASE] --model MODEL [--model MODEL ...]
+                      --out OUT [--preset PRESET] [options of the method] [flags]"""
+_EXAMPLES = """
+examples:
+  jaxarith merge config.yaml merged
+  jaxarith merge --method average --model run1 --model run2 --out soup
+  jaxarith merge --method ties --base B --model math --model code --density 0.2 --out M
+  jaxarith merge --method task_arithmetic --base B --model M1 --model M2 \\
+    --coef 0.3 0.5 --dtype bfloat16 --out M --dry-run
+  jaxarith merge --preset mergekit --method ties --base B --model M1 --model M2 \\
+    --weight 0.3 0.5 --density 0.5 --out M
+
+methods and their options:
+"""
+
+
+def add(commands) -> argparse.ArgumentParser:
+    """Adds the subcommand to what `add_subparsers` returned, and returns it."""
+    command = commands.add_parser(
+        "merge",
+        help="merge fine-tuned checkpoints into a new checkpoint",
+        usage=_USAGE,
+        allow_abbrev=False,
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES + _table(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("config", nargs="?", help="a YAML file of mergekit's form")
+    command.add_argument("folder", nargs="?", type=Path, help="the new folder")
+    command.add_argument("--out", type=Path, help="the new folder")
+    command.add_argument(
+        "--method", choices=recipe.names(), metavar="METHOD", help="see below"
+    )
+    command.add_argument("--base", help="the pre-trained checkpoint")
+    command.add_argument(
+        "--model",
+        action="append",
+        dest="models",
+        metavar="MODEL",
+        help="a fine-tuned checkpoint; give it once for each",
+    )
+    command.add_argument(
+        "--preset",
+        choices=recipe.PRESETS,
+        help="whose method it is where both have one of that name (default: paper)",
+    )
+    common = command.add_argument_group("of every merge")
+    common.add_argument(
+        "--dtype",
+        choices=recipe.DTYPES,
+        help="of the new weights (default: the base's); sums are taken in float32",
+    )
+    add_policies(common)
+    common.add_argument(
+        "--shard-size",
+        type=_size,
+        default=5_000_000_000,
+        metavar="SIZE",
+        help="the most that a file holds, such as 500MB (default: 5GB)",
+    )
+    common.add_argument(
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="SEED",
+        help="of random methods, from 0 (the default) to 2^32 - 1",
+    )
+    common.add_argument(
+        "--device",
+        choices=("cpu", "gpu", "tpu"),
+        help="default: the best there is",
+    )
+    common.add_argument(
+        "--overwrite", action="store_true", help="replace the folder, when all is done"
+    )
+    common.add_argument(
+        "--dry-run", action="store_true", help="print the plan, and write nothing"
+    )
+    common.add_argument(
+        "--no-hashes",
+        action="store_false",
+        dest="hashes",
+        help="take no SHA-256 of the weights for the card, which costs as much as an "
+        "average of few models on two cores",
+    )
+    common.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    group = command.add_argument_group("of methods (defaults: those of the method)")
+    for option, owners in _owners().items():
+        group.add_argument(
+            f"--{option.replace('_', '-')}",
+            nargs="+",
+            dest=f"option {option}",
+            metavar="X",
+            help="; ".join(f"{kind}: {', '.join(of)}" for kind, of in owners.items()),
+        )
+    return command
+
+
+def add_policies(group):
+    """Adds the flags for models that do not fit their base in every tensor."""
+    group.add_argument(
+        "--vocabulary",
+        choices=policies.VOCABULARIES,
+        default="error",
+        help="what to do where numbers of tokens differ: keep the rows that all have, "
+        "or those of the base, or take such tensors from the base",
+    )
+    group.add_argument(
+        "--missing",
+        choices=policies.MISSING,
+        default="error",
+        help="what to do where a model lacks tensors or has others: keep the base's",
+    )
+
+
+def _owners() -> dict[str, dict[str, list[str]]]:
+    """By option and what its values are, the methods that have it."""
+    owners: dict[str, dict[str, list[str]]] = {}
+    for table in recipe.PRESETS.values():
+        for name, method in table.items():
+            for key, option in method.options.items():
+                of_kind = owners.setdefault(key, {}).setdefault(_values(option), [])
+                of_kind += [name] * (name not in of_kind)
+    return owners
+
+
+def _values(option: methods.Option) -> str:
+    if isinstance(option.kind, tuple):
+        return "|".join(option.kind)
+    each = ", or one for each model" if option.each else ""
+    return methods.KINDS[option.kind] + each
+
+
+def _table() -> str:
+    lines = []
+    for preset, table in recipe.PRESETS.items():
+        lines += [f"  --preset {preset}"]
+        for name, method in table.items():
+            flags = (f"--{option.replace('_', '-')}" for option in method.options)
+            lines.append(f"    {name:<18}{' '.join(flags)}".rstrip())
+    return "\n".join(lines)
+
+
+def _seed(text: str) -> int:
+    if text.isdecimal() and int(text) < 2**32:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number below 2^32.")
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"([\d.]+)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    try:
+        size = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
+    except (TypeError, ValueError):
+        size = 0
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 5GB or 500MB")
+    return size
+
+
+def check_alone(args: argparse.Namespace):
+    """Raises a ValueError if flags say what a YAML file says."""
+    flags = [
+        name for name in ("method", "base", "models", "preset") if getattr(args, name)
+    ]
+    flags += _given(args)
+    if flags:
+        name = flags[0].removesuffix("s") if flags[0] == "models" else flags[0]
+        raise ValueError(
+            f"--{name.replace('_', '-')} belongs in {args.config}, which says what is "
+            "merged."
+        )
+
+
+def _given(args) -> dict[str, list[str]]:
+    prefix = "option "
+    return {
+        name.removeprefix(prefix): words
+        for name, words in vars(args).items()
+        if name.startswith(prefix) and words is not None
+    }
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags ask for, in the form of a YAML file."""
+    if args.method is None:
+        raise ValueError("name a YAML file, or a --method and each --model.")
+    if not args.models:
+        raise ValueError(f"{args.method} needs models; give each one with --model.")
+    method = recipe.find(args.method, args.preset)
+    models: list[dict[str, Any]] = [{"model": model} for model in args.models]
+    shared: dict[str, Any] = {}
+    for name, words in _given(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if (option := method.options.get(name)) is None:
+            known = ", ".join(f"--{key.replace('_', '-')}" for key in method.options)
+            raise ValueError(
+                f"{args.method} has no option {flag}; it has {known or 'none'}."
+            )
+        values = [_value(word, option, f"{flag} of {args.method}") for word in words]
+        if len(values) == 1:
+            shared[name] = values[0]
+        elif not option.each:
+            raise ValueError(f"{flag} of {args.method} is one value; found {words}.")
+        elif len(values) != len(models):
+            raise ValueError(
+                f"{flag}: found {len(values)} values for {len(models)} of --model; "
+                "give one value, or one for each."
+            )
+        else:
+            for model, value in zip(models, values, strict=True):
+                model.setdefault("parameters", {})[name] = value
+    settings = {
+        "merge_method": args.method,
+        "preset": args.preset or "paper",
+        "base_model": args.base,
+        "models": models,
+        "parameters": shared,
+        "dtype": args.dtype,
+    }
+    return {key: value for key, value in settings.items() if value}
+
+
+def _value(word, option, label):
+    try:
+        return methods.converted(word, option)
+    except ValueError as error:
+        raise ValueError(f"{label} {error}") from error

@@ -1,0 +1,97 @@
+"""mergekit's merge methods by name, with its options and its defaults."""
+
+import functools
+
+from jaxarith.commands.merge.methods import (
+    INTEGER,
+    NUMBER,
+    SWITCH,
+    Method,
+    Option,
+)
+from jaxarith.merge import mergekit
+
+# What mergekit sets for each model, layer or filter; it needs a weight of each.
+_WEIGHT = Option(float, each=True, by_path=True, required=True)
+_GENERAL = {
+    "weight": _WEIGHT,
+    "density": Option(float, each=True, by_path=True, default=1.0),
+    "normalize": SWITCH,
+    "rescale": SWITCH,
+    "lambda": Option(float, by_path=True, keyword="coef", default=1.0),
+    "int8_mask": Option(bool, keyword=""),
+}
+_GAMMA = {"gamma": Option(float, each=True, by_path=True, default=0.01)}
+_EPSILON = {"epsilon": Option(float, each=True, by_path=True, default=0.15)}
+_L1 = "what is kept is scaled to the L1 norm of the tensor, as in mergekit, not by 1/p"
+
+
+def _general(method: str, options=None, *, note="", random=False, passes=1) -> Method:
+    merge_leaves = functools.partial(
+        mergekit.generalized_task_arithmetic, method=method
+    )
+    options = _GENERAL | (options or {})
+    return Method(merge_leaves, options, passes, random=random, note=note)
+
+
+MERGEKIT = {
+    "linear": Method(
+        mergekit.linear, {"weight": _WEIGHT, "normalize": SWITCH}, base="input"
+    ),
+    "slerp": Method(
+        mergekit.slerp, {"t": Option(float, by_path=True, required=True)}, base="input"
+    ),
+    "nuslerp": Method(
+        mergekit.nuslerp,
+        {
+            "weight": _WEIGHT,
+            "nuslerp_flatten": Option(bool, keyword="flatten"),
+            "nuslerp_row_wise": Option(bool, keyword="row_wise"),
+        },
+        base="optional",
+    ),
+    "multislerp": Method(
+        mergekit.multislerp,
+        {
+            "weight": _WEIGHT,
+            "normalize_weights": Option(bool, keyword="normalize"),
+            "eps": NUMBER,
+        },
+        base="optional",
+    ),
+    "karcher": Method(
+        mergekit.karcher, {"max_iter": INTEGER, "tol": NUMBER}, base="input"
+    ),
+    "task_arithmetic": _general("task_arithmetic"),
+    "ties": _general(
+        "ties",
+        note=(
+            "trims every tensor by itself and takes a weighted mean, as in mergekit; "
+            "`preset: paper` has one threshold for the whole model"
+        ),
+    ),
+    "dare_linear": _general("dare_linear", note=_L1, random=True),
+    "dare_ties": _general("dare_ties", note=_L1, random=True),
+    "breadcrumbs": _general("breadcrumbs", _GAMMA),
+    "breadcrumbs_ties": _general("breadcrumbs_ties", _GAMMA),
+    "della": _general("della", _EPSILON, note=_L1, random=True),
+    "della_linear": _general("della_linear", _EPSILON, note=_L1, random=True),
+    "model_stock": Method(
+        mergekit.model_stock,
+        {"filter_wise": SWITCH},
+        note=(
+            "moves away from the mean where the mean cosine is negative, as in "
+            "mergekit; `preset: paper` stays at the base there"
+        ),
+    ),
+    "sce": Method(
+        mergekit.sce,
+        {
+            "select_topk": Option(float, by_path=True, default=1.0),
+            "int8_mask": Option(bool, keyword=""),
+        },
+    ),
+    "nearswap": Method(
+        mergekit.nearswap, {"t": Option(float, by_path=True, required=True)}
+    ),
+}

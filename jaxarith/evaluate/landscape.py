@@ -1,0 +1,136 @@
+r"""Losses of edited models: at coefficients of task vectors, or on the plane of two.
+
+Such planes through the pre-trained model are where weight disentanglement is looked at
+(Ortiz-Jimenez et al. 2023, `evaluate.disentanglement_error`). A loss shows the basins
+of the tasks and where they meet; gaps between losses are what `bounds` bounds.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxarith import evaluate, sharding
+from jaxarith.evaluate.smoothness import SampleLoss, of_samples
+from jaxarith.typing import ApplyFn, Params, Taus
+
+
+def losses(
+    apply_fn: ApplyFn,
+    loss_fn: SampleLoss,
+    params_0: Params,
+    taus: Taus,
+    batches: Iterable[dict],
+    coefs: Sequence,
+    *,
+    linearized: bool = False,
+    inputs: Sequence[str] = ("image",),
+    targets: Sequence[str] = ("label",),
+    mesh: Mesh | None = None,
+) -> np.ndarray:
+    r"""The mean loss at :math:`\theta_0 + \sum_t \lambda_t\tau_t` at many λ.
+
+    All share one pass over the data. A network runs once per batch for each of them
+    (`evaluate.sweep`), the linearised model 1 + 2T times in all (`evaluate.tangent`).
+
+    Args:
+      apply_fn: `apply_fn(params, *inputs) -> outputs[B, ...]`.
+      loss_fn: `loss_fn(outputs, *targets) -> [B]`, the loss of every sample, such as
+        `optax.softmax_cross_entropy_with_integer_labels`.
+      params_0: the pre-trained parameters.
+      taus: T task vectors.
+      batches: dicts of arrays `[B, ...]` with a `mask`, `bool[B]`, as
+        `data.pipeline.evaluation_batches` makes them; they are read once, so they may
+        be a stream.
+      coefs: `[..., T]`, in any number of dimensions.
+      linearized: whether the vectors belong to the tangent-space model.
+      inputs: the fields of a batch that are passed to `apply_fn`, in order.
+      targets: those that are passed to `loss_fn`, in order.
+      mesh: the devices: of a network, by default all, each at other coefficients; of
+        the linearised model, those that the parameters are on, which share a batch.
+
+    Returns:
+      `f64[...]`; far away a loss may be infinite or NaN.
+
+    Raises:
+      ValueError: no sample, losses that are not `[B]`, or coefficients that are not one
+        for each task vector.
+
+    Example:
+      >>> f = lambda params, x: x @ params["w"]
+      >>> squares = lambda outputs, label: (outputs - label) ** 2
+      >>> data = {"image": np.eye(2), "label": np.ones(2), "mask": np.ones(2)}
+      >>> taus = [{"w": np.float32([1, 0])}, {"w": np.float32([0, 1])}]
+      >>> plane = np.stack(np.meshgrid([0, 1, 2], [0, 1], indexing="ij"), axis=-1)
+      >>> print(losses(f, squares, {"w": np.zeros(2, "f4")}, taus, [data], plane))
+      [[1.  0.5]
+       [0.5 0. ]
+       [1.  0.5]]
+    """
+    coefs = np.asarray(coefs, np.float32)
+    rows = coefs.reshape(-1, coefs.shape[-1] if coefs.ndim else 1)
+    batches = _with_samples(batches)
+    if linearized:
+        found = _of_tangents(
+            *(apply_fn, loss_fn, params_0, taus, batches, rows, inputs, targets, mesh)
+        )
+    else:
+        model = _Losses(apply_fn, loss_fn, len(inputs))
+        fields = (*inputs, *targets)
+        found = evaluate.sweep(model, params_0, taus, batches, rows, fields, mesh=mesh)
+    return found.mean(axis=1, dtype=np.float64).reshape(coefs.shape[:-1])
+
+
+def _with_samples(batches):
+    found = False
+    for batch in batches:
+        if np.any(batch["mask"]):
+            found = True
+            yield batch
+    if not found:
+        raise ValueError("the batches hold no sample to measure a loss on.")
+
+
+@dataclasses.dataclass(frozen=True)  # equal ones are compiled once
+class _Losses:
+    """The model with its loss: from parameters and fields to losses `[B]`."""
+
+    apply_fn: ApplyFn
+    loss_fn: SampleLoss
+    inputs: int
+
+    def __call__(self, params, *fields):
+        outputs = self.apply_fn(params, *fields[: self.inputs])
+        return of_samples(self.loss_fn, outputs, fields[self.inputs :])
+
+
+def _of_tangents(
+    apply_fn, loss_fn, params_0, taus, batches, coefs, inputs, targets, mesh
+):
+    """Losses `[n, N]` of the linearised model."""
+    if coefs.shape[1] != len(taus):
+        raise ValueError(
+            f"{coefs.shape[1]} coefficients for {len(taus)} task vectors; give one for "
+            "each."
+        )
+    mesh = mesh or sharding.mesh_of((params_0, tuple(taus)))
+    params_0, taus = sharding.shard((params_0, tuple(taus)), mesh)  # once
+    rows = []
+    for batch in batches:
+        at = evaluate.tangent(apply_fn, params_0, taus, [batch], inputs, mesh=mesh)
+        mask = np.asarray(batch["mask"], bool)
+        fields = (np.asarray(batch[name])[mask] for name in targets)
+        rows.append(np.asarray(_at_all(loss_fn, coefs, *at, *fields)))
+    return np.concatenate(rows, axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _at_all(loss_fn, coefs, f0, moves, *targets):
+    def at(coefs):
+        moved = sum(coef * move for coef, move in zip(coefs, moves, strict=True))
+        return of_samples(loss_fn, f0 + moved, targets)
+
+    return jax.lax.map(at, coefs)

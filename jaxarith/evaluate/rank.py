@@ -1,0 +1,193 @@
+"""Classification with an encoder-decoder, whose labels are texts.
+
+Rank classification (Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023.
+arXiv:2212.04089, App. D.7) takes the label that the decoder finds least perplexing. The
+teacher-forced score of tokens is another metric and no accuracy of a classifier: every
+token of the true label, its end among them, is predicted from those before it.
+
+Shapes: N inputs in batches of B, C candidate labels, T tokens, V in the vocabulary.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxarith import metrics
+from jaxarith.losses import IGNORED
+from jaxarith.typing import ApplyFn, Params
+
+
+def label_losses(
+    apply_fn: ApplyFn,
+    params: Params,
+    batches: Sequence[dict],
+    labels: np.ndarray,
+    *,
+    start_token_id: int = 0,
+) -> np.ndarray:
+    r"""The mean negative log-likelihood of the tokens of every label after every input.
+
+    .. math:: \ell_{nc} = -\frac1{T_c}\sum_{t=1}^{T_c}
+              \log p(y_{ct} \mid y_{c1}, \dots, y_{c,t-1}, x_n)
+
+    Its exponential is the perplexity, so `label_losses(...).argmin(axis=1)` is the
+    prediction of rank classification.
+
+    Args:
+      apply_fn: `apply_fn(params, input_ids, attention_mask, decoder_input_ids)`, from
+        `[B, S]`, `[B, S]` and `[B, C, T]` to logits `[B, C, T, V]`, such as
+        `t5.language_model(config)`, which encodes an input once for all labels.
+      params: its parameters.
+      batches: dicts of `input_ids`, `attention_mask`, and `mask`, False for padding.
+      labels: `i32[C, T]`, tokens of the labels with the end token, then -100.
+      start_token_id: the first input of the decoder.
+
+    Returns:
+      `f32[N, C]`, N being the number of True entries of all masks.
+
+    Raises:
+      ValueError: a label has no token, has -100 before one, or equals another; there
+        is no batch; a loss is NaN, as for tokens that the model does not have.
+
+    Example:
+      >>> def apply_fn(params, input_ids, attention_mask, decoder_input_ids):
+      ...     bias = jnp.log(jnp.array([0.5, 0.25, 0.25]))
+      ...     return jnp.zeros((*decoder_input_ids.shape, 1)) + bias[None, None, None]
+      >>> ids, ones = np.ones((1, 4), int), np.ones((1, 4), int)
+      >>> batch = {"input_ids": ids, "attention_mask": ones, "mask": np.array([True])}
+      >>> labels = np.array([[2, 1], [0, -100]])
+      >>> print(np.exp(label_losses(apply_fn, {}, [batch], labels)).round(4))
+      [[4. 2.]]
+    """
+    labels = np.asarray(labels)
+    _check_labels(labels)
+    if not batches:
+        raise ValueError("there is no batch to rank the labels for.")
+    params = jax.device_put(params)  # once, not with every batch
+    start = np.int32(start_token_id)
+    rows = []
+    for batch in batches:
+        texts = batch["input_ids"], batch["attention_mask"]
+        losses = _losses(apply_fn, params, *texts, labels, start)
+        rows.append(np.asarray(losses)[np.asarray(batch["mask"], bool)])
+    losses = np.concatenate(rows)
+    if np.isnan(losses).any():
+        raise ValueError(
+            f"the loss of label {np.isnan(losses).any(axis=0).argmax()} is NaN for an "
+            "input. Are there tokens beyond the model's vocabulary, or NaN weights?"
+        )
+    return losses
+
+
+# Compiled once per model and shape, however many datasets and coefficients follow.
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(apply_fn, params, input_ids, attention_mask, labels, start):
+    counts = labels != IGNORED
+    tokens = jnp.where(counts, labels, 0)
+    # No token sees a later one, so it is no matter what stands after the end.
+    inputs = jnp.roll(tokens, 1, axis=1).at[:, 0].set(start)
+    inputs, tokens, counts = (
+        jnp.broadcast_to(each[None], (len(input_ids), *each.shape))
+        for each in (inputs, tokens, counts)
+    )
+    logits = apply_fn(params, input_ids, attention_mask, inputs)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
+    return jnp.mean(losses, axis=-1, where=counts)
+
+
+def _check_labels(labels):
+    if labels.ndim != 2 or labels.shape[0] == 0:
+        raise ValueError(f"labels of shape {list(labels.shape)}; expected [C, T].")
+    counts = labels != IGNORED
+    lengths = counts.sum(axis=1)
+    whole = (lengths > 0) & (
+        counts == (np.arange(labels.shape[1]) < lengths[:, None])
+    ).all(1)
+    if not whole.all():
+        c = int(np.argmin(whole))
+        raise ValueError(
+            f"label {c} is {labels[c].tolist()}; expected one token or more, and "
+            f"{IGNORED} only after the last."
+        )
+    _, first = np.unique(labels, axis=0, return_index=True)
+    if len(first) < len(labels):
+        again = min(set(range(len(labels))) - set(first.tolist()))
+        raise ValueError(
+            f"label {again}, {labels[again].tolist()}, is there twice; expected labels "
+            "that differ. If their texts do, they were cut too short."
+        )
+
+
+def predicted_tokens(logits, labels) -> tuple[np.ndarray, np.ndarray]:
+    """The likeliest and the true token wherever a label counts, in one row each.
+
+    Args:
+      logits: `[..., T, V]`, of `apply_fn` given the labels shifted to the right.
+      labels: `i32[..., T]`, the end token among them; -100 where nothing counts.
+
+    Returns:
+      `predicted` and `expected`, `i32[n]` each.
+
+    Raises:
+      ValueError: the shapes do not fit, or no label counts.
+
+    Example:
+      >>> predicted, expected = predicted_tokens(np.eye(3)[None], [[0, 2, -100]])
+      >>> print(predicted, expected)
+      [0 1] [0 2]
+    """
+    labels = np.asarray(labels)
+    if np.shape(logits)[:-1] != labels.shape:
+        raise ValueError(
+            f"logits of shape {list(np.shape(logits))} for labels of shape "
+            f"{list(labels.shape)}; expected the same and the vocabulary behind it."
+        )
+    counts = labels != IGNORED
+    if not counts.any():
+        raise ValueError(f"a score of no token: every label is {IGNORED}.")
+    predicted = np.asarray(logits).argmax(-1)[counts]
+    return predicted.astype(np.int32), labels[counts].astype(np.int32)
+
+
+def token_accuracy(logits, labels) -> float:
+    """The share of the tokens of true labels that are the likeliest at their position.
+
+    With several labels to choose from it says little: their common tokens, such as the
+    end, are right whatever the input.
+
+    Args:
+      logits, labels: as for `predicted_tokens`.
+
+    Example:
+      >>> token_accuracy(np.eye(3)[None], [[0, 2, -100]])
+      0.5
+    """
+    predicted, expected = predicted_tokens(logits, labels)
+    return float(np.mean(predicted == expected))
+
+
+def token_matthews(logits, labels) -> float:
+    """The Matthews correlation of likeliest and true tokens, every token a class.
+
+    Gorodkin. Comparing Two K-Category Assignments by a K-Category Correlation
+    Coefficient. Computational Biology and Chemistry 28, 2004.
+
+    Args:
+      logits, labels: as for `predicted_tokens`.
+
+    Returns:
+      From -1 to 1; 0 where all predicted tokens are the same.
+
+    Raises:
+      ValueError: as for `predicted_tokens`, or all true tokens are the same.
+
+    Example:
+      >>> token_matthews(np.eye(3)[None], [[0, 1, 2]])
+      1.0
+    """
+    return metrics.matthews(*predicted_tokens(logits, labels))

@@ -1,0 +1,279 @@
+r"""mergekit's generalized task arithmetic, of which TIES, DARE and DELLA are cases.
+
+The eight methods are one formula, tensor by tensor. The task vectors are made sparse,
+:math:`\hat\tau_t`, and with weights w, perhaps of one sign in every entry,
+
+.. math:: \theta = \theta_0 + \lambda\,\frac{\sum_{t \in A} w_t \hat\tau_t}
+                                            {\sum_{t \in A} w_t}, \qquad
+          A = \{t : \operatorname{sgn}(w_t \hat\tau_t) = \gamma\},
+          \quad \gamma = \operatorname{sgn}^+\big(\textstyle\sum_t w_t\hat\tau_t\big),
+
+where :math:`\operatorname{sgn}^+(0) = 1`, all t are in A without a consensus of signs,
+and the divisor is one without `normalize`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxarith import tree
+from jaxarith.merge import _leaves, _order
+from jaxarith.merge.dare import draw, rescaled
+from jaxarith.merge.della import centered_ranks
+from jaxarith.merge.ties import agreeing, weighted
+from jaxarith.typing import Params, Taus
+
+
+class Method(NamedTuple):
+    """A member of the family.
+
+    Attributes:
+      keep: which entries of a task vector stay: all, the largest, those between
+        outliers and small ones, random ones, or random ones that tend to be large.
+      consensus: whether only the entries of the elected sign are merged.
+      normalize: whether the sum is divided by the sum of weights, by default.
+      rescale: whether the rest keeps the sum of magnitudes, by default.
+    """
+
+    keep: Literal["all", "largest", "middle", "random", "ranked"]
+    consensus: bool
+    normalize: bool
+    rescale: bool
+
+
+METHODS = {
+    "task_arithmetic": Method("all", False, False, False),
+    "ties": Method("largest", True, True, False),
+    "dare_linear": Method("random", False, False, True),
+    "dare_ties": Method("random", True, False, True),
+    "breadcrumbs": Method("middle", False, False, False),
+    "breadcrumbs_ties": Method("middle", True, False, False),
+    "della": Method("ranked", True, True, True),
+    "della_linear": Method("ranked", False, False, True),
+}
+
+
+def generalized_task_arithmetic(
+    params_0: Params,
+    taus: Taus,
+    *,
+    method: str,
+    weight,
+    density=1.0,
+    normalize: bool | None = None,
+    rescale: bool | None = None,
+    gamma=0.01,
+    epsilon=0.15,
+    coef=1.0,
+    key: jax.Array | None = None,
+) -> Params:
+    """A merge of mergekit's task-arithmetic family.
+
+    ====================  =========================  =========  =========  =======
+    method                entries that stay          consensus  normalize  rescale
+    ====================  =========================  =========  =========  =======
+    `task_arithmetic`     all                        no         no         no
+    `ties`                the largest                yes        yes        no
+    `dare_linear`         random ones                no         no         yes
+    `dare_ties`           random ones                yes        no         yes
+    `breadcrumbs`         the largest but outliers   no         no         no
+    `breadcrumbs_ties`    the largest but outliers   yes        no         no
+    `della`               random, rather large ones  yes        yes        yes
+    `della_linear`        random, rather large ones  no         no         yes
+    ====================  =========================  =========  =========  =======
+
+    Of the n entries of a tensor ⌊density·n⌋ stay, at least one unless the density is
+    zero; a density of one keeps all, outliers too. The breadcrumbs drop ⌊gamma·n⌋
+    outliers, or fewer where the others would not suffice. Entries of the magnitude of
+    the smallest or the largest that stays do so too; in mergekit it depends on a sort
+    which of them do.
+
+    Where mergekit's breadcrumbs lose every tensor with density·n < 1, one entry stays
+    here. Sums are taken in float32, not in the checkpoint's dtype. Random entries are
+    drawn by key, path and task, as in `dare` and `della`; they cannot be mergekit's. A
+    row of one entry, which mergekit's DELLA fails at, is kept at the mean density.
+
+    Args:
+      params_0: pre-trained parameters.
+      taus: T task vectors. A leaf that one lacks counts as zero.
+      method: a name of the table.
+      weight: the factor of a task vector: one number, one per task `[T]`, or a function
+        of the path that gives either.
+      density: the share of entries that stays, in [0, 1]; given like `weight`.
+      normalize: whether to divide by the sum of the weights in A; None is the table's.
+      rescale: whether the entries that stay are scaled to the sum of magnitudes that
+        the tensor had; None is the table's.
+      gamma: the share of outliers, of the breadcrumbs; given like `weight`.
+      epsilon: of DELLA: entries of a row along the second axis are kept with
+        probability density - epsilon (the smallest) to density + epsilon; both must be
+        in (0, 1), unless the density is 0 or 1. Given like `weight`.
+      coef: mergekit's `lambda`: one number, or a function of the path.
+      key: the key of the random draws, which DARE and DELLA need.
+
+    Returns:
+      Parameters with the structure and dtypes of `params_0`.
+
+    Raises:
+      ValueError: an unknown method, a share out of range, a wrong number of
+        coefficients, no key for random draws, no task vector, one that does not fit, or
+        non-finite values.
+
+    Example:
+      >>> params_0 = {"w": jnp.zeros(3)}
+      >>> taus = [{"w": jnp.array([4.0, 3.0, 0.1])}, {"w": jnp.array([2.0, -5.0, 0.2])}]
+      >>> options = dict(method="ties", weight=[3.0, 1.0], density=0.7)
+      >>> print(generalized_task_arithmetic(params_0, taus, **options)["w"])
+      [3.5 3.  0. ]
+    """
+    _leaves.one_of(method, METHODS, "method")
+    keep, consensus, *defaults = METHODS[method]
+    given = (normalize, rescale)
+    normalize, rescale = (
+        default if choice is None else choice
+        for choice, default in zip(given, defaults, strict=True)
+    )
+    if keep in ("random", "ranked") and key is None:
+        raise ValueError(
+            f"{method} needs a key of its draws, such as jax.random.key(0)."
+        )
+    _leaves.check(params_0, taus)
+    weights = _leaves.task_coefs(weight, taus, "weight")
+    coef = _leaves.vector_coef(coef, taus)
+    rows = tree.aligned(taus)
+    if keep != "all":
+        rows = _leaves.Mapped(tree.gathered, rows)  # what follows sums over leaves
+        shares = _shares(density, rows, "density")
+        scale = "l1" if rescale else "none"
+    if keep in ("largest", "middle"):
+        outliers = _shares(gamma if keep == "middle" else 0, rows, "gamma")
+        options = (shares, outliers, keep == "middle", scale)
+        rows = _leaves.Mapped(_keep_between, rows, *options)
+    if keep in ("random", "ranked"):
+        windows = _shares(epsilon if keep == "ranked" else 0, rows, "epsilon")
+        _check_windows(shares, windows)
+        options = (_leaves.keys(key, taus), shares, windows, keep == "ranked", scale)
+        rows = _leaves.Mapped(_keep_random, rows, *options)
+    options = {"consensus": consensus, "normalize": normalize}
+    return _leaves.fold(_merge_leaf, params_0, rows, weights, coef, **options)
+
+
+def _shares(value: float | Sequence | Callable, rows, name) -> dict[str, np.ndarray]:
+    """The share of every task `[T]` by path, in float64, as ⌊share·n⌋ needs it."""
+    shares = {}
+    for path, row in _leaves.unmapped(rows).items():
+        of_path = value(path) if callable(value) else value
+        _leaves.per_task(of_path, len(row), f"{name} of {path}")
+        shares[path] = np.broadcast_to(np.asarray(of_path, float), len(row))
+        if not ((0 <= shares[path]) & (shares[path] <= 1)).all():
+            raise ValueError(f"{name} of {path} is {of_path}; it must be in [0, 1].")
+    return shares
+
+
+def _check_windows(densities, windows):
+    for path, density in densities.items():
+        low, high = density - windows[path], density + windows[path]
+        certain = (density == 0) | (density == 1)
+        if not (certain | (low > 0) & (high < 1)).all():
+            raise ValueError(
+                f"density of {path} is {density} and epsilon {windows[path]}; density "
+                "± epsilon must be in (0, 1)."
+            )
+
+
+def _keep_between(row, densities, outliers, bounded, rescale):
+    if (densities == 1).all():
+        return row
+    size = row[0].size
+    smallest, largest = _ranks(densities, outliers, size)
+    low = _order.kth_of_leaf(row, smallest.clip(1, max(size, 1)))
+    low = jnp.where(smallest <= largest, low, jnp.inf)
+    high = jnp.full_like(low, jnp.inf)
+    if bounded:
+        high = _order.kth_of_leaf(row, largest.clip(1, max(size, 1)))
+    kept = [
+        tau if density == 1 else _Between(tau, *limits)
+        for tau, density, *limits in zip(row, densities, low, high, strict=True)
+    ]
+    if rescale == "l1":
+        kept = [_with_norm(x) if isinstance(x, _Between) else x for x in kept]
+    return tuple(kept)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Between:
+    """A leaf, zero outside of two magnitudes, where the program that needs it looks.
+
+    Leaves of float32 for every task would take longer to store than to merge.
+    """
+
+    tau: jax.Array
+    smallest: jax.Array
+    largest: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tau.shape
+
+    @property
+    def dtype(self):
+        return jnp.promote_types(self.tau.dtype, jnp.float32)
+
+    def kept(self) -> jax.Array:
+        size = jnp.abs(_leaves.widened(self.tau))
+        return (size >= self.smallest) & (size <= self.largest)
+
+    def __jax_array__(self) -> jax.Array:
+        return jnp.where(self.kept(), _leaves.widened(self.tau), 0)
+
+
+@jax.jit
+def _with_norm(leaf):
+    return rescaled(_leaves.widened(leaf.tau), leaf.kept(), None, "l1")
+
+
+def _ranks(densities, outliers, size):
+    """The ranks `[T]` of the smallest and the largest magnitude that stay."""
+    kept = np.maximum((densities * size).astype(int), densities > 0)
+    below = np.maximum(size - kept - (outliers * size).astype(int), 0)
+    return below + 1, below + kept
+
+
+def _keep_random(row, key, densities, windows, ranked, rescale):
+    # Task by task: the random numbers take more memory than the leaf.
+    return tuple(
+        tau if density == 1 else _draw(tau, key, task, density, window, ranked, rescale)
+        for task, (tau, density, window) in enumerate(
+            zip(row, densities, windows, strict=True)
+        )
+    )
+
+
+@jax.jit(static_argnames=("ranked", "rescale"))
+def _draw(tau, key, task, density, window, ranked, rescale):
+    tau = _leaves.widened(tau)
+    shares = density
+    if ranked:
+        ranks = centered_ranks(tau, 1 if tau.ndim > 1 else -1)
+        shares = jnp.where(density > 0, density + window * ranks, 0)
+    kept = draw(jax.random.fold_in(key, task), shares, tau.shape)
+    return rescaled(tau, kept, None, rescale)
+
+
+@_leaves.leaf_function(static=("consensus", "normalize"))
+def _merge_leaf(leaf_0, taus, weights, coef, consensus, normalize):
+    taus = weighted(taus, weights)
+    total = jnp.sum(weights)
+    if consensus:
+        taus, _ = agreeing(taus, 1)
+        total = sum(weighted([tau != 0 for tau in taus], weights))
+    merged = sum(taus)
+    if normalize:
+        # mergekit's bounds: a quotient by a sum that vanishes is left out.
+        zero = total == 0 if consensus else jnp.abs(total) < 1e-8
+        merged = merged / jnp.where(zero, 1, total)
+    return leaf_0 + coef * merged

@@ -1,0 +1,135 @@
+"""mergekit's merges that select entries: SCE and nearswap."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxarith import tree
+from jaxarith.merge import _leaves, _order
+from jaxarith.merge.karcher import karcher as karcher
+from jaxarith.merge.mergekit.arithmetic import (
+    generalized_task_arithmetic as generalized_task_arithmetic,
+)
+from jaxarith.merge.mergekit.averages import linear as linear
+from jaxarith.merge.mergekit.averages import multislerp as multislerp
+from jaxarith.merge.mergekit.averages import nuslerp as nuslerp
+from jaxarith.merge.mergekit.averages import slerp as slerp
+from jaxarith.merge.ties import agreeing
+from jaxarith.typing import Params, Taus
+
+
+def sce(params_0: Params, taus: Taus, *, select_topk=1.0) -> Params:
+    """SCE: select entries that vary, calculate weights, erase minority signs.
+
+    Wan, Zhong, Yang, Zhang, Li, Quan. FuseChat. arXiv:2408.07990.
+
+    In every leaf the entries are kept whose variance over the models is largest:
+    ⌊select_topk·m⌋ of the m entries with any, at least one; mergekit then keeps none.
+    Of entries with equal variance all are kept. The weight of a model is its share in
+    the sum of mean squares, but all are equal where that sum is below 1e-6. Entries
+    without the sign of the sum over models are erased, and the rest is averaged by
+    weight.
+
+    Args:
+      params_0: pre-trained parameters.
+      taus: T task vectors. A leaf that one lacks counts as zero.
+      select_topk: the share, in [0, 1]: one number, or a function of the path. One
+        selects all entries, those without variance too; zero none.
+
+    Returns:
+      Parameters with the structure and dtypes of `params_0`.
+
+    Raises:
+      ValueError: a share out of range, no task vector, one that does not fit, or
+        non-finite values.
+
+    Example:
+      >>> params_0 = {"w": jnp.zeros(2)}
+      >>> taus = [{"w": jnp.array([3.0, -1.0])}, {"w": jnp.array([1.0, 3.0])}]
+      >>> print(sce(params_0, taus)["w"])  # of equal weights
+      [2. 3.]
+    """
+    _leaves.check(params_0, taus)
+    shares = _leaves.vector_coef(select_topk, taus, "select_topk")
+    for path, share in tree.flatten(shares).items():
+        known = not isinstance(share, jax.core.Tracer)
+        if known and not 0 <= np.asarray(share) <= 1:
+            where = f" of {path}" if path else ""
+            raise ValueError(f"select_topk{where} is {share}; it must be in [0, 1].")
+    rows = _leaves.Mapped(tree.gathered, tree.aligned(taus))  # it sums over leaves
+    rows = _leaves.Mapped(_select, rows, shares)
+    return _leaves.fold(_sce_leaf, params_0, rows)
+
+
+@_leaves.leaf_function
+def _sce_leaf(leaf_0, taus):
+    squares = tree.sums([tau * tau for tau in taus]) / leaf_0.size
+    total = jnp.sum(squares)
+    small = total < 1e-6
+    weights = jnp.where(small, 1 / len(taus), squares / jnp.where(small, 1, total))
+    taus, _ = agreeing(taus, 1)
+    merged = sum(w * tau for w, tau in zip(weights, taus, strict=True))
+    weight = sum(w * (tau != 0) for w, tau in zip(weights, taus, strict=True))
+    return leaf_0 + merged / jnp.maximum(weight, 1e-6)
+
+
+def _select(row, share):
+    # The variance is the result of a program: to compute it again, with the threshold,
+    # may round it otherwise, and lose the very entry that the threshold comes from.
+    return _keep_varying(row, _variance(row), share)
+
+
+@jax.jit
+def _variance(row):
+    """The variance over the tasks of every entry of a leaf."""
+    row = [_leaves.widened(tau) for tau in row]
+    # From the first task: the variance of equal entries is zero, not rounding.
+    rest = [tau - row[0] for tau in row]
+    mean = sum(rest) / len(row)
+    return sum((tau - mean) ** 2 for tau in rest) / len(row)
+
+
+@jax.jit
+def _keep_varying(row, variance, share):
+    some = tree.counts([variance > 0])[0]
+    kept = jnp.maximum((some * share).astype(jnp.int32), 1)
+    rank = variance.size - kept + 1
+    least = _order.kth_magnitudes({"leaf": (variance,)}, rank)[0]
+    varying = (variance >= least) & (variance > 0) & (share > 0)
+    row = [_leaves.widened(tau) for tau in row]
+    return tuple(jnp.where(varying | (share >= 1), tau, 0) for tau in row)
+
+
+def nearswap(params_0: Params, taus: Taus, *, t) -> Params:
+    """Takes over from the other model the entries that are near: min(1, t/|τ|) of each.
+
+    Args:
+      params_0: mergekit's base model.
+      taus: one task vector.
+      t: the distance up to which an entry is taken over whole: one number, or a
+        function of the path.
+
+    Returns:
+      Parameters with the structure and dtypes of `params_0`.
+
+    Raises:
+      ValueError: not one task vector, one that does not fit, non-finite values, or
+        several numbers `t`.
+
+    Example:
+      >>> taus = [{"w": jnp.array([0.1, -2.0])}]
+      >>> print(nearswap({"w": jnp.zeros(2)}, taus, t=0.5)["w"])
+      [ 0.1 -0.5]
+    """
+    _leaves.check(params_0, taus)
+    if len(taus) != 1:
+        raise ValueError(
+            f"nearswap merges one model into its base; found {len(taus)} task vectors."
+        )
+    return _leaves.fold(_swap_leaf, params_0, taus, _leaves.vector_coef(t, taus, "t"))
+
+
+@_leaves.leaf_function
+def _swap_leaf(leaf_0, taus, t):
+    share = (t / jnp.maximum(jnp.abs(taus[0]), 1e-6)).clip(0, 1)
+    return leaf_0 + share * taus[0]

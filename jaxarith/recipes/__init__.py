@@ -1,1 +1,0 @@
-"""Merges as data: from flags and YAML files to a function of models."""

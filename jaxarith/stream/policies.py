@@ -1,0 +1,248 @@
+"""Which tensor of a fine-tuned checkpoint belongs to which of its base.
+
+Checkpoints of one model differ in harmless ways: a prefix of all names, tied tensors
+that one file holds twice, buffers. They are brought together without asking. What
+changes the result, tensors that are missing and vocabularies of other sizes, is an
+error unless a policy says what to do.
+"""
+
+import collections
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+import jax.numpy as jnp
+
+from jaxarith.hub.safetensors import Tensor
+
+Vocabulary = Literal["error", "truncate", "base-rows", "skip"]
+Missing = Literal["error", "base"]
+VOCABULARIES = ("error", "truncate", "base-rows", "skip")
+MISSING = ("error", "base")
+
+# Tensors with a row for every token: embeddings and what is tied or compared to them.
+_TOKENS = re.compile(
+    r"embed|wte|(^|\.)shared\.|lm_head|vocab|predictions|decoder\.(weight|bias)"
+)
+_POSITIONS = re.compile(r"position|wpe|patch|relative")
+_BUFFERS = ("position_ids", "attn.bias")
+_SHOWN = 8
+
+
+def check(vocabulary: str, missing: str, has_base: bool):
+    """Raises a ValueError unless these policies are known and possible."""
+    for name, value, known in (
+        ("vocabulary", vocabulary, VOCABULARIES),
+        ("missing", missing, MISSING),
+    ):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; known are {', '.join(known)}.")
+    if not has_base and (missing == "base" or vocabulary in ("base-rows", "skip")):
+        raise ValueError(
+            "there is no base whose tensors could stand for those of a model: give a "
+            'base, or take missing="error" and vocabulary="error" or "truncate".'
+        )
+
+
+def fit(
+    base: Mapping[str, Tensor],
+    model: Mapping[str, Tensor],
+    label: str,
+    missing: Missing = "error",
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Finds the tensor of a model for each one of the base.
+
+    Args:
+      base, model: tensors by name.
+      label: what errors and notes call the model.
+      missing: what happens where a model lacks tensors or has more than the base:
+        "error", or "base": tensors stay as they are in the base, others are left out.
+
+    Returns:
+      The tensors of floating-point numbers by the base's names, and what was done.
+
+    Raises:
+      ValueError: a tensor is missing, or has no place in the base.
+    """
+    notes = []
+    ours, prefix = _without_prefix(base, model)
+    if prefix:
+        notes.append(f"{label}: the names differ from the base's by {prefix!r}")
+    wanted = {name for name, tensor in base.items() if is_floating(tensor)}
+    found = {name: ours[name] for name in sorted(wanted) if name in ours}
+
+    tied = {}
+    for name in sorted(wanted - found.keys()):
+        if _is_constant(base[name]):  # norms begin as ones, and biases as zeros
+            continue
+        twins = (other for other in found if _same_values(base[name], base[other]))
+        if (twin := next(twins, None)) is not None:
+            tied[name] = found[twin]
+            notes.append(f"{label}: {name} is tied to {twin}")
+    found |= tied
+    lacking = sorted(wanted - found.keys())
+
+    extra = {name: t for name, t in ours.items() if name not in base}
+    copies = {
+        name: other
+        for name, tensor in extra.items()
+        for other in found
+        if _same_values(tensor, found[other])
+    }
+    buffers = [name for name, tensor in extra.items() if not is_floating(tensor)]
+    for name, tensor in ours.items():
+        # Buffers are vectors and masks; packed weights of a quantised model would be
+        # taken from the base while their scales are merged.
+        is_matrix = tensor.dtype.kind in "iu" and len(tensor.shape) > 1
+        known = name not in base or name.endswith(_BUFFERS)
+        if is_matrix and not known and not _same_values(tensor, base[name]):
+            raise ValueError(
+                f"{label}: {name} is a matrix of {tensor.dtype} that differs from the "
+                "base's. Quantised models cannot be merged: convert them to a "
+                "floating-point type first."
+            )
+    notes += [f"{label}: {a} is a copy of {b}" for a, b in sorted(copies.items())]
+    strange = sorted(extra.keys() - copies.keys() - set(buffers))
+    if missing == "error" and (lacking or strange):
+        lines = [f"  - {name} {_spec(base[name])}: not in it" for name in lacking]
+        lines += [
+            f"  + {name} {_spec(ours[name])}: not in the base" for name in strange
+        ]
+        raise ValueError(
+            f"{label} does not fit the base ({len(lines)} tensors):\n"
+            + _listed(lines)
+            + '\nmissing="base" (--missing base) leaves the base as it is there.'
+        )
+    if lacking:
+        notes.append(f"{label}: {_some(lacking)} missing: the base's stay")
+    if strange or buffers:
+        notes.append(f"{label}: {_some([*strange, *buffers])} left out")
+    return dict(sorted(found.items())), notes
+
+
+def rows(
+    base: Mapping[str, Tensor],
+    models: Mapping[str, Mapping[str, Tensor]],
+    vocabulary: Vocabulary = "error",
+) -> tuple[dict[str, int], set[str], list[str]]:
+    """What becomes of tensors whose numbers of rows differ between the models.
+
+    Args:
+      base: tensors by name.
+      models: by label, tensors by the base's names.
+      vocabulary: "truncate": the rows that all have; "base-rows": those of the base, to
+        which a model with fewer rows adds nothing in the others; "skip": the base's
+        tensor as it is.
+
+    Returns:
+      The numbers of rows that the merge has, of tensors where they differ; the names
+      that are not merged; and notes.
+
+    Raises:
+      ValueError: other shapes than numbers of tokens differ, or these under "error".
+    """
+    counts: dict[str, dict[str, int]] = collections.defaultdict(dict)
+    wrong = []
+    for label, tensors in models.items():
+        for name, tensor in tensors.items():
+            if tensor.shape == base[name].shape:
+                continue
+            same_rest = tensor.shape[1:] == base[name].shape[1:]
+            if tensor.shape and same_rest and _is_of_tokens(name):
+                counts[name][label] = tensor.shape[0]
+            else:
+                wrong.append(
+                    f"  ! {name}: {list(tensor.shape)} in {label}, "
+                    f"{list(base[name].shape)} in the base"
+                )
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} tensors have other shapes:\n{_listed(wrong)}\n"
+            "Only fine-tuned models of one base can be merged."
+        )
+    lines = [
+        f"  {name}: {base[name].shape[0]} rows in the base, {count} in {label}"
+        for name, of_label in counts.items()
+        for label, count in of_label.items()
+    ]
+    if lines and vocabulary == "error":
+        raise ValueError(
+            f"the vocabularies differ:\n{_listed(lines)}\n"
+            'Choose: vocabulary="truncate" keeps the rows that all have, "base-rows" '
+            'those of the base, "skip" the base itself (--vocabulary).'
+        )
+    notes = [f"{line.strip()} ({vocabulary})" for line in lines]
+    if vocabulary == "skip":
+        return {}, set(counts), notes
+    kept = {name: base[name].shape[0] for name in counts}
+    if vocabulary == "truncate":
+        kept = {name: min(n, *counts[name].values()) for name, n in kept.items()}
+    return kept, set(), notes
+
+
+def is_floating(tensor: Tensor) -> bool:
+    """Whether it is merged: integers and booleans are buffers, which are copied."""
+    return jnp.issubdtype(tensor.dtype, jnp.floating)
+
+
+def _is_of_tokens(name):
+    return _TOKENS.search(name) and not _POSITIONS.search(name)
+
+
+def _without_prefix(base, model):
+    """The model's tensors by the base's names, and the prefix in which these differ.
+
+    `vision_model.`, `transformer.` or `bert.` is in front of all names, or of all but
+    the head's, or of none, depending on the class and version that saved a file.
+    """
+    heads = {name.split(".")[0] + "." for name in [*base, *model]}
+    renamings = {"": dict(model)}
+    for prefix in sorted(heads):
+        renamings["+" + prefix] = {_added(n, prefix, base): t for n, t in model.items()}
+        renamings["-" + prefix] = {
+            _removed(n, prefix, base): t for n, t in model.items()
+        }
+    # As they are, unless more names fit otherwise. None may take another's place.
+    possible = [sign for sign in renamings if len(renamings[sign]) == len(model)]
+    best = max(possible, key=lambda sign: len(renamings[sign].keys() & base.keys()))
+    return renamings[best], best
+
+
+def _added(name, prefix, base):
+    return prefix + name if name not in base and prefix + name in base else name
+
+
+def _removed(name, prefix, base):
+    short = name.removeprefix(prefix)
+    return short if name not in base and short in base else name
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape) or not a.shape:
+        return False
+    # Most tensors that differ do so in their first rows already.
+    few = min(16, a.shape[0])
+    return _same_bytes(a.rows(few), b.rows(few)) and _same_bytes(a, b)
+
+
+def _is_constant(tensor):
+    entries = tensor.read().reshape(-1)
+    return bool((entries == entries[:1]).all())
+
+
+def _same_bytes(a, b):
+    return a.read().tobytes() == b.read().tobytes()
+
+
+def _spec(tensor):
+    return f"{tensor.dtype}{list(tensor.shape)}"
+
+
+def _listed(lines):
+    more = [f"  … and {len(lines) - _SHOWN} more"] * (len(lines) > _SHOWN)
+    return "\n".join(lines[:_SHOWN] + more)
+
+
+def _some(names):
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} tensors ({', '.join(names[:3])}{more})"

@@ -1,0 +1,17 @@
+"""Fine-tuning of one or several tasks, ordinary or in the tangent space.
+
+`config` states what is trained, `batches` on which samples, `step` is one optimizer
+step, and `run` the loop with progress, log and checkpoints.
+"""
+
+from jaxarith.train.batches import joint_batches as joint_batches
+from jaxarith.train.batches import task_batches as task_batches
+from jaxarith.train.config import TrainConfig as TrainConfig
+from jaxarith.train.config import code as code
+from jaxarith.train.config import optimizer as optimizer
+from jaxarith.train.config import paper as paper
+from jaxarith.train.config import schedule as schedule
+from jaxarith.train.run import fine_tune as fine_tune
+from jaxarith.train.step import init_state as init_state
+from jaxarith.train.step import make_step as make_step
+from jaxarith.train.step import objective as objective

@@ -1,0 +1,160 @@
+"""The batches of a run: own samples of every task, and penalty samples of others."""
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxarith import sharding, tau_jp
+from jaxarith.data import pipeline
+from jaxarith.train.config import TrainConfig as TrainConfig
+
+
+def task_batches(
+    sources: Sequence,
+    config: TrainConfig,
+    *,
+    others: Sequence[Sequence] | None = None,
+    inputs: Sequence[str] = ("image",),
+    augment: pipeline.Augment | None = None,
+    mesh: Mesh | None = None,
+    seeds: Sequence[int] | None = None,
+) -> Sequence[dict]:
+    """The batches of a run: every task's own samples and, if asked, penalty samples.
+
+    A batch is a function of its step and the seed alone, and is made when it is asked
+    for. Of several processes each reads what its own devices compute, and nothing else.
+
+    Args:
+      sources: the training source of each of T tasks.
+      config: steps, sizes, penalty mode and seed.
+      others: for each task, the sources that its task vector must not disturb
+        (T_orth); by default the other tasks' training sources. Labels are not read.
+      inputs: the fields of a penalty sample: those of the model, and the penalty's
+        mask where that is not among them.
+      augment: from a sample of a source and a `numpy.random.Generator` to what is
+        trained on, of penalty samples too; by default samples are taken as they are.
+      mesh: the devices, see `sharding`; by default one.
+      seeds: of each task, so that its samples do not depend on the tasks that are
+        trained beside it; by default they follow from `config.seed` and its position.
+
+    Returns:
+      `config.steps` dicts of arrays `[T, config.batch_size, ...]`; with a penalty also
+      `"penalty"`, a dict of input fields `[T, P, ...]`. In one of several processes
+      the `sharding.local_rows` of both axes.
+
+    Raises:
+      ValueError: no task, an empty source, no other task for the penalty, or tasks or
+        samples that the mesh cannot share equally.
+    """
+    if not sources:
+        raise ValueError("no task to train on: the list of sources is empty.")
+    if others is None:
+        tasks = range(len(sources))
+        others = [[sources[j] for j in tasks if j != i] for i in tasks]
+    mesh = mesh or sharding.one_device()
+    if seeds is None:
+        count = itertools.count(10_000 * config.seed)
+        own_seeds = [next(count) for _ in sources]
+        other_seeds = [[next(count) for _ in group] for group in others]
+        draw_seeds = [config.seed + task for task in range(len(sources))]
+    else:
+        own_seeds = draw_seeds = list(seeds)
+        other_seeds = [
+            [seed + 1 + j for j in range(len(group))]
+            for seed, group in zip(seeds, others, strict=True)
+        ]
+
+    def shuffled(sources, seeds):
+        pairs = zip(sources, seeds, strict=True)
+        return [pipeline.shuffled(source, seed, augment) for source, seed in pairs]
+
+    own = shuffled(sources, own_seeds)
+    foreign = [shuffled(*pair) for pair in zip(others, other_seeds, strict=True)]
+    local_tasks = sharding.local_rows(len(sources), mesh, "task")
+
+    def drawn(task, step):
+        views, size = len(foreign[task]), config.penalty_batch_size
+        return tau_jp.draw(config.penalty, step, views, size, draw_seeds[task])
+
+    rows = _local_samples(config.batch_size, config, mesh)
+    if config.penalty:
+        penalty_rows = [
+            _local_samples(len(drawn(task, 0)), config, mesh)
+            for task in range(len(sources))
+        ]
+
+    def penalty_samples(task, step):
+        views, tasks = foreign[task], drawn(task, step)
+        first = step * config.penalty_batch_size
+        records = [
+            views[tasks[i]][first + int(i) % config.penalty_batch_size]
+            for i in penalty_rows[task]
+        ]
+        return pipeline.collate([{name: r[name] for name in inputs} for r in records])
+
+    def make_batch(step):
+        batches = []
+        for task in local_tasks:
+            positions = step * config.batch_size + rows
+            batch = pipeline.collate([own[task][int(i)] for i in positions])
+            if config.penalty:
+                batch["penalty"] = penalty_samples(task, step)
+            batches.append(batch)
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
+    return pipeline.lazy(make_batch, config.steps)
+
+
+def joint_batches(
+    sources: Sequence,
+    config: TrainConfig,
+    *,
+    augment: pipeline.Augment | None = None,
+    mesh: Mesh | None = None,
+) -> Sequence[dict]:
+    """The batches of one run on all tasks at once: multi-task learning.
+
+    Args:
+      sources: the training source of each of T tasks.
+      config: steps and seed; `batch_size` samples of every task make a batch.
+      augment, mesh: as for `task_batches`.
+
+    Returns:
+      `config.steps` dicts of arrays `[1, T * config.batch_size, ...]`, with the number
+      of each sample's task as the field "task", `i32`.
+
+    Raises:
+      ValueError: as for `task_batches`; the devices cannot train different tasks, for
+        there is one.
+    """
+    if not sources:
+        raise ValueError("no task to train on: the list of sources is empty.")
+    mesh = mesh or sharding.one_device()
+    seeds = itertools.count(10_000 * config.seed)
+    views = [pipeline.shuffled(source, next(seeds), augment) for source in sources]
+    sharding.local_rows(1, mesh, "task")  # an error where there are several
+    rows = _local_samples(len(views) * config.batch_size, config, mesh)
+
+    def make_batch(step):
+        first = step * config.batch_size
+        pairs = [divmod(int(row), len(views)) for row in rows]
+        batch = pipeline.collate([views[task][first + i] for i, task in pairs])
+        batch["task"] = np.array([task for _, task in pairs], np.int32)
+        return {name: field[None] for name, field in batch.items()}
+
+    return pipeline.lazy(make_batch, config.steps)
+
+
+def _local_samples(count, config, mesh):
+    """Which samples of a step this process reads."""
+    parts = sharding.batch_shards(mesh) * config.micro_batches
+    if count % parts:
+        raise ValueError(
+            f"{count} samples of a step cannot be cut into equal parts for "
+            f"{sharding.batch_shards(mesh)} devices and {config.micro_batches} "
+            f"micro-batches; give a multiple of {parts}, or another mesh."
+        )
+    return sharding.local_rows(count, mesh, sharding.BATCH)

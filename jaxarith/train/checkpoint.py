@@ -1,0 +1,336 @@
+"""Checkpoints of a training run: asynchronous, atomic, checked when they are read.
+
+A run has one folder. In it, `step_00000120` holds `state`, written by Orbax, and a
+manifest with the configuration of the run and shape, dtype and fingerprint of each
+leaf. A folder without a manifest is what a killed process left.
+
+In a computation of several processes every process makes the same calls, on a file
+system that they share. Process 0 alone writes manifests and removes things.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from jaxarith import fingerprint, tree
+from jaxarith.sharding import processes
+from jaxarith.train import manifest
+from jaxarith.typing import Tree
+
+
+class Restored(NamedTuple):
+    """A state that was read back, and the number of optimizer steps it has seen."""
+
+    step: int
+    state: Tree
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      folder: where they are kept; it is created.
+      config: what the run depends on, as plain data that JSON can hold.
+      keep: how many are kept. One more is on disk while it is written.
+
+    Raises:
+      OSError: the folder can't be written to.
+      ValueError: it has checkpoints of another configuration; the message names the
+        fields.
+
+    Example:
+      >>> state = {"w": jnp.arange(3.0)}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     with Checkpoints(folder, {"steps": 2}) as checkpoints:
+      ...         checkpoints.save(1, state)
+      ...         checkpoints.restore(state)
+      Restored(step=1, state={'w': Array([0., 1., 2.], dtype=float32)})
+    """
+
+    def __init__(self, folder, config: Mapping, *, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; at least 1 checkpoint is kept.")
+        self.folder, self.keep = Path(folder).absolute(), keep
+        self._config = json.loads(json.dumps(config, allow_nan=False))
+        processes.on_first(self._prepare)
+        self._steps, self._damaged = list(filter(self._complete, self._on_disk())), []
+        self._check_config()
+        processes.on_first(self._clean)
+        self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: tuple[int, concurrent.futures.Future] | None = None
+
+    def _prepare(self):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                file.write(b"written")
+        except OSError as error:
+            raise OSError(
+                f"checkpoints can't be written to {self.folder}: {error}. Name another "
+                "folder."
+            ) from error
+
+    def _clean(self):
+        """Removes what a killed process left, and nothing that is another's."""
+        for step in self._on_disk():
+            names = {path.name for path in self._path(step).iterdir()}
+            ours = all(
+                name.startswith(("state", f".{manifest.NAME}")) for name in names
+            )
+            if ours and not self._complete(step):
+                _remove(self._path(step))
+
+    def _check_config(self):
+        for step in reversed(self._steps):
+            content = manifest.read(self._path(step))
+            if content and content["config"] != self._config:
+                lines = manifest.differences(content["config"], self._config)
+                raise ValueError(
+                    f"{self._path(step)} is of a run with another configuration:\n  "
+                    + "\n  ".join(lines)
+                    + "\nName another folder, or remove this one to start anew."
+                )
+
+    def _path(self, step):
+        return self.folder / f"step_{step:08d}"
+
+    def _on_disk(self):
+        names = (path.name for path in self.folder.iterdir() if path.is_dir())
+        return sorted(int(x[5:]) for x in names if re.fullmatch(r"step_\d{8,}", x))
+
+    def _complete(self, step):
+        return (self._path(step) / manifest.NAME).exists()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            if error is None:
+                self.wait()
+            elif self._pending and (failure := self._pending[1].exception()):
+                # Not `wait`: other processes may not come to agree on anything.
+                error.add_note(str(failure))
+        finally:
+            self._background.shutdown()
+
+    def reserve(self, like: Tree):
+        """Raises an OSError unless the disk has room for the checkpoints of a run."""
+        leaves = jax.tree.leaves(like)
+        size = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+        more = max(self.keep + 1 - len(self._steps) - len(self._damaged), 1)
+        free = shutil.disk_usage(self.folder).free
+        if free < more * size:
+            raise OSError(
+                f"{self.folder} has {free / 1e9:.3g} GB free; {more} more checkpoints "
+                f"of {size / 1e9:.3g} GB need {more * size / 1e9:.3g} GB "
+                f"({self.keep} are kept, and one is being written). Free some space, "
+                "keep fewer, or name a folder on another disk."
+            )
+
+    def save(self, step: int, state: Tree):
+        """Begins to save; returns when the buffers of `state` may be given up.
+
+        Once the new checkpoint is complete, older ones beyond `keep` are removed, and
+        those that `restore` found damaged. A step that is there is not saved again.
+
+        Args:
+          step: the number of optimizer steps done.
+          state: a tree of arrays, PRNG keys among them.
+
+        Raises:
+          OSError: the save before this one failed, or this one did at once.
+          ValueError: there is a checkpoint of a later step.
+        """
+        self.wait()
+        newest = max(self._steps, default=-1)
+        if step == newest:
+            return
+        if step < newest:
+            raise ValueError(
+                f"step {step} can't be saved: {self.folder} has step {newest}. Restore "
+                "it first, or name another folder."
+            )
+        state = jax.tree.map(jnp.asarray, state)
+        content = {
+            "step": step,
+            "config": self._config,
+            "leaves": _layout(state),
+            "fingerprints": fingerprint.of(state),
+        }
+        steps = [*self._steps, step]
+        old = steps[: -self.keep] + [x for x in self._damaged if x != step]
+        with self._failure_named(step):
+            processes.on_first(lambda: self._begin(step))
+            saving = ocp.save_async(self._path(step) / "state", _without_empty(state))
+        future = self._background.submit(self._finish, saving, content, old)
+        self._pending = step, future
+
+    def _begin(self, step):
+        _remove(self._path(step))  # of a damaged checkpoint
+        self._path(step).mkdir()
+
+    def _finish(self, saving, content, old):
+        folder = self._path(content["step"])
+        with self._failure_named(content["step"]):
+            saving.result()  # returns when all processes have written their part
+            if jax.process_index() == 0:
+                manifest.write(folder, content)
+        if jax.process_index() == 0:
+            for step in old:
+                _remove(self._path(step))
+
+    @contextlib.contextmanager
+    def _failure_named(self, step):
+        try:
+            yield
+        except Exception as error:
+            # A full disk comes as OSError, ValueError, RuntimeError, …, by the writer.
+            if jax.process_index() == 0:
+                _remove(self._path(step))
+            last = self._path(self._steps[-1]) if self._steps else "none"
+            raise OSError(
+                f"the checkpoint of step {step} was not saved: {_brief(error)}. The "
+                f"last good one: {last}."
+            ) from error
+
+    def wait(self):
+        """Returns when all is on disk.
+
+        Raises:
+          OSError: the last save failed; the message names it and the last good one.
+        """
+        if self._pending is None:
+            return
+        (step, future), self._pending = self._pending, None
+        failure = future.exception()
+        if processes.anywhere(failure is not None):
+            raise failure or OSError(
+                f"the checkpoint of step {step} was not saved: another process failed, "
+                "and its message says why."
+            )
+        self._steps, self._damaged = [*self._steps, step][-self.keep :], []
+
+    def restore(self, like: Tree) -> Restored | None:
+        """The newest checkpoint that is undamaged, or None where there is none.
+
+        Args:
+          like: the tree to restore, of arrays or `jax.ShapeDtypeStruct`. Its shardings
+            are those of the result, on whatever devices the state was before.
+
+        Warns:
+          UserWarning: newer ones are damaged; the message says how, and what is used.
+
+        Raises:
+          ValueError: `like` has other leaves than the checkpoint.
+        """
+        self.wait()
+        like, flaws = jax.tree.map(_abstract, like), []
+        while self._steps:
+            folder = self._path(self._steps[-1])
+            # Checked before Orbax reads: on damaged files it logs pages of tracebacks.
+            first = jax.process_index() == 0
+            flaw = _agreed(manifest.flaw(folder) if first else None)
+            if flaw is None:
+                state, flaw = _load(folder, like)
+                flaw = _agreed(flaw)
+            if flaw is None:
+                if flaws:
+                    flaws.append(f"{folder.name} is used instead.")
+                    warnings.warn("\n".join(flaws), stacklevel=2)
+                return Restored(self._steps[-1], state)
+            flaws.append(f"{folder} is damaged: {flaw}.")
+            self._damaged.append(self._steps.pop())
+        if flaws:
+            flaws.append("No undamaged checkpoint is left: the run starts anew.")
+            warnings.warn("\n".join(flaws), stacklevel=2)
+        return None
+
+
+def _remove(folder):
+    """Removes a checkpoint; killed half-way, it leaves one that does not count."""
+    (folder / manifest.NAME).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _load(folder, like):
+    """The state in a folder and None, or None and what is wrong with it."""
+    content = manifest.read(folder)
+    if lines := manifest.differences(content["leaves"], _layout(like)):
+        shown = lines[:10] + [f"… and {len(lines) - 10} more"] * (len(lines) > 10)
+        raise ValueError(
+            f"{folder} does not fit the tree to restore in {len(lines)} leaves:\n  "
+            + "\n  ".join(shown)
+            + "\nBuild the state as the run that saved it did, or name another folder."
+        )
+    try:
+        abstract = jax.tree.map(_on_a_device, _without_empty(like))
+        state = ocp.load(folder / "state", abstract)
+    except Exception as error:
+        # Errors of JSON, TensorStore, zstd, …: no list of types would be complete.
+        return None, _brief(error)
+    state = jax.tree.map(_placed, like, state)
+    found, saved = fingerprint.of(state), content["fingerprints"]
+    if bad := [path for path in found if found[path] != saved[path]]:
+        some = ", ".join(bad[:3]) + " …" * (len(bad) > 3)
+        return None, f"{len(bad)} leaves are not what was saved ({some})"
+    return state, None
+
+
+def _layout(state):
+    leaves = tree.flatten(state).items()
+    return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _without_empty(state):
+    """The tree without leaves of size 0, which Orbax refuses."""
+    return jax.tree.map(lambda leaf: leaf if leaf.size else None, state)
+
+
+def _abstract(leaf):
+    """Shape and dtype, and the sharding of a leaf that is bound to its devices."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    leaf = jnp.asarray(leaf)
+    sharding = leaf.sharding if leaf.committed else None
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _on_a_device(leaf):
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return leaf.update(sharding=leaf.sharding or first)
+
+
+def _placed(like, leaf):
+    """What Orbax read, not bound to a device where `like` is not."""
+    if leaf is None:
+        return jnp.zeros(like.shape, like.dtype, device=like.sharding)
+    if like.sharding is not None:
+        return leaf
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = np.asarray(jax.random.key_data(leaf))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    return jnp.asarray(np.asarray(leaf))
+
+
+def _brief(error):
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
+
+
+def _agreed(flaw: str | None) -> str | None:
+    """What a process finds wrong, if only that another one does."""
+    wrong = processes.anywhere(flaw is not None)
+    return (flaw or "another process says why") if wrong else None

@@ -1,0 +1,257 @@
+"""Fine-tuning of one or several tasks, ordinary or in the tangent space.
+
+`recipe` says what is trained, `train_step` is one step of it, and here is the run:
+batches, progress, checkpoints. A run with checkpoints stops at a signal and goes on
+where it stopped, to the same bits.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from jaxarith import fingerprint, report, sharding, tree
+from jaxarith.data import pipeline
+from jaxarith.sharding import processes
+from jaxarith.train import checkpoint, interrupts
+from jaxarith.train.config import TrainConfig as TrainConfig
+from jaxarith.train.config import schedule
+from jaxarith.train.step import init_state, make_step, objective
+from jaxarith.typing import ApplyFn, LossFn, Params, Tree
+
+
+def fine_tune(
+    apply_fn: ApplyFn,
+    params_0: Params,
+    loss_fn: LossFn,
+    batches: Sequence[dict],
+    config: TrainConfig,
+    *,
+    names: Sequence[str],
+    constants: Tree = None,
+    inputs: Sequence[str] = ("image",),
+    penalty_mask: str | None = None,
+    log: Path | None = None,
+    mesh: Mesh | None = None,
+    checkpoints: Path | None = None,
+    save_every: int = 200,
+    keep: int = 2,
+    start: Sequence[Tree] | None = None,
+    observe: Callable[[int, list[Tree]], None] | None = None,
+    observe_every: int | Collection[int] = 100,
+    workers: int = 0,
+) -> list[Tree]:
+    """Trains one task vector for each task.
+
+    With a folder for checkpoints the run can be stopped at any moment: called again, it
+    goes on from the last checkpoint and ends with the same bits as without a stop, on
+    the same devices. On SIGTERM and Ctrl-C it saves first.
+
+    Args:
+      apply_fn: `apply_fn(params, *inputs) -> outputs`.
+      params_0: the pre-trained parameters; they are only read.
+      loss_fn: `loss(outputs, batch, constants) -> scalar` of one task.
+      batches: `config.steps` batches with a leading task axis, from `task_batches`.
+      config: the recipe.
+      names: the T tasks, for the progress bar, the log and errors.
+      constants: a tree of arrays `[T, ...]` that `loss_fn` gets a row of.
+      inputs: the fields of a batch that are passed to `apply_fn`, in order.
+      penalty_mask: for outputs by token, `[B, S, ...]`: the field of the penalty
+        samples, `[B, S]`, that is 0 where a token is padding, such as
+        "attention_mask". The penalty is the mean over the other tokens; without it,
+        over all.
+      log: a file that gets one JSON line per step: step, learning rate, samples per
+        second, and loss (and penalty) and norm of the gradient by task.
+      mesh: the devices, see `sharding`; by default one.
+      checkpoints: the folder for checkpoints; several processes share it. By default
+        nothing is saved.
+      save_every: steps from one checkpoint to the next. There is one at the end too.
+      keep: how many checkpoints, the last ones, are kept.
+      start: a task vector of every task to start from, with a fresh optimizer; by
+        default zero.
+      observe: is called with the number of steps done and the task vectors, every
+        `observe_every` steps, or after each of these numbers of steps. A run that goes
+        on from a checkpoint may do so for the steps since it once more.
+      workers: how many processes make the batches; 0 for threads, see
+        `data.pipeline.prefetch`, and mind that a script must not start anew in them.
+
+    Returns:
+      T task vectors in float32, with the leaves that `config.trained` matches.
+
+    Raises:
+      FloatingPointError: a loss or gradient is not finite; the message names the step,
+        the task and the leaf. Checkpoints from before are kept.
+      OSError: the checkpoints do not fit on the disk, or cannot be written.
+      SystemExit: a signal came, and the state is saved; of status 128 + its number.
+        Of several processes only SIGTERM is noted.
+      ValueError: `batches` is not `config.steps` long, `trained` matches no leaf, the
+        mesh cannot share tasks or samples equally, or the checkpoints are of another
+        run.
+    """
+    if checkpoints is not None and save_every < 1:
+        raise ValueError(f"save_every is {save_every}; at least 1 is needed.")
+    if isinstance(observe_every, int):
+        if observe_every < 1:
+            raise ValueError(f"observe_every is {observe_every}; at least 1 is needed.")
+        observe_every = range(observe_every, config.steps + 1, observe_every)
+    if len(batches) != config.steps:
+        raise ValueError(f"{len(batches)} batches for {config.steps} steps.")
+    mesh = mesh or sharding.one_device()
+    params_0 = sharding.shard(params_0, mesh)  # once, not with every step
+    constants = sharding.put(constants, NamedSharding(mesh, P("task")))
+    state = init_state(params_0, config, len(names), mesh, start)
+    objective_fn = objective(apply_fn, loss_fn, config, inputs, penalty_mask, mesh)
+    step, one_by_one = make_step(objective_fn, config, mesh), _one_by_one(mesh)
+    leaves = list(tree.flatten(state[0]))
+    learning_rate = schedule(config)
+    first, saved, signalled = 0, None, lambda: None
+    with contextlib.ExitStack() as stack:
+        if checkpoints is not None:
+            signalled = stack.enter_context(interrupts.noted())
+            identity = _identity(config, names, params_0, constants)
+            identity |= {"inputs": list(inputs), "penalty_mask": penalty_mask}
+            if start is not None:
+                identity["start"] = fingerprint.combined(list(start))
+            saved = stack.enter_context(
+                checkpoint.Checkpoints(checkpoints, identity, keep=keep)
+            )
+            processes.on_first(lambda: saved.reserve(state))
+            if restored := saved.restore(state):
+                first, state = restored
+        is_first = jax.process_index() == 0
+        if log is not None:  # an error of the first process must stop the others too
+            processes.on_first(lambda: _keep_lines(log, first))
+        file = stack.enter_context(open(log if log and is_first else os.devnull, "a"))
+        bar = stack.enter_context(
+            tqdm(
+                total=config.steps,
+                initial=first,
+                desc=_title(config),
+                unit="step",
+                disable=not is_first,
+            )
+        )
+
+        def record(number, metrics):
+            metrics = {k: np.asarray(v) for k, v in metrics.items()}
+            norms = metrics.pop("gradient_norms")
+            _check_finite(metrics, norms, number, names, leaves)
+            metrics["gradient_norm"] = np.linalg.norm(norms, axis=1)
+            samples = (number + 1 - first) * config.batch_size * len(names)
+            rate = samples / (time.time() - since)
+            loss = f"{np.mean(metrics['loss']):.3f}"
+            bar.set_postfix(loss=loss, samples_s=int(rate), refresh=False)
+            bar.update()
+            line = {
+                "step": number,
+                "learning_rate": float(learning_rate(number)),
+                "samples_per_second": round(rate, 1),
+            }
+            for name, values in metrics.items():
+                line[name] = dict(zip(names, values.tolist(), strict=True))
+            file.write(json.dumps(line) + "\n")
+
+        since, pending = time.time(), None
+        made = pipeline.prefetch(batches, first, workers)
+        for number, batch in enumerate(made, first):
+            batch = sharding.from_local_rows(batch, mesh)
+            state, metrics = step(state, params_0, batch, constants)
+            if pending:  # read the step before while the device computes this one
+                record(*pending)
+            pending, done = (number, metrics), number + 1
+            if observe and done in observe_every:
+                record(*pending)  # what is not finite is not shown
+                pending = None
+                observe(done, one_by_one(state[0]))
+            came = signalled()
+            if saved and (came or done % save_every == 0 or done == config.steps):
+                if pending:
+                    record(*pending)  # what is not finite is not saved
+                pending = None
+                file.flush()
+                saved.save(done, state)
+            if came:
+                saved.wait()
+                if is_first:
+                    bar.write(
+                        f"{came.name}: saved after step {done} of {config.steps} in "
+                        f"{checkpoints}. Run the same again to go on.",
+                        file=sys.stderr,
+                    )
+                raise SystemExit(128 + came)
+        if pending:
+            record(*pending)
+    return one_by_one(state[0])
+
+
+def _identity(config, names, params_0, constants):
+    """What must be the same where a run goes on."""
+    options = dataclasses.asdict(config)
+    # How a step is computed, not what: other devices may want it otherwise.
+    del options["tasks_at_once"], options["micro_batches"]
+    return {
+        "train": options,
+        "tasks": list(names),
+        "params_0": fingerprint.combined(params_0),
+        "constants": fingerprint.combined(constants),
+    }
+
+
+def _keep_lines(log, steps):
+    """Keeps the first lines of the log, one for each of the steps that are done."""
+    log = Path(log)
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    report.write_text(log, "".join(lines[:steps]))
+
+
+def _one_by_one(mesh):
+    """From trees along a task axis to a list of them."""
+
+    @jax.jit
+    def unstack(taus):
+        return [sharding.pin(tau, mesh) for tau in tree.unstack(taus)]
+
+    return unstack
+
+
+def _title(config):
+    kind = "linearised" if config.linearized else "ordinary"
+    return f"{kind} + {config.penalty} τJp" if config.penalty else kind
+
+
+def _check_finite(metrics, norms, number, names, leaves):
+    for task, name in enumerate(names):
+        bad = [
+            metric
+            for metric, values in metrics.items()
+            if not np.isfinite(values[task])
+        ]
+        broken = [
+            leaf
+            for leaf, ok in zip(leaves, np.isfinite(norms[task]), strict=True)
+            if not ok
+        ]
+        if not bad and not broken:
+            continue
+        what = [
+            f"the {metric} of task {name} is {metrics[metric][task]}" for metric in bad
+        ]
+        if broken:
+            what.append(
+                f"the gradient of task {name} is not finite in {len(broken)} of "
+                f"{len(leaves)} leaves, the first {broken[0]},"
+            )
+        raise FloatingPointError(
+            f"{' and '.join(what)} at step {number}. Lower the learning rate, or look "
+            "for bad samples around that step."
+        )

@@ -1,0 +1,199 @@
+r"""One optimizer step of several tasks, and the state that it changes.
+
+The state of a task is its task vector, not the parameters: nothing is lost to rounding
+in :math:`\theta_0 + \tau`. Weight decay pulls :math:`\theta_0 + \tau`, not
+:math:`\tau`, towards zero, as AdamW on the parameters does.
+
+Tasks train side by side along a leading task axis, with one compilation. On a mesh the
+devices share every batch, hold parts of the state, or train different tasks.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxarith import sharding, tangent, task_vectors, tau_jp, tree
+from jaxarith.train.config import TrainConfig, optimizer
+from jaxarith.typing import ApplyFn, LossFn, Params, Tree
+
+
+def objective(
+    apply_fn: ApplyFn,
+    loss_fn: LossFn,
+    config: TrainConfig,
+    inputs: Sequence[str] = ("image",),
+    penalty_mask: str | None = None,
+    mesh: Mesh | None = None,
+):
+    """What training minimises, `(tau, params_0, batch, constants) -> (total, metrics)`.
+
+    `batch` holds the fields named by `inputs`, what `loss_fn` reads and, with a
+    penalty, `"penalty"`: a dict of the same input fields for samples of other tasks,
+    and of `penalty_mask`, which `fine_tune` explains. The devices of `mesh`, by default
+    one, share the samples.
+    """
+    mesh = mesh or sharding.one_device()
+    apply_fn = sharding.on_mesh(apply_fn, mesh)
+
+    def total(tau, params_0, batch, constants):
+        task_inputs = tuple(batch[name] for name in inputs)
+        penalty = 0.0
+        if config.penalty:
+            others = batch["penalty"]
+            if penalty_mask is not None and penalty_mask not in others:
+                raise ValueError(
+                    f"penalty_mask is {penalty_mask!r}; the penalty samples have "
+                    f"{', '.join(others)}. Name it in the inputs of task_batches."
+                )
+            outputs, penalty = tau_jp.linearized_and_penalty(
+                apply_fn,
+                params_0,
+                tau,
+                task_inputs,
+                tuple(others[name] for name in inputs),
+                mask=None if penalty_mask is None else others[penalty_mask] != 0,
+                power=config.penalty_power,
+                product_dtype=config.product_dtype,
+                shards=sharding.batch_shards(mesh),
+            )
+        elif config.linearized:
+            f0, moved = tangent.jvp(
+                apply_fn,
+                params_0,
+                tau,
+                *task_inputs,
+                product_dtype=config.product_dtype,
+            )
+            outputs = jax.tree.map(jnp.add, f0, moved)
+        else:
+            outputs = apply_fn(task_vectors.apply(params_0, tau), *task_inputs)
+        loss = loss_fn(outputs, batch, constants)
+        metrics = {"loss": loss}
+        if config.penalty:
+            metrics["penalty"] = penalty
+        return loss + config.penalty_coef * penalty, metrics
+
+    return total
+
+
+def make_step(objective_fn, config: TrainConfig, mesh: Mesh | None = None):
+    """One optimizer step of all tasks, jitted.
+
+    Args:
+      objective_fn: from `objective`, of the same mesh.
+      config: the recipe.
+      mesh: the devices, see `sharding`; by default one.
+
+    Returns:
+      `step(state, params_0, batch, constants) -> (state, metrics)`. `state` is
+      `(taus, opt_state)`; it, `batch` and `constants` have a leading task axis, and so
+      have the metrics: those of the objective, `[T]`, and `"gradient_norms"`, `[T, L]`,
+      of the L trained leaves in the order of `tree.flatten`. The state that is passed
+      in is given up: its buffers are reused.
+    """
+    mesh = mesh or sharding.one_device()
+    update = optimizer(config).update
+
+    def part(*args):
+        grads, metrics = jax.grad(objective_fn, has_aux=True)(*args)
+        return sharding.pin(grads, mesh), metrics
+
+    def gradient(tau, params_0, batch, constants):
+        if config.micro_batches == 1:
+            return part(tau, params_0, batch, constants)
+        parts = _micro_batches(batch, config.micro_batches, mesh)
+
+        def add(total, batch):
+            found = part(tau, params_0, batch, constants)
+            return jax.tree.map(jnp.add, total, found), None
+
+        first = jax.tree.map(lambda leaf: leaf[0], parts)
+        shapes = jax.eval_shape(part, tau, params_0, first, constants)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        total, _ = jax.lax.scan(add, zeros, parts)
+        return jax.tree.map(lambda leaf: leaf / config.micro_batches, total)
+
+    def task_step(params_0, state, batch, constants):
+        tau, opt_state = state
+        grads, metrics = gradient(tau, params_0, batch, constants)
+        norms = [optax.tree.norm(leaf) for leaf in jax.tree.leaves(grads)]
+        metrics["gradient_norms"] = jnp.stack(norms)
+        start = tree.restrict(params_0, tree.flatten(tau))
+        params = jax.tree.map(jnp.add, start, tau)
+        updates, opt_state = update(grads, opt_state, params)
+        return (optax.apply_updates(tau, updates), opt_state), metrics
+
+    def own_tasks(state, params_0, batch, constants):
+        return jax.lax.map(
+            lambda task: task_step(params_0, *task),
+            (state, batch, constants),
+            # `map` of one at a time is a loop; in batches of one it would be a `vmap`.
+            batch_size=config.tasks_at_once if config.tasks_at_once > 1 else None,
+        )
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, params_0, batch, constants):
+        all_tasks = own_tasks
+        if mesh.shape["task"] > 1:
+            all_tasks = jax.shard_map(
+                own_tasks,
+                mesh=mesh,
+                in_specs=(P("task"), P(), P("task"), P("task")),
+                out_specs=P("task"),
+                axis_names={"task"},
+                check_vma=False,
+            )
+        state, metrics = all_tasks(state, params_0, batch, constants)
+        # Not pinned, the state might come out elsewhere, and every step be compiled.
+        return sharding.pin(state, mesh, tasks=True), sharding.constrain(
+            metrics, mesh, P()
+        )
+
+    return step
+
+
+def _micro_batches(batch, count, mesh):
+    """`[B, ...]` to `[count, B / count, ...]`, of every device its own samples."""
+    shards = sharding.batch_shards(mesh)
+
+    def cut(leaf):
+        parts = leaf.reshape(shards, count, -1, *leaf.shape[1:])
+        return jnp.swapaxes(parts, 0, 1).reshape(count, -1, *leaf.shape[1:])
+
+    return jax.tree.map(cut, batch)
+
+
+def init_state(
+    params_0: Params,
+    config: TrainConfig,
+    tasks: int,
+    mesh: Mesh | None = None,
+    start: Sequence[Tree] | None = None,
+):
+    """Task vectors, by default zero, and fresh optimizer states, by task.
+
+    Raises:
+      ValueError: `start` is not one task vector for each task, of the trained leaves.
+    """
+    mesh = mesh or sharding.one_device()
+    trained = tree.select(tree.floating(params_0), config.trained)
+    if start is not None and len(start) != tasks:
+        raise ValueError(f"{len(start)} task vectors to start from for {tasks} tasks.")
+    for tau in start or ():
+        tree.check_part(tau, trained, "task vector to start from", "trained part")
+        tree.check_part(trained, tau, "trained part", "task vector to start from")
+
+    def init(start):
+        if start is None:
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained)
+            start = [zeros] * tasks
+        taus = jax.tree.map(lambda *x: jnp.stack(x).astype(jnp.float32), *start)
+        return taus, jax.vmap(optimizer(config).init)(taus)
+
+    places = sharding.shardings(jax.eval_shape(init, start), mesh, tasks=True)
+    return jax.jit(init, out_shardings=places)(start)

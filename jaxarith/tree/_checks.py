@@ -1,0 +1,77 @@
+"""Checks of trees: that one fits another, and that all values are finite."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxarith import lazy
+from jaxarith.tree._paths import flatten
+from jaxarith.tree._placement import settled
+from jaxarith.typing import Tree
+
+
+def is_floating(leaf):
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def check_part(part: Tree, whole: Tree, part_name="tree", whole_name="parameters"):
+    """Raises a ValueError with the paths unless `part` fits into `whole`.
+
+    Every leaf of `part` must be in `whole`, with the same shape.
+    """
+    expected = {path: jnp.shape(leaf) for path, leaf in flatten(whole).items()}
+    found = {path: jnp.shape(leaf) for path, leaf in flatten(part).items()}
+    lines = [
+        f"  + {path} {list(shape)}: not in the {whole_name}"
+        for path, shape in found.items()
+        if path not in expected
+    ]
+    lines += [
+        f"  ! {path}: {list(shape)} in the {part_name}, {list(expected[path])} in the "
+        f"{whole_name}"
+        for path, shape in found.items()
+        if path in expected and expected[path] != shape
+    ]
+    if lines:
+        shown = lines[:10] + ([f"  … and {len(lines) - 10} more"] * (len(lines) > 10))
+        raise ValueError(
+            f"the {part_name} does not fit the {whole_name} ({len(lines)} leaves):\n"
+            + "\n".join(shown)
+        )
+
+
+def check_finite(tree: Tree, name: str):
+    """Raises a ValueError with the paths of leaves that hold NaN or infinity.
+
+    Values that `jit` is tracing are not known yet and are not checked; those in files
+    are when they are read.
+    """
+    leaves = {}
+    for path, leaf in flatten(tree).items():
+        if isinstance(leaf, lazy.Leaf):
+            leaf.check()
+        elif not isinstance(leaf, jax.core.Tracer) and is_floating(leaf):
+            leaves[path] = leaf
+    with jax.ensure_compile_time_eval():  # values that are known inside a `jit`
+        finite = {path: settled(lazy.all_finite(leaf)) for path, leaf in leaves.items()}
+    finite = jax.device_get(finite)
+    if bad := [path for path, ok in finite.items() if not ok]:
+        raise ValueError(
+            f"the {name} has NaN or infinite values in {len(bad)} leaves: "
+            f"{', '.join(bad[:5])}{' …' * (len(bad) > 5)}. Check the run or the file "
+            "that it came from."
+        )
+
+
+def is_finite(tree: Tree) -> bool:
+    """Whether all values are known to be finite; False if `jit` is tracing one.
+
+    Leaves in files do not count: they are looked at when they are written.
+    """
+    leaves = [
+        leaf
+        for leaf in jax.tree.leaves(tree)
+        if not isinstance(leaf, lazy.Leaf) and is_floating(leaf)
+    ]
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return False
+    return all(jax.device_get([settled(lazy.all_finite(leaf)) for leaf in leaves]))

@@ -1,0 +1,37 @@
+"""The types that signatures name; nothing else.
+
+They say what an argument means. JAX takes any pytree, so a type checker cannot check
+more of a tree than that; numbers, functions and options it can.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+Tree: TypeAlias = Any
+"""Any pytree of arrays."""
+
+Params: TypeAlias = Any
+"""Parameters of a model, a pytree of arrays; for the ports a nested dict."""
+
+Taus: TypeAlias = Sequence[Params]
+"""Task vectors, `fine-tuned - pre-trained`; a leaf that one lacks counts as zero."""
+
+ApplyFn: TypeAlias = Callable[..., Any]
+"""`apply_fn(params, *inputs) -> outputs`: the model as a function of its parameters."""
+
+Array: TypeAlias = jax.Array | np.ndarray
+
+Number: TypeAlias = float | int | np.number | np.ndarray | jax.Array
+"""A number, also as a scalar array, which `jit` may be tracing."""
+
+Coef: TypeAlias = Number | Sequence[Number] | Callable[[str], Any] | Mapping[str, Any]
+"""A scaling coefficient: a number, one per task, or either by path of the leaf.
+
+By path it is a function of the slash path, or a mapping from slash paths.
+"""
+
+LossFn: TypeAlias = Callable[[Any, dict, Any], jax.Array]
+"""`loss(outputs, batch, constants) -> scalar`; constants: what a task keeps fixed."""
