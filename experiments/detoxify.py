@@ -55,7 +55,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import runs
+from experiments.common import runs
 from jaxarith import (
     evaluate,
     hub,

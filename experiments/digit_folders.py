@@ -28,7 +28,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from experiments import quickstart_tasks
+from experiments.common.vision import small_tasks
 from jaxarith import report
 
 # What a task of the quickstart is called here.
@@ -115,10 +115,10 @@ def main(config: Config):
         raise ValueError(f"{config.out} exists; name a new folder, or remove it.")
     digits = splits_of(config.data)  # all is read before anything is written
     for name, splits in digits.items():
-        templates = quickstart_tasks.DIGIT_TEMPLATES
+        templates = small_tasks.DIGIT_TEMPLATES
         write(config.out / name, splits, string.digits, templates)
     for name, source in QUICKSTART.items():
-        task = quickstart_tasks.load(source, np.asarray)
+        task = small_tasks.load(source, np.asarray)
         splits = {
             split: (
                 [sample["image"] for sample in getattr(task, split)],

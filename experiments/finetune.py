@@ -34,7 +34,9 @@ from typing import Literal
 import jax
 import tyro
 
-from experiments import arithmetic, bank, methods, runs, vision
+from experiments.common import bank, runs
+from experiments.common.vision import options as vision
+from experiments.common.vision import scores, vectors
 from jaxarith import hub, report
 
 
@@ -47,7 +49,7 @@ class Config(vision.OneModel):
     --bank."""
     task: str
     """What is trained on; multi_task trains on all --tasks."""
-    method: Literal[methods.Method, "tau_jp_continued"]
+    method: Literal[vectors.Method, "tau_jp_continued"]
     """How: ordinary (nonlinear), in the tangent space (linear), there with the τJp
     penalty (tau_jp_…), linear layers alone (linear_layers_1 to _4), away from the
     optimum (gradient_ascent), all --tasks at once (multi_task), or not at all
@@ -73,26 +75,26 @@ def main(config: Config) -> dict:
     task = by_name[config.task]
     if config.method == "tau_jp_continued":
         if config.others is None:
-            others = methods.others_of(setup, config.method, task)
+            others = vectors.others_of(setup, config.method, task)
         else:
             others = [by_name[name] for name in config.others]
-        recipe = methods.recipe_of(setup, config.method, task)
+        recipe = vectors.recipe_of(setup, config.method, task)
         start = [hub.load_tree(config.start)[0]]
-        [tau] = methods.trained(
+        [tau] = vectors.trained(
             setup, config.method, [task], [recipe], [others], start=start
         )
     elif config.method == "multi_task":
-        [tau] = methods.vectors(setup, config.method)
+        [tau] = vectors.vectors(setup, config.method)
     elif config.method == "random":
-        [tau] = methods.random_vectors(setup._replace(tasks=[task]))
+        [tau] = vectors.random_vectors(setup._replace(tasks=[task]))
     else:
-        [tau] = methods.of_tasks(setup, config.method, [task])
-    linearized = methods.is_linearized(config.method)
+        [tau] = vectors.of_tasks(setup, config.method, [task])
+    linearized = vectors.is_linearized(config.method)
     accuracies = {
         f"{task.name}, {split}": dict(
             zip(
                 ("pre-trained", "fine-tuned"),
-                arithmetic.accuracies(
+                scores.accuracies(
                     setup, [tau], getattr(task, split), linearized, [[0.0], [1.0]]
                 ).tolist(),
                 strict=True,
@@ -102,7 +104,7 @@ def main(config: Config) -> dict:
         for split in ("validation", "test")
     }
     name = "joint" if config.method == "multi_task" else task.name
-    file = methods.file_of(setup, config.method, name)
+    file = vectors.file_of(setup, config.method, name)
     if runs.is_first():
         if config.method == "random":
             bank.write(file, tau, {"seed": config.seed, "like": "nonlinear"}, {})

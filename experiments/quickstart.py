@@ -18,7 +18,8 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from experiments import quickstart_tasks, studies
+from experiments.common import studies
+from experiments.common.vision import small_tasks
 from jaxarith import hub, tree
 from jaxarith.data import images
 from jaxarith.models import clip, heads
@@ -30,7 +31,7 @@ class Config(studies.Config):
 
     model: Path = clip.TINY_CLIP
     """Folder of a CLIP checkpoint; the embedded tiny one by default."""
-    tasks: tuple[str, ...] = quickstart_tasks.NAMES
+    tasks: tuple[str, ...] = small_tasks.NAMES
     """The tasks, in order; in a smoke run about three of them."""
 
 
@@ -39,7 +40,7 @@ def prepare(config: Config) -> studies.Study:
     model = clip.load(config.model)
     preprocess = images.Preprocessing.from_folder(model.folder)
     tasks = [
-        quickstart_tasks.load(name, preprocess, config.samples)
+        small_tasks.load(name, preprocess, config.samples)
         for name in tqdm(config.tasks, desc="tasks", unit="task")
     ]
     head_of = [clip.zero_shot_head(model, t.classes, t.templates) for t in tasks]

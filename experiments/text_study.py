@@ -26,7 +26,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import studies, study_merges
+from experiments.common import studies, study_merges
 from jaxarith import evaluate, hub
 from jaxarith.data import pipeline, prompts, splits, text
 from jaxarith.models import bert, heads

@@ -6,8 +6,8 @@ ICML 2021. arXiv:2103.00020.
     python -m experiments.train_tiny_clip --seed 0 --out jaxarith/assets/tiny_clip
 
 Data: digits, capital and small letters of freely licensed fonts, distorted towards
-handwriting (`experiments/glyphs.py`), with captions from templates. No handwriting of
-a person is used. The fonts come as `fontpkg-*` packages; where some are missing, the
+handwriting (`experiments/common/vision/glyphs.py`), with captions from templates. No
+handwriting of a person is used. The fonts come as `fontpkg-*` packages; where some are missing, the
 error says what to install: `pip install -e '.[fonts]'`. It takes 5 minutes on 2 CPU
 cores.
 
@@ -32,7 +32,7 @@ import optax
 import tyro
 from tqdm import tqdm
 
-from experiments import glyphs
+from experiments.common.vision import glyphs
 from jaxarith import hub
 from jaxarith.models import clip, heads
 

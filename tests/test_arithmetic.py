@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import arithmetic, methods, tables, vision
+from experiments.common import tables
+from experiments.common.vision import (
+    options,
+)
+from experiments.common.vision import (
+    scores as arithmetic,
+)
+from experiments.common.vision import (
+    vectors as methods,
+)
 from jaxarith import losses, sharding, task_vectors, tree
 from jaxarith.data import images, pipeline
 from jaxarith.models import heads
@@ -57,17 +66,17 @@ def task_of(seed, samples=40, classes=5):
             for image, label in zip(x, labels, strict=True)
         ]
         batches = pipeline.evaluation_stream(
-            source, 16, preprocess=vision.Preprocessed(identity)
+            source, 16, preprocess=options.Preprocessed(identity)
         )
-        return vision.Dataset(source, batches, vision.labels(source), head)
+        return options.Dataset(source, batches, options.labels(source), head)
 
     test = dataset(samples)
-    return vision.Task(f"task{seed}", f"Task {seed}", [], {}, dataset(samples), test)
+    return options.Task(f"task{seed}", f"Task {seed}", [], {}, dataset(samples), test)
 
 
 @pytest.fixture(scope="module")
 def setup():
-    return vision.Setup(
+    return options.Setup(
         options=SimpleNamespace(smoke=False, evaluation_batch=16, workers=0),
         model="model",
         apply_fn=apply_fn,
@@ -260,8 +269,8 @@ def test_published_values_stand_beside_ours_and_a_wrong_number_of_them_is_refuse
 def test_a_sample_is_augmented_and_preprocessed_by_what_pickles():
     rng = np.random.default_rng(0)
     sample = {"image": rng.integers(0, 255, (9, 7), dtype=np.uint8), "label": 3}
-    evaluated = vision.Preprocessed(images.Preprocessing(6))(sample)
-    trained = vision.Augmented(images.Augmentation(6))(sample, rng)
+    evaluated = options.Preprocessed(images.Preprocessing(6))(sample)
+    trained = options.Augmented(images.Augmentation(6))(sample, rng)
     assert evaluated["image"].shape == trained["image"].shape == (6, 6, 3)
     assert trained["label"] == evaluated["label"] == 3
     assert not np.array_equal(evaluated["image"], trained["image"])
@@ -269,9 +278,9 @@ def test_a_sample_is_augmented_and_preprocessed_by_what_pickles():
 
 def test_part_of_a_source_has_its_labels_and_samples():
     source = [{"image": i, "label": i % 3} for i in range(20)]
-    part = vision.limited(source, 5)
+    part = options.limited(source, 5)
     assert len(part) == 5 and len({part[i]["image"] for i in range(5)}) == 5
-    assert vision.labels(part).tolist() == [part[i]["label"] for i in range(5)]
+    assert options.labels(part).tolist() == [part[i]["label"] for i in range(5)]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import pytest
 import smoke
 from scipy import stats
 
-from experiments import vision
 from experiments.awd import (
     disentangled,
     figure3_number_of_tasks,
@@ -17,6 +16,7 @@ from experiments.awd import (
     table6_reversed,
     table10_unseen,
 )
+from experiments.common.vision import options as vision
 from jaxarith import merge, task_vectors, tree
 from jaxarith.models import clip
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import bank
+from experiments.common import bank
 
 TAU = {"a": {"w": np.arange(3, dtype=np.float32)}}
 CONFIGURATION = {"method": "linear", "recipe": {"steps": 3, "trained": ".*"}}

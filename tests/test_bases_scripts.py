@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import smoke
 
-from experiments import vision
 from experiments.bases import (
     figure4_two_checkpoints,
     partitions,
@@ -17,6 +16,7 @@ from experiments.bases import (
     table7_generalization,
     two_models,
 )
+from experiments.common.vision import options as vision
 
 SCRIPTS = (
     *("table2_mixing", "table3_loss_gap", "table4_partitions", "table6_negation"),

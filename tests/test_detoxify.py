@@ -9,7 +9,8 @@ import pytest
 from tiny import random_params
 from tiny_language import write_classifier
 
-from experiments import detoxify, tiny_text
+from experiments import detoxify
+from experiments.common.language import tiny_text
 from jaxarith import hub, tangent, task_vectors, tree
 from jaxarith.data import text
 from jaxarith.evaluate import perplexity

@@ -10,7 +10,7 @@ import pytest
 import smoke
 from PIL import Image
 
-from experiments import arithmetic, vision
+from experiments.common.vision import options, scores
 from experiments.editing import (
     custom,
     figure2_subsets,
@@ -45,7 +45,7 @@ def test_a_table_has_the_rows_of_the_paper_in_its_order(
 ):
     script = importlib.import_module(f"experiments.editing.{name}")
     # As one of the paper's models, so that its figures stand beside.
-    monkeypatch.setitem(vision.TITLES, str(vision.clip.TINY_CLIP), "ViT-B-32")
+    monkeypatch.setitem(options.TITLES, str(options.clip.TINY_CLIP), "ViT-B-32")
     out = tmp_path / "out"
     found = smoke.run(f"editing.{name}", out, bank=shared_bank)
     printed = [tuple(row[key] for key in TABLES[name]) for row in found["rows"]]
@@ -85,18 +85,18 @@ def test_published_averages_are_those_of_the_published_subpopulations():
 
 
 def test_subsets_are_all_by_size_and_in_order():
-    found = arithmetic.subsets(4)
+    found = scores.subsets(4)
     every = {tuple(row) for row in itertools.product((0, 1), repeat=4)}
     assert found.shape == (16, 4) and {tuple(row) for row in found} == every
     assert list(found.sum(1)) == sorted(found.sum(1))
     assert [list(np.flatnonzero(row)) for row in found if row.sum() == 2] == [
-        list(pair) for pair in arithmetic.pairs(4)
+        list(pair) for pair in scores.pairs(4)
     ]
 
 
 def test_a_subset_takes_the_coefficient_that_is_best_for_the_tasks_that_count():
     rng = np.random.default_rng(0)
-    curves, members = rng.random((8, 5, 3)), arithmetic.subsets(3)
+    curves, members = rng.random((8, 5, 3)), scores.subsets(3)
     found = figure2_subsets.choose(curves, members)
     for i, own in enumerate(members):
         means = [np.mean(row[own == 1]) if own.any() else 0.0 for row in curves[i]]

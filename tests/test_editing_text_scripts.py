@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import smoke
 
-from experiments import detoxify, tiny_text
+from experiments import detoxify
+from experiments.common.language import text_to_text, tiny_text
 from experiments.editing import (
     detoxification,
     figure13_real_toxicity_prompts,
@@ -16,7 +17,6 @@ from experiments.editing import (
     table2_detoxification,
     table3_external_vectors,
     table4_analogies,
-    text_to_text,
 )
 from jaxarith import hub, sharding, task_vectors
 from jaxarith.models import t5

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from experiments import arithmetic, vision
+from experiments.common.vision import options, scores
 from experiments.linear_layers import figure4_disentanglement, xi
 from jaxarith import plots
 
@@ -28,13 +28,13 @@ def setup(monkeypatch):
     def outputs(setup, taus, dataset, linearized):
         return lambda coefs: [np.tanh(np.tensordot(c, dataset.moves, 1)) for c in coefs]
 
-    monkeypatch.setattr(vision, "drawn", lambda setup, split, samples: split)
-    monkeypatch.setattr(arithmetic, "outputs", outputs)
+    monkeypatch.setattr(options, "drawn", lambda setup, split, samples: split)
+    monkeypatch.setattr(scores, "outputs", outputs)
     return SimpleNamespace(tasks=tasks)
 
 
 def test_a_vector_that_is_not_added_leaves_the_other_tasks_part_alone(setup):
-    kl, labels = arithmetic.disentanglement_error(
+    kl, labels = scores.disentanglement_error(
         setup,
         [],
         linearized=False,

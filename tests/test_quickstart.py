@@ -8,7 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import quickstart, quickstart_tasks, studies
+from experiments import quickstart
+from experiments.common import studies
+from experiments.common.vision import small_tasks
 from jaxarith import evaluate, hub, metrics, plots, report, task_vectors, tree
 from jaxarith.data import images, pipeline
 from jaxarith.models import clip, heads
@@ -41,12 +43,12 @@ def test_the_embedded_model_is_small():
 def test_the_embedded_model_reads_what_it_was_not_trained_on(
     model, preprocess, name, least
 ):
-    assert zero_shot_accuracy(model, quickstart_tasks.load(name, preprocess)) > least
+    assert zero_shot_accuracy(model, small_tasks.load(name, preprocess)) > least
 
 
 def test_no_sample_is_in_two_splits_or_in_both_halves_of_mnist(preprocess):
     upright, turned = (
-        quickstart_tasks.load(name, preprocess) for name in ("mnist", "mnist_rotated")
+        small_tasks.load(name, preprocess) for name in ("mnist", "mnist_rotated")
     )
     seen = [
         np.rot90(record["image"], turns).tobytes()
@@ -58,8 +60,8 @@ def test_no_sample_is_in_two_splits_or_in_both_halves_of_mnist(preprocess):
 
 
 def test_every_task_has_all_its_classes_in_every_split(preprocess):
-    for name in quickstart_tasks.NAMES:
-        task = quickstart_tasks.load(name, preprocess)
+    for name in small_tasks.NAMES:
+        task = small_tasks.load(name, preprocess)
         for split in (task.train, task.validation, task.test):
             labels = {int(record["label"]) for record in split}
             assert labels == set(range(len(task.classes))), name

@@ -11,11 +11,17 @@ import numpy as np
 import pytest
 import smoke
 
-from experiments import bank, prompted, prompted_model, tiny_text
-from experiments.awd import glue, table3_glue
+from experiments.awd import table3_glue
 from experiments.bases import figure7_seventy_tasks as figure7
 from experiments.bases import table8_twelve_tasks as table8
 from experiments.bases import table16_prompt_robustness as table16
+from experiments.common import bank
+from experiments.common.language import (
+    prompted,
+    prompted_model,
+    roberta_glue,
+    tiny_text,
+)
 from jaxarith import hub, merge, tree
 from jaxarith.data import prompt_sources, prompts
 from jaxarith.data.glue import score as glue_score
@@ -90,7 +96,7 @@ def test_the_adversarial_prompt_has_a_vector_of_its_own(bank_folder, tmp_path):
 
 def test_glue_tasks_have_the_papers_rows(bank_folder, tmp_path, monkeypatch):
     # As one of the papers' models, so that their figures stand beside.
-    monkeypatch.setitem(glue.MODELS, glue.TINY, table3_glue.BASE)
+    monkeypatch.setitem(roberta_glue.MODELS, roberta_glue.TINY, table3_glue.BASE)
     found = smoke.run("awd.table3_glue", tmp_path, bank=bank_folder)
     methods = [method for model, method in table3_glue.PUBLISHED if "Base" in model]
     assert [row["method"] for row in found["rows"]] == methods
@@ -334,7 +340,7 @@ def test_the_loss_of_glue_is_cross_entropy_over_the_classes_or_squared_error():
 
     def loss(outputs, classes, labels):
         batch = {"label": jnp.asarray(labels, jnp.float32)}
-        return glue.loss(outputs, batch, {"classes": jnp.int32(classes)})
+        return roberta_glue.loss(outputs, batch, {"classes": jnp.int32(classes)})
 
     for classes in (2, 3):
         labels = rng.integers(classes, size=5)
@@ -356,11 +362,11 @@ def test_a_score_of_glue_looks_at_the_outputs_of_the_task_alone():
     labels = np.array([0, 1, 1, 0], np.float32)
     batches = [{"label": labels, "mask": np.ones(4, bool)}]
     outputs = np.array([[1, 0, 9], [0, 1, 9], [1, 0, 9], [1, 0, 9]], np.float32)
-    expected = glue_score(glue.glue.TASKS["mrpc"], [0, 1, 0, 0], [0, 1, 1, 0])
-    assert glue.score("mrpc", outputs, batches) == pytest.approx(expected)
+    expected = glue_score(roberta_glue.glue.TASKS["mrpc"], [0, 1, 0, 0], [0, 1, 1, 0])
+    assert roberta_glue.score("mrpc", outputs, batches) == pytest.approx(expected)
     scores = np.array([[1, 5], [2, 0], [3, 9], [0, 1]], np.float32)
-    expected = glue_score(glue.glue.TASKS["stsb"], scores[:, 0], labels)
-    assert glue.score("stsb", scores, batches) == pytest.approx(expected)
+    expected = glue_score(roberta_glue.glue.TASKS["stsb"], scores[:, 0], labels)
+    assert roberta_glue.score("stsb", scores, batches) == pytest.approx(expected)
 
 
 # Files of texts, and the bank.

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from experiments import quickstart, runs, studies
+from experiments import quickstart
+from experiments.common import runs, studies
 from jaxarith import train
 
 

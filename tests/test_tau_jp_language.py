@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.tau_jp import detoxification, glue
+from experiments.common.language import t5_glue
+from experiments.tau_jp import detoxification
 from experiments.tau_jp import table3_glue_searched as table3
 from experiments.tau_jp import table4_detoxification_searched as table4
 from experiments.tau_jp import table8_glue_at_one as table8
@@ -54,7 +55,7 @@ def at_one(place, searched):
 @pytest.fixture(scope="module")
 def study(place, searched):
     """What Table 8 starts from; Table 3 has filled its bank."""
-    return glue.start(options(place, table8, out=place / "study"))
+    return t5_glue.start(options(place, table8, out=place / "study"))
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +90,8 @@ def check_glue_rows(rows):
     expected = [(name, metric) for name in names for metric in ("tokens", "rank")]
     assert [(row["method"], row["metric"]) for row in rows] == expected
     for row in rows:
-        assert list(row) == ["method", "metric", "coef", *glue.VALUES]
-        absolute = [row[f"{task} abs"] for task in glue.TASKS]
+        assert list(row) == ["method", "metric", "coef", *t5_glue.VALUES]
+        absolute = [row[f"{task} abs"] for task in t5_glue.TASKS]
         assert all(-100 <= value <= 100 for value in absolute)
         assert row["avg abs"] == pytest.approx(np.mean(absolute))
 
@@ -127,7 +128,7 @@ def test_norm_is_relative_to_the_single_task_models_of_the_same_method(at_one):
         single = "Non-lin. FT" if name == "TIES" else name
         for metric in ("tokens", "rank"):
             alone, row = rows[f"Individual, {single}", metric], rows[name, metric]
-            for task in glue.TASKS:
+            for task in t5_glue.TASKS:
                 if alone[f"{task} abs"] > 0:
                     ratio = 100 * row[f"{task} abs"] / alone[f"{task} abs"]
                     assert row[f"{task} norm"] == pytest.approx(ratio)
@@ -139,13 +140,13 @@ def test_norm_is_relative_to_the_single_task_models_of_the_same_method(at_one):
 
 def test_the_bank_holds_every_vector_with_its_recipe_and_its_scores(place, at_one):
     rows = {(row["method"], row["metric"]): row for row in at_one["rows"]}
-    for method, name in glue.METHODS.items():
-        for task in glue.TASKS:
+    for method, name in t5_glue.METHODS.items():
+        for task in t5_glue.TASKS:
             file = place / "bank" / "tiny_t5" / method / f"{task}.safetensors"
             tau, _ = hub.load_tree(file)
             assert task_vectors.norm(tau) > 0
             content = json.loads(file.with_suffix(".json").read_text())
-            others = [other for other in glue.TASKS if other != task]
+            others = [other for other in t5_glue.TASKS if other != task]
             expected = others if method == "tau_jp_cyclic" else []
             assert list(content["configuration"]["others"]) == expected
             trained = content["configuration"]["recipe"]
@@ -178,7 +179,7 @@ def test_vectors_of_another_recipe_are_refused_and_nothing_is_written(
 
 def test_the_penalty_looks_at_the_first_decoder_position_alone(study):
     """Against the norm of the tangents where the decoder reads the start token only."""
-    batch = glue.batches_of(study, "tau_jp_cyclic", range(4))[0]["penalty"]
+    batch = t5_glue.batches_of(study, "tau_jp_cyclic", range(4))[0]["penalty"]
     others = {name: field[0] for name, field in batch.items()}
     params_0, config = study.checkpoint.params, study.checkpoint.config
     tau, apply_fn = study.banked["linear"][0], t5.language_model(config)
@@ -186,12 +187,12 @@ def test_the_penalty_looks_at_the_first_decoder_position_alone(study):
     @jax.jit
     def both(*inputs):
         _, found = tau_jp.linearized_and_penalty(
-            *(apply_fn, params_0, tau, inputs, inputs), mask=others[glue.FIRST] != 0
+            *(apply_fn, params_0, tau, inputs, inputs), mask=others[t5_glue.FIRST] != 0
         )
         start = jnp.full((len(inputs[0]), 1), config.decoder_start_token_id)
         return found, tangent.jvp(apply_fn, params_0, tau, *inputs[:2], start)[1]
 
-    found, tangents = both(*(others[name] for name in glue.INPUTS))
+    found, tangents = both(*(others[name] for name in t5_glue.INPUTS))
     expected = np.linalg.norm(np.asarray(tangents)[:, 0], axis=-1).mean()
     assert expected > 0.01
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -204,12 +205,12 @@ def test_training_is_told_the_position_that_the_penalty_looks_at(study, monkeypa
     def spy(*args, inputs, penalty_mask, **options):
         raise Called(inputs, penalty_mask)
 
-    monkeypatch.setattr(glue.train, "fine_tune", spy)
+    monkeypatch.setattr(t5_glue.train, "fine_tune", spy)
     nothing = study._replace(banked=dict.fromkeys(VECTORS, [None] * 4))
-    for method, mask in zip(VECTORS, (None, None, glue.FIRST), strict=True):
+    for method, mask in zip(VECTORS, (None, None, t5_glue.FIRST), strict=True):
         with pytest.raises(Called) as called:
-            glue.vectors(nothing, method)
-        assert called.value.args == (glue.INPUTS, mask)
+            t5_glue.vectors(nothing, method)
+        assert called.value.args == (t5_glue.INPUTS, mask)
 
 
 def test_penalty_texts_are_of_the_other_tasks_in_turn(study):
@@ -218,7 +219,7 @@ def test_penalty_texts_are_of_the_other_tasks_in_turn(study):
         int(task.train[0]["input_ids"][0]): name for name, task in study.tasks.items()
     }
     assert len(first) == 4
-    batches = glue.batches_of(study, "tau_jp_cyclic", [2])  # of CoLA
+    batches = t5_glue.batches_of(study, "tau_jp_cyclic", [2])  # of CoLA
     named = [
         {first[int(token)] for token in batch["penalty"]["input_ids"][0, :, 0]}
         for batch in (batches[step] for step in range(4))
@@ -239,21 +240,21 @@ def test_the_linearised_model_is_the_expansion_at_the_pre_trained_one(study):
         network = apply_fn(task_vectors.apply(params_0, tau, 0.5), *inputs)
         return model.apply_fn(edited, *inputs), f0, moves, network
 
-    found, f0, moves, network = outputs(*(batch[name][:4] for name in glue.INPUTS))
+    found, f0, moves, network = outputs(*(batch[name][:4] for name in t5_glue.INPUTS))
     expected = f0 + 0.5 * moves
     assert np.abs(moves).max() > 0.1
     assert np.abs(expected - network).max() > 1e-3
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", glue.TASKS)
+@pytest.mark.parametrize("name", t5_glue.TASKS)
 def test_the_score_of_tokens_is_that_of_the_paper(name):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(30, 3, 5))
     labels = rng.integers(0, 5, size=(30, 3))
     labels[::2, 2] = losses.IGNORED
     of_paper = rank.token_matthews if name == "cola" else rank.token_accuracy
-    found = glue.token_score(name, logits.argmax(-1), labels)
+    found = t5_glue.token_score(name, logits.argmax(-1), labels)
     assert found == pytest.approx(of_paper(logits, labels))
     assert 0.02 < abs(found) < 0.5
 
@@ -261,12 +262,12 @@ def test_the_score_of_tokens_is_that_of_the_paper(name):
 def test_rank_classification_has_the_metrics_of_glue(study):
     """Against the losses of both answers, one after the other, on RTE."""
     added = [study.banked["nonlinear"][1]] * 4
-    found = glue.rank_scores(study, "nonlinear", added, 1.0)[1]
+    found = t5_glue.rank_scores(study, "nonlinear", added, 1.0)[1]
     config, task = study.checkpoint.config, study.tasks["rte"]
     [batch] = task.parts["test"]
     params = task_vectors.apply(study.checkpoint.params, added[0])
     apply_fn = jax.jit(t5.language_model(config))
-    inputs = [batch[name] for name in glue.INPUTS[:2]]
+    inputs = [batch[name] for name in t5_glue.INPUTS[:2]]
     totals = []
     for answer in task.candidates:
         answers = np.tile(answer, (len(inputs[0]), 1))
@@ -300,7 +301,7 @@ def test_the_published_columns_are_in_order(table):
         np.testing.assert_allclose(found, other, atol=0.2)
     # Every method has 76.8 on CoLA alone, and so has TIES.
     for name in METHODS:
-        found = published_singles(table.PUBLISHED[name])[glue.TASKS.index("cola")]
+        found = published_singles(table.PUBLISHED[name])[t5_glue.TASKS.index("cola")]
         assert found == pytest.approx(individual[2], abs=0.15)
         assert min(individual) > individual[2] - 0.1
     for name in METHODS:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import arithmetic, vision
+from experiments.common.vision import options, scores
 from experiments.tau_jp import figure1_disentanglement, pairs
 from jaxarith import evaluate, metrics, plots, sharding, task_vectors, tau_jp
 
@@ -29,19 +29,19 @@ def model():
             for image, own in zip(images, mask, strict=True)
         ]
         labels = rng.integers(3, size=21).astype("int32")
-        return vision.Dataset(None, batches, labels, head)
+        return options.Dataset(None, batches, labels, head)
 
     tasks = []
     for name in "abc":
         head = jnp.asarray(rng.normal(size=(3, 5)), "float32")
         tasks.append(
-            vision.Task(name, name.upper(), None, {}, dataset(head), dataset(head))
+            options.Task(name, name.upper(), None, {}, dataset(head), dataset(head))
         )
-    fields = dict.fromkeys(vision.Setup._fields)
+    fields = dict.fromkeys(options.Setup._fields)
     fields["params_0"] = {"w": jnp.asarray(rng.normal(size=(4, 5)), "float32")}
     fields |= {"apply_fn": features, "tasks": tasks, "mesh": sharding.one_device()}
     taus = [{"w": jnp.asarray(rng.normal(size=(4, 5)), "float32")} for _ in tasks]
-    return vision.Setup(**fields), taus
+    return options.Setup(**fields), taus
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +74,14 @@ def test_a_pair_has_the_mean_of_its_two_directions(model, rows):
 
 def test_the_addition_of_a_pair_is_that_of_its_two_vectors_alone(model, rows):
     setup, taus = model
-    for row, pair in zip(rows, arithmetic.pairs(3), strict=True):
-        own = arithmetic.pair_setup(setup, pair)
+    for row, pair in zip(rows, scores.pairs(3), strict=True):
+        own = scores.pair_setup(setup, pair)
         both = [taus[i] for i in pair]
         coefs = np.array([*((c, c) for c in COEFS), (1, 0), (0, 1)])
 
         def at(split, own=own, both=both, coefs=coefs):
             found = [
-                arithmetic.accuracies(own, both, getattr(task, split), True, coefs)
+                scores.accuracies(own, both, getattr(task, split), True, coefs)
                 for task in own.tasks
             ]
             return np.array(found).T[:-2], np.diag(np.array(found).T[-2:])

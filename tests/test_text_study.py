@@ -6,7 +6,8 @@ import string
 import numpy as np
 import pytest
 
-from experiments import studies, text_study
+from experiments import text_study
+from experiments.common import studies
 from jaxarith import hub, task_vectors, tree
 from jaxarith.models import bert
 

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import smoke
 
-from experiments import bank, finetune, methods, vision
+from experiments import finetune
+from experiments.common import bank
+from experiments.common.vision import options as vision
+from experiments.common.vision import vectors
 from jaxarith import hub, tree
 
 pytestmark = pytest.mark.usefixtures("shallow_clip")
@@ -103,7 +106,7 @@ def test_fine_tuning_adds_a_vector_with_its_accuracies(method, shared_bank, tmp_
     tau, metadata = hub.load_tree(file)
     assert metadata == {"task": name, "method": method}
     assert bank.record(file)["metrics"]["accuracy"] == found
-    trained = methods.LINEAR_LAYERS.get(method, ".*")
+    trained = vectors.LINEAR_LAYERS.get(method, ".*")
     assert tau and tree.select(tau, trained).keys() == tau.keys()
     assert all(np.abs(leaf).max() > 0 for leaf in tree.flatten(tau).values())
 
@@ -194,7 +197,7 @@ def test_the_bank_gives_a_vector_again_and_never_one_of_other_data_or_options(
     tasks = {"a": "dots", "b": "lines"}
     first = figure7(folders, tmp_path, "first", tasks)
     with monkeypatch.context() as patch:
-        patch.setattr(methods.train, "fine_tune", lambda *_, **__: pytest.fail())
+        patch.setattr(vectors.train, "fine_tune", lambda *_, **__: pytest.fail())
         assert figure7(folders, tmp_path, "again", tasks) == first
         with pytest.raises(ValueError, match="tasks/a/labels"):
             figure7(folders, tmp_path, "swapped", {"a": "lines", "b": "dots"})

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import arithmetic, vision
+from experiments.common.vision import options as vision
+from experiments.common.vision import scores
 from jaxarith import merge, task_vectors, tree
 from jaxarith.models import clip
 from jaxarith.typing import Taus, Tree
@@ -129,7 +130,7 @@ def on_all(setup: vision.Setup, taus, split: str, rows) -> np.ndarray:
     """
     progress = tqdm(setup.tasks, desc=f"merges, {split}", unit="task", leave=False)
     found = [
-        arithmetic.accuracies(setup, taus, getattr(task, split), False, rows)
+        scores.accuracies(setup, taus, getattr(task, split), False, rows)
         for task in progress
     ]
     return np.array(found).T
@@ -142,7 +143,7 @@ def own_accuracies(
     rows = [[coef] for coef in coefs]
     progress = tqdm(setup.tasks, desc=f"own tasks, {split}", unit="task", leave=False)
     found = [
-        arithmetic.accuracies(setup, [tau], getattr(task, split), False, rows)
+        scores.accuracies(setup, [tau], getattr(task, split), False, rows)
         for task, tau in zip(progress, taus, strict=True)
     ]
     return np.array(found).T

@@ -27,21 +27,22 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import arithmetic, methods, runs, tables, vision
 from experiments.awd import disentangled, table1_addition
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores, vectors
 from jaxarith import plots
 
 COEFS = np.linspace(0, 1, 11)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Models):
+class Config(options.Models):
     """Figures 2 and 7 of AWD (S3): models of one task, from parts of their vectors and
     at any λ."""
 
     out: Path = Path("runs/awd/figure2")
     """Folder for figure2_<model>.png, figure7_<model>.png and the report."""
-    models: tuple[str, ...] = (vision.B32, vision.L14)
+    models: tuple[str, ...] = (options.B32, options.L14)
     """CLIPs: folders, or ids of the Hugging Face Hub."""
     tasks: tuple[str, ...] = table1_addition.ORDER
     """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
@@ -52,12 +53,12 @@ class Config(vision.Models):
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
-    coefs = list(map(float, arithmetic.coefs_of(config, COEFS)))
+    coefs = list(map(float, scores.coefs_of(config, COEFS)))
     rows, curves = [], []
-    for setup in vision.setups(config, config.models, control=False):
-        taus = methods.vectors(setup, "nonlinear")
+    for setup in options.setups(config, config.models, control=False):
+        taus = vectors.vectors(setup, "nonlinear")
         curve = 100 * disentangled.own_accuracies(setup, taus, "test", coefs)
         parts = disentangled.linear_weights(taus)
         found = {

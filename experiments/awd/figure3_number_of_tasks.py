@@ -42,8 +42,10 @@ import tyro
 from scipy import stats
 from tqdm import tqdm
 
-from experiments import arithmetic, methods, runs, tables, vision
 from experiments.awd import disentangled, table1_addition
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores
+from experiments.common.vision import vectors as methods
 from jaxarith import plots, task_vectors
 from jaxarith.typing import Taus
 
@@ -127,7 +129,7 @@ SUBSETS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Table 11 and Figure 3 of AWD (S3): accuracy by the number of tasks, and by λ."""
 
     out: Path = Path("runs/awd/figure3")
@@ -170,7 +172,7 @@ def interval(values: Sequence[float]) -> float:
     return float(stats.t.ppf(0.975, count - 1) * stats.sem(values))
 
 
-def sums_of(setup: vision.Setup, taus: Taus) -> dict[str, dict]:
+def sums_of(setup: options.Setup, taus: Taus) -> dict[str, dict]:
     """By method, the candidates for a merged vector at λ = 1."""
     return {
         "Task Arithmetic": {"": task_vectors.add(taus)},
@@ -184,15 +186,15 @@ def sums_of(setup: vision.Setup, taus: Taus) -> dict[str, dict]:
     }
 
 
-def measured(setup: vision.Setup, taus, singles: dict[str, float]) -> list[dict]:
+def measured(setup: options.Setup, taus, singles: dict[str, float]) -> list[dict]:
     """The rows of one subset: those of `setup`."""
     tasks = {"tasks": setup.names, "number": len(setup.tasks)}
     mean = 100 * float(np.mean([singles[name] for name in setup.names]))
     rows = [tasks | {"method": "Individual", "mean": mean}]
-    coefs = arithmetic.coefs_of(setup.options, COEFS)
+    coefs = scores.coefs_of(setup.options, COEFS)
     for method, sums in sums_of(setup, taus).items():
         found = disentangled.searched(setup, sums, coefs)
-        row = tasks | {"method": method, "mean": vision.means(found.test)}
+        row = tasks | {"method": method, "mean": options.means(found.test)}
         alpha = float(found.name) if len(sums) > 1 else None
         rows.append(row | {"coef": found.coef, "alpha": alpha})
     return rows
@@ -213,9 +215,9 @@ def by_number(rows: Sequence[dict]) -> list[dict]:
     return found
 
 
-def by_coef(setup: vision.Setup, taus, alpha: float) -> dict[str, list[float]]:
+def by_coef(setup: options.Setup, taus, alpha: float) -> dict[str, list[float]]:
     """Figure 3b: by method, mean test accuracy of all tasks at each λ."""
-    coefs = arithmetic.coefs_of(setup.options, COEFS)
+    coefs = scores.coefs_of(setup.options, COEFS)
     sums = sums_of(setup, taus)
     vectors = [own.get(f"{alpha:g}") or own[""] for own in sums.values()]
     units = np.eye(len(vectors))
@@ -236,7 +238,7 @@ def draw(config: Config, means: Sequence[dict], curves: dict):
         lines[method] = tuple([row[name] for row in own] for name in fields)
     labels = {"y": "mean test accuracy, %", "interval": "95 % confidence of the mean"}
     plots.bands(config.out / "figure3a.png", lines, x="number of tasks", **labels)
-    coefs = list(map(float, arithmetic.coefs_of(config, COEFS)))
+    coefs = list(map(float, scores.coefs_of(config, COEFS)))
     lines = {method: (coefs, own) for method, own in curves.items()}
     labels = {"x": "coefficient λ", "y": "mean test accuracy, %"}
     plots.curves(config.out / "figure3b.png", lines, **labels)
@@ -244,15 +246,15 @@ def draw(config: Config, means: Sequence[dict], curves: dict):
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     if len(config.tasks) < 2:
         raise ValueError(f"two tasks at least are merged; got {config.tasks}.")
     runs.start(config)
-    setup = vision.load(config, config.model, control=False)
+    setup = options.load(config, config.model, control=False)
     taus = dict(zip(setup.names, methods.vectors(setup, "nonlinear"), strict=True))
     tasks = {task.name: task for task in setup.tasks}
     singles = {
-        name: arithmetic.accuracies(setup, [tau], tasks[name].test, False, [[1.0]])[0]
+        name: scores.accuracies(setup, [tau], tasks[name].test, False, [[1.0]])[0]
         for name, tau in tqdm(taus.items(), desc="single models", unit="task")
     }
     once, rows = {}, []  # a set that is listed twice is measured once
@@ -280,7 +282,7 @@ def main(config: Config) -> dict:
     results = {
         "rows": means,
         "subsets": rows,
-        "coefs": list(map(float, arithmetic.coefs_of(config, COEFS))),
+        "coefs": list(map(float, scores.coefs_of(config, COEFS))),
         "alpha": alpha,
         "curves": curves,
     }

@@ -29,20 +29,22 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import methods, runs, tables, vision
 from experiments.awd import disentangled, table1_addition
+from experiments.common import runs, tables
+from experiments.common.vision import options
+from experiments.common.vision import vectors as methods
 from jaxarith import plots, task_vectors
 
 ALPHAS = np.logspace(-6, 0, 13)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Models):
+class Config(options.Models):
     """Figures 4 and 6 of AWD (S3): cosines before and after, accuracy against them."""
 
     out: Path = Path("runs/awd/figure4")
     """Folder for figure4_<model>.png, figure6_<model>.png and the report."""
-    models: tuple[str, ...] = (vision.B32, vision.L14)
+    models: tuple[str, ...] = (options.B32, options.L14)
     """CLIPs: folders, or ids of the Hugging Face Hub."""
     tasks: tuple[str, ...] = table1_addition.ORDER
     """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
@@ -53,7 +55,7 @@ class Config(vision.Models):
     """λ of Figure 6."""
 
 
-def sweep(setup: vision.Setup, taus, coef: float) -> list[dict]:
+def sweep(setup: options.Setup, taus, coef: float) -> list[dict]:
     """Rows of Figure 6: at each α, the cosines that are left and the accuracy."""
     alphas = ALPHAS[::6] if setup.options.smoke else ALPHAS
     before = disentangled.mean_cosine(disentangled.linear_weights(taus))
@@ -78,10 +80,10 @@ def sweep(setup: vision.Setup, taus, coef: float) -> list[dict]:
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
     matrices, rows = [], []
-    for setup in vision.setups(config, config.models, control=False):
+    for setup in options.setups(config, config.models, control=False):
         taus = methods.vectors(setup, "nonlinear")
         vectors = {
             "task vectors": disentangled.linear_weights(taus),

@@ -27,8 +27,10 @@ import optax
 import tyro
 from tqdm import tqdm
 
-from experiments import methods, runs, tables, vision
 from experiments.awd import disentangled, table1_addition
+from experiments.common import runs, tables
+from experiments.common.vision import options
+from experiments.common.vision import vectors as methods
 from jaxarith import plots
 from jaxarith.evaluate import landscape
 from jaxarith.models import heads
@@ -37,7 +39,7 @@ PAIRS = ("resisc45,cars", "sun397,dtd")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Figure 5 of AWD (S3): the joint loss of two tasks on the plane of their
     vectors."""
 
@@ -69,7 +71,9 @@ def check(config: Config):
             raise ValueError(f"--pairs {pair} is not two of the tasks {names}.")
 
 
-def joint_loss(setup: vision.Setup, taus, grid: np.ndarray, samples: int) -> np.ndarray:
+def joint_loss(
+    setup: options.Setup, taus, grid: np.ndarray, samples: int
+) -> np.ndarray:
     """The sum of the mean losses of both tasks at coefficients `[n, m, 2]`."""
     total = np.zeros(grid.shape[:-1])
     for task in setup.tasks:
@@ -78,7 +82,7 @@ def joint_loss(setup: vision.Setup, taus, grid: np.ndarray, samples: int) -> np.
             logits = heads.logits(head, features)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
-        batches = vision.drawn(setup, task.test, samples).batches
+        batches = options.drawn(setup, task.test, samples).batches
         model = (setup.apply_fn, loss, setup.params_0, taus, batches, grid)
         total += landscape.losses(*model, mesh=setup.mesh)
     return total
@@ -86,12 +90,12 @@ def joint_loss(setup: vision.Setup, taus, grid: np.ndarray, samples: int) -> np.
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     if config.smoke:
         config = dataclasses.replace(config, pairs=("mnist,uci_digits",), points=3)
     check(config)
     runs.start(config)
-    setup = vision.load(config, config.model, control=False)
+    setup = options.load(config, config.model, control=False)
     taus = methods.vectors(setup, "nonlinear")
     vectors = {
         "task vectors": taus,

@@ -29,8 +29,10 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from experiments import methods, runs, tables, vision
 from experiments.awd import disentangled, table1_addition
+from experiments.common import runs, tables
+from experiments.common.vision import options
+from experiments.common.vision import vectors as methods
 from jaxarith import task_vectors
 
 # By the tasks that are unseen, those that are seen, in the order of the paper.
@@ -52,12 +54,12 @@ PUBLISHED = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Table 10 of AWD (S3): accuracy on tasks whose vectors are not merged."""
 
     out: Path = Path("runs/awd/table10")
     """Folder for report.json and report.md."""
-    model: str = vision.B16
+    model: str = options.B16
     """A CLIP: a folder, or an id of the Hugging Face Hub."""
     tasks: tuple[str, ...] = table1_addition.ORDER
     """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
@@ -77,7 +79,7 @@ def check(config: Config):
             raise ValueError(f"--unseen {split} leaves fewer than two tasks to merge.")
 
 
-def rows_of(setup: vision.Setup, split: str) -> list[dict]:
+def rows_of(setup: options.Setup, split: str) -> list[dict]:
     """The two rows of one split."""
     tasks = {task.name: task for task in setup.tasks}
     unseen = split.split(",")
@@ -107,7 +109,7 @@ def rows_of(setup: vision.Setup, split: str) -> list[dict]:
         ):
             pairs = zip(group, values, strict=True)
             row |= {name: 100 * float(value) for name, value in pairs}
-            row[f"mean of the {part}"] = vision.means(values)
+            row[f"mean of the {part}"] = options.means(values)
         alpha = float(found.name) if len(sums) > 1 else None
         rows.append(row | {"coef": found.coef, "alpha": alpha})
     return rows
@@ -115,12 +117,12 @@ def rows_of(setup: vision.Setup, split: str) -> list[dict]:
 
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     if config.smoke:
         config = dataclasses.replace(config, unseen=config.tasks[-1:])
     check(config)
     runs.start(config)
-    setup = vision.load(config, config.model, control=False)
+    setup = options.load(config, config.model, control=False)
     # All at once, for training side by side is faster.
     methods.vectors(setup, "nonlinear")
     rows, shown = [], {}

@@ -51,8 +51,16 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import arithmetic, fitted, methods, runs, tables, vision
 from experiments.awd import disentangled
+from experiments.common import runs, tables
+from experiments.common.vision import (
+    fitted,
+    scores,
+    vectors,
+)
+from experiments.common.vision import (
+    options as vision,
+)
 from jaxarith import merge, task_vectors
 
 ORDER = ("sun397", "cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd")
@@ -126,7 +134,7 @@ class Config(vision.Models):
 
 def rows_of(setup: vision.Setup) -> list[dict]:
     """The rows of one model, in the order of the paper."""
-    taus = methods.vectors(setup, "nonlinear")
+    taus = vectors.vectors(setup, "nonlinear")
     options, rows = setup.options, []
 
     def add(method, accuracies, **found):
@@ -152,20 +160,20 @@ def rows_of(setup: vision.Setup) -> list[dict]:
 
     single = np.array(
         [
-            arithmetic.accuracies(setup, [tau], task.test, False, [[0.0], [1.0]])
+            scores.accuracies(setup, [tau], task.test, False, [[0.0], [1.0]])
             for task, tau in zip(setup.tasks, taus, strict=True)
         ]
     )
     add("Pretrained", single[:, 0])
     add("Individual", single[:, 1])
-    add("Traditional MTL", arithmetic.joint_accuracies(setup))
+    add("Traditional MTL", scores.joint_accuracies(setup))
     add_fitted("Weight Averaging", difference(merge.average))
     add_fitted("Fisher Merging", fitted.fisher(setup, taus))
     add_fitted("RegMean", fitted.regmean(setup, taus))
     coefs, total = disentangled.coefs(options), task_vectors.add(taus)
     added = add_searched("Task Arithmetic", {"": total}, coefs)
     add_searched("Ties-Merging", {"": disentangled.ties(setup, taus)}, coefs)
-    tenths = arithmetic.coefs_of(options, np.linspace(0.1, 1.0, 10))
+    tenths = scores.coefs_of(options, np.linspace(0.1, 1.0, 10))
     consensus = difference(merge.consensus, coef=1.0)
     add_searched("Consensus Merging", {"": consensus}, tenths)
     sums = {
@@ -203,7 +211,7 @@ def surgery(setup: vision.Setup, taus, total, coef: float) -> np.ndarray:
     found = []
     progress = tqdm(setup.tasks, desc="surgery", unit="task")
     for number, (task, tau) in enumerate(zip(progress, taus, strict=True)):
-        at = arithmetic.outputs(setup, [total, tau], task.test, False)
+        at = scores.outputs(setup, [total, tau], task.test, False)
         merged, own = at(np.array([[coef, 0.0], [0.0, 1.0]]))
         module = merge.surgery(
             merged, own, key=jax.random.fold_in(key, number), steps=steps

@@ -48,14 +48,14 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import runs, tables
-from experiments.awd import glue
+from experiments.common import runs, tables
+from experiments.common.language import roberta_glue
 from jaxarith import evaluate, merge, plots, task_vectors, tree
 from jaxarith.models import bert
 from jaxarith.typing import Tree
 
-BASE, LARGE = glue.MODELS.values()
-COLUMNS = (*glue.TITLES.values(), "Avg")
+BASE, LARGE = roberta_glue.MODELS.values()
+COLUMNS = (*roberta_glue.TITLES.values(), "Avg")
 AWD = "AWD Task Arithmetic"
 PUBLISHED = {
     (BASE, "Pre-trained"): [0.0, 53.8, 85.0, 4.0, 37.5, 53.1, 37.1, 71.2, 41.7],
@@ -83,7 +83,7 @@ VARIANTS = ("full", "linear weights only", "AWD, linear weights only")  # of Fig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(glue.Options):
+class Config(roberta_glue.Options):
     """Tables 3, 8 and 9 (S3), Figure 2 of RoBERTa: merge eight GLUE tasks."""
 
     out: Path = Path("runs/awd/table3")
@@ -100,17 +100,21 @@ class Config(glue.Options):
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = glue.smoke(config)
+    config = roberta_glue.smoke(config)
     if config.smoke:
         config = dataclasses.replace(config, coefs=(0.3, 1.0), alphas=(1e-2, 1e-4))
     rows, variants = [], []
-    for setup in glue.setups(config):
-        taus = glue.vectors(setup)
+    for setup in roberta_glue.setups(config):
+        taus = roberta_glue.vectors(setup)
         own = {
-            part: glue.scores_at(setup, taus, glue.encoders(taus), part)(1.0)
+            part: roberta_glue.scores_at(
+                setup, taus, roberta_glue.encoders(taus), part
+            )(1.0)
             for part in ("validation", "test")
         }
-        nothing = glue.scores_at(setup, taus, glue.encoders(taus), "test")(0.0)
+        nothing = roberta_glue.scores_at(
+            setup, taus, roberta_glue.encoders(taus), "test"
+        )(0.0)
         single = own["test"]
         rows += [
             row(setup, "Pre-trained", nothing, single),
@@ -120,10 +124,12 @@ def main(config: Config) -> dict:
             coef = coefs[0]
             if len(coefs) > 1:
                 coef, _ = search(setup, taus, vector, own["validation"], coefs)
-            found = glue.scores_at(setup, taus, [vector] * len(taus), "test")(coef)
+            found = roberta_glue.scores_at(setup, taus, [vector] * len(taus), "test")(
+                coef
+            )
             rows.append(row(setup, name, found, single, coefficient=coef))
         alpha, coef, vector = disentangled(setup, taus, own["validation"], config)
-        found = glue.scores_at(setup, taus, [vector] * len(taus), "test")(coef)
+        found = roberta_glue.scores_at(setup, taus, [vector] * len(taus), "test")(coef)
         chosen = {"coefficient": coef, "alpha": alpha}
         rows.append(row(setup, AWD, found, single, **chosen))
         variants += single_models(setup, taus, alpha, single)
@@ -135,10 +141,10 @@ def main(config: Config) -> dict:
 
 
 def titles(names: Sequence[str]) -> list[str]:
-    return [glue.TITLES[name] for name in names]
+    return [roberta_glue.TITLES[name] for name in names]
 
 
-def row(setup: glue.Setup, method: str, found, single, **more) -> dict:
+def row(setup: roberta_glue.Setup, method: str, found, single, **more) -> dict:
     """A plain row, in percent: normalised scores with their mean, and the scores."""
     normalized = [
         100 * a / b if b > 0 else None for a, b in zip(found, single, strict=True)
@@ -151,9 +157,9 @@ def row(setup: glue.Setup, method: str, found, single, **more) -> dict:
     return line | scores | {"coefficient": None, "alpha": None} | more
 
 
-def merged(setup: glue.Setup, taus, config: Config) -> dict[str, tuple]:
+def merged(setup: roberta_glue.Setup, taus, config: Config) -> dict[str, tuple]:
     """The merges but AWD: a vector, and the candidates of its coefficient."""
-    params_0, parts = setup.params_0, glue.encoders(taus)
+    params_0, parts = setup.params_0, roberta_glue.encoders(taus)
     key = jax.random.key(config.seed)
     dare = {"drop_rate": config.drop_rate, "density": config.density, "key": key}
     models = {
@@ -176,19 +182,21 @@ def merged(setup: glue.Setup, taus, config: Config) -> dict[str, tuple]:
     }
 
 
-def search(setup: glue.Setup, taus, vector, single, coefs) -> tuple[float, float]:
+def search(
+    setup: roberta_glue.Setup, taus, vector, single, coefs
+) -> tuple[float, float]:
     """The coefficient with the best mean normalised score on validation data, and it.
 
     Where a single model scores nothing, the scores are not normalised.
     """
-    scores_at = glue.scores_at(setup, taus, [vector] * len(taus), "validation")
+    scores_at = roberta_glue.scores_at(setup, taus, [vector] * len(taus), "validation")
     usable = min(single) > 0
     found = evaluate.search(scores_at, single if usable else np.ones(len(taus)), coefs)
     return found.coef, float(found.normalized.max())
 
 
 def disentangled(
-    setup: glue.Setup, taus, single, config: Config
+    setup: roberta_glue.Setup, taus, single, config: Config
 ) -> tuple[float, float, Tree]:
     """AWD's best α and λ on validation data, and its vector."""
     found = []
@@ -205,7 +213,7 @@ def linear_weights(taus) -> list[Tree]:
     return [tree.select(tau, bert.BLOCK_LINEAR_WEIGHTS) for tau in taus.values()]
 
 
-def awd(setup: glue.Setup, taus, weights: np.ndarray, alpha: float) -> Tree:
+def awd(setup: roberta_glue.Setup, taus, weights: np.ndarray, alpha: float) -> Tree:
     """The weighted sum of the disentangled vectors."""
     parts = linear_weights(taus)
     coef = np.asarray(weights, np.float32)
@@ -214,14 +222,14 @@ def awd(setup: glue.Setup, taus, weights: np.ndarray, alpha: float) -> Tree:
     return tree.restrict(difference, list(tree.flatten(parts[0])))
 
 
-def single_models(setup: glue.Setup, taus, alpha: float, full) -> list[dict]:
+def single_models(setup: roberta_glue.Setup, taus, alpha: float, full) -> list[dict]:
     """Figure 2: scores of the single models and of what is left of them."""
     units = np.eye(len(taus))
     rebuilt = [awd(setup, taus, unit, alpha) for unit in units]
     found = (
         full,
-        glue.scores_at(setup, taus, linear_weights(taus), "test")(1.0),
-        glue.scores_at(setup, taus, rebuilt, "test")(1.0),
+        roberta_glue.scores_at(setup, taus, linear_weights(taus), "test")(1.0),
+        roberta_glue.scores_at(setup, taus, rebuilt, "test")(1.0),
     )
     rows = []
     for variant, scores in zip(VARIANTS, found, strict=True):
@@ -231,7 +239,7 @@ def single_models(setup: glue.Setup, taus, alpha: float, full) -> list[dict]:
     return rows
 
 
-def figure(out: Path, setup: glue.Setup, variants: list[dict]):
+def figure(out: Path, setup: roberta_glue.Setup, variants: list[dict]):
     names = [*titles(setup.tasks), "Avg"]
     groups = {
         line["variant"]: [line[name] for name in names]
@@ -245,7 +253,9 @@ def figure(out: Path, setup: glue.Setup, variants: list[dict]):
 def write(config: Config, results: dict):
     """Writes report.json and report.md."""
     columns = [*titles(config.tasks), "Avg"]
-    whole = tuple(config.tasks) == tuple(glue.TITLES)  # else its mean is of others
+    whole = tuple(config.tasks) == tuple(
+        roberta_glue.TITLES
+    )  # else its mean is of others
     theirs = {
         key: [
             values[COLUMNS.index(name)] if whole or name != "Avg" else None

@@ -34,7 +34,7 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from experiments import runs, tables
+from experiments.common import runs, tables
 from jaxarith import merge, tree
 from jaxarith.typing import Tree
 

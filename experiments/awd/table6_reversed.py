@@ -34,8 +34,10 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from experiments import methods, runs, tables, vision
 from experiments.awd import disentangled, table1_addition
+from experiments.common import runs, tables
+from experiments.common.vision import options
+from experiments.common.vision import vectors as methods
 from jaxarith import task_vectors
 
 OURS, REVERSED = "increased orthogonality", "decreased orthogonality"
@@ -70,20 +72,20 @@ for _model, _rows in PUBLISHED.items():
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Models):
+class Config(options.Models):
     """Tables 6 and 7 of AWD (S3): vectors made more orthogonal, and less; of ViT-B/32
     and ViT-L/14."""
 
     out: Path = Path("runs/awd/table6")
     """Folder for report.json and report.md."""
-    models: tuple[str, ...] = (vision.B32, vision.L14)
+    models: tuple[str, ...] = (options.B32, options.L14)
     """CLIPs: folders, or ids of the Hugging Face Hub."""
     tasks: tuple[str, ...] = table1_addition.ORDER
     """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
     FOLDER/<split>/<class>/."""
 
 
-def rows_of(setup: vision.Setup) -> list[dict]:
+def rows_of(setup: options.Setup) -> list[dict]:
     """The rows of one model, in the order of the paper."""
     taus, rows = methods.vectors(setup, "nonlinear"), []
     alphas = disentangled.alphas(setup.options)
@@ -95,7 +97,7 @@ def rows_of(setup: vision.Setup) -> list[dict]:
             for name, value in zip(setup.names, accuracies, strict=True)
         }
         row = {"model": setup.title, "objective": objective, "method": method}
-        row |= per_task | {"mean": vision.means(accuracies)}
+        row |= per_task | {"mean": options.means(accuracies)}
         row["cosine"] = None if vectors is None else disentangled.mean_cosine(vectors)
         rows.append(row | {"coef": None, "alpha": None} | found)
 
@@ -140,10 +142,10 @@ def rows_of(setup: vision.Setup) -> list[dict]:
 
 def main(config: Config) -> dict:
     """Runs the tables; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
     rows, shown = [], {}
-    for setup in vision.setups(config, config.models, control=False):
+    for setup in options.setups(config, config.models, control=False):
         found = rows_of(setup)
         rows += found
         beside = tables.beside(

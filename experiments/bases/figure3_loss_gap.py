@@ -32,8 +32,9 @@ import numpy as np
 import optax
 import tyro
 
-from experiments import methods, runs, tables, vision
 from experiments.bases import two_models
+from experiments.common import runs, tables
+from experiments.common.vision import options, vectors
 from jaxarith import plots, task_vectors
 from jaxarith.evaluate import smoothness as curvature
 from jaxarith.models import heads
@@ -57,7 +58,7 @@ class Config(two_models.Options):
     """The largest number of power iterations, each a pass over those images."""
 
 
-def gaps(setup: vision.Setup, taus, target: int, share: float) -> dict[int, float]:
+def gaps(setup: options.Setup, taus, target: int, share: float) -> dict[int, float]:
     """The loss gap of a task with every other task merged in, by their index."""
     unit = np.eye(len(taus))
     others = [i for i in range(len(taus)) if i != target]
@@ -68,10 +69,10 @@ def gaps(setup: vision.Setup, taus, target: int, share: float) -> dict[int, floa
 
 
 def smoothness(
-    setup: vision.Setup, task: vision.Task, tau: Params, config: Config
+    setup: options.Setup, task: options.Task, tau: Params, config: Config
 ) -> curvature.Eigenvalue:
     """The local smoothness L of a task's loss at its fine-tuned model."""
-    dataset = vision.drawn(setup, task.test, config.smoothness_samples)
+    dataset = options.drawn(setup, task.test, config.smoothness_samples)
 
     def loss(features, labels):
         scores = heads.logits(dataset.head, features)
@@ -90,7 +91,7 @@ def smoothness(
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     if config.smoke:
         config = dataclasses.replace(config, targets=config.tasks[:2], iterations=3)
     names = [spec.partition("=")[0] for spec in config.tasks]
@@ -105,7 +106,7 @@ def main(config: Config) -> dict:
     models = two_models.titles(setups)
     rows, smooth = [], []
     for model, setup in zip(models, setups, strict=True):
-        taus = methods.vectors(setup, "nonlinear")
+        taus = vectors.vectors(setup, "nonlinear")
         cosines = np.asarray(task_vectors.cosine_matrix(taus), float)
         for target in map(names.index, config.targets):
             for other, gap in gaps(setup, taus, target, config.share).items():

@@ -43,8 +43,10 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import methods, runs, tables, vision
 from experiments.bases import two_models
+from experiments.common import runs, tables
+from experiments.common.vision import options
+from experiments.common.vision import vectors as methods
 from jaxarith import plots, sharding, task_vectors, tree
 from jaxarith.typing import Tree
 
@@ -108,7 +110,7 @@ def blocks(cosines: np.ndarray) -> dict[str, float]:
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
     found = two_models.setups(config)
     names = two_models.titles(found)

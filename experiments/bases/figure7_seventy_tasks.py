@@ -48,7 +48,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import prompted, runs, tables
+from experiments.common import runs, tables
+from experiments.common.language import prompted
 from jaxarith import merge, plots, task_vectors
 from jaxarith.data import prompt_sources
 from jaxarith.merge.bases import cluster, eigengap

@@ -39,8 +39,10 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import bank, methods, runs, tables, vision
 from experiments.bases import partitions
+from experiments.common import bank, runs, tables
+from experiments.common.vision import options
+from experiments.common.vision import vectors as methods
 from jaxarith import plots, task_vectors
 from jaxarith.merge.bases import eigengap
 from jaxarith.typing import Tree
@@ -59,7 +61,7 @@ PUBLISHED = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Figures 9 and 11 (S2): cosines and clusters of task vectors after one step, two
     steps, one epoch, two epochs and all, and of tangent vectors."""
 
@@ -69,7 +71,7 @@ class Config(vision.OneModel):
     """A CLIP: a folder, or an id of the Hugging Face Hub."""
 
 
-def moments(setup: vision.Setup, task: vision.Task) -> dict[str, int]:
+def moments(setup: options.Setup, task: options.Task) -> dict[str, int]:
     """After how many steps a task is looked at.
 
     Raises:
@@ -85,7 +87,7 @@ def moments(setup: vision.Setup, task: vision.Task) -> dict[str, int]:
     return {"step 0": 1, "step 1": 2, "epoch 0": epoch, "epoch 1": 2 * epoch}
 
 
-def early_vectors(setup: vision.Setup) -> dict[str, list[Tree]]:
+def early_vectors(setup: options.Setup) -> dict[str, list[Tree]]:
     """The task vectors at each of the moments, and at the end of that training."""
     steps = [moments(setup, task) for task in setup.tasks]  # errors before training
     recipes = [methods.recipe_of(setup, "nonlinear", task) for task in setup.tasks]
@@ -129,7 +131,7 @@ def written(partition: partitions.Partition, titles) -> str:
     return " ".join(f"({group})" for group in groups)
 
 
-def published(name: str, setup: vision.Setup) -> str | None:
+def published(name: str, setup: options.Setup) -> str | None:
     """The paper's clusters of its eight tasks, in the order of the first members."""
     clusters = PUBLISHED[name].split()
     if sorted(",".join(clusters).split(",")) != sorted(setup.names):
@@ -140,11 +142,11 @@ def published(name: str, setup: vision.Setup) -> str | None:
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     if len(config.tasks) < 3:
         raise ValueError(f"{len(config.tasks)} tasks; at least 3 have an eigengap.")
     runs.start(config)
-    setup = vision.load(config, config.model, control=False)
+    setup = options.load(config, config.model, control=False)
     longer = dataclasses.replace(config, steps=8)  # two epochs of a smoke run
     vectors = early_vectors(setup._replace(options=longer) if config.smoke else setup)
     vectors["tangent"] = methods.vectors(setup, "linear")

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from experiments import fitted, methods, vision
+from experiments.common.vision import fitted, vectors
+from experiments.common.vision import options as vision
 from jaxarith import merge, sharding, task_vectors
 from jaxarith.merge.bases import checked_partition, cluster
 from jaxarith.typing import Params, Taus, Tree
@@ -211,7 +212,7 @@ def merged_clusters(
       clusters: members by their index.
     """
     linearized = inner == "Tangent"
-    taus = methods.vectors(setup, "linear" if linearized else "nonlinear")
+    taus = vectors.vectors(setup, "linear" if linearized else "nonlinear")
 
     def merged(members):
         tasks = [setup.tasks[i] for i in members]
@@ -219,7 +220,7 @@ def merged_clusters(
         if len(members) == 1:
             return own[0]
         if inner in ("MTL", "Tangent"):
-            return methods.cluster_vector(setup, tasks, linearized=linearized)
+            return vectors.cluster_vector(setup, tasks, linearized=linearized)
         if inner == "Fisher":
             return fitted.fisher(setup._replace(tasks=tasks), own)
         return merged_vector(setup, inner, own)

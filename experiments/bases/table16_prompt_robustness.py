@@ -33,7 +33,8 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import prompted, tables
+from experiments.common import tables
+from experiments.common.language import prompted
 from jaxarith import task_vectors
 
 TEMPLATE = "{text} It was {mask}. {text}"

@@ -37,8 +37,10 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import arithmetic, methods, runs, tables, vision
 from experiments.bases import two_models
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores
+from experiments.common.vision import vectors as methods
 from jaxarith import task_vectors
 
 ROWS = ("fine-tuned from 1", "50 / 50", "fine-tuned from 2")
@@ -57,7 +59,7 @@ class Config(two_models.Options):
     """Folder for report.json and report.md."""
 
 
-def cells(setup: vision.Setup, own, other, apart) -> dict[str, list[dict]]:
+def cells(setup: options.Setup, own, other, apart) -> dict[str, list[dict]]:
     """The cells of one column, by the reading of the caption.
 
     Args:
@@ -80,14 +82,12 @@ def cells(setup: vision.Setup, own, other, apart) -> dict[str, list[dict]]:
     }
     rows = np.array([row for part in shares.values() for row in part])
     # At 1 / T the distance of the two models is crossed once, in the second reading.
-    coefs = np.union1d(
-        arithmetic.coefs_of(setup.options, arithmetic.COEFS), [1 / count]
-    )
+    coefs = np.union1d(scores.coefs_of(setup.options, scores.COEFS), [1 / count])
     grid = (coefs[:, None, None] * rows).reshape(-1, 3)
 
     def accuracies(split, rows):
         found = [
-            arithmetic.accuracies(setup, taus, getattr(task, split), False, rows)
+            scores.accuracies(setup, taus, getattr(task, split), False, rows)
             for task in tqdm(setup.tasks, desc=f"mixing, {split}", unit="task")
         ]
         return 100 * np.mean(found, axis=0)
@@ -103,7 +103,7 @@ def cells(setup: vision.Setup, own, other, apart) -> dict[str, list[dict]]:
 
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
     found = two_models.setups(config)
     vectors = [methods.vectors(setup, "nonlinear") for setup in found]

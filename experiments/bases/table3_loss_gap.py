@@ -28,8 +28,9 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from experiments import arithmetic, methods, runs, tables, vision
 from experiments.bases import two_models
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores, vectors
 from jaxarith import task_vectors
 
 # In the order of the paper's rows.
@@ -40,12 +41,12 @@ PUBLISHED = dict(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Table 3 (S2): the loss gap of every task after the addition of all vectors."""
 
     out: Path = Path("runs/bases/table3")
     """Folder for report.json and report.md."""
-    model: str = vision.B16
+    model: str = options.B16
     """A CLIP: a folder, or an id of the Hugging Face Hub."""
     tasks: tuple[str, ...] = _TASKS
     """The tasks, in order: names of jaxarith data check, or NAME=FOLDER."""
@@ -53,11 +54,11 @@ class Config(vision.OneModel):
 
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
-    setup = vision.load(config, config.model, control=False)
-    taus = methods.vectors(setup, "nonlinear")
-    found = arithmetic.addition(setup, taus, linearized=False)
+    setup = options.load(config, config.model, control=False)
+    taus = vectors.vectors(setup, "nonlinear")
+    found = scores.addition(setup, taus, linearized=False)
     total, coef = task_vectors.add(taus), found.search.coef
     rows = []
     progress = tqdm(setup.tasks, desc="losses", unit="task")

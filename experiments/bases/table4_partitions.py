@@ -55,8 +55,9 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import arithmetic, methods, runs, tables, vision
 from experiments.bases import partitions
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores, vectors
 from jaxarith.typing import Taus, Tree
 
 # By table, model, inner and outer merge, the columns in the order of `partitions`.
@@ -164,7 +165,7 @@ CAPTIONS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Models):
+class Config(options.Models):
     """Tables 4, 5, 10, 11 and 12 (S2): bases of all partitions of a few tasks, with
     several inner and outer merges."""
 
@@ -187,18 +188,18 @@ class Config(vision.Models):
 
 
 def evaluated(
-    setup: vision.Setup, taus: Taus, linearized: bool, coefs, split: str
+    setup: options.Setup, taus: Taus, linearized: bool, coefs, split: str
 ) -> np.ndarray:
     """Mean accuracy in percent at each of n sets of coefficients, `[n]`."""
     found = [
-        arithmetic.accuracies(setup, taus, getattr(task, split), linearized, coefs)
+        scores.accuracies(setup, taus, getattr(task, split), linearized, coefs)
         for task in tqdm(setup.tasks, desc=f"bases addition, {split}", unit="task")
     ]
     return 100 * np.mean(found, axis=0)
 
 
 def added(
-    setup: vision.Setup,
+    setup: options.Setup,
     bases: Sequence[Tree],
     clusters: Sequence[tuple[int, ...]],
     several: Sequence[partitions.Partition],
@@ -211,7 +212,7 @@ def added(
     rows = np.zeros((len(several), len(clusters)))
     for row, partition in zip(rows, several, strict=True):
         row[[clusters.index(partitions.key(members)) for members in partition]] = 1
-    coefs = arithmetic.coefs_of(setup.options, arithmetic.COEFS)
+    coefs = scores.coefs_of(setup.options, scores.COEFS)
     grid = (coefs[:, None, None] * rows).reshape(-1, len(clusters))
     curves = evaluated(setup, bases, linearized, grid, "validation")
     best = coefs[curves.reshape(len(coefs), -1).argmax(axis=0)]
@@ -220,7 +221,7 @@ def added(
 
 
 def merged_twice(
-    setup: vision.Setup,
+    setup: options.Setup,
     bases: Sequence[Tree],
     clusters: Sequence[tuple[int, ...]],
     several: Sequence[partitions.Partition],
@@ -243,11 +244,11 @@ def merged_twice(
     return [(accuracy, None) for accuracy in found]
 
 
-def chosen_partition(setup: vision.Setup, config: Config) -> partitions.Partition:
+def chosen_partition(setup: options.Setup, config: Config) -> partitions.Partition:
     """The given partition, or that of Algorithm 1."""
     if config.partition:
         return partitions.given_partition(config.partition, setup.names)
-    return partitions.found_partition(methods.vectors(setup, "nonlinear"))
+    return partitions.found_partition(vectors.vectors(setup, "nonlinear"))
 
 
 def several_of(config: Config, count: int, chosen) -> list[partitions.Partition]:
@@ -262,7 +263,7 @@ def several_of(config: Config, count: int, chosen) -> list[partitions.Partition]
 
 
 def rows_of(
-    setup: vision.Setup, config: Config, several: Sequence, is_first: bool
+    setup: options.Setup, config: Config, several: Sequence, is_first: bool
 ) -> list[dict]:
     """The rows of one model, in the order of the tables and of their columns."""
     clusters = partitions.clusters_of(several)
@@ -349,7 +350,7 @@ def summary(
 
 def main(config: Config) -> dict:
     """Runs the tables; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     names = partitions.names_of(config)
     if len(names) < 2:
         raise ValueError(f"at least two tasks are merged; got {names}.")
@@ -363,7 +364,7 @@ def main(config: Config) -> dict:
     runs.start(config)
     rows: list[dict] = []
     chosen = None
-    for setup in vision.setups(config, config.models, control=False):
+    for setup in options.setups(config, config.models, control=False):
         # Of the first model, so that one partition is compared over all.
         is_first = chosen is None
         chosen = chosen or chosen_partition(setup, config)

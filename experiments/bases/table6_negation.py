@@ -38,8 +38,10 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import arithmetic, methods, runs, tables, vision
 from experiments.bases import partitions
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores
+from experiments.common.vision import vectors as methods
 from jaxarith.merge.bases_arithmetic import similarities
 
 PUBLISHED = {
@@ -61,7 +63,7 @@ PUBLISHED = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Table 6 (S2): unlearn a task by negating the basis that is most similar to it."""
 
     out: Path = Path("runs/bases/table6")
@@ -79,7 +81,7 @@ class Config(vision.OneModel):
     """The inner merges. MTL and Tangent train every cluster."""
 
 
-def rows_of(setup: vision.Setup, config: Config) -> list[dict]:
+def rows_of(setup: options.Setup, config: Config) -> list[dict]:
     """The rows of the table, and those of the task vector itself."""
     index = setup.names.index(config.target)
     names = partitions.letters(setup.titles)
@@ -96,7 +98,7 @@ def rows_of(setup: vision.Setup, config: Config) -> list[dict]:
     target = setup._replace(tasks=[setup.tasks[index]])
 
     def row(inner, members, tau, linearized):
-        found = arithmetic.negation(target, [tau], linearized=linearized)
+        found = scores.negation(target, [tau], linearized=linearized)
         return {
             "inner": inner,
             "basis": partitions.label([members], names),
@@ -125,7 +127,7 @@ def rows_of(setup: vision.Setup, config: Config) -> list[dict]:
 
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     if config.smoke:
         config = dataclasses.replace(config, inner=("MTL", "Tangent", "Mean"))
     names = partitions.names_of(config)
@@ -137,7 +139,7 @@ def main(config: Config) -> dict:
     if config.partition:
         partitions.given_partition(config.partition, names)  # before anything is loaded
     runs.start(config)
-    setup = vision.load(config, config.model)
+    setup = options.load(config, config.model)
     rows = rows_of(setup, config)
     are_theirs = tuple(names) == partitions.FOUR and config.target == "mnist"
     beside = tables.beside(

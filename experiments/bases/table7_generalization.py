@@ -52,8 +52,10 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import arithmetic, methods, runs, tables, vision
 from experiments.bases import partitions
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores
+from experiments.common.vision import vectors as methods
 from jaxarith import plots
 from jaxarith.merge.bases_arithmetic import similarities
 
@@ -79,7 +81,7 @@ PRETRAINED = {"gtsrb": 36.48, "dtd": 54.73}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Tables 7, 13 and 14, and Figure 10 (S2): held-out tasks with the most similar
     basis of other tasks."""
 
@@ -118,7 +120,7 @@ def nearest_clusters(
 
 
 def row_of(
-    task: vision.Task, inner: str, nearest, several, cosines, accuracies, chosen
+    task: options.Task, inner: str, nearest, several, cosines, accuracies, chosen
 ) -> dict:
     """A row of Tables 13 and 14.
 
@@ -149,7 +151,7 @@ def row_of(
 
 def main(config: Config) -> dict:
     """Runs the tables; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     if config.smoke:
         config = dataclasses.replace(
             config,
@@ -172,7 +174,7 @@ def main(config: Config) -> dict:
         partitions.given_partition(config.partition, names)  # before anything is loaded
     runs.start(config)
     both = dataclasses.replace(config, tasks=(*config.tasks, *config.held_out))
-    whole = vision.load(both, config.model, control=False)
+    whole = options.load(both, config.model, control=False)
     count = len(names)
     setup = whole._replace(options=config, tasks=whole.tasks[:count])
     targets = whole.tasks[count:]
@@ -188,7 +190,7 @@ def main(config: Config) -> dict:
     )
     several = partitions.partitions(count)
     clusters = partitions.clusters_of(several)
-    coefs = arithmetic.coefs_of(config, arithmetic.COEFS)
+    coefs = scores.coefs_of(config, scores.COEFS)
     letters = partitions.letters(setup.titles)
     rows, figure = [], {}
     for inner in config.inner:
@@ -249,10 +251,10 @@ def accuracies_of(setup, bases, linearized, task, coefs):
     unit = np.eye(len(bases))
     grid = (np.asarray(coefs)[:, None, None] * unit).reshape(-1, len(bases))
     given = (setup, bases)
-    found = arithmetic.accuracies(*given, task.validation, linearized, grid)
+    found = scores.accuracies(*given, task.validation, linearized, grid)
     best = np.asarray(coefs)[found.reshape(len(coefs), -1).argmax(axis=0)]
     rows = np.concatenate([0 * unit[:1], unit, best[:, None] * unit])
-    test = arithmetic.accuracies(*given, task.test, linearized, rows)
+    test = scores.accuracies(*given, task.test, linearized, rows)
     pretrained, *both = (100 * test).tolist()
     return pretrained, list(zip(both[: len(bases)], both[len(bases) :], strict=True))
 

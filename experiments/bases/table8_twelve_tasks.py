@@ -54,7 +54,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import prompted, study_merges, tables
+from experiments.common import study_merges, tables
+from experiments.common.language import prompted
 from jaxarith import evaluate, losses, merge, sharding, task_vectors, tree
 from jaxarith.data import pipeline
 from jaxarith.merge.bases import cluster

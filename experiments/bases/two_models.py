@@ -23,8 +23,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments import arithmetic, vision
 from experiments.bases import partitions
+from experiments.common.vision import options as vision
+from experiments.common.vision import scores as arithmetic
 from jaxarith import fingerprint, hub, sharding, task_vectors, tree
 from jaxarith.models import clip, heads
 from jaxarith.sharding import processes

@@ -30,8 +30,10 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import quickstart, quickstart_tasks, studies
+from experiments import quickstart
 from experiments.bench import measure
+from experiments.common import studies
+from experiments.common.vision import small_tasks
 from jaxarith import plots, report, train, tree
 from jaxarith.models import clip, heads
 
@@ -89,7 +91,7 @@ class Config:
     logs and task vectors."""
     model: Path = clip.TINY_CLIP
     """Folder of a CLIP checkpoint; the embedded tiny one by default."""
-    tasks: tuple[str, ...] = quickstart_tasks.NAMES
+    tasks: tuple[str, ...] = small_tasks.NAMES
     """The tasks, in order."""
     variants: tuple[str, ...] = tuple(VARIANTS)
     """What is trained. Steps of `cyclic` are timed in any case."""

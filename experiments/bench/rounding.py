@@ -18,8 +18,10 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import quickstart, quickstart_tasks, studies
+from experiments import quickstart
 from experiments.bench import cheaper, measure
+from experiments.common import studies
+from experiments.common.vision import small_tasks
 from jaxarith import report, task_vectors
 from jaxarith.models import clip, heads
 from jaxarith.typing import Tree
@@ -35,7 +37,7 @@ class Config:
     """Folder for report.json, report.md, logs and task vectors."""
     model: Path = clip.TINY_CLIP
     """Folder of a CLIP checkpoint; the embedded tiny one by default."""
-    tasks: tuple[str, ...] = quickstart_tasks.NAMES
+    tasks: tuple[str, ...] = small_tasks.NAMES
     """The tasks, in order."""
     penalty: Literal["cyclic", "mixed", "strict"] | None = "cyclic"
     """Mode of the τJp penalty; None trains without one."""

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments import bank, vision
+from experiments.common import bank
+from experiments.common.vision import options as vision
 from jaxarith import task_vectors
 from jaxarith.data import images
 from jaxarith.models import clip

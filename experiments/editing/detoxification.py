@@ -34,7 +34,9 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments import bank, detoxify, runs, tiny_text
+from experiments import detoxify
+from experiments.common import bank, runs
+from experiments.common.language import tiny_text
 from jaxarith import fingerprint, train
 from jaxarith.data import language
 from jaxarith.sharding import processes

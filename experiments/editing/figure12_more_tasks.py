@@ -28,14 +28,15 @@ from pathlib import Path
 import jax
 import tyro
 
-from experiments import methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, vectors
 from experiments.editing import custom, forgetting, ocr
 from jaxarith import plots
 from jaxarith.models import clip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Models):
+class Config(options.Models):
     """Figure 12 (S4): forgetting OCR and person identification."""
 
     out: Path = Path("runs/editing/figure12")
@@ -46,20 +47,20 @@ class Config(vision.Models):
     """A task of persons, as NAME=FOLDER."""
 
 
-def with_tasks(setup: vision.Setup) -> vision.Setup:
+def with_tasks(setup: options.Setup) -> options.Setup:
     """The setup with the OCR tasks and the persons in place of its own tasks."""
     config = setup.options
     checkpoint = clip.load(setup.model)
-    raw = [ocr.reading(vision.image_task(spec, config)) for spec in config.tasks]
+    raw = [ocr.reading(options.image_task(spec, config)) for spec in config.tasks]
     if config.persons:
-        raw.append(vision.image_task(config.persons, config))
+        raw.append(options.image_task(config.persons, config))
     tasks = [custom.prepared(setup, checkpoint, task) for task in raw]
     return setup._replace(tasks=tasks)
 
 
-def rows_of(setup: vision.Setup) -> list[dict]:
+def rows_of(setup: options.Setup) -> list[dict]:
     """The rows of one model."""
-    taus = methods.vectors(setup, "nonlinear")
+    taus = vectors.vectors(setup, "nonlinear")
     tuned = 100 * forgetting.curves(setup, taus, [1.0])[..., 0]
     found = forgetting.negation(setup, taus)
     rows = []
@@ -81,17 +82,17 @@ def rows_of(setup: vision.Setup) -> list[dict]:
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     if config.smoke:  # persons are a task like every other
         config = dataclasses.replace(
             config, tasks=("inverted_digits",), control="uci_digits", persons="mnist"
         )
     if config.persons:  # whether it is there, before anything is written
-        vision.image_task(config.persons, config)
+        options.image_task(config.persons, config)
     runs.start(config)
     rows = [
         row
-        for setup in vision.setups(config, config.models)
+        for setup in options.setups(config, config.models)
         for row in rows_of(with_tasks(setup))
     ]
     if runs.is_first():

@@ -41,7 +41,9 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import detoxify, runs, tables, tiny_text
+from experiments import detoxify
+from experiments.common import runs, tables
+from experiments.common.language import tiny_text
 from experiments.editing import detoxification
 from jaxarith import plots
 from jaxarith.data import text

@@ -24,18 +24,19 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options
 from experiments.editing import variations
 from jaxarith import plots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Figure 14 (S4): add every two vectors of several seeds."""
 
     out: Path = Path("runs/editing/figure14")
     """Folder for figure14.png, report.json and report.md."""
-    model: str = vision.L14
+    model: str = options.L14
     """A CLIP: a folder, or an id of the Hugging Face Hub."""
     tasks: tuple[str, ...] = ("mnist", "eurosat")
     """The two tasks."""
@@ -44,12 +45,12 @@ class Config(vision.OneModel):
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     if config.smoke:
         config = dataclasses.replace(config, tasks=config.tasks[:2], seeds=(0, 1))
     variations.check_pair(config.tasks)
     runs.start(config)
-    setup = vision.load(config, config.model, control=False)
+    setup = options.load(config, config.model, control=False)
     taus = {
         seed: variations.vectors(setup, f"seed_{seed}", seed=seed)
         for seed in config.seeds

@@ -25,7 +25,9 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from experiments import arithmetic, methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options as vision
+from experiments.common.vision import scores, vectors
 from jaxarith import plots
 from jaxarith.typing import Tree
 
@@ -45,13 +47,13 @@ class Config(vision.OneModel):
 def large_vector(setup: vision.Setup, epochs: int) -> Tree:
     """The vector of the control task, trained for so many epochs."""
     options = setup.options
-    config = methods.recipe_of(setup, "nonlinear", setup.control)
+    config = vectors.recipe_of(setup, "nonlinear", setup.control)
     name = "nonlinear"
     if options.steps is None:
         name = f"nonlinear/epochs_{epochs}"
         steps = epochs * math.ceil(len(setup.control.train) / options.batch_size)
         config = dataclasses.replace(config, steps=steps)
-    [tau] = methods.trained(setup, name, [setup.control], [config], [[]])
+    [tau] = vectors.trained(setup, name, [setup.control], [config], [[]])
     return tau
 
 
@@ -61,11 +63,11 @@ def main(config: Config) -> dict:
     runs.start(config)
     setup = vision.load(config, config.model)
     large = large_vector(setup, config.epochs)
-    taus = methods.vectors(setup, "nonlinear")
+    taus = vectors.vectors(setup, "nonlinear")
     rows = []
     for task, tau in zip(tqdm(setup.tasks, desc="sums"), taus, strict=True):
         pair = setup._replace(tasks=[task, setup.control])
-        found = arithmetic.addition(pair, [tau, large], linearized=False)
+        found = scores.addition(pair, [tau, large], linearized=False)
         parts = {
             "zero-shot": found.zero_shot,
             "single": found.single,

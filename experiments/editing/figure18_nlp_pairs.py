@@ -48,8 +48,9 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import detoxify, runs, tables, tiny_text
-from experiments.editing import text_to_text
+from experiments import detoxify
+from experiments.common import runs, tables
+from experiments.common.language import text_to_text, tiny_text
 from jaxarith import evaluate, metrics, plots, task_vectors
 from jaxarith.data import glue, language
 from jaxarith.models import t5

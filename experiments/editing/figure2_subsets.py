@@ -36,7 +36,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import arithmetic, methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores, vectors
 from jaxarith import plots
 from jaxarith.typing import Tree
 
@@ -48,13 +49,13 @@ PUBLISHED = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Figures 2, 3, 15 and 16 (S4): add every subset of the task vectors."""
 
     out: Path = Path("runs/editing/figure2")
     """Folder for reports and figure2.png, figure3.png, figure15.png,
     figure15_coefficients.png and figure16.png."""
-    model: str = vision.L14
+    model: str = options.L14
     """A CLIP: a folder, or an id of the Hugging Face Hub."""
     method: Literal["nonlinear", "linear"] = "nonlinear"
     """Ordinary vectors as in the paper, or those of the tangent-space model."""
@@ -63,16 +64,16 @@ class Config(vision.OneModel):
 
 
 def accuracies(
-    setup: vision.Setup, taus: list[Tree], rows: np.ndarray, config, split: str
+    setup: options.Setup, taus: list[Tree], rows: np.ndarray, config, split: str
 ) -> np.ndarray:
     """Accuracy `[n, T]` on every task at n sets of coefficients `[n, T]`."""
     columns = []
     for task in tqdm(setup.tasks, desc=f"subsets, {split}", unit="task"):
         dataset = getattr(task, split)
         if split == "validation" and config.validate is not None:
-            dataset = vision.drawn(setup, dataset, config.validate)
+            dataset = options.drawn(setup, dataset, config.validate)
         linearized = config.method == "linear"
-        columns.append(arithmetic.accuracies(setup, taus, dataset, linearized, rows))
+        columns.append(scores.accuracies(setup, taus, dataset, linearized, rows))
     return np.array(columns).T
 
 
@@ -100,12 +101,12 @@ def choose(curves: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.einsum("snt,st->sn", curves, weights.astype(float)).argmax(-1)
 
 
-def subset_rows(setup: vision.Setup, config: Config) -> tuple[list[dict], np.ndarray]:
+def subset_rows(setup: options.Setup, config: Config) -> tuple[list[dict], np.ndarray]:
     """A row of every subset, and its mean validation accuracies, `[S, n]`."""
-    taus = methods.vectors(setup, config.method)
-    coefs = arithmetic.coefs_of(config, arithmetic.COEFS)
+    taus = vectors.vectors(setup, config.method)
+    coefs = scores.coefs_of(config, scores.COEFS)
     # The empty one too: it is the pre-trained model.
-    members = arithmetic.subsets(len(taus))
+    members = scores.subsets(len(taus))
     grid = (coefs[None, :, None] * members[:, None]).reshape(-1, len(taus))
     ones = np.eye(len(taus))
     found = accuracies(setup, taus, np.concatenate([ones, grid]), config, "validation")
@@ -138,7 +139,7 @@ def subset_rows(setup: vision.Setup, config: Config) -> tuple[list[dict], np.nda
     return plain, curves.mean(-1)
 
 
-def draw(setup: vision.Setup, config: Config, rows: list[dict], curves: np.ndarray):
+def draw(setup: options.Setup, config: Config, rows: list[dict], curves: np.ndarray):
     """The four figures."""
     sizes = np.array([row["size"] for row in rows])
     every = range(1, len(setup.tasks) + 1)
@@ -171,7 +172,7 @@ def draw(setup: vision.Setup, config: Config, rows: list[dict], curves: np.ndarr
             y=f"{normal}, mean over "
             + ("all tasks" if name == "all" else "the tasks of the vectors"),
         )
-    coefs = arithmetic.coefs_of(config, arithmetic.COEFS)
+    coefs = scores.coefs_of(config, scores.COEFS)
     plots.scatter(
         config.out / "figure15_coefficients.png",
         {
@@ -195,15 +196,15 @@ def draw(setup: vision.Setup, config: Config, rows: list[dict], curves: np.ndarr
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     if len(config.tasks) < 2:
         raise ValueError(f"pairs need two tasks; --tasks names {config.tasks}.")
     runs.start(config)
-    setup = vision.load(config, config.model, control=False)
+    setup = options.load(config, config.model, control=False)
     subsets, curves = subset_rows(setup, config)
     # Of ordinary models, whatever the vectors are.
-    alone = arithmetic.single_accuracies(setup, "nonlinear")[1] / 100
-    joint = normalized(arithmetic.joint_accuracies(setup), alone)
+    alone = scores.single_accuracies(setup, "nonlinear")[1] / 100
+    joint = normalized(scores.joint_accuracies(setup), alone)
     rows = [
         {
             "result": "pairs, both tasks",

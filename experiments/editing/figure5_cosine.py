@@ -22,26 +22,27 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import arithmetic, methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores, vectors
 from jaxarith import plots, task_vectors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Figure 5 (S4): compare the directions of task vectors."""
 
     out: Path = Path("runs/editing/figure5")
     """Folder for figure5.png, report.json and report.md."""
-    model: str = vision.L14
+    model: str = options.L14
     """A CLIP: a folder, or an id of the Hugging Face Hub."""
 
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
-    setup = vision.load(config, config.model, control=False)
-    taus = methods.vectors(setup, "nonlinear")
+    setup = options.load(config, config.model, control=False)
+    taus = vectors.vectors(setup, "nonlinear")
     found = np.asarray(task_vectors.cosine_matrix(taus), float)
     if runs.is_first():
         plots.matrices(
@@ -52,10 +53,10 @@ def main(config: Config) -> dict:
             columns="task vector",
             value="cosine",
         )
-    couples = arithmetic.pairs(len(taus))
+    couples = scores.pairs(len(taus))
     rows = [
         {"pair": " – ".join(setup.titles[i] for i in pair), "cosine": value}
-        for pair, value in zip(couples, arithmetic.pair_values(found), strict=True)
+        for pair, value in zip(couples, scores.pair_values(found), strict=True)
     ]
     rows.sort(key=lambda row: -row["cosine"])
     results = {"tasks": setup.names, "cosines": found.tolist(), "rows": rows}

@@ -24,18 +24,19 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from experiments import runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options
 from experiments.editing import variations
 from jaxarith import plots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Figure 6 (S4): add two vectors of several learning rates."""
 
     out: Path = Path("runs/editing/figure6")
     """Folder for figure6.png, report.json and report.md."""
-    model: str = vision.L14
+    model: str = options.L14
     """A CLIP: a folder, or an id of the Hugging Face Hub."""
     tasks: tuple[str, ...] = ("mnist", "eurosat")
     """The two tasks."""
@@ -44,14 +45,14 @@ class Config(vision.OneModel):
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     if config.smoke:
         config = dataclasses.replace(
             config, tasks=config.tasks[:2], learning_rates=(1e-3, 1e-2)
         )
     variations.check_pair(config.tasks)
     runs.start(config)
-    setup = vision.load(config, config.model, control=False)
+    setup = options.load(config, config.model, control=False)
     rows = []
     for rate in tqdm(config.learning_rates, desc="learning rates"):
         taus = variations.vectors(setup, f"lr_{rate:g}", learning_rate=rate)

@@ -26,19 +26,20 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import bank, methods, runs, tables, vision
+from experiments.common import bank, runs, tables
+from experiments.common.vision import options, vectors
 from experiments.editing import variations
 from jaxarith import plots, task_vectors
 from jaxarith.typing import Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Figure 7 (S4): follow two vectors through fine-tuning."""
 
     out: Path = Path("runs/editing/figure7")
     """Folder for figure7_cosine.png, figure7_accuracy.png and reports."""
-    model: str = vision.L14
+    model: str = options.L14
     """A CLIP: a folder, or an id of the Hugging Face Hub."""
     tasks: tuple[str, ...] = ("mnist", "eurosat")
     """The two tasks."""
@@ -46,7 +47,7 @@ class Config(vision.OneModel):
     """Every so many steps the vectors are measured."""
 
 
-def followed(setup: vision.Setup, config: Config) -> dict[int, list[Tree]]:
+def followed(setup: options.Setup, config: Config) -> dict[int, list[Tree]]:
     """The task vectors after every so many steps, the last among them.
 
     Raises:
@@ -54,22 +55,22 @@ def followed(setup: vision.Setup, config: Config) -> dict[int, list[Tree]]:
       FileNotFoundError: the bank has the vectors, trained with other snapshots.
     """
     name = "nonlinear/followed"
-    recipes = [methods.recipe_of(setup, name, task) for task in setup.tasks]
+    recipes = [vectors.recipe_of(setup, name, task) for task in setup.tasks]
     check_steps([recipe.steps for recipe in recipes], config.snapshots)
     others = [[]] * len(recipes)
-    final = methods.trained(
+    final = vectors.trained(
         setup, name, setup.tasks, recipes, others, snapshots=config.snapshots
     )
     last = recipes[0].steps
 
     def snapshot(step, task, recipe):
-        file = methods.file_of(setup, f"{name}/step_{step:04d}", task.name)
-        tau = bank.read(file, methods.configuration(setup, name, [task], recipe, []))
+        file = vectors.file_of(setup, f"{name}/step_{step:04d}", task.name)
+        tau = bank.read(file, vectors.configuration(setup, name, [task], recipe, []))
         if tau is None:
             raise FileNotFoundError(
                 f"{file} is not there, though that of all steps is, which was trained "
                 "with other --snapshots. Remove "
-                f"{methods.file_of(setup, name, task.name)} to train it again."
+                f"{vectors.file_of(setup, name, task.name)} to train it again."
             )
         return tau
 
@@ -96,12 +97,12 @@ def check_steps(steps: list[int], snapshots: int):
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     if config.smoke:
         config = dataclasses.replace(config, tasks=config.tasks[:2], snapshots=1)
     variations.check_pair(config.tasks)
     runs.start(config)
-    setup = vision.load(config, config.model, control=False)
+    setup = options.load(config, config.model, control=False)
     found = followed(setup, config)
     final = found[max(found)]
     rows = []

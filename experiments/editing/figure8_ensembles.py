@@ -26,7 +26,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import arithmetic, methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores, vectors
 from jaxarith import metrics, plots
 from jaxarith.models import heads
 
@@ -34,25 +35,25 @@ PUBLISHED = {"Pearson correlation": (0.99,)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Figure 8 (S4): mean of weights and mean of outputs of every two models."""
 
     out: Path = Path("runs/editing/figure8")
     """Folder for figure8.png, report.json and report.md."""
-    model: str = vision.L14
+    model: str = options.L14
     """A CLIP: a folder, or an id of the Hugging Face Hub."""
 
 
-def accuracies(setup: vision.Setup) -> tuple[np.ndarray, np.ndarray]:
+def accuracies(setup: options.Setup) -> tuple[np.ndarray, np.ndarray]:
     """Test accuracies `[P, 2]` of every pair's weights, and of its ensemble."""
-    taus = methods.vectors(setup, "nonlinear")
-    couples = arithmetic.pairs(len(taus))
+    taus = vectors.vectors(setup, "nonlinear")
+    couples = scores.pairs(len(taus))
     weights, ensembles = np.zeros((2, len(couples), 2))
     ones = np.eye(len(taus))
     for index, task in enumerate(tqdm(setup.tasks, desc="ensembles", unit="task")):
         own = [(p, pair) for p, pair in enumerate(couples) if index in pair]
         halves = [0.5 * (ones[i] + ones[j]) for _, (i, j) in own]
-        at = arithmetic.outputs(setup, taus, task.test, False)
+        at = scores.outputs(setup, taus, task.test, False)
         found = at(np.array([*ones, *halves]))
         single = [
             np.asarray(heads.logits(task.test.head, x)) for x in found[: len(ones)]
@@ -67,11 +68,11 @@ def accuracies(setup: vision.Setup) -> tuple[np.ndarray, np.ndarray]:
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     if len(config.tasks) < 2:
         raise ValueError(f"pairs need two tasks; --tasks names {config.tasks}.")
     runs.start(config)
-    setup = vision.load(config, config.model, control=False)
+    setup = options.load(config, config.model, control=False)
     weights, ensembles = (100 * found for found in accuracies(setup))
     pairs = [
         {
@@ -80,7 +81,7 @@ def main(config: Config) -> dict:
             "ensemble": float(theirs.mean()),
         }
         for pair, own, theirs in zip(
-            arithmetic.pairs(len(setup.tasks)), weights, ensembles, strict=True
+            scores.pairs(len(setup.tasks)), weights, ensembles, strict=True
         )
     ]
     xs, ys = ([row[name] for row in pairs] for name in ("ensemble", "weights"))

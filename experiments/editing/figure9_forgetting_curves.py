@@ -28,33 +28,34 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import arithmetic, methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores, vectors
 from experiments.editing import forgetting
 from jaxarith import metrics, plots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Figures 9, 10 and 11 (S4): curves of forgetting, and what goes with it."""
 
     out: Path = Path("runs/editing/figure9")
     """Folder for figure9.png, figure10.png, figure11.png, report.json and report.md."""
-    model: str = vision.L14
+    model: str = options.L14
     """A CLIP: a folder, or an id of the Hugging Face Hub."""
 
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
-    setup = vision.load(config, config.model)
-    nonlinear = methods.vectors(setup, "nonlinear")
+    setup = options.load(config, config.model)
+    nonlinear = vectors.vectors(setup, "nonlinear")
     negative = forgetting.negation(setup, nonlinear)
-    coefs = arithmetic.coefs_of(config, arithmetic.COEFS)
+    coefs = scores.coefs_of(config, scores.COEFS)
     directions = {
         "negative task vector": (nonlinear, -coefs),
-        "random vector": (methods.vectors(setup, "random"), -coefs),
-        "gradient ascent": (methods.vectors(setup, "gradient_ascent"), coefs),
+        "random vector": (vectors.vectors(setup, "random"), -coefs),
+        "gradient ascent": (vectors.vectors(setup, "gradient_ascent"), coefs),
     }
     curves = {
         name: 100 * forgetting.curves(setup, *direction)
@@ -101,7 +102,7 @@ def main(config: Config) -> dict:
     return results
 
 
-def draw(setup: vision.Setup, curves: dict[str, np.ndarray], points):
+def draw(setup: options.Setup, curves: dict[str, np.ndarray], points):
     """The three figures."""
     out = setup.options.out
     axes = {"x": "control accuracy, percent", "y": "target accuracy, percent"}

@@ -8,26 +8,24 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from experiments import arithmetic, vision
+from experiments.common.vision import options, scores
 from jaxarith.typing import Taus
 
 
-def negation(setup: vision.Setup, taus: Taus) -> arithmetic.Negation:
+def negation(setup: options.Setup, taus: Taus) -> scores.Negation:
     """Subtracts each vector; the coefficient is the largest of 0, 0.05, …, 1 that keeps
     95 % of the control accuracy on validation data (B.1)."""
-    return arithmetic.negation(
-        setup, taus, linearized=False, coefs=arithmetic.COEFS, largest=True
+    return scores.negation(
+        setup, taus, linearized=False, coefs=scores.COEFS, largest=True
     )
 
 
-def curves(setup: vision.Setup, taus: Taus, coefs: Sequence[float]) -> np.ndarray:
+def curves(setup: options.Setup, taus: Taus, coefs: Sequence[float]) -> np.ndarray:
     """Test accuracies `[T, 2, n]` with each vector alone at every coefficient."""
     rows = np.asarray(coefs)[:, None]
     progress = tqdm(setup.tasks, desc="target and control", unit="task")
     found = []
     for task, tau in zip(progress, taus, strict=True):
         both = (task.test, setup.control.test)
-        found.append(
-            [arithmetic.accuracies(setup, [tau], x, False, rows) for x in both]
-        )
+        found.append([scores.accuracies(setup, [tau], x, False, rows) for x in both])
     return np.array(found)

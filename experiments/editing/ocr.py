@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from experiments import glyphs, vision
+from experiments.common.vision import glyphs, options
 from jaxarith.data import images
 
 TEMPLATES = (
@@ -51,7 +51,7 @@ class Written:
     @functools.cached_property
     def labels(self) -> np.ndarray:
         """`i32[N]`: drawn from the classes that the images do not show."""
-        shown = vision.labels(self.source)
+        shown = options.labels(self.source)
         away = np.random.default_rng(self.seed).integers(
             1, len(self.classes), size=len(shown)
         )

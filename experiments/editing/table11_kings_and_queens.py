@@ -38,7 +38,16 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import arithmetic, bank, methods, runs, tables, vision
+from experiments.common import bank, runs, tables
+from experiments.common.vision import (
+    options as vision,
+)
+from experiments.common.vision import (
+    scores,
+)
+from experiments.common.vision import (
+    vectors as methods,
+)
 from experiments.editing import custom
 from jaxarith.data import images
 from jaxarith.models import clip
@@ -131,21 +140,21 @@ def rows_of(setup: vision.Setup) -> list[dict]:
     tasks, setup = concepts(setup)
     vectors = methods.vectors(setup, "nonlinear")
     taus = [custom.analogy(vectors, i) for i in range(4)]
-    coefs = arithmetic.coefs_of(setup.options, COEFS)
+    coefs = scores.coefs_of(setup.options, COEFS)
 
     def on_control(split, chosen):  # one pass for all four vectors: [4, n]
         rows = [
             c * unit for unit, own in zip(np.eye(4), chosen, strict=True) for c in own
         ]
         dataset = getattr(setup.control, split)
-        found = arithmetic.accuracies(setup, taus, dataset, False, rows)
+        found = scores.accuracies(setup, taus, dataset, False, rows)
         return found.reshape(4, -1)
 
     def on_target(split, chosen):
         progress = tqdm(tasks, desc=f"analogies, {split}", unit="task")
         return np.array(
             [
-                arithmetic.accuracies(
+                scores.accuracies(
                     setup, [tau], getattr(task, split), False, np.array(own)[:, None]
                 )
                 for task, tau, own in zip(progress, taus, chosen, strict=True)

@@ -41,7 +41,9 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import arithmetic, methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores
+from experiments.common.vision import vectors as methods
 from experiments.editing import custom
 from jaxarith import plots
 from jaxarith.data import images
@@ -78,7 +80,7 @@ PUBLISHED = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Models):
+class Config(options.Models):
     """Table 12 and Figure 4 (S4): subpopulations by analogy, and with few samples."""
 
     out: Path = Path("runs/editing/table12")
@@ -103,7 +105,7 @@ def styles(config: Config) -> list[images.ImageTask]:
     Raises:
       ValueError: they have other classes, or too few.
     """
-    raw = [vision.image_task(spec, config) for spec in (config.sketch, config.photo)]
+    raw = [options.image_task(spec, config) for spec in (config.sketch, config.photo)]
     first, second = (task.classes for task in raw)
     if len(first) < 4 or set(first) != set(second):
         raise ValueError(
@@ -113,7 +115,7 @@ def styles(config: Config) -> list[images.ImageTask]:
     return raw
 
 
-def subpopulations(setup: vision.Setup) -> list[vision.Task]:
+def subpopulations(setup: options.Setup) -> list[options.Task]:
     """The four tasks: halves A and B of the first style, and of the second."""
     raw = styles(setup.options)
     classes = list(raw[0].classes)
@@ -130,7 +132,7 @@ def subpopulations(setup: vision.Setup) -> list[vision.Task]:
 
 
 def fine_tuned(
-    setup: vision.Setup, shots: int, starts: Sequence[Tree] | None
+    setup: options.Setup, shots: int, starts: Sequence[Tree] | None
 ) -> list[Tree]:
     """Vectors of the targets, trained on few samples, from the start or from others."""
     tasks = []
@@ -144,26 +146,26 @@ def fine_tuned(
     return methods.trained(setup, name, tasks, recipes, others, start=starts)
 
 
-def best(setup, taus, rows, task: vision.Task) -> tuple[np.ndarray, float]:
+def best(setup, taus, rows, task: options.Task) -> tuple[np.ndarray, float]:
     """The coefficients that are best on validation data, the first of equals, and their
     test accuracy."""
-    found = arithmetic.accuracies(setup, taus, task.validation, False, rows)
+    found = scores.accuracies(setup, taus, task.validation, False, rows)
     chosen = rows[int(found.argmax())]
-    [test] = arithmetic.accuracies(setup, taus, task.test, False, [chosen])
+    [test] = scores.accuracies(setup, taus, task.test, False, [chosen])
     return chosen, float(test)
 
 
-def results_of(setup: vision.Setup) -> tuple[list[dict], list[dict]]:
+def results_of(setup: options.Setup) -> tuple[list[dict], list[dict]]:
     """The rows of one model, and what coefficients were found for each target."""
     config = setup.options
     setup = setup._replace(tasks=subpopulations(setup))
     vectors = methods.vectors(setup, "nonlinear")
-    coefs = arithmetic.coefs_of(config, COEFS)
+    coefs = scores.coefs_of(config, COEFS)
     edits, zero, found = [], [], []
     for i, task in enumerate(tqdm(setup.tasks, desc="analogies", unit="task")):
         tau = custom.analogy(vectors, i)
         [coef], accuracy = best(setup, [tau], coefs[:, None], task)
-        [before] = arithmetic.accuracies(setup, [tau], task.test, False, [[0.0]])
+        [before] = scores.accuracies(setup, [tau], task.test, False, [[0.0]])
         edits.append(jax.tree.map(lambda leaf, c=coef: np.float32(c) * leaf, tau))
         zero.append((float(before), accuracy))
         row = {"model": setup.title, "target": task.title, "coefficient": float(coef)}
@@ -185,7 +187,7 @@ def results_of(setup: vision.Setup) -> tuple[list[dict], list[dict]]:
             if shots:
                 taus = fine_tuned(setup, shots, starts)
                 own = [
-                    float(arithmetic.accuracies(setup, [x], t.test, False, [[1.0]])[0])
+                    float(scores.accuracies(setup, [x], t.test, False, [[1.0]])[0])
                     for t, x in zip(setup.tasks, taus, strict=True)
                 ]
             else:
@@ -198,7 +200,7 @@ def results_of(setup: vision.Setup) -> tuple[list[dict], list[dict]]:
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     if config.smoke:  # digits in two styles
         config = dataclasses.replace(
             config, sketch="inverted_digits", photo="mnist", samples=64, shots=(0, 1)
@@ -208,7 +210,7 @@ def main(config: Config) -> dict:
     runs.start(config)
     rows, coefficients = [], []
     # The two styles may not be among the tasks that have a control.
-    for setup in vision.setups(config, config.models, control=False):
+    for setup in options.setups(config, config.models, control=False):
         own, found = results_of(setup)
         rows += own
         coefficients += found

@@ -34,11 +34,12 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, vectors
 from experiments.editing import forgetting
 from jaxarith.data import task_info
 
-PUBLISHED = vision.of_models(
+PUBLISHED = options.of_models(
     {
         ("Pre-trained",): ((48.3, 63.4), (55.2, 68.3), (64.8, 75.5)),
         ("Fine-tuned",): ((90.2, 48.2), (92.5, 58.3), (94.0, 72.6)),
@@ -111,7 +112,7 @@ PUBLISHED_TASKS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Models):
+class Config(options.Models):
     """Tables 1, 5, 6 and 7 (S4): forgetting image tasks by negation, gradient ascent
     and random vectors."""
 
@@ -119,12 +120,12 @@ class Config(vision.Models):
     """Folder for report.json and report.md."""
 
 
-def rows_of(setup: vision.Setup) -> list[dict]:
+def rows_of(setup: options.Setup) -> list[dict]:
     """The rows of one model; each has its accuracies of every task, `[T, 2]`."""
-    nonlinear = methods.vectors(setup, "nonlinear")
+    nonlinear = vectors.vectors(setup, "nonlinear")
     negative = forgetting.negation(setup, nonlinear)
-    drawn = forgetting.negation(setup, methods.vectors(setup, "random"))
-    ascent = methods.vectors(setup, "gradient_ascent")
+    drawn = forgetting.negation(setup, vectors.vectors(setup, "random"))
+    ascent = vectors.vectors(setup, "gradient_ascent")
     trained = [forgetting.curves(setup, x, [1.0])[..., 0] for x in (nonlinear, ascent)]
     found = {
         "Pre-trained": (negative.accuracies[..., 0], None),
@@ -137,8 +138,8 @@ def rows_of(setup: vision.Setup) -> list[dict]:
         {
             "model": setup.title,
             "method": method,
-            "target": vision.means(accuracies[:, 0]),
-            "control": vision.means(accuracies[:, 1]),
+            "target": options.means(accuracies[:, 0]),
+            "control": options.means(accuracies[:, 1]),
             "coefs": coefs,
             "tasks": dict(
                 zip(setup.names, (100 * np.array(accuracies)).tolist(), strict=True)
@@ -150,10 +151,10 @@ def rows_of(setup: vision.Setup) -> list[dict]:
 
 def main(config: Config) -> dict:
     """Runs the tables; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
     rows = [
-        row for setup in vision.setups(config, config.models) for row in rows_of(setup)
+        row for setup in options.setups(config, config.models) for row in rows_of(setup)
     ]
     values = ["target", "control"]
     of_tasks = [

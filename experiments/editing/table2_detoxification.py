@@ -46,7 +46,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import bank, detoxify, runs, tables
+from experiments import detoxify
+from experiments.common import bank, runs, tables
 from experiments.editing import detoxification
 from jaxarith import evaluate, task_vectors
 

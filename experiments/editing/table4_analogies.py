@@ -49,8 +49,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import runs, tables, tiny_text
-from experiments.editing import text_to_text
+from experiments.common import runs, tables
+from experiments.common.language import text_to_text, tiny_text
 from jaxarith import evaluate, task_vectors, train
 from jaxarith.data import glue, language, splits, text
 from jaxarith.typing import Tree

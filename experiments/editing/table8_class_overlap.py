@@ -36,7 +36,8 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, vectors
 from experiments.editing import custom, forgetting
 from jaxarith.data import task_info
 
@@ -65,12 +66,12 @@ PUBLISHED = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Table 8 (S4): forgetting without the control's classes that overlap."""
 
     out: Path = Path("runs/editing/table8")
     """Folder for report.json and report.md."""
-    model: str = vision.L14
+    model: str = options.L14
     """A CLIP: a folder, or an id of the Hugging Face Hub."""
     tasks: tuple[str, ...] = ("stanford_cars", "sun397")
     """The tasks that are forgotten."""
@@ -137,18 +138,18 @@ def excluded_classes(config: Config, classes: Sequence[str]) -> dict[str, set[in
 
 
 def filtered(
-    setup: vision.Setup, split: vision.Dataset, excluded: set[int]
-) -> vision.Dataset:
+    setup: options.Setup, split: options.Dataset, excluded: set[int]
+) -> options.Dataset:
     """A split without some of its classes, neither among its images nor its options."""
     kept = [i for i in range(len(split.head)) if i not in excluded]
     source = custom.some_classes(split.source, kept)
     head = split.head[np.array(kept)]
-    return vision.dataset(source, head, setup.preprocess, setup.options)
+    return options.dataset(source, head, setup.preprocess, setup.options)
 
 
-def rows_of(setup: vision.Setup, excluded: Mapping[str, set[int]]) -> list[dict]:
+def rows_of(setup: options.Setup, excluded: Mapping[str, set[int]]) -> list[dict]:
     """The rows, without filtering first."""
-    taus = methods.vectors(setup, "nonlinear")
+    taus = vectors.vectors(setup, "nonlinear")
     rows = []
     for filtering in ("no", "yes"):
         for task, tau in zip(setup.tasks, taus, strict=True):
@@ -178,13 +179,13 @@ def rows_of(setup: vision.Setup, excluded: Mapping[str, set[int]]) -> list[dict]
 
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     if config.smoke:
         config = dataclasses.replace(config, tasks=config.tasks[:2])
     runs.start(config)
-    raw = vision.image_task(config.control, config)
+    raw = options.image_task(config.control, config)
     excluded = excluded_classes(config, list(raw.classes))
-    setup = vision.load(config, config.model)
+    setup = options.load(config, config.model)
     rows = rows_of(setup, excluded)
     beside = tables.beside(
         rows,

@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 
-from experiments import arithmetic, methods, vision
+from experiments.common.vision import options, scores
+from experiments.common.vision import vectors as methods
 from jaxarith.typing import Taus, Tree
 
 
-def vectors(setup: vision.Setup, name: str, **changes) -> list[Tree]:
+def vectors(setup: options.Setup, name: str, **changes) -> list[Tree]:
     """Ordinary vectors of all tasks, trained with some options changed.
 
     Args:
@@ -24,12 +25,12 @@ def vectors(setup: vision.Setup, name: str, **changes) -> list[Tree]:
     return methods.trained(changed, f"nonlinear/{name}", setup.tasks, recipes, others)
 
 
-def added(setup: vision.Setup, taus: Taus) -> dict:
+def added(setup: options.Setup, taus: Taus) -> dict:
     """Accuracies in percent of the pair of vectors: alone and added, and as a row."""
-    found = arithmetic.addition(setup, taus, linearized=False)
+    found = scores.addition(setup, taus, linearized=False)
     return {
         "coefficient": found.search.coef,
-        "single": vision.means(found.single),
+        "single": options.means(found.single),
         **found.row(searched=True),
         "accuracies": (100 * found.searched).tolist(),
         "single accuracies": (100 * found.single).tolist(),

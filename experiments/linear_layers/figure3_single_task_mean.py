@@ -20,15 +20,16 @@ from pathlib import Path
 import jax
 import tyro
 
-from experiments import runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options
 from experiments.linear_layers import single
 from jaxarith import plots
 
-PUBLISHED = {(vision.TITLES[vision.B32], "Ours"): (89.55,)}
+PUBLISHED = {(options.TITLES[options.B32], "Ours"): (89.55,)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Models):
+class Config(options.Models):
     """Mean single-task accuracies of non-linear and linear models."""
 
     out: Path = Path("runs/linear_layers/figure3")
@@ -37,10 +38,10 @@ class Config(vision.Models):
 
 def main(config: Config) -> dict:
     """Makes the figure; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
     rows = []
-    for setup in vision.setups(config, config.models, control=False):
+    for setup in options.setups(config, config.models, control=False):
         for label, found in single.accuracies(setup).items():
             row = {"model": setup.title, "method": label, "mean": float(found.mean())}
             rows.append(row)

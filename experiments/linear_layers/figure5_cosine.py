@@ -23,13 +23,14 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import arithmetic, methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores, vectors
 from experiments.linear_layers import xi
 from jaxarith import plots, task_vectors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Cosines between ordinary, linearised and attention-only task vectors."""
 
     out: Path = Path("runs/linear_layers/figure5")
@@ -38,14 +39,14 @@ class Config(vision.OneModel):
 
 def main(config: Config) -> dict:
     """Makes the figure; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
-    setup = vision.load(config, config.model, control=False)
+    setup = options.load(config, config.model, control=False)
     cosines = {
-        label: np.asarray(task_vectors.cosine_matrix(methods.vectors(setup, method)))
+        label: np.asarray(task_vectors.cosine_matrix(vectors.vectors(setup, method)))
         for label, method in xi.METHODS.items()
     }
-    pairs = {label: arithmetic.pair_values(found) for label, found in cosines.items()}
+    pairs = {label: scores.pair_values(found) for label, found in cosines.items()}
     rows = [
         {"method": label, "mean": float(np.mean(of)), "largest": max(of)}
         for label, of in pairs.items()

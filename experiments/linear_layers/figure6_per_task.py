@@ -19,13 +19,14 @@ from pathlib import Path
 import jax
 import tyro
 
-from experiments import runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options
 from experiments.linear_layers import single
 from jaxarith import plots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Models):
+class Config(options.Models):
     """Single-task accuracies on every task."""
 
     out: Path = Path("runs/linear_layers/figure6")
@@ -34,10 +35,10 @@ class Config(vision.Models):
 
 def main(config: Config) -> dict:
     """Makes the figure; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
     rows = []
-    for setup in vision.setups(config, config.models, control=False):
+    for setup in options.setups(config, config.models, control=False):
         found = single.accuracies(setup)
         for label, accuracies in found.items():
             per_task = dict(zip(setup.titles, map(float, accuracies), strict=True))

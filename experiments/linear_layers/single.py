@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments import arithmetic, vision
+from experiments.common.vision import options, scores
 
 METHODS = {
     "Non-linear": "nonlinear",
@@ -11,9 +11,9 @@ METHODS = {
 }
 
 
-def accuracies(setup: vision.Setup) -> dict[str, np.ndarray]:
+def accuracies(setup: options.Setup) -> dict[str, np.ndarray]:
     """Test accuracies of every method's single-task models, `[T]` in percent."""
     return {
-        label: arithmetic.single_accuracies(setup, method)[1]
+        label: scores.single_accuracies(setup, method)[1]
         for label, method in METHODS.items()
     }

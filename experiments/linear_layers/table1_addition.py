@@ -33,14 +33,15 @@ from pathlib import Path
 import jax
 import tyro
 
-from experiments import arithmetic, methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores, vectors
 
 METHODS = {
     "Non-linear": "nonlinear",
     "Linear (NTK)": "linear",
     "Ours": "linear_layers_1",
 }
-PUBLISHED = vision.of_models(
+PUBLISHED = options.of_models(
     {
         ("Pre-trained",): ((48.40, None), (55.25, None), (66.40, None)),
         ("Non-linear",): ((70.00, 77.04), (74.75, 80.59), (84.40, 89.47)),
@@ -51,25 +52,25 @@ PUBLISHED = vision.of_models(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Models):
+class Config(options.Models):
     """Task addition with ordinary, linearised and attention-only vectors."""
 
     out: Path = Path("runs/linear_layers/table1")
     """Folder for report.json and report.md."""
 
 
-def rows_of(setup: vision.Setup) -> list[dict]:
+def rows_of(setup: options.Setup) -> list[dict]:
     """The rows of one model."""
     rows = []
     for label, method in METHODS.items():
-        found = arithmetic.addition(
+        found = scores.addition(
             setup,
-            methods.vectors(setup, method),
-            linearized=methods.is_linearized(method),
+            vectors.vectors(setup, method),
+            linearized=vectors.is_linearized(method),
         )
         rows.append(row(setup, label, found.searched, found.row(searched=True)))
         rows[-1]["coefficient"] = found.search.coef
-    before = {"abs": vision.means(found.zero_shot), "norm": None, "coefficient": None}
+    before = {"abs": options.means(found.zero_shot), "norm": None, "coefficient": None}
     return [row(setup, "Pre-trained", found.zero_shot, before), *rows]
 
 
@@ -80,11 +81,11 @@ def row(setup, label, accuracies, means) -> dict:
 
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
     rows = [
         row
-        for setup in vision.setups(config, config.models, control=False)
+        for setup in options.setups(config, config.models, control=False)
         for row in rows_of(setup)
     ]
     beside = tables.beside(

@@ -28,7 +28,8 @@ from pathlib import Path
 import jax
 import tyro
 
-from experiments import arithmetic, methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores, vectors
 
 METHODS = {
     "(1) weights of Q, K, V and output": "linear_layers_1",
@@ -43,32 +44,32 @@ _PUBLISHED = (
     (89.43, 77.80, 86.93),
 )
 PUBLISHED = {
-    (vision.TITLES[vision.B32], paradigm): values
+    (options.TITLES[options.B32], paradigm): values
     for paradigm, values in zip(METHODS, _PUBLISHED, strict=True)
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Options):
+class Config(options.Options):
     """Task addition with vectors of which other layers were trained."""
 
     out: Path = Path("runs/linear_layers/table2")
     """Folder for report.json and report.md."""
-    models: tuple[str, ...] = (vision.B32,)
+    models: tuple[str, ...] = (options.B32,)
     """CLIPs: folders, or ids of the Hugging Face Hub."""
 
 
-def rows_of(setup: vision.Setup) -> list[dict]:
+def rows_of(setup: options.Setup) -> list[dict]:
     """The rows of one model."""
     rows = []
     for paradigm, method in METHODS.items():
-        taus = methods.vectors(setup, method)
-        found = arithmetic.addition(setup, taus, linearized=False)
+        taus = vectors.vectors(setup, method)
+        found = scores.addition(setup, taus, linearized=False)
         rows.append(
             {
                 "model": setup.title,
                 "paradigm": paradigm,
-                "single": vision.means(found.single),
+                "single": options.means(found.single),
                 **found.row(searched=True),
                 "coefficient": found.search.coef,
                 "per_task_single": [float(x) for x in found.single],
@@ -80,11 +81,11 @@ def rows_of(setup: vision.Setup) -> list[dict]:
 
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
     rows = [
         row
-        for setup in vision.setups(config, config.models, control=False)
+        for setup in options.setups(config, config.models, control=False)
         for row in rows_of(setup)
     ]
     beside = tables.beside(

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 from tqdm import tqdm
 
-from experiments import arithmetic, methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores, vectors
 from jaxarith import plots
 
 METHODS = {
@@ -14,15 +15,15 @@ METHODS = {
     "Ours": "linear_layers_1",
 }
 DISTANCES = {
-    "representation": arithmetic.symmetric_kl,
-    "label": arithmetic.labels_differ,
+    "representation": scores.symmetric_kl,
+    "label": scores.labels_differ,
 }
 # The largest value of the colours; 0.2 is that of the authors' code.
 SCALES = (("ξ of representations (KL)", 0.2), ("ξ of labels (0/1)", 1.0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(vision.OneModel):
+class Options(options.OneModel):
     """The options of a ξ map of two tasks."""
 
     points: int = 15
@@ -49,17 +50,17 @@ def run(config: Options, title: str) -> dict:
         raise ValueError(f"ξ compares two tasks; --tasks names {list(config.tasks)}.")
     points = 3 if config.smoke else config.points
     samples = 48 if config.smoke else config.test_samples
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
-    setup = vision.load(config, config.model, control=False)
-    setup = arithmetic.pair_setup(setup, (0, 1))  # a smoke run has three
+    setup = options.load(config, config.model, control=False)
+    setup = scores.pair_setup(setup, (0, 1))  # a smoke run has three
     coefs = np.linspace(-config.limit, config.limit, points)
     found = {}
     for label, method in tqdm(METHODS.items(), desc="ξ maps", unit="method"):
-        found[label] = arithmetic.disentanglement_error(
+        found[label] = scores.disentanglement_error(
             setup,
-            methods.vectors(setup, method),
-            linearized=methods.is_linearized(method),
+            vectors.vectors(setup, method),
+            linearized=vectors.is_linearized(method),
             coefs=coefs,
             samples=samples,
             distances=list(DISTANCES.values()),

@@ -47,7 +47,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments import bank, detoxify, runs, tables, tiny_text
+from experiments import detoxify
+from experiments.common import bank, runs, tables
+from experiments.common.language import tiny_text
 from jaxarith import fingerprint, merge, task_vectors, train
 from jaxarith.sharding import processes
 from jaxarith.typing import Params, Tree

@@ -33,13 +33,14 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import arithmetic, methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores, vectors
 from experiments.tau_jp import pairs
 from jaxarith import plots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Draw ξ of pairs of linearised and of τJp vectors."""
 
     out: Path = Path("runs/tau_jp/figure1")
@@ -77,18 +78,18 @@ def at_even_ranks(order: list, count: int) -> list:
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     if config.smoke:
         config = dataclasses.replace(config, columns=2, grid_samples=48)
     # Before anything is loaded or trained.
     wanted = named(config.pairs, [task.partition("=")[0] for task in config.tasks])
     runs.start(config)
     coefs = np.linspace(-3, 3, 3 if config.smoke else 21)
-    setup = vision.load(config, config.model)
-    taus = {name: methods.vectors(setup, m) for name, m in pairs.METHODS.items()}
+    setup = options.load(config, config.model)
+    taus = {name: vectors.vectors(setup, m) for name, m in pairs.METHODS.items()}
     measured = {name: pairs.tau_jp(setup, own).of_pairs() for name, own in taus.items()}
     values = [pair["tau_jp"] for pair in measured["Linear FT"]]
-    couples = arithmetic.pairs(len(setup.tasks))
+    couples = scores.pairs(len(setup.tasks))
     order = [couples[i] for i in np.argsort(values, kind="stable")]
     columns = [pair for pair in order if pair in wanted]
     columns = columns or at_even_ranks(order, config.columns)
@@ -96,8 +97,8 @@ def main(config: Config) -> dict:
     for name, own in taus.items():
         cells.append([])
         for pair in columns:
-            [grid] = arithmetic.disentanglement_error(
-                arithmetic.pair_setup(setup, pair),
+            [grid] = scores.disentanglement_error(
+                scores.pair_setup(setup, pair),
                 [own[i] for i in pair],
                 linearized=True,
                 coefs=coefs,

@@ -29,13 +29,14 @@ from pathlib import Path
 import jax
 import tyro
 
-from experiments import arithmetic, methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores, vectors
 from experiments.tau_jp import pairs
 from jaxarith import plots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Models):
+class Config(options.Models):
     """Add every two of the tasks, with linearised and with τJp vectors."""
 
     out: Path = Path("runs/tau_jp/figure2")
@@ -44,13 +45,13 @@ class Config(vision.Models):
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
-    coefs = arithmetic.coefs_of(config, arithmetic.COEFS)
+    coefs = scores.coefs_of(config, scores.COEFS)
     points = []
-    for setup in vision.setups(config, config.models):
+    for setup in options.setups(config, config.models):
         for name, method in pairs.METHODS.items():
-            found = pairs.additions(setup, methods.vectors(setup, method), coefs)
+            found = pairs.additions(setup, vectors.vectors(setup, method), coefs)
             points += [{"model": setup.title, "method": name} | row for row in found]
     if runs.is_first():
         plots.scatter(

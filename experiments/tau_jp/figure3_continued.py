@@ -31,13 +31,14 @@ from pathlib import Path
 import jax
 import tyro
 
-from experiments import arithmetic, bank, methods, runs, tables, vision
+from experiments.common import bank, runs, tables
+from experiments.common.vision import options, scores, vectors
 from experiments.tau_jp import pairs
 from jaxarith import plots, sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Go on with two linearised vectors, with the τJp penalty."""
 
     out: Path = Path("runs/tau_jp/figure3")
@@ -50,20 +51,20 @@ class Config(vision.OneModel):
     """Every so many of them the vectors are measured."""
 
 
-def continued(setup: vision.Setup, config: Config) -> dict[int, list]:
+def continued(setup: options.Setup, config: Config) -> dict[int, list]:
     """The task vectors after every so many steps, 0 included."""
     method = "tau_jp_continued"
     recipes = [
         dataclasses.replace(
-            methods.recipe_of(setup, method, task), steps=config.more_steps
+            vectors.recipe_of(setup, method, task), steps=config.more_steps
         )
         for task in setup.tasks
     ]
-    others = [methods.others_of(setup, method, task) for task in setup.tasks]
-    start = methods.vectors(setup, "linear")
+    others = [vectors.others_of(setup, method, task) for task in setup.tasks]
+    start = vectors.vectors(setup, "linear")
     # T_orth is the pair's, so the pair has a folder of its own.
     folder = f"{method}_{'-'.join(setup.names)}"
-    methods.trained(
+    vectors.trained(
         setup,
         folder,
         setup.tasks,
@@ -75,15 +76,15 @@ def continued(setup: vision.Setup, config: Config) -> dict[int, list]:
 
     def snapshot(step, i):
         task = setup.tasks[i]
-        file = methods.file_of(setup, f"{folder}/step_{step:04d}", task.name)
+        file = vectors.file_of(setup, f"{folder}/step_{step:04d}", task.name)
         tau = bank.read(
             file,
-            methods.configuration(
+            vectors.configuration(
                 setup, folder, [task], recipes[i], others[i], start[i]
             ),
         )
         if tau is None:
-            final = methods.file_of(setup, folder, task.name)
+            final = vectors.file_of(setup, folder, task.name)
             raise FileNotFoundError(
                 f"{file} is not there, though {final} is, which was trained with other "
                 "--snapshots. Remove that one to train it again."
@@ -96,7 +97,7 @@ def continued(setup: vision.Setup, config: Config) -> dict[int, list]:
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     if config.smoke:
         config = dataclasses.replace(
             config, tasks=config.tasks[:2], more_steps=4, snapshots=2
@@ -108,9 +109,9 @@ def main(config: Config) -> dict:
             f"--snapshots {config.snapshots} of {config.more_steps} more steps."
         )
     runs.start(config)
-    coefs = arithmetic.coefs_of(config, arithmetic.COEFS)
+    coefs = scores.coefs_of(config, scores.COEFS)
     # T_orth is the other task alone.
-    setup = vision.load(config, config.model, control=False)
+    setup = options.load(config, config.model, control=False)
     rows = []
     for step, taus in continued(setup, config).items():
         [row] = pairs.additions(setup, taus, coefs)

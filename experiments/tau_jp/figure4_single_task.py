@@ -22,7 +22,8 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import arithmetic, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores
 from experiments.tau_jp import pairs
 from jaxarith import plots
 
@@ -30,7 +31,7 @@ METHODS = {"Non-lin. FT": "nonlinear"} | pairs.METHODS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Models):
+class Config(options.Models):
     """Compare the models of single tasks."""
 
     out: Path = Path("runs/tau_jp/figure4")
@@ -39,12 +40,12 @@ class Config(vision.Models):
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
     rows = []
-    for setup in vision.setups(config, config.models):
+    for setup in options.setups(config, config.models):
         found = {
-            name: arithmetic.single_accuracies(setup, method)
+            name: scores.single_accuracies(setup, method)
             for name, method in METHODS.items()
         }
         groups = {"Pre-trained": found["Non-lin. FT"][0]}

@@ -26,7 +26,8 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import arithmetic, methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores, vectors
 from experiments.tau_jp import pairs
 from jaxarith import plots
 
@@ -34,21 +35,21 @@ METHODS = {"Non-lin. FT": "nonlinear"} | pairs.METHODS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Models):
+class Config(options.Models):
     """Add all task vectors, and look at every task."""
 
     out: Path = Path("runs/tau_jp/figure5")
     """Folder for figure5_<model>_<measure>.png, report.json and report.md."""
 
 
-def rows_of(setup: vision.Setup) -> list[dict]:
+def rows_of(setup: options.Setup) -> list[dict]:
     """Per-task accuracies of every method, at both coefficients."""
     rows = []
     for name, method in METHODS.items():
-        result = arithmetic.addition(
+        result = scores.addition(
             setup,
-            methods.vectors(setup, method),
-            linearized=methods.is_linearized(method),
+            vectors.vectors(setup, method),
+            linearized=vectors.is_linearized(method),
         )
         for coef, found in ((1.0, result.at_one), (None, result.searched)):
             norms = [
@@ -75,10 +76,10 @@ def rows_of(setup: vision.Setup) -> list[dict]:
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
     rows = []
-    for setup in vision.setups(config, config.models):
+    for setup in options.setups(config, config.models):
         rows += (own := rows_of(setup))
         for measure in ("absolute", "normalised"):
             groups = {

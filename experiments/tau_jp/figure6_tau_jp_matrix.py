@@ -25,13 +25,14 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, vectors
 from experiments.tau_jp import pairs
 from jaxarith import plots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Models):
+class Config(options.Models):
     """Measure τJp of linearised and of τJp vectors."""
 
     out: Path = Path("runs/tau_jp/figure6")
@@ -40,13 +41,13 @@ class Config(vision.Models):
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
     matrices, rows = [], []
-    for setup in vision.setups(config, config.models):
+    for setup in options.setups(config, config.models):
         panels = {}
         for name, method in reversed(pairs.METHODS.items()):  # Ours is on the left
-            found = pairs.tau_jp(setup, methods.vectors(setup, method))
+            found = pairs.tau_jp(setup, vectors.vectors(setup, method))
             panels[name] = found.norm
             row = {"model": setup.title, "method": name}
             plain = {"norm": found.norm.tolist(), "square": found.square.tolist()}

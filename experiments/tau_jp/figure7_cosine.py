@@ -23,13 +23,14 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import arithmetic, methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores, vectors
 from experiments.tau_jp import pairs
 from jaxarith import plots, task_vectors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Models):
+class Config(options.Models):
     """Compare the directions of linearised and of τJp vectors."""
 
     out: Path = Path("runs/tau_jp/figure7")
@@ -38,19 +39,19 @@ class Config(vision.Models):
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
     matrices, rows = [], []
-    for setup in vision.setups(config, config.models):
+    for setup in options.setups(config, config.models):
         panels = {}
         for name, method in reversed(pairs.METHODS.items()):  # Ours is on the left
-            taus = methods.vectors(setup, method)
+            taus = vectors.vectors(setup, method)
             found = np.asarray(task_vectors.cosine_matrix(taus), float)
             panels[name] = found
             row = {"model": setup.title, "method": name}
             matrices.append(row | {"tasks": setup.names, "cosines": found.tolist()})
-            values = arithmetic.pair_values(found)
-            largest = arithmetic.pairs(len(taus))[int(np.argmax(values))]
+            values = scores.pair_values(found)
+            largest = scores.pairs(len(taus))[int(np.argmax(values))]
             row |= {"mean": float(np.mean(values)), "largest": max(values)}
             rows.append(row | {"pair of the largest": pairs.title(setup, largest)})
         if runs.is_first():

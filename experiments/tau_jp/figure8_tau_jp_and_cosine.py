@@ -25,25 +25,26 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import arithmetic, methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores, vectors
 from experiments.tau_jp import pairs
 from jaxarith import plots, task_vectors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Models):
+class Config(options.Models):
     """Compare τJp and cosine of every two of the tasks."""
 
     out: Path = Path("runs/tau_jp/figure8")
     """Folder for figure8.png, report.json and report.md."""
 
 
-def points_of(setup: vision.Setup, method: str) -> list[dict]:
+def points_of(setup: options.Setup, method: str) -> list[dict]:
     """τJp and cosine of every pair."""
-    taus = methods.vectors(setup, method)
+    taus = vectors.vectors(setup, method)
     cosines = np.asarray(task_vectors.cosine_matrix(taus))
     measured = pairs.tau_jp(setup, taus).of_pairs()
-    couples = arithmetic.pairs(len(taus))
+    couples = scores.pairs(len(taus))
     return [
         {
             "pair": [setup.names[i] for i in pair],
@@ -56,10 +57,10 @@ def points_of(setup: vision.Setup, method: str) -> list[dict]:
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
     points = []
-    for setup in vision.setups(config, config.models):
+    for setup in options.setups(config, config.models):
         for name, method in pairs.METHODS.items():
             found = points_of(setup, method)
             points += [{"model": setup.title, "method": name} | row for row in found]

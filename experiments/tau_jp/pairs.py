@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from experiments import arithmetic, vision
+from experiments.common.vision import options, scores
 from jaxarith import evaluate, metrics
 from jaxarith.typing import Taus
 
@@ -37,19 +37,19 @@ class TauJp(NamedTuple):
         return [
             {"tau_jp": norm, "tau_jp_squared": square}
             for norm, square in zip(
-                arithmetic.pair_values(self.norm),
-                arithmetic.pair_values(self.square),
+                scores.pair_values(self.norm),
+                scores.pair_values(self.square),
                 strict=True,
             )
         ]
 
 
-def tau_jp(setup: vision.Setup, taus: Taus) -> TauJp:
+def tau_jp(setup: options.Setup, taus: Taus) -> TauJp:
     """τJp of every vector on the test data of every task, both measures in one pass."""
     return _matrices([norms(at.moves) for _, at in outputs(setup, taus, "test")])
 
 
-def additions(setup: vision.Setup, taus: Taus, coefs: Sequence[float]) -> list[dict]:
+def additions(setup: options.Setup, taus: Taus, coefs: Sequence[float]) -> list[dict]:
     """Adds every two task vectors, with a coefficient searched for each pair.
 
     Args:
@@ -62,7 +62,7 @@ def additions(setup: vision.Setup, taus: Taus, coefs: Sequence[float]) -> list[d
       For every pair, as plain data: the names, both measures of τJp, the coefficient,
       and on test data the two accuracies and their means in percent.
     """
-    couples = arithmetic.pairs(len(taus))
+    couples = scores.pairs(len(taus))
     curves, single, _ = _accuracies(
         setup, taus, "validation", dict.fromkeys(couples, coefs)
     )
@@ -87,8 +87,8 @@ def additions(setup: vision.Setup, taus: Taus, coefs: Sequence[float]) -> list[d
                 **measures,
                 "coefficient": chosen[pair],
                 "accuracies": both.tolist(),
-                "abs": vision.means(both),
-                "norm": arithmetic.normalized(both, single[list(pair)]),
+                "abs": options.means(both),
+                "norm": scores.normalized(both, single[list(pair)]),
             }
         )
     return rows
@@ -140,14 +140,14 @@ def correlations(points: Sequence[dict], y: str) -> list[dict]:
     return rows
 
 
-def title(setup: vision.Setup, pair: Sequence[int]) -> str:
+def title(setup: options.Setup, pair: Sequence[int]) -> str:
     """The two tasks as the paper prints them."""
     return " – ".join(setup.titles[i] for i in pair)
 
 
 def outputs(
-    setup: vision.Setup, taus: Taus, split: str
-) -> Iterator[tuple[vision.Dataset, evaluate.TangentOutputs]]:
+    setup: options.Setup, taus: Taus, split: str
+) -> Iterator[tuple[options.Dataset, evaluate.TangentOutputs]]:
     """The dataset of every task in turn, and its outputs in terms of all vectors."""
     for task in tqdm(setup.tasks, desc=f"tangents, {split}", unit="task"):
         dataset = getattr(task, split)

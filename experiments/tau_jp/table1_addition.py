@@ -41,10 +41,11 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import arithmetic, fitted, methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import fitted, options, scores, vectors
 from jaxarith import merge, task_vectors
 
-PUBLISHED = vision.of_models(
+PUBLISHED = options.of_models(
     {
         ("Pre-trained", ""): ((47.3, None), (54.5, None), (65.1, None)),
         ("Individual", ""): ((89.9, None), (92.2, None), (93.7, None)),
@@ -63,51 +64,51 @@ PUBLISHED = vision.of_models(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Models):
+class Config(options.Models):
     """Task addition with ordinary, linearised and τJp vectors, and with merges."""
 
     out: Path = Path("runs/tau_jp/table1")
     """Folder for report.json and report.md."""
 
 
-def adamerging(setup: vision.Setup, taus) -> np.ndarray:
+def adamerging(setup: options.Setup, taus) -> np.ndarray:
     """Test accuracies with layer-wise coefficients that adapt to test images."""
     tau = fitted.adamerging(setup, taus)
     return np.array(
         [
-            arithmetic.accuracies(setup, [tau], task.test, False, [[1.0]])[0]
+            scores.accuracies(setup, [tau], task.test, False, [[1.0]])[0]
             for task in setup.tasks
         ]
     )
 
 
-def rows_of(setup: vision.Setup) -> list[dict]:
+def rows_of(setup: options.Setup) -> list[dict]:
     """The rows of one model."""
-    nonlinear = methods.vectors(setup, "nonlinear")
+    nonlinear = vectors.vectors(setup, "nonlinear")
     ties = task_vectors.difference(
         merge.ties(setup.params_0, nonlinear, density=0.1, coef=1.0), setup.params_0
     )
-    ordinary = arithmetic.addition(setup, nonlinear, linearized=False)
+    ordinary = scores.addition(setup, nonlinear, linearized=False)
     found = {
         "Non-lin. FT": ordinary,
-        "Linear FT": arithmetic.addition(
-            setup, methods.vectors(setup, "linear"), linearized=True
+        "Linear FT": scores.addition(
+            setup, vectors.vectors(setup, "linear"), linearized=True
         ),
-        "TIES": arithmetic.addition(setup, nonlinear, linearized=False, merged=ties),
-        "Ours": arithmetic.addition(
-            setup, methods.vectors(setup, "tau_jp_cyclic"), linearized=True
+        "TIES": scores.addition(setup, nonlinear, linearized=False, merged=ties),
+        "Ours": scores.addition(
+            setup, vectors.vectors(setup, "tau_jp_cyclic"), linearized=True
         ),
     }
-    together = arithmetic.joint_accuracies(setup)
+    together = scores.joint_accuracies(setup)
     adapted = adamerging(setup, nonlinear)
 
     def row(method, coef, accuracies, normalized=True):
-        norm = arithmetic.normalized(accuracies, ordinary.single)
+        norm = scores.normalized(accuracies, ordinary.single)
         return {
             "model": setup.title,
             "method": method,
             "coefficient": coef,
-            "abs": vision.means(accuracies),
+            "abs": options.means(accuracies),
             "norm": norm if normalized else None,
             "per_task": dict(zip(setup.names, map(float, accuracies), strict=True)),
         }
@@ -131,10 +132,10 @@ def rows_of(setup: vision.Setup) -> list[dict]:
 
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
     rows = [
-        row for setup in vision.setups(config, config.models) for row in rows_of(setup)
+        row for setup in options.setups(config, config.models) for row in rows_of(setup)
     ]
     beside = tables.beside(
         rows,

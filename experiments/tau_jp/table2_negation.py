@@ -36,10 +36,11 @@ from pathlib import Path
 import jax
 import tyro
 
-from experiments import arithmetic, methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores, vectors
 from jaxarith import merge, task_vectors
 
-PUBLISHED = vision.of_models(
+PUBLISHED = options.of_models(
     {
         ("Pre-trained", ""): ((47.3, 66.7), (54.5, 69.3), (65.1, 77.3)),
         ("Non-lin. FT", "1.0"): ((10.9, 44.7), (10.8, 51.6), (15.2, 68.6)),
@@ -55,29 +56,29 @@ PUBLISHED = vision.of_models(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Models):
+class Config(options.Models):
     """Task negation with ordinary, linearised and τJp vectors, and with TIES."""
 
     out: Path = Path("runs/tau_jp/table2")
     """Folder for report.json and report.md."""
 
 
-def rows_of(setup: vision.Setup) -> list[dict]:
+def rows_of(setup: options.Setup) -> list[dict]:
     """The rows of one model."""
-    nonlinear = methods.vectors(setup, "nonlinear")
+    nonlinear = vectors.vectors(setup, "nonlinear")
     trimmed = [
         task_vectors.difference(
             merge.ties(setup.params_0, [tau], density=0.1, coef=1.0), setup.params_0
         )
         for tau in nonlinear
     ]
-    linear = methods.vectors(setup, "linear")
-    ours = methods.vectors(setup, "tau_jp_cyclic")
+    linear = vectors.vectors(setup, "linear")
+    ours = vectors.vectors(setup, "tau_jp_cyclic")
     found = {
-        "Non-lin. FT": arithmetic.negation(setup, nonlinear, linearized=False),
-        "Linear FT": arithmetic.negation(setup, linear, linearized=True),
-        "TIES": arithmetic.negation(setup, trimmed, linearized=False),
-        "Ours": arithmetic.negation(setup, ours, linearized=True),
+        "Non-lin. FT": scores.negation(setup, nonlinear, linearized=False),
+        "Linear FT": scores.negation(setup, linear, linearized=True),
+        "TIES": scores.negation(setup, trimmed, linearized=False),
+        "Ours": scores.negation(setup, ours, linearized=True),
     }
 
     def row(method, coef, pair, kept=True, coefs=None):
@@ -102,10 +103,10 @@ def rows_of(setup: vision.Setup) -> list[dict]:
 
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
     rows = [
-        row for setup in vision.setups(config, config.models) for row in rows_of(setup)
+        row for setup in options.setups(config, config.models) for row in rows_of(setup)
     ]
     beside = tables.beside(
         rows,

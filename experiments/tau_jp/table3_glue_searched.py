@@ -37,7 +37,7 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from experiments.tau_jp import glue
+from experiments.common.language import t5_glue
 
 PUBLISHED = {
     "Pre-trained": [31.8, None, 5.0, None, 7.3, None, 32.3, None, 19.1, None],
@@ -56,7 +56,7 @@ NOTE = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(glue.Config):
+class Config(t5_glue.Config):
     """Add four GLUE tasks to a T5, at the best shared coefficient."""
 
     out: Path = Path("runs/tau_jp/table3")
@@ -70,30 +70,31 @@ def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     if config.smoke:
         config = dataclasses.replace(config, coefs=(0.0, 0.5, 1.0))
-    study = glue.start(config)
-    taus = {method: glue.vectors(study, method) for method in glue.METHODS}
+    study = t5_glue.start(config)
+    taus = {method: t5_glue.vectors(study, method) for method in t5_glue.METHODS}
     single = {
-        method: glue.individual(study, method, taus[method]) for method in glue.METHODS
+        method: t5_glue.individual(study, method, taus[method])
+        for method in t5_glue.METHODS
     }
-    merges = glue.merges(study, taus)
+    merges = t5_glue.merges(study, taus)
 
-    nothing = glue.scores(study, "nonlinear", taus["nonlinear"], 0.0)
-    lines = glue.rows("Pre-trained", 0.0, nothing, None)
-    for method, name in glue.METHODS.items():
-        lines += glue.rows(f"Individual, {name}", 1.0, single[method].test, None)
+    nothing = t5_glue.scores(study, "nonlinear", taus["nonlinear"], 0.0)
+    lines = t5_glue.rows("Pre-trained", 0.0, nothing, None)
+    for method, name in t5_glue.METHODS.items():
+        lines += t5_glue.rows(f"Individual, {name}", 1.0, single[method].test, None)
     curves = {}
     for merged in tqdm(merges, desc="search", unit="method"):
         alone = single[merged.method]
-        search = glue.search(study, merged, alone, config.coefs)
-        added = [merged.tau] * len(glue.TASKS)
-        found = glue.scores(study, merged.method, added, search.coef)
-        lines += glue.rows(merged.name, search.coef, found, alone.test)
+        search = t5_glue.search(study, merged, alone, config.coefs)
+        added = [merged.tau] * len(t5_glue.TASKS)
+        found = t5_glue.scores(study, merged.method, added, search.coef)
+        lines += t5_glue.rows(merged.name, search.coef, found, alone.test)
         curves[merged.name] = {
             "coefs": search.coefs.tolist(),
             "normalized": search.normalized.tolist(),
         }
     title = "Table 3: addition of four GLUE tasks, coefficient searched"
-    return glue.report(study, title, lines, PUBLISHED, NOTE, curves)
+    return t5_glue.report(study, title, lines, PUBLISHED, NOTE, curves)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from pathlib import Path
 import jax
 import tyro
 
-from experiments import arithmetic, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores
 
 METHODS = {
     "No reg.": "linear",
@@ -43,7 +44,7 @@ PUBLISHED = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Task addition with a τJp penalty on earlier tasks only."""
 
     out: Path = Path("runs/tau_jp/table5")
@@ -52,10 +53,10 @@ class Config(vision.OneModel):
 
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
-    setup = vision.load(config, config.model)
-    rows = arithmetic.linearized_rows(setup, METHODS)
+    setup = options.load(config, config.model)
+    rows = scores.linearized_rows(setup, METHODS)
     beside = tables.beside(
         rows,
         PUBLISHED,

@@ -30,8 +30,9 @@ import tyro
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import arithmetic, methods, runs, tables, vision
 from experiments.bench import measure
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores, vectors
 from jaxarith import sharding, train
 from jaxarith.models import heads
 
@@ -50,7 +51,7 @@ SECONDS = {"No reg.": 0.361, "Cyclical reg.": 0.374, "Strict reg.": 2.027}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Modes of the τJp penalty: accuracy after addition, seconds per step."""
 
     out: Path = Path("runs/tau_jp/table6")
@@ -59,15 +60,15 @@ class Config(vision.OneModel):
     """Steps of every method that are timed."""
 
 
-def step_of(setup: vision.Setup, method: str):
+def step_of(setup: options.Setup, method: str):
     """A training step of the first task on its first batch.
 
     Returns:
       A function without arguments that makes a step, and the FLOPs of one, by XLA.
     """
     task = setup.tasks[0]
-    config = methods.recipe_of(setup, method, task)
-    others = methods.others_of(setup, method, task)
+    config = vectors.recipe_of(setup, method, task)
+    others = vectors.others_of(setup, method, task)
     [batch] = train.task_batches(
         [task.train],
         dataclasses.replace(config, steps=1, warmup_steps=0),
@@ -78,7 +79,7 @@ def step_of(setup: vision.Setup, method: str):
     batch = sharding.from_local_rows(batch, setup.mesh)
     constants = heads.pad([task.test.head])
     constants = sharding.put(constants, NamedSharding(setup.mesh, P("task")))
-    objective = train.objective(setup.apply_fn, methods.loss, config, mesh=setup.mesh)
+    objective = train.objective(setup.apply_fn, vectors.loss, config, mesh=setup.mesh)
     state = train.init_state(setup.params_0, config, 1, setup.mesh)
     step = train.make_step(objective, config, setup.mesh)
     compiled = step.lower(state, setup.params_0, batch, constants).compile()
@@ -91,7 +92,7 @@ def step_of(setup: vision.Setup, method: str):
     return once, compiled.cost_analysis()["flops"]
 
 
-def timed(setup: vision.Setup, repetitions: int) -> list[dict]:
+def timed(setup: options.Setup, repetitions: int) -> list[dict]:
     """Seconds and FLOPs per step of every method, and their ratios."""
     steps = {name: step_of(setup, method) for name, method in METHODS.items()}
     times = measure.alternated({n: step for n, (step, _) in steps.items()}, repetitions)
@@ -114,10 +115,10 @@ def timed(setup: vision.Setup, repetitions: int) -> list[dict]:
 
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
-    setup = vision.load(config, config.model)
-    rows = arithmetic.linearized_rows(setup, METHODS)
+    setup = options.load(config, config.model)
+    rows = scores.linearized_rows(setup, METHODS)
     seconds = timed(setup, 3 if config.smoke else config.repetitions)
     beside = tables.beside(
         rows,

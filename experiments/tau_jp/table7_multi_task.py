@@ -28,7 +28,8 @@ from pathlib import Path
 import jax
 import tyro
 
-from experiments import arithmetic, methods, runs, tables, vision
+from experiments.common import runs, tables
+from experiments.common.vision import options, scores, vectors
 
 NEEDS = {
     "Non-lin. FT": ("x_self, y_self", "yes"),
@@ -36,7 +37,7 @@ NEEDS = {
     "Ours": ("x_self, y_self, x_other", "yes"),
     "MTL": ("x_self, y_self, x_other, y_other", "no"),
 }
-PUBLISHED = vision.of_models(
+PUBLISHED = options.of_models(
     {
         ("Non-lin. FT",): ((70.4,), (75.5,), (84.0,)),
         ("Linear FT",): ((74.3,), (78.7,), (85.5,)),
@@ -47,31 +48,31 @@ PUBLISHED = vision.of_models(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Models):
+class Config(options.Models):
     """Task addition and multi-task learning."""
 
     out: Path = Path("runs/tau_jp/table7")
     """Folder for report.json and report.md."""
 
 
-def accuracy_of(setup: vision.Setup, method: str) -> float:
+def accuracy_of(setup: options.Setup, method: str) -> float:
     """Mean absolute test accuracy of the sum of a method's vectors, in percent."""
-    taus = methods.vectors(setup, method)
-    linearized = methods.is_linearized(method)
-    return arithmetic.addition(setup, taus, linearized=linearized).row(True)["abs"]
+    taus = vectors.vectors(setup, method)
+    linearized = vectors.is_linearized(method)
+    return scores.addition(setup, taus, linearized=linearized).row(True)["abs"]
 
 
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     runs.start(config)
     rows = []
-    for setup in vision.setups(config, config.models):
+    for setup in options.setups(config, config.models):
         found = {
             "Non-lin. FT": accuracy_of(setup, "nonlinear"),
             "Linear FT": accuracy_of(setup, "linear"),
             "Ours": accuracy_of(setup, "tau_jp_cyclic"),
-            "MTL": vision.means(arithmetic.joint_accuracies(setup)),
+            "MTL": options.means(scores.joint_accuracies(setup)),
         }
         for method, accuracy in found.items():
             needs, flexible = NEEDS[method]

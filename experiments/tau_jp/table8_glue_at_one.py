@@ -32,7 +32,7 @@ from pathlib import Path
 import jax
 import tyro
 
-from experiments.tau_jp import glue
+from experiments.common.language import t5_glue
 
 PUBLISHED = {
     "Pre-trained": [31.8, None, 5.0, None, 7.3, None, 32.3, None, 19.1, None],
@@ -49,7 +49,7 @@ NOTE = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(glue.Config):
+class Config(t5_glue.Config):
     """Add four GLUE tasks to a T5, with coefficient 1."""
 
     out: Path = Path("runs/tau_jp/table8")
@@ -58,22 +58,23 @@ class Config(glue.Config):
 
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    study = glue.start(config)
-    taus = {method: glue.vectors(study, method) for method in glue.METHODS}
+    study = t5_glue.start(config)
+    taus = {method: t5_glue.vectors(study, method) for method in t5_glue.METHODS}
     single = {
-        method: glue.individual(study, method, taus[method]) for method in glue.METHODS
+        method: t5_glue.individual(study, method, taus[method])
+        for method in t5_glue.METHODS
     }
 
-    nothing = glue.scores(study, "nonlinear", taus["nonlinear"], 0.0)
-    lines = glue.rows("Pre-trained", 0.0, nothing, None)
-    for method, name in glue.METHODS.items():
-        lines += glue.rows(f"Individual, {name}", 1.0, single[method].test, None)
-    for merged in glue.merges(study, taus):
-        added = [merged.tau] * len(glue.TASKS)
-        found = glue.scores(study, merged.method, added, 1.0)
-        lines += glue.rows(merged.name, 1.0, found, single[merged.method].test)
+    nothing = t5_glue.scores(study, "nonlinear", taus["nonlinear"], 0.0)
+    lines = t5_glue.rows("Pre-trained", 0.0, nothing, None)
+    for method, name in t5_glue.METHODS.items():
+        lines += t5_glue.rows(f"Individual, {name}", 1.0, single[method].test, None)
+    for merged in t5_glue.merges(study, taus):
+        added = [merged.tau] * len(t5_glue.TASKS)
+        found = t5_glue.scores(study, merged.method, added, 1.0)
+        lines += t5_glue.rows(merged.name, 1.0, found, single[merged.method].test)
     title = "Table 8: addition of four GLUE tasks, coefficient 1"
-    return glue.report(study, title, lines, PUBLISHED, NOTE)
+    return t5_glue.report(study, title, lines, PUBLISHED, NOTE)
 
 
 if __name__ == "__main__":

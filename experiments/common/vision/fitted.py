@@ -9,7 +9,8 @@ from typing import Literal
 
 import jax
 
-from experiments import study_merges, vision
+from experiments.common import study_merges
+from experiments.common.vision import options
 from jaxarith import merge, sharding, task_vectors
 from jaxarith.data import pipeline
 from jaxarith.models import heads
@@ -18,7 +19,7 @@ from jaxarith.typing import Taus, Tree
 SAMPLES = 256  # of every task; so many have the public tables of FusionBench
 
 
-def fisher(setup: vision.Setup, taus: Taus) -> Tree:
+def fisher(setup: options.Setup, taus: Taus) -> Tree:
     """The Fisher merge on 256 validation images of every task (Matena and Raffel 2022).
 
     Args:
@@ -44,7 +45,7 @@ def fisher(setup: vision.Setup, taus: Taus) -> Tree:
     return task_vectors.difference(merged, params_0)
 
 
-def regmean(setup: vision.Setup, taus: Taus) -> Tree:
+def regmean(setup: options.Setup, taus: Taus) -> Tree:
     """The RegMean merge on 256 validation images of every task (Jin et al. 2023)."""
     params_0, taus = sharding.to_host((setup.params_0, list(taus)))
     samples = validation_samples(setup)
@@ -54,16 +55,16 @@ def regmean(setup: vision.Setup, taus: Taus) -> Tree:
     return task_vectors.difference(merged, params_0)
 
 
-def validation_samples(setup: vision.Setup) -> list[list[dict]]:
+def validation_samples(setup: options.Setup) -> list[list[dict]]:
     """Batches of 256 validation images of every task, drawn with a fixed seed."""
     return [
-        list(vision.drawn(setup, task.validation, SAMPLES).batches)
+        list(options.drawn(setup, task.validation, SAMPLES).batches)
         for task in setup.tasks
     ]
 
 
 def adamerging(
-    setup: vision.Setup,
+    setup: options.Setup,
     taus: Taus,
     *,
     scope: Literal["layer", "task"] = "layer",
@@ -90,9 +91,9 @@ def adamerging(
     def batches(index):
         own = {name: leaf[index] for name, leaf in padded.items()}
         samples = pipeline.evaluation_stream(
-            vision.limited(setup.tasks[index].test.source, 16 * steps),
+            options.limited(setup.tasks[index].test.source, 16 * steps),
             16,
-            preprocess=vision.Preprocessed(setup.preprocess),
+            preprocess=options.Preprocessed(setup.preprocess),
             workers=min(setup.options.workers, 1),  # for each of the tasks
         )
         epochs = itertools.chain.from_iterable(itertools.repeat(samples))

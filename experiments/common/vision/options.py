@@ -17,7 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments import bank, quickstart_tasks, runs
+from experiments.common import bank, runs
+from experiments.common.vision import small_tasks
 from jaxarith import fingerprint, hub, metrics, sharding, train, tree
 from jaxarith.data import images, pipeline, vision
 from jaxarith.models import clip, heads
@@ -305,7 +306,7 @@ def image_task(spec: str, options: Options) -> images.ImageTask:
     """A task of raw images by its name, or by `NAME=FOLDER`."""
     name, equals, folder = spec.partition("=")
     if options.smoke:
-        task = quickstart_tasks.load(name, np.asarray)
+        task = small_tasks.load(name, np.asarray)
     elif equals:
         task = vision.load_folder(name, Path(folder))
     else:

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments import runs, study_merges
+from experiments.common import runs, study_merges
 from jaxarith import (
     evaluate,
     hub,

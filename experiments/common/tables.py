@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import runs
+from experiments.common import runs
 from jaxarith import report
 
 

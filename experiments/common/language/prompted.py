@@ -37,7 +37,9 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments import bank, prompted_model, runs, text_study, tiny_text
+from experiments import text_study
+from experiments.common import bank, runs
+from experiments.common.language import prompted_model, tiny_text
 from jaxarith import (
     evaluate,
     fingerprint,

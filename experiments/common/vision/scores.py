@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments import methods, vision
+from experiments.common.vision import options as vision
+from experiments.common.vision import vectors
 from jaxarith import evaluate, metrics, task_vectors
 from jaxarith.typing import Taus, Tree
 
@@ -130,7 +131,7 @@ def linearized_rows(setup: vision.Setup, names: Mapping[str, str]) -> list[dict]
     """
     rows = []
     for name, method in names.items():
-        taus = methods.vectors(setup, method)
+        taus = vectors.vectors(setup, method)
         found = addition(setup, taus, linearized=True)
         for coef in ("1.0", "searched"):
             row = {"model": setup.title, "method": name, "coefficient": coef}
@@ -138,10 +139,10 @@ def linearized_rows(setup: vision.Setup, names: Mapping[str, str]) -> list[dict]
     return rows
 
 
-def single_accuracies(setup: vision.Setup, method: methods.Method) -> np.ndarray:
+def single_accuracies(setup: vision.Setup, method: vectors.Method) -> np.ndarray:
     """Test accuracy before and after fine-tuning on one task, in percent: `[2, T]`."""
-    taus = methods.vectors(setup, method)
-    linearized = methods.is_linearized(method)
+    taus = vectors.vectors(setup, method)
+    linearized = vectors.is_linearized(method)
     progress = tqdm(setup.tasks, desc=f"single models, {method}", unit="task")
     found = [
         accuracies(setup, [tau], task.test, linearized, [[0.0], [1.0]])
@@ -152,7 +153,7 @@ def single_accuracies(setup: vision.Setup, method: methods.Method) -> np.ndarray
 
 def joint_accuracies(setup: vision.Setup) -> np.ndarray:
     """Test accuracies of the model of multi-task learning, `[T]`."""
-    [tau] = methods.vectors(setup, "multi_task")
+    [tau] = vectors.vectors(setup, "multi_task")
     return np.array(
         [accuracies(setup, [tau], task.test, False, [[1.0]])[0] for task in setup.tasks]
     )

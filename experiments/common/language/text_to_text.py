@@ -19,7 +19,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import bank, runs, tiny_text
+from experiments.common import bank, runs
+from experiments.common.language import tiny_text
 from jaxarith import fingerprint, hub, losses, sharding, task_vectors, train
 from jaxarith.data import language, pipeline, text
 from jaxarith.evaluate import rank

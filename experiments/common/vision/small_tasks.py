@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from experiments import glyphs
+from experiments.common.vision import glyphs
 from jaxarith.data.images import ImageTask
 
 DIGIT_TEMPLATES = ('a photo of the number: "{}".', "a photo of the digit {}.")

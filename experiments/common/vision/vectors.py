@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import bank, runs, vision
+from experiments.common import bank, runs
+from experiments.common.vision import options as vision
 from jaxarith import (
     fingerprint,
     losses,

@@ -38,7 +38,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import bank, runs, tables, tiny_text
+from experiments.common import bank, runs, tables
+from experiments.common.language import tiny_text
 from jaxarith import (
     evaluate,
     fingerprint,

@@ -33,7 +33,8 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments import bank, runs, tiny_text
+from experiments.common import bank, runs
+from experiments.common.language import tiny_text
 from jaxarith import (
     evaluate,
     fingerprint,

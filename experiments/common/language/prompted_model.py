@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import tiny_text
+from experiments.common.language import tiny_text
 from jaxarith import evaluate, sharding
 from jaxarith.data import pipeline, prompt_sources, prompts, text
 from jaxarith.models import bert, heads
