@@ -12,6 +12,7 @@ Two disjoint sets of freely licensed fonts: `packaged_fonts` trains tiny_clip,
 import functools
 import re
 import string
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 
-# Families of Google Fonts as `pip install fontpkg-<family>` delivers them: unmodified
-# files, each wheel with the licence text. The first group imitates handwriting.
-HANDWRITING = (
-    "caveat", "dancing-script", "delius", "indie-flower", "kalam", "permanent-marker",
-    "satisfy", "shadows-into-light", "zeyada",
-)  # fmt: skip
-PRINT = (
-    "alegreya-sans", "bodoni-moda", "comfortaa", "eb-garamond", "exo-2", "fredoka",
-    "inconsolata", "josefin-sans", "libre-baskerville", "lobster-two", "nunito",
-    "oleo-script", "oswald", "pacifico", "playfair-display", "poppins", "quicksand",
-    "roboto", "roboto-slab", "source-serif-4", "space-mono", "zilla-slab",
-)  # fmt: skip
+FONTPKG = "fontpkg==0.2.2"  # finds the packages of fonts
 
 # What the name table must say (ids 13 and 14: licence, licence URL) to be kept.
 _FREE = re.compile(
@@ -55,23 +45,31 @@ def matplotlib_fonts() -> list[Path]:
     return sorted(f for f in folder.glob("*.ttf") if wanted.fullmatch(f.stem))
 
 
-def packaged_fonts(families: tuple[str, ...] = HANDWRITING + PRINT) -> list[Path]:
-    """The font files of these `fontpkg` families that are free and have 0-9A-Za-z.
+def packaged_fonts(families: Mapping[str, str]) -> list[Path]:
+    """The font files of `fontpkg` packages that are free and have 0-9A-Za-z.
 
     Free is what the file says of itself in its name table, not what its package says;
     a file that states no licence is left out.
 
-    Raises:
-      ValueError: a family is not installed.
-    """
-    import fontpkg
+    Args:
+      families: by name of a package, as in `fontpkg-<name>`, its version.
 
-    installed = fontpkg.families()
-    missing = [f"fontpkg-{family}" for family in families if family not in installed]
+    Raises:
+      ImportError: packages are missing; the message says how to install all of them.
+    """
+    try:
+        import fontpkg
+        import fontTools  # noqa: F401: reads the name tables
+    except ImportError:
+        installed = {}
+    else:
+        installed = fontpkg.families()
+    missing = [name for name in families if name not in installed]
     if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(families)} font packages are not installed; "
-            f"run: pip install {' '.join(missing)}"
+        pins = [f"fontpkg-{name}=={families[name]}" for name in missing]
+        raise ImportError(
+            f"{len(missing)} of {len(families)} font packages are not installed; run: "
+            f"pip install fonttools {FONTPKG} {' '.join(pins)}"
         )
     files = [file.path for family in families for file in installed[family].files]
     return [file for file in files if _usable(file)]
