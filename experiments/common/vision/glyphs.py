@@ -59,7 +59,7 @@ def packaged_fonts(families: Mapping[str, str]) -> list[Path]:
     """
     try:
         import fontpkg
-        import fontTools  # noqa: F401: reads the name tables
+        import fontTools  # noqa: F401 (`_usable` needs it)
     except ImportError:
         installed = {}
     else:
