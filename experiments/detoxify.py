@@ -372,6 +372,7 @@ def batches_of(config: Config, study: Study, recipe: train.TrainConfig):
     return train.task_batches(
         [study.source],
         recipe,
+        seeds=[train.seed_of("toxic", recipe.seed)],
         others=[[study.penalty_source]] if recipe.penalty else None,
         inputs=INPUTS,
         mesh=mesh,

@@ -35,7 +35,7 @@ sharding.SMALLEST_SHARDED = 8
 train_step.optimizer = lambda config: optax.sgd(0.01)
 mesh = sharding.make_mesh(mesh)
 data = training_run.sources(float(seconds))
-train.task_batches(data, training_run.CONFIG, mesh=mesh)[3]
+train.task_batches(data, training_run.CONFIG, seeds=[0, 1], mesh=mesh)[3]
 read = [list(source.read) for source in data]
 for source in data:
     source.read.clear()
@@ -104,7 +104,7 @@ def test_two_processes_are_one_run(mesh, tmp_path, monkeypatch):
     # Each has read its part of every batch: of 8 samples and 4 of the penalty.
     samples = len(training_run.NAMES) * (8 + 4)
     whole = training_run.sources()
-    train.task_batches(whole, training_run.CONFIG)[3]
+    train.task_batches(whole, training_run.CONFIG, seeds=[0, 1])[3]
     for task, source in enumerate(whole):
         parts = [reports[process]["read"][task] for process in range(2)]
         assert sorted(parts[0] + parts[1]) == sorted(source.read)

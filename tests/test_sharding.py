@@ -91,7 +91,7 @@ def prepared(config, mesh, params_0):
     taus = sharding.shard(
         jax.tree.unflatten(jax.tree.structure(taus), moved), mesh, tasks=True
     )
-    batch = train.task_batches(SOURCES, config, mesh=mesh)[0]
+    batch = train.task_batches(SOURCES, config, seeds=[0, 1], mesh=mesh)[0]
     arguments = (
         (taus, opt_state),
         sharding.shard(params_0, mesh),
@@ -244,7 +244,7 @@ def test_training_on_a_mesh_ends_where_one_device_does(params_0, monkeypatch):
     def run(mesh):
         return train.fine_tune(
             encode, params_0, loss_fn,
-            train.task_batches(SOURCES, config, mesh=mesh), config,
+            train.task_batches(SOURCES, config, seeds=[0, 1], mesh=mesh), config,
             names=["a", "b"], constants=HEADS, mesh=mesh,
         )  # fmt: skip
 
@@ -385,22 +385,29 @@ def test_more_devices_than_there_are_are_refused():
 
 
 def test_what_cannot_be_shared_equally_is_refused(params_0):
-    mesh = sharding.make_mesh("data=8")
+    mesh, seeds = sharding.make_mesh("data=8"), [0, 1]
     with pytest.raises(ValueError, match="12 samples of a step .* 8 devices"):
         train.task_batches(
-            SOURCES, dataclasses.replace(CONFIG, batch_size=12), mesh=mesh
+            SOURCES,
+            dataclasses.replace(CONFIG, batch_size=12),
+            seeds=seeds,
+            mesh=mesh,
         )
     config = dataclasses.replace(
         CONFIG, linearized=True, penalty="cyclic", penalty_batch_size=4
     )
     with pytest.raises(ValueError, match="4 samples of a step .* 8 devices"):
-        train.task_batches(SOURCES, config, mesh=mesh)
+        train.task_batches(SOURCES, config, seeds=seeds, mesh=mesh)
     with pytest.raises(ValueError, match="16 samples .* 8 devices and 4 micro-batches"):
         train.task_batches(
-            SOURCES, dataclasses.replace(CONFIG, micro_batches=4), mesh=mesh
+            SOURCES,
+            dataclasses.replace(CONFIG, micro_batches=4),
+            seeds=seeds,
+            mesh=mesh,
         )
     with pytest.raises(ValueError, match="2 tasks cannot be shared by 8 devices"):
-        train.task_batches(SOURCES, CONFIG, mesh=sharding.make_mesh("task=8"))
+        mesh_of_tasks = sharding.make_mesh("task=8")
+        train.task_batches(SOURCES, CONFIG, seeds=seeds, mesh=mesh_of_tasks)
     with pytest.raises(ValueError, match="12 samples cannot be shared by 8 devices"):
         sharding.from_local_rows({"image": np.zeros((2, 12))}, mesh)
 

@@ -127,7 +127,7 @@ def trained(request, tmp_path_factory):
         apply_fn,
         params,
         loss,
-        train.task_batches([source(1), source(2)], CONFIG, inputs=fields),
+        train.task_batches([source(1), source(2)], CONFIG, seeds=[0, 1], inputs=fields),
         CONFIG,
         names=["one", "two"],
         inputs=inputs,
@@ -227,7 +227,8 @@ def test_the_penalty_of_padded_texts_is_that_of_the_texts_alone():
 
 def test_a_mask_that_the_penalty_samples_lack_is_an_error():
     apply_fn, params, inputs, mask, loss = family("t5")
-    batches = train.task_batches([source(1), source(2)], CONFIG, inputs=inputs)
+    sources = [source(1), source(2)]
+    batches = train.task_batches(sources, CONFIG, seeds=[0, 1], inputs=inputs)
     with pytest.raises(
         ValueError, match="'decoder_attention_mask'; .* have .*input_ids"
     ):

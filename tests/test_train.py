@@ -44,7 +44,7 @@ def source(seed, size=40):
 
 def run(config, sources, scales, **options):
     names = [f"task{i}" for i in range(len(sources))]
-    batches = train.task_batches(sources, config)
+    batches = train.task_batches(sources, config, seeds=range(len(sources)))
     constants = jnp.asarray(scales, jnp.float32)
     return train.fine_tune(
         apply_fn, params_0(), loss_fn, batches, config,
@@ -84,7 +84,7 @@ def test_steps_equal_pytorchs_adamw_with_clipping_and_decay():
     }
     adamw = torch.optim.AdamW(leaves.values(), lr=1.0, weight_decay=0.1)
     rate, clipped = train.schedule(CONFIG), 0
-    for step, batch in enumerate(train.task_batches(sources, CONFIG)):
+    for step, batch in enumerate(train.task_batches(sources, CONFIG, seeds=[0])):
         for group in adamw.param_groups:
             group["lr"] = float(rate(step))
         x, y = (torch.tensor(batch[name][0]) for name in ("image", "label"))
@@ -120,7 +120,7 @@ def test_tasks_trained_together_equal_tasks_trained_alone(penalty):
     )
     sources = [source(i) for i in range(3)]
     together = run(config, sources, [1.0, 2.0, 3.0])
-    batches = list(train.task_batches(sources, config))
+    batches = list(train.task_batches(sources, config, seeds=range(3)))
     for i, scale in enumerate([1.0, 2.0, 3.0]):
         own = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], b) for b in batches]
         (alone,) = train.fine_tune(
@@ -143,7 +143,7 @@ def test_a_step_compiles_once():
     config = dataclasses.replace(CONFIG, linearized=True, penalty="cyclic")
     step = train.make_step(train.objective(apply_fn, loss_fn, config), config)
     state, scales = train.init_state(params_0(), config, 2), jnp.ones(2)
-    for batch in train.task_batches([source(1), source(2)], config):
+    for batch in train.task_batches([source(1), source(2)], config, seeds=[0, 1]):
         state, _ = step(state, params_0(), batch, scales)
     assert step._cache_size() == 1
 
@@ -152,7 +152,8 @@ def test_the_objective_is_the_loss_plus_the_weighted_penalty():
     config = dataclasses.replace(
         CONFIG, linearized=True, penalty="strict", penalty_coef=0.7, penalty_power=2
     )
-    batch = train.task_batches([source(1), source(2), source(3)], config)[0]
+    sources = [source(1), source(2), source(3)]
+    batch = train.task_batches(sources, config, seeds=range(3))[0]
     batch = jax.tree.map(lambda leaf: leaf[0], batch)
     rng = np.random.default_rng(5)
     start = params_0()
@@ -194,10 +195,12 @@ def test_training_reduces_the_loss_and_writes_a_json_line_per_step(tmp_path):
 def test_batches_depend_on_step_and_seed_alone():
     config = dataclasses.replace(CONFIG, linearized=True, penalty="mixed")
     sources = [source(1), source(2), source(3)]
-    first, again = (list(train.task_batches(sources, config)) for _ in range(2))
+    first, again = (
+        list(train.task_batches(sources, config, seeds=range(3))) for _ in range(2)
+    )
     for a, b in zip(first, again, strict=True):
         assert_trees_close(a, b, rtol=0)
-    other = train.task_batches(sources, dataclasses.replace(config, seed=1))[0]
+    other = train.task_batches(sources, config, seeds=range(10, 13))[0]
     assert not np.array_equal(other["image"], first[0]["image"])
 
 
@@ -216,7 +219,7 @@ def test_penalty_samples_come_from_the_tasks_that_the_mode_names(mode, expected)
         [{"image": np.full(5, i, np.float32), "label": np.zeros(2)}] * 3
         for i in range(3)
     ]
-    for step, batch in enumerate(train.task_batches(marked, config)):
+    for step, batch in enumerate(train.task_batches(marked, config, seeds=range(3))):
         assert batch["penalty"]["image"][0, :, 0].tolist() == expected(step)
         assert set(batch["image"][0, :, 0]) == {0}
 
@@ -225,7 +228,7 @@ def test_every_sample_is_seen_once_an_epoch():
     data = [
         {"image": np.full(5, i, np.float32), "label": np.zeros(2)} for i in range(16)
     ]
-    batches = train.task_batches([data], CONFIG)  # 8 steps of 4: two epochs
+    batches = train.task_batches([data], CONFIG, seeds=[0])  # 8 steps of 4: 2 epochs
     seen = np.concatenate([batch["image"][0, :, 0] for batch in batches])
     assert sorted(seen[:16]) == sorted(seen[16:]) == list(range(16))
     assert seen[:16].tolist() != seen[16:].tolist()
@@ -265,7 +268,7 @@ def test_wrong_options_are_refused(options, message):
 
 @pytest.mark.parametrize("count", [0, 5, 9])
 def test_a_run_with_too_few_or_too_many_batches_is_refused(count):
-    batch = train.task_batches([source(1)], CONFIG)[0]
+    batch = train.task_batches([source(1)], CONFIG, seeds=[0])[0]
     with pytest.raises(ValueError, match="batches for"):
         train.fine_tune(
             apply_fn, params_0(), loss_fn, [batch] * count, CONFIG,
@@ -277,8 +280,9 @@ def test_a_run_with_too_few_or_too_many_batches_is_refused(count):
 def test_integers_are_not_trained(linearized):
     start = params_0() | {"counter": jnp.arange(3)}
     config = dataclasses.replace(CONFIG, linearized=linearized)
+    batches = train.task_batches([source(1)], config, seeds=[0])
     (tau,) = train.fine_tune(
-        apply_fn, start, loss_fn, train.task_batches([source(1)], config), config,
+        apply_fn, start, loss_fn, batches, config,
         names=["task"], constants=jnp.ones(1),
     )  # fmt: skip
     assert set(tau) == {"in", "out"}
@@ -286,18 +290,20 @@ def test_integers_are_not_trained(linearized):
 
 def test_one_source_may_serve_two_tasks():
     config = dataclasses.replace(CONFIG, linearized=True, penalty="cyclic")
-    batch = train.task_batches([source(1)] * 2, config)[0]
+    batch = train.task_batches([source(1)] * 2, config, seeds=[0, 1])[0]
     assert batch["penalty"]["image"].shape == (2, 16, 5)
 
 
 def test_wrong_data_is_refused():
     with pytest.raises(ValueError, match="no task"):
-        train.task_batches([], CONFIG)
+        train.task_batches([], CONFIG, seeds=[])
     with pytest.raises(ValueError, match="empty source"):
-        train.task_batches([[]], CONFIG)
+        train.task_batches([[]], CONFIG, seeds=[0])
+    with pytest.raises(ValueError, match="2 seeds for 1 tasks"):
+        train.task_batches([source(1)], CONFIG, seeds=[0, 1])
     penalised = dataclasses.replace(CONFIG, linearized=True, penalty="cyclic")
     with pytest.raises(ValueError, match="at least one other task"):
-        list(train.task_batches([source(1)], penalised))
+        list(train.task_batches([source(1)], penalised, seeds=[0]))
     with pytest.raises(ValueError, match="no leaf matches"):
         run(dataclasses.replace(CONFIG, trained="nothing"), [source(1)], [1.0])
 
@@ -348,9 +354,10 @@ def test_augmentation_is_a_function_of_the_position_alone():
 
     config = dataclasses.replace(CONFIG, linearized=True, penalty="cyclic")
     sources = [source(1), source(2)]
-    plain = train.task_batches(sources, config)
+    plain = train.task_batches(sources, config, seeds=[0, 1])
     first, again = (
-        train.task_batches(sources, config, augment=augment) for _ in range(2)
+        train.task_batches(sources, config, seeds=[0, 1], augment=augment)
+        for _ in range(2)
     )
     np.testing.assert_array_equal(first[3]["image"], again[3]["image"])
     np.testing.assert_array_equal(first[3]["label"], plain[3]["label"])
@@ -363,7 +370,7 @@ def test_augmentation_is_a_function_of_the_position_alone():
 def test_a_joint_batch_takes_every_task_in_turn():
     sources = [source(1, 6), source(2, 9), source(3, 12)]
     config = dataclasses.replace(CONFIG, steps=3, warmup_steps=0, batch_size=2)
-    batches = train.joint_batches(sources, config)
+    batches = train.joint_batches(sources, config, seeds=range(3))
     assert len(batches) == 3 and batches[0]["image"].shape == (1, 6, 5)
     rows = np.concatenate([batch["image"][0] for batch in batches])
     assert batches[0]["task"].tolist() == [[0, 1, 2, 0, 1, 2]]
@@ -375,7 +382,7 @@ def test_a_joint_batch_takes_every_task_in_turn():
 
 def test_batches_of_worker_processes_are_those_of_threads():
     config = dataclasses.replace(CONFIG, steps=4, warmup_steps=1)
-    batches = train.task_batches([source(1)], config)
+    batches = train.task_batches([source(1)], config, seeds=[0])
     made = list(pipeline.prefetch(batches, 1, workers=2))
     assert len(made) == 3
     for batch, expected in zip(made, list(batches)[1:], strict=True):
@@ -396,8 +403,8 @@ def test_own_seeds_make_the_samples_of_a_task_the_same_in_any_company():
             jax.tree.leaves(batch), jax.tree.leaves(own), strict=True
         ):
             np.testing.assert_array_equal(found[1], expected[0])
-    default = train.task_batches(sources, config, others=others)
-    assert not np.array_equal(default[0]["image"], together[0]["image"])
+    other = train.task_batches(sources, config, others=others, seeds=[6, 901, 8])
+    assert not np.array_equal(other[0]["image"], together[0]["image"])
 
 
 @pytest.mark.parametrize("every", [0, -1])

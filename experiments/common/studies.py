@@ -160,7 +160,11 @@ def recipe_of(config: Config, method: str, mode: str | None) -> train.TrainConfi
 
 def batches_of(study: Study, recipe: train.TrainConfig) -> Sequence[dict]:
     return train.task_batches(
-        study.sources, recipe, inputs=study.inputs, mesh=study.mesh
+        study.sources,
+        recipe,
+        seeds=[train.seed_of(name, recipe.seed) for name in study.names],
+        inputs=study.inputs,
+        mesh=study.mesh,
     )
 
 

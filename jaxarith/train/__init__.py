@@ -5,6 +5,7 @@ step, and `run` the loop with progress, log and checkpoints.
 """
 
 from jaxarith.train.batches import joint_batches as joint_batches
+from jaxarith.train.batches import seed_of as seed_of
 from jaxarith.train.batches import task_batches as task_batches
 from jaxarith.train.config import TrainConfig as TrainConfig
 from jaxarith.train.config import code as code

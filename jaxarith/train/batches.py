@@ -1,6 +1,6 @@
 """The batches of a run: own samples of every task, and penalty samples of others."""
 
-import itertools
+import zlib
 from collections.abc import Sequence
 
 import jax
@@ -12,15 +12,29 @@ from jaxarith.data import pipeline
 from jaxarith.train.config import TrainConfig as TrainConfig
 
 
+def seed_of(name: str, seed: int) -> int:
+    """The seed of a task's batches, whichever tasks are trained beside it.
+
+    Args:
+      name: the task's name.
+      seed: the seed of the run, `config.seed`.
+
+    Example:
+      >>> seed_of("dtd", 1) - seed_of("dtd", 0)
+      1
+    """
+    return zlib.crc32(name.encode()) + seed
+
+
 def task_batches(
     sources: Sequence,
     config: TrainConfig,
     *,
+    seeds: Sequence[int],
     others: Sequence[Sequence] | None = None,
     inputs: Sequence[str] = ("image",),
     augment: pipeline.Augment | None = None,
     mesh: Mesh | None = None,
-    seeds: Sequence[int] | None = None,
 ) -> Sequence[dict]:
     """The batches of a run: every task's own samples and, if asked, penalty samples.
 
@@ -29,7 +43,9 @@ def task_batches(
 
     Args:
       sources: the training source of each of T tasks.
-      config: steps, sizes, penalty mode and seed.
+      config: steps, sizes and penalty mode.
+      seeds: the seed of each task, from `seed_of`: a task's samples do not depend on
+        the tasks that are trained beside it.
       others: for each task, the sources that its task vector must not disturb
         (T_orth); by default the other tasks' training sources. Labels are not read.
       inputs: the fields of a penalty sample: those of the model, and the penalty's
@@ -37,8 +53,6 @@ def task_batches(
       augment: from a sample of a source and a `numpy.random.Generator` to what is
         trained on, of penalty samples too; by default samples are taken as they are.
       mesh: the devices, see `sharding`; by default one.
-      seeds: of each task, so that its samples do not depend on the tasks that are
-        trained beside it; by default they follow from `config.seed` and its position.
 
     Returns:
       `config.steps` dicts of arrays `[T, config.batch_size, ...]`; with a penalty also
@@ -46,38 +60,30 @@ def task_batches(
       the `sharding.local_rows` of both axes.
 
     Raises:
-      ValueError: no task, an empty source, no other task for the penalty, or tasks or
-        samples that the mesh cannot share equally.
+      ValueError: no task, an empty source, no other task for the penalty, another
+        number of seeds, or tasks or samples that the mesh cannot share equally.
     """
-    if not sources:
-        raise ValueError("no task to train on: the list of sources is empty.")
+    _check(sources, seeds)
     if others is None:
         tasks = range(len(sources))
         others = [[sources[j] for j in tasks if j != i] for i in tasks]
     mesh = mesh or sharding.one_device()
-    if seeds is None:
-        count = itertools.count(10_000 * config.seed)
-        own_seeds = [next(count) for _ in sources]
-        other_seeds = [[next(count) for _ in group] for group in others]
-        draw_seeds = [config.seed + task for task in range(len(sources))]
-    else:
-        own_seeds = draw_seeds = list(seeds)
-        other_seeds = [
-            [seed + 1 + j for j in range(len(group))]
-            for seed, group in zip(seeds, others, strict=True)
-        ]
+    other_seeds = [
+        [seed + 1 + j for j in range(len(group))]
+        for seed, group in zip(seeds, others, strict=True)
+    ]
 
     def shuffled(sources, seeds):
         pairs = zip(sources, seeds, strict=True)
         return [pipeline.shuffled(source, seed, augment) for source, seed in pairs]
 
-    own = shuffled(sources, own_seeds)
+    own = shuffled(sources, seeds)
     foreign = [shuffled(*pair) for pair in zip(others, other_seeds, strict=True)]
     local_tasks = sharding.local_rows(len(sources), mesh, "task")
 
     def drawn(task, step):
         views, size = len(foreign[task]), config.penalty_batch_size
-        return tau_jp.draw(config.penalty, step, views, size, draw_seeds[task])
+        return tau_jp.draw(config.penalty, step, views, size, seeds[task])
 
     rows = _local_samples(config.batch_size, config, mesh)
     if config.penalty:
@@ -112,6 +118,7 @@ def joint_batches(
     sources: Sequence,
     config: TrainConfig,
     *,
+    seeds: Sequence[int],
     augment: pipeline.Augment | None = None,
     mesh: Mesh | None = None,
 ) -> Sequence[dict]:
@@ -119,7 +126,8 @@ def joint_batches(
 
     Args:
       sources: the training source of each of T tasks.
-      config: steps and seed; `batch_size` samples of every task make a batch.
+      config: the number of steps; `batch_size` samples of every task make a batch.
+      seeds: the seed of each task, from `seed_of`.
       augment, mesh: as for `task_batches`.
 
     Returns:
@@ -130,11 +138,12 @@ def joint_batches(
       ValueError: as for `task_batches`; the devices cannot train different tasks, for
         there is one.
     """
-    if not sources:
-        raise ValueError("no task to train on: the list of sources is empty.")
+    _check(sources, seeds)
     mesh = mesh or sharding.one_device()
-    seeds = itertools.count(10_000 * config.seed)
-    views = [pipeline.shuffled(source, next(seeds), augment) for source in sources]
+    views = [
+        pipeline.shuffled(source, seed, augment)
+        for source, seed in zip(sources, seeds, strict=True)
+    ]
     sharding.local_rows(1, mesh, "task")  # an error where there are several
     rows = _local_samples(len(views) * config.batch_size, config, mesh)
 
@@ -146,6 +155,13 @@ def joint_batches(
         return {name: field[None] for name, field in batch.items()}
 
     return pipeline.lazy(make_batch, config.steps)
+
+
+def _check(sources, seeds):
+    if not sources:
+        raise ValueError("no task to train on: the list of sources is empty.")
+    if len(seeds) != len(sources):
+        raise ValueError(f"{len(seeds)} seeds for {len(sources)} tasks; one for each.")
 
 
 def _local_samples(count, config, mesh):

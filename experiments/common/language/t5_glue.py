@@ -309,6 +309,7 @@ def batches_of(study: Study, method: str, chosen: Sequence[int]) -> Sequence[dic
     return train.task_batches(
         [source[name] for name in names],
         recipe_of(study.config, method),
+        seeds=[train.seed_of(name, study.config.seed) for name in names],
         others=[[source[other] for other in others(name)] for name in names],
         inputs=(*INPUTS, FIRST),
         mesh=study.mesh,

@@ -145,12 +145,15 @@ def identity(base: Base, source: list[dict], recipe: train.TrainConfig) -> dict:
 
 def banked(base: Base, name: str, source, recipe: train.TrainConfig) -> Tree | None:
     """The task vector if the bank has it; also checks that training could start."""
-    training_batches(base, source, recipe)  # a wrong mesh shows here
+    training_batches(base, name, source, recipe)  # a wrong mesh shows here
     return bank.read(file_of(base, name), identity(base, source, recipe))
 
 
-def training_batches(base: Base, source, recipe: train.TrainConfig):
-    return train.task_batches([source], recipe, inputs=INPUTS, mesh=base.mesh)
+def training_batches(base: Base, name: str, source, recipe: train.TrainConfig):
+    seeds = [train.seed_of(name, recipe.seed)]
+    return train.task_batches(
+        [source], recipe, seeds=seeds, inputs=INPUTS, mesh=base.mesh
+    )
 
 
 def vector(base: Base, name: str, source, recipe: train.TrainConfig) -> Tree:
@@ -164,7 +167,7 @@ def vector(base: Base, name: str, source, recipe: train.TrainConfig) -> Tree:
         t5.language_model(base.checkpoint.config),
         base.checkpoint.params,
         _loss,
-        training_batches(base, source, recipe),
+        training_batches(base, name, source, recipe),
         recipe,
         names=[name],
         inputs=INPUTS,

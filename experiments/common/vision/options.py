@@ -286,7 +286,9 @@ def check_recipes(setup: Setup):
         config = dataclasses.replace(
             config, linearized=penalty is not None, penalty=penalty
         )
-        train.task_batches([task.train], config, others=[[task.train]], mesh=setup.mesh)
+        train.task_batches(
+            [task.train], config, seeds=[0], others=[[task.train]], mesh=setup.mesh
+        )
 
 
 def setups(

@@ -191,8 +191,8 @@ def trained(
 
 
 def seed_of(options: vision.Options, task: vision.Task) -> int:
-    """Of a task's samples, whichever tasks are trained beside it."""
-    return zlib.crc32(task.name.encode()) + options.seed
+    """The seed of a task's samples, whichever tasks are trained beside it."""
+    return train.seed_of(task.name, options.seed)
 
 
 def groups(missing, recipes, together):
@@ -275,6 +275,7 @@ def trained_jointly(
             train.joint_batches(
                 [task.train for task in tasks],
                 config,
+                seeds=[seed_of(setup.options, task) for task in tasks],
                 augment=setup.augment,
                 mesh=setup.mesh,
             ),
