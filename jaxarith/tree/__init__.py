@@ -30,3 +30,4 @@ from jaxarith.tree._reductions import gram as gram
 from jaxarith.tree._reductions import gram_of as gram_of
 from jaxarith.tree._reductions import safe_sqrt as safe_sqrt
 from jaxarith.tree._reductions import sums as sums
+from jaxarith.tree._reductions import total as total

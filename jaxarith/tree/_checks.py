@@ -1,7 +1,10 @@
 """Checks of trees: that one fits another, and that all values are finite."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxarith import lazy
 from jaxarith.tree._paths import flatten
@@ -9,11 +12,14 @@ from jaxarith.tree._placement import settled
 from jaxarith.typing import Tree
 
 
-def is_floating(leaf):
+def is_floating(leaf: Any) -> bool:
+    """Whether the numbers of a leaf are floating-point numbers."""
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
-def check_part(part: Tree, whole: Tree, part_name="tree", whole_name="parameters"):
+def check_part(
+    part: Tree, whole: Tree, part_name: str = "tree", whole_name: str = "parameters"
+) -> None:
     """Raises a ValueError with the paths unless `part` fits into `whole`.
 
     Every leaf of `part` must be in `whole`, with the same shape.
@@ -39,17 +45,17 @@ def check_part(part: Tree, whole: Tree, part_name="tree", whole_name="parameters
         )
 
 
-def check_finite(tree: Tree, name: str):
+def check_finite(tree: Tree, name: str) -> None:
     """Raises a ValueError with the paths of leaves that hold NaN or infinity.
 
-    Values that `jit` is tracing are not known yet and are not checked; those in files
-    are when they are read.
+    Values that `jit` is tracing are not known yet and are not checked. Those in files
+    are checked when they are read.
     """
     leaves = {}
     for path, leaf in flatten(tree).items():
         if isinstance(leaf, lazy.Leaf):
             leaf.check()
-        elif not isinstance(leaf, jax.core.Tracer) and is_floating(leaf):
+        elif not isinstance(leaf, Tracer) and is_floating(leaf):
             leaves[path] = leaf
     with jax.ensure_compile_time_eval():  # values that are known inside a `jit`
         finite = {path: settled(lazy.all_finite(leaf)) for path, leaf in leaves.items()}
@@ -72,6 +78,6 @@ def is_finite(tree: Tree) -> bool:
         for leaf in jax.tree.leaves(tree)
         if not isinstance(leaf, lazy.Leaf) and is_floating(leaf)
     ]
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
         return False
     return all(jax.device_get([settled(lazy.all_finite(leaf)) for leaf in leaves]))

@@ -1,7 +1,10 @@
 """Where leaves are: on several devices, on one, in a file, or still being computed."""
 
+from typing import Any
+
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxarith import lazy
@@ -16,13 +19,14 @@ def gathered(tree: Tree) -> Tree:
     one. What is computed from gathered leaves, one at a time, is what one device gives.
     Other leaves are as they were; all are where `jit` is tracing one of them.
     """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
         return tree
 
     def leaf(x):
         if not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1:
             return x
-        if not x.is_fully_addressable:  # other processes have parts of it
+        if not x.is_fully_addressable and isinstance(x.sharding, NamedSharding):
+            # Other processes have parts of it.
             x = jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
         return np.asarray(x)
 
@@ -42,21 +46,21 @@ def settled(tree: Tree) -> Tree:
         leaf
         for leaf in jax.tree.leaves(tree)
         if isinstance(leaf, jax.Array)
-        and not isinstance(leaf, jax.core.Tracer)
+        and not isinstance(leaf, Tracer)
         and next(iter(leaf.sharding.device_set)).platform == "cpu"
     ]
     jax.block_until_ready(of_cpu)
     return tree
 
 
-def sharded_like(leaf: jax.Array, like: jax.Array) -> jax.Array:
+def sharded_like(leaf: jax.Array, like: Any) -> Any:
     """The leaf where `like` is, unless `jit` traces it: the way back of `gathered`.
 
     Where `like` is in a file, so is the leaf then.
     """
     if isinstance(like, lazy.Leaf):
         return like.place(leaf)
-    tracing = isinstance(leaf, jax.core.Tracer) or not isinstance(like, jax.Array)
+    tracing = isinstance(leaf, Tracer) or not isinstance(like, jax.Array)
     if tracing or leaf.sharding == like.sharding:
         return leaf
     return jax.device_put(leaf, like.sharding)

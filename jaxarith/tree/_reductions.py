@@ -1,10 +1,12 @@
 """Sums over leaves: Gram matrices, cosines and counts, each leaf read once."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxarith import lazy
 from jaxarith.tree._paths import flatten
@@ -42,7 +44,7 @@ def gram(trees: Sequence[Tree]) -> jax.Array:
 
 def gram_of(rows: Iterable[tuple]) -> jax.Array:
     """`gram` of trees of which each row is a leaf of all; 0 if there is no row."""
-    return sum(settled(_leaf_gram(gathered(row))) for row in rows)
+    return total(settled(_leaf_gram(gathered(row))) for row in rows)
 
 
 BLOCK = 8  # tasks whose products are summed in one pass
@@ -70,6 +72,11 @@ def _leaf_gram(leaves):
     return gram
 
 
+def total(terms: Iterable[jax.Array]) -> jax.Array:
+    """The sum of arrays, entry by entry; the number 0 if there is none."""
+    return cast(jax.Array, sum(terms))
+
+
 def sums(terms: Sequence[jax.Array]) -> jax.Array:
     """The sums `[len(terms)]` over all entries of arrays of one shape, in one pass.
 
@@ -89,7 +96,7 @@ def _sums_jvp(primals, tangents):
     return _sums(*primals), jnp.stack([jnp.sum(tangent) for tangent in tangents[0]])
 
 
-def counts(conditions: Sequence[jax.Array], dtype=jnp.int32) -> jax.Array:
+def counts(conditions: Sequence[ArrayLike], dtype: DTypeLike = jnp.int32) -> jax.Array:
     """The numbers of true entries `[len(conditions)]`, in one pass, as `sums`."""
     terms = [_in_rows(jnp.atleast_1d(jnp.asarray(t, dtype))) for t in conditions]
     zero = jnp.zeros((), dtype)
