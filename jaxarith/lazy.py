@@ -1,9 +1,9 @@
 """Leaves that are in files, and are read when a computation looks at them.
 
-A tree may hold a `Leaf` where it holds an array. `tree.aligned`, with which every merge
-goes over its task vectors, then gives `Rows`: they read a leaf of all tasks when asked
-for it, and the next ones ahead, in threads. What is read is kept as long as somebody
-holds it, and no longer.
+A tree may hold a `Leaf` in place of an array. `tree.aligned`, with which every merge
+goes over its task vectors, then returns `Rows`: they read a leaf of all tasks when
+asked for it, and the next ones ahead, in threads. What was read is kept only as long
+as somebody holds it.
 """
 
 import dataclasses
@@ -11,20 +11,25 @@ import functools
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 _READERS = 2
 _AHEAD = 64 * 2**20  # bytes of small leaves that are read ahead
 
 
 class Source:
-    """A tensor in a file.
+    """A tensor on its way from a file, read once for all who hold it at one time.
+
+    A `hub.Stored` says what is in a file, and reads it anew each time. A source is
+    shared by the leaves that are computed from the tensor, as the base is by all task
+    vectors, and by the threads that read ahead; it holds the array only weakly.
 
     Attributes:
       label: what an error calls it.
@@ -32,9 +37,10 @@ class Source:
       check: whether `read` looks for NaN and infinite values, the first time.
     """
 
-    def __init__(self, label: str, nbytes: int, load: Callable[[], Any]):
+    def __init__(self, label: str, nbytes: int, load: Callable[[], jax.Array]):
         self.label, self.nbytes, self.check = label, nbytes, False
-        self._load, self._lock, self._held = load, threading.Lock(), lambda: None
+        self._load, self._lock = load, threading.Lock()
+        self._held: Callable[[], jax.Array | None] = lambda: None
 
     def read(self) -> jax.Array:
         """The tensor: read now, unless somebody still holds it.
@@ -74,17 +80,18 @@ class Leaf:
     """A leaf that is computed from tensors in files when it is read.
 
     Args:
-      shape, dtype: of the result.
+      shape, dtype: shape and dtype of the result.
       sources: the tensors.
-      combine: a function of them.
-      place: where the merged leaf goes, a function of it; None for task vectors.
+      combine: `combine(*arrays)` computes the leaf from them.
+      place: `place(merged)` writes the leaf that a merge puts in place of this one;
+        None where nothing is merged into, as for task vectors.
     """
 
     def __init__(
         self,
-        shape: tuple[int, ...],
-        dtype,
-        sources: Sequence[Source],
+        shape: Sequence[int],
+        dtype: DTypeLike,
+        sources: Iterable[Source],
         combine: Callable[..., Any],
         place: Callable[[jax.Array], None] | None = None,
     ):
@@ -99,20 +106,29 @@ class Leaf:
     def size(self) -> int:
         return int(np.prod(self.shape))
 
-    def read(self):
+    def read(self) -> "jax.Array | Difference":
         """The array, or the `Difference`."""
         return self._combine(*(source.read() for source in self.sources))
 
     def __jax_array__(self) -> jax.Array:
         return jnp.asarray(self.read())
 
-    def check(self):
-        """Has the sources looked through for NaN and infinite values when read."""
+    def check(self) -> None:
+        """Lets the first reading look for NaN and infinite values."""
         for source in self.sources:
             source.check = True
 
     def place(self, merged: jax.Array) -> "Leaf":
-        """Sends the merged leaf where this one is from; returns what stands for it."""
+        """Writes the merged leaf; returns what stands for it in the merged tree.
+
+        Raises:
+          ValueError: this leaf is only read.
+        """
+        if self._place is None:
+            raise ValueError(
+                "this leaf is in a file and has no file to be merged into: merge "
+                "checkpoints by `stream.merge`."
+            )
         self._place(merged)
         return Leaf(self.shape, self.dtype, (), functools.partial(_gone, self.shape))
 
@@ -126,8 +142,8 @@ def _gone(shape):
 class Difference:
     """`model - base` in float32 or better, subtracted by the program that needs it.
 
-    Two tensors of bfloat16 are as much to read as one of float32, of which each model
-    would need its own.
+    Two tensors of bfloat16 take as long to read as one of float32, and each model would
+    need a float32 tensor of its own.
     """
 
     model: jax.Array
@@ -146,12 +162,12 @@ class Difference:
         return self.model.size
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype:
         return jnp.promote_types(
             jnp.promote_types(self.model.dtype, self.base.dtype), jnp.float32
         )
 
-    def __getitem__(self, index) -> "Difference":
+    def __getitem__(self, index: Any) -> "Difference":
         return Difference(self.model[index], self.base[index])
 
     def __jax_array__(self) -> jax.Array:
@@ -161,8 +177,8 @@ class Difference:
 class Rows(Mapping):
     """By path, a leaf of every task, read when asked for.
 
-    The sources of the rows that follow are read ahead, as many as one row has bytes at
-    most, so that whoever goes through the rows in order seldom waits.
+    The sources of the next rows are read ahead, up to the bytes of the largest row, so
+    that whoever goes through the rows in order seldom waits.
 
     Args:
       leaves: by path, a tuple of `Leaf`s and arrays.
@@ -189,7 +205,7 @@ class Rows(Mapping):
             future.result()
         return tuple(map(read, self._leaves[path]))
 
-    def __contains__(self, path) -> bool:
+    def __contains__(self, path: object) -> bool:
         return path in self._leaves  # that of `Mapping` would read it
 
     def __iter__(self) -> Iterator[str]:
@@ -213,8 +229,14 @@ class Rows(Mapping):
         }
 
 
-def read(leaf):
-    """A leaf's values, if it is one that is to be read; else the leaf."""
+def rows(leaves: Mapping[str, tuple]) -> Mapping[str, tuple]:
+    """The rows themselves, or `Rows` of them if one has a leaf in a file."""
+    in_files = any(isinstance(leaf, Leaf) for row in leaves.values() for leaf in row)
+    return Rows(leaves) if in_files else leaves
+
+
+def read(leaf: Any) -> Any:
+    """The values of a leaf in a file; any other leaf as it is."""
     return leaf.read() if isinstance(leaf, Leaf) else leaf
 
 

@@ -8,6 +8,7 @@ in other pytrees they are `None`, which JAX does not count as a leaf either.
 from jaxarith.tree._checks import check_finite as check_finite
 from jaxarith.tree._checks import check_part as check_part
 from jaxarith.tree._checks import is_finite as is_finite
+from jaxarith.tree._listing import first_few as first_few
 from jaxarith.tree._parts import fill as fill
 from jaxarith.tree._parts import floating as floating
 from jaxarith.tree._parts import restrict as restrict

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxarith import lazy
+from jaxarith.tree._listing import first_few
 from jaxarith.tree._paths import flatten
 from jaxarith.tree._placement import settled
 from jaxarith.typing import Tree
@@ -27,22 +28,19 @@ def check_part(
     expected = {path: jnp.shape(leaf) for path, leaf in flatten(whole).items()}
     found = {path: jnp.shape(leaf) for path, leaf in flatten(part).items()}
     lines = [
-        f"  + {path} {list(shape)}: not in the {whole_name}"
+        f"+ {path} {list(shape)}: not in the {whole_name}"
         for path, shape in found.items()
         if path not in expected
     ]
     lines += [
-        f"  ! {path}: {list(shape)} in the {part_name}, {list(expected[path])} in the "
+        f"! {path}: {list(shape)} in the {part_name}, {list(expected[path])} in the "
         f"{whole_name}"
         for path, shape in found.items()
         if path in expected and expected[path] != shape
     ]
     if lines:
-        shown = lines[:10] + ([f"  … and {len(lines) - 10} more"] * (len(lines) > 10))
-        raise ValueError(
-            f"the {part_name} does not fit the {whole_name} ({len(lines)} leaves):\n"
-            + "\n".join(shown)
-        )
+        title = f"the {part_name} does not fit the {whole_name} ({len(lines)} leaves):"
+        raise ValueError("\n  ".join([title, *first_few(lines, most=10)]))
 
 
 def check_finite(tree: Tree, name: str) -> None:
@@ -63,8 +61,8 @@ def check_finite(tree: Tree, name: str) -> None:
     if bad := [path for path, ok in finite.items() if not ok]:
         raise ValueError(
             f"the {name} has NaN or infinite values in {len(bad)} leaves: "
-            f"{', '.join(bad[:5])}{' …' * (len(bad) > 5)}. Check the run or the file "
-            "that it came from."
+            f"{', '.join(first_few(bad, most=5))}. Check the run or the file that it "
+            "came from."
         )
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxarith.tree._checks import check_part, is_floating
+from jaxarith.tree._listing import first_few
 from jaxarith.tree._paths import flatten, path_name
 from jaxarith.typing import Tree
 
@@ -24,10 +25,10 @@ def select(tree: Tree, pattern: str) -> Tree:
     """
     matching = [path for path in flatten(tree) if re.fullmatch(pattern, path)]
     if not matching:
-        some = ", ".join(list(flatten(tree))[:3])
+        some = ", ".join(first_few(flatten(tree), most=3))
         raise ValueError(
-            f"no leaf matches {pattern!r}. The pattern must match whole slash paths, "
-            f"such as {some}."
+            f"no leaf matches {pattern!r}. The pattern must match whole slash paths; "
+            f"the tree has {some}."
         )
     return restrict(tree, matching)
 

@@ -1,5 +1,6 @@
 """Sums over leaves: Gram matrices, cosines and counts, each leaf read once."""
 
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
@@ -137,13 +138,12 @@ def aligned(trees: Sequence[Tree]) -> Mapping[str, tuple]:
         zeros = np.zeros((), jnp.result_type(*found))
         zeros = np.broadcast_to(zeros, jnp.shape(found[0]))
         aligned[path] = tuple(_as_array(leaves.get(path, zeros)) for leaves in flat)
-    in_files = any(isinstance(x, lazy.Leaf) for row in aligned.values() for x in row)
-    return lazy.Rows(aligned) if in_files else aligned
+    return lazy.rows(aligned)
 
 
 def _as_array(leaf):
-    known = isinstance(leaf, jax.Array | np.ndarray | lazy.Leaf)
-    return leaf if known else jnp.asarray(leaf)
+    is_number = isinstance(leaf, numbers.Number | np.generic)
+    return jnp.asarray(leaf) if is_number else leaf
 
 
 def cosine(gram: jax.Array) -> jax.Array:

@@ -1,0 +1,17 @@
+"""The first of many items, for messages that would be too long with all."""
+
+from collections.abc import Collection
+from itertools import islice
+from typing import Any
+
+
+def first_few(items: Collection[Any], most: int = 8) -> list[str]:
+    """The first items as texts, and a last text that counts the rest.
+
+    Example:
+      >>> ", ".join(first_few("abcde", most=2))
+      'a, b, … and 3 more'
+    """
+    shown = [str(item) for item in islice(items, most)]
+    rest = len(items) - len(shown)
+    return [*shown, f"… and {rest} more"] if rest else shown
