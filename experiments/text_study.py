@@ -18,15 +18,13 @@ every line.
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal, NamedTuple
 
-import jax
 import numpy as np
-import tyro
 from tqdm import tqdm
 
-from experiments.common import studies, study_merges
+from experiments.common import script, studies, study_merges
+from experiments.common.language import text_files
 from jaxarith import evaluate, hub
 from jaxarith.data import pipeline, prompts, splits, text
 from jaxarith.models import bert, heads
@@ -85,50 +83,6 @@ class Heads(NamedTuple):
     head: Callable
 
 
-def task_files(option: str) -> tuple[str, list[Path]]:
-    """The name and the files of a task.
-
-    Example:
-      >>> task_files("trec=a.txt,b.txt")
-      ('trec', [PosixPath('a.txt'), PosixPath('b.txt')])
-    """
-    name, equals, files = option.partition("=")
-    paths = [Path(file) for file in files.split(",") if file]
-    if not (name and equals and 1 <= len(paths) <= 3):
-        raise ValueError(
-            f"--task {option!r}: expected NAME=FILE, NAME=TRAIN,TEST or "
-            "NAME=TRAIN,VALIDATION,TEST."
-        )
-    return name, paths
-
-
-def read_task(option: str) -> text.TextTask:
-    name, paths = task_files(option)
-    train, *others = [text.read(path) for path in paths]
-    validation, test = [None] * (2 - len(others)) + others
-    return text.task(name, train, validation, test)
-
-
-def read_prompt(option: str) -> tuple[str, prompts.Prompt]:
-    """The task and the prompt of an option.
-
-    Example:
-      >>> read_prompt("mr={text} It was {mask}.|0:terrible,1:great")[1].words
-      {'0': 'terrible', '1': 'great'}
-    """
-    name, equals, rest = option.partition("=")
-    template, bar, words = rest.rpartition("|")
-    # A class may have a colon in its name.
-    pairs = [pair.rpartition(":") for pair in words.split(",")]
-    if not (name and equals and bar and all(c and word for c, _, word in pairs)):
-        raise ValueError(
-            f"--prompt {option!r}: expected NAME=TEMPLATE|CLASS:WORD,CLASS:WORD, such "
-            "as 'mr={text} It was {mask}.|0:terrible,1:great'."
-        )
-    words = {label.strip(): word.strip() for label, _, word in pairs}
-    return name, prompts.Prompt(template, words)
-
-
 def class_mean_heads(config: Config, model: bert.Bert, tokenizer) -> Heads:
     apply_fn = bert.mean_encoder(model.config)
 
@@ -152,7 +106,7 @@ def label_word_heads(
     config: Config, model: bert.Bert, tokenizer, tasks: list[text.TextTask]
 ) -> Heads:
     classes = {task.name: task.classes for task in tasks}
-    given = dict(map(read_prompt, config.prompt))
+    given = dict(map(text_files.read_prompt, config.prompt))
     if len(given) < len(config.prompt):
         raise ValueError(f"{len(config.prompt)} --prompt for {len(given)} tasks.")
     for name, prompt in given.items():
@@ -205,7 +159,7 @@ def prepare(config: Config) -> studies.Study:
         raise ValueError(f"--samples {config.samples}: at least 3 are needed.")
     if config.prompt and config.head != "label-word":
         raise ValueError("--prompt is for --head label-word; the head is class means.")
-    tasks = [read_task(option) for option in config.task]
+    tasks = [text_files.read_task(option) for option in config.task]
     label_words = config.head == "label-word"
     model = bert.load(config.model, head="masked_lm" if label_words else None)
     tokenizer = text.load_tokenizer(model.folder)
@@ -258,9 +212,10 @@ def prepare(config: Config) -> studies.Study:
     )
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs the study; returns what `report.json` holds."""
-    studies.check([task_files(option)[0] for option in config.task])
+    studies.check([text_files.task_files(option)[0] for option in config.task])
     if config.smoke:
         small = dict(steps=4, batch_size=8, penalty_batch_size=8, samples=48)
         config = dataclasses.replace(config, **small)
@@ -268,6 +223,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -19,11 +19,12 @@ from experiments.common import bank
 from experiments.common.language import (
     prompted,
     prompted_model,
+    prompted_texts,
     roberta_glue,
     tiny_text,
 )
 from jaxarith import hub, merge, tree
-from jaxarith.data import prompt_sources, prompts
+from jaxarith.data import prompt_sources, prompts, text
 from jaxarith.data.glue import score as glue_score
 from jaxarith.models import bert, heads
 
@@ -241,7 +242,7 @@ def test_all_that_is_missing_is_one_error_and_nothing_is_written(tmp_path):
 
 def test_few_samples_are_balanced_repeated_and_apart_from_validation():
     labels = ["a"] * 50 + ["b"] * 9 + [None] * 3
-    drawn, held_out = prompted.draw(labels, ["a", "b"], 16, seed=1)
+    drawn, held_out = prompted_texts.draw(labels, ["a", "b"], 16, seed=1)
     of = np.array(labels, object)
     assert [(of[drawn] == name).sum() for name in "ab"] == [16, 16]
     assert [(of[held_out] == name).sum() for name in "ab"] == [16, 2]
@@ -249,7 +250,7 @@ def test_few_samples_are_balanced_repeated_and_apart_from_validation():
     assert len({i for i in drawn if labels[i] == "a"}) == 16
     assert len({i for i in drawn if labels[i] == "b"}) == 7  # of nine, two held out
     with pytest.raises(ValueError, match="1 rows of the class b"):
-        prompted.draw(["a", "a", "b"], ["a", "b"], 1, seed=0)
+        prompted_texts.draw(["a", "a", "b"], ["a", "b"], 1, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +262,7 @@ def roberta(tmp_path_factory):
 
 def test_a_label_word_of_several_tokens_has_the_mean_of_their_rows(roberta):
     model = bert.load(roberta, head="masked_lm")
-    tokenizer = prompted.text.load_tokenizer(roberta)
+    tokenizer = text.load_tokenizer(roberta)
     pieces = prompts.word_pieces(tokenizer, ["great", "greatness"])
     assert len(pieces[0]) == 1 and len(pieces[1]) > 1
     words, bias = map(np.asarray, bert.output_words(model.config, model.params))

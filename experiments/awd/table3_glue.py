@@ -1,4 +1,4 @@
-"""Tables 3, 8 and 9 (S3), and Figure 2 of RoBERTa: eight GLUE tasks merged.
+"""Tables 3, 8 and 9 (AWD paper), and Figure 2 of RoBERTa: eight GLUE tasks merged.
 
 Xiong et al. Multi-Task Model Merging via Adaptive Weight Disentanglement.
 arXiv:2411.18729: section 4.4, Table 3; 8.3, Tables 8 and 9; 4.2, Figure 2.
@@ -45,10 +45,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 from tqdm import tqdm
 
-from experiments.common import runs, tables
+from experiments.common import runs, script, tables
 from experiments.common.language import roberta_glue
 from jaxarith import evaluate, merge, plots, task_vectors, tree
 from jaxarith.models import bert
@@ -84,7 +83,7 @@ VARIANTS = ("full", "linear weights only", "AWD, linear weights only")  # of Fig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(roberta_glue.Options):
-    """Tables 3, 8 and 9 (S3), Figure 2 of RoBERTa: merge eight GLUE tasks."""
+    """Tables 3, 8 and 9 (AWD paper), Figure 2 of RoBERTa: merge eight GLUE tasks."""
 
     out: Path = Path("runs/awd/table3")
     """Folder for report.json, report.md, figure2_<model>.png and the logs."""
@@ -98,6 +97,7 @@ class Config(roberta_glue.Options):
     """The share of the entries that TIES keeps."""
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = roberta_glue.smoke(config)
@@ -293,6 +293,4 @@ def write(config: Config, results: dict):
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -1,4 +1,4 @@
-"""Figures 7 and 8 (S2): seventy language tasks in clusters, and merged by them.
+"""Figures 7 and 8 (bases paper): seventy language tasks in clusters, merged by them.
 
 Zeng et al. Efficient Model Editing with Task Vector Bases: A Theoretical Framework and
 Scalable Approach. arXiv:2502.01015: section 6.4.1, Appendix D.3.
@@ -43,12 +43,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 from tqdm import tqdm
 
-from experiments.common import runs, tables
+from experiments.common import runs, script, tables
 from experiments.common.language import prompted
 from jaxarith import merge, plots, task_vectors
 from jaxarith.data import prompt_sources
@@ -61,7 +59,7 @@ PUBLISHED = {"Pre-trained": [42.15], "Majority vote": [40.47]}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(prompted.Options):
-    """Figures 7 and 8 (S2): cluster seventy language tasks, and merge them by it."""
+    """Figures 7 and 8 (bases paper): cluster seventy language tasks, and merge them."""
 
     out: Path = Path("runs/bases/figure7")
     """Folder for figure7.png, figure8.png, report.json and report.md."""
@@ -79,6 +77,7 @@ class Config(prompted.Options):
     """Keep tasks whose own model is not better than a majority vote."""
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = prompted.smoke(config)
@@ -265,6 +264,4 @@ def write(config: Config, results: dict):
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -1,4 +1,4 @@
-"""Table 16 (S2): whether vectors are alike by their task or by the form of the prompt.
+"""Table 16 (bases paper): whether vectors are alike by task or by form of the prompt.
 
 Zeng et al. Efficient Model Editing with Task Vector Bases: A Theoretical Framework and
 Scalable Approach. arXiv:2502.01015: Appendix D.4.
@@ -29,11 +29,9 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 
-from experiments.common import tables
+from experiments.common import script, tables
 from experiments.common.language import prompted
 from jaxarith import task_vectors
 
@@ -47,7 +45,7 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(prompted.Options):
-    """Table 16 (S2): cosines of task vectors, one of them of an adversarial prompt."""
+    """Table 16 (bases paper): cosines of vectors, one of an adversarial prompt."""
 
     out: Path = Path("runs/bases/table16")
     """Folder for report.json, report.md and the logs of training."""
@@ -56,6 +54,7 @@ class Config(prompted.Options):
     changed: names of the paper's list (Appendix D.3), or files, NAME=FILE."""
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = prompted.smoke(config, ("QNLI", "CR", "SST2"))
@@ -89,6 +88,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -1,4 +1,4 @@
-"""Tables 8 and 15 (S2): twelve language tasks merged, by masks and without.
+"""Tables 8 and 15 (bases paper): twelve language tasks merged, by masks and without.
 
 Zeng et al. Efficient Model Editing with Task Vector Bases: A Theoretical Framework and
 Scalable Approach. arXiv:2502.01015: section 6.4.2, Table 8; Appendix D.1, Table 15.
@@ -51,10 +51,9 @@ from typing import Literal
 
 import jax
 import numpy as np
-import tyro
 from tqdm import tqdm
 
-from experiments.common import study_merges, tables
+from experiments.common import script, study_merges, tables
 from experiments.common.language import prompted
 from jaxarith import evaluate, losses, merge, sharding, task_vectors, tree
 from jaxarith.data import pipeline
@@ -105,7 +104,7 @@ COEFS = np.linspace(0.1, 1, 10)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(prompted.Options):
-    """Tables 8 and 15 (S2): merge twelve language tasks, by masks and without."""
+    """Tables 8 and 15 (bases paper): merge twelve language tasks, also by masks."""
 
     out: Path = Path("runs/bases/table8")
     """Folder for report.json, report.md and the logs of training."""
@@ -126,6 +125,7 @@ class Config(prompted.Options):
     the mask, as the paper of He et al. prints it."""
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = prompted.smoke(config)
@@ -407,6 +407,4 @@ def gigabytes_text(setup: prompted.Setup) -> str:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -1,4 +1,4 @@
-"""Figure 18 (S4): pairs of task vectors of six T5-base models of others.
+"""Figure 18 (editing paper): pairs of task vectors of six T5-base models of others.
 
 Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023. arXiv:2212.04089:
 Appendix D.6.
@@ -43,14 +43,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
-import tyro
 from tqdm import tqdm
 
-from experiments import detoxify
-from experiments.common import runs, tables
-from experiments.common.language import text_to_text, tiny_text
+from experiments.common import runs, script, tables
+from experiments.common.language import text_files, text_to_text, tiny_text
 from jaxarith import evaluate, metrics, plots, task_vectors
 from jaxarith.data import glue, language
 from jaxarith.models import t5
@@ -77,7 +74,7 @@ PUBLISHED = {"mean of all pairs": [96.7]}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(text_to_text.Options):
-    """Figure 18 (S4): add pairs of six T5-base models of the Hugging Face Hub."""
+    """Figure 18 (editing paper): add pairs of T5-base models of the Hub."""
 
     out: Path = Path("runs/editing/figure18")
     """Folder for figure18.png, report.json and report.md."""
@@ -102,8 +99,8 @@ class Task(NamedTuple):
     """A task as tokens.
 
     Attributes:
-      name: of the task.
-      records: of "validation" and "test", `{"text", "target"}`.
+      name: name of the task.
+      records: the records of "validation" and "test", `{"text", "target"}`.
       batches: the same as tokens.
       classes: the targets to choose from, where they are ranked.
     """
@@ -114,6 +111,7 @@ class Task(NamedTuple):
     classes: list[str]
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     with tempfile.TemporaryDirectory() as folder:
@@ -133,9 +131,16 @@ def smoke(config: Config, folder: Path) -> tuple[Config, Sequence[str]]:
     ]
     config = dataclasses.replace(
         config,
-        **dict(model="tiny_t5", tasks=names, checkpoints=names, data_dir=folder),
-        **dict(max_length=12, max_new_tokens=4, coefs=(0.0, 1.0)),
-        **dict(evaluation_batch=16, save_every=0, mesh="data=1"),
+        model="tiny_t5",
+        tasks=names,
+        checkpoints=names,
+        data_dir=folder,
+        max_length=12,
+        max_new_tokens=4,
+        coefs=(0.0, 1.0),
+        evaluation_batch=16,
+        save_every=0,
+        mesh="data=1",
     )
     base = text_to_text.load(config, runs.start(config), config.model)
     records = glue.text_to_text(
@@ -156,7 +161,7 @@ def smoke(config: Config, folder: Path) -> tuple[Config, Sequence[str]]:
 
 
 def run(config: Config, models: Sequence[str]) -> dict:
-    """The same, with the places of the tasks' models."""
+    """The script with the places of the tasks' models."""
     known = ", ".join(CHECKPOINTS)
     different = set(config.tasks)
     if not 1 < len(config.tasks) == len(different) or different - set(CHECKPOINTS):
@@ -180,7 +185,8 @@ def run(config: Config, models: Sequence[str]) -> dict:
 
     def scores(tau, coef, part, names):
         params = task_vectors.apply(params_0, tau, coef)
-        return [score(base, tasks[name], params, part) for name in names]
+        tokens = config.max_new_tokens
+        return [score(base, tasks[name], params, part, tokens) for name in names]
 
     single = {
         part: {name: scores(taus[name], 1.0, part, [name])[0] for name in config.tasks}
@@ -209,16 +215,8 @@ def read(config: Config, name: str) -> dict[str, list[dict]]:
     found = {}
     for part in ("validation", "test"):
         file = config.data_dir / f"{name}_{part}.jsonl"
-        try:
-            rows = [
-                {"text": row["input"], "target": row["target"]}
-                for row in detoxify.table(detoxify.read(file), ".jsonl")
-            ]
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{file}: {error!r}. Expected an object with input and target per line."
-            ) from error
-        found[part] = rows[: config.samples]
+        rows = text_files.read_table(file, ("input", "target"))[: config.samples]
+        found[part] = [{"text": row["input"], "target": row["target"]} for row in rows]
         if not found[part]:
             raise ValueError(f"{file} holds no record.")
     return found
@@ -231,7 +229,9 @@ def prepare(base: text_to_text.Base, name: str, records: dict) -> Task:
     return Task(name, records, batches, sorted(targets))
 
 
-def score(base: text_to_text.Base, task: Task, params: Params, part: str) -> float:
+def score(
+    base: text_to_text.Base, task: Task, params: Params, part: str, max_new_tokens: int
+) -> float:
     """The task's own metric, from 0 to 1."""
     batches = task.batches[part]
     targets = [record["target"] for record in task.records[part]]
@@ -239,8 +239,7 @@ def score(base: text_to_text.Base, task: Task, params: Params, part: str) -> flo
         candidates = language.candidates(base.tokenizer, task.classes)
         chosen = text_to_text.ranked(base, params, batches, candidates)
         return metrics.exact_match([task.classes[i] for i in chosen], targets)
-    tokens = base.config.max_new_tokens
-    written = text_to_text.generated(base, params, batches, tokens)
+    written = text_to_text.generated(base, params, batches, max_new_tokens)
     if METRICS[task.name] == "exact match":
         return metrics.exact_match(written, targets)
     return metrics.rouge_2(written, targets)
@@ -250,8 +249,8 @@ def measure(config: Config, pair, tau, scores, single) -> dict:
     """The row of a pair: its coefficient, and the test scores of both tasks.
 
     Args:
-      scores: `scores(tau, coef, part, names)`, of the tasks of these names.
-      single: by part and task, the score of its own model.
+      scores: `scores(tau, coef, part, names)`, the scores on the tasks of these names.
+      single: the score of each task's own model, by part and task.
     """
     search = evaluate.search(
         lambda coef: scores(tau, coef, "validation", pair),
@@ -300,6 +299,4 @@ def write(config: Config, results: dict):
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -1,4 +1,4 @@
-"""Table 3 (S4): GLUE tasks of T5-base, better with the task vectors of others.
+"""Table 3 (editing paper): GLUE tasks of T5-base, better with vectors of others.
 
 Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023. arXiv:2212.04089: section
 4.2, Appendix D.7.
@@ -39,12 +39,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
-import tyro
 from tqdm import tqdm
 
-from experiments.common import runs, tables
+from experiments.common import runs, script, tables
 from experiments.common.language import text_to_text, tiny_text
 from jaxarith import evaluate, task_vectors, train
 from jaxarith.data import glue, language
@@ -61,7 +59,7 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(text_to_text.Options):
-    """Table 3 (S4): add task vectors of others to T5s that are fine-tuned on GLUE."""
+    """Table 3 (editing paper): add vectors of others to T5s fine-tuned on GLUE."""
 
     out: Path = Path("runs/editing/table3")
     """Folder for report.json, report.md and the logs of training."""
@@ -82,23 +80,24 @@ class Task(NamedTuple):
     """A task as tokens, with one seed.
 
     Attributes:
-      name: of the task.
-      vector: the name of its task vector.
-      train: its training source.
+      name: name of the task.
+      vector: name of its task vector.
+      recipe: recipe of its training.
+      source: its training source.
       validation, test: batches to evaluate on.
       candidates: the answers to choose from, `[C, T]`.
-      recipe: of its training.
     """
 
     name: str
     vector: str
-    train: list[dict]
+    recipe: train.TrainConfig
+    source: list[dict]
     validation: list[dict]
     test: list[dict]
     candidates: np.ndarray
-    recipe: train.TrainConfig
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     with tempfile.TemporaryDirectory() as folder:
@@ -116,15 +115,21 @@ def main(config: Config) -> dict:
 def smoke(config: Config) -> Config:
     return dataclasses.replace(
         config,
-        **dict(model="tiny_t5", external=("other_0", "other_1")),
-        **dict(coefs=(0.5, 1.0), seeds=(0,)),
-        **dict(epochs=1, batch_size=8, learning_rate=1e-2, max_length=24),
-        **dict(save_every=0, mesh="data=1"),
+        model="tiny_t5",
+        external=("other_0", "other_1"),
+        coefs=(0.5, 1.0),
+        seeds=(0,),
+        epochs=1,
+        batch_size=8,
+        learning_rate=1e-2,
+        max_length=24,
+        save_every=0,
+        mesh="data=1",
     )
 
 
 def run(config: Config, others: Sequence[str]) -> dict:
-    """The same, with the places of the external models."""
+    """The script with the places of the external models."""
     if not others:
         raise ValueError("no --external; name at least one model.")
     if not config.seeds or not config.coefs:
@@ -137,16 +142,16 @@ def run(config: Config, others: Sequence[str]) -> dict:
         text_to_text.external_vector(base, other)
     tasks = [prepare(config, base, name, s) for s in config.seeds for name in TASKS]
     for task in tasks:
-        text_to_text.banked(base, task.vector, task.train, task.recipe)
+        text_to_text.banked(base, task.vector, task.source, task.recipe)
     runs.claim(config)
     taus = [
-        text_to_text.vector(base, task.vector, task.train, task.recipe)
+        text_to_text.vector(base, task.vector, task.source, task.recipe)
         for task in tqdm(tasks, desc="task vectors", unit="vector")
     ]
 
     searches = []
     for task, tau in zip(tqdm(tasks, desc="search", unit="task"), taus, strict=True):
-        searches.append(measure(base, task, tau, others))
+        searches.append(measure(config, base, task, tau, others))
     lines = [row(name, searches) for name in ROWS]
     results = {"rows": lines, "searches": searches}
     values = [*TASKS, "average"]
@@ -193,7 +198,7 @@ def prepare(config: Config, base: text_to_text.Base, name: str, seed: int) -> Ta
     return Task(
         name=name,
         vector=f"glue_{name}_seed{seed}",
-        train=source,
+        source=source,
         validation=text_to_text.batches(base, records["validation"]),
         test=text_to_text.batches(base, records["test"]),
         candidates=candidates,
@@ -202,7 +207,11 @@ def prepare(config: Config, base: text_to_text.Base, name: str, seed: int) -> Ta
 
 
 def measure(
-    base: text_to_text.Base, task: Task, tau: Params, others: Sequence[str]
+    config: Config,
+    base: text_to_text.Base,
+    task: Task,
+    tau: Params,
+    others: Sequence[str],
 ) -> dict:
     """The search of one task with one seed, and its test scores."""
     fine_tuned = task_vectors.apply(base.checkpoint.params, tau)
@@ -212,7 +221,7 @@ def measure(
         return glue.score(glue.TASKS[task.name], predicted, evaluate.labels(batches))
 
     @functools.lru_cache(maxsize=1)
-    def external(index):
+    def external(index: int):
         return text_to_text.external_vector(base, others[index])
 
     def added(index, coef):
@@ -221,7 +230,7 @@ def measure(
     search = evaluate.search_external(
         lambda index, coef: score(added(index, coef), task.validation),
         len(others),
-        base.config.coefs,
+        config.coefs,
         baseline=score(fine_tuned, task.validation),
     )
     zero_shot, alone = (
@@ -230,7 +239,7 @@ def measure(
     best = alone
     if search.index is not None:
         best = score(added(search.index, search.coef), task.test)
-    name = None if search.index is None else base.config.external[search.index]
+    name = None if search.index is None else config.external[search.index]
     return {
         "task": task.name,
         "seed": task.recipe.seed,
@@ -252,6 +261,4 @@ def row(name: str, searches: list[dict]) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -1,4 +1,4 @@
-"""Table 4 (S4): sentiment in a domain without labels, by an analogy of task vectors.
+"""Table 4 (editing paper): sentiment in a domain without labels, by an analogy.
 
 Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023. arXiv:2212.04089: section
 5, Appendix E.1.
@@ -44,12 +44,10 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
-import tyro
 from tqdm import tqdm
 
-from experiments.common import runs, tables
+from experiments.common import runs, script, tables
 from experiments.common.language import text_to_text, tiny_text
 from jaxarith import evaluate, task_vectors, train
 from jaxarith.data import glue, language, splits, text
@@ -73,7 +71,7 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(text_to_text.Options):
-    """Table 4 (S4): sentiment of Yelp and Amazon by task analogies of T5s."""
+    """Table 4 (editing paper): sentiment of Yelp and Amazon by analogies of T5s."""
 
     out: Path = Path("runs/editing/table4")
     """Folder for report.json, report.md and the logs of training."""
@@ -113,14 +111,16 @@ class Study(NamedTuple):
     """One T5 and the two domains as tokens.
 
     Attributes:
-      name: of the model.
+      config: the options.
+      name: name of the model.
       base: the T5.
-      sources: by the name of a task vector, its training source.
-      parts: by domain, batches to evaluate on, of "validation" and "test".
+      sources: the training source of every task vector, by the vector's name.
+      parts: batches to evaluate on, by domain and "validation" or "test".
       candidates: the answers to choose from.
-      learning_rate: of all its training.
+      learning_rate: learning rate of all its training.
     """
 
+    config: Config
     name: str
     base: text_to_text.Base
     sources: dict[str, list[dict]]
@@ -129,14 +129,21 @@ class Study(NamedTuple):
     learning_rate: float
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     if config.smoke:
         config = dataclasses.replace(
             config,
-            **dict(models=("tiny_t5",), learning_rates=(1e-2,), coefs=(0.5, 1.0)),
-            **dict(batch_size=8, max_length=12, validation_samples=12, epochs=1),
-            **dict(save_every=0, mesh="data=1"),
+            models=("tiny_t5",),
+            learning_rates=(1e-2,),
+            coefs=(0.5, 1.0),
+            batch_size=8,
+            max_length=12,
+            validation_samples=12,
+            epochs=1,
+            save_every=0,
+            mesh="data=1",
         )
     if len(config.learning_rates) not in (1, len(config.models)) or not config.models:
         raise ValueError(
@@ -248,7 +255,7 @@ def prepare(config: Config, mesh, model: str, rate: float, domains) -> Study:
             for part in ("validation", "test")
         }
     label = SIZES.get(model, model)
-    study = Study(label, base, sources, parts, candidates, rate)
+    study = Study(config, label, base, sources, parts, candidates, rate)
     for name, source in sources.items():
         text_to_text.banked(base, name, source, recipe_of(study, name))
     return study
@@ -261,7 +268,7 @@ def prompted(records: list[dict]) -> list[dict]:
 
 
 def recipe_of(study: Study, name: str) -> train.TrainConfig:
-    config = study.base.config
+    config = study.config
     samples = len(study.sources[name])
     return train.TrainConfig(
         steps=max(math.ceil(config.epochs * samples / config.batch_size), 1),
@@ -282,8 +289,8 @@ def vector(study: Study, name: str) -> Tree:
 def rows(study: Study, taus: dict[str, Tree], target: str):
     """The rows of a target domain, and the search of its coefficients."""
     [auxiliary] = [name for name in DOMAINS if name != target]
-    config, params_0 = study.base.config, study.base.checkpoint.params
-    corners = (f"{auxiliary}_language", f"{target}_language", f"{auxiliary}_sentiment")
+    config, params_0 = study.config, study.base.checkpoint.params
+    auxiliary_tau = taus[f"{auxiliary}_sentiment"]
 
     def accuracy(tau, part):
         found = study.parts[target][part]
@@ -293,13 +300,18 @@ def rows(study: Study, taus: dict[str, Tree], target: str):
         return float(np.mean(predicted == evaluate.labels(found)))
 
     def analogy(coefs):
-        return task_vectors.analogy(*(taus[name] for name in corners), coefs)
+        return task_vectors.analogy(
+            taus[f"{auxiliary}_language"],
+            taus[f"{target}_language"],
+            auxiliary_tau,
+            coefs,
+        )
 
     grid = list(itertools.product(config.coefs, repeat=2))
     progress = tqdm(grid, desc=f"analogies for {target}", unit="pair", leave=False)
     validation = [accuracy(analogy(coefs), "validation") for coefs in progress]
     best = grid[int(np.argmax(validation))]
-    models = (taus[corners[2]], analogy(best), taus[f"{target}_sentiment"])
+    models = (auxiliary_tau, analogy(best), taus[f"{target}_sentiment"])
     lines = [
         {
             "target": target,
@@ -319,6 +331,4 @@ def rows(study: Study, taus: dict[str, Tree], target: str):
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

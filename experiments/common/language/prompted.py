@@ -24,11 +24,10 @@ A smoke run takes a tiny RoBERTa and made-up sentences.
 """
 
 import dataclasses
-import json
 import math
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -37,9 +36,8 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments import text_study
 from experiments.common import bank, runs
-from experiments.common.language import prompted_model, tiny_text
+from experiments.common.language import prompted_model, prompted_texts
 from jaxarith import (
     evaluate,
     fingerprint,
@@ -48,7 +46,7 @@ from jaxarith import (
     sharding,
     train,
 )
-from jaxarith.data import pipeline, prompt_sources, prompts, splits, text
+from jaxarith.data import pipeline, prompts
 from jaxarith.models import bert, heads
 from jaxarith.sharding import processes
 from jaxarith.typing import Tree
@@ -179,22 +177,6 @@ class Setup(NamedTuple):
         return [task.name for task in self.tasks]
 
 
-class Texts(NamedTuple):
-    """A task as texts.
-
-    Attributes:
-      name: of the task.
-      prompt: its template and words.
-      train: the training split.
-      test: the test split.
-    """
-
-    name: str
-    prompt: prompts.Prompt
-    train: prompt_sources.Rows
-    test: prompt_sources.Rows
-
-
 # Loading.
 
 
@@ -213,7 +195,9 @@ def load(
       FileNotFoundError: there is no such model.
     """
     mesh = runs.start(options)
-    found = texts(options)
+    found = prompted_texts.read_all(
+        options.tasks, options.prompt, options.data_dir, made_up=options.smoke
+    )
     for name, (spec, template) in (changed or {}).items():
         task = found[options.tasks.index(spec)]
         prompt = prompts.Prompt(template, task.prompt.words)
@@ -251,91 +235,17 @@ def load(
     return setup
 
 
-def texts(options: Options) -> list[Texts]:
-    """The tasks as texts; what is wrong with any of them is one error.
-
-    The prompt of an option goes before that of the list.
-    """
-    names = [spec.partition("=")[0] for spec in options.tasks]
-    if len(set(names)) < len(names) or not names:
-        raise ValueError(f"every task once, and at least one; got {options.tasks}.")
-    given = dict(map(text_study.read_prompt, options.prompt))
-    if unknown := [name for name in given if name not in names]:
-        raise ValueError(f"--prompt for {', '.join(unknown)}, which is no --tasks.")
-    found, problems = [], []
-    for spec in tqdm(options.tasks, desc="tasks", unit="task"):
-        try:
-            found.append(read(spec, given, options))
-        # Of many kinds: `datasets` says in several that a set is not to be had.
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
-            problems.append(f"{spec}: {error}")
-    if problems:  # all at once: one may take hours to mend
-        raise ValueError("\n\n".join(problems))
-    return found
-
-
-def read(spec: str, given: dict[str, prompts.Prompt], options: Options) -> Texts:
-    """A task by its name, or by `NAME=FILE`."""
-    name, equals, _ = spec.partition("=")
-    source = prompt_sources.sources().get(name)
-    prompt = given.get(name) or (source and source.prompt) or prompts.TASKS.get(name)
-    if prompt is None:
-        raise ValueError("it is no task of the list; give its file and its --prompt.")
-    if options.smoke:
-        pool, test = (made_up(prompt, count) for count in (40, 16))
-        return Texts(name, prompt, pool, test)
-    if equals:
-        return Texts(name, prompt, *file_parts(spec, prompt))
-    if source is None:
-        raise ValueError("no dataset of it is known; give its file, NAME=FILE.")
-    parts = [
-        prompt_sources.load(source, part, options.data_dir)
-        for part in ("train", "test")
-    ]
-    return Texts(name, prompt, *parts)
-
-
-def made_up(prompt: prompts.Prompt, count: int) -> prompt_sources.Rows:
-    records = tiny_text.prompt_records(prompt, count, count)
-    return prompt_sources.Rows([r["label"] for r in records], records.__getitem__)
-
-
-def file_parts(spec: str, prompt: prompts.Prompt) -> list[prompt_sources.Rows]:
-    """The training and the test part of a task that is files."""
-    name, paths = text_study.task_files(spec)
-    first, *others = [records(path, prompt.fields) for path in paths]
-    # A validation file's samples are those of the pool of which few are drawn.
-    pool = first + (others[0] if len(others) == 2 else [])
-    task = text.task(name, pool, pool[:1], others[-1] if others else None)
-    prompt.label_words(task.classes)  # an error where a class has no word
-
-    def rows(part):
-        labels = [task.classes[record["label"]] for record in part]
-        return prompt_sources.Rows(labels, list(part).__getitem__)
-
-    return [rows(task.train), rows(task.test)]
-
-
-def records(file: Path, fields: Iterable[str]) -> list[text.Record]:
-    """The records of a file; of JSON lines with all the fields of a template."""
-    if set(fields) <= {"text", "text_pair"} or file.suffix != ".jsonl":
-        return text.read(file)
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file.")
-    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines() if line]
-    for number, row in enumerate(rows, 1):
-        if missing := [name for name in (*fields, "label") if name not in row]:
-            raise ValueError(f"{file}, line {number} has no {', '.join(missing)}.")
-    return [{name: str(row[name]) for name in (*fields, "label")} for row in rows]
-
-
-def tokens(options: Options, task: Texts, model: prompted_model.Model) -> Task:
+def tokens(
+    options: Options, task: prompted_texts.Texts, model: prompted_model.Model
+) -> Task:
     """A task as tokens, with its head."""
     classes = tuple(c for c in task.prompt.words if c in set(task.train.labels))
     if len(classes) < 2:
         raise ValueError(f"{task.name}: {len(classes)} classes in its training part.")
     numbers = {name: i for i, name in enumerate(classes)}
-    chosen = draw(task.train.labels, classes, options.shots, options.seed)
+    chosen = prompted_texts.draw(
+        task.train.labels, classes, options.shots, options.seed
+    )
     usable = [i for i, name in enumerate(task.test.labels) if name in numbers]
     if options.samples is not None and len(usable) > options.samples:
         rng = np.random.default_rng(options.seed)
@@ -374,42 +284,6 @@ def tokens(options: Options, task: Texts, model: prompted_model.Model) -> Task:
 def part(source: list[dict], options: Options) -> Part:
     batches = pipeline.evaluation_batches(source, options.evaluation_batch)
     return Part(batches, evaluate.labels(batches))
-
-
-def draw(
-    labels: Sequence[str | None], classes: Sequence[str], shots: int, seed: int
-) -> tuple[list[int], list[int]]:
-    """Rows to train on, equally many of every class, and others for validation.
-
-    Args:
-      labels: the class of every row; rows of no class are not drawn.
-      classes: the classes.
-      shots: rows of each class that are trained on; few ones are repeated.
-      seed: of the order.
-
-    Returns:
-      The rows of both parts; the second has at most `shots` of a class.
-
-    Raises:
-      ValueError: a class has fewer than two rows.
-
-    Example:
-      >>> found = draw(["a", "b", "a", None, "b", "a"], ["a", "b"], 2, 0)
-      >>> [len(part) for part in found], not set(found[0]) & set(found[1])
-      ([4, 2], True)
-    """
-    of_class: dict[str, list[int]] = {name: [] for name in classes}
-    for i in splits.torch_permutation(len(labels), seed):
-        if labels[i] in of_class:
-            of_class[labels[i]].append(int(i))
-    drawn, held_out = [], []
-    for name, rows in of_class.items():
-        if len(rows) < 2:
-            raise ValueError(f"{len(rows)} rows of the class {name}; two are needed.")
-        kept = min(shots, max(1, len(rows) - max(1, len(rows) // 4)))
-        drawn += np.resize(rows[:kept], shots).tolist()
-        held_out += rows[kept : kept + shots]
-    return drawn, held_out
 
 
 # Training.

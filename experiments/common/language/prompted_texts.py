@@ -1,0 +1,148 @@
+"""Tasks as texts with prompts: those of the bases paper's list, and files of a user.
+
+Also the few samples of each class that a prompted model is trained on.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments.common.language import text_files, tiny_text
+from jaxarith.data import prompt_sources, prompts, splits, text
+
+
+class Texts(NamedTuple):
+    """A task as texts.
+
+    Attributes:
+      name: name of the task.
+      prompt: its template and words.
+      train: the training split.
+      test: the test split.
+    """
+
+    name: str
+    prompt: prompts.Prompt
+    train: prompt_sources.Rows
+    test: prompt_sources.Rows
+
+
+def read_all(
+    specs: Sequence[str],
+    given: Sequence[str],
+    data_dir: Path | None,
+    *,
+    made_up: bool = False,
+) -> list[Texts]:
+    """The tasks as texts; what is wrong with any of them is one error.
+
+    Args:
+      specs: names of the paper's list, or `NAME=FILE`, see `text_files.task_files`.
+      given: prompts, see `text_files.read_prompt`; they replace those of the list.
+      data_dir: the folder with the files of LM-BFF.
+      made_up: take made-up sentences instead of the data, for a smoke run.
+
+    Raises:
+      ValueError: a task is missing or malformed; the message has all of them.
+    """
+    names = [spec.partition("=")[0] for spec in specs]
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"every task once, and at least one; got {', '.join(specs)}.")
+    of_task = dict(map(text_files.read_prompt, given))
+    if unknown := [name for name in of_task if name not in names]:
+        raise ValueError(f"--prompt for {', '.join(unknown)}, which is no --tasks.")
+    found, problems = [], []
+    for spec in tqdm(specs, desc="tasks", unit="task"):
+        try:
+            found.append(_read(spec, of_task, data_dir, made_up))
+        # Of many kinds: `datasets` says in several that a set cannot be had.
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            problems.append(f"{spec}: {error}")
+    if problems:  # all at once: one may take hours to mend
+        raise ValueError("\n\n".join(problems))
+    return found
+
+
+def _read(spec, given, data_dir, made_up) -> Texts:
+    name, equals, _ = spec.partition("=")
+    source = prompt_sources.sources().get(name)
+    prompt = given.get(name) or (source and source.prompt) or prompts.TASKS.get(name)
+    if prompt is None:
+        raise ValueError("it is no task of the list; give its file and its --prompt.")
+    if made_up:
+        return Texts(name, prompt, *(_made_up(prompt, count) for count in (40, 16)))
+    if equals:
+        return Texts(name, prompt, *_file_parts(spec, prompt))
+    if source is None:
+        raise ValueError("no dataset of it is known; give its file, NAME=FILE.")
+    parts = (prompt_sources.load(source, part, data_dir) for part in ("train", "test"))
+    return Texts(name, prompt, *parts)
+
+
+def _made_up(prompt: prompts.Prompt, count: int) -> prompt_sources.Rows:
+    records = tiny_text.prompt_records(prompt, count, count)
+    return prompt_sources.Rows([r["label"] for r in records], records.__getitem__)
+
+
+def _file_parts(spec: str, prompt: prompts.Prompt) -> list[prompt_sources.Rows]:
+    """The training and the test part of a task that is files."""
+    name, paths = text_files.task_files(spec)
+    first, *others = [_records(path, prompt.fields) for path in paths]
+    # A validation file's samples are those of the pool from which few are drawn.
+    pool = first + (others[0] if len(others) == 2 else [])
+    task = text.task(name, pool, pool[:1], others[-1] if others else None)
+    prompt.label_words(task.classes)  # an error where a class has no word
+
+    def rows(part):
+        labels = [task.classes[record["label"]] for record in part]
+        return prompt_sources.Rows(labels, list(part).__getitem__)
+
+    return [rows(task.train), rows(task.test)]
+
+
+def _records(file: Path, fields: Sequence[str]) -> list[text.Record]:
+    """The records of a file; of JSON lines with all the fields of a template."""
+    if set(fields) <= {"text", "text_pair"} or file.suffix != ".jsonl":
+        return text.read(file)
+    names = (*fields, "label")
+    rows = text_files.read_table(file, names)
+    return [{name: str(row[name]) for name in names} for row in rows]
+
+
+def draw(
+    labels: Sequence[str | None], classes: Sequence[str], shots: int, seed: int
+) -> tuple[list[int], list[int]]:
+    """Rows to train on, equally many of every class, and others for validation.
+
+    Args:
+      labels: the class of every row; rows of no class are not drawn.
+      classes: the classes.
+      shots: rows of each class that are trained on; a class with fewer repeats them.
+      seed: seed of the order.
+
+    Returns:
+      The rows of both parts; the second has at most `shots` of a class.
+
+    Raises:
+      ValueError: a class has fewer than two rows.
+
+    Example:
+      >>> found = draw(["a", "b", "a", None, "b", "a"], ["a", "b"], 2, 0)
+      >>> [len(part) for part in found], not set(found[0]) & set(found[1])
+      ([4, 2], True)
+    """
+    of_class: dict[str, list[int]] = {name: [] for name in classes}
+    for i in splits.torch_permutation(len(labels), seed):
+        if labels[i] in of_class:
+            of_class[labels[i]].append(int(i))
+    drawn, held_out = [], []
+    for name, rows in of_class.items():
+        if len(rows) < 2:
+            raise ValueError(f"{len(rows)} rows of the class {name}; two are needed.")
+        kept = min(shots, max(1, len(rows) - max(1, len(rows) // 4)))
+        drawn += np.resize(rows[:kept], shots).tolist()
+        held_out += rows[kept : kept + shots]
+    return drawn, held_out

@@ -1,0 +1,174 @@
+"""Files of texts as the options of scripts name them: tasks, prompts, rows to keep."""
+
+import csv
+import functools
+import io
+import json
+import operator
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jaxarith.data import prompts, text
+
+
+def task_files(option: str) -> tuple[str, list[Path]]:
+    """The name and the files of a task.
+
+    Raises:
+      ValueError: the option has no name, no file, or more than three files.
+
+    Example:
+      >>> task_files("trec=a.txt,b.txt")
+      ('trec', [PosixPath('a.txt'), PosixPath('b.txt')])
+    """
+    name, equals, files = option.partition("=")
+    paths = [Path(file) for file in files.split(",") if file]
+    if not (name and equals and 1 <= len(paths) <= 3):
+        raise ValueError(
+            f"task {option!r}: expected NAME=FILE, NAME=TRAIN,TEST or "
+            "NAME=TRAIN,VALIDATION,TEST."
+        )
+    return name, paths
+
+
+def read_task(option: str) -> text.TextTask:
+    """A task with its files read; parts without a file come from the training file."""
+    name, paths = task_files(option)
+    train, *others = [text.read(path) for path in paths]
+    validation, test = [None] * (2 - len(others)) + others
+    return text.task(name, train, validation, test)
+
+
+def read_prompt(option: str) -> tuple[str, prompts.Prompt]:
+    """The task and the prompt of an option.
+
+    Raises:
+      ValueError: it is not NAME=TEMPLATE|CLASS:WORD,CLASS:WORD.
+
+    Example:
+      >>> read_prompt("mr={text} It was {mask}.|0:terrible,1:great")[1].words
+      {'0': 'terrible', '1': 'great'}
+    """
+    name, equals, rest = option.partition("=")
+    template, bar, words = rest.rpartition("|")
+    # A class may have a colon in its name.
+    pairs = [pair.rpartition(":") for pair in words.split(",")]
+    if not (name and equals and bar and all(c and word for c, _, word in pairs)):
+        raise ValueError(
+            f"--prompt {option!r}: expected NAME=TEMPLATE|CLASS:WORD,CLASS:WORD, such "
+            "as 'mr={text} It was {mask}.|0:terrible,1:great'."
+        )
+    words = {label.strip(): word.strip() for label, _, word in pairs}
+    return name, prompts.Prompt(template, words)
+
+
+def read(file: Path) -> str:
+    """The content of a text file.
+
+    Raises:
+      ValueError: the file does not exist, or is not UTF-8.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file.")
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8: {error}.") from error
+
+
+def read_table(file: Path, columns: Sequence[str] = ()) -> list[dict]:
+    """The rows of a .csv with a header, or the objects of JSON lines.
+
+    Args:
+      file: a .csv; with any other suffix a file of JSON lines.
+      columns: fields that every row must have.
+
+    Raises:
+      ValueError: the file does not exist, a line is no object, or a row lacks a column.
+    """
+    content = read(file)
+    if file.suffix.lower() == ".csv":
+        rows = list(enumerate(csv.DictReader(io.StringIO(content, newline="")), 2))
+    else:
+        lines = [pair for pair in enumerate(content.split("\n"), 1) if pair[1].strip()]
+        rows = [(number, _object(file, number, line)) for number, line in lines]
+    for number, row in rows:
+        if missing := sorted(set(columns) - row.keys()):
+            raise ValueError(
+                f"{file}, line {number} has no column {' and no '.join(missing)}; "
+                f"the columns are {', '.join(map(str, row))}."
+            )
+    return [row for _, row in rows]
+
+
+def _object(file, number, line) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}, line {number} is not JSON: {error}.") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{file}, line {number} is {row!r}; expected an object.")
+    return row
+
+
+def condition(keep: str) -> tuple[str, Callable[[str], bool]]:
+    """The column that `--keep` names, and whether a value in it is kept.
+
+    Raises:
+      ValueError: it is none of COLUMN>NUMBER, COLUMN<NUMBER and COLUMN=VALUE,VALUE.
+
+    Example:
+      >>> column, kept = condition("class=0,1")
+      >>> column, kept("1"), kept("2")
+      ('class', True, False)
+      >>> condition("toxicity>0.8")[1]("0.8")
+      False
+    """
+    for sign, kept in ((">", operator.gt), ("<", operator.lt)):
+        column, found, number = keep.partition(sign)
+        if found and column:
+            try:
+                bound = float(number)
+            except ValueError:
+                continue
+            return column, functools.partial(_compared, kept, bound)
+    column, equals, values = keep.partition("=")
+    if column and equals and values:
+        return column, lambda value: value in values.split(",")
+    raise ValueError(
+        f"--keep {keep!r}: expected COLUMN>NUMBER or COLUMN<NUMBER, such as "
+        "'toxicity>0.8', or COLUMN=VALUE,VALUE, such as 'class=0,1'."
+    )
+
+
+def _compared(kept, bound, value):
+    return kept(float(value), bound)
+
+
+def kept_texts(file: Path, keep: str, column: str = "text") -> list[str]:
+    """The texts of a file that are kept, in order, without blank ones.
+
+    Args:
+      file: a .csv or .jsonl, or, with any other suffix, a text on every line.
+      keep: which rows of a .csv or .jsonl are kept, see `condition`.
+      column: the column that holds the texts.
+
+    Raises:
+      ValueError: the file does not exist, lacks a column, or no text of it is kept.
+    """
+    if file.suffix.lower() in (".csv", ".jsonl"):
+        tested, kept = condition(keep)
+        rows = read_table(file, (column, tested))
+        try:
+            lines = [row[column] for row in rows if kept(str(row[tested]))]
+        except ValueError as error:
+            raise ValueError(f"{file}: --keep {keep!r}: {error}.") from error
+    else:
+        lines = read(file).split("\n")
+    texts = [line.strip() for line in lines if line and line.strip()]
+    if not texts:
+        raise ValueError(
+            f"no text of {file} is kept. It is empty, or --keep {keep!r} keeps none of "
+            "its rows."
+        )
+    return texts
