@@ -53,7 +53,7 @@ def checksum(records: Sequence[dict]) -> int:
 
 
 def read(file: Path, configuration: dict[str, Any]) -> Tree | None:
-    """A task vector from the bank; None if it is not there.
+    """A task vector from the bank; None if the bank lacks it.
 
     Args:
       file: from `vector_file`.
@@ -62,8 +62,13 @@ def read(file: Path, configuration: dict[str, Any]) -> Tree | None:
     Raises:
       ValueError: the vector was trained with another configuration.
     """
+    return hub.load_tree(file)[0] if has(file, configuration) else None
+
+
+def has(file: Path, configuration: dict[str, Any]) -> bool:
+    """Whether the bank has a task vector; arguments and errors as for `read`."""
     if not file.exists():
-        return None
+        return False
     there = record(file)["configuration"]
     different = manifest.differences(there, _plain(configuration))
     if different:
@@ -72,7 +77,7 @@ def read(file: Path, configuration: dict[str, Any]) -> Tree | None:
             f"{file} was trained with another configuration:\n  {lines}\nName another "
             "--bank, or remove the file to train it again."
         )
-    return hub.load_tree(file)[0]
+    return True
 
 
 def write(file: Path, tau: Params, configuration: dict, metrics: dict):

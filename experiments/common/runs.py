@@ -22,7 +22,7 @@ from jaxarith.train import manifest
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options that all training scripts have."""
+    """The options that all scripts with a folder of their own have."""
 
     out: Path
     """Folder for everything that is written."""
@@ -45,10 +45,22 @@ class Options:
     """The number of this one, from 0."""
     pod: bool = False
     """This is a host of a TPU pod; JAX finds the others."""
+    smoke: bool = False
+    """Run the whole script in seconds, with tiny models, little or made-up data and few
+    steps; what it finds means nothing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Banked(Options):
+    """The options of scripts that take task vectors from the bank."""
+
+    bank: Path = Path("bank")
+    """Folder of task vectors, which all scripts share: a vector that it holds is not
+    trained again."""
 
 
 # They say where a run is, or how it computes, and not what.
-_WHERE = {field.name for field in dataclasses.fields(Options)} | {
+_WHERE = {field.name for field in dataclasses.fields(Options)} - {"smoke"} | {
     *("bank", "data_dir", "micro_batches", "tasks_together", "workers"),
     "evaluation_batch",
 }
@@ -145,8 +157,8 @@ def is_first() -> bool:
 def plain(options: Options) -> dict:
     """The script and its options as plain data; of paths only the last part."""
     module = type(options).__module__
-    if module == "__main__":
-        module = sys.modules[module].__spec__.name
+    if module == "__main__" and (spec := sys.modules[module].__spec__):
+        module = spec.name
     values = {"script": module} | dataclasses.asdict(options)
     values = {k: v.name if isinstance(v, Path) else v for k, v in values.items()}
     return json.loads(json.dumps(values))

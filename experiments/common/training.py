@@ -1,0 +1,282 @@
+"""Task vectors from the bank; the missing ones are trained, and added to the bank.
+
+A script says what it wants, `Wanted`, and of what, `Network`; `check` finds mistakes
+before anything is written, and `vectors` returns the task vectors.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from experiments.common import bank, runs
+from jaxarith import sharding, train
+from jaxarith.data import pipeline
+from jaxarith.sharding import processes
+from jaxarith.typing import ApplyFn, LossFn, Params, Tree
+
+
+class Network(NamedTuple):
+    """What task vectors are trained from.
+
+    Attributes:
+      title: its name and the method's, in progress and in the names of logs.
+      apply_fn: `apply_fn(params, *inputs) -> outputs`.
+      params_0: the pre-trained parameters.
+      loss: `loss(outputs, batch, constants) -> scalar` of one task.
+      mesh: the devices.
+      inputs: the fields of a batch that `apply_fn` takes.
+      penalty_mask: the field of a penalty sample that is 0 where the penalty does not
+        look, see `train.fine_tune`.
+      augment: see `train.task_batches`.
+      stacked: from the heads of tasks to the constants of the loss, with a leading task
+        axis; None where the loss has none.
+      workers: processes that make the batches.
+    """
+
+    title: str
+    apply_fn: ApplyFn
+    params_0: Params
+    loss: LossFn
+    mesh: Mesh
+    inputs: Sequence[str] = ("image",)
+    penalty_mask: str | None = None
+    augment: pipeline.Augment | None = None
+    stacked: Callable[[list], Tree] | None = None
+    workers: int = 0
+
+
+class Wanted(NamedTuple):
+    """A task vector that a script needs.
+
+    Attributes:
+      name: the task; with the recipe's seed it decides on the order of the samples.
+      file: the place of the vector, from `bank.vector_file`.
+      recipe: how it is trained.
+      identity: what else it depends on, as plain data.
+      source: the training samples.
+      others: by name the samples that its penalty reads (T_orth), in order.
+      head: what the loss needs to know of the task.
+      start: a task vector to start from.
+      kind: vectors train side by side if their recipes and kinds are equal; a kind may
+        be the length of texts.
+      observed: the numbers of steps after which `observe` is called.
+    """
+
+    name: str
+    file: Path
+    recipe: train.TrainConfig
+    identity: dict[str, Any]
+    source: Sequence
+    others: Mapping[str, Sequence] = {}
+    head: Any = None
+    start: Tree | None = None
+    kind: Any = None
+    observed: Collection[int] = ()
+
+
+def vectors(
+    options: runs.Options,
+    network: Network,
+    wanted: Sequence[Wanted],
+    *,
+    together: int | None = None,
+    observe: Callable[[Wanted, int, Tree], None] | None = None,
+) -> list[Tree]:
+    """Task vectors from the bank, on the host; those that are missing are trained.
+
+    Args:
+      options: the folder of checkpoints and logs, and how often to save.
+      network: what the vectors are trained from.
+      wanted: the vectors.
+      together: how many vectors train side by side at most; by default all that can.
+      observe: is called with a vector's description, a number of steps of its
+        `observed`, and the vector after them.
+
+    Raises:
+      ValueError: the bank holds a vector of another configuration.
+    """
+    found = [bank.read(one.file, identity(one)) for one in wanted]
+    missing = [one for one, tau in zip(wanted, found, strict=True) if tau is None]
+    trained = {}
+    for group in alike(missing, together):
+        recipe, names = group[0].recipe, [one.name for one in group]
+
+        def observed(done, taus, group=group):
+            for one, tau in zip(group, taus, strict=True):
+                if observe is not None and done in one.observed:
+                    observe(one, done, tau)
+
+        taus, metrics = _run(
+            options,
+            network,
+            names,
+            _batches(network, group),
+            recipe,
+            [one.head for one in group],
+            start=None if group[0].start is None else [one.start for one in group],
+            observe=observed,
+            observe_every=set().union(*(one.observed for one in group)),
+        )
+        for one, tau, own in zip(group, taus, metrics, strict=True):
+            trained[one.file] = add(one.file, tau, identity(one), own)
+        runs.remove_checkpoints(options, checkpoints(options, network, names))
+    return [
+        trained[one.file] if tau is None else tau
+        for one, tau in zip(wanted, found, strict=True)
+    ]
+
+
+def joint_vector(
+    options: runs.Options, network: Network, wanted: Wanted, members: Sequence[Wanted]
+) -> Tree:
+    """The vector of joint training on several tasks, from the bank or trained.
+
+    Args:
+      options, network: as for `vectors`.
+      wanted: the vector, with the recipe of the training; its `source` and `head` are
+        not used.
+      members: the tasks, of which name, source and head are used.
+    """
+    seeds = [train.seed_of(one.name, wanted.recipe.seed) for one in members]
+    configuration = identity(wanted) | {"seed of samples": seeds}
+    found = bank.read(wanted.file, configuration)
+    if found is not None:
+        return found
+    batches = train.joint_batches(
+        [one.source for one in members],
+        wanted.recipe,
+        seeds=seeds,
+        augment=network.augment,
+        mesh=network.mesh,
+    )
+    [tau], [metrics] = _run(
+        options,
+        network._replace(stacked=lambda heads: _one_row(network.stacked, heads)),
+        [wanted.name],
+        batches,
+        wanted.recipe,
+        [one.head for one in members],
+    )
+    tau = add(wanted.file, tau, configuration, metrics)
+    folder = checkpoints(options, network, [wanted.name])
+    runs.remove_checkpoints(options, folder)
+    return tau
+
+
+def check(network: Network, wanted: Iterable[Wanted], together: int | None = None):
+    """Raises the ValueErrors of `vectors` that can be found before training.
+
+    They are a vector of another configuration in the bank, and a mesh, batch size or
+    number of micro-batches that do not go together.
+    """
+    wanted = list(wanted)
+    missing = [one for one in wanted if not bank.has(one.file, identity(one))]
+    for group in alike(missing, together):
+        _batches(network, group)
+
+
+def alike(wanted: Iterable[Wanted], together: int | None = None) -> list[list[Wanted]]:
+    """Groups of vectors that can train side by side, of at most so many each."""
+    groups: dict[Any, list[Wanted]] = {}
+    for one in wanted:
+        key = (one.recipe, one.kind, one.start is None)
+        groups.setdefault(key, []).append(one)
+    return [
+        group[first : first + (together or len(group))]
+        for group in groups.values()
+        for first in range(0, len(group), together or len(group))
+    ]
+
+
+def identity(wanted: Wanted) -> dict[str, Any]:
+    """What a vector depends on, as plain data: the configuration in the bank."""
+    return {
+        **wanted.identity,
+        "recipe": bank.plain_recipe(wanted.recipe),
+        "seed of samples": train.seed_of(wanted.name, wanted.recipe.seed),
+        # The order decides which of them the penalty reads at which step.
+        "order of others": list(wanted.others) if wanted.recipe.penalty else [],
+    }
+
+
+def add(file: Path, tau: Params, configuration: dict, metrics: dict) -> Tree:
+    """Adds a vector to the bank; returns it on the host."""
+    tau = sharding.to_host(tau)
+    processes.on_first(lambda: bank.write(file, tau, configuration, metrics))
+    return tau
+
+
+def checkpoints(options: runs.Options, network: Network, names: Sequence[str]) -> Path:
+    """Where a training keeps its checkpoints, until its vectors are in the bank."""
+    return runs.checkpoints(options) / f"{network.title}_{runs.joined(names)}"
+
+
+def _batches(network, group):
+    recipe, fields = group[0].recipe, list(network.inputs)
+    if recipe.penalty and network.penalty_mask not in (None, *fields):
+        fields.append(network.penalty_mask)
+    return train.task_batches(
+        [one.source for one in group],
+        recipe,
+        seeds=[train.seed_of(one.name, recipe.seed) for one in group],
+        others=[list(one.others.values()) if recipe.penalty else [] for one in group],
+        inputs=fields,
+        augment=network.augment,
+        mesh=network.mesh,
+    )
+
+
+def _run(
+    options,
+    network,
+    names,
+    batches,
+    recipe,
+    heads,
+    *,
+    start=None,
+    observe=None,
+    observe_every=(),
+):
+    """Trains; returns the vectors on the host, and plain metrics of every name."""
+    folder = checkpoints(options, network, names)
+    place = folder.relative_to(runs.checkpoints(options)).as_posix()
+    log = options.out / f"train_{place.replace('/', '_')}.jsonl"
+    tqdm.write(f"{network.title}: {', '.join(names)}", file=sys.stderr)
+    taus = train.fine_tune(
+        network.apply_fn,
+        network.params_0,
+        network.loss,
+        batches,
+        recipe,
+        names=names,
+        constants=network.stacked and network.stacked(heads),
+        inputs=network.inputs,
+        penalty_mask=network.penalty_mask if recipe.penalty else None,
+        log=log,
+        mesh=network.mesh,
+        checkpoints=folder if options.save_every else None,
+        save_every=options.save_every,
+        workers=network.workers,
+        start=start,
+        observe=observe,
+        observe_every=observe_every,
+    )
+    metrics = [{} for _ in names]
+    if runs.is_first():  # which has written the log
+        last = json.loads(log.read_text().splitlines()[-1])
+        metrics = [
+            {name: last[name][task] for name in ("loss", "penalty") if name in last}
+            for task in names
+        ]
+    return sharding.to_host(taus), metrics
+
+
+def _one_row(stacked, heads):
+    return jax.tree.map(lambda leaf: leaf[None], stacked(heads))
