@@ -24,10 +24,10 @@ import string
 from pathlib import Path
 
 import numpy as np
-import tyro
 from PIL import Image
 from tqdm import tqdm
 
+from experiments.common import script
 from experiments.common.vision import small_tasks
 from jaxarith import report
 
@@ -110,6 +110,7 @@ def write(folder: Path, splits, classes, templates):
     report.write_json(folder / "task.json", prompts)
 
 
+@script.full_precision
 def main(config: Config):
     if config.out.exists():
         raise ValueError(f"{config.out} exists; name a new folder, or remove it.")
@@ -131,4 +132,4 @@ def main(config: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    script.run(Config, main)

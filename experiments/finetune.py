@@ -31,17 +31,13 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-import jax
-import tyro
-
-from experiments.common import bank, runs
-from experiments.common.vision import options as vision
-from experiments.common.vision import scores, vectors
+from experiments.common import bank, runs, script
+from experiments.common.vision import options, scores, vectors
 from jaxarith import hub, report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Fine-tune a CLIP on a task."""
 
     out: Path = Path("runs/finetune")
@@ -61,16 +57,18 @@ class Config(vision.OneModel):
     """The task vector that tau_jp_continued starts from."""
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Fine-tunes; returns the accuracies."""
     if (config.start is None) == (config.method == "tau_jp_continued"):
         raise ValueError("--start and --method tau_jp_continued need each other.")
     if config.others is not None and config.start is None:
         raise ValueError("--others is an option of --method tau_jp_continued.")
-    config = vision.smoke(config)
-    config, control = needed(config)
+    # Read first: nothing is written for a vector that cannot be read.
+    start = config.start and hub.load_tree(config.start)[0]
+    config, control = needed(options.smoke(config))
     runs.start(config)
-    setup = vision.load(config, config.model, control=control)
+    setup = options.load(config, config.model, control=control)
     by_name = {task.name: task for task in setup.tasks}
     task = by_name[config.task]
     if config.method == "tau_jp_continued":
@@ -79,10 +77,10 @@ def main(config: Config) -> dict:
         else:
             others = [by_name[name] for name in config.others]
         recipe = vectors.recipe_of(setup, config.method, task)
-        start = [hub.load_tree(config.start)[0]]
-        [tau] = vectors.trained(
-            setup, config.method, [task], [recipe], [others], start=start
+        wanted = vectors.wanted_of(
+            setup, config.method, task, recipe, others, start=start
         )
+        [tau] = vectors.trained(setup, config.method, [wanted])
     elif config.method == "multi_task":
         [tau] = vectors.vectors(setup, config.method)
     elif config.method == "random":
@@ -143,6 +141,4 @@ def needed(config: Config) -> tuple[Config, bool]:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

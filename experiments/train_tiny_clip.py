@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from tqdm import tqdm
 
+from experiments.common import script
 from experiments.common.vision import glyphs
 from jaxarith import hub
 from jaxarith.models import clip, heads
@@ -308,6 +308,7 @@ def evaluate(config, params, tokenizer, processor) -> dict[str, float]:
     return accuracy
 
 
+@script.full_precision
 def main(options: Config) -> dict[str, float]:
     """Trains, saves and measures; returns the accuracies."""
     if options.smoke:
@@ -478,4 +479,4 @@ def save(options, params, config, tokenizer, processor, accuracy):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    script.run(Config, main)

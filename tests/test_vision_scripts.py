@@ -16,7 +16,7 @@ from jaxarith import hub, tree
 
 pytestmark = pytest.mark.usefixtures("shallow_clip")
 
-FOLDER = Path(vision.__file__).parent
+FOLDER = Path(finetune.__file__).parent
 LANGUAGE = ("glue", "detoxification")
 SCRIPTS = [
     f"{folder}.{file.stem}"
@@ -25,19 +25,6 @@ SCRIPTS = [
     if file.stem.startswith(("table", "figure"))
     and not any(word in file.stem for word in LANGUAGE)
 ]
-
-
-def test_every_table_and_figure_of_the_two_papers_has_a_script():
-    found = {
-        folder: {file.stem.split("_")[0] for file in (FOLDER / folder).glob("*_*.py")}
-        for folder in ("tau_jp", "linear_layers")
-    }
-    tables = {f"table{i}" for i in range(1, 10)}
-    assert found["tau_jp"] >= tables | {f"figure{i}" for i in range(1, 9)}
-    assert found["linear_layers"] >= {f"figure{i}" for i in range(3, 8)} | {
-        "table1",
-        "table2",
-    }
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -61,6 +48,8 @@ def test_a_smoke_run_has_the_rows_that_the_paper_prints(
 
 
 CHECKLIST = {  # the numbers of the papers' tables, and of the figures that have data
+    "tau_jp": (range(1, 10), range(1, 9)),
+    "linear_layers": (range(1, 3), range(3, 8)),
     "bases": (range(2, 17), range(3, 12)),
     "awd": (range(1, 12), range(2, 8)),
     "editing": (range(1, 13), range(2, 19)),
@@ -77,11 +66,12 @@ def numbers(text: str, word: str) -> set[int]:
 
 
 @pytest.mark.parametrize("folder", CHECKLIST)
-def test_help_says_which_script_has_which_table_and_figure(folder):
+def test_every_table_and_figure_has_a_script_whose_help_says_so(folder):
     files = sorted((FOLDER / folder).glob("*.py"))
     scripts = [f.stem for f in files if f.stem.startswith(("table", "figure"))]
     modules = [importlib.import_module(f"experiments.{folder}.{s}") for s in scripts]
-    text = " ".join(" ".join(module.Config.__doc__.split()) for module in modules)
+    # `--help` prints the docstring of the module; its first line is the title.
+    text = " ".join(module.__doc__.splitlines()[0] for module in modules)
     for word, expected in zip(("Table", "Figure"), CHECKLIST[folder], strict=True):
         assert numbers(text, word) == set(expected), word
 

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common.vision import options as vision
-from experiments.common.vision import scores
+from experiments.common.vision import options, scores
 from jaxarith import merge, task_vectors, tree
 from jaxarith.models import clip
 from jaxarith.typing import Taus, Tree
@@ -29,18 +28,18 @@ def linear_weights(taus: Taus) -> list[Tree]:
     return [tree.select(tau, clip.BLOCK_LINEAR_WEIGHTS) for tau in taus]
 
 
-def alphas(options: vision.Options) -> tuple[float, ...]:
+def alphas(config: options.Options) -> tuple[float, ...]:
     """The candidates of α; of a smoke run two."""
-    return ALPHAS[1:4:2] if options.smoke else ALPHAS
+    return ALPHAS[1:4:2] if config.smoke else ALPHAS
 
 
-def coefs(options: vision.Options) -> np.ndarray:
+def coefs(config: options.Options) -> np.ndarray:
     """The candidates of λ; of a smoke run two."""
-    return COEFS[::7] if options.smoke else COEFS
+    return COEFS[::7] if config.smoke else COEFS
 
 
 def disentangled(
-    setup: vision.Setup,
+    setup: options.Setup,
     taus: Taus,
     *,
     alpha: float = 1e-4,
@@ -67,7 +66,7 @@ def disentangled(
     return [task_vectors.apply(part, lacking, -1 / len(parts)) for part in parts]
 
 
-def ties(setup: vision.Setup, taus: Taus) -> Tree:
+def ties(setup: options.Setup, taus: Taus) -> Tree:
     """The vector of TIES at λ = 1, with the sum of the entries of the elected sign.
 
     So AdaMerging and FusionBench have it, at λ = 0.3; the authors of TIES take the mean
@@ -94,7 +93,7 @@ class Chosen(NamedTuple):
 
 
 def searched(
-    setup: vision.Setup,
+    setup: options.Setup,
     candidates: Mapping[str, Tree],
     coefs: Sequence[float],
 ) -> Chosen:
@@ -116,7 +115,7 @@ def searched(
     return Chosen(list(candidates)[index], coef, float(curves[best]), test)
 
 
-def on_all(setup: vision.Setup, taus, split: str, rows) -> np.ndarray:
+def on_all(setup: options.Setup, taus, split: str, rows) -> np.ndarray:
     """Accuracies of the network on every task at each of n rows of coefficients.
 
     Args:
@@ -137,7 +136,7 @@ def on_all(setup: vision.Setup, taus, split: str, rows) -> np.ndarray:
 
 
 def own_accuracies(
-    setup: vision.Setup, taus, split: str, coefs: Sequence[float] = (1.0,)
+    setup: options.Setup, taus, split: str, coefs: Sequence[float] = (1.0,)
 ) -> np.ndarray:
     """Accuracy of θ0 + λ τ_i on its own task, `[len(coefs), T]`."""
     rows = [[coef] for coef in coefs]
@@ -156,7 +155,7 @@ def mean_cosine(taus: Taus) -> float:
 
 
 def published(
-    setup: vision.Setup, rows_of_models: Mapping, order: Sequence[str]
+    setup: options.Setup, rows_of_models: Mapping, order: Sequence[str]
 ) -> dict[object, list[float | None]]:
     """What the paper prints for a model: by row, each of our tasks, and the mean.
 

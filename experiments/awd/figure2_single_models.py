@@ -23,12 +23,10 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 
 from experiments.awd import disentangled, table1_addition
-from experiments.common import runs, tables
+from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, vectors
 from jaxarith import plots
 
@@ -51,10 +49,10 @@ class Config(options.Models):
     """α of AWD; take that which `table1_addition` has found."""
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = options.smoke(config)
-    runs.start(config)
+    config = options.started(config)
     coefs = list(map(float, scores.coefs_of(config, COEFS)))
     rows, curves = [], []
     for setup in options.setups(config, config.models, control=False):
@@ -94,6 +92,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

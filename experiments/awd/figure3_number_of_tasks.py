@@ -36,16 +36,13 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 from scipy import stats
 from tqdm import tqdm
 
 from experiments.awd import disentangled, table1_addition
-from experiments.common import runs, tables
-from experiments.common.vision import options, scores
-from experiments.common.vision import vectors as methods
+from experiments.common import runs, script, tables
+from experiments.common.vision import options, scores, vectors
 from jaxarith import plots, task_vectors
 from jaxarith.typing import Taus
 
@@ -219,11 +216,11 @@ def by_coef(setup: options.Setup, taus, alpha: float) -> dict[str, list[float]]:
     """Figure 3b: by method, mean test accuracy of all tasks at each λ."""
     coefs = scores.coefs_of(setup.options, COEFS)
     sums = sums_of(setup, taus)
-    vectors = [own.get(f"{alpha:g}") or own[""] for own in sums.values()]
-    units = np.eye(len(vectors))
+    merged = [own.get(f"{alpha:g}") or own[""] for own in sums.values()]
+    units = np.eye(len(merged))
     rows = np.concatenate([np.outer(coefs, unit) for unit in units])
-    means = 100 * disentangled.on_all(setup, vectors, "test", rows).mean(axis=1)
-    parts = np.split(means, len(vectors))
+    means = 100 * disentangled.on_all(setup, merged, "test", rows).mean(axis=1)
+    parts = np.split(means, len(merged))
     return {
         method: list(map(float, own)) for method, own in zip(sums, parts, strict=True)
     }
@@ -244,6 +241,7 @@ def draw(config: Config, means: Sequence[dict], curves: dict):
     plots.curves(config.out / "figure3b.png", lines, **labels)
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = options.smoke(config)
@@ -251,7 +249,7 @@ def main(config: Config) -> dict:
         raise ValueError(f"two tasks at least are merged; got {config.tasks}.")
     runs.start(config)
     setup = options.load(config, config.model, control=False)
-    taus = dict(zip(setup.names, methods.vectors(setup, "nonlinear"), strict=True))
+    taus = dict(zip(setup.names, vectors.vectors(setup, "nonlinear"), strict=True))
     tasks = {task.name: task for task in setup.tasks}
     singles = {
         name: scores.accuracies(setup, [tau], tasks[name].test, False, [[1.0]])[0]
@@ -295,6 +293,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

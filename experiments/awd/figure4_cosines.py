@@ -24,15 +24,12 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from experiments.awd import disentangled, table1_addition
-from experiments.common import runs, tables
-from experiments.common.vision import options
-from experiments.common.vision import vectors as methods
+from experiments.common import runs, script, tables
+from experiments.common.vision import options, vectors
 from jaxarith import plots, task_vectors
 
 ALPHAS = np.logspace(-6, 0, 13)
@@ -78,20 +75,20 @@ def sweep(setup: options.Setup, taus, coef: float) -> list[dict]:
     ]
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = options.smoke(config)
-    runs.start(config)
+    config = options.started(config)
     matrices, rows = [], []
     for setup in options.setups(config, config.models, control=False):
-        taus = methods.vectors(setup, "nonlinear")
-        vectors = {
+        taus = vectors.vectors(setup, "nonlinear")
+        both = {
             "task vectors": disentangled.linear_weights(taus),
             "disentangled": disentangled.disentangled(setup, taus, alpha=config.alpha),
         }
         panels = {
             name: np.asarray(task_vectors.cosine_matrix(own), float)
-            for name, own in vectors.items()
+            for name, own in both.items()
         }
         own = {name: panel.tolist() for name, panel in panels.items()}
         matrices.append({"model": setup.title, "tasks": setup.names} | own)
@@ -117,6 +114,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -21,16 +21,13 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
 import optax
-import tyro
 from tqdm import tqdm
 
 from experiments.awd import disentangled, table1_addition
-from experiments.common import runs, tables
-from experiments.common.vision import options
-from experiments.common.vision import vectors as methods
+from experiments.common import runs, script, tables
+from experiments.common.vision import options, vectors
 from jaxarith import plots
 from jaxarith.evaluate import landscape
 from jaxarith.models import heads
@@ -88,6 +85,7 @@ def joint_loss(
     return total
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = options.smoke(config)
@@ -96,8 +94,8 @@ def main(config: Config) -> dict:
     check(config)
     runs.start(config)
     setup = options.load(config, config.model, control=False)
-    taus = methods.vectors(setup, "nonlinear")
-    vectors = {
+    taus = vectors.vectors(setup, "nonlinear")
+    both = {
         "task vectors": taus,
         "disentangled": disentangled.disentangled(setup, taus, alpha=config.alpha),
     }
@@ -109,7 +107,7 @@ def main(config: Config) -> dict:
         two = setup._replace(tasks=[setup.tasks[i] for i in indices])
         panels = {
             name: joint_loss(two, [own[i] for i in indices], grid, config.loss_samples)
-            for name, own in vectors.items()
+            for name, own in both.items()
         }
         own = {name: panel.tolist() for name, panel in panels.items()}
         grids.append({"pair": pair, "coefs": coefs.tolist()} | own)
@@ -143,6 +141,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

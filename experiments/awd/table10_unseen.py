@@ -25,14 +25,11 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
-import tyro
 from tqdm import tqdm
 
 from experiments.awd import disentangled, table1_addition
-from experiments.common import runs, tables
-from experiments.common.vision import options
-from experiments.common.vision import vectors as methods
+from experiments.common import runs, script, tables
+from experiments.common.vision import options, vectors
 from jaxarith import task_vectors
 
 # By the tasks that are unseen, those that are seen, in the order of the paper.
@@ -88,7 +85,7 @@ def rows_of(setup: options.Setup, split: str) -> list[dict]:
     names = [name for name in order if name not in unseen]
     seen = setup._replace(tasks=[tasks[name] for name in names])
     others = setup._replace(tasks=[tasks[name] for name in unseen])
-    taus = methods.vectors(seen, "nonlinear")
+    taus = vectors.vectors(seen, "nonlinear")
     candidates = {"Task Arithmetic": {"0": task_vectors.add(taus)}}
     progress = tqdm(disentangled.alphas(setup.options), desc="AWD", unit="α")
     candidates["AWD Task Arithmetic"] = {
@@ -100,8 +97,8 @@ def rows_of(setup: options.Setup, split: str) -> list[dict]:
     rows = []
     for method, sums in candidates.items():
         found = disentangled.searched(seen, sums, disentangled.coefs(setup.options))
-        vectors = [sums[found.name]]
-        other = disentangled.on_all(others, vectors, "test", [[found.coef]])[0]
+        merged = [sums[found.name]]
+        other = disentangled.on_all(others, merged, "test", [[found.coef]])[0]
         row = {"unseen": split, "method": method}
         for part, group, values in (
             ("seen", names, found.test),
@@ -115,6 +112,7 @@ def rows_of(setup: options.Setup, split: str) -> list[dict]:
     return rows
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
     config = options.smoke(config)
@@ -124,7 +122,7 @@ def main(config: Config) -> dict:
     runs.start(config)
     setup = options.load(config, config.model, control=False)
     # All at once, for training side by side is faster.
-    methods.vectors(setup, "nonlinear")
+    vectors.vectors(setup, "nonlinear")
     rows, shown = [], {}
     for split in config.unseen:
         found = rows_of(setup, split)
@@ -153,6 +151,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

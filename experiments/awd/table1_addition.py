@@ -48,19 +48,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from experiments.awd import disentangled
-from experiments.common import runs, tables
-from experiments.common.vision import (
-    fitted,
-    scores,
-    vectors,
-)
-from experiments.common.vision import (
-    options as vision,
-)
+from experiments.common import script, tables
+from experiments.common.vision import fitted, options, scores, vectors
 from jaxarith import merge, task_vectors
 
 ORDER = ("sun397", "cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd")
@@ -121,7 +113,7 @@ PUBLISHED = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Models):
+class Config(options.Models):
     """Tables 1, 2 and 4 of AWD (S3): eight image models merged by every method; of
     ViT-B/32, ViT-L/14 and ViT-B/16."""
 
@@ -132,17 +124,17 @@ class Config(vision.Models):
     FOLDER/<split>/<class>/."""
 
 
-def rows_of(setup: vision.Setup) -> list[dict]:
+def rows_of(setup: options.Setup) -> list[dict]:
     """The rows of one model, in the order of the paper."""
     taus = vectors.vectors(setup, "nonlinear")
-    options, rows = setup.options, []
+    config, rows = setup.options, []
 
     def add(method, accuracies, **found):
         per_task = {
             name: 100 * float(value)
             for name, value in zip(setup.names, accuracies, strict=True)
         }
-        mean = vision.means(accuracies)
+        mean = options.means(accuracies)
         row = {"model": setup.title, "method": method, **per_task, "mean": mean}
         rows.append(row | {"coef": None, "alpha": None} | found)
 
@@ -170,17 +162,17 @@ def rows_of(setup: vision.Setup) -> list[dict]:
     add_fitted("Weight Averaging", difference(merge.average))
     add_fitted("Fisher Merging", fitted.fisher(setup, taus))
     add_fitted("RegMean", fitted.regmean(setup, taus))
-    coefs, total = disentangled.coefs(options), task_vectors.add(taus)
+    coefs, total = disentangled.coefs(config), task_vectors.add(taus)
     added = add_searched("Task Arithmetic", {"": total}, coefs)
     add_searched("Ties-Merging", {"": disentangled.ties(setup, taus)}, coefs)
-    tenths = scores.coefs_of(options, np.linspace(0.1, 1.0, 10))
+    tenths = scores.coefs_of(config, np.linspace(0.1, 1.0, 10))
     consensus = difference(merge.consensus, coef=1.0)
     add_searched("Consensus Merging", {"": consensus}, tenths)
     sums = {
         f"{alpha:g}": task_vectors.add(
             disentangled.disentangled(setup, taus, alpha=alpha)
         )
-        for alpha in tqdm(disentangled.alphas(options), desc="AWD", unit="α")
+        for alpha in tqdm(disentangled.alphas(config), desc="AWD", unit="α")
     }
     best = add_searched("AWD Task Arithmetic", sums, coefs)
     alpha = rows[-1]["alpha"] = float(best.name)
@@ -199,7 +191,7 @@ def rows_of(setup: vision.Setup) -> list[dict]:
     return rows
 
 
-def surgery(setup: vision.Setup, taus, total, coef: float) -> np.ndarray:
+def surgery(setup: options.Setup, taus, total, coef: float) -> np.ndarray:
     """Test accuracies of Task Arithmetic with features corrected task by task.
 
     Yang et al. (2024, arXiv:2402.02705): a layer of width 16 learns from unlabelled
@@ -220,12 +212,12 @@ def surgery(setup: vision.Setup, taus, total, coef: float) -> np.ndarray:
     return np.array(found)
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs the tables; returns what `report.json` holds."""
-    config = vision.smoke(config)
-    runs.start(config)
+    config = options.started(config)
     rows, shown = [], {}
-    for setup in vision.setups(config, config.models, control=False):
+    for setup in options.setups(config, config.models, control=False):
         found = rows_of(setup)
         rows += found
         searched = [
@@ -251,6 +243,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -31,10 +31,9 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import tyro
 from tqdm import tqdm
 
-from experiments.common import runs, tables
+from experiments.common import runs, script, tables
 from jaxarith import merge, tree
 from jaxarith.typing import Tree
 
@@ -119,6 +118,7 @@ def measured(shape, solver: str, config: Config) -> dict:
     }
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
     if config.smoke:
@@ -155,6 +155,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -30,14 +30,11 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
-import tyro
 from tqdm import tqdm
 
 from experiments.awd import disentangled, table1_addition
-from experiments.common import runs, tables
-from experiments.common.vision import options
-from experiments.common.vision import vectors as methods
+from experiments.common import script, tables
+from experiments.common.vision import options, vectors
 from jaxarith import task_vectors
 
 OURS, REVERSED = "increased orthogonality", "decreased orthogonality"
@@ -87,18 +84,18 @@ class Config(options.Models):
 
 def rows_of(setup: options.Setup) -> list[dict]:
     """The rows of one model, in the order of the paper."""
-    taus, rows = methods.vectors(setup, "nonlinear"), []
+    taus, rows = vectors.vectors(setup, "nonlinear"), []
     alphas = disentangled.alphas(setup.options)
     coefs = disentangled.coefs(setup.options)
 
-    def add(objective, method, accuracies, vectors=None, **found):
+    def add(objective, method, accuracies, parts=None, **found):
         per_task = {
             name: 100 * float(value)
             for name, value in zip(setup.names, accuracies, strict=True)
         }
         row = {"model": setup.title, "objective": objective, "method": method}
         row |= per_task | {"mean": options.means(accuracies)}
-        row["cosine"] = None if vectors is None else disentangled.mean_cosine(vectors)
+        row["cosine"] = None if parts is None else disentangled.mean_cosine(parts)
         rows.append(row | {"coef": None, "alpha": None} | found)
 
     # Those of one α at a time: of all α they would not fit into memory.
@@ -140,10 +137,10 @@ def rows_of(setup: options.Setup) -> list[dict]:
     return rows
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs the tables; returns what `report.json` holds."""
-    config = options.smoke(config)
-    runs.start(config)
+    config = options.started(config)
     rows, shown = [], {}
     for setup in options.setups(config, config.models, control=False):
         found = rows_of(setup)
@@ -167,6 +164,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -30,13 +30,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
-import tyro
 
 from experiments.bases import two_models
-from experiments.common import runs, tables
+from experiments.common import runs, script, tables
 from experiments.common.vision import options, vectors
 from jaxarith import plots, task_vectors
-from jaxarith.evaluate import smoothness as curvature
+from jaxarith.evaluate import smoothness as hessian
 from jaxarith.models import heads
 from jaxarith.typing import Params
 
@@ -70,7 +69,7 @@ def gaps(setup: options.Setup, taus, target: int, share: float) -> dict[int, flo
 
 def smoothness(
     setup: options.Setup, task: options.Task, tau: Params, config: Config
-) -> curvature.Eigenvalue:
+) -> hessian.Eigenvalue:
     """The local smoothness L of a task's loss at its fine-tuned model."""
     dataset = options.drawn(setup, task.test, config.smoothness_samples)
 
@@ -78,7 +77,7 @@ def smoothness(
         scores = heads.logits(dataset.head, features)
         return optax.softmax_cross_entropy_with_integer_labels(scores, labels)
 
-    return curvature.largest_eigenvalue(
+    return hessian.largest_eigenvalue(
         setup.apply_fn,
         loss,
         task_vectors.apply(setup.params_0, tau),
@@ -89,6 +88,7 @@ def smoothness(
     )
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = options.smoke(config)
@@ -167,6 +167,4 @@ def figures(config: Config, rows, smooth, first: str, second: str):
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

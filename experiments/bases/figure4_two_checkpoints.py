@@ -39,14 +39,11 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 
 from experiments.bases import two_models
-from experiments.common import runs, tables
-from experiments.common.vision import options
-from experiments.common.vision import vectors as methods
+from experiments.common import runs, script, tables
+from experiments.common.vision import options, vectors
 from jaxarith import plots, sharding, task_vectors, tree
 from jaxarith.typing import Tree
 
@@ -108,18 +105,20 @@ def blocks(cosines: np.ndarray) -> dict[str, float]:
     }
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = options.smoke(config)
-    runs.start(config)
+    config = options.started(config)
     found = two_models.setups(config)
     names = two_models.titles(found)
-    vectors = [methods.vectors(setup, "nonlinear") for setup in found]
+    all_taus = [vectors.vectors(setup, "nonlinear") for setup in found]
     starts = sharding.to_host([setup.params_0 for setup in found])
     apart = float(task_vectors.norm(task_vectors.difference(*starts[::-1])))
-    cosines = np.asarray(task_vectors.cosine_matrix([*vectors[0], *vectors[1]]), float)
+    cosines = np.asarray(
+        task_vectors.cosine_matrix([*all_taus[0], *all_taus[1]]), float
+    )
     rows = []
-    for name, setup, start, taus in zip(names, found, starts, vectors, strict=True):
+    for name, setup, start, taus in zip(names, found, starts, all_taus, strict=True):
         length = float(task_vectors.norm(start))
         for task, tau in zip(setup.names, taus, strict=True):
             norm = float(task_vectors.norm(tau))
@@ -128,7 +127,7 @@ def main(config: Config) -> dict:
                 | {"ratio": 100 * norm / length}
             )
     points = {}
-    for number, (start, taus) in enumerate(zip(starts, vectors, strict=True), 1):
+    for number, (start, taus) in enumerate(zip(starts, all_taus, strict=True), 1):
         ends = [task_vectors.apply(start, tau) for tau in taus]
         first, *others = coordinates([start, *ends], np.random.default_rng(config.seed))
         points[f"pre-trained {number}"] = [first]
@@ -183,6 +182,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

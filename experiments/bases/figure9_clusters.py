@@ -35,14 +35,11 @@ import dataclasses
 import math
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 
 from experiments.bases import partitions
-from experiments.common import bank, runs, tables
-from experiments.common.vision import options
-from experiments.common.vision import vectors as methods
+from experiments.common import runs, script, tables
+from experiments.common.vision import options, vectors
 from jaxarith import plots, task_vectors
 from jaxarith.merge.bases import eigengap
 from jaxarith.typing import Tree
@@ -77,7 +74,7 @@ def moments(setup: options.Setup, task: options.Task) -> dict[str, int]:
     Raises:
       ValueError: its training is shorter than two epochs.
     """
-    config = methods.recipe_of(setup, "nonlinear", task)
+    config = vectors.recipe_of(setup, "nonlinear", task)
     epoch = math.ceil(len(task.train) / config.batch_size)
     if config.steps < max(2, 2 * epoch):
         raise ValueError(
@@ -90,31 +87,22 @@ def moments(setup: options.Setup, task: options.Task) -> dict[str, int]:
 def early_vectors(setup: options.Setup) -> dict[str, list[Tree]]:
     """The task vectors at each of the moments, and at the end of that training."""
     steps = [moments(setup, task) for task in setup.tasks]  # errors before training
-    recipes = [methods.recipe_of(setup, "nonlinear", task) for task in setup.tasks]
-    last = methods.trained(
-        setup,
-        _METHOD,
-        setup.tasks,
-        recipes,
-        [[]] * len(setup.tasks),
-        snapshots=[set(own.values()) for own in steps],
-    )
-
-    def snapshot(i, step):
-        task = setup.tasks[i]
-        file = methods.file_of(setup, f"{_METHOD}/step_{step:04d}", task.name)
-        identity = methods.configuration(setup, _METHOD, [task], recipes[i], [])
-        tau = bank.read(file, identity)
-        if tau is None:
-            final = methods.file_of(setup, _METHOD, task.name)
-            raise FileNotFoundError(
-                f"{file} is not there, though {final} is. Remove that one to train it "
-                "again."
-            )
-        return tau
-
+    wanted = [
+        vectors.wanted_of(
+            setup,
+            _METHOD,
+            task,
+            vectors.recipe_of(setup, "nonlinear", task),
+            observed=set(own.values()),
+        )
+        for task, own in zip(setup.tasks, steps, strict=True)
+    ]
+    last = vectors.trained(setup, _METHOD, wanted)
     found = {
-        name: [snapshot(i, own[name]) for i, own in enumerate(steps)]
+        name: [
+            vectors.snapshot(one, own[name])
+            for one, own in zip(wanted, steps, strict=True)
+        ]
         for name in steps[0]
     }
     return found | {"converged": last}
@@ -140,6 +128,7 @@ def published(name: str, setup: options.Setup) -> str | None:
     return written(sorted(map(sorted, found)), setup.titles)
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = options.smoke(config)
@@ -148,14 +137,14 @@ def main(config: Config) -> dict:
     runs.start(config)
     setup = options.load(config, config.model, control=False)
     longer = dataclasses.replace(config, steps=8)  # two epochs of a smoke run
-    vectors = early_vectors(setup._replace(options=longer) if config.smoke else setup)
-    vectors["tangent"] = methods.vectors(setup, "linear")
+    by_moment = early_vectors(setup._replace(options=longer) if config.smoke else setup)
+    by_moment["tangent"] = vectors.vectors(setup, "linear")
     cosines = {
         name: np.asarray(task_vectors.cosine_matrix(taus), float)
-        for name, taus in vectors.items()
+        for name, taus in by_moment.items()
     }
     rows = []
-    for name, taus in vectors.items():
+    for name, taus in by_moment.items():
         clusters = partitions.found_partition(taus)
         theirs = published(name, setup)
         ours = written(clusters, setup.titles)
@@ -186,6 +175,4 @@ def mean_norm(taus) -> float:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common.vision import fitted, vectors
-from experiments.common.vision import options as vision
+from experiments.common.vision import fitted, options, vectors
 from jaxarith import merge, sharding, task_vectors
 from jaxarith.merge.bases import checked_partition, cluster
 from jaxarith.typing import Params, Taus, Tree
@@ -32,7 +31,7 @@ LAION_L14 = "laion/CLIP-ViT-L-14-laion2B-s32B-b82K"
 LAION = {LAION_B32: "ViT-B-32", LAION_B16: "ViT-B-16", LAION_L14: "ViT-L-14"}
 
 
-def architecture(setup: vision.Setup) -> str:
+def architecture(setup: options.Setup) -> str:
     """What the paper calls a model: by its architecture alone."""
     return LAION.get(setup.model, setup.title)
 
@@ -146,9 +145,9 @@ def found_partition(taus: Taus) -> Partition:
     return in_order(cluster(task_vectors.cosine_matrix(taus)))
 
 
-def names_of(options: vision.Options) -> list[str]:
+def names_of(config: options.Options) -> list[str]:
     """The names of the tasks, some of which are given as NAME=FOLDER."""
-    return [spec.partition("=")[0] for spec in options.tasks]
+    return [spec.partition("=")[0] for spec in config.tasks]
 
 
 def key(members: Iterable[int]) -> tuple[int, ...]:
@@ -199,7 +198,7 @@ DATALESS: Mapping[str, Callable] = {
 
 
 def merged_clusters(
-    setup: vision.Setup, inner: str, clusters: Sequence[tuple[int, ...]]
+    setup: options.Setup, inner: str, clusters: Sequence[tuple[int, ...]]
 ) -> list[Tree]:
     """The basis vector of every cluster, on the host.
 
@@ -229,7 +228,7 @@ def merged_clusters(
     return [sharding.to_host(merged(members)) for members in bar]
 
 
-def merged_vector(setup: vision.Setup, method: str, taus: Taus) -> Tree:
+def merged_vector(setup: options.Setup, method: str, taus: Taus) -> Tree:
     """What one of the merges without data makes of some vectors, as a task vector."""
     found = DATALESS[method](setup.params_0, taus)
     return task_vectors.difference(found, setup.params_0)

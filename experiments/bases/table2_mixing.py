@@ -32,15 +32,12 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from experiments.bases import two_models
-from experiments.common import runs, tables
-from experiments.common.vision import options, scores
-from experiments.common.vision import vectors as methods
+from experiments.common import script, tables
+from experiments.common.vision import options, scores, vectors
 from jaxarith import task_vectors
 
 ROWS = ("fine-tuned from 1", "50 / 50", "fine-tuned from 2")
@@ -101,16 +98,16 @@ def cells(setup: options.Setup, own, other, apart) -> dict[str, list[dict]]:
     return {"own": made[:3], "subtracted": made[3:]}
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
-    config = options.smoke(config)
-    runs.start(config)
+    config = options.started(config)
     found = two_models.setups(config)
-    vectors = [methods.vectors(setup, "nonlinear") for setup in found]
+    both = [vectors.vectors(setup, "nonlinear") for setup in found]
     apart = task_vectors.difference(found[1].params_0, found[0].params_0)
     columns = [
-        cells(found[0], *vectors, apart),
-        cells(found[1], *vectors[::-1], task_vectors.negate(apart)),
+        cells(found[0], *both, apart),
+        cells(found[1], *both[::-1], task_vectors.negate(apart)),
     ]
     rows = []
     for reading in ("subtracted", "own"):
@@ -141,6 +138,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

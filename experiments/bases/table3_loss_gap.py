@@ -24,12 +24,10 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
-import tyro
 from tqdm import tqdm
 
 from experiments.bases import two_models
-from experiments.common import runs, tables
+from experiments.common import script, tables
 from experiments.common.vision import options, scores, vectors
 from jaxarith import task_vectors
 
@@ -52,10 +50,10 @@ class Config(options.OneModel):
     """The tasks, in order: names of jaxarith data check, or NAME=FOLDER."""
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
-    config = options.smoke(config)
-    runs.start(config)
+    config = options.started(config)
     setup = options.load(config, config.model, control=False)
     taus = vectors.vectors(setup, "nonlinear")
     found = scores.addition(setup, taus, linearized=False)
@@ -92,6 +90,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -50,13 +50,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from experiments.bases import partitions
-from experiments.common import runs, tables
+from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, vectors
 from jaxarith.typing import Taus, Tree
 
@@ -348,6 +346,7 @@ def summary(
     return found
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs the tables; returns what `report.json` holds."""
     config = options.smoke(config)
@@ -409,6 +408,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -34,14 +34,11 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 
 from experiments.bases import partitions
-from experiments.common import runs, tables
-from experiments.common.vision import options, scores
-from experiments.common.vision import vectors as methods
+from experiments.common import runs, script, tables
+from experiments.common.vision import options, scores, vectors
 from jaxarith.merge.bases_arithmetic import similarities
 
 PUBLISHED = {
@@ -85,13 +82,13 @@ def rows_of(setup: options.Setup, config: Config) -> list[dict]:
     """The rows of the table, and those of the task vector itself."""
     index = setup.names.index(config.target)
     names = partitions.letters(setup.titles)
-    vectors = {False: methods.vectors(setup, "nonlinear")}
+    by_kind = {False: vectors.vectors(setup, "nonlinear")}
     if "Tangent" in config.inner:
-        vectors[True] = methods.vectors(setup, "linear")
+        by_kind[True] = vectors.vectors(setup, "linear")
     chosen = (
         partitions.given_partition(config.partition, setup.names)
         if config.partition
-        else partitions.found_partition(vectors[False])
+        else partitions.found_partition(by_kind[False])
     )
     clusters = [partitions.key(members) for members in chosen]
     together = partitions.key(range(len(setup.tasks)))
@@ -112,19 +109,20 @@ def rows_of(setup: options.Setup, config: Config) -> list[dict]:
     for inner in config.inner:
         linearized = inner == "Tangent"
         bases = partitions.merged_clusters(setup, inner, [*clusters, together])
-        cosines = similarities(bases[:-1], vectors[linearized][index])
+        cosines = similarities(bases[:-1], by_kind[linearized][index])
         nearest = int(np.argmax(cosines))
         for members, tau in (
             (clusters[nearest], bases[nearest]),
             (together, bases[-1]),
         ):
             rows.append(row(inner, members, tau, linearized))
-    for linearized, own in vectors.items():
+    for linearized, own in by_kind.items():
         name = "τ, Tangent" if linearized else "τ, ordinary"
         rows.append(row(name, [index], own[index], linearized))
     return rows
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
     config = options.smoke(config)
@@ -159,6 +157,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

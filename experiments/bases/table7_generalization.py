@@ -48,14 +48,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 
 from experiments.bases import partitions
-from experiments.common import runs, tables
-from experiments.common.vision import options, scores
-from experiments.common.vision import vectors as methods
+from experiments.common import runs, script, tables
+from experiments.common.vision import options, scores, vectors
 from jaxarith import plots
 from jaxarith.merge.bases_arithmetic import similarities
 
@@ -149,6 +146,7 @@ def row_of(
     return row | {"cosine": float(np.mean([cosines[members] for members in nearest]))}
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs the tables; returns what `report.json` holds."""
     config = options.smoke(config)
@@ -178,11 +176,11 @@ def main(config: Config) -> dict:
     count = len(names)
     setup = whole._replace(options=config, tasks=whole.tasks[:count])
     targets = whole.tasks[count:]
-    vectors = {
-        linearized: methods.vectors(whole, "linear" if linearized else "nonlinear")
+    by_kind = {
+        linearized: vectors.vectors(whole, "linear" if linearized else "nonlinear")
         for linearized in sorted({inner == "Tangent" for inner in config.inner})
     }
-    own = methods.vectors(setup, "nonlinear")
+    own = vectors.vectors(setup, "nonlinear")
     chosen = (
         partitions.given_partition(config.partition, names)
         if config.partition
@@ -197,7 +195,7 @@ def main(config: Config) -> dict:
         linearized = inner == "Tangent"
         bases = partitions.merged_clusters(setup, inner, clusters)
         for number, task in enumerate(targets):
-            tau = vectors[linearized][count + number]
+            tau = by_kind[linearized][count + number]
             similar = np.asarray(similarities(bases, tau), float).tolist()
             cosines = dict(zip(clusters, similar, strict=True))
             nearest = nearest_clusters(several, cosines)
@@ -278,6 +276,4 @@ def table_of(rows, published):
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -24,8 +24,7 @@ import jax
 import numpy as np
 
 from experiments.bases import partitions
-from experiments.common.vision import options as vision
-from experiments.common.vision import scores as arithmetic
+from experiments.common.vision import options, scores
 from jaxarith import fingerprint, hub, sharding, task_vectors, tree
 from jaxarith.models import clip, heads
 from jaxarith.sharding import processes
@@ -37,7 +36,7 @@ TITLES = ("laion2b_e16", "laion2b_s34b_b79k")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(vision.Options):
+class Options(options.Options):
     """The options of scripts on two CLIPs."""
 
     models: tuple[str, str] = (FIRST, partitions.LAION_B32)
@@ -46,7 +45,7 @@ class Options(vision.Options):
     experiments/bases/two_models.py."""
 
 
-def setups(options: Options) -> list[vision.Setup]:
+def setups(config: Options) -> list[options.Setup]:
     """The setup of each of the two models; of a smoke run of tiny_clip, and of a copy
     with noise, saved in the output folder.
 
@@ -54,14 +53,14 @@ def setups(options: Options) -> list[vision.Setup]:
       ValueError: the parameters of the models differ in names or shapes, or their
         folders, by whose names the bank knows them, are called the same.
     """
-    names = [Path(model).name for model in options.models]
-    if len(set(names)) < 2 and not options.smoke:
+    names = [Path(model).name for model in config.models]
+    if len(set(names)) < 2 and not config.smoke:
         raise ValueError(f"--models {options.models}: the folders have one name.")
-    first = vision.load(options, options.models[0], control=False)
-    if options.smoke:
+    first = options.load(config, config.models[0], control=False)
+    if config.smoke:
         found = [first, noisy(first)]
     else:
-        found = [first, vision.load(options, options.models[1], control=False)]
+        found = [first, options.load(config, config.models[1], control=False)]
     shapes = [
         {path: np.shape(leaf) for path, leaf in tree.flatten(setup.params_0).items()}
         for setup in found
@@ -76,7 +75,7 @@ def setups(options: Options) -> list[vision.Setup]:
     return found
 
 
-def noisy(setup: vision.Setup, share: float = 0.05) -> vision.Setup:
+def noisy(setup: options.Setup, share: float = 0.05) -> options.Setup:
     """The setup of the same model with Gaussian noise, as of another pre-training.
 
     Args:
@@ -99,10 +98,10 @@ def noisy(setup: vision.Setup, share: float = 0.05) -> vision.Setup:
     params_0 = tree.select(checkpoint.params, clip.IMAGE_ENCODER)
 
     def task_of(spec):
-        raw = vision.image_task(spec, setup.options)
+        raw = options.image_task(spec, setup.options)
         file = folder / "heads" / f"{raw.name}.safetensors"
-        head = vision.head_of(raw, checkpoint, file)
-        return vision.prepared(raw, head, setup.preprocess, setup.options)
+        head = options.head_of(raw, checkpoint, file)
+        return options.prepared(raw, head, setup.preprocess, setup.options)
 
     return setup._replace(
         model=str(folder),
@@ -112,35 +111,35 @@ def noisy(setup: vision.Setup, share: float = 0.05) -> vision.Setup:
     )
 
 
-def titles(found: Sequence[vision.Setup]) -> list[str]:
+def titles(found: Sequence[options.Setup]) -> list[str]:
     """What the two models are called: as in the paper, where they are its own."""
     known = {FIRST: TITLES[0], Path(partitions.LAION_B32).name: TITLES[1]}
     names = [Path(setup.model).name for setup in found]
     return [known.get(name, name) for name in names]
 
 
-def losses(setup: vision.Setup, task: vision.Task, taus: Taus, coefs) -> np.ndarray:
+def losses(setup: options.Setup, task: options.Task, taus: Taus, coefs) -> np.ndarray:
     """The mean cross-entropy of the ordinary model on a task's test data, `[n]`, at
     each of n sets of coefficients `[n, T]`."""
-    at = arithmetic.outputs(setup, taus, task.test, False)
+    at = scores.outputs(setup, taus, task.test, False)
     return np.array(
         [loss(task.test, features) for features in at(np.asarray(coefs, float))]
     )
 
 
-def loss(dataset: vision.Dataset, features) -> float:
+def loss(dataset: options.Dataset, features) -> float:
     """The mean cross-entropy of features `[N, D]` under the frozen head, in float64."""
-    scores = np.asarray(heads.logits(dataset.head, features), np.float64)
-    return cross_entropy(scores, dataset.labels)
+    logits = np.asarray(heads.logits(dataset.head, features), np.float64)
+    return cross_entropy(logits, dataset.labels)
 
 
-def cross_entropy(scores: np.ndarray, labels: np.ndarray) -> float:
+def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
     """The mean over samples, of scores `[N, C]` in float64.
 
     Example:
       >>> round(cross_entropy(np.zeros((2, 4)), np.array([0, 3])), 4)  # log 4
       1.3863
     """
-    shifted = scores - scores.max(axis=1, keepdims=True)
+    shifted = logits - logits.max(axis=1, keepdims=True)
     normalizers = np.log(np.exp(shifted).sum(axis=1))
     return float(np.mean(normalizers - shifted[np.arange(len(labels)), labels]))

@@ -23,8 +23,8 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-import tyro
 
+from experiments.common import script
 from jaxarith import hub, report, task_vectors
 from jaxarith.merge import mergekit
 
@@ -304,6 +304,7 @@ def compare(case: Case, ours: dict, theirs: dict, base: dict) -> dict:
     }
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Merges, compares, prints and writes; returns what `report.json` holds."""
     rows = []
@@ -373,4 +374,4 @@ def tables(rows) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    script.run(Config, main)

@@ -27,12 +27,11 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from experiments import quickstart
 from experiments.bench import measure
-from experiments.common import studies
+from experiments.common import script, studies
 from experiments.common.vision import small_tasks
 from jaxarith import plots, report, train, tree
 from jaxarith.models import clip, heads
@@ -312,6 +311,7 @@ def check(config: Config):
         raise ValueError(f"{config.out} holds results; give another folder in out.")
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Measures, trains, prints and writes; returns what `report.json` holds."""
     check(config)
@@ -358,6 +358,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import tyro
 from PIL import Image
 
 from experiments.bench import measure
+from experiments.common import script
 from jaxarith import report
 from jaxarith.data import images, pipeline, vision
 
@@ -84,6 +84,7 @@ def rate(source, config: Config, workers: int) -> float:
     return config.batches * config.batch_size / (time.perf_counter() - start)
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Measures, prints and writes; returns what `report.json` holds."""
     rows = []
@@ -112,4 +113,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    script.run(Config, main)

@@ -27,10 +27,10 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from experiments.bench import encoders, measure
+from experiments.common import script
 from jaxarith import losses, plots, report, tangent, task_vectors, tau_jp, tree
 from jaxarith.typing import Params, Tree
 
@@ -372,6 +372,7 @@ def table(rows) -> str:
     return report.markdown_table(HEADER, [cells(row) for row in rows])
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Measures, prints and writes; returns what `report.json` holds."""
     if config.batch < 8:
@@ -427,4 +428,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    script.run(Config, main)

@@ -24,11 +24,11 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from experiments.bench import encoders
 from experiments.bench.measure import machine, peak_memory, seconds
+from experiments.common import script
 from jaxarith import merge, report, tree
 from jaxarith.models import clip
 
@@ -257,6 +257,7 @@ def goals(rows, config, layout, taus, copied: dict[str, float]) -> list[dict]:
     return found
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Measures, prints and writes; returns what `report.json` holds."""
     unknown = [name for name in config.methods if name not in METHODS]
@@ -325,4 +326,4 @@ def table(rows) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    script.run(Config, main)

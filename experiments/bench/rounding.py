@@ -16,11 +16,10 @@ from typing import Literal
 
 import jax
 import numpy as np
-import tyro
 
 from experiments import quickstart
 from experiments.bench import cheaper, measure
-from experiments.common import studies
+from experiments.common import script, studies
 from experiments.common.vision import small_tasks
 from jaxarith import report, task_vectors
 from jaxarith.models import clip, heads
@@ -68,6 +67,7 @@ def distances(exact: list[Tree], rounded: list[Tree]) -> list[dict]:
     return rows
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Trains, compares, prints and writes; returns what `report.json` holds."""
     study = quickstart.prepare(cheaper.quickstart_config(config))
@@ -119,6 +119,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

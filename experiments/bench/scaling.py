@@ -18,6 +18,7 @@ parts alone (reduce-scatter), and gathers in bfloat16 what its products round to
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -31,13 +32,13 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from experiments.bench import encoders
+from experiments.common import script
 from jaxarith import losses, plots, report, sharding, train, tree
 from jaxarith.models import heads
 
@@ -247,6 +248,15 @@ def _together(line: str, devices: int) -> int:
     raise ValueError(f"groups of devices in a form that is not known: {groups[1]}.")
 
 
+def make_devices(config: Config):
+    """Makes virtual devices for the meshes; JAX that has started keeps those it has."""
+    with contextlib.suppress(RuntimeError):
+        if config.platform == "cpu":
+            most = max(map(_count, config.meshes))
+            jax.config.update("jax_num_cpu_devices", max(most, 1))
+        jax.config.update("jax_platforms", "cpu")  # nothing runs on the real ones
+
+
 def make_meshes(config: Config) -> dict[str, Mesh]:
     """Of virtual devices, or of those of slices that need not be there.
 
@@ -444,6 +454,7 @@ def main(config: Config) -> dict:
         raise ValueError(
             f"batch_per_device is {config.batch_per_device}; at least 1 is needed."
         )
+    make_devices(config)
     meshes = make_meshes(config)
     programs = [(model, sizes) for model in config.models for sizes in meshes]
     rows, bar = [], tqdm(programs, desc="compile", unit="program")
@@ -473,9 +484,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    options = tyro.cli(Config)
-    jax.config.update("jax_platforms", "cpu")  # nothing runs, on whatever is there
-    if options.platform == "cpu":
-        most = max(map(_count, options.meshes), default=1)
-        jax.config.update("jax_num_cpu_devices", max(most, 1))
-    main(options)
+    script.run(Config, main)

@@ -30,11 +30,11 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-import tyro
 import yaml
 from tqdm import tqdm
 
 from experiments.bench.measure import processor
+from experiments.common import script
 from jaxarith import report
 from jaxarith.hub import safetensors
 
@@ -232,6 +232,7 @@ def disk(files: list[str], scratch: Path, size: int) -> float:
     return seconds
 
 
+@script.full_precision
 def main(config: Config):
     """Measures, and writes report.md and report.json."""
     config.out.mkdir(parents=True, exist_ok=True)
@@ -327,4 +328,4 @@ def _cell(value):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    script.run(Config, main)

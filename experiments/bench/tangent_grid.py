@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from experiments.bench.measure import machine
+from experiments.common import script
 from jaxarith import (
     evaluate,
     merge,
@@ -445,6 +445,7 @@ def check(config: Config):
         )
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Measures, prints and writes; returns what `report.json` holds."""
     check(config)
@@ -476,6 +477,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too, or outputs differ by more than rounding.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

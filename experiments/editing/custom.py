@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments.common import bank
-from experiments.common.vision import options as vision
+from experiments.common.vision import options
 from jaxarith import task_vectors
 from jaxarith.data import images
 from jaxarith.models import clip
@@ -46,18 +46,18 @@ def some_classes(source, kept: Sequence[int]) -> Relabelled:
     """
     kept = np.asarray(kept)
     order = np.argsort(kept)
-    labels = vision.labels(source)
+    labels = options.labels(source)
     [indices] = np.nonzero(np.isin(labels, kept))
     new = order[np.searchsorted(kept, labels[indices], sorter=order)]
     return Relabelled(source, indices, new.astype(np.int32))
 
 
-def per_class(source, samples: int, seed: int) -> vision.Part:
+def per_class(source, samples: int, seed: int) -> options.Part:
     """So many samples of every class, drawn at random; all of a class with fewer."""
-    labels = vision.labels(source)
+    labels = options.labels(source)
     order = np.random.default_rng(seed).permutation(len(labels))
     drawn = [order[labels[order] == label][:samples] for label in np.unique(labels)]
-    return vision.Part(source, np.sort(np.concatenate(drawn)))
+    return options.Part(source, np.sort(np.concatenate(drawn)))
 
 
 def of_classes(
@@ -80,13 +80,13 @@ def of_classes(
 
 
 def prepared(
-    setup: vision.Setup, checkpoint: clip.CLIP, task: images.ImageTask
-) -> vision.Task:
+    setup: options.Setup, checkpoint: clip.CLIP, task: images.ImageTask
+) -> options.Task:
     """A task that is ready to be trained and evaluated; its head is in the bank."""
-    options = setup.options
-    file = bank.vector_file(options.bank, setup.model, "heads", task.name)
-    head = vision.head_of(task, checkpoint, file)
-    return vision.prepared(task, head, setup.preprocess, options)
+    config = setup.options
+    file = bank.vector_file(config.bank, setup.model, "heads", task.name)
+    head = options.head_of(task, checkpoint, file)
+    return options.prepared(task, head, setup.preprocess, config)
 
 
 def analogy(taus: Taus, target: int) -> Tree:

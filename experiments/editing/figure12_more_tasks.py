@@ -25,10 +25,7 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
-import tyro
-
-from experiments.common import runs, tables
+from experiments.common import runs, script, tables
 from experiments.common.vision import options, vectors
 from experiments.editing import custom, forgetting, ocr
 from jaxarith import plots
@@ -80,6 +77,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
     return rows
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = options.smoke(config)
@@ -119,6 +117,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -19,12 +19,10 @@ import dataclasses
 import itertools
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 from tqdm import tqdm
 
-from experiments.common import runs, tables
+from experiments.common import runs, script, tables
 from experiments.common.vision import options
 from experiments.editing import variations
 from jaxarith import plots
@@ -43,6 +41,7 @@ class Config(options.OneModel):
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = options.smoke(config)
@@ -52,7 +51,7 @@ def main(config: Config) -> dict:
     runs.start(config)
     setup = options.load(config, config.model, control=False)
     taus = {
-        seed: variations.vectors(setup, f"seed_{seed}", seed=seed)
+        seed: variations.trained(setup, f"seed_{seed}", seed=seed)
         for seed in config.seeds
     }
     both = list(itertools.product(config.seeds, repeat=2))
@@ -93,6 +92,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

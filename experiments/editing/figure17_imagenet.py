@@ -21,47 +21,45 @@ import dataclasses
 import math
 from pathlib import Path
 
-import jax
-import tyro
 from tqdm import tqdm
 
-from experiments.common import runs, tables
-from experiments.common.vision import options as vision
-from experiments.common.vision import scores, vectors
+from experiments.common import runs, script, tables
+from experiments.common.vision import options, scores, vectors
 from jaxarith import plots
 from jaxarith.typing import Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.OneModel):
+class Config(options.OneModel):
     """Figure 17 (S4): add the vector of ImageNet to every other."""
 
     out: Path = Path("runs/editing/figure17")
     """Folder for figure17.png, report.json and report.md."""
-    model: str = vision.L14
+    model: str = options.L14
     """A CLIP: a folder, or an id of the Hugging Face Hub."""
     epochs: int = 4
     """Of the training on ImageNet, unless --steps is given."""
 
 
-def large_vector(setup: vision.Setup, epochs: int) -> Tree:
+def large_vector(setup: options.Setup, epochs: int) -> Tree:
     """The vector of the control task, trained for so many epochs."""
-    options = setup.options
+    own = setup.options
     config = vectors.recipe_of(setup, "nonlinear", setup.control)
     name = "nonlinear"
-    if options.steps is None:
+    if own.steps is None:
         name = f"nonlinear/epochs_{epochs}"
-        steps = epochs * math.ceil(len(setup.control.train) / options.batch_size)
+        steps = epochs * math.ceil(len(setup.control.train) / own.batch_size)
         config = dataclasses.replace(config, steps=steps)
-    [tau] = vectors.trained(setup, name, [setup.control], [config], [[]])
+    wanted = [vectors.wanted_of(setup, name, setup.control, config)]
+    [tau] = vectors.trained(setup, name, wanted)
     return tau
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = vision.smoke(config)
-    runs.start(config)
-    setup = vision.load(config, config.model)
+    config = options.started(config)
+    setup = options.load(config, config.model)
     large = large_vector(setup, config.epochs)
     taus = vectors.vectors(setup, "nonlinear")
     rows = []
@@ -100,6 +98,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -18,11 +18,9 @@ Not run at full scale yet; beyond training it takes seconds.
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 
-from experiments.common import runs, tables
+from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, vectors
 from jaxarith import plots, task_vectors
 
@@ -37,10 +35,10 @@ class Config(options.OneModel):
     """A CLIP: a folder, or an id of the Hugging Face Hub."""
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = options.smoke(config)
-    runs.start(config)
+    config = options.started(config)
     setup = options.load(config, config.model, control=False)
     taus = vectors.vectors(setup, "nonlinear")
     found = np.asarray(task_vectors.cosine_matrix(taus), float)
@@ -66,6 +64,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -20,11 +20,9 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
-import tyro
 from tqdm import tqdm
 
-from experiments.common import runs, tables
+from experiments.common import runs, script, tables
 from experiments.common.vision import options
 from experiments.editing import variations
 from jaxarith import plots
@@ -43,6 +41,7 @@ class Config(options.OneModel):
     learning_rates: tuple[float, ...] = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = options.smoke(config)
@@ -55,7 +54,7 @@ def main(config: Config) -> dict:
     setup = options.load(config, config.model, control=False)
     rows = []
     for rate in tqdm(config.learning_rates, desc="learning rates"):
-        taus = variations.vectors(setup, f"lr_{rate:g}", learning_rate=rate)
+        taus = variations.trained(setup, f"lr_{rate:g}", learning_rate=rate)
         rows.append({"learning rate": rate} | variations.added(setup, taus))
     if runs.is_first():
         plots.bars(
@@ -82,6 +81,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

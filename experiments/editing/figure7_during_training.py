@@ -21,12 +21,10 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 from tqdm import tqdm
 
-from experiments.common import bank, runs, tables
+from experiments.common import runs, script, tables
 from experiments.common.vision import options, vectors
 from experiments.editing import variations
 from jaxarith import plots, task_vectors
@@ -51,32 +49,19 @@ def followed(setup: options.Setup, config: Config) -> dict[int, list[Tree]]:
     """The task vectors after every so many steps, the last among them.
 
     Raises:
-      ValueError: see `check_steps`.
-      FileNotFoundError: the bank has the vectors, trained with other snapshots.
+      ValueError: see `check_steps`, or the bank has the vectors of other snapshots.
     """
     name = "nonlinear/followed"
     recipes = [vectors.recipe_of(setup, name, task) for task in setup.tasks]
     check_steps([recipe.steps for recipe in recipes], config.snapshots)
-    others = [[]] * len(recipes)
-    final = vectors.trained(
-        setup, name, setup.tasks, recipes, others, snapshots=config.snapshots
-    )
     last = recipes[0].steps
-
-    def snapshot(step, task, recipe):
-        file = vectors.file_of(setup, f"{name}/step_{step:04d}", task.name)
-        tau = bank.read(file, vectors.configuration(setup, name, [task], recipe, []))
-        if tau is None:
-            raise FileNotFoundError(
-                f"{file} is not there, though that of all steps is, which was trained "
-                "with other --snapshots. Remove "
-                f"{vectors.file_of(setup, name, task.name)} to train it again."
-            )
-        return tau
-
     steps = range(config.snapshots, last, config.snapshots)
-    both = list(zip(setup.tasks, recipes, strict=True))
-    return {step: [snapshot(step, *own) for own in both] for step in steps} | {
+    wanted = [
+        vectors.wanted_of(setup, name, task, recipe, observed=steps)
+        for task, recipe in zip(setup.tasks, recipes, strict=True)
+    ]
+    final = vectors.trained(setup, name, wanted)
+    return {step: [vectors.snapshot(one, step) for one in wanted] for step in steps} | {
         last: final
     }
 
@@ -95,6 +80,7 @@ def check_steps(steps: list[int], snapshots: int):
         )
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = options.smoke(config)
@@ -149,6 +135,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

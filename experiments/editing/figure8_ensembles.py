@@ -21,12 +21,10 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 from tqdm import tqdm
 
-from experiments.common import runs, tables
+from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, vectors
 from jaxarith import metrics, plots
 from jaxarith.models import heads
@@ -66,6 +64,7 @@ def accuracies(setup: options.Setup) -> tuple[np.ndarray, np.ndarray]:
     return weights, ensembles
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = options.smoke(config)
@@ -106,6 +105,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -24,11 +24,9 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 
-from experiments.common import runs, tables
+from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, vectors
 from experiments.editing import forgetting
 from jaxarith import metrics, plots
@@ -44,10 +42,10 @@ class Config(options.OneModel):
     """A CLIP: a folder, or an id of the Hugging Face Hub."""
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = options.smoke(config)
-    runs.start(config)
+    config = options.started(config)
     setup = options.load(config, config.model)
     nonlinear = vectors.vectors(setup, "nonlinear")
     negative = forgetting.negation(setup, nonlinear)
@@ -128,6 +126,4 @@ def draw(setup: options.Setup, curves: dict[str, np.ndarray], points):
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

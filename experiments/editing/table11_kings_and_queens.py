@@ -33,21 +33,11 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 from tqdm import tqdm
 
-from experiments.common import bank, runs, tables
-from experiments.common.vision import (
-    options as vision,
-)
-from experiments.common.vision import (
-    scores,
-)
-from experiments.common.vision import (
-    vectors as methods,
-)
+from experiments.common import bank, runs, script, tables
+from experiments.common.vision import options, scores, vectors
 from experiments.editing import custom
 from jaxarith.data import images
 from jaxarith.models import clip
@@ -72,7 +62,7 @@ PUBLISHED = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(vision.Models):
+class Config(options.Models):
     """Table 11 (S4): kings, queens, women and men by analogy."""
 
     out: Path = Path("runs/editing/table11")
@@ -93,7 +83,7 @@ def people_of(config: Config) -> images.ImageTask:
     Raises:
       ValueError: it lacks one.
     """
-    people = vision.image_task(config.people, config)
+    people = options.image_task(config.people, config)
     if missing := [name for name in config.classes if name not in people.classes]:
         raise ValueError(
             f"{config.people} has no class {missing[0]!r}; it has "
@@ -102,17 +92,17 @@ def people_of(config: Config) -> images.ImageTask:
     return people
 
 
-def concepts(setup: vision.Setup) -> tuple[list[vision.Task], vision.Setup]:
+def concepts(setup: options.Setup) -> tuple[list[options.Task], options.Setup]:
     """A task of each class, of images of that class alone, and the setup with a control
     that has "something" among its options."""
     config = setup.options
     people = people_of(config)
-    known = vision.image_task(config.control, config)
-    options = dataclasses.replace(
+    known = options.image_task(config.control, config)
+    known_and_more = dataclasses.replace(
         known, name=f"{known.name}_something", classes=(*known.classes, "something")
     )
-    file = bank.vector_file(config.bank, setup.model, "heads", options.name)
-    head = vision.head_of(options, clip.load(setup.model), file)
+    file = bank.vector_file(config.bank, setup.model, "heads", known_and_more.name)
+    head = options.head_of(known_and_more, clip.load(setup.model), file)
     tasks = []
     for name in config.classes:
         own = custom.of_classes(
@@ -125,8 +115,8 @@ def concepts(setup: vision.Setup) -> tuple[list[vision.Task], vision.Setup]:
             for split in ("train", "validation", "test")
             for part in [getattr(own, split)]
         }
-        own = dataclasses.replace(own, classes=options.classes, **parts)
-        task = vision.prepared(own, head, setup.preprocess, config)
+        own = dataclasses.replace(own, classes=known_and_more.classes, **parts)
+        task = options.prepared(own, head, setup.preprocess, config)
         tasks.append(task._replace(title=name))
     control = setup.control._replace(
         validation=setup.control.validation._replace(head=head),
@@ -135,11 +125,11 @@ def concepts(setup: vision.Setup) -> tuple[list[vision.Task], vision.Setup]:
     return tasks, setup._replace(tasks=tasks, control=control)
 
 
-def rows_of(setup: vision.Setup) -> list[dict]:
+def rows_of(setup: options.Setup) -> list[dict]:
     """The rows of one model, with both accuracies in percent."""
     tasks, setup = concepts(setup)
-    vectors = methods.vectors(setup, "nonlinear")
-    taus = [custom.analogy(vectors, i) for i in range(4)]
+    trained = vectors.vectors(setup, "nonlinear")
+    taus = [custom.analogy(trained, i) for i in range(4)]
     coefs = scores.coefs_of(setup.options, COEFS)
 
     def on_control(split, chosen):  # one pass for all four vectors: [4, n]
@@ -180,9 +170,10 @@ def rows_of(setup: vision.Setup) -> list[dict]:
     ]
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
-    config = vision.smoke(config)
+    config = options.smoke(config)
     if config.smoke:  # four digits, of which there must be some in every split
         config = dataclasses.replace(
             config, people="mnist", classes=tuple("0123"), samples=100
@@ -191,7 +182,7 @@ def main(config: Config) -> dict:
     people_of(config)  # before anything is written
     runs.start(config)
     rows = [
-        row for setup in vision.setups(config, config.models) for row in rows_of(setup)
+        row for setup in options.setups(config, config.models) for row in rows_of(setup)
     ]
     results = {"rows": rows}
     beside = tables.beside(
@@ -210,6 +201,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -38,12 +38,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 from tqdm import tqdm
 
-from experiments.common import runs, tables
-from experiments.common.vision import options, scores
-from experiments.common.vision import vectors as methods
+from experiments.common import runs, script, tables
+from experiments.common.vision import options, scores, vectors
 from experiments.editing import custom
 from jaxarith import plots
 from jaxarith.data import images
@@ -141,9 +139,17 @@ def fine_tuned(
         which = {"indices": train.indices.tolist()}
         tasks.append(task._replace(train=train, identity=task.identity | which))
     name = f"few_shot_{'pretrained' if starts is None else 'analogy'}/{shots}"
-    recipes = [methods.recipe_of(setup, "nonlinear", task) for task in tasks]
-    others = [[]] * len(tasks)
-    return methods.trained(setup, name, tasks, recipes, others, start=starts)
+    wanted = [
+        vectors.wanted_of(
+            setup,
+            name,
+            task,
+            vectors.recipe_of(setup, "nonlinear", task),
+            start=None if starts is None else starts[i],
+        )
+        for i, task in enumerate(tasks)
+    ]
+    return vectors.trained(setup, name, wanted)
 
 
 def best(setup, taus, rows, task: options.Task) -> tuple[np.ndarray, float]:
@@ -159,11 +165,11 @@ def results_of(setup: options.Setup) -> tuple[list[dict], list[dict]]:
     """The rows of one model, and what coefficients were found for each target."""
     config = setup.options
     setup = setup._replace(tasks=subpopulations(setup))
-    vectors = methods.vectors(setup, "nonlinear")
+    trained = vectors.vectors(setup, "nonlinear")
     coefs = scores.coefs_of(config, COEFS)
     edits, zero, found = [], [], []
     for i, task in enumerate(tqdm(setup.tasks, desc="analogies", unit="task")):
-        tau = custom.analogy(vectors, i)
+        tau = custom.analogy(trained, i)
         [coef], accuracy = best(setup, [tau], coefs[:, None], task)
         [before] = scores.accuracies(setup, [tau], task.test, False, [[0.0]])
         edits.append(jax.tree.map(lambda leaf, c=coef: np.float32(c) * leaf, tau))
@@ -175,7 +181,7 @@ def results_of(setup: options.Setup) -> tuple[list[dict], list[dict]]:
             signed = grid * [-1, 1, 1]
             a = 3 - i
             b, c = (j for j in range(4) if j not in (i, a))
-            parts = [vectors[a], vectors[b], vectors[c]]
+            parts = [trained[a], trained[b], trained[c]]
             chosen, accuracy = best(setup, parts, signed, task)
             names = ("λ_A", "λ_B", "λ_C")
             row |= dict(zip(names, np.abs(chosen).tolist(), strict=True))
@@ -198,6 +204,7 @@ def results_of(setup: options.Setup) -> tuple[list[dict], list[dict]]:
     return rows, found
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = options.smoke(config)
@@ -261,6 +268,4 @@ def draw(config: Config, rows: Sequence[dict]):
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

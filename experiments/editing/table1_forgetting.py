@@ -30,11 +30,9 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 
-from experiments.common import runs, tables
+from experiments.common import script, tables
 from experiments.common.vision import options, vectors
 from experiments.editing import forgetting
 from jaxarith.data import task_info
@@ -149,10 +147,10 @@ def rows_of(setup: options.Setup) -> list[dict]:
     ]
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs the tables; returns what `report.json` holds."""
-    config = options.smoke(config)
-    runs.start(config)
+    config = options.started(config)
     rows = [
         row for setup in options.setups(config, config.models) for row in rows_of(setup)
     ]
@@ -178,6 +176,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

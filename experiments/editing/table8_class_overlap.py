@@ -32,11 +32,9 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 
-from experiments.common import runs, tables
+from experiments.common import runs, script, tables
 from experiments.common.vision import options, vectors
 from experiments.editing import custom, forgetting
 from jaxarith.data import task_info
@@ -177,6 +175,7 @@ def rows_of(setup: options.Setup, excluded: Mapping[str, set[int]]) -> list[dict
     return rows
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
     config = options.smoke(config)
@@ -208,6 +207,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

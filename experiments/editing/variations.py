@@ -3,12 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 
-from experiments.common.vision import options, scores
-from experiments.common.vision import vectors as methods
+from experiments.common.vision import options, scores, vectors
 from jaxarith.typing import Taus, Tree
 
 
-def vectors(setup: options.Setup, name: str, **changes) -> list[Tree]:
+def trained(setup: options.Setup, name: str, **changes) -> list[Tree]:
     """Ordinary vectors of all tasks, trained with some options changed.
 
     Args:
@@ -18,11 +17,16 @@ def vectors(setup: options.Setup, name: str, **changes) -> list[Tree]:
         what the options say anyway, the vectors are those of "nonlinear".
     """
     if all(getattr(setup.options, option) == x for option, x in changes.items()):
-        return methods.vectors(setup, "nonlinear")
+        return vectors.vectors(setup, "nonlinear")
     changed = setup._replace(options=dataclasses.replace(setup.options, **changes))
-    recipes = [methods.recipe_of(changed, "nonlinear", task) for task in setup.tasks]
-    others = [[]] * len(setup.tasks)
-    return methods.trained(changed, f"nonlinear/{name}", setup.tasks, recipes, others)
+    name = f"nonlinear/{name}"
+    wanted = [
+        vectors.wanted_of(
+            changed, name, task, vectors.recipe_of(changed, "nonlinear", task)
+        )
+        for task in setup.tasks
+    ]
+    return vectors.trained(changed, name, wanted)
 
 
 def added(setup: options.Setup, taus: Taus) -> dict:

@@ -19,11 +19,9 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 
-from experiments.common import runs, tables
+from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, vectors
 from experiments.linear_layers import xi
 from jaxarith import plots, task_vectors
@@ -37,10 +35,10 @@ class Config(options.OneModel):
     """Folder for report.json, report.md and cosine.png."""
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Makes the figure; returns what `report.json` holds."""
-    config = options.smoke(config)
-    runs.start(config)
+    config = options.started(config)
     setup = options.load(config, config.model, control=False)
     cosines = {
         label: np.asarray(task_vectors.cosine_matrix(vectors.vectors(setup, method)))
@@ -74,6 +72,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -16,10 +16,7 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
-import tyro
-
-from experiments.common import runs, tables
+from experiments.common import runs, script, tables
 from experiments.common.vision import options
 from experiments.linear_layers import single
 from jaxarith import plots
@@ -33,10 +30,10 @@ class Config(options.Models):
     """Folder for report.json, report.md and a picture of every model."""
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Makes the figure; returns what `report.json` holds."""
-    config = options.smoke(config)
-    runs.start(config)
+    config = options.started(config)
     rows = []
     for setup in options.setups(config, config.models, control=False):
         found = single.accuracies(setup)
@@ -58,6 +55,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

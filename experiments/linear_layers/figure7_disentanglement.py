@@ -17,9 +17,7 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
-import tyro
-
+from experiments.common import script
 from experiments.linear_layers import xi
 
 
@@ -33,12 +31,11 @@ class Config(xi.Options):
     """The pair: names of jaxarith data check, or NAME=FOLDER."""
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Makes the figure; returns what `report.json` holds."""
     return xi.run(config, "Disentanglement error (linear layers, Figure 7)")
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -26,10 +26,7 @@ pairs and coefficients the features are sums of what that pass leaves.
 import dataclasses
 from pathlib import Path
 
-import jax
-import tyro
-
-from experiments.common import runs, tables
+from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, vectors
 from experiments.tau_jp import pairs
 from jaxarith import plots
@@ -43,10 +40,10 @@ class Config(options.Models):
     """Folder for figure2.png, report.json and report.md."""
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = options.smoke(config)
-    runs.start(config)
+    config = options.started(config)
     coefs = scores.coefs_of(config, scores.COEFS)
     points = []
     for setup in options.setups(config, config.models):
@@ -68,6 +65,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

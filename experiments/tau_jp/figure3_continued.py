@@ -28,10 +28,7 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
-import tyro
-
-from experiments.common import bank, runs, tables
+from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, vectors
 from experiments.tau_jp import pairs
 from jaxarith import plots, sharding
@@ -54,47 +51,34 @@ class Config(options.OneModel):
 def continued(setup: options.Setup, config: Config) -> dict[int, list]:
     """The task vectors after every so many steps, 0 included."""
     method = "tau_jp_continued"
-    recipes = [
-        dataclasses.replace(
-            vectors.recipe_of(setup, method, task), steps=config.more_steps
-        )
-        for task in setup.tasks
-    ]
-    others = [vectors.others_of(setup, method, task) for task in setup.tasks]
-    start = vectors.vectors(setup, "linear")
     # T_orth is the pair's, so the pair has a folder of its own.
     folder = f"{method}_{'-'.join(setup.names)}"
-    vectors.trained(
-        setup,
-        folder,
-        setup.tasks,
-        recipes,
-        others,
-        start=start,
-        snapshots=config.snapshots,
-    )
-
-    def snapshot(step, i):
-        task = setup.tasks[i]
-        file = vectors.file_of(setup, f"{folder}/step_{step:04d}", task.name)
-        tau = bank.read(
-            file,
-            vectors.configuration(
-                setup, folder, [task], recipes[i], others[i], start[i]
-            ),
-        )
-        if tau is None:
-            final = vectors.file_of(setup, folder, task.name)
-            raise FileNotFoundError(
-                f"{file} is not there, though {final} is, which was trained with other "
-                "--snapshots. Remove that one to train it again."
-            )
-        return sharding.shard(tau, setup.mesh)
-
     steps = range(config.snapshots, config.more_steps + 1, config.snapshots)
-    return {0: start} | {step: [snapshot(step, 0), snapshot(step, 1)] for step in steps}
+    start = vectors.vectors(setup, "linear")
+    wanted = [
+        vectors.wanted_of(
+            setup,
+            folder,
+            task,
+            dataclasses.replace(
+                vectors.recipe_of(setup, method, task), steps=config.more_steps
+            ),
+            vectors.others_of(setup, method, task),
+            start=tau,
+            observed=steps,
+        )
+        for task, tau in zip(setup.tasks, start, strict=True)
+    ]
+    vectors.trained(setup, folder, wanted)
+    return {0: start} | {
+        step: [
+            sharding.shard(vectors.snapshot(one, step), setup.mesh) for one in wanted
+        ]
+        for step in steps
+    }
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = options.smoke(config)
@@ -135,6 +119,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -21,11 +21,9 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 
-from experiments.common import runs, tables
+from experiments.common import runs, script, tables
 from experiments.common.vision import options, vectors
 from experiments.tau_jp import pairs
 from jaxarith import plots
@@ -39,10 +37,10 @@ class Config(options.Models):
     """Folder for figure6_<model>.png, report.json and report.md."""
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = options.smoke(config)
-    runs.start(config)
+    config = options.started(config)
     matrices, rows = [], []
     for setup in options.setups(config, config.models):
         panels = {}
@@ -73,6 +71,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -24,10 +24,7 @@ Not run at full scale yet; a small-scale run is in experiments/README.md.
 import dataclasses
 from pathlib import Path
 
-import jax
-import tyro
-
-from experiments.common import runs, tables
+from experiments.common import script, tables
 from experiments.common.vision import options, scores
 
 METHODS = {
@@ -51,10 +48,10 @@ class Config(options.OneModel):
     """Folder for report.json and report.md."""
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
-    config = options.smoke(config)
-    runs.start(config)
+    config = options.started(config)
     setup = options.load(config, config.model)
     rows = scores.linearized_rows(setup, METHODS)
     beside = tables.beside(
@@ -72,6 +69,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

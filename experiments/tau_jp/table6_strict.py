@@ -26,12 +26,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.bench import measure
-from experiments.common import runs, tables
+from experiments.common import script, tables
 from experiments.common.vision import options, scores, vectors
 from jaxarith import sharding, train
 from jaxarith.models import heads
@@ -114,10 +113,10 @@ def timed(setup: options.Setup, repetitions: int) -> list[dict]:
     ]
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
-    config = options.smoke(config)
-    runs.start(config)
+    config = options.started(config)
     setup = options.load(config, config.model)
     rows = scores.linearized_rows(setup, METHODS)
     seconds = timed(setup, 3 if config.smoke else config.repetitions)
@@ -145,6 +144,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

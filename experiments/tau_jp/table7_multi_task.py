@@ -25,10 +25,7 @@ Not run at full scale yet.
 import dataclasses
 from pathlib import Path
 
-import jax
-import tyro
-
-from experiments.common import runs, tables
+from experiments.common import script, tables
 from experiments.common.vision import options, scores, vectors
 
 NEEDS = {
@@ -62,10 +59,10 @@ def accuracy_of(setup: options.Setup, method: str) -> float:
     return scores.addition(setup, taus, linearized=linearized).row(True)["abs"]
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
-    config = options.smoke(config)
-    runs.start(config)
+    config = options.started(config)
     rows = []
     for setup in options.setups(config, config.models):
         found = {
@@ -93,6 +90,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

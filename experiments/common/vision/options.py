@@ -34,12 +34,9 @@ SMOKE = ("mnist", "mnist_rotated", "uci_digits", "inverted_digits")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(runs.Options):
+class Options(runs.Banked):
     """The options that all scripts on CLIP have."""
 
-    bank: Path = Path("bank")
-    """Folder of task vectors, which all scripts share: what is there is not trained
-    again."""
     tasks: tuple[str, ...] = vision.EIGHT
     """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
     FOLDER/<split>/<class>/."""
@@ -73,9 +70,6 @@ class Options(runs.Options):
     workers: int = 8
     """Processes that read and augment images; 0 for threads."""
     seed: int = 0
-    smoke: bool = False
-    """Run the whole script in seconds, with the tiny CLIP, three small tasks and a few
-    steps; what it finds means nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,6 +103,13 @@ def smoke(options):
         mesh="data=1",
         save_every=0,
     )
+
+
+def started(options):
+    """The options, of a smoke run if it is one; joins processes, checks the folder."""
+    options = smoke(options)
+    runs.start(options)
+    return options
 
 
 class Dataset(NamedTuple):

@@ -12,8 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common.vision import options as vision
-from experiments.common.vision import vectors
+from experiments.common.vision import options, vectors
 from jaxarith import evaluate, metrics, task_vectors
 from jaxarith.typing import Taus, Tree
 
@@ -43,7 +42,7 @@ class Addition(NamedTuple):
     def row(self, searched: bool) -> dict[str, float]:
         """Mean absolute and normalised accuracy in percent."""
         found = self.searched if searched else self.at_one
-        return {"abs": vision.means(found), "norm": normalized(found, self.single)}
+        return {"abs": options.means(found), "norm": normalized(found, self.single)}
 
 
 def normalized(found: Sequence[float], single: Sequence[float]) -> float | None:
@@ -51,15 +50,15 @@ def normalized(found: Sequence[float], single: Sequence[float]) -> float | None:
     return 100 * metrics.normalized_accuracy(found, single) if all(single) else None
 
 
-def coefs_of(options, coefs: np.ndarray) -> np.ndarray:
+def coefs_of(config, coefs: np.ndarray) -> np.ndarray:
     """The candidates; of a smoke run a few of them."""
-    return coefs[:: len(coefs) // 2] if options.smoke else coefs
+    return coefs[:: len(coefs) // 2] if config.smoke else coefs
 
 
 def outputs(
-    setup: vision.Setup,
+    setup: options.Setup,
     taus: Taus,
-    dataset: vision.Dataset,
+    dataset: options.Dataset,
     linearized: bool,
 ) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
     """Features `[N, D]` at each of n sets of coefficients `[n, T]`.
@@ -83,7 +82,7 @@ def accuracies(setup, taus, dataset, linearized, coefs) -> np.ndarray:
 
 
 def addition(
-    setup: vision.Setup,
+    setup: options.Setup,
     taus: Taus,
     *,
     linearized: bool,
@@ -119,7 +118,7 @@ def addition(
     return Addition(*at("test", rows), search)
 
 
-def linearized_rows(setup: vision.Setup, names: Mapping[str, str]) -> list[dict]:
+def linearized_rows(setup: options.Setup, names: Mapping[str, str]) -> list[dict]:
     """Addition with methods of the tangent-space model: plain rows of a table.
 
     Args:
@@ -139,7 +138,7 @@ def linearized_rows(setup: vision.Setup, names: Mapping[str, str]) -> list[dict]
     return rows
 
 
-def single_accuracies(setup: vision.Setup, method: vectors.Method) -> np.ndarray:
+def single_accuracies(setup: options.Setup, method: vectors.Method) -> np.ndarray:
     """Test accuracy before and after fine-tuning on one task, in percent: `[2, T]`."""
     taus = vectors.vectors(setup, method)
     linearized = vectors.is_linearized(method)
@@ -151,7 +150,7 @@ def single_accuracies(setup: vision.Setup, method: vectors.Method) -> np.ndarray
     return 100 * np.array(found).T
 
 
-def joint_accuracies(setup: vision.Setup) -> np.ndarray:
+def joint_accuracies(setup: options.Setup) -> np.ndarray:
     """Test accuracies of the model of multi-task learning, `[T]`."""
     [tau] = vectors.vectors(setup, "multi_task")
     return np.array(
@@ -181,7 +180,7 @@ class Negation(NamedTuple):
 
 
 def negation(
-    setup: vision.Setup,
+    setup: options.Setup,
     taus: Taus,
     *,
     linearized: bool,
@@ -277,13 +276,13 @@ def pair_values(matrix: np.ndarray) -> list[float]:
     return [float(matrix[i, j] + matrix[j, i]) / 2 for i, j in pairs(len(matrix))]
 
 
-def pair_setup(setup: vision.Setup, pair: tuple[int, int]) -> vision.Setup:
+def pair_setup(setup: options.Setup, pair: tuple[int, int]) -> options.Setup:
     """The same model with two of the tasks."""
     return setup._replace(tasks=[setup.tasks[i] for i in pair])
 
 
 def disentanglement_error(
-    setup: vision.Setup,
+    setup: options.Setup,
     taus: Taus,
     *,
     linearized: bool,
@@ -311,7 +310,7 @@ def disentanglement_error(
     shape = (len(coefs), len(coefs))
     total = np.zeros((len(distances), *shape))
     for axis, task in enumerate(setup.tasks):
-        dataset = vision.drawn(setup, task.test, samples)
+        dataset = options.drawn(setup, task.test, samples)
         at = outputs(setup, taus, dataset, linearized)
         found = at(np.array(grid + alone[axis]))
         both, own = found[: len(grid)], found[len(grid) :]
@@ -324,12 +323,12 @@ def disentanglement_error(
     return total
 
 
-def labels_differ(dataset: vision.Dataset, first, second) -> float:
+def labels_differ(dataset: options.Dataset, first, second) -> float:
     """Of classification, S0 Eq. 2: the share of predicted labels that differ."""
     return float(np.mean(dataset.predict(first) != dataset.predict(second)))
 
 
-def symmetric_kl(dataset: vision.Dataset, first, second) -> float:
+def symmetric_kl(dataset: options.Dataset, first, second) -> float:
     """Of representations, S1 section 4: the symmetric KL divergence of their softmax.
 
     Half the sum of both directions, the mean over samples.

@@ -4,29 +4,19 @@
 """
 
 import dataclasses
-import json
-import sys
 import zlib
 from collections.abc import Callable, Collection, Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from experiments.common import bank, runs
-from experiments.common.vision import options as vision
-from jaxarith import (
-    fingerprint,
-    losses,
-    sharding,
-    task_vectors,
-    tau_jp,
-    train,
-)
+from experiments.common import bank, training
+from experiments.common.vision import options
+from jaxarith import fingerprint, losses, task_vectors, tau_jp, train
 from jaxarith.models import clip, heads
-from jaxarith.sharding import processes
 from jaxarith.typing import Tree
 
 Method = Literal[
@@ -61,21 +51,23 @@ def is_linearized(method: str) -> bool:
     return method in ("linear", "multi_task_linear") or method.startswith("tau_jp")
 
 
-def recipe_of(setup: vision.Setup, method: str, task: vision.Task):
+def recipe_of(setup: options.Setup, method: str, task: options.Task):
     """How a method trains on a task: a `TrainConfig`."""
     mode = None
     if method.startswith("tau_jp"):
         mode = method.removeprefix("tau_jp_")
         mode = mode if mode in tau_jp.MODES else "cyclic"
     return dataclasses.replace(
-        vision.recipe_of(setup.options, task),
+        options.recipe_of(setup.options, task),
         linearized=is_linearized(method),
         penalty=mode,
         trained=LINEAR_LAYERS.get(method, ".*"),
     )
 
 
-def others_of(setup: vision.Setup, method: str, task: vision.Task) -> list[vision.Task]:
+def others_of(
+    setup: options.Setup, method: str, task: options.Task
+) -> list[options.Task]:
     """T_orth: the tasks that the τJp penalty keeps as they were, the control last.
 
     The incremental variants know of the tasks that come before.
@@ -88,7 +80,7 @@ def others_of(setup: vision.Setup, method: str, task: vision.Task) -> list[visio
     return known + ([setup.control] if has_control else [])
 
 
-def vectors(setup: vision.Setup, method: Method) -> list[Tree]:
+def vectors(setup: options.Setup, method: Method) -> list[Tree]:
     """The task vectors of a method, in the order of the tasks; of multi-task learning
     one.
 
@@ -103,109 +95,117 @@ def vectors(setup: vision.Setup, method: Method) -> list[Tree]:
 
 
 def of_tasks(
-    setup: vision.Setup, method: str, tasks: Sequence[vision.Task]
+    setup: options.Setup, method: str, tasks: Sequence[options.Task]
 ) -> list[Tree]:
     """The vectors of some of the tasks."""
-    others = [
-        others_of(setup, method, task) if method.startswith("tau_jp") else []
-        for task in tasks
-    ]
-    recipes = [
-        recipe_of(setup, method, task)
-        if theirs
-        # The first task of an increment without a control has nothing to keep.
-        else dataclasses.replace(recipe_of(setup, method, task), penalty=None)
-        for task, theirs in zip(tasks, others, strict=True)
-    ]
-    return trained(setup, method, tasks, recipes, others)
+    wanted = []
+    for task in tasks:
+        recipe = recipe_of(setup, method, task)
+        others = others_of(setup, method, task) if recipe.penalty else []
+        if not others:
+            # The first task of an increment without a control has nothing to keep.
+            recipe = dataclasses.replace(recipe, penalty=None)
+        wanted.append(wanted_of(setup, method, task, recipe, others))
+    return trained(setup, method, wanted)
+
+
+def wanted_of(
+    setup: options.Setup,
+    method: str,
+    task: options.Task,
+    recipe: train.TrainConfig,
+    others: Sequence[options.Task] = (),
+    *,
+    start: Tree | None = None,
+    observed: Collection[int] = (),
+) -> training.Wanted:
+    """The description of a task vector.
+
+    Args:
+      setup: the model.
+      method: the folder in the bank.
+      task: what is trained on.
+      recipe: how.
+      others: T_orth.
+      start: a vector to continue from.
+      observed: the numbers of steps after which the vector is also added to the bank,
+        as the method `<method>/step_<number>`.
+    """
+    return training.Wanted(
+        name=task.name,
+        file=file_of(setup, method, task.name),
+        recipe=recipe,
+        identity=identity(setup, method, [task], others)
+        | ({} if start is None else {"start": fingerprint.combined(start)}),
+        source=task.train,
+        others={other.name: other.train for other in others},
+        head=task.test.head,
+        start=start,
+        observed=observed,
+    )
 
 
 def trained(
-    setup: vision.Setup,
-    method: str,
-    tasks: Sequence[vision.Task],
-    recipes: Sequence[train.TrainConfig],
-    others: Sequence[Sequence[vision.Task]],
-    *,
-    start: Sequence[Tree] | None = None,
-    snapshots: int | Sequence[Collection[int]] | None = None,
+    setup: options.Setup, method: str, wanted: Sequence[training.Wanted]
 ) -> list[Tree]:
     """Task vectors from the bank, on the host; those that are missing are trained.
 
     Args:
       setup: the model.
       method: the folder in the bank; "gradient_ascent" negates the loss.
-      tasks: what is trained on.
-      recipes: of every task.
-      others: T_orth of every task.
-      start: vectors to continue from, of every task.
-      snapshots: every so many steps the vectors are also added to the bank, as the
-        method `<method>/step_<number>`; or, of every task, after which steps.
+      wanted: from `wanted_of`.
     """
-    files = [file_of(setup, method, task.name) for task in tasks]
-    configurations = [
-        configuration(setup, method, [task], config, theirs, start and start[i])
-        for i, (task, config, theirs) in enumerate(
-            zip(tasks, recipes, others, strict=True)
+
+    def observe(one: training.Wanted, done: int, tau: Tree):
+        file = snapshot_file(one, done)
+        training.add(file, tau, training.identity(one), {"steps": done})
+
+    return training.vectors(
+        setup.options,
+        network(setup, method),
+        wanted,
+        together=None if setup.options.tasks_together else 1,
+        observe=observe,
+    )
+
+
+def snapshot_file(wanted: training.Wanted, steps: int) -> Path:
+    """Where the bank has a vector after some of its steps."""
+    folder = wanted.file.parent / f"step_{steps:04d}"
+    return folder / wanted.file.name
+
+
+def snapshot(wanted: training.Wanted, steps: int) -> Tree:
+    """A vector after some of its steps, from the bank.
+
+    Raises:
+      ValueError: the bank has the vector of all steps, trained for other snapshots, or
+        one of another configuration.
+    """
+    tau = bank.read(snapshot_file(wanted, steps), training.identity(wanted))
+    if tau is None:
+        raise ValueError(
+            f"the bank has {wanted.file}, and not the same after {steps} steps: it was "
+            "trained with other snapshots. Remove it to train it again."
         )
-    ]
-    found = [bank.read(*pair) for pair in zip(files, configurations, strict=True)]
-    missing = [i for i, tau in enumerate(found) if tau is None]
-    for group in groups(missing, recipes, setup.options.tasks_together):
-
-        def snapshot(done, taus, group=group):
-            for i, tau in zip(group, taus, strict=True):
-                if not isinstance(snapshots, int) and done not in snapshots[i]:
-                    continue
-                name = f"{method}/step_{done:04d}"
-                add(setup, name, tasks[i].name, tau, configurations[i], {"steps": done})
-
-        members = [tasks[i] for i in group]
-        taus, metrics = run(
-            setup,
-            method,
-            [task.name for task in members],
-            train.task_batches(
-                [task.train for task in members],
-                recipes[group[0]],
-                others=[[other.train for other in others[i]] for i in group],
-                augment=setup.augment,
-                mesh=setup.mesh,
-                seeds=[seed_of(setup.options, task) for task in members],
-            ),
-            recipes[group[0]],
-            heads.pad([task.test.head for task in members]),
-            start=start and [start[i] for i in group],
-            observe=snapshots and snapshot,
-            observe_every=(
-                set().union(*(snapshots[i] for i in group))
-                if isinstance(snapshots, Sequence)
-                else snapshots or 1
-            ),
-        )
-        for i, tau, own in zip(group, taus, metrics, strict=True):
-            found[i] = add(setup, method, tasks[i].name, tau, configurations[i], own)
-        names = [task.name for task in members]
-        runs.remove_checkpoints(setup.options, checkpoints(setup, method, names))
-    return found
+    return tau
 
 
-def seed_of(options: vision.Options, task: vision.Task) -> int:
-    """The seed of a task's samples, whichever tasks are trained beside it."""
-    return train.seed_of(task.name, options.seed)
+def network(setup: options.Setup, method: str) -> training.Network:
+    """The image encoder below frozen heads, with the loss of a method."""
+    return training.Network(
+        title=f"{setup.title}_{method}",
+        apply_fn=setup.apply_fn,
+        params_0=setup.params_0,
+        loss=LOSSES.get(method, loss),
+        mesh=setup.mesh,
+        augment=setup.augment,
+        stacked=heads.pad,
+        workers=setup.options.workers,
+    )
 
 
-def groups(missing, recipes, together):
-    """Tasks that can train side by side: those of one recipe."""
-    if not together:
-        return [[i] for i in missing]
-    found: dict = {}
-    for i in missing:
-        found.setdefault(recipes[i], []).append(i)
-    return list(found.values())
-
-
-def joint_vector(setup: vision.Setup) -> Tree:
+def joint_vector(setup: options.Setup) -> Tree:
     """The vector of multi-task learning: one encoder, all tasks, their own heads.
 
     A step takes a batch of every task, as the code of Yoshida et al. (2025) does with
@@ -219,7 +219,7 @@ def joint_vector(setup: vision.Setup) -> Tree:
 
 
 def cluster_vector(
-    setup: vision.Setup, tasks: Sequence[vision.Task], *, linearized: bool = False
+    setup: options.Setup, tasks: Sequence[options.Task], *, linearized: bool = False
 ) -> Tree:
     """The vector of joint training on a cluster of tasks; of one task its own vector.
 
@@ -242,53 +242,37 @@ def cluster_vector(
     return trained_jointly(setup, method, name, tasks, config)
 
 
-def joint_recipe(setup: vision.Setup) -> train.TrainConfig:
+def joint_recipe(setup: options.Setup) -> train.TrainConfig:
     """The recipe of training on several tasks at once.
 
     The number of steps is that of the papers with all protocols, for the epochs of the
     code protocol are those of one task.
     """
-    options = dataclasses.replace(setup.options, protocol="paper")
-    config = vision.recipe_of(options, setup.tasks[0])
+    config = dataclasses.replace(setup.options, protocol="paper")
+    config = options.recipe_of(config, setup.tasks[0])
     if setup.options.protocol == "code":  # 500 of 2000
         config = dataclasses.replace(config, warmup_steps=config.steps // 4)
     return config
 
 
 def trained_jointly(
-    setup: vision.Setup,
+    setup: options.Setup,
     method: str,
     name: str,
-    tasks: Sequence[vision.Task],
-    config: train.TrainConfig,
+    tasks: Sequence[options.Task],
+    recipe: train.TrainConfig,
 ) -> Tree:
-    """One vector of several tasks from the bank; it is trained where it is missing."""
-    file = file_of(setup, method, name)
-    identity = configuration(setup, method, tasks, config, [])
-    found = bank.read(file, identity)
-    if found is None:
-        padded = heads.pad([task.test.head for task in tasks])
-        [tau], [metrics] = run(
-            setup,
-            method,
-            [name],
-            train.joint_batches(
-                [task.train for task in tasks],
-                config,
-                seeds=[seed_of(setup.options, task) for task in tasks],
-                augment=setup.augment,
-                mesh=setup.mesh,
-            ),
-            config,
-            {key: leaf[None] for key, leaf in padded.items()},
-        )
-        found = add(setup, method, name, tau, identity, metrics)
-        folder = checkpoints(setup, method, [name])
-        runs.remove_checkpoints(setup.options, folder)
-    return found
+    """One vector of several tasks, from the bank or trained."""
+    members = [wanted_of(setup, method, task, recipe) for task in tasks]
+    wanted = members[0]._replace(
+        name=name,
+        file=file_of(setup, method, name),
+        identity=identity(setup, method, tasks),
+    )
+    return training.joint_vector(setup.options, network(setup, method), wanted, members)
 
 
-def random_vectors(setup: vision.Setup) -> list[Tree]:
+def random_vectors(setup: options.Setup) -> list[Tree]:
     """Gaussian directions with the norms of the ordinary vectors in every leaf."""
     key = jax.random.key(setup.options.seed)
     return [
@@ -297,55 +281,6 @@ def random_vectors(setup: vision.Setup) -> list[Tree]:
         )
         for task, tau in zip(setup.tasks, vectors(setup, "nonlinear"), strict=True)
     ]
-
-
-def run(
-    setup,
-    method,
-    names,
-    batches,
-    config,
-    constants,
-    start=None,
-    observe=None,
-    observe_every=1,
-):
-    """Trains; returns vectors on the host, and plain metrics of every name."""
-    folder = checkpoints(setup, method, names)
-    place = folder.relative_to(runs.checkpoints(setup.options)).as_posix()
-    log = setup.options.out / f"train_{place.replace('/', '_')}.jsonl"
-    tqdm.write(f"{setup.model}, {method}: {', '.join(names)}", file=sys.stderr)
-    taus = train.fine_tune(
-        setup.apply_fn,
-        setup.params_0,
-        LOSSES.get(method, loss),
-        batches,
-        config,
-        names=names,
-        constants=constants,
-        log=log,
-        mesh=setup.mesh,
-        checkpoints=folder if setup.options.save_every else None,
-        save_every=setup.options.save_every,
-        workers=setup.options.workers,
-        start=start,
-        observe=observe,
-        observe_every=observe_every,
-    )
-    metrics = [{}] * len(names)
-    if runs.is_first():  # which has written the log
-        last = json.loads(log.read_text().splitlines()[-1])
-        metrics = [
-            {name: last[name][task] for name in ("loss", "penalty") if name in last}
-            for task in names
-        ]
-    return sharding.to_host(taus), metrics
-
-
-def checkpoints(setup, method, names):
-    """Where a training keeps its checkpoints, until its vectors are in the bank."""
-    place = f"{setup.title}_{method}_{runs.joined(names)}"
-    return runs.checkpoints(setup.options) / place
 
 
 def loss(features, batch, constants) -> jax.Array:
@@ -374,25 +309,22 @@ LOSSES: dict[str, Callable] = {
 }
 
 
-def configuration(setup, method, tasks, config, others, start=None) -> dict:
-    """What a vector depends on, as plain data."""
+def identity(
+    setup: options.Setup,
+    method: str,
+    tasks: Sequence[options.Task],
+    others: Sequence[options.Task] = (),
+) -> dict[str, Any]:
+    """What a vector depends on besides its recipe, as plain data."""
     return {
         "method": method,
-        "recipe": bank.plain_recipe(config),
         "tasks": {task.name: task.identity for task in tasks},
         "others": {task.name: task.identity for task in others},
         "heads": [fingerprint.combined(np.asarray(task.test.head)) for task in tasks],
         "params_0": setup.identity,
-        **({} if start is None else {"start": fingerprint.combined(start)}),
     }
 
 
-def file_of(setup, method, task):
+def file_of(setup: options.Setup, method: str, task: str) -> Path:
+    """Where the bank has the vector of a task."""
     return bank.vector_file(setup.options.bank, setup.model, method, task)
-
-
-def add(setup, method, task, tau, identity, metrics):
-    tau = sharding.to_host(tau)
-    file = file_of(setup, method, task)
-    processes.on_first(lambda: bank.write(file, tau, identity, metrics))
-    return tau
