@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from jaxarith import cli, merge, stream
 from jaxarith.commands.merge import recipe as merge_recipe
+from jaxarith.commands.merge.request import MergeRequest, Model
+from jaxarith.hub import safetensors
 
 CONFIG = {"model_type": "anything"}
 
@@ -267,12 +269,12 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(models, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["average", "task_arithmetic", "awd", "karcher"])
 def test_the_plan_tells_the_passes(models, tmp_path, name):
     base, *rest = models
-    settings = {"merge_method": name, "models": [{"model": model} for model in rest]}
-    recipe = merge_recipe.build(settings | {"base_model": base})
+    asked = MergeRequest(name, tuple(Model(model, {}) for model in rest), base=base)
+    recipe = merge_recipe.build(asked)
     opened = stream.open_models(recipe.base, recipe.models)
     planned = stream.plan(opened)
     report = stream.merge(recipe.merge, opened, tmp_path / "merged", quiet=True)
-    assert report.bytes_read == recipe.passes * planned.bytes_in
+    assert report.bytes_read == recipe.function.passes * planned.bytes_in
 
 
 def test_an_existing_folder_is_refused_before_anything_is_read(tmp_path, capsys):
@@ -449,7 +451,7 @@ def test_a_full_disk_and_ctrl_c_leave_nothing(models, tmp_path, capsys, monkeypa
         def broken(*_, error=error):
             raise error
 
-        monkeypatch.setattr(stream.shards, "_write", broken)
+        monkeypatch.setattr(safetensors, "_write", broken)
         assert run(models, tmp_path / "merged", "--method", "average") == status
         assert told in capsys.readouterr().err.splitlines()[-1]
         assert sorted(tmp_path.rglob("*")) == before

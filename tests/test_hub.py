@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import random_params, tiny_clip, tiny_clip_config
 
 from jaxarith import hub, tree
+from jaxarith.hub import writing
 from jaxarith.models import clip
 
 LAYOUT = clip.layout(tiny_clip())
@@ -326,7 +327,30 @@ def test_index_that_names_tensors_of_no_shard_is_an_error(checkpoint):
     raw = json.loads(index.read_text())
     raw["weight_map"]["ghost"] = "model-00001-of-00002.safetensors"
     index.write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match="no shard holds, such as 'ghost'"):
+    with pytest.raises(ValueError, match="not in their shards, such as 'ghost'"):
+        hub.load(checkpoint, LAYOUT)
+
+
+def test_the_index_decides_where_a_tensor_stands_that_two_shards_hold(
+    checkpoint, params
+):
+    write_shards(checkpoint)
+    shards = sorted(checkpoint.glob("model-*.safetensors"))
+    held = [load_file(shard) for shard in shards]
+    for shard, own, others in zip(shards, held, reversed(held), strict=True):
+        # The index names the other shard for these.
+        wrong = {name: np.asarray(x + 1) for name, x in others.items()}
+        save_file(own | wrong, shard)
+    assert_equal_trees(hub.load(checkpoint, LAYOUT), params)
+
+
+def test_an_index_that_names_the_wrong_shard_is_an_error(checkpoint):
+    write_shards(checkpoint)
+    index = checkpoint / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    raw["weight_map"]["logit_scale"] = "model-00002-of-00002.safetensors"
+    index.write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="not in their shards, such as 'logit_scale'"):
         hub.load(checkpoint, LAYOUT)
 
 
@@ -543,7 +567,7 @@ def test_interrupted_save_leaves_the_old_files(
         raise KeyboardInterrupt
 
     before = snapshot(tmp_path)
-    monkeypatch.setattr(hub if broken == "save_file" else os, broken, fail)
+    monkeypatch.setattr(writing if broken == "save_file" else os, broken, fail)
     with pytest.raises(KeyboardInterrupt):
         hub.save(tmp_path / target, jax.tree.map(np.negative, params), CONFIG)
     monkeypatch.undo()
@@ -557,7 +581,7 @@ def test_interrupted_save_of_a_tree_leaves_the_old_file(tmp_path, monkeypatch, b
 
     hub.save_tree(tmp_path / "tau.safetensors", {"w": np.ones(3)})
     before = snapshot(tmp_path)
-    monkeypatch.setattr(hub if broken == "save_file" else os, broken, fail)
+    monkeypatch.setattr(writing if broken == "save_file" else os, broken, fail)
     with pytest.raises(KeyboardInterrupt):
         hub.save_tree(tmp_path / "tau.safetensors", {"w": np.zeros(3)})
     monkeypatch.undo()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxarith.hub import layouts, lora
+from jaxarith.hub import lora, stored
 
 RANK, ALPHA = 3, 5.0
 PREFIX = "base_model.model."
@@ -70,10 +70,11 @@ def adapter(folder, tensors, **config):
 
 
 def base_of(shapes, dtype="f32"):
-    def read():
+    def load(count):
         raise AssertionError("the base is not to be read")
 
-    return {k: layouts.Stored(dtype, shape, read) for k, shape in shapes.items()}
+    found = stored.DTYPES[dtype.upper()]
+    return {k: stored.Stored(found, shape, load) for k, shape in shapes.items()}
 
 
 def test_delta_is_the_scaled_product_of_the_factors(tmp_path):
@@ -85,7 +86,7 @@ def test_delta_is_the_scaled_product_of_the_factors(tmp_path):
         a, b = factors(*LLAMA[name])
         expected = ALPHA / RANK * np.einsum("or,ri->oi", b.astype(float), a)
         assert np.abs(expected).max() > 1
-        assert (delta.dtype, delta.shape) == ("f32", LLAMA[name])
+        assert (delta.dtype, delta.shape) == (np.float32, LLAMA[name])
         np.testing.assert_allclose(delta.read(), expected, rtol=1e-5, atol=1e-6)
         assert delta.read().dtype == np.float32
 

@@ -1,5 +1,7 @@
 """YAML files of mergekit's form: what they mean, and the line of every mistake."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from jaxarith.commands.merge import (
 from jaxarith.commands.merge import (
     recipe as merge_recipe,
 )
+from jaxarith.commands.merge.request import MergeRequest, Model
 from jaxarith.merge import mergekit
 
 LAYERS = 5
@@ -53,6 +56,16 @@ def read(tmp_path):
         return mergekit_yaml.read(path, **options)
 
     return read_text
+
+
+def request(method, models, *, parameters, **options):
+    """A request to merge a number of models, with the same parameters for all."""
+    return MergeRequest(
+        method,
+        models=tuple(Model(f"m{i}", {}) for i in range(models)),
+        parameters={n: gradients.constant(value) for n, value in parameters.items()},
+        **options,
+    )
 
 
 def assert_close(actual, expected):
@@ -324,17 +337,12 @@ def test_every_method_runs_under_pytorchs_names(preset, name, base, taus):
     models = taus[:1] if name in ("wise_ft", "nearswap") else taus
     given = {key: 0.5 for key, option in method.options.items() if option.required}
     given |= {"clusters": 1} if name == "bases" else {}
-    settings = {
-        "merge_method": name,
-        "preset": preset,
-        "models": [{"model": f"m{i}"} for i in range(len(models))],
-        "parameters": given,
-    }
+    asked = request(name, len(models), parameters=given, preset=preset)
     if method.base == "needed":
         with pytest.raises(ValueError, match="needs a base"):
-            merge_recipe.build(settings)
-        settings["base_model"] = "base"
-    recipe = merge_recipe.build(settings)
+            merge_recipe.build(asked)
+        asked = dataclasses.replace(asked, base="base")
+    recipe = merge_recipe.build(asked)
     params = recipe.merge(base, models)
     moved = [n for n in NAMES if not np.allclose(params[n], base[n], atol=1e-3)]
     assert moved
@@ -357,28 +365,20 @@ def test_every_option_reaches_its_function(base, taus):
             given |= {"negative": -0.5} if "negative" in given else {}
             given |= {"gamma": 0.9} if "beta" in given else {}
             few = 1 if name in ("wise_ft", "nearswap") else 2
-            settings = {
-                "merge_method": name,
-                "preset": preset,
-                "models": [{"model": f"m{i}"} for i in range(few)],
-                "base_model": None if method.base == "input" else "base",
-                "parameters": given,
-            }
-            params = merge_recipe.build(settings).merge(base, taus[:few])
+            base_model = None if method.base == "input" else "base"
+            asked = request(name, few, parameters=given, preset=preset, base=base_model)
+            params = merge_recipe.build(asked).merge(base, taus[:few])
             assert params.keys() == base.keys()
 
 
 def test_matrices_of_gpt2_need_a_pattern_and_the_notes_say_so(base, taus):
-    settings = {
-        "merge_method": "iso_cts",
-        "base_model": "base",
-        "models": [{"model": "m"}, {"model": "n"}],
-        "parameters": {"common": 0.5},  # with 0.8 matrices as small have one subspace
-    }
-    recipe = merge_recipe.build(settings)
+    given = {"common": 0.5}  # with 0.8 matrices as small have one subspace
+    recipe = merge_recipe.build(request("iso_cts", 2, parameters=given, base="base"))
     assert any("[output, input]" in note for note in recipe.notes)
-    settings["parameters"] |= {"in_out": ".*q_proj.*"}
-    transposed = merge_recipe.build(settings)
+    given |= {"in_out": ".*q_proj.*"}
+    transposed = merge_recipe.build(
+        request("iso_cts", 2, parameters=given, base="base")
+    )
     assert not transposed.notes
     a, b = recipe.merge(base, taus), transposed.merge(base, taus)
     differing = {name for name in NAMES if not np.allclose(a[name], b[name], atol=1e-4)}
@@ -387,9 +387,46 @@ def test_matrices_of_gpt2_need_a_pattern_and_the_notes_say_so(base, taus):
 
 def test_what_the_card_shows_is_a_file_that_gives_the_same_merge(read, base, taus):
     recipe = read(TIES)
-    again = read(model_card.dump(recipe.settings))
+    again = read(model_card.dump(recipe.request.as_file()))
     assert_close(again.merge(base, taus), recipe.merge(base, taus))
-    assert again.settings == recipe.settings
+    assert again.request == recipe.request
+
+
+def test_a_request_is_written_as_the_file_that_it_came_from(read):
+    content = {
+        "merge_method": "ties",
+        "preset": "mergekit",
+        "base_model": "base",
+        "models": [
+            {"model": "base"},
+            {"model": "math", "parameters": {"density": 0.5, "weight": [0.5, 0.25]}},
+            {
+                "model": "code",
+                "parameters": {"weight": [{"filter": "mlp", "value": [1.0, 0.0]}]},
+            },
+        ],
+        "parameters": {
+            "weight": [{"filter": "*", "value": 0.25}, {"value": 0.75}],
+            "normalize": False,
+            "int8_mask": True,
+        },
+        "dtype": "float32",
+        "out_dtype": "bfloat16",
+        "tokenizer_source": "math",
+    }
+    found = read(model_card.dump(content)).request.as_file()
+    assert model_card.dump(found) == model_card.dump(content)
+
+
+def test_a_request_of_a_slice_has_its_settings_first(read):
+    text = SLERP.replace("merge_method", "    parameters: {t: 0.25}\nmerge_method")
+    found = read(text).request.as_file()
+    assert "layers" not in found
+    assert found["models"] == [{"model": "a"}, {"model": "b"}]
+    assert found["parameters"]["t"][:2] == [
+        {"value": 0.25},
+        {"filter": "self_attn", "value": [0.0, 0.5, 0.3, 0.7, 1.0]},
+    ]
 
 
 def test_anchors_and_merge_keys_are_understood(read, base, taus):
@@ -529,13 +566,9 @@ def test_bases_are_the_means_of_clusters(base):
     # The last is near the first, and so of its cluster.
     near = {n: x + 0.01 * random_tree(3)[n] for n, x in vectors[0].items()}
     taus = [*vectors, near]
-    settings = {
-        "merge_method": "bases",
-        "base_model": "base",
-        "models": [{"model": f"m{i}"} for i in range(3)],
-        "parameters": {"clusters": 2, "coef": 0.5},
-    }
-    params = merge_recipe.build(settings).merge(base, taus)
+    given = {"clusters": 2, "coef": 0.5}
+    asked = request("bases", 3, parameters=given, base="base")
+    params = merge_recipe.build(asked).merge(base, taus)
     found = merge.bases(base, taus, clusters=2)
     assert found.clusters == [[0, 2], [1]]
     expected = merge.task_arithmetic(base, found.vectors, coef=0.5)

@@ -1,5 +1,6 @@
 """The model card: what the Hub and people read, and text that breaks neither."""
 
+import json
 import re
 
 import pytest
@@ -7,23 +8,31 @@ import yaml
 
 import jaxarith
 from jaxarith.commands.merge import model_card
+from jaxarith.commands.merge.gradients import constant
+from jaxarith.commands.merge.model_card import Input
+from jaxarith.commands.merge.request import MergeRequest, Model
 
 DIGEST = "0" * 64
 INPUTS = [
-    {
-        "model": "google-bert/bert-base-uncased",
-        "role": "base",
-        "local": False,
-        "sha256": {"model.safetensors": DIGEST},
-    },
-    {"model": "runs/math", "role": "model", "local": True, "sha256": {}},
-    {"model": "someone/code+me/adapter", "role": "model", "local": False, "sha256": {}},
+    Input(
+        model="google-bert/bert-base-uncased",
+        role="base",
+        local=False,
+        sha256={"model.safetensors": DIGEST},
+    ),
+    Input(model="runs/math", role="model", local=True, sha256={}),
+    Input(model="someone/code+me/adapter", role="model", local=False, sha256={}),
 ]
+REQUEST = MergeRequest(
+    "iso_cts",
+    models=(Model("runs/math", {}), Model("someone/code+me/adapter", {})),
+    base="google-bert/bert-base-uncased",
+    parameters={"common": constant(0.2)},
+)
 
 
-def card(inputs=INPUTS, command="jaxarith merge a.yaml b", notes=(), settings=None):
-    settings = settings or {"merge_method": "ties", "parameters": {"density": 0.2}}
-    facts = model_card.data("iso_cts", settings, inputs, command, notes, seed=3)
+def card(inputs=INPUTS, command="jaxarith merge a.yaml b", notes=()):
+    facts = model_card.data(REQUEST, inputs, command, notes, dtype=None, seed=3)
     return model_card.render("a merged model", facts)
 
 
@@ -50,8 +59,11 @@ def test_the_card_has_recipe_command_hashes_version_and_notes():
     assert "A merge of 2 models by `iso_cts`" in rest
     recipe = re.search(r"```yaml\n(.*?)```", rest, re.DOTALL)[1]
     assert yaml.safe_load(recipe) == {
-        "merge_method": "ties",
-        "parameters": {"density": 0.2},
+        "merge_method": "iso_cts",
+        "preset": "paper",
+        "base_model": "google-bert/bert-base-uncased",
+        "models": [{"model": "runs/math"}, {"model": "someone/code+me/adapter"}],
+        "parameters": {"common": 0.2},
     }
     assert "```sh\njaxarith merge a.yaml b\n```" in rest
     assert f"model.safetensors: `{DIGEST}`" in rest
@@ -71,7 +83,7 @@ def test_the_card_has_recipe_command_hashes_version_and_notes():
     ],
 )
 def test_text_of_users_stays_text(text):
-    inputs = [{"model": text, "role": "base", "local": False, "sha256": {}}]
+    inputs = [Input(model=text, role="base", local=False, sha256={})]
     result = card(inputs, command=f"jaxarith '{text}'", notes=[text])
     front, rest = parts(result)
     assert set(front) == {"library_name", "tags"}
@@ -86,7 +98,8 @@ def test_text_of_users_stays_text(text):
 
 
 def test_data_is_plain():
-    facts = model_card.data("ties", {"x": 1}, INPUTS, "c", ("n",), dtype=None, seed=0)
+    facts = model_card.data(REQUEST, INPUTS, "c", ("n",), dtype=None, seed=0)
     assert facts["jaxarith"] == jaxarith.__version__
     assert facts["notes"] == ["n"] and facts["seed"] == 0
-    assert [model["model"] for model in facts["inputs"]] == [m["model"] for m in INPUTS]
+    assert [model["model"] for model in facts["inputs"]] == [m.model for m in INPUTS]
+    assert json.loads(json.dumps(facts)) == facts

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxarith import merge, stream
 from jaxarith.hub import safetensors
+from jaxarith.hub.memory import Memory
 from jaxarith.stream import opened
 
 NAME = "model.layers.0.norm.weight"
@@ -66,7 +67,7 @@ def test_a_tensor_is_never_in_two_files_nor_split():
 
 
 def test_memory_is_used_again_once_nobody_holds_it():
-    memory = safetensors.Memory()
+    memory = Memory()
     first = memory.take(2**21)
     place, view = first.ctypes.data, first[5:].view(np.uint8)
     del first

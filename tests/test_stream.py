@@ -1,6 +1,7 @@
 import functools
 import json
 import os
+import shutil
 
 import checkpoints
 import jax
@@ -287,8 +288,8 @@ def test_too_little_space_is_told_before_anything_is_computed(
     family, tmp_path, monkeypatch
 ):
     base, models = family
-    usage = stream.shutil.disk_usage(tmp_path)._replace(free=100)
-    monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OSError, match="GB left"):
         run(merge.average, base, models, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -5,17 +5,16 @@ import importlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from jaxarith import hub, lazy, tree
-from jaxarith.hub import layouts
+from jaxarith.hub import Stored, layouts
 
-_MSGPACK = "flax_model.msgpack"
-_SAFETENSORS = "model.safetensors"
-_SHOWN = 8
 _DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -26,12 +25,12 @@ _PORTS = {"bert": "bert", "clip": "clip", "gpt2": "gpt2", "roberta": "bert", "t5
 
 _DESCRIPTION = f"""\
 Converts a checkpoint between PyTorch's format and Flax's: a folder with
-{_SAFETENSORS} (or shards of it) becomes one with {_MSGPACK}, and the other
-way round. config.json, tokenizer and preprocessing files go along. Values keep their
+{hub.WEIGHTS} (or shards of it) becomes one with {hub.MSGPACK}, and the other
+way round. config.json, tokenizer and preprocessing files are copied. Values keep their
 bits, unless --dtype rounds them; the whole model is held in memory.
 
 Names and orientations become those of Hugging Face's models in the other framework,
-such as a/kernel, [in, out], for a.weight, [out, in]. To Flax, this is known for the
+such as a/kernel, [in, out], for a.weight, [out, in]. To Flax, this works for the
 architectures {", ".join(_PORTS)}; from Flax, for all. With --names keep,
 names are only cut at their dots into nested dicts, or joined again, and nothing is
 transposed: for all architectures, and for readers that expect that."""
@@ -43,7 +42,7 @@ examples:
   jaxarith convert ./llama ./llama-msgpack --names keep"""
 
 
-def add(commands):
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the subcommand to what `add_subparsers` returned."""
     command = commands.add_parser(
         "convert",
@@ -62,17 +61,19 @@ def add(commands):
         help="whether names and orientations are converted (the default) or kept",
     )
     command.add_argument(
-        "--dtype", choices=_DTYPES, help="of floating-point tensors; by default, IN's"
+        "--dtype",
+        choices=_DTYPES,
+        help="dtype of the new floating-point tensors (default: that of IN)",
     )
 
 
-def _run(args: argparse.Namespace):
+def _run(args: argparse.Namespace) -> None:
     if args.out.exists():
         raise ValueError(f"{args.out} exists; name a new folder, or remove it first.")
     folder = hub.find(args.model)
     file, stored = hub.open_tensors(folder)
     keep = args.names == "keep"
-    to_flax = file.name != _MSGPACK
+    to_flax = file.name != hub.MSGPACK
     left_out: list[str] = []
     if to_flax:
         stored, left_out = (_nested(stored), []) if keep else _flax(folder, stored)
@@ -85,14 +86,13 @@ def _run(args: argparse.Namespace):
     size = sum(leaf.nbytes for leaf in leaves.values())
     print(f"{args.out}: {len(leaves)} tensors, {size:,} bytes")
     if left_out:
-        more = [f"and {len(left_out) - _SHOWN} more"] * (len(left_out) > _SHOWN)
         print(
             "left out, since jaxarith's model has no place for it: "
-            f"{', '.join([*left_out[:_SHOWN], *more])}. --names keep keeps all."
+            f"{', '.join(tree.first_few(left_out))}. --names keep keeps all."
         )
 
 
-def _nested(stored):
+def _nested(stored: Mapping[str, Stored]) -> dict[str, Stored]:
     if strange := [name for name in stored if "/" in name]:
         raise ValueError(
             f"the name {strange[0]!r} has a slash, so that it would not come back from "
@@ -101,10 +101,12 @@ def _nested(stored):
     return {name.replace(".", "/"): leaf for name, leaf in stored.items()}
 
 
-def _flax(folder, stored):
+def _flax(
+    folder: Path, stored: Mapping[str, Stored]
+) -> tuple[dict[str, Stored], list[str]]:
     """Tensors under Flax's names, and the names of those that have none."""
-    config = hub.read_json(folder)
-    port = _PORTS.get(kind := config.get("model_type"))
+    kind = hub.read_json(folder).get("model_type")
+    port = _PORTS.get(str(kind))
     if port is None:
         raise ValueError(
             f"{folder} is of model_type {kind!r}; jaxarith knows Flax's names and "
@@ -119,16 +121,19 @@ def _flax(folder, stored):
     # What was loaded is right, but has become float32.
     found = layouts.to_flax(stored, set(params))
     leaves = {
-        path: found.get(path)
-        or layouts.Stored("f32", leaf.shape, lambda leaf=leaf: leaf)
+        path: found[path] if path in found else _loaded(np.asarray(leaf))
         for path, leaf in params.items()
     }
     return leaves, sorted(found.keys() - params.keys())
 
 
-def _array(path, leaf, dtype):
+def _loaded(array: np.ndarray) -> Stored:
+    return Stored.made(array.dtype, array.shape, lambda: array)
+
+
+def _array(path: str, leaf: Stored, dtype: str | None) -> np.ndarray:
     array = leaf.read()
-    if dtype is not None and "f" in leaf.dtype:
+    if dtype is not None and leaf.is_floating:
         with np.errstate(over="ignore"):  # reported below
             array = array.astype(_DTYPES[dtype])
     if not np.isfinite(array).all():
@@ -137,7 +142,9 @@ def _array(path, leaf, dtype):
     return array
 
 
-def _write(folder, out, leaves, to_flax, dtype):
+def _write(
+    folder: Path, out: Path, leaves: dict[str, Any], to_flax: bool, dtype: str | None
+) -> None:
     config = hub.read_json(folder)
     for key in ("dtype", "torch_dtype"):
         if dtype is not None and key in config:
@@ -153,7 +160,7 @@ def _write(folder, out, leaves, to_flax, dtype):
             from flax import serialization  # here: no other command needs it
 
             content = serialization.msgpack_serialize(tree.unflatten(leaves))
-            (new / _MSGPACK).write_bytes(content)
+            (new / hub.MSGPACK).write_bytes(content)
         else:
-            hub.save_tree(new / _SAFETENSORS, leaves, {"format": "pt"})
+            hub.save_tree(new / hub.WEIGHTS, leaves, {"format": "pt"})
         os.replace(new, out)

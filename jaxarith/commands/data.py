@@ -1,16 +1,16 @@
-"""`jaxarith data check`: what is there of a task's data."""
+"""`jaxarith data check`: which files of a task were found, and how to get the rest."""
 
 import argparse
 
 
-def add(commands):
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the subcommand to what `add_subparsers` returned."""
     data = commands.add_parser("data", help="the image tasks of the papers")
     command = data.add_subparsers(dest="action", required=True).add_parser(
         "check",
-        help="what is there of a task's data, and what prepares what is missing",
+        help="report which files of a task were found, and how to get the rest",
         description=(
-            "Tells where the data of a task was found, compares its sizes and class "
+            "Reports where the data of a task was found, compares its sizes and class "
             "names with the papers', and prints the commands that prepare what is "
             "missing. Nothing is downloaded. The exit status is 0 if all is well."
         ),
@@ -19,7 +19,7 @@ def add(commands):
     command.add_argument("name", help='a task, "all", or an image folder of your own')
     command.add_argument(
         "--data-dir",
-        help="folder with image folders by name, and of prepared TFDS sets",
+        help="folder that holds image folders by name and prepared TFDS data sets",
     )
     command.add_argument("--source", choices=("folder", "tfds", "hub"))
     command.add_argument(

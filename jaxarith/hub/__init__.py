@@ -1,20 +1,27 @@
 """Checkpoint files <-> trees of arrays, in the formats of the Hugging Face Hub.
 
-`folders` reads and writes whole checkpoints, `safetensors` single tensors of them,
-`layouts` knows the names of tensors, and `lora` reads adapters.
+`download` finds the folder of a checkpoint, `folders` its tensors, `reading` and
+`writing` do what they say. `safetensors` knows the files, `layouts` the names of
+tensors, and `lora` adapters.
 """
 
+from jaxarith.hub.download import find as find
 from jaxarith.hub.folders import ADAPTER as ADAPTER
-from jaxarith.hub.folders import find as find
-from jaxarith.hub.folders import load as load
-from jaxarith.hub.folders import load_tree as load_tree
+from jaxarith.hub.folders import INDEX as INDEX
+from jaxarith.hub.folders import MSGPACK as MSGPACK
+from jaxarith.hub.folders import WEIGHTS as WEIGHTS
+from jaxarith.hub.folders import Checkpoint as Checkpoint
 from jaxarith.hub.folders import names as names
+from jaxarith.hub.folders import open_checkpoint as open_checkpoint
 from jaxarith.hub.folders import open_tensors as open_tensors
-from jaxarith.hub.folders import read as read
 from jaxarith.hub.folders import read_json as read_json
-from jaxarith.hub.folders import save as save
-from jaxarith.hub.folders import save_tree as save_tree
 from jaxarith.hub.folders import shards as shards
 from jaxarith.hub.folders import side_files as side_files
-from jaxarith.hub.folders import staging as staging
-from jaxarith.hub.folders import write as write
+from jaxarith.hub.reading import load as load
+from jaxarith.hub.reading import load_tree as load_tree
+from jaxarith.hub.reading import read as read
+from jaxarith.hub.stored import Stored as Stored
+from jaxarith.hub.writing import save as save
+from jaxarith.hub.writing import save_tree as save_tree
+from jaxarith.hub.writing import staging as staging
+from jaxarith.hub.writing import write as write

@@ -8,14 +8,16 @@ and `a/b/weight` the model has. `hub` does the reading and writing.
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-_FLOATS = ("f64", "f32", "f16", "bf16")
-_SHOWN = 8  # lines of one kind in an error, before the rest is only counted
+from jaxarith import tree
+from jaxarith.hub.stored import Stored, described
+
+_SHOWN = 8  # leaves of one module in an error, before they are only counted
 
 # Buffers that older versions of transformers saved with the parameters.
 _NOT_PARAMETERS = re.compile(r"(.*[./])?position_ids")
@@ -28,24 +30,7 @@ _LEAVES = {
 }
 
 
-class Stored(NamedTuple):
-    """A tensor in a checkpoint, not read yet. Its dtype is written as in `f32`."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-
-    def __str__(self):
-        return f"{self.dtype}{list(self.shape)}"
-
-
-def short(dtype) -> str:
-    """`float32` as `f32`, `bfloat16` as `bf16`, as XLA and safetensors write them."""
-    name = np.dtype(dtype).name
-    return re.sub(r"^(b?f|i|u)(?:loat|nt|int)(?=\d)", r"\1", name)
-
-
-def to_flax(stored: Mapping[str, Stored], paths: set[str]) -> dict[str, Stored]:
+def to_flax(stored: Mapping[str, Stored], paths: Collection[str]) -> dict[str, Stored]:
     """Tensors under PyTorch's or Flax's names, by the paths of a layout.
 
     Those under PyTorch's names are turned to Flax's orientations. Names that do not fit
@@ -75,7 +60,7 @@ def to_flax(stored: Mapping[str, Stored], paths: set[str]) -> dict[str, Stored]:
 
 def without_extras(
     stored: Mapping[str, Stored],
-    paths: set[str],
+    paths: Collection[str],
     ignore: str | None,
     copies: Mapping[str, str],
 ) -> dict[str, Stored]:
@@ -83,8 +68,8 @@ def without_extras(
 
     Args:
       stored: by path; tensors outside the layout by their own names, with slashes.
-      paths: of the layout.
-      ignore: pattern of whole names outside the layout that are left out.
+      paths: the paths of the layout.
+      ignore: pattern for whole names outside the layout; those tensors are left out.
       copies: `{name: path}` of tensors outside the layout that a file may hold beside a
         leaf that is tied to them, or in place of it. Names here and in `ignore` may
         have a key of the top of the layout in front or not.
@@ -101,7 +86,7 @@ def without_extras(
     kept = {path: leaf for path, leaf in stored.items() if path in paths}
     for name in [name for name in stored if name not in kept]:
         path = next((copies[n] for n in spellings(name) if n in copies), None)
-        if path in paths:
+        if path is not None and path in paths:
             _check_copy(name, stored[name], path, kept.setdefault(path, stored[name]))
         elif not ignore or not any(re.fullmatch(ignore, n) for n in spellings(name)):
             kept[name] = stored[name]
@@ -138,7 +123,7 @@ def _transposed(leaf):
         return leaf  # of a wrong shape, which `check` reports
     axes = (*range(2, len(leaf.shape)), 1, 0)
     shape = tuple(leaf.shape[axis] for axis in axes)
-    return Stored(leaf.dtype, shape, lambda: leaf.read().transpose(axes))
+    return Stored.made(leaf.dtype, shape, lambda: leaf.read().transpose(axes))
 
 
 def to_torch(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -160,7 +145,7 @@ def to_torch(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return tensors
 
 
-def check(file: Path, layout: Mapping[str, Any], stored: Mapping[str, Stored]):
+def check(file: Path, layout: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
     """Raises one ValueError that lists every path by which `stored` and layout differ.
 
     Args:
@@ -169,16 +154,15 @@ def check(file: Path, layout: Mapping[str, Any], stored: Mapping[str, Stored]):
       stored: the leaves of the checkpoint by slash path.
     """
     expected = {
-        path: Stored(short(leaf.dtype), tuple(leaf.shape), lambda: None)
-        for path, leaf in layout.items()
+        path: described(leaf.dtype, leaf.shape) for path, leaf in layout.items()
     }
     missing = {path: leaf for path, leaf in expected.items() if path not in stored}
     unexpected = {path: leaf for path, leaf in stored.items() if path not in expected}
     different = [
-        f"    ! {path}: model {leaf}, checkpoint {stored[path]}"
-        for path, leaf in expected.items()
+        f"! {path}: model {expected[path]}, checkpoint {stored[path]}"
+        for path, leaf in layout.items()
         if path in stored
-        and (stored[path].shape != leaf.shape or stored[path].dtype not in _FLOATS)
+        and (stored[path].shape != tuple(leaf.shape) or not stored[path].is_floating)
     ]
     if not (missing or unexpected or different):
         return
@@ -188,15 +172,14 @@ def check(file: Path, layout: Mapping[str, Any], stored: Mapping[str, Stored]):
         *_section("in the checkpoint but not in the model", "+", unexpected),
     ]
     if different:
-        lines += [f"  shape or dtype differs ({len(different)}):", *different[:_SHOWN]]
-        if (more := len(different) - _SHOWN) > 0:
-            lines.append(f"    … and {more} more")
+        lines.append(f"  shape or dtype differs ({len(different)}):")
+        lines += [f"    {line}" for line in tree.first_few(different)]
     lines.append(_advice(expected, missing, unexpected, different))
     raise ValueError("\n".join(lines))
 
 
 def _section(title, sign, leaves):
-    by_top = {}
+    by_top: dict[str, list[str]] = {}
     for path in leaves:
         by_top.setdefault(path.split("/")[0], []).append(path)
     lines = [f"  {title} ({len(leaves)}):"] if leaves else []

@@ -15,13 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxarith import hub
-from jaxarith.hub import safetensors
-from jaxarith.hub.layouts import Stored, short
+from jaxarith import tree
+from jaxarith.hub import checks, folders, safetensors
+from jaxarith.hub.stored import Stored
 
 CONFIG = "adapter_config.json"
-_FLOATS = ("f64", "f32", "f16", "bf16")
-_SHOWN = 8  # lines of an error that list tensors, before the rest is only counted
 
 # A module's factors are `lora_A.weight` and `lora_B.weight`, or with the name of the
 # adapter as in `lora_A.default.weight`; those of embeddings have no `.weight`.
@@ -59,7 +57,7 @@ class Adapter(NamedTuple):
 
     Attributes:
       deltas: by name of the base's tensor, what is added to it, in float32.
-      replaced: by name of the base's tensor, what stands in its place.
+      replaced: by name of the base's tensor, the tensor that takes its place.
     """
 
     deltas: dict[str, Stored]
@@ -69,8 +67,8 @@ class Adapter(NamedTuple):
 class _Factors(NamedTuple):
     """`a` is `[rank, in, *window]` and `b` is `[out, rank, *ones]`."""
 
-    a: safetensors.Tensor
-    b: safetensors.Tensor
+    a: Stored
+    b: Stored
     embedding: bool
 
     @property
@@ -106,7 +104,7 @@ def read_adapter(folder: str | os.PathLike, base: Mapping[str, Stored]) -> Adapt
       >>> adapter.deltas["model.layers.0.mlp.up_proj.weight"].read()  # doctest: +SKIP
     """
     folder = Path(folder)
-    config = hub.read_json(folder, CONFIG)
+    config = folders.read_json(folder, CONFIG)
     _check_config(folder, config)
     factors, whole = _split(folder, _open(folder))
     wanted = {f"{module}.weight" for module in factors} | whole.keys()
@@ -122,15 +120,12 @@ def read_adapter(folder: str | os.PathLike, base: Mapping[str, Stored]) -> Adapt
         alpha = _matching(config.get("alpha_pattern"), module, config["lora_alpha"])
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         read = functools.partial(_product, pair, scaling, turn, base[name].shape)
-        deltas[name] = Stored("f32", base[name].shape, read)
-    replaced = {
-        names[name]: Stored(short(tensor.dtype), tensor.shape, tensor.read)
-        for name, tensor in whole.items()
-    }
+        deltas[name] = Stored.made(np.float32, base[name].shape, read)
+    replaced = {names[name]: tensor for name, tensor in whole.items()}
     lines += [
-        f"  ! {name}: {base[name]} in the base is replaced by {tensor}"
+        f"! {name}: {base[name]} in the base is replaced by {tensor}"
         for name, tensor in replaced.items()
-        if tensor.shape != base[name].shape or tensor.dtype not in _FLOATS
+        if tensor.shape != base[name].shape or not tensor.is_floating
     ]
     if lines:
         raise ValueError(_unfit(folder, lines))
@@ -138,12 +133,14 @@ def read_adapter(folder: str | os.PathLike, base: Mapping[str, Stored]) -> Adapt
 
 
 def _open(folder):
-    if (file := folder / hub.ADAPTER).is_file():
-        return safetensors.open_file(file)[0]
-    raise FileNotFoundError(
-        f"{folder} holds no {hub.ADAPTER}. jaxarith opens no pickle: if there is an "
-        "adapter_model.bin, load the adapter in PEFT and save it again."
-    )
+    if not (file := folder / folders.ADAPTER).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {folders.ADAPTER}. jaxarith opens no pickle: if there "
+            "is an adapter_model.bin, load the adapter in PEFT and save it again."
+        )
+    tensors, _ = safetensors.open_file(file)
+    checks.check_mergeable(file, tensors)
+    return tensors
 
 
 def _check_config(folder, config):
@@ -181,8 +178,8 @@ def _check_config(folder, config):
 
 def _split(folder, tensors):
     """The pairs of factors by module, and the whole tensors by name."""
-    pairs: dict[str, dict[str, safetensors.Tensor]] = {}
-    whole: dict[str, safetensors.Tensor] = {}
+    pairs: dict[str, dict[str, Stored]] = {}
+    whole: dict[str, Stored] = {}
     strange = []
     for key, tensor in tensors.items():
         spare = _SPARE.fullmatch(key)
@@ -200,9 +197,9 @@ def _split(folder, tensors):
         place[name] = tensor
     if strange or not tensors:
         raise ValueError(
-            f"{folder} holds {_some(strange) or 'no tensors'}, and expected is one "
-            "plain LoRA adapter: others, and several in one file, are not supported. "
-            "Merge it into a model in PEFT."
+            f"{folder} holds {_some(strange) or 'no tensors'}; expected one plain LoRA "
+            "adapter. Other kinds, and several in one file, are not supported: merge "
+            "it into a model in PEFT."
         )
     factors = {}
     for module, pair in pairs.items():
@@ -228,15 +225,15 @@ def _fit(folder, wanted, base):
         found = [name] if name in base else longer.get(name, [])
         found = found or [end for end in _ends(name) if end in base]
         if len(found) > 1:
-            lines.append(f"  + {name} may be {' or '.join(found[:3])}")
+            lines.append(f"+ {name} may be {' or '.join(found[:3])}")
         elif not found:
-            lines.append(f"  + {name}: not in the base")
+            lines.append(f"+ {name}: not in the base")
         elif found[0] in names.values():
-            lines.append(f"  + {name}: one more for {found[0]}")
+            lines.append(f"+ {name}: one more for {found[0]}")
         else:
             names[name] = found[0]
     if lines:
-        raise ValueError(f"{_unfit(folder, lines)} The base has {_some(list(base))}.")
+        raise ValueError(f"{_unfit(folder, lines)} The base has {_some(base)}.")
     return names
 
 
@@ -256,12 +253,12 @@ def _matching(patterns, module, default):
 def _misfit(module, pair, rank, turned, name, leaf):
     """What is wrong with the shapes of the factors of a module, in no or one line."""
     a, b = pair.a.shape, pair.b.shape
-    factors = f"  ! {module}: A {list(a)} and B {list(b)}"
+    factors = f"! {module}: A {list(a)} and B {list(b)}"
     if len(a) < 2 or len(a) != len(b) or (a[0], b[1]) != (rank, rank):
         return [f"{factors}, and the rank is {rank} by {CONFIG}"]
     product = (b[0], *a[1:])
     whole = math.prod(b[2:]) == 1 and (product[::-1] if turned else product)
-    if whole != leaf.shape or leaf.dtype not in _FLOATS:
+    if whole != leaf.shape or not leaf.is_floating:
         return [f"{factors}, and {name} is {leaf}"]
     return []
 
@@ -303,10 +300,11 @@ def _is_conv1d(name, shape, known, flag):
         return known[name]
     if shape[0] != shape[1]:
         return flag
-    layer = re.match(r".*\.\d+\.|", name)[0]
-    relatives = [other for other in known if layer and other.startswith(layer)]
-    nearest = max(relatives, key=lambda other: _common(other, name), default=None)
-    return known.get(nearest, flag)
+    layer = re.match(r".*\.\d+\.", name)
+    relatives = [other for other in known if layer and other.startswith(layer[0])]
+    if not relatives:
+        return flag
+    return known[max(relatives, key=lambda other: _common(other, name))]
 
 
 def _common(a, b):
@@ -314,17 +312,12 @@ def _common(a, b):
 
 
 def _unfit(folder, lines):
-    more = [f"  … and {len(lines) - _SHOWN} more"] * (len(lines) > _SHOWN)
-    return "\n".join(
-        [
-            f"{folder} does not fit the base ({len(lines)} tensors):",
-            *lines[:_SHOWN],
-            *more,
-            "Give the model that the adapter was trained on, with the same head.",
-        ]
+    title = f"{folder} does not fit the base ({len(lines)} tensors):"
+    listed = "\n  ".join([title, *tree.first_few(lines)])
+    return (
+        f"{listed}\nGive the model that the adapter was trained on, with the same head."
     )
 
 
 def _some(names):
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}"
+    return ", ".join(tree.first_few(names, most=3))

@@ -1,84 +1,32 @@
-"""Safetensors files for streaming: every tensor by itself, in any order and thread.
+"""Safetensors files: their tensors in any order and thread, and new files of them.
 
-`hub` reads whole models through the safetensors package. Here that package judges the
-files, and then their bytes are read into memory that is used again: fresh memory costs
-as much as the reading, and memory maps would count as memory of the process.
+The safetensors package judges a file; then its tensors are read one by one into memory
+that is used again.
 """
 
-import collections
+import functools
 import json
 import math
 import os
-import threading
-import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxarith.hub import memory
+from jaxarith.hub.stored import DTYPES, NAMES, Stored
+
 _ALIGNMENT = 64  # from which on JAX uses memory on the host as it is
-_KEPT = 512 * 2**20  # bytes of memory that wait for their next use
-_LARGE = 2**20  # smaller memory is cheap to get
-_DTYPES = {
-    **{"F64": np.float64, "F32": np.float32, "F16": np.float16},
-    "BF16": ml_dtypes.bfloat16,
-    **{f"I{bits}": np.dtype(f"i{bits // 8}") for bits in (8, 16, 32, 64)},
-    **{f"U{bits}": np.dtype(f"u{bits // 8}") for bits in (8, 16, 32, 64)},
-    "BOOL": np.bool_,
-}
-_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 
-class Tensor(NamedTuple):
-    """Where a tensor lies.
-
-    Attributes:
-      dtype: of NumPy.
-      shape: its shape.
-      file: the file.
-      offset: of its first byte in the file.
-    """
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def rows(self, count: int) -> "Tensor":
-        """The first rows of it."""
-        return self._replace(shape=(count, *self.shape[1:]))
-
-    def read(self) -> np.ndarray:
-        """The values, in memory that is used again once nobody holds them.
-
-        Raises:
-          ValueError: the file is shorter than it was.
-        """
-        memory = _memory(self.nbytes)
-        with open(self.file, "rb", buffering=0) as file:
-            done = 0
-            while done < self.nbytes:
-                count = os.preadv(file.fileno(), [memory[done:]], self.offset + done)
-                if not count:
-                    raise ValueError(f"{self.file} was cut short while it was read.")
-                done += count
-        return memory.view(self.dtype).reshape(self.shape)
-
-
-def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def open_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors of a safetensors file by name, none of them read, and its metadata.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is truncated or corrupt, or has tensors of a type that JAX or NumPy
-        does not compute with.
+      ValueError: it is truncated or corrupt.
     """
     path = Path(path)
     if not path.is_file():
@@ -87,42 +35,53 @@ def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="numpy") as file:  # the header, checked
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) is truncated or corrupt: {error}. "
-            "Download or write it again."
-        ) from error
+        raise ValueError(corrupt(path, error)) from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    unknown = {name for name, entry in header.items() if entry["dtype"] not in _DTYPES}
-    if unknown:
-        name = min(unknown)
-        raise ValueError(
-            f"{path} has {len(unknown)} tensors of a type that cannot be merged, such "
-            f"as {name} of {header[name]['dtype']}. Quantised models must be converted "
-            "to a floating-point type first."
-        )
-    tensors = {
-        name: Tensor(
-            np.dtype(_DTYPES[entry["dtype"]]),
-            tuple(entry["shape"]),
-            path,
-            8 + length + entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-    }
+    tensors = {}
+    for name, entry in header.items():
+        if (dtype := DTYPES.get(entry["dtype"])) is None:
+            raise ValueError(
+                f"{path}: {name} is of the unknown type {entry['dtype']}. Convert the "
+                "model to a floating-point type first."
+            )
+        start = 8 + length + entry["data_offsets"][0]
+        read = functools.partial(_read, path, start, dtype)
+        tensors[name] = Stored(dtype, tuple(entry["shape"]), read)
     return tensors, metadata
+
+
+def _read(path, start, dtype, count):
+    """`count` numbers, in memory that is used again once nobody holds them."""
+    taken = memory.lend(count * dtype.itemsize)
+    left = taken.data
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while left:
+            if not (read := file.readinto(left)):
+                raise ValueError(f"{path} was cut short while it was read.")
+            left = left[read:]
+    return taken.view(dtype)
+
+
+def corrupt(path: Path, error: Exception) -> str:
+    """What an error says about a file that cannot be read."""
+    return (
+        f"{path} ({path.stat().st_size} bytes) is truncated or corrupt: {error}. "
+        "Download or write it again."
+    )
 
 
 class Shard(NamedTuple):
     """A file that is to be written.
 
     Attributes:
-      name: of the file.
+      name: name of the file.
       header: its first bytes.
       offsets: where each tensor begins.
-      nbytes: of the whole file.
+      nbytes: size of the whole file.
     """
 
     name: str
@@ -139,7 +98,7 @@ def plan(
     Args:
       layout: by name, anything with `dtype` and `shape`.
       shard_bytes: the most bytes of tensors in a file, unless one tensor has more.
-      metadata: of every file.
+      metadata: what the header of every file shall say.
     """
     groups: list[list[str]] = [[]]
     used = 0
@@ -172,7 +131,7 @@ def _shard(name, layout, metadata):
     for key in sorted(layout, key=lambda key: -np.dtype(layout[key].dtype).itemsize):
         leaf, size = layout[key], _nbytes(layout[key])
         header[key] = {
-            "dtype": _NAMES[np.dtype(leaf.dtype)],
+            "dtype": NAMES[np.dtype(leaf.dtype)],
             "shape": list(leaf.shape),
             "data_offsets": [used, used + size],
         }
@@ -185,7 +144,7 @@ def _shard(name, layout, metadata):
     return Shard(name, text, offsets, len(text) + used)
 
 
-def index(shards: list[Shard], metadata: Mapping[str, Any]) -> dict[str, Any]:
+def index(shards: Sequence[Shard], metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The content of `model.safetensors.index.json`."""
     weight_map = {name: shard.name for shard in shards for name in shard.offsets}
     total = sum(shard.nbytes - len(shard.header) for shard in shards)
@@ -196,19 +155,19 @@ def index(shards: list[Shard], metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Writer:
-    """Writes the tensors of shards in any order; every one must be put once.
+    """Writes the tensors of shards, in any order; each must be put once.
 
     Raises:
       ValueError: on leaving, if a tensor was never put.
     """
 
-    def __init__(self, folder: Path, shards: list[Shard]):
+    def __init__(self, folder: Path, shards: Sequence[Shard]):
         self._folder, self._shards = folder, shards
         self._missing = {name for shard in shards for name in shard.offsets}
         self._places: dict[str, tuple[int, int]] = {}
         self._files: list[int] = []
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         for shard in self._shards:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
             file = os.open(self._folder / shard.name, flags, 0o666)
@@ -219,12 +178,12 @@ class Writer:
                 self._places[name] = file, offset
         return self
 
-    def put(self, name: str, array: np.ndarray):
+    def put(self, name: str, array: np.ndarray) -> None:
         """Writes a tensor, of the type and shape that were planned."""
         self._missing.remove(name)
         _write(*self._places[name], np.ascontiguousarray(array).reshape(-1))
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for file in self._files:
             os.close(file)
         if kind is None and self._missing:
@@ -239,59 +198,3 @@ def _write(file, offset, array):
     while left:
         count = os.pwrite(file, left, offset)
         left, offset = left[count:], offset + count
-
-
-class Memory:
-    """Memory that waits to be used again."""
-
-    def __init__(self):
-        self._free: list[np.ndarray] = []  # the oldest first
-        self._returned: collections.deque[np.ndarray] = collections.deque()
-        self._bytes, self._lock = 0, threading.Lock()
-
-    def take(self, size: int) -> np.ndarray:
-        """Aligned bytes, which come back by themselves when nobody holds them."""
-        needed = -(-size // 4096) * 4096 + _ALIGNMENT
-        with self._lock:
-            self._sort_in()
-            fitting = (i for i, raw in enumerate(self._free) if raw.size == needed)
-            if (found := next(fitting, None)) is None:
-                raw = np.empty(needed, np.uint8)
-            else:
-                raw = self._free.pop(found)
-                self._bytes -= needed
-        start = -raw.ctypes.data % _ALIGNMENT
-        # A new array of the same memory, of which all views are views. JAX holds it
-        # until the last program that reads it has ended.
-        lent = np.frombuffer(raw.data, np.uint8, size, start)
-        weakref.finalize(lent, self._give_back, raw).atexit = False
-        return lent
-
-    def _give_back(self, raw):
-        self._returned.append(raw)
-        # A finalizer may come in anywhere, in `take` of this very thread too.
-        if self._lock.acquire(blocking=False):
-            try:
-                self._sort_in()
-            finally:
-                self._lock.release()
-
-    def _sort_in(self):
-        while self._returned:
-            self._free.append(self._returned.popleft())
-            self._bytes += self._free[-1].size
-        while self._bytes > _KEPT:
-            self._bytes -= self._free.pop(0).size
-
-
-_pool = Memory()
-
-
-def _memory(size):
-    return _pool.take(size) if size >= _LARGE else _aligned(size)
-
-
-def _aligned(size):
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size]

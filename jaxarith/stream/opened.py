@@ -11,16 +11,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from jaxarith import hub, lazy
-from jaxarith.hub import layouts, lora
-from jaxarith.hub.safetensors import Tensor, open_file
+from jaxarith.hub import Stored, checks, lora
 from jaxarith.stream import policies
-
-_INDEX = "model.safetensors.index.json"
-_WEIGHTS = "model.safetensors"
 
 
 class Progress:
@@ -42,8 +38,8 @@ class Progress:
                 self._bar.close()
             self._bar = None
 
-    def add(self, count: int):
-        """Counts bytes that some thread has read."""
+    def add(self, count: int) -> None:
+        """Counts bytes that a thread has read."""
         with self._lock:
             self.bytes_read += count
             if self._bar is None:
@@ -64,37 +60,39 @@ class Opened:
     """Checkpoints of one model, none of them read yet.
 
     Attributes:
-      base: by name, the tensors of the base as far as they are merged. Without a base,
-        those of the first model, of which shapes, types and buffers are taken.
+      base: by name, the tensors of the base, with the rows that are merged. Without a
+        base, those of the first model; its shapes, dtypes and buffers are used.
       taus: the task vectors, trees of `lazy.Leaf`s; the models if there is no base.
-      has_base: whether there is one.
-      folders: of `base`, and then of the models and adapters.
+      has_base: whether there is a base.
+      folders: the folder of `base`, then those of the models and adapters.
       notes: where the checkpoints differed, and what was done.
-      metadata: of the base's weights.
-      progress: counts what is read.
+      metadata: metadata of the base's weights.
+      progress: counts the bytes that are read.
     """
 
-    base: dict[str, Tensor]
+    base: dict[str, Stored]
     taus: list[dict[str, lazy.Leaf]]
     has_base: bool
     folders: list[Path]
-    notes: list[str]
+    notes: tuple[str, ...]
     metadata: dict[str, str]
     progress: Progress
-    _source: Callable[[Tensor, str], lazy.Source]
+    _source: Callable[[Stored, str], lazy.Source]
 
     @property
     def params_0(self) -> dict[str, lazy.Leaf]:
         """The base, a tree of leaves; zero if there is none."""
         return self.start(None, None)
 
-    def start(self, dtype, place: Callable | None) -> dict[str, lazy.Leaf]:
-        """The leaves of the base, for results of a type that go to a place.
+    def start(
+        self, dtype: DTypeLike | None, place: Callable[[str, jax.Array], None] | None
+    ) -> dict[str, lazy.Leaf]:
+        """The leaves of the base, from which a merge starts.
 
         Args:
-          dtype: of the result; None is that of each leaf. Leaves that are narrower are
-            widened, so that the result is rounded once.
-          place: `place(name, merged)` of a merged leaf.
+          dtype: dtype of the merged leaves; None is that of each leaf. Narrower leaves
+            are widened, so that the result is rounded once.
+          place: `place(name, merged)` writes a merged leaf.
         """
         return {
             name: self._start_leaf(name, tensor, dtype, place)
@@ -103,7 +101,7 @@ class Opened:
 
     def _start_leaf(self, name, tensor, dtype, place):
         wide = tensor.dtype
-        if dtype is not None and policies.is_floating(tensor):
+        if dtype is not None and tensor.is_floating:
             wide = jnp.promote_types(wide, dtype)
         wide = jax.dtypes.canonicalize_dtype(wide)  # JAX may have no float64
         go = None if place is None else functools.partial(place, name)
@@ -115,35 +113,21 @@ class Opened:
         return lazy.Leaf(tensor.shape, wide, (), zeros, go)
 
 
-def open_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a checkpoint in safetensors, by name, and the files' metadata.
+def open_checkpoint(folder: str | os.PathLike) -> hub.Checkpoint:
+    """Finds the tensors of a checkpoint in safetensors that can be merged.
 
     Raises:
-      FileNotFoundError: the folder, the weights or a shard is not there.
-      ValueError: a file is corrupt, or tensors that an index names are missing.
+      FileNotFoundError: the folder, its weights or one of the shards does not exist.
+      ValueError: a file is corrupt, holds quantised tensors, or is not in safetensors.
     """
-    folder = Path(folder)
-    if (file := folder / _WEIGHTS).is_file():
-        return open_file(file)
-    if not (index := folder / _INDEX).is_file():
-        hub.names(folder)  # which says what is missing
+    found = hub.open_checkpoint(folder)
+    if found.file.name == hub.MSGPACK:
         raise ValueError(
             f"{folder} holds no safetensors. Streams read nothing else: run "
             f"`jaxarith convert {folder} NEW_FOLDER` first."
         )
-    file_of = hub.shards(index)
-    files = {path: open_file(path) for path in sorted(set(file_of.values()))}
-    absent = [name for name, path in file_of.items() if name not in files[path][0]]
-    if absent:
-        raise ValueError(
-            f"{index} names {len(absent)} tensors that are not in their shards, such "
-            f"as {absent[0]!r}. The shards are of another model: download them again."
-        )
-    tensors = {}
-    for content, _ in files.values():
-        tensors |= content
-    tensors |= {name: files[path][0][name] for name, path in file_of.items()}
-    return tensors, next(iter(files.values()))[1]
+    checks.check_mergeable(found.file, found.tensors)
+    return found
 
 
 def open_models(
@@ -159,14 +143,14 @@ def open_models(
     several; a folder of a PEFT adapter, on the base; or `model+adapter`.
 
     Args:
-      base: the pre-trained checkpoint. None gives zero as the base, for methods that
-        merge models rather than task vectors.
+      base: the pre-trained checkpoint. None makes the base zero, for methods that merge
+        models rather than task vectors.
       models: the fine-tuned checkpoints.
       vocabulary: what to do where numbers of tokens differ, as for `policies.rows`.
       missing: what to do where tensors are missing, as for `policies.fit`.
 
     Raises:
-      FileNotFoundError: a checkpoint or a part of one is not there.
+      FileNotFoundError: a checkpoint or a part of one does not exist.
       ValueError: a file is corrupt, or the checkpoints are not of one model.
 
     Example:
@@ -183,51 +167,53 @@ def open_models(
             f"{models[0]} is an adapter, which needs a model: give a base, or "
             "model+adapter."
         )
-    tensors, metadata = open_checkpoint(start)
+    first = open_checkpoint(start)
     labels = [f"model {i} ({model})" for i, model in enumerate(models)]
-    notes, fitted = [], {}
+    notes: list[str] = []
+    fitted: dict[str, dict[str, Stored]] = {}
     for label, (folder, _) in zip(labels, places, strict=True):
-        found = {}
+        fitted[label] = {}
         if folder is not None:
-            found = open_checkpoint(folder)[0]
-            found, more = policies.fit(tensors, found, label, missing)
+            found = open_checkpoint(folder).tensors
+            fitted[label], more = policies.fit(first.tensors, found, label, missing)
             notes += more
-        fitted[label] = found
-    kept, skipped, more = policies.rows(tensors, fitted, vocabulary)
+    kept, skipped, more = policies.rows(first.tensors, fitted, vocabulary)
     of_base = {
-        name: tensor.rows(kept.get(name, tensor.shape[0])) if tensor.shape else tensor
-        for name, tensor in tensors.items()
+        name: tensor.rows(kept[name]) if name in kept else tensor
+        for name, tensor in first.tensors.items()
     }
     progress = Progress()
     source = _sources(progress)
-
-    def base_of(name):
-        if base is not None:
-            return source(of_base[name], f"{name} of the base")
-
     taus = []
     for (label, found), (folder, adapter) in zip(fitted.items(), places, strict=True):
-        read = lora.Adapter({}, {})
+        change = lora.Adapter({}, {})
         if adapter is not None:
-            under = tensors if folder is None else found
-            known = {name: _stored(tensor) for name, tensor in under.items()}
-            read = lora.read_adapter(adapter, known)
-        changed = {**found, **read.replaced}
-        names = [name for name in of_base if name in changed or name in read.deltas]
-        taus.append(
-            {
-                name: _move(
-                    *(source, f"{name} of {label}", of_base[name], base_of(name)),
-                    *(changed.get(name), read.deltas.get(name)),
-                )
-                for name in names
-                if name not in skipped
-            }
-        )
-    folders = [start, *(x for place in places for x in place if x is not None)]
+            under = first.tensors if folder is None else found
+            change = lora.read_adapter(adapter, under)
+        changed = {**found, **change.replaced}
+        tau = {}
+        for name, tensor in of_base.items():
+            if name in skipped or not (name in changed or name in change.deltas):
+                continue
+            of_name = None if base is None else source(tensor, f"{name} of the base")
+            tau[name] = _move(
+                source,
+                f"{name} of {label}",
+                layout=tensor,
+                base=of_name,
+                model=changed.get(name),
+                delta=change.deltas.get(name),
+            )
+        taus.append(tau)
     return Opened(
-        *(of_base, taus, base is not None, folders, notes + more, metadata),
-        *(progress, source),
+        base=of_base,
+        taus=taus,
+        has_base=base is not None,
+        folders=[start, *(x for place in places for x in place if x is not None)],
+        notes=(*notes, *more),
+        metadata=first.metadata,
+        progress=progress,
+        _source=source,
     )
 
 
@@ -259,71 +245,69 @@ def _find(model: str) -> tuple[Path | None, Path | None]:
     return (None, folder) if lora.is_adapter(folder) else (folder, None)
 
 
-def _stored(tensor: Tensor) -> layouts.Stored:
-    return layouts.Stored(layouts.short(tensor.dtype), tensor.shape, tensor.read)
-
-
-def _sources(progress):
-    """A function that gives the one source of a tensor in a file."""
+def _sources(progress: Progress) -> Callable[[Stored, str], lazy.Source]:
+    """A function that returns the one source of a tensor."""
 
     @functools.cache
-    def of_tensor(tensor, label):
-        def load():
+    def source(tensor: Stored, label: str) -> lazy.Source:
+        def load() -> jax.Array:
             array = jax.device_put(tensor.read(), may_alias=True)
             progress.add(tensor.nbytes)
             return array
 
         return lazy.Source(label, tensor.nbytes, load)
 
-    def of_stored(stored, label):
-        size = 4 * math.prod(stored.shape)
-        return lazy.Source(label, size, lambda: jnp.asarray(stored.read()))
-
-    def source(tensor, label):
-        make = of_tensor if isinstance(tensor, Tensor) else of_stored
-        return make(tensor, label)
-
     return source
 
 
-def _move(source, label, layout, base, model, delta) -> lazy.Leaf:
-    """A leaf of a task vector: `model + delta - base`, of what there is."""
+def _move(
+    source: Callable[[Stored, str], lazy.Source],
+    label: str,
+    *,
+    layout: Stored,
+    base: lazy.Source | None,
+    model: Stored | None,
+    delta: Stored | None,
+) -> lazy.Leaf:
+    """A leaf of a task vector: `model + delta - base`, of those that exist."""
     shape = layout.shape
     wide = jnp.float32
     found: dict[str, lazy.Source] = {}
     if model is not None:
-        if isinstance(model, Tensor) and model.shape != shape:
-            model = model.rows(min(model.shape[0], shape[0]))
-        found["model"] = source(model, label)
-        wide = jnp.promote_types(wide, _dtype(model))
+        found["model"] = source(_cut(model, shape), label)
+        wide = jnp.promote_types(wide, model.dtype)
     if base is not None:
         wide = jnp.promote_types(wide, layout.dtype)
         if model is not None:
             found["base"] = base
     if delta is not None:
-        found["delta"] = source(delta, f"the adapter of {label}")
-    elif base is None:
-        wide = _dtype(model)
+        found["delta"] = source(_cut(delta, shape), f"the adapter of {label}")
+    elif base is None and model is not None:
+        wide = model.dtype
     combine = functools.partial(_combine, tuple(found), shape)
     wide = jax.dtypes.canonicalize_dtype(wide)
     return lazy.Leaf(shape, wide, found.values(), combine)
 
 
-def _dtype(tensor):
-    if isinstance(tensor, Tensor):
-        return tensor.dtype
-    types = {"bf16": jnp.bfloat16, "f16": "f2", "f32": "f4", "f64": "f8"}
-    return np.dtype(types[tensor.dtype])
+def _cut(tensor: Stored, shape: tuple[int, ...]) -> Stored:
+    """The tensor without rows beyond those of a shape."""
+    if tensor.shape == shape:
+        return tensor
+    return tensor.rows(min(tensor.shape[0], shape[0]))
 
 
-def _combine(names: Sequence[str], shape: tuple[int, ...], *arrays: jax.Array):
+def _combine(
+    names: Sequence[str], shape: tuple[int, ...], *arrays: jax.Array
+) -> jax.Array | lazy.Difference:
     found: Mapping[str, jax.Array] = dict(zip(names, arrays, strict=True))
     model, base, delta = (found.get(name) for name in ("model", "base", "delta"))
-    if delta is not None:
-        delta = jnp.asarray(delta, jnp.float32)[: shape[0]] if shape else delta
     if model is None:
+        assert delta is not None  # a leaf of a task vector has one of the two
         return delta
-    if model.shape != shape:  # rows that the model lacks do not move
-        model = jnp.concatenate([model, base[len(model) :]])
-    moved = model if base is None else lazy.Difference(model, base)
+    if base is None:
+        moved = model
+    elif model.shape == shape:
+        moved = lazy.Difference(model, base)
+    else:  # rows that the model lacks do not move
+        moved = lazy.Difference(jnp.concatenate([model, base[len(model) :]]), base)
     return moved if delta is None else jnp.asarray(moved, jnp.float32) + delta

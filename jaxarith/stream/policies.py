@@ -1,24 +1,23 @@
-"""Which tensor of a fine-tuned checkpoint belongs to which of its base.
+"""Finds for each tensor of a base the one of a fine-tuned checkpoint.
 
 Checkpoints of one model differ in harmless ways: a prefix of all names, tied tensors
-that one file holds twice, buffers. They are brought together without asking. What
-changes the result, tensors that are missing and vocabularies of other sizes, is an
-error unless a policy says what to do.
+that one file holds twice, buffers. These differences are reconciled and reported. What
+changes the result, missing tensors and vocabularies of other sizes, is an error unless
+a policy says what to do.
 """
 
 import collections
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
-import jax.numpy as jnp
+from jaxarith import tree
+from jaxarith.hub import Stored
 
-from jaxarith.hub.safetensors import Tensor
-
-Vocabulary = Literal["error", "truncate", "base-rows", "skip"]
-Missing = Literal["error", "base"]
-VOCABULARIES = ("error", "truncate", "base-rows", "skip")
-MISSING = ("error", "base")
+Vocabulary: TypeAlias = Literal["error", "truncate", "base-rows", "skip"]
+Missing: TypeAlias = Literal["error", "base"]
+VOCABULARIES: tuple[Vocabulary, ...] = get_args(Vocabulary)
+MISSING: tuple[Missing, ...] = get_args(Missing)
 
 # Tensors with a row for every token: embeddings and what is tied or compared to them.
 _TOKENS = re.compile(
@@ -26,10 +25,9 @@ _TOKENS = re.compile(
 )
 _POSITIONS = re.compile(r"position|wpe|patch|relative")
 _BUFFERS = ("position_ids", "attn.bias")
-_SHOWN = 8
 
 
-def check(vocabulary: str, missing: str, has_base: bool):
+def check(vocabulary: Vocabulary, missing: Missing, has_base: bool) -> None:
     """Raises a ValueError unless these policies are known and possible."""
     for name, value, known in (
         ("vocabulary", vocabulary, VOCABULARIES),
@@ -40,26 +38,27 @@ def check(vocabulary: str, missing: str, has_base: bool):
     if not has_base and (missing == "base" or vocabulary in ("base-rows", "skip")):
         raise ValueError(
             "there is no base whose tensors could stand for those of a model: give a "
-            'base, or take missing="error" and vocabulary="error" or "truncate".'
+            'base, or choose missing="error" and vocabulary="error" or "truncate".'
         )
 
 
 def fit(
-    base: Mapping[str, Tensor],
-    model: Mapping[str, Tensor],
+    base: Mapping[str, Stored],
+    model: Mapping[str, Stored],
     label: str,
     missing: Missing = "error",
-) -> tuple[dict[str, Tensor], list[str]]:
+) -> tuple[dict[str, Stored], list[str]]:
     """Finds the tensor of a model for each one of the base.
 
     Args:
       base, model: tensors by name.
       label: what errors and notes call the model.
-      missing: what happens where a model lacks tensors or has more than the base:
-        "error", or "base": tensors stay as they are in the base, others are left out.
+      missing: what to do where a model lacks tensors, or has tensors that the base
+        lacks. "error": refuse it; "base": keep those of the base, and leave out others.
 
     Returns:
-      The tensors of floating-point numbers by the base's names, and what was done.
+      The tensors of floating-point numbers by the base's names, and notes on what was
+      done.
 
     Raises:
       ValueError: a tensor is missing, or has no place in the base.
@@ -68,7 +67,7 @@ def fit(
     ours, prefix = _without_prefix(base, model)
     if prefix:
         notes.append(f"{label}: the names differ from the base's by {prefix!r}")
-    wanted = {name for name, tensor in base.items() if is_floating(tensor)}
+    wanted = {name for name, tensor in base.items() if tensor.is_floating}
     found = {name: ours[name] for name in sorted(wanted) if name in ours}
 
     tied = {}
@@ -89,7 +88,7 @@ def fit(
         for other in found
         if _same_values(tensor, found[other])
     }
-    buffers = [name for name, tensor in extra.items() if not is_floating(tensor)]
+    buffers = [name for name, tensor in extra.items() if not tensor.is_floating]
     for name, tensor in ours.items():
         # Buffers are vectors and masks; packed weights of a quantised model would be
         # taken from the base while their scales are merged.
@@ -104,14 +103,11 @@ def fit(
     notes += [f"{label}: {a} is a copy of {b}" for a, b in sorted(copies.items())]
     strange = sorted(extra.keys() - copies.keys() - set(buffers))
     if missing == "error" and (lacking or strange):
-        lines = [f"  - {name} {_spec(base[name])}: not in it" for name in lacking]
-        lines += [
-            f"  + {name} {_spec(ours[name])}: not in the base" for name in strange
-        ]
+        lines = [f"- {name} {base[name]}: not in it" for name in lacking]
+        lines += [f"+ {name} {ours[name]}: not in the base" for name in strange]
         raise ValueError(
-            f"{label} does not fit the base ({len(lines)} tensors):\n"
-            + _listed(lines)
-            + '\nmissing="base" (--missing base) leaves the base as it is there.'
+            _listed(f"{label} does not fit the base ({len(lines)} tensors):", lines)
+            + '\nmissing="base" (--missing base) keeps the tensors of the base there.'
         )
     if lacking:
         notes.append(f"{label}: {_some(lacking)} missing: the base's stay")
@@ -121,25 +117,26 @@ def fit(
 
 
 def rows(
-    base: Mapping[str, Tensor],
-    models: Mapping[str, Mapping[str, Tensor]],
+    base: Mapping[str, Stored],
+    models: Mapping[str, Mapping[str, Stored]],
     vocabulary: Vocabulary = "error",
 ) -> tuple[dict[str, int], set[str], list[str]]:
-    """What becomes of tensors whose numbers of rows differ between the models.
+    """Decides on tensors whose numbers of rows differ between the models.
 
     Args:
       base: tensors by name.
       models: by label, tensors by the base's names.
-      vocabulary: "truncate": the rows that all have; "base-rows": those of the base, to
-        which a model with fewer rows adds nothing in the others; "skip": the base's
-        tensor as it is.
+      vocabulary: which rows the merge has. "truncate": those that all models have;
+        "base-rows": those of the base; rows that a model lacks do not move; "skip":
+        those of the base, which are not merged.
 
     Returns:
-      The numbers of rows that the merge has, of tensors where they differ; the names
-      that are not merged; and notes.
+      By name, the number of rows of the merge where the models differ; the names of
+      tensors that are not merged; and notes.
 
     Raises:
-      ValueError: other shapes than numbers of tokens differ, or these under "error".
+      ValueError: shapes differ in more than the number of tokens, or in that under
+        "error".
     """
     counts: dict[str, dict[str, int]] = collections.defaultdict(dict)
     wrong = []
@@ -152,37 +149,32 @@ def rows(
                 counts[name][label] = tensor.shape[0]
             else:
                 wrong.append(
-                    f"  ! {name}: {list(tensor.shape)} in {label}, "
+                    f"! {name}: {list(tensor.shape)} in {label}, "
                     f"{list(base[name].shape)} in the base"
                 )
     if wrong:
         raise ValueError(
-            f"{len(wrong)} tensors have other shapes:\n{_listed(wrong)}\n"
-            "Only fine-tuned models of one base can be merged."
+            _listed(f"{len(wrong)} tensors have other shapes:", wrong)
+            + "\nOnly fine-tuned models of one base can be merged."
         )
     lines = [
-        f"  {name}: {base[name].shape[0]} rows in the base, {count} in {label}"
+        f"{name}: {base[name].shape[0]} rows in the base, {count} in {label}"
         for name, of_label in counts.items()
         for label, count in of_label.items()
     ]
     if lines and vocabulary == "error":
         raise ValueError(
-            f"the vocabularies differ:\n{_listed(lines)}\n"
-            'Choose: vocabulary="truncate" keeps the rows that all have, "base-rows" '
-            'those of the base, "skip" the base itself (--vocabulary).'
+            _listed("the vocabularies differ:", lines)
+            + '\nChoose: vocabulary="truncate" keeps the rows that all have, '
+            '"base-rows" those of the base, "skip" the base itself (--vocabulary).'
         )
-    notes = [f"{line.strip()} ({vocabulary})" for line in lines]
+    notes = [f"{line} ({vocabulary})" for line in lines]
     if vocabulary == "skip":
         return {}, set(counts), notes
     kept = {name: base[name].shape[0] for name in counts}
     if vocabulary == "truncate":
         kept = {name: min(n, *counts[name].values()) for name, n in kept.items()}
     return kept, set(), notes
-
-
-def is_floating(tensor: Tensor) -> bool:
-    """Whether it is merged: integers and booleans are buffers, which are copied."""
-    return jnp.issubdtype(tensor.dtype, jnp.floating)
 
 
 def _is_of_tokens(name):
@@ -217,7 +209,7 @@ def _removed(name, prefix, base):
     return short if name not in base and short in base else name
 
 
-def _same_values(a: Tensor, b: Tensor) -> bool:
+def _same_values(a: Stored, b: Stored) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape) or not a.shape:
         return False
     # Most tensors that differ do so in their first rows already.
@@ -234,15 +226,9 @@ def _same_bytes(a, b):
     return a.read().tobytes() == b.read().tobytes()
 
 
-def _spec(tensor):
-    return f"{tensor.dtype}{list(tensor.shape)}"
-
-
-def _listed(lines):
-    more = [f"  … and {len(lines) - _SHOWN} more"] * (len(lines) > _SHOWN)
-    return "\n".join(lines[:_SHOWN] + more)
+def _listed(title, lines):
+    return "\n  ".join([title, *tree.first_few(lines)])
 
 
 def _some(names):
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{len(names)} tensors ({', '.join(names[:3])}{more})"
+    return f"{len(names)} tensors ({', '.join(tree.first_few(names, most=3))})"

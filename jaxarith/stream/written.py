@@ -1,10 +1,10 @@
 """Merges of checkpoints that are larger than memory, from files to files.
 
 A merge of `jaxarith.merge` is a few passes over its task vectors, leaf by leaf. Here
-their leaves are in files: `open_models` gives trees of `lazy.Leaf`s, and `merge` calls
-the method with them as it is. Each pass reads a leaf of all models at a time, the next
-ones ahead; merged leaves are written while others are read and computed. The results
-are those in memory, bit for bit.
+their leaves are in files: `open_models` returns trees of `lazy.Leaf`s, and `merge`
+calls the unchanged method with them. Each pass reads one leaf of all models at a time,
+and the next ones ahead; merged leaves are written while others are read and computed.
+The results are those in memory, bit for bit.
 """
 
 import collections
@@ -15,24 +15,22 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxarith import hub, lazy, tree
-from jaxarith.hub import safetensors
-from jaxarith.stream import policies
-from jaxarith.stream.opened import Opened as Opened
-from jaxarith.stream.opened import open_models as open_models
-from jaxarith.typing import Tree
+from jaxarith.hub import Stored, safetensors
+from jaxarith.stream.opened import Opened
+from jaxarith.typing import Params, Taus
 
 SHARD_BYTES = 5_000_000_000
-_INDEX = "model.safetensors.index.json"
 _WAITING = 256 * 2**20  # bytes of merged leaves that wait to be written
 _PROGRAM = 700 * 2**20  # what Python, JAX and compiled programs take
 
@@ -42,11 +40,11 @@ class Plan(NamedTuple):
 
     Attributes:
       tensors: the number of tensors that are written.
-      bytes_in: what one pass reads.
-      bytes_out: what is written.
+      bytes_in: the bytes that one pass reads.
+      bytes_out: the bytes that are written.
       largest: the bytes of the largest tensor, in one model.
       peak_bytes: an estimate of the memory that most methods need.
-      files: those that are written.
+      files: the files that are written.
     """
 
     tensors: int
@@ -61,10 +59,11 @@ class Report(NamedTuple):
     """What a merge did.
 
     Attributes:
-      seconds: how long it took, from when the models were open to complete weights.
-      bytes_read: by all passes.
-      bytes_written: the weights.
-      sha256: by folder and file, of the weights that went in; empty if not asked for.
+      seconds: how long it took, from opened models to complete weights.
+      bytes_read: bytes that all passes read, with those that adapters add.
+      bytes_written: bytes of the weights.
+      sha256: by folder and file, the hash of the weights that were merged; empty if
+        not asked for.
     """
 
     seconds: float
@@ -73,17 +72,27 @@ class Report(NamedTuple):
     sha256: dict[str, dict[str, str]]
 
 
-def plan(opened: Opened, *, dtype=None, shard_bytes: int = SHARD_BYTES) -> Plan:
+class _Written(NamedTuple):
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+def plan(
+    opened: Opened,
+    *,
+    dtype: DTypeLike | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Plan:
     """What a merge of these models reads, writes and needs, before it is done.
 
     Args:
       opened: the models.
-      dtype: of the floating-point tensors that are written, such as `"bfloat16"`; None
-        keeps those of the base.
+      dtype: dtype of the floating-point tensors that are written, such as
+        `"bfloat16"`; None keeps those of the base.
       shard_bytes: the most bytes in a file.
     """
     layout = {
-        name: tensor._replace(dtype=_written(tensor, dtype))
+        name: _Written(_written_dtype(tensor, dtype), tensor.shape)
         for name, tensor in opened.base.items()
     }
     files = safetensors.plan(layout, shard_bytes, opened.metadata)
@@ -97,23 +106,27 @@ def plan(opened: Opened, *, dtype=None, shard_bytes: int = SHARD_BYTES) -> Plan:
     # float32 that are computed and waiting.
     peak = _PROGRAM + 3 * max(sizes) + 4 * largest
     return Plan(
-        *(len(layout), sum(sizes), sum(file.nbytes for file in files), largest),
-        *(peak, files),
+        tensors=len(layout),
+        bytes_in=sum(sizes),
+        bytes_out=sum(file.nbytes for file in files),
+        largest=largest,
+        peak_bytes=peak,
+        files=files,
     )
 
 
-def _written(tensor, dtype):
-    if dtype is None or not policies.is_floating(tensor):
+def _written_dtype(tensor: Stored, dtype: DTypeLike | None) -> np.dtype:
+    if dtype is None or not tensor.is_floating:
         return tensor.dtype
     return jnp.dtype(dtype)
 
 
 def merge(
-    method: Callable[[Tree, Sequence[Tree]], Tree],
+    method: Callable[[Params, Taus], Params],
     opened: Opened,
     out: str | os.PathLike,
     *,
-    dtype=None,
+    dtype: DTypeLike | None = None,
     shard_bytes: int = SHARD_BYTES,
     hashes: bool = True,
     overwrite: bool = False,
@@ -128,16 +141,16 @@ def merge(
 
     Args:
       method: `method(params_0, taus) -> params`: any of `jaxarith.merge` that needs no
-        data, with its options bound. "adam" of AWD alone holds whole vectors.
+        data, with its options bound. Only AWD's solver "adam" holds whole vectors.
       opened: the models.
       out: the new folder.
-      dtype: of the floating-point tensors that are written, to which results are
+      dtype: dtype of the floating-point tensors that are written, to which results are
         rounded once; None keeps those of the base.
       shard_bytes: the most bytes of tensors in a file.
-      hashes: whether SHA-256 of all weights that are read are taken, in a thread of its
-        own. Those of the Hub's cache are known.
-      overwrite: whether an existing `out` is replaced.
-      quiet: whether there is no progress bar.
+      hashes: whether to hash all weights that are read (SHA-256), in another thread.
+        The Hub's cache has the hashes of its files.
+      overwrite: whether to replace an existing `out`.
+      quiet: whether to show no progress bar.
       finish: `finish(folder, report)`, which writes what belongs beside the weights.
 
     Raises:
@@ -168,15 +181,15 @@ def merge(
             finally:
                 stop.set()
         report = Report(
-            time.perf_counter() - begin,
-            opened.progress.bytes_read,
-            planned.bytes_out,
-            hashed,
+            seconds=time.perf_counter() - begin,
+            bytes_read=opened.progress.bytes_read,
+            bytes_written=planned.bytes_out,
+            sha256=hashed,
         )
         if len(planned.files) > 1:
             content = safetensors.index(planned.files, {})
             text = json.dumps(content, indent=2) + "\n"
-            (new / _INDEX).write_text(text, encoding="utf-8")
+            (new / hub.INDEX).write_text(text, encoding="utf-8")
         if finish is not None:
             finish(new, report)
         _replace(new, out, temporary / "old")
@@ -184,7 +197,7 @@ def merge(
 
 
 def _replace(new, out, old):
-    """Renames a folder to `out`, and what is there to `old`."""
+    """Renames a folder to `out`, and an existing `out` to `old`."""
     try:
         if out.exists():
             os.replace(out, old)
@@ -195,8 +208,8 @@ def _replace(new, out, old):
         raise
 
 
-def check_out(out: Path, overwrite: bool):
-    """Raises a FileExistsError if a folder is there and is not to be replaced."""
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raises a FileExistsError if a folder exists and is not to be replaced."""
     if not os.path.lexists(out):
         return
     if out.is_symlink() or not out.is_dir() or out.samefile(Path.cwd()):
@@ -234,29 +247,31 @@ def _write(method, opened, folder, files, dtype):
 
 
 class _Places:
-    """Where merged leaves go: they are rounded, and written by a thread."""
+    """Rounds merged leaves, and writes them in a thread."""
 
-    def __init__(self, opened, writer, dtype):
+    def __init__(
+        self, opened: Opened, writer: safetensors.Writer, dtype: DTypeLike | None
+    ):
         self._opened, self._writer, self._dtype = opened, writer, dtype
         self.names: set[str] = set()
         self._waiting: collections.deque[tuple[int, Future]] = collections.deque()
         self._used = 0
         self._pool = ThreadPoolExecutor(1, "write")
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             while self._waiting and kind is None:
                 self._wait()
         finally:
             self._pool.shutdown(cancel_futures=True)
 
-    def put(self, name, merged):
+    def put(self, name: str, merged: jax.Array) -> None:
         self.names.add(name)
         tensor = self._opened.base[name]
-        dtype = _written(tensor, self._dtype)
+        dtype = _written_dtype(tensor, self._dtype)
         # JAX may have no float64; NumPy does.
         rounded = jnp.asarray(merged, jax.dtypes.canonicalize_dtype(dtype))
         self._submit(tensor, self._put, name, rounded, dtype)
@@ -266,17 +281,17 @@ class _Places:
             raise ValueError(self._blame(name))
         self._writer.put(name, np.asarray(rounded).astype(dtype, copy=False))
 
-    def copy(self, name):
+    def copy(self, name: str) -> None:
         self.names.add(name)
         tensor = self._opened.base[name]
         self._submit(tensor, self._copy, name, tensor)
 
     def _copy(self, name, tensor):
         # Through NumPy, which has all types; JAX may not have integers of 64 bits.
-        dtype = _written(tensor, self._dtype)
+        dtype = _written_dtype(tensor, self._dtype)
         with np.errstate(over="ignore"):
             array = tensor.read().astype(dtype, copy=False)
-        if policies.is_floating(tensor) and not np.isfinite(array).all():
+        if tensor.is_floating and not np.isfinite(array).all():
             raise ValueError(self._blame(name))
         self._writer.put(name, array)
 
@@ -292,11 +307,9 @@ class _Places:
         future.result()
 
     def _blame(self, name):
-        for leaf in [
-            self._opened.params_0[name],
-            *(t.get(name) for t in self._opened.taus),
-        ]:
-            for source in leaf.sources if leaf is not None else ():
+        taus = [tau[name] for tau in self._opened.taus if name in tau]
+        for leaf in (self._opened.params_0[name], *taus):
+            for source in leaf.sources:
                 if not lazy.all_finite(source.read()):
                     return lazy.not_finite(source.label)
         return (
@@ -305,8 +318,10 @@ class _Places:
         )
 
 
-def _sha256(folders, stop):
-    hashes = {}
+def _sha256(
+    folders: Iterable[Path], stop: threading.Event
+) -> dict[str, dict[str, str]]:
+    hashes: dict[str, dict[str, str]] = {}
     for folder in dict.fromkeys(folders):
         for file in weights(folder):
             if stop.is_set():  # nobody waits for the rest of a merge that failed
@@ -317,9 +332,9 @@ def _sha256(folders, stop):
 
 def weights(folder: Path) -> list[Path]:
     """The files of a checkpoint's or an adapter's weights."""
-    if (file := folder / "model.safetensors").is_file():
+    if (file := folder / hub.WEIGHTS).is_file():
         return [file]
-    if (index := folder / _INDEX).is_file():
+    if (index := folder / hub.INDEX).is_file():
         return sorted(set(hub.shards(index).values()))
     return [file for file in [folder / hub.ADAPTER] if file.is_file()]
 

@@ -1,4 +1,4 @@
-"""`jaxarith inspect`: what checkpoints hold, and how far and whither they moved."""
+"""`jaxarith inspect`: what checkpoints hold; norms and cosines of task vectors."""
 
 import argparse
 from pathlib import Path
@@ -31,7 +31,7 @@ examples:
   jaxarith inspect ./before ./after"""
 
 
-def add(commands):
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the subcommand to what `add_subparsers` returned."""
     command = commands.add_parser(
         "inspect",
@@ -47,14 +47,14 @@ def add(commands):
         "--out",
         type=Path,
         metavar="DIR",
-        help="a folder for report.md, report.json and, with --base and several "
+        help="folder for report.md and report.json and, with --base and several "
         "models, cosines.png",
     )
     command.add_argument("--tensors", action="store_true", help="list every tensor")
     flags.add_policies(command.add_argument_group("with --base"))
 
 
-def _run(args: argparse.Namespace):
+def _run(args: argparse.Namespace) -> None:
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise ValueError(f"{args.out} is a file; name a folder.")
     if args.base is not None:
@@ -75,8 +75,13 @@ def _run(args: argparse.Namespace):
 
             # What is longer leaves no room for the figure.
             names = [model["name"][-_LABEL:] for model in found["models"]]
-            panels = {"task vectors": np.array(found["cosines"])}
-            axes = {"rows": "", "columns": "", "value": "cosine"}
-            plots.matrices(args.out / "cosines.png", panels, names, **axes)
+            plots.matrices(
+                args.out / "cosines.png",
+                {"task vectors": np.array(found["cosines"])},
+                names,
+                rows="",
+                columns="",
+                value="cosine",
+            )
         report.write_json(args.out / "report.json", found)
         report.write_text(args.out / "report.md", text + "\n")

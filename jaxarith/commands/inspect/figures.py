@@ -15,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxarith import fingerprint, hub, stream, tree
-from jaxarith.hub import layouts, lora
+from jaxarith.hub import Stored, lora
+from jaxarith.hub.stored import short
 from jaxarith.stream import policies
 
 _CHUNK = 2**18  # entries that are widened at a time
@@ -54,7 +55,7 @@ def checkpoint(model: str) -> dict[str, Any]:
     table = [
         {
             "name": name,
-            "dtype": leaf.dtype,
+            "dtype": short(leaf.dtype),
             "shape": list(leaf.shape),
             "bytes": measured[name].nbytes,
             "norm": measured[name].norm,
@@ -65,7 +66,7 @@ def checkpoint(model: str) -> dict[str, Any]:
     ]
     dtypes = collections.Counter()
     for leaf in stored.values():
-        dtypes[leaf.dtype] += math.prod(leaf.shape)
+        dtypes[short(leaf.dtype)] += leaf.size
     of_index = file.name.endswith(".index.json")
     files = sorted(set(hub.shards(file).values())) if of_index else [file]
     norms = {name: m.norm for name, m in measured.items() if m.norm is not None}
@@ -84,7 +85,7 @@ def checkpoint(model: str) -> dict[str, Any]:
             {
                 "layer": layer,
                 "tensors": len(names),
-                "parameters": sum(math.prod(stored[name].shape) for name in names),
+                "parameters": sum(stored[name].size for name in names),
                 "norm": math.hypot(*(norms[name] for name in names)),
             }
             for layer, names in _layers(norms).items()
@@ -114,7 +115,9 @@ def _combined(fingerprints: Mapping[str, tuple]) -> str:
     return f"{zlib.crc32(json.dumps(fingerprints, sort_keys=True).encode()):08x}"
 
 
-def _copies(stored: Mapping[str, layouts.Stored], measured: Mapping[str, _Measured]):
+def _copies(
+    stored: Mapping[str, Stored], measured: Mapping[str, _Measured]
+) -> list[list[str]]:
     """Names of matrices with the same bytes. Equal vectors are seldom tied."""
     same = collections.defaultdict(list)
     for name, found in measured.items():
@@ -207,15 +210,15 @@ def task_vectors(
             for name, row in rows.items()
         }
     grams = {name: grams[name] for name in sorted(grams, key=_in_order)}
-    total = sum(grams.values())
+    total = np.sum(list(grams.values()), axis=0)
     return {
         "base": base,
-        "notes": opened.notes,
+        "notes": list(opened.notes),
         "base_norm": math.sqrt(total[0, 0]),
         "models": [
             {"model": model, "name": name, "norm": norm, "relative": norm / scale}
             for model, name, norm in zip(
-                *(models, _names(models), _norms(total)), strict=True
+                models, _names(models), _norms(total), strict=True
             )
             for scale in [math.sqrt(total[0, 0]) or 1.0]
         ],
@@ -223,7 +226,7 @@ def task_vectors(
         "layers": [
             {"layer": layer, "norms": _norms(gram), "cosines": _cosines(gram)}
             for layer, names in _layers(grams).items()
-            for gram in [sum(grams[name] for name in names)]
+            for gram in [np.sum([grams[name] for name in names], axis=0)]
         ],
         "tensors": [
             {

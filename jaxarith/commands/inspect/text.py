@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxarith import tree
 from jaxarith.report import markdown_table
-
-_SHOWN = 8
 
 
 def of_models(found: Mapping[str, Any], tensors: bool) -> str:
@@ -147,5 +146,4 @@ def _short(number):
 
 
 def _some(items):
-    more = [f"and {len(items) - _SHOWN} more"] * (len(items) > _SHOWN)
-    return ", ".join([*items[:_SHOWN], *more])
+    return ", ".join(tree.first_few(items))

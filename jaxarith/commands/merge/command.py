@@ -5,22 +5,24 @@ import contextlib
 import shlex
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
 
 from jaxarith import hub, stream
-from jaxarith.commands.merge import flags, mergekit_yaml, output
+from jaxarith.commands.merge import flags, mergekit_yaml, model_card, output
 from jaxarith.commands.merge import recipe as merge_recipe
 from jaxarith.commands.merge.mergekit_methods import MERGEKIT
+from jaxarith.commands.merge.recipe import MergeRecipe
 
 
-def add(commands):
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the subcommand to what `add_subparsers` returned."""
     flags.add(commands).set_defaults(run=_run)
 
 
-def _run(args: argparse.Namespace):
+def _run(args: argparse.Namespace) -> None:
     out = _out(args)
     stream.check_out(out, args.overwrite)
     if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
@@ -32,51 +34,41 @@ def _run(args: argparse.Namespace):
         flags.check_alone(args)
         recipe = mergekit_yaml.read(args.config, seed=args.seed)
     else:
-        recipe = merge_recipe.build(flags.settings(args), seed=args.seed)
-    notes = list(recipe.notes)
-    if args.method in MERGEKIT and args.preset is None and MERGEKIT[args.method].note:
-        notes.append(
-            f"{args.method} is its paper's; --preset mergekit takes mergekit's"
-        )
+        recipe = merge_recipe.build(flags.request(args), seed=args.seed)
     dtype = args.dtype or recipe.dtype
     with contextlib.ExitStack() as stack:
         stack.enter_context(_device(args.device))
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        named = [name for name in (recipe.base, *recipe.models) if name is not None]
-        places = [_in_safetensors(*pair, temporary) for pair in enumerate(named)]
-        opened = stream.open_models(
-            None if recipe.base is None else places[0],
-            places[len(places) - len(recipe.models) :],
-            vocabulary=args.vocabulary,
-            missing=args.missing,
-        )
-        for folder in map(Path.resolve, opened.folders):
-            if folder.is_relative_to(out.resolve()):
-                raise ValueError(f"{out} holds one of the models; name another folder.")
-            if out.resolve().is_relative_to(folder):
-                raise ValueError(f"{out} is in one of the models; name another folder.")
-        opened.notes.extend(
+        opened = _opened(recipe, args, temporary)
+        _check_apart(out, opened.folders)
+        unused = [
             f"the filter {part!r} fits no tensor and has no effect"
             for part in recipe.unused_filters(opened.base)
-        )
-        tokenizer = None if recipe.tokenizer is None else hub.find(recipe.tokenizer)
-        finish = output.finisher(
-            recipe,
-            opened,
-            name=out.resolve().name,
-            dtype=dtype,
-            tokenizer=tokenizer,
-            seed=args.seed,
-            command=shlex.join(["jaxarith", *args.arguments]),
-        )
+        ]
+        source = recipe.request.tokenizer_source
+        tokenizer = None if source is None else hub.find(source)
+        beside = output.beside(opened, dtype, tokenizer)
+        notes = (*recipe.notes, *opened.notes, *unused, *beside.notes)
         plan = stream.plan(opened, dtype=dtype, shard_bytes=args.shard_size)
         if args.dry_run:
             recipe.check(opened.params_0, opened.taus)
-            print(output.planned(recipe, opened, plan, dtype))
+            print(output.planned(recipe, plan, dtype, notes))
             return
         if not args.quiet:
-            for note in (*notes, *opened.notes):
+            for note in (*_hints(args), *notes):
                 print(f"note: {note}", file=sys.stderr)
+
+        def finish(folder: Path, report: stream.Report) -> None:
+            facts = model_card.data(
+                recipe.request,
+                output.inputs(recipe, opened, report),
+                shlex.join(["jaxarith", *args.arguments]),
+                notes,
+                dtype=dtype,
+                seed=args.seed,
+            )
+            output.write(folder, beside, out.resolve().name, facts)
+
         report = stream.merge(
             recipe.merge,
             opened,
@@ -90,15 +82,45 @@ def _run(args: argparse.Namespace):
         )
     if not args.quiet:
         print(
-            f"{recipe.method} of {len(recipe.models)} models: {out} "
+            f"{recipe.request.method} of {len(recipe.models)} models: {out} "
             f"({report.bytes_read / 1e9:.2f} GB read, {report.bytes_written / 1e9:.2f} "
             f"GB written, {report.seconds:.1f} s)"
         )
 
 
-def _out(args) -> Path:
+def _opened(
+    recipe: MergeRecipe, args: argparse.Namespace, temporary: Path
+) -> stream.Opened:
+    named = [name for name in (recipe.base, *recipe.models) if name is not None]
+    places = [_in_safetensors(*pair, temporary) for pair in enumerate(named)]
+    return stream.open_models(
+        None if recipe.base is None else places[0],
+        places[len(places) - len(recipe.models) :],
+        vocabulary=args.vocabulary,
+        missing=args.missing,
+    )
+
+
+def _check_apart(out: Path, folders: Iterable[Path]) -> None:
+    """Raises a ValueError if the new folder is in one of the models, or holds one."""
+    for folder in map(Path.resolve, folders):
+        if folder.is_relative_to(out.resolve()):
+            raise ValueError(f"{out} holds one of the models; name another folder.")
+        if out.resolve().is_relative_to(folder):
+            raise ValueError(f"{out} is in one of the models; name another folder.")
+
+
+def _hints(args: argparse.Namespace) -> Iterator[str]:
+    """What the user may not know of the flags."""
+    if args.method in MERGEKIT and args.preset is None and MERGEKIT[args.method].note:
+        yield f"{args.method} is that of its paper; --preset mergekit uses mergekit's"
+
+
+def _out(args: argparse.Namespace) -> Path:
     if args.out is not None and args.folder is not None:
-        raise ValueError(f"there are two new folders, {args.folder} and {args.out}.")
+        raise ValueError(
+            f"there are two new folders, {args.folder} and {args.out}; name one."
+        )
     out = args.out or args.folder
     if out is None:
         raise ValueError("name the new folder: CONFIG.yaml OUT, or --out OUT.")
@@ -108,9 +130,9 @@ def _out(args) -> Path:
 def _in_safetensors(number: int, model: str, temporary: Path) -> str:
     """The model, or a copy of it where a local folder has only Flax weights."""
     folder = Path(model).expanduser()
-    kinds = ("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
+    kinds = (hub.WEIGHTS, hub.INDEX, hub.MSGPACK)
     found = [name for name in kinds if (folder / name).is_file()]
-    if found != ["flax_model.msgpack"]:
+    if found != [hub.MSGPACK]:
         return model
     copy = temporary / f"{number}"
     hub.write(copy, hub.read(folder), hub.read_json(folder), copy_from=folder)
@@ -118,7 +140,7 @@ def _in_safetensors(number: int, model: str, temporary: Path) -> str:
 
 
 @contextlib.contextmanager
-def _device(kind: str | None):
+def _device(kind: str | None) -> Iterator[None]:
     """Computes on the first device of a kind, in all threads."""
     if kind is None:
         yield
@@ -128,7 +150,8 @@ def _device(kind: str | None):
     except RuntimeError as error:
         found = ", ".join(sorted({device.platform for device in jax.devices()}))
         raise ValueError(f"JAX finds no {kind} here; it finds {found}.") from error
-    before = jax.config.jax_default_device
+    # JAX defines its options at run time.
+    before = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_default_device", device)
     try:
         yield

@@ -2,11 +2,13 @@
 
 import argparse
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from jaxarith.commands.merge import methods, recipe
-from jaxarith.stream import policies
+from jaxarith.commands.merge import gradients, methods, recipe
+from jaxarith.commands.merge.gradients import Setting, Value
+from jaxarith.commands.merge.request import DTYPES, PRESETS, MergeRequest, Model
+from jaxarith.stream import SHARD_BYTES, policies
 
 _DESCRIPTION = """
 Merges fine-tuned checkpoints of one model into a new folder that transformers loads.
@@ -14,7 +16,7 @@ Models are folders or hub ids with safetensors weights, of any architecture; PEF
 adapters (on the base, or as MODEL+ADAPTER) count as the models that they make. Weights
 are streamed: memory is a few tensors of every model, whatever their size.
 
-What to do is said in a YAML file of mergekit's form, or by flags.
+The merge is described in a YAML file of mergekit's form, or by flags.
 """
 _USAGE = """jaxarith merge CONFIG.yaml OUT [flags of every merge]
        jaxarith merge --method METHOD [--base BASE] --model MODEL [--model MODEL ...]
@@ -33,7 +35,9 @@ methods and their options:
 """
 
 
-def add(commands) -> argparse.ArgumentParser:
+def add(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> argparse.ArgumentParser:
     """Adds the subcommand to what `add_subparsers` returned, and returns it."""
     command = commands.add_parser(
         "merge",
@@ -60,37 +64,39 @@ def add(commands) -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--preset",
-        choices=recipe.PRESETS,
-        help="whose method it is where both have one of that name (default: paper)",
+        choices=PRESETS,
+        help="whose method to use where both have one of that name (default: paper)",
     )
-    common = command.add_argument_group("of every merge")
+    common = command.add_argument_group("flags of every merge")
     common.add_argument(
         "--dtype",
-        choices=recipe.DTYPES,
-        help="of the new weights (default: the base's); sums are taken in float32",
+        choices=DTYPES,
+        help="dtype of the new weights (default: the base's); sums are in float32",
     )
     add_policies(common)
     common.add_argument(
         "--shard-size",
         type=_size,
-        default=5_000_000_000,
+        default=SHARD_BYTES,
         metavar="SIZE",
-        help="the most that a file holds, such as 500MB (default: 5GB)",
+        help="the most that a file may hold, such as 500MB (default: 5GB)",
     )
     common.add_argument(
         "--seed",
         type=_seed,
         default=0,
         metavar="SEED",
-        help="of random methods, from 0 (the default) to 2^32 - 1",
+        help="seed of random methods, from 0 (the default) to 2^32 - 1",
     )
     common.add_argument(
         "--device",
         choices=("cpu", "gpu", "tpu"),
-        help="default: the best there is",
+        help="where to compute (default: the best that JAX finds)",
     )
     common.add_argument(
-        "--overwrite", action="store_true", help="replace the folder, when all is done"
+        "--overwrite",
+        action="store_true",
+        help="replace an existing folder once the new one is complete",
     )
     common.add_argument(
         "--dry-run", action="store_true", help="print the plan, and write nothing"
@@ -99,14 +105,16 @@ def add(commands) -> argparse.ArgumentParser:
         "--no-hashes",
         action="store_false",
         dest="hashes",
-        help="take no SHA-256 of the weights for the card, which costs as much as an "
-        "average of few models on two cores",
+        help="do not hash the weights for the model card (on two cores, hashing takes "
+        "as long as averaging a few models)",
     )
     common.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    group = command.add_argument_group("of methods (defaults: those of the method)")
+    group = command.add_argument_group(
+        "options of methods (defaults: those of the method)"
+    )
     for option, owners in _owners().items():
         group.add_argument(
-            f"--{option.replace('_', '-')}",
+            _flag(option),
             nargs="+",
             dest=f"option {option}",
             metavar="X",
@@ -115,20 +123,22 @@ def add(commands) -> argparse.ArgumentParser:
     return command
 
 
-def add_policies(group):
+def add_policies(group: "argparse._ArgumentGroup") -> None:
     """Adds the flags for models that do not fit their base in every tensor."""
     group.add_argument(
         "--vocabulary",
         choices=policies.VOCABULARIES,
         default="error",
-        help="what to do where numbers of tokens differ: keep the rows that all have, "
-        "or those of the base, or take such tensors from the base",
+        help="what to do where numbers of tokens differ: refuse (the default), keep "
+        "the rows that all models have, keep those of the base, or keep such tensors "
+        "of the base unmerged",
     )
     group.add_argument(
         "--missing",
         choices=policies.MISSING,
         default="error",
-        help="what to do where a model lacks tensors or has others: keep the base's",
+        help="what to do where a model lacks tensors, or has others than the base: "
+        "refuse (the default), or keep the base's",
     )
 
 
@@ -155,8 +165,8 @@ def _table() -> str:
     for preset, table in recipe.PRESETS.items():
         lines += [f"  --preset {preset}"]
         for name, method in table.items():
-            flags = (f"--{option.replace('_', '-')}" for option in method.options)
-            lines.append(f"    {name:<18}{' '.join(flags)}".rstrip())
+            flags = " ".join(_flags(method.options))
+            lines.append(f"    {name:<18}{flags}".rstrip())
     return "\n".join(lines)
 
 
@@ -167,18 +177,18 @@ def _seed(text: str) -> int:
 
 
 def _size(text: str) -> int:
-    found = re.fullmatch(r"([\d.]+)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    try:
+    number = r"(\d+\.?\d*|\.\d+)"
+    found = re.fullmatch(rf"{number}\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    size = 0
+    if found:
         size = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
-    except (TypeError, ValueError):
-        size = 0
     if size <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 5GB or 500MB")
     return size
 
 
-def check_alone(args: argparse.Namespace):
-    """Raises a ValueError if flags say what a YAML file says."""
+def check_alone(args: argparse.Namespace) -> None:
+    """Raises a ValueError if flags repeat what the YAML file has to say."""
     flags = [
         name for name in ("method", "base", "models", "preset") if getattr(args, name)
     ]
@@ -186,12 +196,19 @@ def check_alone(args: argparse.Namespace):
     if flags:
         name = flags[0].removesuffix("s") if flags[0] == "models" else flags[0]
         raise ValueError(
-            f"--{name.replace('_', '-')} belongs in {args.config}, which says what is "
-            "merged."
+            f"{_flag(name)} belongs in {args.config}, which says what is merged."
         )
 
 
-def _given(args) -> dict[str, list[str]]:
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
+
+
+def _flags(options: Iterable[str]) -> list[str]:
+    return [_flag(option) for option in options]
+
+
+def _given(args: argparse.Namespace) -> dict[str, list[str]]:
     prefix = "option "
     return {
         name.removeprefix(prefix): words
@@ -200,47 +217,50 @@ def _given(args) -> dict[str, list[str]]:
     }
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags ask for, in the form of a YAML file."""
+def request(args: argparse.Namespace) -> MergeRequest:
+    """What the flags ask for.
+
+    Raises:
+      ValueError: a flag is missing, is none of the method, or has a wrong value.
+    """
     if args.method is None:
         raise ValueError("name a YAML file, or a --method and each --model.")
     if not args.models:
         raise ValueError(f"{args.method} needs models; give each one with --model.")
     method = recipe.find(args.method, args.preset)
-    models: list[dict[str, Any]] = [{"model": model} for model in args.models]
-    shared: dict[str, Any] = {}
+    shared: dict[str, Setting] = {}
+    own: list[dict[str, Setting]] = [{} for _ in args.models]
     for name, words in _given(args).items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = _flag(name)
         if (option := method.options.get(name)) is None:
-            known = ", ".join(f"--{key.replace('_', '-')}" for key in method.options)
+            known = ", ".join(_flags(method.options))
             raise ValueError(
                 f"{args.method} has no option {flag}; it has {known or 'none'}."
             )
         values = [_value(word, option, f"{flag} of {args.method}") for word in words]
         if len(values) == 1:
-            shared[name] = values[0]
+            shared[name] = gradients.constant(values[0])
         elif not option.each:
             raise ValueError(f"{flag} of {args.method} is one value; found {words}.")
-        elif len(values) != len(models):
+        elif len(values) != len(own):
             raise ValueError(
-                f"{flag}: found {len(values)} values for {len(models)} of --model; "
-                "give one value, or one for each."
+                f"{flag}: found {len(values)} values for {len(own)} of --model; give "
+                "one value, or one for each."
             )
         else:
-            for model, value in zip(models, values, strict=True):
-                model.setdefault("parameters", {})[name] = value
-    settings = {
-        "merge_method": args.method,
-        "preset": args.preset or "paper",
-        "base_model": args.base,
-        "models": models,
-        "parameters": shared,
-        "dtype": args.dtype,
-    }
-    return {key: value for key, value in settings.items() if value}
+            for parameters, value in zip(own, values, strict=True):
+                parameters[name] = gradients.constant(value)
+    return MergeRequest(
+        method=args.method,
+        models=tuple(map(Model, args.models, own)),
+        base=args.base,
+        parameters=shared,
+        preset=args.preset or "paper",
+        dtype=args.dtype,
+    )
 
 
-def _value(word, option, label):
+def _value(word: str, option: methods.Option, label: str) -> Value:
     try:
         return methods.converted(word, option)
     except ValueError as error:

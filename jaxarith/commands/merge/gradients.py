@@ -1,17 +1,54 @@
 """Settings that differ from tensor to tensor: by a part of the name, or by depth.
 
-A setting is a value; or a gradient, a list of numbers that are interpolated over the
-layers; or a list of mappings with a `value`, which is either, and a `filter`, a part of
-the names of the tensors that it is for. The first that fits counts. This is the
-language of mergekit's files, with its depths.
+A setting is a list of entries, of which the first that fits a tensor counts. An entry
+has a value, or a gradient of values that are interpolated over the layers, and perhaps
+a filter, a part of the names of the tensors that it is for. This is the language of
+mergekit's files, with its depths.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
-Entries = Sequence[tuple[str | None, object]]
+Value: TypeAlias = float | bool | str
+
+
+class Entry(NamedTuple):
+    """A value and the tensors that it is for.
+
+    Attributes:
+      value: the value, or a gradient, a tuple of them.
+      part: a part of the names of the tensors; None or "*" is for all.
+    """
+
+    value: Value | tuple[Value, ...]
+    part: str | None = None
+
+
+Setting: TypeAlias = tuple[Entry, ...]
+
+
+def constant(value: Value) -> Setting:
+    """The setting that has one value for all tensors."""
+    return (Entry(value),)
+
+
+def plain(setting: Setting) -> Any:
+    """The setting as a file has it: a value, a list, or a list of mappings.
+
+    Example:
+      >>> plain((Entry((0, 1)),)), plain((Entry(2, "mlp"), Entry(1)))
+      ([0, 1], [{'filter': 'mlp', 'value': 2}, {'value': 1}])
+    """
+    values = [list(v) if isinstance(v, tuple) else v for v, _ in setting]
+    if len(setting) == 1 and setting[0].part is None:
+        return values[0]
+    return [
+        {"value": value} if part is None else {"filter": part, "value": value}
+        for value, (_, part) in zip(values, setting, strict=True)
+    ]
 
 
 def depths(names: Iterable[str]) -> dict[str, float]:
@@ -32,59 +69,53 @@ def depths(names: Iterable[str]) -> dict[str, float]:
 
 def stacks(names: Iterable[str]) -> dict[str, int]:
     """The number of layers of every stack, by what stands before their numbers."""
-    counts = {}
+    counts: dict[str, int] = {}
     for found in filter(None, map(_LAYER.search, names)):
         stack = found.string[: found.start()]
         counts[stack] = max(counts.get(stack, 0), int(found[1]) + 1)
     return counts
 
 
-def _depth(found, counts):
+def _depth(found: re.Match[str] | None, counts: Mapping[str, int]) -> float:
     if found is None:
         return 0.0
     last = counts[found.string[: found.start()]] - 1
     return int(found[1]) / last if last else 1.0
 
 
-def entries(setting) -> Entries:
-    """A setting as values with the filters that they stand behind.
-
-    Settings that are asked one after another are their entries one after another.
-    """
-    if isinstance(setting, dict):
-        setting = [setting]
-    if isinstance(setting, list) and setting and isinstance(setting[0], dict):
-        return [(entry.get("filter"), entry["value"]) for entry in setting]
-    return [(None, setting)]
-
-
-def value(found: Entries, name: str, depth: float):
+def value(setting: Setting, name: str, depth: float) -> Value | None:
     """The value for a tensor; None where no filter fits.
 
     Example:
-      >>> setting = [{"filter": "mlp", "value": [0, 1]}, {"value": 0.3}]
-      >>> value(entries(setting), "h.1.mlp.w", 0.25), value(entries(setting), "w", 0.0)
+      >>> setting = (Entry((0, 1), "mlp"), Entry(0.3))
+      >>> value(setting, "h.1.mlp.w", 0.25), value(setting, "w", 0.0)
       (0.25, 0.3)
     """
-    for part, setting in found:
-        if part in (None, "*") or part in name:
-            return _interpolated(setting, depth)
+    for found, part in setting:
+        if part is None or part == "*" or part in name:
+            return _interpolated(found, depth) if isinstance(found, tuple) else found
     return None
 
 
-def _interpolated(setting, depth):
-    if not isinstance(setting, list):
-        return setting
-    place = depth * (len(setting) - 1)
+def _interpolated(values, depth):
+    place = depth * (len(values) - 1)
     low = int(place)
-    high = min(low + 1, len(setting) - 1)
+    high = min(low + 1, len(values) - 1)
     share = place - low
-    return (1 - share) * setting[low] + share * setting[high]
+    return (1 - share) * values[low] + share * values[high]
 
 
-def is_constant(found: Entries) -> bool:
+def is_constant(setting: Setting) -> bool:
     """Whether all tensors have one value."""
-    part, setting = found[0]
+    found, part = setting[0]
     if part not in (None, "*"):
         return False
-    return not isinstance(setting, list) or len(set(setting)) == 1
+    return not isinstance(found, tuple) or len(set(found)) == 1
+
+
+def unused(settings: Iterable[Setting], names: Collection[str]) -> list[str]:
+    """The filters that fit none of the tensors."""
+    parts = {part for setting in settings for _, part in setting if part is not None}
+    return sorted(
+        part for part in parts - {"*"} if not any(part in name for name in names)
+    )

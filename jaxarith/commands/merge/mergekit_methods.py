@@ -1,6 +1,7 @@
 """mergekit's merge methods by name, with its options and its defaults."""
 
 import functools
+from collections.abc import Mapping
 
 from jaxarith.commands.merge.methods import (
     INTEGER,
@@ -10,6 +11,7 @@ from jaxarith.commands.merge.methods import (
     Option,
 )
 from jaxarith.merge import mergekit
+from jaxarith.merge.mergekit.arithmetic import MethodName
 
 # What mergekit sets for each model, layer or filter; it needs a weight of each.
 _WEIGHT = Option(float, each=True, by_path=True, required=True)
@@ -26,12 +28,19 @@ _EPSILON = {"epsilon": Option(float, each=True, by_path=True, default=0.15)}
 _L1 = "what is kept is scaled to the L1 norm of the tensor, as in mergekit, not by 1/p"
 
 
-def _general(method: str, options=None, *, note="", random=False, passes=1) -> Method:
+def _general(
+    method: MethodName,
+    options: Mapping[str, Option] | None = None,
+    *,
+    note: str = "",
+    random: bool = False,
+) -> Method:
     merge_leaves = functools.partial(
         mergekit.generalized_task_arithmetic, method=method
     )
-    options = _GENERAL | (options or {})
-    return Method(merge_leaves, options, passes, random=random, note=note)
+    return Method(
+        merge_leaves, {**_GENERAL, **(options or {})}, random=random, note=note
+    )
 
 
 MERGEKIT = {

@@ -8,13 +8,21 @@ error that names its line.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from jaxarith.commands.merge import methods, yaml_lines
 from jaxarith.commands.merge import recipe as merge_recipe
+from jaxarith.commands.merge.gradients import Entry, Setting, Value
 from jaxarith.commands.merge.methods import Method, Option
-from jaxarith.commands.merge.recipe import DTYPES, MergeRecipe
+from jaxarith.commands.merge.recipe import MergeRecipe
+from jaxarith.commands.merge.request import (
+    DTYPES,
+    PRESETS,
+    Dtype,
+    MergeRequest,
+    Model,
+)
 from jaxarith.commands.merge.yaml_lines import Node
 
 _KEYS = (
@@ -31,78 +39,91 @@ _KEYS = (
 )
 
 
-def read(path, *, seed: int = 0) -> MergeRecipe:
+def read(path: str | os.PathLike, *, seed: int = 0) -> MergeRecipe:
     """Reads the recipe of a merge from a file.
 
     Parameters may be gradients over the layers and have filters, as in `gradients`. A
-    parameter is looked for in the entry of the model, in the slice, at the top.
+    parameter is looked for in the entry of the model, then in the slice, then at the
+    top.
 
     Args:
       path: a YAML file.
-      seed: of random methods.
+      seed: seed of random methods.
 
     Raises:
       OSError: there is no such file.
       ValueError: it is no YAML, or something in it is not known, is missing, or is not
-        supported; with the name of the file and the line.
+        supported; the message has the name of the file and the line.
     """
     root = yaml_lines.read(path)
     keys = root.fields(_KEYS, "the file")
     if "merge_method" not in keys:
         raise root.error("the file names no merge_method.")
-    settings, notes = _settings(root, keys)
+    request, notes = _request(root, keys)
     try:
-        recipe = merge_recipe.build(settings, seed=seed)
+        recipe = merge_recipe.build(request, seed=seed)
     except ValueError as error:
         raise keys["merge_method"].error(str(error)) from error
-    notes = (*recipe.notes, *notes, *_dtype_notes(settings))
+    notes = (*recipe.notes, *notes, *_dtype_notes(request.dtype))
     return dataclasses.replace(recipe, notes=notes)
 
 
-def _settings(root, keys) -> tuple[dict[str, Any], list[str]]:
-    """The content of the file as plain data, and what to tell about it."""
+def _request(root: Node, keys: Mapping[str, Node]) -> tuple[MergeRequest, list[str]]:
+    """What the file asks for, and what to tell about it."""
     name = keys["merge_method"].text("merge_method")
-    preset = "mergekit"
-    if "preset" in keys:
-        preset = keys["preset"].word(merge_recipe.PRESETS, "preset")
+    preset = keys["preset"].word(PRESETS, "preset") if "preset" in keys else "mergekit"
     try:
         method = merge_recipe.find(name, preset)
     except ValueError as error:
         raise keys["merge_method"].error(str(error)) from error
     if ("models" in keys) == ("slices" in keys):
         raise root.error("the file must have either models or slices.")
-    settings = {"merge_method": name, "preset": preset}
-    if "base_model" in keys:
-        settings["base_model"] = keys["base_model"].text("base_model")
-    base = settings.get("base_model")
+    base = keys["base_model"].text("base_model") if "base_model" in keys else None
     shared = parameters(keys.get("parameters"), name, method, None)
+    layers = None
     if "models" in keys:
         entries, known = keys["models"].items("models"), ("model", "parameters")
     else:
         of_slice, entries = _slice(keys["slices"], base)
         for key, setting in parameters(of_slice, name, method, None).items():
-            shared[key] = _before(setting, shared.get(key))
-        settings["layers"] = _layers(entries)
+            shared[key] = setting + shared.get(key, ())  # the slice's count first
+        layers = _layers(entries)
         known = ("model", "parameters", "layer_range")
-    settings["models"], notes = _models(entries, known, name, method, base)
-    if shared:
-        settings["parameters"] = shared
-    for key in ("dtype", "out_dtype"):
-        if key in keys:
-            settings[key] = keys[key].word(DTYPES, key)
+    models, notes = _models(entries, known, name, method, base)
     source = _tokenizer(keys)
-    if source is not None and source != "base":
-        settings["tokenizer_source"] = source
     if source is not None:
         notes.append(
             "the files of the tokenizer are copied; rows of embeddings stay where they "
             "are, so tokens must have the same ids in all models"
         )
-    return settings, notes
+    request = MergeRequest(
+        method=name,
+        models=models,
+        base=base,
+        parameters=shared,
+        preset=preset,
+        dtype=_dtype(keys, "dtype"),
+        out_dtype=_dtype(keys, "out_dtype"),
+        tokenizer_source=None if source == "base" else source,
+        layers=layers,
+    )
+    return request, notes
 
 
-def _models(entries, known, name, method, base):
-    models, notes, seen = [], [], {}
+def _dtype(keys: Mapping[str, Node], key: str) -> Dtype | None:
+    return keys[key].word(DTYPES, key) if key in keys else None
+
+
+def _models(
+    entries: Sequence[Node],
+    known: Collection[str],
+    name: str,
+    method: Method,
+    base: str | None,
+) -> tuple[tuple[Model, ...], list[str]]:
+    models: list[Model] = []
+    notes: list[str] = []
+    seen: dict[str, int] = {}
     for entry in entries:
         fields = entry.fields(known, "the entry of a model")
         if "model" not in fields:
@@ -118,11 +139,11 @@ def _models(entries, known, name, method, base):
                 f"the parameters of the base model, in line {line}, have no effect: "
                 "its task vector is zero"
             )
-        models.append({"model": model, **({"parameters": own} if own else {})})
-    return models, notes
+        models.append(Model(model, own))
+    return tuple(models), notes
 
 
-def _slice(node, base):
+def _slice(node: Node, base: str | None) -> tuple[Node | None, list[Node]]:
     """The parameters of the only slice, and its sources."""
     slices = node.items("slices")
     if len(slices) > 1:
@@ -139,9 +160,9 @@ def _slice(node, base):
     return fields.get("parameters"), fields["sources"].items("sources")
 
 
-def _layers(entries):
+def _layers(entries: Sequence[Node]) -> int:
     """The number of layers that the sources of a slice say the models have."""
-    lengths = set()
+    lengths: set[int] = set()
     for entry in entries:
         found = entry.mapping("a source").get("layer_range")
         if found is None:
@@ -158,7 +179,7 @@ def _layers(entries):
     return lengths.pop()
 
 
-def _tokenizer(keys):
+def _tokenizer(keys: Mapping[str, Node]) -> str | None:
     if "tokenizer_source" in keys and "tokenizer" in keys:
         raise keys["tokenizer"].error("there is a tokenizer_source as well.")
     node = keys.get("tokenizer_source")
@@ -180,36 +201,24 @@ def _tokenizer(keys):
     return source
 
 
-def _before(setting, later):
-    """One setting whose values count before those of a later one."""
-    if later is None:
-        return setting
-    return [*map(dict, _entries(setting)), *map(dict, _entries(later))]
-
-
-def _entries(setting):
-    is_filtered = isinstance(setting, list) and isinstance(setting[0], Mapping)
-    return setting if is_filtered else [{"value": setting}]
-
-
-def _dtype_notes(settings):
-    dtype = settings.get("dtype")
+def _dtype_notes(dtype: Dtype | None) -> Iterator[str]:
     if dtype not in (None, "float32"):
         yield f"sums are taken in float32 and cast once (mergekit computes in {dtype})"
 
 
 def parameters(
     node: Node | None, name: str, method: Method, model: str | None
-) -> dict[str, Any]:
-    """The settings under a `parameters`, of which there may be none.
+) -> dict[str, Setting]:
+    """The settings under a `parameters`; none without it.
 
     Args:
       node: the mapping.
       name, method: the merge method.
-      model: the model whose entry it is in, or None at the top and in a slice.
+      model: the model that has the mapping in its entry; None at the top and in a
+        slice.
 
     Raises:
-      ValueError: a parameter is not known, is none of a model, or has a wrong value.
+      ValueError: a parameter is not known, is one for all models, or has a wrong value.
     """
     if node is None:
         return {}
@@ -225,40 +234,39 @@ def parameters(
     }
 
 
-def _setting(node, key, option: Option):
+def _setting(node: Node, key: str, option: Option) -> Setting:
     if isinstance(node.value, dict):
-        return [_conditional(node, key, option)]
-    if not isinstance(node.value, list):
-        return _scalar(node, key, option)
-    items = node.items(key)
-    if any(isinstance(item.value, dict) for item in items):
-        return [_conditional(item, key, option) for item in items]
-    return _gradient(node, key, option)
+        return (_entry(node, key, option),)
+    if isinstance(node.value, list):
+        items = node.items(key)
+        if any(isinstance(item.value, dict) for item in items):
+            return tuple(_entry(item, key, option) for item in items)
+    return (Entry(_value(node, key, option)),)
 
 
-def _conditional(node, key, option):
+def _entry(node: Node, key: str, option: Option) -> Entry:
     fields = node.fields(("filter", "value"), key)
     if "value" not in fields:
         raise node.error(f"this entry of {key} has no value.")
-    found = fields["value"]
-    value = (_gradient if isinstance(found.value, list) else _scalar)(
-        found, key, option
-    )
+    value = _value(fields["value"], key, option)
     part = fields.get("filter")
     if part is None or part.value is None:
-        return {"value": value}
+        return Entry(value)
     if not option.by_path:
         raise part.error(f"{key} is one for all tensors; it has no filter.")
-    return {"filter": part.text("filter"), "value": value}
+    return Entry(value, part.text("filter"))
 
 
-def _gradient(node, key, option):
+def _value(node: Node, key: str, option: Option) -> Value | tuple[Value, ...]:
+    """One value, or the values of a gradient."""
+    if not isinstance(node.value, list):
+        return _scalar(node, key, option)
     if not option.by_path:
         raise node.error(f"{key} is one for all tensors; found a list.")
-    return [_scalar(item, key, option) for item in node.items(key)]
+    return tuple(_scalar(item, key, option) for item in node.items(key))
 
 
-def _scalar(node, key, option):
+def _scalar(node: Node, key: str, option: Option) -> Value:
     if node.value is None or isinstance(node.value, dict | list):
         raise node.error(f"{key} must be one value; found {node.shown()}.")
     try:

@@ -9,10 +9,14 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 from jaxarith import merge, tree
+from jaxarith.commands.merge.gradients import Value
 from jaxarith.merge.bases import cluster
+from jaxarith.typing import Params, Taus
+
+Base: TypeAlias = Literal["needed", "optional", "input", "aside"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +27,10 @@ class Option:
       kind: the type of its values, or the words that it can be.
       each: whether there may be one value for each model.
       by_path: whether it may differ from tensor to tensor.
-      keyword: the parameter of the function, where that has another name; "" for what
-        has no effect here.
+      keyword: the parameter of the function, where that has another name; "" if the
+        option has no effect here.
       required: whether it must be given.
-      default: what it is for models and tensors for which it is not given, if it is
+      default: its value for models and tensors for which it is not given, if it is
         given for others.
     """
 
@@ -44,11 +48,11 @@ class Method:
 
     Attributes:
       merge: `merge(params_0, taus, **options) -> params`.
-      options: by name.
+      options: its options by name.
       passes: about how often the task vectors are read, with the default options.
-      base: what the base model is: where task vectors begin, and so "needed"; the same,
-        but "optional"; an "input" like the other models; or set "aside", for models are
-        merged.
+      base: the role of the base model. "needed": task vectors start from it;
+        "optional": they do if it is given; "input": it is one of the models to merge;
+        "aside": models are merged, without it.
       random: whether the function takes a `key`.
       by_shape: whether it can be traced without values.
       note: how it differs from another method of the same name.
@@ -57,17 +61,17 @@ class Method:
     merge: Callable
     options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
     passes: int = 1
-    base: Literal["needed", "optional", "input", "aside"] = "needed"
+    base: Base = "needed"
     random: bool = False
     by_shape: bool = True
     note: str = ""
 
 
-def converted(value, option: Option):
-    """A value as the option takes it; texts, such as those of flags, are read.
+def converted(value: Any, option: Option) -> Value:
+    """A value in the type of an option; texts, such as those of flags, are parsed.
 
     Raises:
-      ValueError: it is none, with a message that goes on after the option's name.
+      ValueError: it is no such value; the message continues after the option's name.
     """
     kind = option.kind
     if isinstance(kind, tuple):
@@ -122,13 +126,20 @@ _LINEAR = r"(?!.*relative_attention_bias).*\.\d+\..*weight"
 _NONE = r"(?!)"
 
 
-def _wise_ft(params_0, taus, *, coef=0.5):
+def _wise_ft(params_0: Params, taus: Taus, *, coef: Any = 0.5) -> Params:
     if len(taus) != 1:
         raise ValueError(f"WiSE-FT moves the base to one model; found {len(taus)}.")
     return merge.wise_ft(params_0, taus[0], coef=coef)
 
 
-def _bases(params_0, taus, *, coef=1.0, clusters=None, negative=None):
+def _bases(
+    params_0: Params,
+    taus: Taus,
+    *,
+    coef: float = 1.0,
+    clusters: int | None = None,
+    negative: float | None = None,
+) -> Params:
     # Task arithmetic with the means of clusters, which is one with the task vectors.
     cosines = tree.cosine(tree.gram(taus))
     found = cluster(cosines, clusters, negative=negative)

@@ -2,54 +2,73 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
 import jaxarith
+from jaxarith.commands.merge.request import MergeRequest
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
+class Input(NamedTuple):
+    """A model that was merged.
+
+    Attributes:
+      model: its name, as the user gave it.
+      role: whether it was the base.
+      local: whether it is a folder, rather than on the Hub.
+      sha256: the hash of every file of its weights, by name of the file.
+    """
+
+    model: str
+    role: Literal["base", "model"]
+    local: bool
+    sha256: Mapping[str, str]
+
+
 def data(
-    method: str,
-    settings: Mapping[str, Any],
-    inputs: Sequence[Mapping[str, Any]],
+    request: MergeRequest,
+    inputs: Sequence[Input],
     command: str,
     notes: Sequence[str],
-    **facts: Any,
+    *,
+    dtype: str | None,
+    seed: int,
 ) -> dict[str, Any]:
-    """What is known of a merge, as it is written to `jaxarith_merge.json`.
+    """What is known of a merge, as `jaxarith_merge.json` has it.
 
     Args:
-      method: its name.
-      settings: what was asked for, in the form of a YAML file.
-      inputs: of each model `model`; `role`, such as "base"; `local`, whether it is a
-        folder; and `sha256`, the hash of every file of weights by its name.
+      request: what was asked for.
+      inputs: the models.
       command: the command line.
       notes: what the user was told.
-      **facts: what else is worth knowing, such as `seed` and `dtype`.
+      dtype: dtype of the new weights; None is the base's.
+      seed: seed of random methods.
     """
     return {
         "jaxarith": jaxarith.__version__,
-        "method": method,
-        "recipe": dict(settings),
-        "inputs": [dict(model) for model in inputs],
+        "method": request.method,
+        "recipe": request.as_file(),
+        "inputs": [model._asdict() for model in inputs],
         "command": command,
         "notes": list(notes),
-        **facts,
+        "dtype": dtype,
+        "seed": seed,
     }
 
 
 def render(name: str, facts: Mapping[str, Any]) -> str:
-    """The text of `README.md`, of what `data` returned.
+    """The text of `README.md`.
 
     Args:
-      name: of the merged model.
-      facts: see `data`.
+      name: name of the merged model.
+      facts: what `data` returned.
 
     Example:
-      >>> facts = data("average", {"models": []}, [], "jaxarith merge", ["a | b"])
+      >>> request = MergeRequest("average", models=())
+      >>> facts = data(request, [], "jaxarith merge", [], dtype=None, seed=0)
       >>> print(render("mean", facts).splitlines()[8])
       # mean
     """
@@ -72,8 +91,8 @@ def render(name: str, facts: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def dump(values) -> str:
-    """Plain data as YAML, in the order that it has."""
+def dump(values: Any) -> str:
+    """Plain data as YAML, in its order."""
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

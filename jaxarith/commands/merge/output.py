@@ -1,18 +1,20 @@
 """What `jaxarith merge` prints before a merge, and writes beside the weights."""
 
+import dataclasses
 import json
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxarith import hub
 from jaxarith.commands.merge import model_card
+from jaxarith.commands.merge.model_card import Input
 from jaxarith.commands.merge.recipe import MergeRecipe
-from jaxarith.stream import Plan, Report, policies
-from jaxarith.stream.opened import Opened, adapted, open_checkpoint
+from jaxarith.stream import Opened, Plan, Report
+from jaxarith.stream.opened import adapted, open_checkpoint
 
 FACTS = "jaxarith_merge.json"
 _DTYPE_KEYS = {"dtype", "torch_dtype"}
@@ -22,18 +24,21 @@ _TOKENIZER = re.compile(
 )
 
 
-def planned(recipe: MergeRecipe, opened: Opened, plan: Plan, dtype: str | None) -> str:
+def planned(
+    recipe: MergeRecipe, plan: Plan, dtype: str | None, notes: Sequence[str]
+) -> str:
     """The plan of a merge, for people to read."""
+    passes = recipe.function.passes
     rows = [
-        ("method", recipe.method),
+        ("method", recipe.request.method),
         ("base", recipe.base or "none"),
         *(("model", model) for model in recipe.models),
         ("tensors", f"{plan.tensors}, the largest of {_bytes(plan.largest)}"),
         ("dtype", dtype or "that of the base"),
-        ("reads", f"{_bytes(plan.bytes_in)} in each of about {recipe.passes} passes"),
+        ("reads", f"{_bytes(plan.bytes_in)} in each of about {passes} passes"),
         ("writes", f"{_bytes(plan.bytes_out)} in {len(plan.files)} files"),
         ("memory", f"about {_bytes(plan.peak_bytes)}"),
-        *(("note", note) for note in (*recipe.notes, *opened.notes)),
+        *(("note", note) for note in notes),
     ]
     return "\n".join(f"{label:<8} {text}" for label, text in rows)
 
@@ -44,32 +49,36 @@ def _bytes(count: int) -> str:
     return f"{count / 1000**power:.{digits}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def finisher(
-    recipe: MergeRecipe,
-    opened: Opened,
-    *,
-    name: str,
-    dtype: str | None,
-    tokenizer: Path | None,
-    seed: int,
-    command: str,
-) -> Callable[[Path, Report], None]:
-    """A function that writes all but the weights, for `stream.merge`.
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """What belongs beside the weights.
+
+    Attributes:
+      config: the content of `config.json`.
+      files: files to copy, such as those of the tokenizer.
+      notes: what the user should know of them.
+    """
+
+    config: dict[str, Any]
+    files: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+def beside(opened: Opened, dtype: str | None, tokenizer: Path | None) -> Beside:
+    """Finds what belongs beside the weights of a merge.
 
     Args:
-      recipe, opened: the merge.
-      name: of the new model.
-      dtype: of the new weights, or None for the base's.
-      tokenizer: the folder whose tokenizer goes along; None is the base's.
-      seed: of the random draws.
-      command: the command line.
+      opened: the models.
+      dtype: dtype of the new weights; None is the base's.
+      tokenizer: the folder whose tokenizer is copied; None is the base's.
 
     Raises:
       FileNotFoundError: the base has no configuration.
-      ValueError: it is no JSON.
+      ValueError: it is no JSON, or `tokenizer` has no tokenizer.
     """
     folder = opened.folders[0]
     config = hub.read_json(folder)
+    notes = []
     if dtype is not None:
         config = _replaced(config, lambda key, _: key in _DTYPE_KEYS, dtype)
         if not _DTYPE_KEYS & config.keys():
@@ -79,40 +88,38 @@ def finisher(
         before = config
         config = _replaced(config, lambda *item, of=vocabulary: item == of, new)
         if config == before:
-            opened.notes.append(
+            notes.append(
                 f"config.json gives no vocab_size of {old} and is kept; the merge has "
                 f"{new} rows"
             )
-    if all(map(policies.is_floating, opened.base.values())):
+    if all(tensor.is_floating for tensor in opened.base.values()):
         config.pop("quantization_config", None)  # what is merged is not quantised
-    extras = hub.side_files(folder)
+    files = hub.side_files(folder)
     if tokenizer is not None:
         found = [f for f in hub.side_files(tokenizer) if _TOKENIZER.match(f.name)]
         if not found:
             raise ValueError(
                 f"tokenizer_source: {tokenizer} has no files of a tokenizer."
             )
-        own = [file for file in extras if not _TOKENIZER.match(file.name)]
-        extras = own + found
+        files = [file for file in files if not _TOKENIZER.match(file.name)] + found
+    return Beside(config, tuple(files), tuple(notes))
 
-    def finish(new: Path, report: Report):
-        for file in extras:
-            shutil.copyfile(file, new / file.name)
-        _write_json(new / "config.json", config)
-        facts = model_card.data(
-            recipe.method,
-            recipe.settings,
-            _inputs(recipe, opened, report),
-            command,
-            [*recipe.notes, *opened.notes],
-            dtype=dtype,
-            seed=seed,
-        )
-        _write_json(new / FACTS, facts)
-        card = model_card.render(name, facts)
-        (new / "README.md").write_text(card, encoding="utf-8")
 
-    return finish
+def write(folder: Path, found: Beside, name: str, facts: Mapping[str, Any]) -> None:
+    """Writes all but the weights.
+
+    Args:
+      folder: the new folder.
+      found: what belongs beside the weights.
+      name: name of the new model.
+      facts: what is known of the merge, as `model_card.data` returns it.
+    """
+    for file in found.files:
+        shutil.copyfile(file, folder / file.name)
+    _write_json(folder / "config.json", found.config)
+    _write_json(folder / FACTS, facts)
+    card = model_card.render(name, facts)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _write_json(path, content):
@@ -120,22 +127,25 @@ def _write_json(path, content):
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def _inputs(recipe, opened, report) -> list[dict[str, Any]]:
+def inputs(recipe: MergeRecipe, opened: Opened, report: Report) -> list[Input]:
     """The models with the hashes of their weights, those of an adapter among them."""
     folders = iter(opened.folders if recipe.base is not None else opened.folders[1:])
-    inputs = []
-    named = [(recipe.base, "base")] if recipe.base is not None else []
-    for model, role in [*named, *((model, "model") for model in recipe.models)]:
+
+    def of_model(model: str, role: Literal["base", "model"]) -> Input:
         parts = adapted(model)
         local = any(Path(part).expanduser().is_dir() for part in parts)
         hashes: dict[str, str] = {}
         for _ in parts:
             hashes |= report.sha256.get(str(next(folders)), {})
-        inputs.append({"model": model, "role": role, "local": local, "sha256": hashes})
-    return inputs
+        return Input(model, role, local, hashes)
+
+    base = [] if recipe.base is None else [of_model(recipe.base, "base")]
+    return [*base, *(of_model(model, "model") for model in recipe.models)]
 
 
-def _replaced(config, chosen, new):
+def _replaced(
+    config: dict[str, Any], chosen: Callable[[str, Any], bool], new: Any
+) -> dict[str, Any]:
     """The configuration, and those in it, with another value of the chosen entries."""
     return {
         key: new
@@ -147,9 +157,9 @@ def _replaced(config, chosen, new):
     }
 
 
-def _changed_rows(opened) -> dict[int, int]:
+def _changed_rows(opened: Opened) -> dict[int, int]:
     """The number of tokens of the base and of the merge, where they differ."""
-    before = open_checkpoint(opened.folders[0])[0]
+    before = open_checkpoint(opened.folders[0]).tensors
     return {
         before[name].shape[0]: tensor.shape[0]
         for name, tensor in opened.base.items()

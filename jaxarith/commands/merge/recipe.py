@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,42 +10,43 @@ import jax
 
 from jaxarith import tree
 from jaxarith.commands.merge import gradients
-from jaxarith.commands.merge.gradients import entries, is_constant, value
+from jaxarith.commands.merge.gradients import Setting
 from jaxarith.commands.merge.mergekit_methods import MERGEKIT
 from jaxarith.commands.merge.methods import PAPER, Method
+from jaxarith.commands.merge.request import Dtype, MergeRequest, Model, Preset
 from jaxarith.typing import Params, Taus
 
-PRESETS = {"paper": PAPER, "mergekit": MERGEKIT}
-DTYPES = ("float32", "float16", "bfloat16")
+PRESETS: dict[Preset, dict[str, Method]] = {"paper": PAPER, "mergekit": MERGEKIT}
+
+# An option as a function of the depths of all tensors.
+_Bind = Callable[[Mapping[str, float]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class MergeRecipe:
-    """What a file or flags ask for.
+    """What is done for a request.
 
     Attributes:
-      method: its name.
+      request: what was asked for.
       function: the method.
-      options: its options by keyword, a function of the names of all tensors.
+      options: a function of the names of all tensors that returns the method's options
+        by keyword.
       base: the model from which task vectors are measured, if there is one.
-      models: the others.
-      dtype: of the output, or None for that of the base.
-      tokenizer: the model whose tokenizer goes along, or None for the base's.
+      models: the other models, or all where the method merges models.
       notes: what the user should know.
-      passes: how often the task vectors are read.
-      settings: what was asked for, as plain data in the form of a YAML file.
     """
 
-    method: str
+    request: MergeRequest
     function: Method
     options: Callable[[Iterable[str]], dict[str, Any]]
     base: str | None
     models: tuple[str, ...]
-    dtype: str | None
-    tokenizer: str | None
     notes: tuple[str, ...]
-    passes: int
-    settings: Mapping[str, Any]
+
+    @property
+    def dtype(self) -> Dtype | None:
+        """The dtype of the new weights; None is that of the base."""
+        return self.request.out_dtype or self.request.dtype
 
     def merge(self, params_0: Params, taus: Taus) -> Params:
         """Merges leaves that are named as in PyTorch.
@@ -57,7 +58,7 @@ class MergeRecipe:
         options = self.options(tree.flatten(tree.floating(params_0)))
         return self.function.merge(params_0, taus, **options)
 
-    def check(self, params_0: Params, taus: Taus):
+    def check(self, params_0: Params, taus: Taus) -> None:
         """Raises what `merge` would because of its options, from shapes alone.
 
         The method goes over one leaf of every shape, since tracing takes time.
@@ -82,18 +83,17 @@ class MergeRecipe:
 
     def unused_filters(self, names: Collection[str]) -> list[str]:
         """The filters that fit none of the tensors."""
-        places = [self.settings, *self.settings["models"]]
-        values = [x for place in places for x in place.get("parameters", {}).values()]
-        parts = {part for value in values for part, _ in entries(value)} - {None, "*"}
-        return sorted(part for part in parts if not any(part in name for name in names))
+        places = [self.request.parameters, *(own for _, own in self.request.models)]
+        settings = [setting for place in places for setting in place.values()]
+        return gradients.unused(settings, names)
 
 
-def find(name: str, preset: str | None) -> Method:
+def find(name: str, preset: Preset | None) -> Method:
     """The method of a name.
 
     Args:
-      name: one that either table has.
-      preset: the table that counts where both have it, or None for that of the papers.
+      name: the name of a method in either table.
+      preset: the table to use where both have it; None is that of the papers.
 
     Raises:
       ValueError: neither has it.
@@ -112,43 +112,36 @@ def names() -> list[str]:
     return sorted({*PAPER, *MERGEKIT})
 
 
-def build(settings: Mapping[str, Any], *, seed: int = 0) -> MergeRecipe:
-    """Makes the recipe of checked settings.
+def build(request: MergeRequest, *, seed: int = 0) -> MergeRecipe:
+    """Makes the recipe of a request.
 
     Args:
-      settings: `merge_method` and `models`, a list of mappings with `model` and perhaps
-        `parameters`; perhaps `base_model`, `parameters`, `preset`, `dtype`,
-        `out_dtype`, `tokenizer_source`, and `layers`, the number that the largest stack
-        must have. A parameter is a value, or one of the settings of `gradients`.
-      seed: of random methods.
+      request: what is asked for.
+      seed: seed of random methods.
 
     Raises:
-      ValueError: the method needs a base, or a parameter, that is not there.
+      ValueError: a base, a model or a parameter that the method needs is missing.
     """
-    name, base = settings["merge_method"], settings.get("base_model")
-    method = find(name, settings.get("preset"))
-    shared = settings.get("parameters", {})
-    models = [
-        (item["model"], item.get("parameters", {})) for item in settings["models"]
-    ]
-    of_vectors = method.base == "needed" or shared.get("between") == "task_vectors"
-    if base is None and of_vectors:
+    name, base, shared = request.method, request.base, request.parameters
+    method = find(name, request.preset)
+    of_vectors = shared.get("between") == gradients.constant("task_vectors")
+    if base is None and (method.base == "needed" or of_vectors):
         raise ValueError(f"{name} merges task vectors, so it needs a base model.")
+    models = request.models
     if method.base != "aside" and base is not None:
-        same = {model for model, _ in models if _place(model) == _place(base)}
-        of_base = next((own for model, own in models if model in same), {})
-        models = [(model, own) for model, own in models if model not in same]
+        same = [model for model in models if _place(model.name) == _place(base)]
+        models = tuple(model for model in models if model not in same)
         if method.base == "input":
-            models, base = [(base, of_base), *models], None
+            own = same[0].parameters if same else {}
+            models, base = (Model(base, own), *models), None
     if not models:
         raise ValueError("there is no model to merge besides the base.")
     bound = _bound(name, method, models, shared)
-    layers = settings.get("layers")
 
-    def options(names):
+    def options(names: Iterable[str]) -> dict[str, Any]:
         names = list(names)
-        if layers is not None:
-            _check_layers(layers, gradients.stacks(names))
+        if request.layers is not None:
+            _check_layers(request.layers, gradients.stacks(names))
         depths = gradients.depths(names)
         found = {keyword: bind(depths) for keyword, bind in bound.items()}
         if method.random:
@@ -156,67 +149,67 @@ def build(settings: Mapping[str, Any], *, seed: int = 0) -> MergeRecipe:
         return found
 
     return MergeRecipe(
-        method=name,
+        request=request,
         function=method,
         options=options,
         base=base,
-        models=tuple(model for model, _ in models),
-        dtype=settings.get("out_dtype") or settings.get("dtype"),
-        tokenizer=settings.get("tokenizer_source"),
-        notes=tuple(_notes(name, method, bound, settings)),
-        passes=method.passes,
-        settings={key: item for key, item in settings.items() if key != "layers"},
+        models=tuple(model.name for model in models),
+        notes=tuple(_notes(request, method, bound)),
     )
 
 
-def _place(model):
+def _place(model: str) -> str:
     """The folder of a local model, however it was written; else its name."""
     path = Path(model).expanduser()
     return str(path.resolve()) if path.is_dir() else model
 
 
-def _bound(name, method, models, shared):
-    """By keyword, functions of the depths of tensors that give the options."""
+def _bound(
+    name: str, method: Method, models: Sequence[Model], shared: Mapping[str, Setting]
+) -> dict[str, _Bind]:
+    """By keyword, functions of the depths of tensors that return the options."""
     bound = {}
     for key, option in method.options.items():
-        owners = models if option.each else [(None, {})]
-        chains = _chains(name, key, method, owners, shared)
-        if any(chains) and option.keyword != "":
+        owners = models if option.each else [Model("", {})]
+        settings = _settings(name, key, method, owners, shared)
+        if any(settings) and option.keyword != "":
             same = not option.each or not any(key in own for _, own in models)
             labels = [f"{key} of {model}" if model else key for model, _ in owners]
-            bind = _binding(labels, chains, same)
-            bound[option.keyword or key] = bind
+            bound[option.keyword or key] = _binding(labels, settings, same)
     return bound
 
 
-def _chains(name, key, method, owners, shared):
-    """For each owner the entries that are asked one after another."""
+def _settings(
+    name: str,
+    key: str,
+    method: Method,
+    owners: Sequence[Model],
+    shared: Mapping[str, Setting],
+) -> list[Setting]:
+    """For each owner its own setting of an option, then the shared one, the default."""
     option = method.options[key]
-    chains = [
-        [e for place in (own, shared) if key in place for e in entries(place[key])]
-        for _, own in owners
-    ]
+    settings = [own.get(key, ()) + shared.get(key, ()) for _, own in owners]
     empty = [
-        model for (model, _), chain in zip(owners, chains, strict=True) if not chain
+        model for (model, _), found in zip(owners, settings, strict=True) if not found
     ]
     if option.required and empty:
         of = f" of {empty[0]}" if empty[0] else ""
         is_input = empty[0] and method.base == "input"
         why = " The base model is one of the models that it merges." * bool(is_input)
         raise ValueError(f"{name} needs {key}{of}, which is not given.{why}")
-    if option.default is not None and len(empty) < len(chains):
-        return [[*chain, *entries(option.default)] for chain in chains]
-    if 0 < len(empty) < len(chains):
+    if option.default is not None and len(empty) < len(settings):
+        return [found + gradients.constant(option.default) for found in settings]
+    if 0 < len(empty) < len(settings):
         raise ValueError(
-            f"{key} is given for {len(chains) - len(empty)} of {len(chains)} models; "
-            "give it for each, or once for all."
+            f"{key} is given for {len(settings) - len(empty)} of {len(settings)} "
+            "models; give it for each, or once for all."
         )
-    return chains
+    return settings
 
 
-def _binding(labels, chains, same):
+def _binding(labels: Sequence[str], settings: Sequence[Setting], same: bool) -> _Bind:
     def at(path, depth):
-        found = [value(chain, path, depth) for chain in chains]
+        found = [gradients.value(setting, path, depth) for setting in settings]
         if None in found:
             raise ValueError(
                 f"no filter of {labels[found.index(None)]} fits the tensor {path}; a "
@@ -224,7 +217,7 @@ def _binding(labels, chains, same):
             )
         return found[0] if same else found
 
-    if all(map(is_constant, chains)):
+    if all(map(gradients.is_constant, settings)):
         return lambda depths: at("", 0.0)
 
     def bind(depths):
@@ -234,7 +227,7 @@ def _binding(labels, chains, same):
     return bind
 
 
-def _check_layers(expected, stacks):
+def _check_layers(expected: int, stacks: Mapping[str, int]) -> None:
     found = max(stacks.values(), default=0)
     if found != expected:
         raise ValueError(
@@ -243,13 +236,16 @@ def _check_layers(expected, stacks):
         )
 
 
-def _notes(name, method, bound, settings):
+def _notes(
+    request: MergeRequest, method: Method, bound: Collection[str]
+) -> Iterator[str]:
     if method.note:
-        yield f"{name}: {method.note}"
-    if "int8_mask" in settings.get("parameters", {}):
+        yield f"{request.method}: {method.note}"
+    if "int8_mask" in request.parameters:
         yield "int8_mask has no effect: no mask is stored"
     if "in_out" in method.options and "in_out" not in bound:
         yield (
-            f"{name} takes matrices as [output, input]; in_out is a pattern for those "
-            r"of [input, output], such as GPT-2's: '.*\.c_(attn|fc|proj)\.weight'"
+            f"{request.method} takes matrices as [output, input]; in_out is a pattern "
+            "for those of [input, output], such as GPT-2's: "
+            r"'.*\.c_(attn|fc|proj)\.weight'"
         )

@@ -1,11 +1,14 @@
 """YAML with the line of every value, so that errors can name it."""
 
 import dataclasses
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+
+_Word = TypeVar("_Word", bound=str)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +64,13 @@ class Node:
             raise self.error(f"{name} must be a text; found {self.shown()}.")
         return self.value
 
-    def word(self, known: Collection[str], name: str) -> str:
+    def word(self, known: Sequence[_Word], name: str) -> _Word:
         """One of the known words."""
-        if self.text(name) not in known:
-            raise self.error(
-                f"{name} is {self.value!r}; it must be one of {', '.join(known)}."
-            )
-        return self.value
+        text = self.text(name)
+        for word in known:
+            if word == text:
+                return word
+        raise self.error(f"{name} is {text!r}; it must be one of {', '.join(known)}.")
 
     def shown(self) -> str:
         """The value as errors show it."""
@@ -76,7 +79,7 @@ class Node:
         return "nothing" if self.value is None else shown
 
 
-def read(path) -> Node:
+def read(path: str | os.PathLike) -> Node:
     """Reads a YAML file of scalars, lists and mappings.
 
     Raises:

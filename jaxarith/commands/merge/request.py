@@ -1,0 +1,76 @@
+"""What the user asks for: the flags and the YAML files both say this."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+from jaxarith.commands.merge.gradients import Setting, plain
+
+Preset: TypeAlias = Literal["paper", "mergekit"]
+Dtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
+PRESETS: tuple[Preset, ...] = get_args(Preset)
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+
+
+class Model(NamedTuple):
+    """A model to merge.
+
+    Attributes:
+      name: a folder or hub id, perhaps with `+` and an adapter.
+      parameters: options of the method that are this model's own.
+    """
+
+    name: str
+    parameters: Mapping[str, Setting]
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeRequest:
+    """A merge that is asked for; its options have the right types.
+
+    Attributes:
+      method: name of the method.
+      models: the models to merge; the base may be one of them.
+      base: the model from which task vectors are measured.
+      parameters: options of the method for all models, by name.
+      preset: whose method it is where both have one of that name.
+      dtype: dtype of the new weights (mergekit computes in it as well).
+      out_dtype: dtype of the new weights, where it is another one.
+      tokenizer_source: the model whose tokenizer is copied; None is the base.
+      layers: the number of layers that the largest stack must have; None is any.
+    """
+
+    method: str
+    models: tuple[Model, ...]
+    base: str | None = None
+    parameters: Mapping[str, Setting] = dataclasses.field(default_factory=dict)
+    preset: Preset = "paper"
+    dtype: Dtype | None = None
+    out_dtype: Dtype | None = None
+    tokenizer_source: str | None = None
+    layers: int | None = None
+
+    def as_file(self) -> dict[str, Any]:
+        """The content of a YAML file that asks for the same merge, of whole models."""
+        content = {
+            "merge_method": self.method,
+            "preset": self.preset,
+            "base_model": self.base,
+            "models": [
+                _filled({"model": name, "parameters": _plain(own)})
+                for name, own in self.models
+            ],
+            "parameters": _plain(self.parameters),
+            "dtype": self.dtype,
+            "out_dtype": self.out_dtype,
+            "tokenizer_source": self.tokenizer_source,
+        }
+        return _filled(content)
+
+
+def _plain(parameters):
+    return {name: plain(setting) for name, setting in parameters.items()}
+
+
+def _filled(content):
+    return {key: value for key, value in content.items() if value}

@@ -1,0 +1,78 @@
+"""Finds the folder of a checkpoint, on this machine or on the Hugging Face Hub."""
+
+import os
+from pathlib import Path
+
+from jaxarith.hub.folders import (
+    ADAPTER,
+    CONFIG,
+    INDEX,
+    MSGPACK,
+    SIDE_SUFFIXES,
+    WEIGHTS,
+    no_weights,
+)
+
+
+def find(model: str | os.PathLike, *, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: a local one, or one downloaded from the Hub.
+
+    Configuration, tokenizer and weights are downloaded, the weights in one format:
+    safetensors where the repository has them, else msgpack. Where the Hub cannot be
+    reached, a copy that was downloaded before is used.
+
+    Args:
+      model: a folder, or the id of a model such as `openai/clip-vit-base-patch32`.
+      revision: a branch, tag or commit on the Hub, such as `refs/pr/32`.
+
+    Raises:
+      FileNotFoundError: there is neither a folder nor a model that can be downloaded.
+      ValueError: the model's weights are in no format that jaxarith reads.
+
+    Example:
+      >>> find("google-t5/t5-small")  # doctest: +SKIP
+      PosixPath('…/models--google-t5--t5-small/snapshots/…')
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    import huggingface_hub  # here: local folders do not need it
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    at = "" if revision is None else f" at revision {revision!r}"
+    try:
+        info = huggingface_hub.model_info(str(model), revision=revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise FileNotFoundError(
+            f"the Hub has no {str(model)!r}{at} for you: {str(error).strip()}\n"
+            "Check the spelling; where access is restricted, run `hf auth login`."
+        ) from error
+    # Any failure to reach the Hub, for which its client has many exceptions.
+    except Exception as unreachable:
+        try:
+            cached = huggingface_hub.snapshot_download(
+                str(model), revision=revision, local_files_only=True
+            )
+        except Exception:
+            raise FileNotFoundError(
+                f"{str(model)!r}{at} is not a folder, is not in the download cache, "
+                f"and the Hub did not give it: {str(unreachable).strip()}\n"
+                "Check the spelling and the connection, or give the path of a folder "
+                f"that holds {CONFIG} and {WEIGHTS}."
+            ) from unreachable
+        return Path(cached)
+    names = [file.rfilename for file in info.siblings or []]
+    if any(name in (WEIGHTS, INDEX) for name in names):
+        weights = "model*.safetensors"
+    elif MSGPACK in names:
+        weights = MSGPACK
+    elif ADAPTER in names:
+        weights = ADAPTER
+    else:
+        raise ValueError(no_weights(f"{model}{at}", names))
+    patterns = [*(f"*{suffix}" for suffix in SIDE_SUFFIXES), weights]
+    return Path(
+        huggingface_hub.snapshot_download(
+            str(model), revision=revision, allow_patterns=patterns
+        )
+    )

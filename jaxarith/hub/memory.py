@@ -1,0 +1,70 @@
+"""Memory of tensors that were read, used again for the next ones.
+
+Fresh memory costs as much as the reading, and memory maps would count as memory of the
+process.
+"""
+
+import collections
+import threading
+import weakref
+
+import numpy as np
+
+_ALIGNMENT = 64  # from which on JAX uses memory on the host as it is
+_KEPT = 512 * 2**20  # bytes of memory that wait for their next use
+_LARGE = 2**20  # smaller memory is cheap to get
+
+
+class Memory:
+    """Memory that waits to be used again."""
+
+    def __init__(self):
+        self._free: list[np.ndarray] = []  # the oldest first
+        self._returned: collections.deque[np.ndarray] = collections.deque()
+        self._bytes, self._lock = 0, threading.Lock()
+
+    def take(self, size: int) -> np.ndarray:
+        """Aligned bytes, which come back by themselves when nobody holds them."""
+        needed = -(-size // 4096) * 4096 + _ALIGNMENT
+        with self._lock:
+            self._sort_in()
+            fitting = (i for i, raw in enumerate(self._free) if raw.size == needed)
+            if (found := next(fitting, None)) is None:
+                raw = np.empty(needed, np.uint8)
+            else:
+                raw = self._free.pop(found)
+                self._bytes -= needed
+        start = -raw.ctypes.data % _ALIGNMENT
+        # A new array of the same memory, of which all views are views. JAX holds it
+        # until the last program that reads it has ended.
+        lent = np.frombuffer(raw.data, np.uint8, size, start)
+        weakref.finalize(lent, self._give_back, raw).atexit = False
+        return lent
+
+    def _give_back(self, raw):
+        self._returned.append(raw)
+        # A finalizer may come in anywhere, in `take` of this very thread too.
+        if self._lock.acquire(blocking=False):
+            try:
+                self._sort_in()
+            finally:
+                self._lock.release()
+
+    def _sort_in(self):
+        while self._returned:
+            self._free.append(self._returned.popleft())
+            self._bytes += self._free[-1].size
+        while self._bytes > _KEPT:
+            self._bytes -= self._free.pop(0).size
+
+
+_pool = Memory()
+
+
+def lend(size: int) -> np.ndarray:
+    """Aligned bytes, those of tensors that nobody holds any more if they are many."""
+    if size >= _LARGE:
+        return _pool.take(size)
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size]

@@ -1,0 +1,134 @@
+"""Checkpoints and trees to files, each whole or not at all."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.typing import DTypeLike
+from safetensors.numpy import save_file
+
+from jaxarith import tree
+from jaxarith.hub import checks, layouts
+from jaxarith.hub.folders import CONFIG, WEIGHTS, existing, side_files
+from jaxarith.hub.reading import converted
+from jaxarith.typing import Params, Tree
+
+
+def save(
+    folder: str | os.PathLike,
+    params: Params,
+    config: Mapping[str, Any],
+    *,
+    dtype: DTypeLike | None = None,
+    copy_from: str | os.PathLike | None = None,
+) -> None:
+    """Writes a checkpoint that transformers loads: `model.safetensors`, `config.json`.
+
+    Everything is first written under temporary names. A new folder appears whole or
+    not at all. In a folder that exists, whole files are replaced, the weights last.
+
+    Args:
+      folder: created where it does not exist; other files in it are kept.
+      params: a nested dict of arrays with Flax names.
+      config: the content of `config.json`.
+      dtype: dtype of the file; None keeps that of each leaf.
+      copy_from: a folder whose tokenizer and preprocessing files are copied.
+
+    Raises:
+      ValueError: `params` holds NaN or infinite values, or something else than arrays.
+    """
+    tensors = layouts.to_torch(_arrays(params, dtype))
+    write(folder, tensors, config, copy_from=copy_from)
+
+
+def write(
+    folder: str | os.PathLike,
+    tensors: Mapping[str, Any],
+    config: Mapping[str, Any],
+    *,
+    copy_from: str | os.PathLike | None = None,
+) -> None:
+    """Writes tensors under the names that they have, as `save` does.
+
+    Args:
+      folder: created where it does not exist; other files in it are kept.
+      tensors: arrays by name, as `read` returns them.
+      config: the content of `config.json`.
+      copy_from: a folder whose tokenizer and preprocessing files are copied.
+
+    Raises:
+      ValueError: a tensor holds NaN or infinite values, or is no array.
+    """
+    folder = Path(folder).absolute()
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; a checkpoint needs a folder.")
+    tensors = _arrays(dict(tensors), None)
+    text = json.dumps(config, indent=2) + "\n"
+    extras = [] if copy_from is None else side_files(existing(copy_from))
+    with staging(folder if folder.is_dir() else folder.parent) as temporary:
+        new = temporary / "new"
+        new.mkdir()
+        for extra in extras:
+            shutil.copyfile(extra, new / extra.name)
+        (new / CONFIG).write_text(text, encoding="utf-8")
+        _write(new / WEIGHTS, tensors, {"format": "pt"})
+        if folder.is_dir():
+            for file in sorted(new.iterdir(), key=lambda file: file.name == WEIGHTS):
+                os.replace(file, folder / file.name)
+        else:
+            os.replace(new, folder)
+
+
+def save_tree(
+    path: str | os.PathLike, values: Tree, metadata: dict[str, str] | None = None
+) -> None:
+    """Writes any tree of arrays, such as a task vector, to one safetensors file.
+
+    The tensors are named by their slash paths. The file appears whole or not at all.
+
+    Raises:
+      ValueError: a leaf holds NaN or infinite values, or is no array.
+
+    Example:
+      >>> save_tree("tau.safetensors", tau, {"task": "mnist"})  # doctest: +SKIP
+      >>> tau, metadata = load_tree("tau.safetensors")  # doctest: +SKIP
+    """
+    path = Path(path).absolute()
+    leaves = _arrays(values, None)
+    with staging(path.parent) as temporary:
+        _write(temporary / path.name, leaves, metadata)
+        os.replace(temporary / path.name, path)
+
+
+@contextlib.contextmanager
+def staging(parent: Path) -> Iterator[Path]:
+    """A folder on the same disk to write in, removed afterwards, whatever happens.
+
+    Only a process that is killed leaves it, under a name that begins `.jaxarith-`.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".jaxarith-", dir=parent) as name:
+        yield Path(name)
+
+
+def _arrays(values, dtype):
+    leaves = {path: np.asarray(leaf) for path, leaf in tree.flatten(values).items()}
+    checks.check_numeric(leaves)
+    leaves = {path: converted(leaf, dtype) for path, leaf in leaves.items()}
+    checks.check_finite(leaves, "the tree")
+    return leaves
+
+
+def _write(path, tensors, metadata):
+    path.touch()
+    mode = path.stat().st_mode
+    # The memory is written as it lies. (ascontiguousarray would make 0-d arrays 1-d.)
+    tensors = {name: np.asarray(x, order="C") for name, x in tensors.items()}
+    save_file(tensors, path, metadata)
+    path.chmod(mode)  # safetensors makes its files readable to their owner only
