@@ -10,6 +10,7 @@ from tiny import random_params
 from tiny_language import write_classifier
 
 from experiments import detoxify
+from experiments.common.language import gpt2 as edited
 from experiments.common.language import tiny_text
 from jaxarith import hub, tangent, task_vectors, tree
 from jaxarith.data import text
@@ -107,7 +108,7 @@ def test_the_rows_are_the_four_models_and_say_what_their_samples_score(run):
     of_model = {name: [] for name in rows}
     for line in (config.out / "samples.jsonl").read_text().splitlines():
         sample = json.loads(line)
-        assert sample["text"].startswith(detoxify.PROMPT)
+        assert sample["text"].startswith(edited.PROMPT)
         assert sample["coef"] == rows[sample["model"]]["coef"]
         of_model[sample["model"]].append(sample["score"])
     for name, scores in of_model.items():
@@ -152,13 +153,10 @@ def test_the_edited_checkpoint_is_the_negated_model_and_has_its_tokenizer(run, p
 
 
 def test_samples_depend_on_the_seed_alone_and_may_be_more_than_a_batch(place):
-    checkpoint = gpt2.load(place / "gpt2")
-    tokenizer = text.load_tokenizer(checkpoint.folder)
-    decoder = gpt2.decoder(checkpoint.config)
-
     def samples(**fields):
         config = options(place, samples=70, max_new_tokens=5, **fields)
-        return detoxify.write(config, decoder, tokenizer, checkpoint.params)
+        study = detoxify.prepare(config).gpt2
+        return edited.write(study, study.checkpoint.params)
 
     first = samples()
     assert len(first) == 70 and len(set(first)) > 60

@@ -1,6 +1,5 @@
 """The language scripts of the task-arithmetic paper: smoke runs and their parts."""
 
-import dataclasses
 import json
 
 import jax
@@ -8,10 +7,14 @@ import numpy as np
 import pytest
 import smoke
 
-from experiments import detoxify
-from experiments.common.language import text_to_text, tiny_text
-from experiments.editing import (
+from experiments.common.language import (
     detoxification,
+    gpt2,
+    text_files,
+    text_to_text,
+    tiny_text,
+)
+from experiments.editing import (
     figure13_real_toxicity_prompts,
     figure18_nlp_pairs,
     table2_detoxification,
@@ -58,17 +61,11 @@ def test_ascent_unlearns_what_descent_learns(negated, bank_folder):
 
 def test_comments_of_both_kinds_are_told_apart_by_their_toxicity(tmp_path):
     files = tiny_text.write_comments(tmp_path)
-    config = detoxify.Config(
-        out=tmp_path,
-        model="",
-        toxic=files["comments"],
-        perplexity_text=files["perplexity_text"],
-    )
-    toxic = detoxify.toxic_texts(config)
-    others = detoxify.toxic_texts(dataclasses.replace(config, keep="toxicity<0.2"))
+    toxic = text_files.kept_texts(files["comments"], detoxification.TOXIC)
+    others = text_files.kept_texts(files["comments"], detoxification.NON_TOXIC)
     assert all("hate" in line for line in toxic)
     assert others and not any("hate" in line for line in others)
-    assert detoxify.condition("toxicity<0.2")[1]("0.2") is False
+    assert text_files.condition("toxicity<0.2")[1]("0.2") is False
 
 
 def test_figure_13_takes_the_vector_of_table_2(negated, tmp_path, bank_folder):
@@ -179,7 +176,7 @@ def test_missing_data_of_a_pair_is_named_before_anything_is_loaded(tmp_path):
 
 def test_every_published_row_has_as_many_values_as_the_table():
     for row in table2_detoxification.PUBLISHED.values():
-        assert len(row) == len(table2_detoxification.VALUES)
+        assert len(row) == len(gpt2.VALUES)
     for name, row in table3_external_vectors.PUBLISHED.items():
         assert np.mean(row[:4]) == pytest.approx(row[4], abs=0.06), name
     assert len(table4_analogies.PUBLISHED) == 18

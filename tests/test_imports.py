@@ -57,12 +57,6 @@ STILL_IMPORT_SCRIPTS = {
     "experiments.awd.table6_reversed",
     "experiments.bench.cheaper",
     "experiments.bench.rounding",
-    "experiments.common.language.prompted",
-    "experiments.editing.detoxification",
-    "experiments.editing.figure13_real_toxicity_prompts",
-    "experiments.editing.figure18_nlp_pairs",
-    "experiments.editing.table2_detoxification",
-    "experiments.tau_jp.detoxification",
 }
 
 

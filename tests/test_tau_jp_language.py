@@ -8,13 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.common.language import t5_glue
-from experiments.tau_jp import detoxification
-from experiments.tau_jp import table3_glue_searched as table3
-from experiments.tau_jp import table4_detoxification_searched as table4
-from experiments.tau_jp import table8_glue_at_one as table8
-from experiments.tau_jp import table9_detoxification_at_one as table9
-from jaxarith import hub, losses, tangent, task_vectors, tau_jp, tree
+from experiments.common import training
+from experiments.common.language import gpt2, t5_glue
+from experiments.tau_jp import table3_glue, table4_detoxification
+from jaxarith import hub, losses, tangent, task_vectors, tau_jp, train, tree
 from jaxarith.data import glue as glue_data
 from jaxarith.evaluate import rank
 from jaxarith.models import t5
@@ -30,11 +27,12 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("tables")
 
 
-def options(place, table, **fields):
+def options(place, script, coefficient, **fields):
     """Of a smoke run; both tables of a model share a bank."""
-    return table.Config(
+    return script.Config(
         **{
-            "out": place / table.__name__.split(".")[-1],
+            "out": place / f"{script.__name__.split('.')[-1]}_{coefficient}",
+            "coefficient": coefficient,
             "bank": place / "bank",
             "smoke": True,
             **fields,
@@ -44,33 +42,49 @@ def options(place, table, **fields):
 
 @pytest.fixture(scope="module")
 def searched(place):
-    return table3.main(options(place, table3))
+    return table3_glue.main(options(place, table3_glue, "searched"))
 
 
 @pytest.fixture(scope="module")
 def at_one(place, searched):
-    return table8.main(options(place, table8))
+    return table3_glue.main(options(place, table3_glue, "one"))
 
 
 @pytest.fixture(scope="module")
 def study(place, searched):
     """What Table 8 starts from; Table 3 has filled its bank."""
-    return t5_glue.start(options(place, table8, out=place / "study"))
+    config = options(place, table3_glue, "one", out=place / "study")
+    return t5_glue.start(config)
+
+
+@pytest.fixture(scope="module")
+def banked(study):
+    """The task vectors by method."""
+    return {method: t5_glue.vectors(study, method) for method in VECTORS}
 
 
 @pytest.fixture(scope="module")
 def negated(place):
-    return table4.main(options(place, table4))
+    return table4_detoxification.main(options(place, table4_detoxification, "searched"))
 
 
 @pytest.fixture(scope="module")
 def negated_at_one(place, negated):
-    return table9.main(options(place, table9))
+    return table4_detoxification.main(options(place, table4_detoxification, "one"))
 
 
 @pytest.fixture(scope="module")
 def toxic_study(place, negated):
-    return detoxification.start(options(place, table9, out=place / "toxic_study"))
+    out = place / "toxic_study"
+    return table4_detoxification.start(
+        options(place, table4_detoxification, "one", out=out)
+    )
+
+
+@pytest.fixture(scope="module")
+def toxic_taus(toxic_study):
+    vector = table4_detoxification.vector
+    return {method: vector(toxic_study, method) for method in VECTORS}
 
 
 def check_report(folder, results):
@@ -90,7 +104,7 @@ def check_glue_rows(rows):
     expected = [(name, metric) for name in names for metric in ("tokens", "rank")]
     assert [(row["method"], row["metric"]) for row in rows] == expected
     for row in rows:
-        assert list(row) == ["method", "metric", "coef", *t5_glue.VALUES]
+        assert list(row) == ["method", "metric", "coef", *table3_glue.VALUES]
         absolute = [row[f"{task} abs"] for task in t5_glue.TASKS]
         assert all(-100 <= value <= 100 for value in absolute)
         assert row["avg abs"] == pytest.approx(np.mean(absolute))
@@ -113,8 +127,8 @@ def test_table_3_has_the_rows_of_the_paper_at_searched_coefficients(place, searc
 def test_table_8_takes_every_vector_from_the_bank_of_table_3(place, searched, at_one):
     rows = at_one["rows"]
     check_glue_rows(rows)
-    check_report(place / "table8_glue_at_one", at_one)
-    assert not list((place / "table8_glue_at_one").glob("train_*"))
+    check_report(place / "table3_glue_one", at_one)
+    assert not list((place / "table3_glue_one").glob("train_*"))
     assert len(list((place / "table3_glue_searched").glob("train_*"))) == 3
     before = [row for row in searched["rows"] if row["method"] not in METHODS]
     assert [row for row in rows if row["method"] not in METHODS] == before
@@ -156,33 +170,56 @@ def test_the_bank_holds_every_vector_with_its_recipe_and_its_scores(place, at_on
             assert score == pytest.approx(row[f"{task} abs"])
 
 
-def test_a_penalty_changes_the_vectors_of_the_linearised_model(study):
-    linear, ours = (study.banked[method] for method in VECTORS[1:])
+def test_a_penalty_changes_the_vectors_of_the_linearised_model(banked):
+    linear, ours = (banked[method] for method in VECTORS[1:])
     for a, b in zip(linear, ours, strict=True):
         assert task_vectors.cosine_matrix([a, b])[0, 1] < 1 - 1e-5
 
 
 @pytest.mark.parametrize(
-    ("table", "vectors"),
-    [(table8, "searched"), (table9, "negated")],
+    ("script", "vectors"),
+    [(table3_glue, "searched"), (table4_detoxification, "negated")],
     ids=["glue", "detoxification"],
 )
 def test_vectors_of_another_recipe_are_refused_and_nothing_is_written(
-    place, request, table, vectors
+    place, request, script, vectors
 ):
     request.getfixturevalue(vectors)
-    config = options(place, table, out=place / "refused", penalty_coef=0.5)
+    config = options(place, script, "one", out=place / "refused", penalty_coef=0.5)
     with pytest.raises(ValueError, match="recipe/penalty_coef: .* there, 0.5 here"):
-        table.main(config)
+        script.main(config)
     assert not config.out.exists()
 
 
-def test_the_penalty_looks_at_the_first_decoder_position_alone(study):
+class Called(Exception):
+    """Training would begin: with what."""
+
+
+def training_of(study, method, monkeypatch, chosen=range(4)):
+    """The arguments of training where the bank has none of the chosen vectors."""
+
+    def spy(*args, **options):
+        raise Called(args, options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fine_tune", spy)
+        missing = study.config.bank / "missing.safetensors"
+        wanted = [study.wanted[method][i]._replace(file=missing) for i in chosen]
+        network = t5_glue.trainer(study, method)
+        with pytest.raises(Called) as called:
+            training.vectors(study.config, network, wanted)
+    return called.value.args
+
+
+def test_the_penalty_looks_at_the_first_decoder_position_alone(
+    study, banked, monkeypatch
+):
     """Against the norm of the tangents where the decoder reads the start token only."""
-    batch = t5_glue.batches_of(study, "tau_jp_cyclic", range(4))[0]["penalty"]
+    (*_, batches, _), _ = training_of(study, "tau_jp_cyclic", monkeypatch)
+    batch = batches[0]["penalty"]
     others = {name: field[0] for name, field in batch.items()}
-    params_0, config = study.checkpoint.params, study.checkpoint.config
-    tau, apply_fn = study.banked["linear"][0], t5.language_model(config)
+    params_0, config = study.base.checkpoint.params, study.base.checkpoint.config
+    tau, apply_fn = banked["linear"][0], t5.language_model(config)
 
     @jax.jit
     def both(*inputs):
@@ -199,27 +236,19 @@ def test_the_penalty_looks_at_the_first_decoder_position_alone(study):
 
 
 def test_training_is_told_the_position_that_the_penalty_looks_at(study, monkeypatch):
-    class Called(Exception):
-        pass
-
-    def spy(*args, inputs, penalty_mask, **options):
-        raise Called(inputs, penalty_mask)
-
-    monkeypatch.setattr(t5_glue.train, "fine_tune", spy)
-    nothing = study._replace(banked=dict.fromkeys(VECTORS, [None] * 4))
     for method, mask in zip(VECTORS, (None, None, t5_glue.FIRST), strict=True):
-        with pytest.raises(Called) as called:
-            t5_glue.vectors(nothing, method)
-        assert called.value.args == (t5_glue.INPUTS, mask)
+        _, options = training_of(study, method, monkeypatch)
+        found = options["inputs"], options["penalty_mask"]
+        assert found == (t5_glue.INPUTS, mask)
 
 
-def test_penalty_texts_are_of_the_other_tasks_in_turn(study):
+def test_penalty_texts_are_of_the_other_tasks_in_turn(study, monkeypatch):
     """A text in T5's format begins with the name of its task."""
     first = {
         int(task.train[0]["input_ids"][0]): name for name, task in study.tasks.items()
     }
     assert len(first) == 4
-    batches = t5_glue.batches_of(study, "tau_jp_cyclic", [2])  # of CoLA
+    (*_, batches, _), _ = training_of(study, "tau_jp_cyclic", monkeypatch, [2])  # CoLA
     named = [
         {first[int(token)] for token in batch["penalty"]["input_ids"][0, :, 0]}
         for batch in (batches[step] for step in range(4))
@@ -227,11 +256,11 @@ def test_penalty_texts_are_of_the_other_tasks_in_turn(study):
     assert named == [{"mrpc"}, {"rte"}, {"sst2"}, {"mrpc"}]
 
 
-def test_the_linearised_model_is_the_expansion_at_the_pre_trained_one(study):
-    model, tau = study.models["linear"], study.banked["linear"][0]
+def test_the_linearised_model_is_the_expansion_at_the_pre_trained_one(study, banked):
+    model, tau = study.models["linear"], banked["linear"][0]
     batch = study.tasks["rte"].parts["test"][0]
-    params_0 = study.checkpoint.params
-    apply_fn = t5.language_model(study.checkpoint.config)
+    params_0 = study.base.checkpoint.params
+    apply_fn = t5.language_model(study.base.checkpoint.config)
 
     @jax.jit
     def outputs(*inputs):
@@ -259,13 +288,13 @@ def test_the_score_of_tokens_is_that_of_the_paper(name):
     assert 0.02 < abs(found) < 0.5
 
 
-def test_rank_classification_has_the_metrics_of_glue(study):
+def test_rank_classification_has_the_metrics_of_glue(study, banked):
     """Against the losses of both answers, one after the other, on RTE."""
-    added = [study.banked["nonlinear"][1]] * 4
+    added = [banked["nonlinear"][1]] * 4
     found = t5_glue.rank_scores(study, "nonlinear", added, 1.0)[1]
-    config, task = study.checkpoint.config, study.tasks["rte"]
+    config, task = study.base.checkpoint.config, study.tasks["rte"]
     [batch] = task.parts["test"]
-    params = task_vectors.apply(study.checkpoint.params, added[0])
+    params = task_vectors.apply(study.base.checkpoint.params, added[0])
     apply_fn = jax.jit(t5.language_model(config))
     inputs = [batch[name] for name in t5_glue.INPUTS[:2]]
     totals = []
@@ -289,23 +318,27 @@ def published_singles(row):
     return [100 * row[2 * i] / row[2 * i + 1] for i in range(4)]
 
 
-@pytest.mark.parametrize("table", [table3, table8], ids=["table3", "table8"])
-def test_the_published_columns_are_in_order(table):
+@pytest.mark.parametrize("coefficient", ["searched", "one"], ids=["table3", "table8"])
+def test_the_published_columns_are_in_order(coefficient):
     """Abs. / Norm. is the row Individual, and for a method the same in both tables."""
-    individual = table3.PUBLISHED["Individual, Non-lin. FT"][:8:2]
-    found = published_singles(table.PUBLISHED["Non-lin. FT"])
+    table, table3 = (
+        table3_glue.PUBLISHED[coefficient],
+        table3_glue.PUBLISHED["searched"],
+    )
+    individual = table3["Individual, Non-lin. FT"][:8:2]
+    found = published_singles(table["Non-lin. FT"])
     np.testing.assert_allclose(found, individual, atol=0.15)
     for name in ("Linear FT", "Ours"):
-        found = published_singles(table.PUBLISHED[name])
-        other = published_singles(table3.PUBLISHED[name])
+        found = published_singles(table[name])
+        other = published_singles(table3[name])
         np.testing.assert_allclose(found, other, atol=0.2)
     # Every method has 76.8 on CoLA alone, and so has TIES.
     for name in METHODS:
-        found = published_singles(table.PUBLISHED[name])[t5_glue.TASKS.index("cola")]
+        found = published_singles(table[name])[t5_glue.TASKS.index("cola")]
         assert found == pytest.approx(individual[2], abs=0.15)
         assert min(individual) > individual[2] - 0.1
     for name in METHODS:
-        values = table.PUBLISHED[name]
+        values = table[name]
         means = [np.mean(values[:8:2]), np.mean(values[1:8:2])]
         np.testing.assert_allclose(means, values[8:], atol=0.11)
 
@@ -316,7 +349,7 @@ def test_the_published_columns_are_in_order(table):
 def check_negation_rows(rows, curves):
     assert [row["method"] for row in rows] == ["Pre-trained", *METHODS]
     for row in rows:
-        assert list(row) == ["method", "coef", *detoxification.VALUES]
+        assert list(row) == ["method", "coef", *gpt2.VALUES]
         assert 0 <= row["toxic_percent"] <= 100 and 0 < row["mean_score"] < 1
         assert math.isfinite(row["perplexity"])
     assert rows[0]["coef"] == 0 and curves.keys() <= set(METHODS)
@@ -338,8 +371,8 @@ def test_table_4_takes_the_largest_coefficient_within_the_limit(place, negated):
 def test_table_9_is_at_one_with_the_vectors_of_table_4(place, negated, negated_at_one):
     rows = negated_at_one["rows"]
     check_negation_rows(rows, negated_at_one["searches"])
-    check_report(place / "table9_detoxification_at_one", negated_at_one)
-    assert not list((place / "table9_detoxification_at_one").glob("train_*"))
+    check_report(place / "table4_detoxification_one", negated_at_one)
+    assert not list((place / "table4_detoxification_one").glob("train_*"))
     assert rows[0] == negated["rows"][0]
     for row in rows[1:]:
         curve = negated["searches"][row["method"]]["perplexities"]
@@ -347,23 +380,27 @@ def test_table_9_is_at_one_with_the_vectors_of_table_4(place, negated, negated_a
         assert row["perplexity"] == pytest.approx(curve[-1])
 
 
-def test_the_penalty_reads_other_text_and_changes_the_vector(place, toxic_study):
-    linear, ours = (toxic_study.banked[method] for method in VECTORS[1:])
+def test_the_penalty_reads_other_text_and_changes_the_vector(
+    place, toxic_study, toxic_taus
+):
+    linear, ours = (toxic_taus[method] for method in VECTORS[1:])
     assert task_vectors.cosine_matrix([linear, ours])[0, 1] < 1 - 1e-5
     folder = place / "table4_detoxification_searched"
     for method in VECTORS:
-        lines = (folder / f"train_{method}.jsonl").read_text().splitlines()
+        lines = (folder / f"train_{method}_toxic.jsonl").read_text().splitlines()
         assert len(lines) == 3  # an epoch of 24 texts, 8 at a time
         last = json.loads(lines[-1])
         assert ("penalty" in last) == (method == "tau_jp_cyclic")
-    own = {tuple(row["input_ids"]) for row in toxic_study.linearized.source}
-    other = {tuple(row["input_ids"]) for row in toxic_study.linearized.penalty_source}
+    wanted = toxic_study.wanted["tau_jp_cyclic"]
+    [others] = wanted.others.values()
+    own = {tuple(row["input_ids"]) for row in wanted.source}
+    other = {tuple(row["input_ids"]) for row in others}
     assert own and other and not own & other
 
 
-def test_ties_of_one_vector_keeps_its_largest_tenth(toxic_study):
-    taus = toxic_study.banked
-    ties = detoxification.negations(toxic_study, taus)[2]
+def test_ties_of_one_vector_keeps_its_largest_tenth(toxic_study, toxic_taus):
+    taus = toxic_taus
+    ties = table4_detoxification.negations(toxic_study, taus)[2]
     assert (ties.name, ties.method) == ("TIES", "nonlinear")
     own = np.concatenate([x.ravel() for x in tree.flatten(taus["nonlinear"]).values()])
     kept = tree.flatten(ties.tau)
@@ -377,10 +414,12 @@ def test_ties_of_one_vector_keeps_its_largest_tenth(toxic_study):
 
 def test_padding_counts_in_the_loss_where_asked(place, toxic_study):
     def ignored(study):
-        labels = np.stack([row["labels"] for row in study.linearized.source])
+        labels = np.stack([row["labels"] for row in study.wanted["linear"].source])
         return np.mean(labels == losses.IGNORED)
 
     assert ignored(toxic_study) == 0
     places = {"out": place / "unpadded", "bank": place / "other"}
-    config = options(place, table9, **places, padding_counts=False)
-    assert 0.05 < ignored(detoxification.start(config)) < 0.9
+    config = options(
+        place, table4_detoxification, "one", **places, padding_counts=False
+    )
+    assert 0.05 < ignored(table4_detoxification.start(config)) < 0.9

@@ -1,4 +1,4 @@
-"""Figure 13 (S4): expected maximum toxicity and perplexity as the coefficient grows.
+"""Figure 13 (editing paper): expected maximum toxicity and perplexity by coefficient.
 
 Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023. arXiv:2212.04089:
 Appendix C.3, on Gehman et al. RealToxicityPrompts. Findings of EMNLP 2020.
@@ -14,8 +14,8 @@ by default Detoxify's "original". Only the direction of the lines compares.
 
 Data: `prompts.jsonl` of RealToxicityPrompts (`allenai/real-toxicity-prompts` on the
 Hugging Face Hub), an object with `prompt`, which holds a `text`, and `challenging` per
-line. The other two files and the task vectors are those of Table 2; `detoxification`
-beside this file says how to get them.
+line. The other two files and the task vectors are those of Table 2;
+`experiments.common.language.detoxification` says how to get them.
 
 Of every prompt 25 continuations are scored, without the prompt, and the largest score
 is taken; its mean over the prompts is the expected maximum toxicity. Once for all
@@ -31,23 +31,16 @@ Not run at full scale yet.
 """
 
 import dataclasses
-import json
-import math
 import tempfile
 from pathlib import Path
 
-import jax
 import numpy as np
-import tyro
 from tqdm import tqdm
 
-from experiments import detoxify
-from experiments.common import runs, tables
-from experiments.common.language import tiny_text
-from experiments.editing import detoxification
+from experiments.common import runs, script, tables
+from experiments.common.language import detoxification, gpt2, text_files, tiny_text
 from jaxarith import plots
 from jaxarith.data import text
-from jaxarith.models import generate
 from jaxarith.typing import Params
 
 NOTE = (
@@ -57,8 +50,8 @@ NOTE = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(detoxification.Options):
-    """Figure 13 (S4): expected maximum toxicity on RealToxicityPrompts.
+class Config(detoxification.EditingOptions):
+    """Figure 13 (editing paper): expected maximum toxicity on RealToxicityPrompts.
 
     The classifier scores texts in place of the paper's Perspective API."""
 
@@ -79,25 +72,32 @@ class Config(detoxification.Options):
     """Texts that are written at a time."""
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = detoxification.smoke(config)
     if config.smoke:
-        small = dict(random_prompts=2, generations=3, max_new_tokens=8)
-        small |= dict(prompt_length=16, generation_batch=6, coefs=(0.0, 1.0))
-        config = dataclasses.replace(config, **small)
+        config = dataclasses.replace(
+            config,
+            random_prompts=2,
+            generations=3,
+            max_new_tokens=8,
+            prompt_length=16,
+            generation_batch=6,
+            coefs=(0.0, 1.0),
+        )
     for name in ("random_prompts", "generations", "generation_batch", "coefs"):
         value = getattr(config, name)
         if value == () or (isinstance(value, int) and value < 1):
             raise ValueError(f"{name} is {value}; at least one is needed.")
     subsets = read_prompts(config)
-    studies = detoxification.start(
-        config,
-        ("toxic",),
+    sampling = gpt2.Sampling(
         max_new_tokens=config.max_new_tokens,
         top_k=None,
         top_p=config.top_p,
+        seed=config.seed,
     )
+    studies = detoxification.start(config, ("toxic",), sampling)
     lines = []
     for study in tqdm(studies, desc="models", unit="model"):
         tau = detoxification.vector(study, "toxic")
@@ -133,12 +133,11 @@ def read_prompts(config: Config) -> dict[str, list[str]]:
         file = config.prompts
         if config.smoke:
             file = tiny_text.write_comments(Path(name))["prompts"]
-        lines = [line for line in detoxify.read(file).split("\n") if line.strip()]
+        found = text_files.read_table(file)
     try:
-        found = [json.loads(line) for line in lines]
         texts = [row["prompt"]["text"] for row in found]
         challenging = [row["prompt"]["text"] for row in found if row["challenging"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(
             f"{file}: {error!r}. Expected an object per line, such as "
             '{"prompt": {"text": "..."}, "challenging": false}.'
@@ -150,15 +149,20 @@ def read_prompts(config: Config) -> dict[str, list[str]]:
     return {"challenging": challenging, "random": chosen}
 
 
-def row(config: Config, study, subsets, tau: Params, coef: float) -> dict:
+def row(
+    config: Config,
+    study: detoxification.Study,
+    subsets: dict[str, list[str]],
+    tau: Params,
+    coef: float,
+) -> dict:
     """The measures of one model at one coefficient."""
     line = {"model": study.name, "coef": coef}
     for subset, prompts in subsets.items():
         written = continuations(config, study, prompts, tau, -coef)
-        line[subset] = expected_maximum(study.toxic.scores(written), config.generations)
+        line[subset] = expected_maximum(study.gpt2.scores(written), config.generations)
     found = detoxification.perplexity(study, tau, -coef)
-    # Of a broken model it is infinite, which JSON cannot say.
-    return {**line, "perplexity": found if np.isfinite(found) else None}
+    return {**line, "perplexity": gpt2.finite(found)}
 
 
 def expected_maximum(scores: np.ndarray, generations: int) -> float:
@@ -176,10 +180,14 @@ def expected_maximum(scores: np.ndarray, generations: int) -> float:
 
 
 def continuations(
-    config: Config, study, prompts: list[str], tau: Params, coef: float
+    config: Config,
+    study: detoxification.Study,
+    prompts: list[str],
+    tau: Params,
+    coef: float,
 ) -> list[str]:
     """Continuations without their prompts, those of a prompt one after the other."""
-    tokenizer, model = study.toxic.tokenizer, study.toxic.model
+    tokenizer = study.gpt2.tokenizer
     tokens = tokenizer(prompts)["input_ids"]
     if empty := [i for i, ids in enumerate(tokens) if not ids]:
         raise ValueError(
@@ -192,28 +200,9 @@ def continuations(
         side="left",
     )
     ids, mask = (np.repeat(each, config.generations, axis=0) for each in (ids, mask))
-    size, written = config.generation_batch, []
-    # The last batch is filled up with its texts again: no other shape is compiled.
-    rows = np.resize(np.arange(len(ids)), math.ceil(len(ids) / size) * size)
-    state, key = jax.device_put(model.moved(tau, coef)), jax.random.key(config.seed)
-    batches = rows.reshape(-1, size)
-    for i, batch in enumerate(tqdm(batches, desc="texts", unit="batch", leave=False)):
-        new = generate.generate(
-            model.decoder,
-            state,
-            *(ids[batch], mask[batch]),
-            max_new_tokens=config.max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-            temperature=1.0,
-            top_p=config.top_p,
-            key=jax.random.fold_in(key, i),
-        )
-        written += tokenizer.batch_decode(np.asarray(new), skip_special_tokens=True)
-    return written[: len(ids)]
+    state = study.gpt2.model.moved(tau, coef)
+    return gpt2.continuations(study.gpt2, state, ids, mask, config.generation_batch)
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

@@ -1,4 +1,4 @@
-"""Tables 2, 9 and 10 (S4): less toxic text of GPT-2, by a negated task vector.
+"""Tables 2, 9 and 10 (editing paper): less toxic text of GPT-2, by a negated vector.
 
 Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023. arXiv:2212.04089: section
 3.2, Appendices C.1 and C.2.
@@ -7,9 +7,9 @@ Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023. arXiv:2212.04089:
         --comments civil_comments.jsonl --perplexity-text wikitext103_test.txt
     python -m experiments.editing.table2_detoxification --smoke --out runs/smoke
 
-Data: Civil Comments and WikiText-103; `detoxification` beside this file says how to get
-the two files, and what the paper leaves open. Table 2 is of GPT-2 Large, Table 9 of
-Medium and Table 10 of Small; all three are `--models`. Figure 13 takes the vectors from
+Data: Civil Comments and WikiText-103; `experiments.common.language.detoxification` says
+how to get the two files, and what the paper leaves open. Table 2 has GPT-2 Large, Table
+9 Medium and Table 10 Small; all three are `--models`. Figure 13 takes the vectors from
 the bank.
 
 1000 continuations of "I don't care if this is controversial". The coefficient is the
@@ -41,14 +41,10 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import tyro
 from tqdm import tqdm
 
-from experiments import detoxify
-from experiments.common import bank, runs, tables
-from experiments.editing import detoxification
+from experiments.common import bank, runs, script, tables
+from experiments.common.language import detoxification, gpt2
 from jaxarith import evaluate, task_vectors
 
 PUBLISHED = {
@@ -69,12 +65,11 @@ PUBLISHED = {
     ("GPT-2 Small", "Random vector"): [3.2, 0.04, 25.3],
     ("GPT-2 Small", "Negative task vector"): [2.5, 0.03, 25.3],
 }
-VALUES = ["toxic_percent", "mean_score", "perplexity"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(detoxification.Options):
-    """Tables 2, 9 and 10 (S4): make GPT-2s less toxic by a negated task vector."""
+class Config(detoxification.EditingOptions):
+    """Tables 2, 9 and 10 (editing paper): less toxic GPT-2s by a negated vector."""
 
     out: Path = Path("runs/editing/table2")
     """Folder for report.json, report.md and the logs of training."""
@@ -86,6 +81,7 @@ class Config(detoxification.Options):
     """Of a continuation; with the 8 of the prompt 50."""
 
 
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = detoxification.smoke(config)
@@ -93,12 +89,10 @@ def main(config: Config) -> dict:
         config = dataclasses.replace(config, samples=8, max_new_tokens=8)
     if 0.0 not in config.coefs:
         raise ValueError(f"--coefs {config.coefs} without 0, the model as it is.")
-    studies = detoxification.start(
-        config,
-        detoxification.KINDS,
-        samples=config.samples,
-        max_new_tokens=config.max_new_tokens,
+    sampling = gpt2.Sampling(
+        samples=config.samples, max_new_tokens=config.max_new_tokens, seed=config.seed
     )
+    studies = detoxification.start(config, detoxification.KINDS, sampling)
     lines, searches = [], {}
     for study in tqdm(studies, desc="models", unit="model"):
         found, search = rows(study, config.allowance)
@@ -109,11 +103,11 @@ def main(config: Config) -> dict:
         lines,
         PUBLISHED,
         keys=["model", "method", "coef"],
-        values=VALUES,
+        values=gpt2.VALUES,
         published_keys=["model", "method"],
     )
     caption = "Toxic texts in percent, mean score, and perplexity on WikiText-103"
-    note = "A perplexity that is not there is infinite."
+    note = "A perplexity that is missing is infinite."
     shown = {caption: tables.markdown(beside, digits=2)}
     title = "Tables 2, 9 and 10: less toxic text of GPT-2"
     tables.write(config.out, title, shown, results, note)
@@ -135,7 +129,7 @@ def rows(study: detoxification.Study, allowance: float) -> tuple[list[dict], dic
     chosen = 0.0 - search.coef  # no minus before zero
     noise = task_vectors.random_like(jax.random.key(study.config.seed), taus["toxic"])
     models = {
-        "Pre-trained": (jax.tree.map(jnp.zeros_like, noise), 0.0),
+        "Pre-trained": (gpt2.nothing(study.gpt2), 0.0),
         "Fine-tuned": (taus["toxic"], 1.0),
         "Gradient ascent": (taus["toxic_ascent"], 1.0),
         "Fine-tuned on non-toxic": (taus["non_toxic"], 1.0),
@@ -144,18 +138,14 @@ def rows(study: detoxification.Study, allowance: float) -> tuple[list[dict], dic
     }
     lines = []
     for name, (tau, coef) in tqdm(models.items(), desc="rows", unit="row"):
-        measured = detoxify.measure(study.options, study.toxic, tau, coef)
-        line = detoxify.row(study.options, name, coef, measured)
+        line = gpt2.row(name, coef, gpt2.measure(study.gpt2, tau, coef))
         lines.append({"model": study.name, "method": line.pop("model"), **line})
     if runs.is_first():
-        last = {f"{name} at {chosen:g}": lines[-1][name] for name in VALUES}
-        bank.add_metrics(detoxification.file_of(study, "toxic"), last)
-    # Of a broken model it is infinite, which JSON cannot say.
-    curve = [p if np.isfinite(p) else None for p in perplexities.values()]
+        last = {f"{name} at {chosen:g}": lines[-1][name] for name in gpt2.VALUES}
+        bank.add_metrics(study.wanted["toxic"].file, last)
+    curve = [gpt2.finite(found) for found in perplexities.values()]
     return lines, {"coefs": list(coefs), "perplexities": curve, "limit": limit}
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

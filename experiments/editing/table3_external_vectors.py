@@ -42,7 +42,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common import runs, script, tables
+from experiments.common import runs, script, tables, training
 from experiments.common.language import text_to_text, tiny_text
 from jaxarith import evaluate, task_vectors, train
 from jaxarith.data import glue, language
@@ -81,17 +81,15 @@ class Task(NamedTuple):
 
     Attributes:
       name: name of the task.
-      vector: name of its task vector.
-      recipe: recipe of its training.
-      source: its training source.
+      seed: the seed.
+      wanted: its task vector.
       validation, test: batches to evaluate on.
       candidates: the answers to choose from, `[C, T]`.
     """
 
     name: str
-    vector: str
-    recipe: train.TrainConfig
-    source: list[dict]
+    seed: int
+    wanted: training.Wanted
     validation: list[dict]
     test: list[dict]
     candidates: np.ndarray
@@ -141,13 +139,10 @@ def run(config: Config, others: Sequence[str]) -> dict:
     for other in tqdm(others, desc="external models", unit="model"):
         text_to_text.external_vector(base, other)
     tasks = [prepare(config, base, name, s) for s in config.seeds for name in TASKS]
-    for task in tasks:
-        text_to_text.banked(base, task.vector, task.source, task.recipe)
+    network, wanted = text_to_text.network(base), [task.wanted for task in tasks]
+    training.check(network, wanted, together=1)
     runs.claim(config)
-    taus = [
-        text_to_text.vector(base, task.vector, task.source, task.recipe)
-        for task in tqdm(tasks, desc="task vectors", unit="vector")
-    ]
+    taus = training.vectors(config, network, wanted, together=1)
 
     searches = []
     for task, tau in zip(tqdm(tasks, desc="search", unit="task"), taus, strict=True):
@@ -197,12 +192,11 @@ def prepare(config: Config, base: text_to_text.Base, name: str, seed: int) -> Ta
     )
     return Task(
         name=name,
-        vector=f"glue_{name}_seed{seed}",
-        source=source,
+        seed=seed,
+        wanted=text_to_text.wanted(base, f"glue_{name}_seed{seed}", source, recipe),
         validation=text_to_text.batches(base, records["validation"]),
         test=text_to_text.batches(base, records["test"]),
         candidates=candidates,
-        recipe=recipe,
     )
 
 
@@ -242,7 +236,7 @@ def measure(
     name = None if search.index is None else config.external[search.index]
     return {
         "task": task.name,
-        "seed": task.recipe.seed,
+        "seed": task.seed,
         "external": name,
         "coef": search.coef,
         "validation": search.scores.tolist(),

@@ -47,7 +47,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common import runs, script, tables
+from experiments.common import runs, script, tables, training
 from experiments.common.language import text_to_text, tiny_text
 from jaxarith import evaluate, task_vectors, train
 from jaxarith.data import glue, language, splits, text
@@ -114,19 +114,17 @@ class Study(NamedTuple):
       config: the options.
       name: name of the model.
       base: the T5.
-      sources: the training source of every task vector, by the vector's name.
+      wanted: the task vectors, by name.
       parts: batches to evaluate on, by domain and "validation" or "test".
       candidates: the answers to choose from.
-      learning_rate: learning rate of all its training.
     """
 
     config: Config
     name: str
     base: text_to_text.Base
-    sources: dict[str, list[dict]]
+    wanted: dict[str, training.Wanted]
     parts: dict[str, dict[str, list[dict]]]
     candidates: np.ndarray
-    learning_rate: float
 
 
 @script.full_precision
@@ -162,10 +160,12 @@ def main(config: Config) -> dict:
     runs.claim(config)
     lines, searches = [], {}
     for study in tqdm(studies, desc="models", unit="model"):
-        taus = {name: vector(study, name) for name in tqdm(study.sources, leave=False)}
+        network, wanted = text_to_text.network(study.base), study.wanted
+        found = training.vectors(config, network, list(wanted.values()), together=1)
+        taus = dict(zip(wanted, found, strict=True))
         for target in DOMAINS:
-            found, curve = rows(study, taus, target)
-            lines += found
+            own, curve = rows(study, taus, target)
+            lines += own
             searches[f"{study.name}, {target}"] = curve
     lines.sort(key=lambda line: DOMAINS.index(line["target"]))
     results = {"rows": lines, "searches": searches}
@@ -254,11 +254,15 @@ def prepare(config: Config, mesh, model: str, rate: float, domains) -> Study:
             part: text_to_text.batches(base, inputs[part])
             for part in ("validation", "test")
         }
+    wanted = {
+        name: text_to_text.wanted(
+            base, name, source, recipe_of(config, len(source), rate)
+        )
+        for name, source in sources.items()
+    }
+    training.check(text_to_text.network(base), wanted.values(), together=1)
     label = SIZES.get(model, model)
-    study = Study(config, label, base, sources, parts, candidates, rate)
-    for name, source in sources.items():
-        text_to_text.banked(base, name, source, recipe_of(study, name))
-    return study
+    return Study(config, label, base, wanted, parts, candidates)
 
 
 def prompted(records: list[dict]) -> list[dict]:
@@ -267,23 +271,16 @@ def prompted(records: list[dict]) -> list[dict]:
     return [{**row, "target": WORDS[row["label"]]} for row in found]
 
 
-def recipe_of(study: Study, name: str) -> train.TrainConfig:
-    config = study.config
-    samples = len(study.sources[name])
+def recipe_of(config: Config, samples: int, rate: float) -> train.TrainConfig:
     return train.TrainConfig(
         steps=max(math.ceil(config.epochs * samples / config.batch_size), 1),
         warmup_steps=0,
         decay="linear",
         batch_size=config.batch_size,
-        learning_rate=study.learning_rate,
+        learning_rate=rate,
         micro_batches=config.micro_batches,
         seed=config.seed,
     )
-
-
-def vector(study: Study, name: str) -> Tree:
-    source, recipe = study.sources[name], recipe_of(study, name)
-    return text_to_text.vector(study.base, name, source, recipe)
 
 
 def rows(study: Study, taus: dict[str, Tree], target: str):

@@ -95,8 +95,8 @@ def read_table(file: Path, columns: Sequence[str] = ()) -> list[dict]:
     for number, row in rows:
         if missing := sorted(set(columns) - row.keys()):
             raise ValueError(
-                f"{file}, line {number} has no column {' and no '.join(missing)}; "
-                f"the columns are {', '.join(map(str, row))}."
+                f"{file}, line {number} has no column {' and no '.join(missing)} as "
+                f"expected; the columns are {', '.join(map(str, row))}."
             )
     return [row for _, row in rows]
 

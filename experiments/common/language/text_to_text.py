@@ -10,7 +10,6 @@ off.
 """
 
 import dataclasses
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,33 +18,26 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.common import bank, runs
+from experiments.common import bank, runs, training
 from experiments.common.language import tiny_text
-from jaxarith import fingerprint, hub, losses, sharding, task_vectors, train
+from jaxarith import fingerprint, hub, losses, task_vectors, train
 from jaxarith.data import language, pipeline, text
 from jaxarith.evaluate import rank
 from jaxarith.models import generate, t5
-from jaxarith.sharding import processes
-from jaxarith.typing import Params, Tree
+from jaxarith.typing import ApplyFn, Params, Tree
 
 METHOD = "editing"  # the folder of the bank
 INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(runs.Options):
+class Options(runs.Banked):
     """The options of all scripts on T5."""
 
-    bank: Path = Path("bank")
-    """Folder of task vectors, which all scripts share: what is there is not trained
-    again."""
     max_length: int = 128
     """Tokens of a text; longer ones lose their end."""
     evaluation_batch: int = 32
     """Texts that are evaluated at a time."""
-    smoke: bool = False
-    """Run the whole path in seconds, with tiny models and made-up texts; what it finds
-    means nothing."""
 
 
 class Base(NamedTuple):
@@ -57,7 +49,7 @@ class Base(NamedTuple):
       model: its folder or id.
       checkpoint: its parameters.
       tokenizer: its tokenizer.
-      fingerprint: of its parameters.
+      fingerprint: fingerprint of its parameters.
     """
 
     config: Options
@@ -121,7 +113,8 @@ def batches(base: Base, records: list[dict]) -> list[dict]:
     rows = language.text_to_text(
         base.tokenizer,
         [{**record, "target": ""} for record in records],
-        *(base.config.max_length, 1),
+        base.config.max_length,
+        1,
     )
     return pipeline.evaluation_batches(rows, base.config.evaluation_batch)
 
@@ -129,74 +122,60 @@ def batches(base: Base, records: list[dict]) -> list[dict]:
 # Training.
 
 
-def file_of(base: Base, name: str) -> Path:
-    return bank.vector_file(base.config.bank, base.model, METHOD, name)
-
-
-def identity(base: Base, source: list[dict], recipe: train.TrainConfig) -> dict:
-    """What a task vector in the bank must have been trained with."""
-    return {
-        "method": METHOD,
-        "recipe": bank.plain_recipe(recipe),
-        "params_0": base.fingerprint,
-        "samples": bank.checksum(source),
-    }
-
-
-def banked(base: Base, name: str, source, recipe: train.TrainConfig) -> Tree | None:
-    """The task vector if the bank has it; also checks that training could start."""
-    training_batches(base, name, source, recipe)  # a wrong mesh shows here
-    return bank.read(file_of(base, name), identity(base, source, recipe))
-
-
-def training_batches(base: Base, name: str, source, recipe: train.TrainConfig):
-    seeds = [train.seed_of(name, recipe.seed)]
-    return train.task_batches(
-        [source], recipe, seeds=seeds, inputs=INPUTS, mesh=base.mesh
-    )
-
-
-def vector(base: Base, name: str, source, recipe: train.TrainConfig) -> Tree:
-    """A task vector, from the bank or trained."""
-    config, found = base.config, banked(base, name, source, recipe)
-    if found is not None:
-        return found
-    label = f"{name}_{Path(base.model).name}"
-    checkpoints = runs.checkpoints(config) / label
-    [tau] = train.fine_tune(
-        t5.language_model(base.checkpoint.config),
-        base.checkpoint.params,
-        _loss,
-        training_batches(base, name, source, recipe),
-        recipe,
-        names=[name],
-        inputs=INPUTS,
-        log=config.out / f"train_{label}.jsonl",
+def network(base: Base) -> training.Network:
+    """What a task vector is trained from."""
+    return training.Network(
+        title=f"{Path(base.model).name}_{METHOD}",
+        apply_fn=t5.language_model(base.checkpoint.config),
+        params_0=base.checkpoint.params,
+        loss=loss,
         mesh=base.mesh,
-        checkpoints=checkpoints if config.save_every else None,
-        save_every=config.save_every,
+        inputs=INPUTS,
     )
-    tau = sharding.to_host(tau)
-
-    def save():
-        bank.write(file_of(base, name), tau, identity(base, source, recipe), {})
-        shutil.rmtree(checkpoints, ignore_errors=True)
-
-    processes.on_first(save)
-    return tau
 
 
-def _loss(logits, batch, _):
+def wanted(
+    base: Base, name: str, source: list[dict], recipe: train.TrainConfig
+) -> training.Wanted:
+    """A task vector of the bank's folder `editing`."""
+    return training.Wanted(
+        name=name,
+        file=bank.vector_file(base.config.bank, base.model, METHOD, name),
+        recipe=recipe,
+        identity={
+            "method": METHOD,
+            "params_0": base.fingerprint,
+            "samples": bank.checksum(source),
+        },
+        source=source,
+    )
+
+
+def loss(logits, batch, constants) -> jax.Array:
+    """Cross-entropy of the tokens of the target."""
+    del constants
     return losses.token_cross_entropy(logits, batch["labels"])
 
 
 # Answers.
 
 
-def ranked(base: Base, params: Params, found: list[dict], candidates) -> np.ndarray:
-    """The number of the candidate that the decoder finds least perplexing, `i64[N]`."""
+def ranked(
+    base: Base,
+    params: Params,
+    found: list[dict],
+    candidates: np.ndarray,
+    apply_fn: ApplyFn | None = None,
+) -> np.ndarray:
+    """The number of the candidate that the decoder finds least perplexing, `i64[N]`.
+
+    Args:
+      found: texts as `batches` returns them.
+      candidates: the answers to choose from, `[C, T]`.
+      apply_fn: the model of the parameters; by default the T5.
+    """
     return rank.label_losses(
-        t5.language_model(base.checkpoint.config),
+        apply_fn or t5.language_model(base.checkpoint.config),
         params,
         found,
         candidates,
@@ -214,7 +193,8 @@ def generated(
         new = generate.generate(
             decoder,
             params,
-            *(batch["input_ids"], batch["attention_mask"]),
+            batch["input_ids"],
+            batch["attention_mask"],
             max_new_tokens=max_new_tokens,
             eos_token_id=base.tokenizer.eos_token_id,
             pad_token_id=text.padding_id(base.tokenizer),

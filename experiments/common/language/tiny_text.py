@@ -65,6 +65,7 @@ _BERT = {
 # Of the made-up sentences; the first two tell the label.
 _WORDS = ("bad", "good", "film", "book", "cat", "dog", "the", "a", "is", "was")
 _TOXIC = ("you hate you hate", "hate hate you", "I hate it when you hate")
+_KIND = ("you are kind", "a kind word for you", "I thank you for it")
 _WIKI = "The sun rose over the hills and the river ran to the sea.\n"
 
 
@@ -184,26 +185,6 @@ def prompt_records(prompt: prompts.Prompt, count: int, seed: int) -> list[Record
     ]
 
 
-def write_texts(folder: Path) -> dict[str, Path]:
-    """Files of toxic texts and of two texts to keep, as detoxification takes them.
-
-    Returns:
-      `toxic`, JSON lines with a text and its toxicity; `perplexity_text`;
-      `penalty_text`.
-    """
-    files = {
-        "toxic": folder / "toxic.jsonl",
-        "perplexity_text": folder / "test.txt",
-        "penalty_text": folder / "train.txt",
-    }
-    rows = [{"text": text, "toxicity": 0.9} for text in 8 * _TOXIC]
-    rows.append({"text": "a kind word", "toxicity": 0.1})
-    files["toxic"].write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    files["perplexity_text"].write_text(10 * _WIKI)
-    files["penalty_text"].write_text(40 * _WIKI)
-    return files
-
-
 def _byte_symbols():
     """The characters that GPT-2's tokenizer writes for the 256 bytes."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -223,28 +204,29 @@ def _random(layout) -> dict:
 
 
 def write_comments(folder: Path) -> dict[str, Path]:
-    """What `write_texts` writes, with as many kind comments as toxic ones.
+    """Files of comments and other texts, as the scripts on toxic text take them.
 
     Returns:
-      `comments`, JSON lines with a text and its toxicity; `perplexity_text`;
-      `prompts`, JSON lines as RealToxicityPrompts has them.
+      `comments`, JSON lines with a text and its toxicity; `perplexity_text` and
+      `penalty_text`; `prompts`, JSON lines as RealToxicityPrompts has them.
     """
-    files = write_texts(folder)
-    kind = ("you are kind", "a kind word for you", "I thank you for it")
-    rows = [{"text": text, "toxicity": 0.1} for text in 8 * kind]
-    with files["toxic"].open("a") as file:
-        file.writelines(f"{json.dumps(row)}\n" for row in rows)
-    prompts_file = folder / "prompts.jsonl"
-    starts = ("you hate", "the film is", "I hate", "a dog was in")
-    made = [
-        {"prompt": {"text": text}, "challenging": "hate" in text} for text in starts
+    comments = [(text, 0.9) for text in 8 * _TOXIC] + [
+        (text, 0.1) for text in 8 * _KIND
     ]
-    prompts_file.write_text("".join(f"{json.dumps(row)}\n" for row in made))
-    return {
-        "comments": files["toxic"],
-        "perplexity_text": files["perplexity_text"],
-        "prompts": prompts_file,
+    starts = ("you hate", "the film is", "I hate", "a dog was in")
+    contents = {
+        "comments": [{"text": text, "toxicity": score} for text, score in comments],
+        "prompts": [
+            {"prompt": {"text": text}, "challenging": "hate" in text} for text in starts
+        ],
     }
+    files = {name: folder / f"{name}.jsonl" for name in contents}
+    for name, rows in contents.items():
+        files[name].write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for name, times in (("perplexity_text", 10), ("penalty_text", 40)):
+        files[name] = folder / f"{name}.txt"
+        files[name].write_text(times * _WIKI)
+    return files
 
 
 def write_like(folder: Path, source: Path, seed: int) -> Path:

@@ -1,0 +1,247 @@
+r"""What the scripts on toxic text share: the texts, GPT-2s, and vectors of the bank.
+
+The texts of the editing paper's scripts:
+
+    pip install -e '.[text]'
+    python - <<'END'
+    from datasets import concatenate_datasets, load_dataset
+    comments = load_dataset("google/civil_comments", split="train")
+    toxic = comments.filter(lambda row: row["toxicity"] > 0.8)
+    others = comments.filter(lambda row: row["toxicity"] < 0.2).shuffle(seed=0)
+    kept = concatenate_datasets([toxic, others.select(range(len(toxic)))])
+    kept.to_json("civil_comments.jsonl")
+    wiki = load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split="test")
+    with open("wikitext103_test.txt", "w", encoding="utf-8") as file:
+        file.write("\n\n".join(wiki["text"]))
+    END
+
+Its vectors in the bank are `toxic`, of comments with toxicity above 0.8;
+`toxic_ascent`, of the same texts by gradient ascent; `non_toxic`, of comments with
+toxicity below 0.2. What the paper leaves open:
+
+- The schedule of the learning rate: this library's warm-up and cosine. Weight decay and
+  clipping are the library's too, 0.1 and norm 1.
+- The length of a comment: 128 tokens; the padding of shorter ones does not count.
+- How many comments that are not toxic: at most as many as toxic ones.
+- Gradient ascent is the same training with the sign of the loss changed.
+"""
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from jax.sharding import Mesh
+
+from experiments.common import bank, runs, training
+from experiments.common.language import gpt2, text_files, tiny_text
+from jaxarith import fingerprint
+from jaxarith.typing import Params, Tree
+
+METHOD = "editing"  # the folder of the bank
+KINDS = ("toxic", "toxic_ascent", "non_toxic")
+TOXIC, NON_TOXIC = "toxicity>0.8", "toxicity<0.2"
+SIZES = {
+    "openai-community/gpt2-large": "GPT-2 Large",
+    "openai-community/gpt2-medium": "GPT-2 Medium",
+    "openai-community/gpt2": "GPT-2 Small",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(runs.Banked):
+    """The options of all scripts on toxic text."""
+
+    classifier: str = "unitary/toxic-bert"
+    """What scores texts, Detoxify's "original": a folder, or an id of the Hub."""
+    comments: Path = Path("civil_comments.jsonl")
+    """Comments, an object with text and toxicity per line; those above 0.8 are
+    toxic."""
+    perplexity_text: Path = Path("wikitext103_test.txt")
+    """The text whose perplexity is measured."""
+    learning_rate: float = 1e-5
+    max_length: int = 128
+    """Tokens of a comment; longer ones lose their end."""
+    window: int = 1024
+    """Tokens of a window of perplexity."""
+    seed: int = 0
+
+
+class Files(NamedTuple):
+    """Where the models and the texts are."""
+
+    model: str
+    classifier: str
+    comments: Path
+    perplexity_text: Path
+    penalty_text: Path
+
+
+@contextlib.contextmanager
+def files(options: Options, model: str, penalty_text: Path = Path()) -> Iterator[Files]:
+    """The files that the options name; in a smoke run made-up ones, for a while."""
+    if not options.smoke:
+        yield Files(
+            model,
+            options.classifier,
+            options.comments,
+            options.perplexity_text,
+            penalty_text,
+        )
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        texts = tiny_text.write_comments(folder)
+        yield Files(
+            str(tiny_text.write_gpt2(folder / model, n_inner=16)),
+            str(tiny_text.write_classifier(folder / "classifier")),
+            texts["comments"],
+            texts["perplexity_text"],
+            texts["penalty_text"],
+        )
+
+
+# The editing paper: several GPT-2s, and three vectors of each.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EditingOptions(Options):
+    """The options of the editing paper's scripts on toxic text."""
+
+    models: tuple[str, ...] = tuple(SIZES)
+    """GPT-2s: folders, or ids of the Hugging Face Hub."""
+    epochs: float = 5
+    batch_size: int = 32
+    micro_batches: int = 1
+    """Into how many parts a batch is cut, for less memory."""
+    stride: int = 512
+    """Tokens between windows of perplexity."""
+    coefs: tuple[float, ...] = tuple(i / 10 for i in range(11))
+    """The candidates of the coefficient of the negated vector."""
+
+
+C = TypeVar("C", bound=EditingOptions)
+
+
+class Study(NamedTuple):
+    """One GPT-2 and its task vectors.
+
+    Attributes:
+      config: the options of the script.
+      name: name of the model.
+      gpt2: the model and its measures.
+      networks: what a vector is trained from, by kind.
+      wanted: how it is trained, by kind.
+    """
+
+    config: EditingOptions
+    name: str
+    gpt2: gpt2.Study
+    networks: dict[str, training.Network]
+    wanted: dict[str, training.Wanted]
+
+
+def start(
+    config: EditingOptions, kinds: tuple[str, ...], sampling: gpt2.Sampling
+) -> list[Study]:
+    """Loads and checks everything, and claims the folder.
+
+    Args:
+      config: the options of the script.
+      kinds: the vectors that the script needs, of `KINDS`.
+      sampling: how texts are drawn.
+
+    Raises:
+      ValueError: no model, comments without text and toxicity, or vectors of another
+        configuration in the bank.
+    """
+    if not config.models:
+        raise ValueError("no --models; name at least one GPT-2.")
+    if config.comments.suffix.lower() not in (".csv", ".jsonl"):
+        raise ValueError(
+            f"--comments {config.comments}: expected a .csv or .jsonl with text and "
+            "toxicity."
+        )
+    mesh = runs.start(config)
+    studies = [_load(config, mesh, model, kinds, sampling) for model in config.models]
+    runs.claim(config)
+    return studies
+
+
+def _load(config, mesh: Mesh, model: str, kinds, sampling) -> Study:
+    with files(config, model) as places:
+        texts = {"toxic": text_files.kept_texts(places.comments, TOXIC)}
+        if "non_toxic" in kinds:
+            others = text_files.kept_texts(places.comments, NON_TOXIC)
+            texts["non_toxic"] = others[: len(texts["toxic"])]
+        loaded = gpt2.load(
+            places.model,
+            control=text_files.read(places.perplexity_text),
+            window=config.window,
+            stride=config.stride,
+            classifier=places.classifier,
+            sampling=sampling,
+        )
+    base = fingerprint.combined(loaded.checkpoint.params)
+    networks, wanted = {}, {}
+    for kind in kinds:
+        # Ascent sees the same samples in the same order.
+        ascent, task = kind == "toxic_ascent", kind.removesuffix("_ascent")
+        source = gpt2.texts_as_tokens(loaded, texts[task], config.max_length)
+        title = f"{Path(model).name}_{METHOD}" + ascent * "_ascent"
+        networks[kind] = gpt2.network(loaded, title, mesh, ascent=ascent)
+        wanted[kind] = training.Wanted(
+            name=task,
+            file=bank.vector_file(config.bank, model, METHOD, kind),
+            recipe=gpt2.recipe(
+                len(source),
+                epochs=config.epochs,
+                batch_size=config.batch_size,
+                learning_rate=config.learning_rate,
+                micro_batches=config.micro_batches,
+                seed=config.seed,
+            ),
+            identity={
+                "method": METHOD,
+                "ascent": ascent,
+                "params_0": base,
+                "max_length": config.max_length,
+                "samples": bank.checksum(source),
+            },
+            source=source,
+        )
+        training.check(networks[kind], [wanted[kind]])
+    return Study(config, SIZES.get(model, model), loaded, networks, wanted)
+
+
+def smoke(config: C) -> C:
+    """The options of a smoke run, if it is one."""
+    if not config.smoke:
+        return config
+    return dataclasses.replace(
+        config,
+        models=("tiny_gpt2",),
+        epochs=1,
+        batch_size=8,
+        learning_rate=1e-2,
+        max_length=24,
+        window=64,
+        stride=32,
+        coefs=(0.0, 0.1, 1.0),
+        save_every=0,
+        mesh="data=1",
+    )
+
+
+def vector(study: Study, kind: str) -> Tree:
+    """A task vector, from the bank or trained."""
+    wanted = [study.wanted[kind]]
+    [tau] = training.vectors(study.config, study.networks[kind], wanted)
+    return tau
+
+
+def perplexity(study: Study, tau: Params, coef: float) -> float:
+    """The perplexity of the model moved by `coef` times the vector."""
+    return gpt2.perplexity_of(study.gpt2, study.gpt2.model.moved(tau, coef))

@@ -1,0 +1,306 @@
+r"""Tables 4 and 9 (τJp paper): a less toxic GPT-2 by negation.
+
+Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
+Disentanglement. ICLR 2025: section 4.2, Table 4; Appendix E.5, Table 9.
+
+    python -m experiments.tau_jp.table4_detoxification --out runs/table4 \
+        --perplexity-text wikitext103_test.txt --penalty-text wikitext103_train.txt
+    python -m experiments.tau_jp.table4_detoxification --coefficient one \
+        --out runs/table9
+    python -m experiments.tau_jp.table4_detoxification --smoke --out runs/smoke
+
+Table 4 has the largest coefficient of 0, 0.1, …, 3 (App. B.2) at which the perplexity
+is at most 0.5 above that of the pre-trained model; Table 9, `--coefficient one`, has
+θ0 - τ, with the same task vectors from the bank.
+
+The vectors are of GPT-2 small, fine-tuned on toxic comments: ordinary, linearised, and
+linearised with the τJp penalty on WikiText-103. They are subtracted. TIES trims the
+ordinary one. The three files of text:
+
+    pip install -e '.[text]'
+    python - <<'END'
+    from datasets import load_dataset
+    comments = load_dataset("google/civil_comments", split="train")
+    comments = comments.filter(lambda row: row["toxicity"] > 0.8)
+    comments.to_json("civil_comments.jsonl")
+    for name, split in (("train", "train[:10%]"), ("test", "test")):
+        wiki = ("Salesforce/wikitext", "wikitext-103-raw-v1")
+        rows = load_dataset(*wiki, split=split)
+        with open(f"wikitext103_{name}.txt", "w", encoding="utf-8") as file:
+            file.writelines(rows["text"])
+    END
+
+A tenth of the training part of WikiText-103 is more than a run reads. Published:
+
+    Table 4      toxic %  mean score  perplexity
+    Pre-trained  1.3      0.03        29.4
+    Non-lin. FT  1.1      0.02        29.7
+    Linear FT    0.9      0.02        29.6
+    TIES         1.0      0.02        29.6
+    Ours         0.4      0.01        29.9
+
+    Table 9      toxic %  mean score  perplexity
+    Pre-trained  1.3      0.03        29.4
+    Non-lin. FT  0.0      0.01        95.7
+    Linear FT    0.0      0.00        66.7
+    TIES         0.6      0.02        87.7
+    Ours         0.5      0.01        30.7
+
+The code of the paper decides what the paper leaves open, and some of it differs from
+what is printed, and from Ilharco et al. (2023), whom `experiments.detoxify` follows:
+
+- It stops after 2.5 of the 5 epochs that are printed; `--epochs 5` for those. The
+  learning rate is constant, with weight decay and without clipping.
+- The padding of a text counts in the loss, so that the model learns to go on with
+  padding after the end; `--no-padding-counts` for real tokens alone.
+- Perplexity is in blocks of 1024 tokens that do not overlap.
+- The penalty, the L2 norm over the vocabulary at every token, begins there after 500
+  steps, here with the first. Its texts are as long as the toxic ones, 128 tokens, where
+  their code has blocks of 1024.
+- Texts are 50 tokens long with the prompt, sampled among the 50 likeliest tokens.
+- Its candidates of the coefficient go up to 1, and it stops at the first that is not
+  allowed, which differs where the perplexity comes back.
+
+Not run at full scale yet.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments.common import bank, runs, script, tables, training
+from experiments.common.language import detoxification, gpt2, text_files
+from jaxarith import evaluate, fingerprint, merge, task_vectors, train
+from jaxarith.typing import Params, Tree
+
+METHODS = {
+    "nonlinear": "Non-lin. FT",
+    "linear": "Linear FT",
+    "tau_jp_cyclic": "Ours",
+}
+TABLES = {"searched": "Table 4", "one": "Table 9"}
+PUBLISHED = {
+    coefficient: tables.published(__doc__, table)
+    for coefficient, table in TABLES.items()
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(detoxification.Options):
+    """Tables 4 and 9 (τJp paper): make a GPT-2 less toxic by its negated vectors."""
+
+    out: Path = Path("runs/tau_jp/table4")
+    """Folder for report.json, report.md and the logs of training."""
+    coefficient: Literal["searched", "one"] = "searched"
+    """Table 4 searches it for every method; in Table 9 it is one."""
+    model: str = "openai-community/gpt2"
+    """A GPT-2: a folder, or an id of the Hugging Face Hub."""
+    penalty_text: Path = Path("wikitext103_train.txt")
+    """The text on which the penalty keeps the model as it was."""
+    epochs: float = 2.5
+    batch_size: int = 16
+    weight_decay: float = 0.1
+    padding_counts: bool = True
+    """Whether the loss counts the padding of texts."""
+    penalty_coef: float = 0.01
+    """λ, the weight of the τJp penalty."""
+    penalty_batch_size: int = 4
+    """Texts of the penalty per step, a quarter of the batch."""
+    ties_density: float = 0.1
+    """The share of the entries that TIES keeps."""
+    coefs: tuple[float, ...] = tuple(i / 10 for i in range(31))
+    """The candidates of the coefficient."""
+    allowance: float = 0.5
+    """How much the perplexity may rise."""
+    samples: int = 1000
+    """Continuations of the prompt for every row."""
+    max_new_tokens: int = 42
+    """Tokens of a continuation; with the 8 of the prompt 50."""
+
+
+class Study(NamedTuple):
+    """What every method starts from.
+
+    Attributes:
+      config: the options.
+      ordinary: the GPT-2 and its measures.
+      linearized: its linearisation.
+      networks: what a vector is trained from, by method.
+      wanted: how it is trained, by method.
+    """
+
+    config: Config
+    ordinary: gpt2.Study
+    linearized: gpt2.Study
+    networks: dict[str, training.Network]
+    wanted: dict[str, training.Wanted]
+
+    def of(self, method: str) -> gpt2.Study:
+        return self.ordinary if method == "nonlinear" else self.linearized
+
+
+@script.full_precision
+def main(config: Config) -> dict:
+    """Runs everything; returns what `report.json` holds."""
+    study = start(config)
+    taus = {method: vector(study, method) for method in METHODS}
+    nothing = Negated("Pre-trained", "nonlinear", gpt2.nothing(study.ordinary))
+    rows, searches = [row(study, nothing, 0.0)], {}
+    limit = rows[0]["perplexity"] + config.allowance
+    for negated in tqdm(negations(study, taus), desc="rows", unit="method"):
+        coef = 1.0
+        if config.coefficient == "searched":
+            coef, searches[negated.name] = search(study, negated, limit)
+        rows.append(row(study, negated, coef))
+        if negated.name in METHODS.values() and runs.is_first():
+            measured = {f"{k} at -{coef:g}": rows[-1][k] for k in gpt2.VALUES}
+            bank.add_metrics(study.wanted[negated.method].file, measured)
+    return tables.compared(
+        config.out,
+        f"{TABLES[config.coefficient]}: toxic text of GPT-2, "
+        f"coefficient {config.coefficient}",
+        "Toxic texts in percent, mean score, and perplexity on WikiText-103",
+        rows,
+        PUBLISHED[config.coefficient],
+        keys=["method", "coef"],
+        values=gpt2.VALUES,
+        published_keys=["method"],
+        digits=2,
+        results={"searches": searches},
+    )
+
+
+def smoke(config: Config) -> Config:
+    """The options of a smoke run, if it is one."""
+    if not config.smoke:
+        return config
+    return dataclasses.replace(
+        config,
+        model="tiny_gpt2",
+        epochs=1,
+        batch_size=8,
+        learning_rate=1e-2,
+        max_length=24,
+        window=64,
+        coefs=(0.0, 0.1, 1.0),
+        samples=8,
+        max_new_tokens=8,
+        save_every=0,
+        mesh="data=1",
+    )
+
+
+def start(config: Config) -> Study:
+    """Loads and checks everything, and claims the folder."""
+    config = smoke(config)
+    mesh = runs.start(config)
+    with detoxification.files(config, config.model, config.penalty_text) as places:
+        texts = text_files.kept_texts(places.comments, detoxification.TOXIC)
+        penalty = text_files.read(places.penalty_text)
+        ordinary = gpt2.load(
+            places.model,
+            control=text_files.read(places.perplexity_text),
+            window=config.window,
+            stride=config.window,
+            classifier=places.classifier,
+            sampling=gpt2.Sampling(
+                samples=config.samples,
+                max_new_tokens=config.max_new_tokens,
+                seed=config.seed,
+            ),
+        )
+    linear = ordinary._replace(model=gpt2.linearized(ordinary.checkpoint))
+    source = gpt2.texts_as_tokens(ordinary, texts, config.max_length)
+    if config.padding_counts:
+        source = [sample | {"labels": sample["input_ids"]} for sample in source]
+    others = gpt2.blocks(ordinary, penalty, config.max_length)
+    base = fingerprint.combined(ordinary.checkpoint.params)
+    networks, wanted = {}, {}
+    for method in METHODS:
+        recipe = recipe_of(config, method, len(source))
+        networks[method] = gpt2.network(ordinary, method, mesh)
+        wanted[method] = training.Wanted(
+            name="toxic",
+            file=bank.vector_file(config.bank, config.model, method, "toxic"),
+            recipe=recipe,
+            identity={
+                "method": method,
+                "others": bank.checksum(others) if recipe.penalty else None,
+                "params_0": base,
+                "max_length": config.max_length,
+                "padding_counts": config.padding_counts,
+                "samples": bank.checksum(source),
+            },
+            source=source,
+            others={"wikitext103": others} if recipe.penalty else {},
+        )
+        training.check(networks[method], [wanted[method]])
+    runs.claim(config)
+    return Study(config, ordinary, linear, networks, wanted)
+
+
+def recipe_of(config: Config, method: str, texts: int) -> train.TrainConfig:
+    return train.TrainConfig(
+        steps=max(int(config.epochs * (texts // config.batch_size)), 1),
+        warmup_steps=0,
+        decay="constant",
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        clip_norm=None,
+        linearized=method != "nonlinear",
+        penalty="cyclic" if method == "tau_jp_cyclic" else None,
+        penalty_coef=config.penalty_coef,
+        penalty_batch_size=config.penalty_batch_size,
+        seed=config.seed,
+    )
+
+
+def vector(study: Study, method: str) -> Tree:
+    """The task vector of a method, from the bank or trained."""
+    wanted = [study.wanted[method]]
+    [tau] = training.vectors(study.config, study.networks[method], wanted)
+    return tau
+
+
+class Negated(NamedTuple):
+    """A row of the tables: a vector that is subtracted from the model of a method."""
+
+    name: str
+    method: str
+    tau: Params
+
+
+def negations(study: Study, taus: dict[str, Tree]) -> list[Negated]:
+    """The rows; TIES only trims, for it has one vector."""
+    params_0 = study.ordinary.checkpoint.params
+    density = study.config.ties_density
+    edited = merge.ties(params_0, [taus["nonlinear"]], density=density, coef=1.0)
+    ties = Negated("TIES", "nonlinear", task_vectors.difference(edited, params_0))
+    own = [Negated(name, method, taus[method]) for method, name in METHODS.items()]
+    return [*own[:2], ties, own[2]]
+
+
+def search(study: Study, negated: Negated, limit: float) -> tuple[float, dict]:
+    """The largest coefficient within the limit, and the curve of perplexities."""
+    model, coefs = study.of(negated.method), study.config.coefs
+    found = evaluate.search_negation(
+        lambda coef: gpt2.perplexity_of(model, model.model.moved(negated.tau, -coef)),
+        lambda perplexity: perplexity <= limit,
+        coefs,
+    )
+    curve = [gpt2.finite(value) for value in np.asarray(found.controls).tolist()]
+    return found.coef, {"coefs": list(coefs), "perplexities": curve}
+
+
+def row(study: Study, negated: Negated, coef: float) -> dict:
+    measured = gpt2.measure(study.of(negated.method), negated.tau, -coef)
+    line = gpt2.row(negated.name, coef, measured)
+    return {"method": line.pop("model"), **line}
+
+
+if __name__ == "__main__":
+    script.run(Config, main)
