@@ -1,9 +1,11 @@
 import functools
+import json
 
 import checkpoints
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jaxarith import hub, merge, stream
 from jaxarith.stream import policies
@@ -209,6 +211,49 @@ def test_policies_that_need_a_base_are_refused_without_one(tmp_path):
         stream.open_models(None, models, vocabulary="cut")
     with pytest.raises(ValueError, match="no models"):
         stream.open_models(None, [])
+
+
+def adapted(folder, model, whole):
+    """A folder of an adapter that changes the head of a model, and the changed head."""
+    rows, width = model["lm_head.weight"].shape
+    rng = np.random.default_rng(rows)
+    a, b, head = rng.normal(size=(3, rows, rows)).astype("f4")
+    a, b, head = a[:2, :width], b[:, :2], head[:, :width]
+    prefix = "base_model.model.lm_head"
+    factors = {f"{prefix}.lora_A.weight": a.copy(), f"{prefix}.lora_B.weight": b.copy()}
+    folder.mkdir()
+    save_file(
+        {f"{prefix}.weight": head.copy()} if whole else factors,
+        folder / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder, head if whole else model["lm_head.weight"] + b @ a
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(("vocabulary", "rows"), [("truncate", 40), ("base-rows", 48)])
+def test_adapters_have_the_vocabularies_of_their_models(
+    vocabulary, rows, whole, tmp_path
+):
+    models = [f32(0), resized(f32(1), 40), f32(2)]
+    folders = write(tmp_path, *models)
+    names, heads = [], []
+    for i in (1, 2):
+        folder, head = adapted(tmp_path / f"adapter-{i}", models[i], whole)
+        names.append(f"{folders[i]}+{folder}")
+        heads.append(head)
+    opened = stream.open_models(folders[0], names, vocabulary=vocabulary)
+    report = stream.merge(HALF, opened, tmp_path / "out", quiet=True)
+    base = models[0]["lm_head.weight"][:rows]
+    moved = [np.zeros_like(base), np.zeros_like(base)]
+    for vector, head in zip(moved, heads, strict=True):
+        known = min(rows, len(head))
+        vector[:known] = head[:known] - base[:known]
+    found = hub.read(tmp_path / "out")["lm_head.weight"]
+    np.testing.assert_allclose(found, base + 0.5 * sum(moved), rtol=1e-5, atol=1e-5)
+    # What adapters add counts; a base that nobody holds any more is read again.
+    assert report.bytes_read >= stream.plan(opened).bytes_in
 
 
 def test_positions_are_no_vocabulary():

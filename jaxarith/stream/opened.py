@@ -301,6 +301,9 @@ def _combine(
 ) -> jax.Array | lazy.Difference:
     found: Mapping[str, jax.Array] = dict(zip(names, arrays, strict=True))
     model, base, delta = (found.get(name) for name in ("model", "base", "delta"))
+    if delta is not None and delta.shape != shape:  # of a model with fewer rows
+        more = shape[0] - len(delta)
+        delta = jnp.pad(delta, [(0, more), *[(0, 0)] * (delta.ndim - 1)])
     if model is None:
         assert delta is not None  # a leaf of a task vector has one of the two
         return delta
