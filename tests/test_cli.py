@@ -428,7 +428,8 @@ def test_a_device_is_chosen_and_given_back(models, tmp_path, monkeypatch):
     seen = []
     merge_in_stream = stream.merge
     monkeypatch.setattr(
-        *(stream, "merge"),
+        stream,
+        "merge",
         lambda *args, **options: (
             seen.append(jax.config.jax_default_device)
             or merge_in_stream(*args, **options)

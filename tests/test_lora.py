@@ -128,7 +128,8 @@ def test_rank_stabilised_adapters_divide_by_the_root_of_the_rank(tmp_path):
 def test_patterns_match_whole_words_at_the_end_of_a_name(tmp_path, pattern, matches):
     rank = 2 if matches else RANK
     folder = adapter(
-        *(tmp_path, linear(DOWN, 6, 10, rank=rank) | linear(QUERY, 6, 6)),
+        tmp_path,
+        linear(DOWN, 6, 10, rank=rank) | linear(QUERY, 6, 6),
         rank_pattern={pattern: 2, "down_proj": rank},
         alpha_pattern={pattern: 7.0},
     )

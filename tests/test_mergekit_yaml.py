@@ -98,7 +98,8 @@ dtype: bfloat16
 def test_ties_has_the_weights_and_densities_of_each_model(read, base, taus):
     recipe = read(TIES)
     expected = mergekit.generalized_task_arithmetic(
-        *(base, taus),
+        base,
+        taus,
         method="ties",
         weight=[0.3, 0.1],
         density=[0.5, 0.25],

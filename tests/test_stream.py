@@ -266,7 +266,9 @@ def test_a_merge_that_overflows_its_type_says_so(family, tmp_path):
     with pytest.raises(ValueError, match="overflows the type"):
         run(
             functools.partial(merge.task_arithmetic, coef=1e6),
-            *(base, models, tmp_path / "out"),
+            base,
+            models,
+            tmp_path / "out",
             dtype="float16",
         )
     assert not list(tmp_path.iterdir())

@@ -25,7 +25,8 @@ def run(folder):
     begin = time.perf_counter()
     stream.merge(
         merge.ties,
-        *(opened, folder / "out"),
+        opened,
+        folder / "out",
         **{"shard_bytes": 2**20, "overwrite": True, "quiet": True},
     )
     print(time.perf_counter() - begin, flush=True)
