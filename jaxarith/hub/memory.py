@@ -35,8 +35,8 @@ class Memory:
                 raw = self._free.pop(found)
                 self._bytes -= needed
         start = -raw.ctypes.data % _ALIGNMENT
-        # A new array of the same memory, of which all views are views. JAX holds it
-        # until the last program that reads it has ended.
+        # A new array over the same memory: all views are views of this one. JAX holds
+        # it until the last program that reads it has ended.
         lent = np.frombuffer(raw.data, np.uint8, size, start)
         weakref.finalize(lent, self._give_back, raw).atexit = False
         return lent

@@ -232,7 +232,7 @@ def adapted(model: str) -> list[str]:
 
 
 def _find(model: str) -> tuple[Path | None, Path | None]:
-    """The folders of a model and of an adapter, of which one may be missing."""
+    """The folders of a model and of an adapter; one of them may be None."""
     if len(parts := adapted(model)) == 2:
         folder, adapter = map(hub.find, parts)
         if not lora.is_adapter(adapter):

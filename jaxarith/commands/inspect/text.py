@@ -136,7 +136,7 @@ def _differences(entry):
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]], texts: int) -> str:
-    """A table of strings, of which the first columns are texts."""
+    """A table of strings; the first `texts` columns are aligned to the left."""
     right = [i >= texts for i in range(len(header))]
     return markdown_table(header, rows, right=right)
 

@@ -1,9 +1,9 @@
 """Settings that differ from tensor to tensor: by a part of the name, or by depth.
 
-A setting is a list of entries, of which the first that fits a tensor counts. An entry
-has a value, or a gradient of values that are interpolated over the layers, and perhaps
-a filter, a part of the names of the tensors that it is for. This is the language of
-mergekit's files, with its depths.
+A setting is a list of entries; the first one that fits a tensor counts. An entry has a
+value, or a gradient of values that are interpolated over the layers, and perhaps a
+filter: a part of the names of its tensors. This is the language of mergekit's files,
+with its depths.
 """
 
 import re

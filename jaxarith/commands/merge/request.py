@@ -33,9 +33,9 @@ class MergeRequest:
       models: the models to merge; the base may be one of them.
       base: the model from which task vectors are measured.
       parameters: options of the method for all models, by name.
-      preset: whose method it is where both have one of that name.
+      preset: the table of methods to use where both have one of that name.
       dtype: dtype of the new weights (mergekit computes in it as well).
-      out_dtype: dtype of the new weights, where it is another one.
+      out_dtype: dtype of the new weights, if it differs from `dtype`.
       tokenizer_source: the model whose tokenizer is copied; None is the base.
       layers: the number of layers that the largest stack must have; None is any.
     """
