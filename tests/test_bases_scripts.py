@@ -208,5 +208,5 @@ def test_published_values_of_the_other_tables_are_whole():
 def test_the_help_of_every_script_begins_with_its_tables_and_figures():
     for name in SCRIPTS:
         script = importlib.import_module(f"experiments.bases.{name}")
-        assert script.Config.__doc__.startswith(("Table", "Figure"))
-        assert "(S2)" in script.Config.__doc__
+        assert script.__doc__.startswith(("Table", "Figure"))
+        assert "arXiv:2502.01015" in script.__doc__

@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 
 from experiments.common.vision import options, scores
-from experiments.linear_layers import figure4_disentanglement, xi
+from experiments.linear_layers import figure4_disentanglement
 from jaxarith import plots
 
 COEFS = np.linspace(-2, 2, 5)
@@ -40,7 +40,7 @@ def test_a_vector_that_is_not_added_leaves_the_other_tasks_part_alone(setup):
         linearized=False,
         coefs=COEFS,
         samples=6,
-        distances=list(xi.DISTANCES.values()),
+        distances=list(figure4_disentanglement.DISTANCES.values()),
     )
     zero = 2
     assert kl[zero, zero] == 0 == labels[zero, zero]
@@ -62,7 +62,7 @@ def test_the_box_holds_coefficients_from_0_to_1():
     coefs = np.array([-1.0, 0.0, 0.5, 1.0, 1.5])
     grid = np.full((5, 5), 100.0)
     grid[1:4, 1:4] = np.arange(9).reshape(3, 3)
-    assert xi.inside(grid, coefs) == 4
+    assert figure4_disentanglement.inside(grid, coefs) == 4
 
 
 def test_xi_is_of_two_tasks(tmp_path):
@@ -79,7 +79,8 @@ def test_maps_of_two_distances_are_drawn_one_above_the_other(tmp_path):
     files = [tmp_path / name for name in ("one.png", "two.png")]
     plots.disentanglement(files[0], {"x": one}, COEFS, ("a", "b"))
     stacked = {"x": np.stack([one, two])}
-    plots.disentanglement(files[1], stacked, COEFS, ("a", "b"), scales=xi.SCALES)
+    scales = figure4_disentanglement.SCALES
+    plots.disentanglement(files[1], stacked, COEFS, ("a", "b"), scales=scales)
     heights = [int.from_bytes(file.read_bytes()[20:24]) for file in files]
     assert heights[1] > 1.6 * heights[0]
     with pytest.raises(ValueError):

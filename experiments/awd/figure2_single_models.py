@@ -35,8 +35,7 @@ COEFS = np.linspace(0, 1, 11)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Figures 2 and 7 of AWD (S3): models of one task, from parts of their vectors and
-    at any λ."""
+    """Models of one task, from parts of their vectors and at any λ."""
 
     out: Path = Path("runs/awd/figure2")
     """Folder for figure2_<model>.png, figure7_<model>.png and the report."""
@@ -86,9 +85,8 @@ def main(config: Config) -> dict:
     results = {"rows": rows, "curves": curves}
     caption = "Test accuracy of the models of one task each, percent."
     table = {caption: tables.markdown(rows)}
-    title = "Models of one task (AWD, Figs. 2 and 7)"
-    tables.write(config.out, title, table, results)
-    return results
+    title = "Models of one task (AWD paper, Figures 2 and 7)"
+    return tables.write(config.out, title, table, results)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ SUBSETS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Table 11 and Figure 3 of AWD (S3): accuracy by the number of tasks, and by λ."""
+    """Accuracy by the number of tasks, and by λ."""
 
     out: Path = Path("runs/awd/figure3")
     """Folder for figure3a.png, figure3b.png, report.json and report.md."""
@@ -286,10 +286,9 @@ def main(config: Config) -> dict:
     }
     caption = f"{setup.title}: mean test accuracy over subsets of the tasks, percent."
     table = {caption: tables.markdown(beside)}
-    title = "Accuracy by the number of tasks (AWD, Table 11 and Fig. 3)"
+    title = "Accuracy by the number of tasks (AWD paper, Table 11 and Figure 3)"
     note = f"figure3a.png is this table. figure3b.png is of all tasks, α = {alpha:g}."
-    tables.write(config.out, title, table, results, note)
-    return results
+    return tables.write(config.out, title, table, results, note)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ ALPHAS = np.logspace(-6, 0, 13)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Figures 4 and 6 of AWD (S3): cosines before and after, accuracy against them."""
+    """Cosines before and after, accuracy against them."""
 
     out: Path = Path("runs/awd/figure4")
     """Folder for figure4_<model>.png, figure6_<model>.png and the report."""
@@ -108,9 +108,8 @@ def main(config: Config) -> dict:
         f"Cosines that AWD leaves, and test accuracy in percent at λ = {config.coef:g}."
     )
     table = {caption: tables.markdown(rows, digits=6)}
-    title = "Cosines before and after AWD (Figs. 4 and 6)"
-    tables.write(config.out, title, table, results)
-    return results
+    title = "Cosines before and after AWD (Figures 4 and 6)"
+    return tables.write(config.out, title, table, results)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,7 @@ PAIRS = ("resisc45,cars", "sun397,dtd")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Figure 5 of AWD (S3): the joint loss of two tasks on the plane of their
-    vectors."""
+    """The joint loss of two tasks on the plane of their vectors."""
 
     out: Path = Path("runs/awd/figure5")
     """Folder for figure5_<task>_<task>.png, report.json and report.md."""
@@ -135,9 +134,8 @@ def main(config: Config) -> dict:
     results = {"grids": grids, "rows": rows}
     caption = f"{setup.title}: the lowest joint loss on the grid, and where."
     table = {caption: tables.markdown(rows, digits=3)}
-    title = "Joint losses of two tasks (AWD, Fig. 5)"
-    tables.write(config.out, title, table, results)
-    return results
+    title = "Joint losses of two tasks (AWD paper, Figure 5)"
+    return tables.write(config.out, title, table, results)
 
 
 if __name__ == "__main__":

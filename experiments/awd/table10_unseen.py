@@ -52,7 +52,7 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Table 10 of AWD (S3): accuracy on tasks whose vectors are not merged."""
+    """Accuracy on tasks whose vectors are not merged."""
 
     out: Path = Path("runs/awd/table10")
     """Folder for report.json and report.md."""
@@ -145,9 +145,8 @@ def main(config: Config) -> dict:
     ]
     shown["What was searched."] = tables.markdown(searched, digits=6)
     results = {"rows": rows}
-    title = "Tasks that are not merged (AWD, Table 10)"
-    tables.write(config.out, title, shown, results)
-    return results
+    title = "Tasks that are not merged (AWD paper, Table 10)"
+    return tables.write(config.out, title, shown, results)
 
 
 if __name__ == "__main__":

@@ -114,8 +114,7 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Tables 1, 2 and 4 of AWD (S3): eight image models merged by every method; of
-    ViT-B/32, ViT-L/14 and ViT-B/16."""
+    """Eight image models merged by every method; of ViT-B/32, ViT-L/14 and ViT-B/16."""
 
     out: Path = Path("runs/awd/table1")
     """Folder for report.json and report.md."""
@@ -237,9 +236,8 @@ def main(config: Config) -> dict:
             searched, digits=6
         )
     results = {"rows": rows}
-    title = "Merging image models (AWD, Tables 1, 2 and 4)"
-    tables.write(config.out, title, shown, results)
-    return results
+    title = "Merging image models (AWD paper, Tables 1, 2 and 4)"
+    return tables.write(config.out, title, shown, results)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ SMOKE = (2, 16, 32)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(runs.Options):
-    """Table 5 of AWD (S3): time and memory of 1000 steps."""
+    """Time and memory of 1000 steps."""
 
     out: Path = Path("runs/awd/table5")
     """Folder for report.json and report.md."""
@@ -150,8 +150,7 @@ def main(config: Config) -> dict:
         "1000 steps with 8 on an NVIDIA A100 40GB."
     )
     table = {caption: tables.markdown(beside, digits=3)}
-    tables.write(config.out, "The cost of AWD (Table 5)", table, results)
-    return results
+    return tables.write(config.out, "The cost of AWD (Table 5)", table, results)
 
 
 if __name__ == "__main__":

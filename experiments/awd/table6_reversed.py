@@ -70,8 +70,7 @@ for _model, _rows in PUBLISHED.items():
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Tables 6 and 7 of AWD (S3): vectors made more orthogonal, and less; of ViT-B/32
-    and ViT-L/14."""
+    """Vectors made more orthogonal, and less; of ViT-B/32 and ViT-L/14."""
 
     out: Path = Path("runs/awd/table6")
     """Folder for report.json and report.md."""
@@ -158,9 +157,8 @@ def main(config: Config) -> dict:
         chosen = [{name: row[name] for name in names} for row in found]
         shown[caption] = tables.markdown(chosen, digits=6)
     results = {"rows": rows}
-    title = "More and less orthogonal vectors (AWD, Tables 6 and 7)"
-    tables.write(config.out, title, shown, results)
-    return results
+    title = "More and less orthogonal vectors (AWD paper, Tables 6 and 7)"
+    return tables.write(config.out, title, shown, results)
 
 
 if __name__ == "__main__":

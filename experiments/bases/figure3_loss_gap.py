@@ -42,8 +42,8 @@ from jaxarith.typing import Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(two_models.Options):
-    """Figures 3 and 6 (S2): loss gaps of two merged tasks beside their cosine, and
-    beside the smoothness of two pre-trainings."""
+    """Loss gaps of two merged tasks beside their cosine, and beside the smoothness of
+    two pre-trainings."""
 
     out: Path = Path("runs/bases/figure3")
     """Folder for figure3.png, figure6.png, report.json and report.md."""
@@ -135,8 +135,9 @@ def main(config: Config) -> dict:
             smooth, digits=3
         ),
     }
-    tables.write(config.out, "Loss gaps of pairs (S2, Figs. 3 and 6)", shown, results)
-    return results
+    return tables.write(
+        config.out, "Loss gaps of pairs (bases paper, Figures 3 and 6)", shown, results
+    )
 
 
 def figures(config: Config, rows, smooth, first: str, second: str):

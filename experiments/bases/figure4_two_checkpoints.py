@@ -67,8 +67,7 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(two_models.Options):
-    """Figures 4 and 5, and Table 9 (S2): cosines and norms of task vectors of two
-    pre-trainings."""
+    """Cosines and norms of task vectors of two pre-trainings."""
 
     out: Path = Path("runs/bases/figure4")
     """Folder for figure4.png, figure5.png, report.json and report.md."""
@@ -176,9 +175,8 @@ def main(config: Config) -> dict:
         "Mean cosines of vectors, and the distance of the pre-trained models "
         "(published: about 314).": tables.markdown(summary, digits=3),
     }
-    title = "Vectors of two pre-trainings (S2, Figs. 4 and 5, Table 9)"
-    tables.write(config.out, title, shown, results)
-    return results
+    title = "Vectors of two pre-trainings (bases paper, Figures 4 and 5, Table 9)"
+    return tables.write(config.out, title, shown, results)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Figures 9 and 11 (S2): cosines and clusters of task vectors after one step, two
-    steps, one epoch, two epochs and all, and of tangent vectors."""
+    """Cosines and clusters of task vectors after one step, two steps, one epoch, two
+    epochs and all, and of tangent vectors."""
 
     out: Path = Path("runs/bases/figure9")
     """Folder for figure9.png, figure11.png, report.json and report.md."""
@@ -165,9 +165,8 @@ def main(config: Config) -> dict:
     }
     shown = [{k: v for k, v in row.items() if k != "indices"} for row in rows]
     table = {"Clusters, and the mean norm of the vectors.": tables.markdown(shown, 3)}
-    title = "Clusters of task vectors (S2, Algorithm 1, Figs. 9 and 11)"
-    tables.write(config.out, title, table, results)
-    return results
+    title = "Clusters of task vectors (bases paper, Algorithm 1, Figures 9 and 11)"
+    return tables.write(config.out, title, table, results)
 
 
 def mean_norm(taus) -> float:

@@ -1,4 +1,4 @@
-"""What the scripts on task vector bases (S2) share: partitions, and merged clusters.
+"""What the scripts of the bases paper share: partitions, and merged clusters.
 
 Zeng et al. Efficient Model Editing with Task Vector Bases: A Theoretical Framework and
 Scalable Approach. arXiv:2502.01015.

@@ -50,7 +50,7 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(two_models.Options):
-    """Table 2 (S2): add task vectors of one, of both or of the other pre-training."""
+    """Add task vectors of one, of both or of the other pre-training."""
 
     out: Path = Path("runs/bases/table2")
     """Folder for report.json and report.md."""
@@ -131,10 +131,12 @@ def main(config: Config) -> dict:
     results = {"models": two_models.titles(found), "rows": rows}
     caption = "Mean test accuracy of the sum of task vectors, percent."
     table = {caption: tables.markdown(beside, digits=2)}
-    tables.write(
-        config.out, "Vectors of two pre-trainings (S2, Table 2)", table, results
+    return tables.write(
+        config.out,
+        "Vectors of two pre-trainings (bases paper, Table 2)",
+        table,
+        results,
     )
-    return results
 
 
 if __name__ == "__main__":

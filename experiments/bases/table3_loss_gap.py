@@ -40,7 +40,7 @@ PUBLISHED = dict(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Table 3 (S2): the loss gap of every task after the addition of all vectors."""
+    """The loss gap of every task after the addition of all vectors."""
 
     out: Path = Path("runs/bases/table3")
     """Folder for report.json and report.md."""
@@ -85,8 +85,9 @@ def main(config: Config) -> dict:
         f"the merged one in percent, at coefficient {coef:.2f}."
     )
     table = {caption: tables.markdown(beside, digits=2)}
-    tables.write(config.out, "Loss gaps of addition (S2, Table 3)", table, results)
-    return results
+    return tables.write(
+        config.out, "Loss gaps of addition (bases paper, Table 3)", table, results
+    )
 
 
 if __name__ == "__main__":

@@ -164,8 +164,7 @@ CAPTIONS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Tables 4, 5, 10, 11 and 12 (S2): bases of all partitions of a few tasks, with
-    several inner and outer merges."""
+    """Bases of all partitions of a few tasks, with several inner and outer merges."""
 
     out: Path = Path("runs/bases/table4")
     """Folder for report.json and report.md."""
@@ -402,9 +401,8 @@ def main(config: Config) -> dict:
     for table, model in dict.fromkeys((row["table"], row["model"]) for row in rows):
         shown[f"{CAPTIONS[table]}; {model}."] = beside(rows, model, table)
     written = {k: tables.markdown(lines, digits=2) for k, lines in shown.items()}
-    title = "Addition of bases, all partitions (S2, Tables 4, 5, 10, 11, 12)"
-    tables.write(config.out, title, written, results)
-    return results
+    title = "Addition of bases, all partitions (bases paper, Tables 4, 5, 10, 11, 12)"
+    return tables.write(config.out, title, written, results)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Table 6 (S2): unlearn a task by negating the basis that is most similar to it."""
+    """Unlearn a task by negating the basis that is most similar to it."""
 
     out: Path = Path("runs/bases/table6")
     """Folder for report.json and report.md."""
@@ -152,8 +152,9 @@ def main(config: Config) -> dict:
         "negation, percent."
     )
     table = {caption: tables.markdown(beside, digits=2)}
-    tables.write(config.out, "Negation of bases (S2, Table 6)", table, results)
-    return results
+    return tables.write(
+        config.out, "Negation of bases (bases paper, Table 6)", table, results
+    )
 
 
 if __name__ == "__main__":

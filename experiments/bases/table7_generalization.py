@@ -79,8 +79,7 @@ PRETRAINED = {"gtsrb": 36.48, "dtd": 54.73}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Tables 7, 13 and 14, and Figure 10 (S2): held-out tasks with the most similar
-    basis of other tasks."""
+    """Held-out tasks with the most similar basis of other tasks."""
 
     out: Path = Path("runs/bases/table7")
     """Folder for figure10.png, report.json and report.md."""
@@ -238,9 +237,8 @@ def main(config: Config) -> dict:
         )
         for task in targets
     }
-    title = "Generalization with bases (S2, Tables 7, 13, 14, Fig. 10)"
-    tables.write(config.out, title, shown, results)
-    return results
+    title = "Generalization with bases (bases paper, Tables 7, 13, 14, Figure 10)"
+    return tables.write(config.out, title, shown, results)
 
 
 def accuracies_of(setup, bases, linearized, task, coefs):

@@ -1,4 +1,4 @@
-"""What the scripts on two pre-trained CLIPs (S2) share: a setup of each, and losses.
+"""What the scripts on two pre-trained CLIPs share: a setup of each, and losses.
 
 The paper's are two checkpoints of OpenCLIP, ViT-B/32 on LAION-2B:
 

@@ -34,7 +34,7 @@ from jaxarith.models import clip
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Figure 12 (S4): forgetting OCR and person identification."""
+    """Forgetting OCR and person identification."""
 
     out: Path = Path("runs/editing/figure12")
     """Folder for figure12_<task>.png, report.json and report.md."""
@@ -112,8 +112,9 @@ def main(config: Config) -> dict:
     results = {"rows": rows}
     caption = "Test accuracy on the task to be forgotten and on the control, percent."
     table = {caption: tables.markdown(rows, digits=2)}
-    tables.write(config.out, "OCR and persons (S4, Fig. 12)", table, results)
-    return results
+    return tables.write(
+        config.out, "OCR and persons (editing paper, Figure 12)", table, results
+    )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from jaxarith import plots
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Figure 14 (S4): add every two vectors of several seeds."""
+    """Add every two vectors of several seeds."""
 
     out: Path = Path("runs/editing/figure14")
     """Folder for figure14.png, report.json and report.md."""
@@ -87,8 +87,9 @@ def main(config: Config) -> dict:
     ]
     caption = f"Test accuracy of {len(rows)} sums of two vectors, percent."
     table = {caption: tables.markdown(shown, digits=2)}
-    tables.write(config.out, "Random seeds (S4, Fig. 14)", table, results)
-    return results
+    return tables.write(
+        config.out, "Random seeds (editing paper, Figure 14)", table, results
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from jaxarith.typing import Tree
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Figure 17 (S4): add the vector of ImageNet to every other."""
+    """Add the vector of ImageNet to every other."""
 
     out: Path = Path("runs/editing/figure17")
     """Folder for figure17.png, report.json and report.md."""
@@ -93,8 +93,9 @@ def main(config: Config) -> dict:
     results = {"rows": rows}
     caption = "Test accuracy, percent; single: of each task's own model."
     table = {caption: tables.markdown(rows)}
-    tables.write(config.out, "With ImageNet (S4, Fig. 17)", table, results)
-    return results
+    return tables.write(
+        config.out, "With ImageNet (editing paper, Figure 17)", table, results
+    )
 
 
 if __name__ == "__main__":

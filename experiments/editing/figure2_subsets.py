@@ -17,7 +17,7 @@ validation data, which --validate bounds; --method linear takes one pass in all.
 
 Published, as plots; the text says of normalised accuracy:
 
-    pairs, mean over both tasks (Fig. 2)                  0.989
+    pairs, mean over both tasks (Figure 2)                  0.989
     the best over all tasks (Fig. 3 and D.2)              0.912
     multi-task training on all tasks (D.2)                0.994
 
@@ -48,7 +48,7 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Figures 2, 3, 15 and 16 (S4): add every subset of the task vectors."""
+    """Add every subset of the task vectors."""
 
     out: Path = Path("runs/editing/figure2")
     """Folder for reports and figure2.png, figure3.png, figure15.png,
@@ -236,8 +236,9 @@ def main(config: Config) -> dict:
         "By the number of vectors, the mean over subsets (Fig. 3, 16 and 15); of no "
         "vector, the pre-trained model.": tables.markdown(sizes, digits=3),
     }
-    tables.write(config.out, "All subsets (S4, Figs. 2, 3, 15, 16)", shown, results)
-    return results
+    return tables.write(
+        config.out, "All subsets (editing paper, Figures 2, 3, 15, 16)", shown, results
+    )
 
 
 if __name__ == "__main__":

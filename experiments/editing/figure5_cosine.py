@@ -27,7 +27,7 @@ from jaxarith import plots, task_vectors
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Figure 5 (S4): compare the directions of task vectors."""
+    """Compare the directions of task vectors."""
 
     out: Path = Path("runs/editing/figure5")
     """Folder for figure5.png, report.json and report.md."""
@@ -59,8 +59,9 @@ def main(config: Config) -> dict:
     rows.sort(key=lambda row: -row["cosine"])
     results = {"tasks": setup.names, "cosines": found.tolist(), "rows": rows}
     table = {f"{setup.title}, the largest first.": tables.markdown(rows, digits=3)}
-    tables.write(config.out, "Cosines of all pairs (S4, Fig. 5)", table, results)
-    return results
+    return tables.write(
+        config.out, "Cosines of all pairs (editing paper, Figure 5)", table, results
+    )
 
 
 if __name__ == "__main__":

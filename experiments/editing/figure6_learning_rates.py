@@ -30,7 +30,7 @@ from jaxarith import plots
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Figure 6 (S4): add two vectors of several learning rates."""
+    """Add two vectors of several learning rates."""
 
     out: Path = Path("runs/editing/figure6")
     """Folder for figure6.png, report.json and report.md."""
@@ -76,8 +76,9 @@ def main(config: Config) -> dict:
     ]
     caption = f"{' + '.join(setup.titles)}: test accuracy, mean over both, percent."
     table = {caption: tables.markdown(shown, digits=2)}
-    tables.write(config.out, "Learning rates (S4, Fig. 6)", table, results)
-    return results
+    return tables.write(
+        config.out, "Learning rates (editing paper, Figure 6)", table, results
+    )
 
 
 if __name__ == "__main__":

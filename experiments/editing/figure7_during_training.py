@@ -33,7 +33,7 @@ from jaxarith.typing import Tree
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Figure 7 (S4): follow two vectors through fine-tuning."""
+    """Follow two vectors through fine-tuning."""
 
     out: Path = Path("runs/editing/figure7")
     """Folder for figure7_cosine.png, figure7_accuracy.png and reports."""
@@ -130,8 +130,12 @@ def main(config: Config) -> dict:
     ]
     caption = f"{' + '.join(setup.titles)}: after every step, and added."
     table = {caption: tables.markdown(shown, digits=3)}
-    tables.write(config.out, "In the course of training (S4, Fig. 7)", table, results)
-    return results
+    return tables.write(
+        config.out,
+        "In the course of training (editing paper, Figure 7)",
+        table,
+        results,
+    )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ PUBLISHED = {"Pearson correlation": (0.99,)}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Figure 8 (S4): mean of weights and mean of outputs of every two models."""
+    """Mean of weights and mean of outputs of every two models."""
 
     out: Path = Path("runs/editing/figure8")
     """Folder for figure8.png, report.json and report.md."""
@@ -100,8 +100,9 @@ def main(config: Config) -> dict:
         f"{setup.title}.": tables.markdown(beside, digits=3),
         "Test accuracy, mean over both tasks, percent.": tables.markdown(pairs),
     }
-    tables.write(config.out, "Ensembles (S4, Fig. 8)", shown, results)
-    return results
+    return tables.write(
+        config.out, "Ensembles (editing paper, Figure 8)", shown, results
+    )
 
 
 if __name__ == "__main__":

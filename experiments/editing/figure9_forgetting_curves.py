@@ -34,7 +34,7 @@ from jaxarith import metrics, plots
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Figures 9, 10 and 11 (S4): curves of forgetting, and what goes with it."""
+    """Curves of forgetting, and what goes with it."""
 
     out: Path = Path("runs/editing/figure9")
     """Folder for figure9.png, figure10.png, figure11.png, report.json and report.md."""
@@ -95,9 +95,8 @@ def main(config: Config) -> dict:
             tables.markdown(rows, digits=2)
         ),
     }
-    title = "Curves of forgetting (S4, Figs. 9, 10, 11)"
-    tables.write(config.out, title, shown, results)
-    return results
+    title = "Curves of forgetting (editing paper, Figures 9, 10, 11)"
+    return tables.write(config.out, title, shown, results)
 
 
 def draw(setup: options.Setup, curves: dict[str, np.ndarray], points):

@@ -63,7 +63,7 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Table 11 (S4): kings, queens, women and men by analogy."""
+    """Kings, queens, women and men by analogy."""
 
     out: Path = Path("runs/editing/table11")
     """Folder for report.json and report.md."""
@@ -196,8 +196,9 @@ def main(config: Config) -> dict:
         del row["place"]
     caption = "Test accuracy on the target and on the control, percent, 1001 options."
     table = {caption: tables.markdown(beside)}
-    tables.write(config.out, "Learning via analogy (S4, Table 11)", table, results)
-    return results
+    return tables.write(
+        config.out, "Learning via analogy (editing paper, Table 11)", table, results
+    )
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Table 12 and Figure 4 (S4): subpopulations by analogy, and with few samples."""
+    """Subpopulations by analogy, and with few samples."""
 
     out: Path = Path("runs/editing/table12")
     """Folder for figure4.png, report.json and report.md."""
@@ -235,10 +235,13 @@ def main(config: Config) -> dict:
             coefficients, digits=3
         ),
     }
-    tables.write(
-        config.out, "Subpopulations (S4, Table 12, Fig. 4)", shown, results, note
+    return tables.write(
+        config.out,
+        "Subpopulations (editing paper, Table 12, Figure 4)",
+        shown,
+        results,
+        note,
     )
-    return results
 
 
 def draw(config: Config, rows: Sequence[dict]):

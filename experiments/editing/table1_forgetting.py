@@ -111,8 +111,7 @@ PUBLISHED_TASKS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Tables 1, 5, 6 and 7 (S4): forgetting image tasks by negation, gradient ascent
-    and random vectors."""
+    """Forgetting image tasks by negation, gradient ascent and random vectors."""
 
     out: Path = Path("runs/editing/table1")
     """Folder for report.json and report.md."""
@@ -171,8 +170,9 @@ def main(config: Config) -> dict:
         "percent.": tables.markdown(mean, digits=2),
         "Tables 5, 6 and 7. The same of every task.": tables.markdown(single, digits=2),
     }
-    tables.write(config.out, "Forgetting image tasks (S4, Table 1)", shown, results)
-    return results
+    return tables.write(
+        config.out, "Forgetting image tasks (editing paper, Table 1)", shown, results
+    )
 
 
 if __name__ == "__main__":

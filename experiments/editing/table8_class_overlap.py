@@ -65,7 +65,7 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Table 8 (S4): forgetting without the control's classes that overlap."""
+    """Forgetting without the control's classes that overlap."""
 
     out: Path = Path("runs/editing/table8")
     """Folder for report.json and report.md."""
@@ -202,8 +202,9 @@ def main(config: Config) -> dict:
     }
     caption = "Test accuracy on the target and on the control, percent."
     table = {caption: tables.markdown(beside)}
-    tables.write(config.out, "Class overlap (S4, Table 8)", table, results)
-    return results
+    return tables.write(
+        config.out, "Class overlap (editing paper, Table 8)", table, results
+    )
 
 
 if __name__ == "__main__":

@@ -23,8 +23,13 @@ import numpy as np
 
 from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, vectors
-from experiments.linear_layers import xi
 from jaxarith import plots, task_vectors
+
+METHODS: dict[str, vectors.Method] = {
+    "Standard": "nonlinear",
+    "NTK linearization": "linear",
+    "Ours": "linear_layers_1",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +47,7 @@ def main(config: Config) -> dict:
     setup = options.load(config, config.model, control=False)
     cosines = {
         label: np.asarray(task_vectors.cosine_matrix(vectors.vectors(setup, method)))
-        for label, method in xi.METHODS.items()
+        for label, method in METHODS.items()
     }
     pairs = {label: scores.pair_values(found) for label, found in cosines.items()}
     rows = [
@@ -57,7 +62,7 @@ def main(config: Config) -> dict:
     }
     caption = "Cosine between the task vectors of two tasks, over all pairs."
     table = {caption: tables.markdown(rows, digits=3)}
-    title = "Cosines between task vectors (linear layers, Figure 5)"
+    title = "Cosines between task vectors (linear-layers paper, Figure 5)"
     tables.write(config.out, title, table, results)
     if runs.is_first():
         plots.matrices(

@@ -13,11 +13,11 @@ says what is missing.
 
 Published, mean absolute / normalised test accuracy in percent:
 
-                   ViT-B-32         ViT-B-16         ViT-L-14
-    Pre-trained    48.40            55.25            66.40
-    Non-linear     70.00 / 77.04    74.75 / 80.59    84.40 / 89.47
-    Linear (NTK)   76.26 / 85.82    79.01 / 86.32    85.53 / 91.44
-    Ours           78.37 / 87.42    80.44 / 87.25    87.91 / 93.66
+    method        ViT-B-32       ViT-B-16       ViT-L-14
+    Pre-trained   48.40 / -      55.25 / -      66.40 / -
+    Non-linear    70.00 / 77.04  74.75 / 80.59  84.40 / 89.47
+    Linear (NTK)  76.26 / 85.82  79.01 / 86.32  85.53 / 91.44
+    Ours          78.37 / 87.42  80.44 / 87.25  87.91 / 93.66
 
 Ours are ordinary vectors of models in which only the weights of the query, key, value
 and output projections of the attention were trained. The NTK row is that of the
@@ -33,19 +33,12 @@ from pathlib import Path
 from experiments.common import script, tables
 from experiments.common.vision import options, scores, vectors
 
-METHODS = {
+METHODS: dict[str, vectors.Method] = {
     "Non-linear": "nonlinear",
     "Linear (NTK)": "linear",
     "Ours": "linear_layers_1",
 }
-PUBLISHED = options.of_models(
-    {
-        ("Pre-trained",): ((48.40, None), (55.25, None), (66.40, None)),
-        ("Non-linear",): ((70.00, 77.04), (74.75, 80.59), (84.40, 89.47)),
-        ("Linear (NTK)",): ((76.26, 85.82), (79.01, 86.32), (85.53, 91.44)),
-        ("Ours",): ((78.37, 87.42), (80.44, 87.25), (87.91, 93.66)),
-    }
-)
+PUBLISHED = tables.published_by_column(__doc__, "method")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,17 +78,17 @@ def main(config: Config) -> dict:
         for setup in options.setups(config, config.models, control=False)
         for row in rows_of(setup)
     ]
-    beside = tables.beside(
-        rows, PUBLISHED, keys=["model", "method"], values=["abs", "norm"]
-    )
-    results = {"rows": rows}
-    caption = (
+    return tables.compared(
+        config.out,
+        "Task addition (linear-layers paper, Table 1)",
         "Mean absolute and normalised test accuracy, percent, at the coefficient that "
-        "is best on validation data."
+        "is best on validation data.",
+        rows,
+        PUBLISHED,
+        keys=["model", "method"],
+        values=["abs", "norm"],
+        digits=2,
     )
-    table = {caption: tables.markdown(beside, digits=2)}
-    tables.write(config.out, "Task addition (linear layers, Table 1)", table, results)
-    return results
 
 
 if __name__ == "__main__":

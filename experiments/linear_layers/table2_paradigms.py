@@ -7,17 +7,17 @@ Arithmetic. ICLR 2025.
 
 Data: those of table1_addition, whose vectors of paradigm (1) it takes from the bank.
 
-Published, ViT-B-32, percent: mean test accuracy of the tasks' own models; mean absolute
-and normalised test accuracy of all vectors added at a searched coefficient:
+Published, percent: mean test accuracy of the tasks' own models / mean absolute /
+normalised test accuracy of all vectors added at a searched coefficient:
 
-    paradigm                                   single    abs      norm
-    (1) weights of Q, K, V and output (ours)   89.55     78.37    87.42
-    (2) their biases too                       89.48     77.71    86.79
-    (3) weights of all linear layers           88.95     76.52    86.11
-    (4) their biases too                       89.43     77.80    86.93
+    paradigm                             ViT-B-32
+    (1) weights of Q, K, V and output    89.55 / 78.37 / 87.42
+    (2) their biases too                 89.48 / 77.71 / 86.79
+    (3) weights of all linear layers     88.95 / 76.52 / 86.11
+    (4) biases of all linear layers too  89.43 / 77.80 / 86.93
 
-"All linear layers in the attention module" would be those of (1) if the attention alone
-were meant; they are those of the residual block here, its MLP included.
+Ours is (1). "All linear layers in the attention module" would be those of (1) if the
+attention alone were meant; here they are those of the residual block, with its MLP.
 
 Not run at full scale yet.
 """
@@ -28,22 +28,13 @@ from pathlib import Path
 from experiments.common import script, tables
 from experiments.common.vision import options, scores, vectors
 
-METHODS = {
+METHODS: dict[str, vectors.Method] = {
     "(1) weights of Q, K, V and output": "linear_layers_1",
     "(2) their biases too": "linear_layers_2",
     "(3) weights of all linear layers": "linear_layers_3",
     "(4) biases of all linear layers too": "linear_layers_4",
 }
-_PUBLISHED = (
-    (89.55, 78.37, 87.42),
-    (89.48, 77.71, 86.79),
-    (88.95, 76.52, 86.11),
-    (89.43, 77.80, 86.93),
-)
-PUBLISHED = {
-    (options.TITLES[options.B32], paradigm): values
-    for paradigm, values in zip(METHODS, _PUBLISHED, strict=True)
-}
+PUBLISHED = tables.published_by_column(__doc__, "paradigm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,20 +76,18 @@ def main(config: Config) -> dict:
         for setup in options.setups(config, config.models, control=False)
         for row in rows_of(setup)
     ]
-    beside = tables.beside(
+    return tables.compared(
+        config.out,
+        "Paradigms (linear-layers paper, Table 2)",
+        "Mean test accuracy of the tasks' own models, and absolute and normalised that "
+        "of all vectors added, percent.",
         rows,
         PUBLISHED,
         keys=["model", "paradigm"],
         values=["single", "abs", "norm"],
+        digits=2,
+        results={"tasks": list(config.tasks)},
     )
-    results = {"tasks": list(config.tasks), "rows": rows}
-    caption = (
-        "Mean test accuracy of the tasks' own models, and absolute and normalised that "
-        "of all vectors added, percent."
-    )
-    table = {caption: tables.markdown(beside, digits=2)}
-    tables.write(config.out, "Paradigms (linear layers, Table 2)", table, results)
-    return results
 
 
 if __name__ == "__main__":

@@ -114,8 +114,7 @@ def main(config: Config) -> dict:
     results = {"coefs": coefs.tolist(), "rows": rows}
     shown = [{k: row[k] for k in row if k != "grid"} for row in rows]
     table = {"ξ, the mean over the grid.": tables.markdown(shown, digits=3)}
-    tables.write(config.out, "ξ and τJp (τJp, Fig. 1)", table, results)
-    return results
+    return tables.write(config.out, "ξ and τJp (τJp paper, Figure 1)", table, results)
 
 
 if __name__ == "__main__":

@@ -114,8 +114,9 @@ def main(config: Config) -> dict:
     shown = [{name: row[name] for name in names} for row in rows]
     caption = f"{pairs.title(setup, (0, 1))}: addition after additional steps."
     table = {caption: tables.markdown(shown, digits=3)}
-    tables.write(config.out, "Continued with τJp (τJp, Fig. 3)", table, results)
-    return results
+    return tables.write(
+        config.out, "Continued with τJp (τJp paper, Figure 3)", table, results
+    )
 
 
 if __name__ == "__main__":

@@ -61,8 +61,9 @@ def main(config: Config) -> dict:
             )
     results = {"rows": rows}
     table = {"Test accuracy, percent.": tables.markdown(rows)}
-    tables.write(config.out, "Single tasks (τJp, Fig. 4)", table, results)
-    return results
+    return tables.write(
+        config.out, "Single tasks (τJp paper, Figure 4)", table, results
+    )
 
 
 if __name__ == "__main__":

@@ -102,8 +102,9 @@ def main(config: Config) -> dict:
             tables.markdown(shown)
         )
     }
-    tables.write(config.out, "Addition by task (τJp, Fig. 5)", table, results)
-    return results
+    return tables.write(
+        config.out, "Addition by task (τJp paper, Figure 5)", table, results
+    )
 
 
 if __name__ == "__main__":

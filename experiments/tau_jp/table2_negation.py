@@ -11,16 +11,16 @@ validation images too.
 Published, mean test accuracy on the target (to be low) / on the control, in percent; in
 brackets, the control accuracy is not 95 % of the pre-trained one:
 
-                            ViT-B-32        ViT-B-16        ViT-L-14
-    Pre-trained             47.3 / 66.7     54.5 / 69.3     65.1 / 77.3
-    Non-lin. FT    1.0      (10.9 / 44.7)   (10.8 / 51.6)   (15.2 / 68.6)
-                   searched 24.0 / 60.7     20.3 / 64.7     18.4 / 72.4
-    Linear FT      1.0      (6.3 / 57.2)    (5.4 / 62.2)    (3.0 / 67.9)
-                   searched 11.8 / 60.6     8.8 / 65.0      8.3 / 72.2
-    TIES           1.0      21.8 / 61.6     24.3 / 67.0     26.6 / 74.4
-                   searched 21.8 / 61.7     24.3 / 67.0     26.6 / 74.4
-    Ours (τJp)     1.0      11.8 / 62.5     11.8 / 67.8     15.1 / 75.1
-                   searched 6.7 / 60.8      4.7 / 66.0      3.7 / 73.0
+    method       coefficient  ViT-B-32       ViT-B-16       ViT-L-14
+    Pre-trained  -            47.3 / 66.7    54.5 / 69.3    65.1 / 77.3
+    Non-lin. FT  1.0          (10.9 / 44.7)  (10.8 / 51.6)  (15.2 / 68.6)
+    Non-lin. FT  searched     24.0 / 60.7    20.3 / 64.7    18.4 / 72.4
+    Linear FT    1.0          (6.3 / 57.2)   (5.4 / 62.2)   (3.0 / 67.9)
+    Linear FT    searched     11.8 / 60.6    8.8 / 65.0     8.3 / 72.2
+    TIES         1.0          21.8 / 61.6    24.3 / 67.0    26.6 / 74.4
+    TIES         searched     21.8 / 61.7    24.3 / 67.0    26.6 / 74.4
+    Ours         1.0          11.8 / 62.5    11.8 / 67.8    15.1 / 75.1
+    Ours         searched     6.7 / 60.8     4.7 / 66.0     3.7 / 73.0
 
 The pre-trained row and the 95 % seem to be of validation data, with 5,000 held-out
 training images of ImageNet as control: 60.7 is above 0.95 · 63.3, the accuracy on the
@@ -37,19 +37,7 @@ from experiments.common import script, tables
 from experiments.common.vision import options, scores, vectors
 from jaxarith import merge, task_vectors
 
-PUBLISHED = options.of_models(
-    {
-        ("Pre-trained", ""): ((47.3, 66.7), (54.5, 69.3), (65.1, 77.3)),
-        ("Non-lin. FT", "1.0"): ((10.9, 44.7), (10.8, 51.6), (15.2, 68.6)),
-        ("Non-lin. FT", "searched"): ((24.0, 60.7), (20.3, 64.7), (18.4, 72.4)),
-        ("Linear FT", "1.0"): ((6.3, 57.2), (5.4, 62.2), (3.0, 67.9)),
-        ("Linear FT", "searched"): ((11.8, 60.6), (8.8, 65.0), (8.3, 72.2)),
-        ("TIES", "1.0"): ((21.8, 61.6), (24.3, 67.0), (26.6, 74.4)),
-        ("TIES", "searched"): ((21.8, 61.7), (24.3, 67.0), (26.6, 74.4)),
-        ("Ours", "1.0"): ((11.8, 62.5), (11.8, 67.8), (15.1, 75.1)),
-        ("Ours", "searched"): ((6.7, 60.8), (4.7, 66.0), (3.7, 73.0)),
-    }
-)
+PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,22 +93,18 @@ def main(config: Config) -> dict:
     rows = [
         row for setup in options.setups(config, config.models) for row in rows_of(setup)
     ]
-    beside = tables.beside(
+    return tables.compared(
+        config.out,
+        "Task negation (τJp paper, Table 2)",
+        "Mean test accuracy on the task that is subtracted, to be low, and on the "
+        "control, percent. Kept is 95 % of the pre-trained test accuracy; coefficients "
+        "are chosen by that of validation data.",
         rows,
         PUBLISHED,
         keys=["model", "method", "coefficient", "control kept"],
         published_keys=["model", "method", "coefficient"],
         values=["target", "control"],
     )
-    results = {"rows": rows}
-    caption = (
-        "Mean test accuracy on the task that is subtracted, to be low, and on the "
-        "control, percent. Kept is 95 % of the pre-trained test accuracy; coefficients "
-        "are chosen by that of validation data."
-    )
-    table = {caption: tables.markdown(beside)}
-    tables.write(config.out, "Task negation (τJp, Table 2)", table, results)
-    return results
 
 
 if __name__ == "__main__":

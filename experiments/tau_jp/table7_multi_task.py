@@ -7,17 +7,17 @@ Disentanglement. ICLR 2025, App. D.
 
 Data: those of table1_addition, whose task vectors it takes from the bank.
 
-Published, mean absolute test accuracy in percent at searched coefficients; x are
-images, y labels, "self" of the task that is trained, "other" of the other tasks:
+Published, mean absolute test accuracy in percent at searched coefficients:
 
-                   ViT-B-32   ViT-B-16   ViT-L-14   needs                 flexible
-    Non-lin. FT    70.4       75.5       84.0       x_self, y_self        yes
-    Linear FT      74.3       78.7       85.5       x_self, y_self        yes
-    Ours (τJp)     84.5       87.6       90.8       + x_other             yes
-    MTL            87.8       90.8       92.6       + x_other, y_other    no
+    method       ViT-B-32  ViT-B-16  ViT-L-14
+    Non-lin. FT  70.4      75.5      84.0
+    Linear FT    74.3      78.7      85.5
+    Ours         84.5      87.6      90.8
+    MTL          87.8      90.8      92.6
 
-Flexible is a model of which single tasks can be changed after training. Linear FT of
-ViT-L-14 has 85.8 in the paper's Table 1.
+Beside it stands what each method needs: x are images, y labels, "self" of the task that
+is trained, "other" of the other tasks. A model is flexible if single tasks can be
+changed after training. Linear FT of ViT-L-14 has 85.8 in the paper's Table 1.
 
 Not run at full scale yet.
 """
@@ -34,14 +34,7 @@ NEEDS = {
     "Ours": ("x_self, y_self, x_other", "yes"),
     "MTL": ("x_self, y_self, x_other, y_other", "no"),
 }
-PUBLISHED = options.of_models(
-    {
-        ("Non-lin. FT",): ((70.4,), (75.5,), (84.0,)),
-        ("Linear FT",): ((74.3,), (78.7,), (85.5,)),
-        ("Ours",): ((84.5,), (87.6,), (90.8,)),
-        ("MTL",): ((87.8,), (90.8,), (92.6,)),
-    }
-)
+PUBLISHED = tables.published_by_column(__doc__, "method")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,18 +68,16 @@ def main(config: Config) -> dict:
             needs, flexible = NEEDS[method]
             names = {"model": setup.title, "method": method}
             rows.append(names | {"abs": accuracy, "needs": needs, "flexible": flexible})
-    beside = tables.beside(
+    return tables.compared(
+        config.out,
+        "Multi-task learning (τJp paper, Table 7)",
+        "Mean absolute test accuracy, percent.",
         rows,
         PUBLISHED,
         keys=["model", "method", "needs", "flexible"],
         published_keys=["model", "method"],
         values=["abs"],
     )
-    results = {"rows": rows}
-    caption = "Mean absolute test accuracy, percent."
-    table = {caption: tables.markdown(beside)}
-    tables.write(config.out, "Multi-task learning (τJp, Table 7)", table, results)
-    return results
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def negation(
     """Subtracts each vector alone; searches its coefficient.
 
     The coefficient is that with the lowest accuracy on the task among those that keep
-    95 % of the control accuracy, both on validation data. S0 B.2.
+    95 % of the control accuracy, both on validation data (τJp paper, B.2).
 
     Args:
       setup: the model, the tasks and the control.
@@ -324,14 +324,15 @@ def disentanglement_error(
 
 
 def labels_differ(dataset: options.Dataset, first, second) -> float:
-    """Of classification, S0 Eq. 2: the share of predicted labels that differ."""
+    """Of classification (τJp paper, Eq. 2): the share of predicted labels that differ."""
     return float(np.mean(dataset.predict(first) != dataset.predict(second)))
 
 
 def symmetric_kl(dataset: options.Dataset, first, second) -> float:
-    """Of representations, S1 section 4: the symmetric KL divergence of their softmax.
+    """Of representations: the symmetric KL divergence of their softmax.
 
-    Half the sum of both directions, the mean over samples.
+    Half the sum of both directions, the mean over samples (linear-layers paper,
+    section 4).
     """
     del dataset
     p, q = (jax.nn.log_softmax(np.asarray(x), axis=-1) for x in (first, second))

@@ -1,0 +1,102 @@
+"""Figures 6 and 7: τJp and cosines of the task vectors of all pairs of tasks.
+
+Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
+Disentanglement. ICLR 2025: Appendices E.3 and E.4.
+
+    python -m experiments.tau_jp.figure6_matrices --data-dir DATA
+    python -m experiments.tau_jp.figure6_matrices --smoke --out runs/smoke
+
+Data: those of `table1_addition`, whose task vectors are taken from the bank.
+
+Published, as heat maps only. Figure 6, τJp of every task vector on the test data of
+every task: "Compared to Linear FT, Ours shows a notably lower τJp in the off-diagonal
+components of the heatmap, i.e., between different datasets." Figure 7, cosines: "In
+Linear FT, the cosine similarity between MNIST and SVHN is particularly high, whereas in
+Ours, the values are much smaller and comparable to those of other task pairs." That of
+Cars and SVHN is higher in Linear FT than in Ours.
+
+The numbers in the cells of Figure 6 are means of ‖J(x)τ‖, as the code of the paper
+measures it, so that they can be held against the published ones; report.json has the
+means of the square (Eq. 9) too.
+
+Not run at full scale yet.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from experiments.common import runs, script, tables
+from experiments.common.vision import options, scores, vectors
+from experiments.tau_jp import pairs
+from jaxarith import plots, task_vectors
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(options.Models):
+    """Measure τJp and cosines of linearised and of τJp vectors."""
+
+    out: Path = Path("runs/tau_jp/figure6")
+    """Folder for figure6_<model>.png, figure7_<model>.png, report.json and
+    report.md."""
+
+
+def row_of(setup: options.Setup, lengths: pairs.TauJp, cosines: np.ndarray) -> dict:
+    """Mean τJp on the own and on other tasks; mean and largest cosine of two tasks."""
+    row, others = {}, ~np.eye(len(setup.tasks), dtype=bool)
+    for measure, matrix in lengths._asdict().items():
+        row |= {f"own task, {measure}": float(np.diag(matrix).mean())}
+        row |= {f"other tasks, {measure}": float(matrix[others].mean())}
+    values = scores.pair_values(cosines)
+    largest = scores.pairs(len(cosines))[int(np.argmax(values))]
+    row |= {"mean cosine": float(np.mean(values)), "largest cosine": max(values)}
+    return row | {"pair of the largest cosine": pairs.title(setup, largest)}
+
+
+@script.full_precision
+def main(config: Config) -> dict:
+    """Runs everything; returns what `report.json` holds."""
+    config = options.started(config)
+    matrices, rows = [], []
+    for setup in options.setups(config, config.models):
+        lengths, cosines = {}, {}
+        for name, method in reversed(pairs.METHODS.items()):  # Ours is on the left
+            taus = vectors.vectors(setup, method)
+            found = pairs.tau_jp(setup, taus)
+            lengths[name] = found.norm
+            cosines[name] = np.asarray(task_vectors.cosine_matrix(taus), float)
+            row = {"model": setup.title, "method": name}
+            matrices.append(
+                {
+                    **row,
+                    "tasks": setup.names,
+                    "norm": found.norm.tolist(),
+                    "square": found.square.tolist(),
+                    "cosines": cosines[name].tolist(),
+                }
+            )
+            rows.append(row | row_of(setup, found, cosines[name]))
+        if runs.is_first():
+            for figure, panels, columns, value in (
+                ("figure6", lengths, "test data", "τJp"),
+                ("figure7", cosines, "task vector", "cosine"),
+            ):
+                plots.matrices(
+                    config.out / f"{figure}_{setup.title}.png",
+                    panels,
+                    setup.titles,
+                    rows="task vector",
+                    columns=columns,
+                    value=value,
+                )
+    return tables.write(
+        config.out,
+        "τJp and cosines of all pairs (τJp paper, Figures 6 and 7)",
+        {"Mean τJp, and cosines of different tasks.": tables.markdown(rows, digits=3)},
+        {"matrices": matrices, "rows": rows},
+    )
+
+
+if __name__ == "__main__":
+    script.run(Config, main)
