@@ -25,18 +25,16 @@ A smoke run takes a tiny RoBERTa and made-up sentences.
 
 import dataclasses
 import math
-import sys
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.common import bank, runs
+from experiments.common import bank, runs, training
 from experiments.common.language import prompted_model, prompted_texts
 from jaxarith import (
     evaluate,
@@ -48,8 +46,7 @@ from jaxarith import (
 )
 from jaxarith.data import pipeline, prompts
 from jaxarith.models import bert, heads
-from jaxarith.sharding import processes
-from jaxarith.typing import Tree
+from jaxarith.typing import ApplyFn, Params, Tree
 
 INPUTS = prompted_model.INPUTS
 METHODS = {  # the folder in the bank
@@ -61,12 +58,9 @@ _LENGTHS = (32, 64, 128, 256)  # and --max-length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(runs.Options):
+class Options(runs.Banked):
     """The options of all scripts on prompted RoBERTa."""
 
-    bank: Path = Path("bank")
-    """Folder of task vectors, which all scripts share: what is there is not trained
-    again."""
     model: str = "FacebookAI/roberta-base"
     """A RoBERTa or BERT: a folder, or an id of the Hugging Face Hub."""
     head: Literal["label-word", "class-mean"] = "label-word"
@@ -99,12 +93,12 @@ class Options(runs.Options):
     """How many tasks of one length and one number of steps train side by side, for each
     of which the devices hold three times the parameters of the blocks."""
     seed: int = 0
-    smoke: bool = False
-    """Run the whole script in seconds, with a tiny RoBERTa and made-up sentences; what
-    it finds means nothing."""
 
 
-def smoke(options, tasks: Sequence[str] = SMOKE):
+C = TypeVar("C", bound=Options)
+
+
+def smoke(options: C, tasks: Sequence[str] = SMOKE) -> C:
     """The options of a smoke run, if it is one."""
     if not options.smoke:
         return options
@@ -114,8 +108,13 @@ def smoke(options, tasks: Sequence[str] = SMOKE):
         tasks=tuple(tasks),
         prompt=(),
         steps=4,
-        **dict(shots=8, batch_size=8, learning_rate=1e-2, max_length=32),
-        **dict(evaluation_batch=16, mesh="data=1", save_every=0),
+        shots=8,
+        batch_size=8,
+        learning_rate=1e-2,
+        max_length=32,
+        evaluation_batch=16,
+        mesh="data=1",
+        save_every=0,
     )
 
 
@@ -157,7 +156,7 @@ class Setup(NamedTuple):
     """A masked language model and the tasks.
 
     Attributes:
-      options: of the script.
+      options: the options of the script.
       mesh: the devices.
       apply_fn: `apply_fn(params, *INPUTS) -> features[B, D]`.
       params_0: its parameters.
@@ -167,8 +166,8 @@ class Setup(NamedTuple):
 
     options: Options
     mesh: Mesh
-    apply_fn: Any
-    params_0: dict
+    apply_fn: ApplyFn
+    params_0: Params
     identity: int
     tasks: list[Task]
 
@@ -228,9 +227,7 @@ def load(
         identity=fingerprint.combined(model.params),
         tasks=tasks,
     )
-    for group in groups(setup, range(len(setup.tasks))):
-        # A wrong mesh shows before the folder is made.
-        batches_of(setup, [setup.tasks[i] for i in group])
+    training.check(network(setup), wanted(setup), options.tasks_together)
     runs.claim(options)
     return setup
 
@@ -304,74 +301,42 @@ def recipe_of(options: Options, task: Task) -> train.TrainConfig:
     )
 
 
-def vectors(setup: Setup) -> list[Tree]:
-    """The task vectors from the bank, on the host; missing ones are trained.
-
-    Raises:
-      ValueError: the bank holds a vector of another configuration.
-    """
-    pairs = [(file_of(setup, task), configuration(setup, task)) for task in setup.tasks]
-    found = [bank.read(*pair) for pair in pairs]
-    missing = [i for i, tau in enumerate(found) if tau is None]
-    for group in groups(setup, missing):
-        members = [setup.tasks[i] for i in group]
-        for i, tau in zip(group, fine_tuned(setup, members), strict=True):
-            found[i] = sharding.to_host(tau)
-            file, identity = pairs[i]
-            processes.on_first(
-                lambda file=file, tau=found[i], identity=identity: bank.write(
-                    file, tau, identity, {}
-                )
-            )
-        runs.remove_checkpoints(setup.options, checkpoints(setup, members))
-    return found
+def network(setup: Setup) -> training.Network:
+    """What a task vector is trained from."""
+    options = setup.options
+    return training.Network(
+        title=f"{Path(options.model).name}_{METHODS[options.head]}",
+        apply_fn=setup.apply_fn,
+        params_0=setup.params_0,
+        loss=loss,
+        mesh=setup.mesh,
+        inputs=INPUTS,
+        stacked=heads.pad,
+    )
 
 
-def groups(setup: Setup, missing: Sequence[int]) -> list[list[int]]:
-    """Tasks that can train side by side: of one recipe and one length."""
-    alike: dict = {}
-    for i in missing:
-        task = setup.tasks[i]
-        alike.setdefault((recipe_of(setup.options, task), task.length), []).append(i)
-    most = setup.options.tasks_together
+def wanted(setup: Setup) -> list[training.Wanted]:
+    """The task vectors of all tasks; texts of one length train side by side."""
+    options, method = setup.options, METHODS[setup.options.head]
     return [
-        group[first : first + most]
-        for group in alike.values()
-        for first in range(0, len(group), most)
+        training.Wanted(
+            name=task.name,
+            file=bank.vector_file(
+                options.bank, options.model, method, task.name.replace("/", "-")
+            ),
+            recipe=recipe_of(options, task),
+            identity={
+                "method": method,
+                "samples": bank.checksum(task.train),
+                "head": fingerprint.combined(task.head),
+                "params_0": setup.identity,
+            },
+            source=task.train,
+            head=task.head,
+            kind=task.length,
+        )
+        for task in setup.tasks
     ]
-
-
-def fine_tuned(setup: Setup, tasks: Sequence[Task]) -> list[Tree]:
-    options, names = setup.options, [task.name for task in tasks]
-    method = METHODS[options.head]
-    tqdm.write(f"{options.model}, {method}: {', '.join(names)}", file=sys.stderr)
-    folder = checkpoints(setup, tasks)
-    return train.fine_tune(
-        setup.apply_fn,
-        setup.params_0,
-        loss,
-        batches_of(setup, tasks),
-        recipe_of(options, tasks[0]),
-        names=names,
-        constants=heads.pad([task.head for task in tasks]),
-        inputs=INPUTS,
-        log=options.out / f"train_{folder.name}.jsonl",
-        mesh=setup.mesh,
-        checkpoints=folder if options.save_every else None,
-        save_every=options.save_every,
-    )
-
-
-def batches_of(setup: Setup, tasks: Sequence[Task]) -> Sequence[dict]:
-    # Of a task's own name, so that its samples do not depend on who trains beside it.
-    seeds = [zlib.crc32(task.name.encode()) + setup.options.seed for task in tasks]
-    return train.task_batches(
-        [task.train for task in tasks],
-        recipe_of(setup.options, tasks[0]),
-        inputs=INPUTS,
-        mesh=setup.mesh,
-        seeds=seeds,
-    )
 
 
 def loss(features, batch, constants) -> jax.Array:
@@ -380,27 +345,18 @@ def loss(features, batch, constants) -> jax.Array:
     return losses.cross_entropy(scores, batch["label"])
 
 
-def configuration(setup: Setup, task: Task) -> dict:
-    """What a vector depends on, as plain data."""
-    return {
-        "method": METHODS[setup.options.head],
-        "recipe": bank.plain_recipe(recipe_of(setup.options, task)),
-        "samples": bank.checksum(task.train),
-        "head": fingerprint.combined(task.head),
-        "params_0": setup.identity,
-    }
+def vectors(setup: Setup) -> list[Tree]:
+    """The task vectors from the bank, on the host; missing ones are trained.
 
-
-def file_of(setup: Setup, task: Task) -> Path:
-    name = task.name.replace("/", "-")
-    options, method = setup.options, METHODS[setup.options.head]
-    return bank.vector_file(options.bank, options.model, method, name)
-
-
-def checkpoints(setup: Setup, tasks: Sequence[Task]) -> Path:
-    names = runs.joined([task.name for task in tasks])
-    place = f"{Path(setup.options.model).name}_{METHODS[setup.options.head]}_{names}"
-    return runs.checkpoints(setup.options) / place
+    Raises:
+      ValueError: the bank holds a vector of another configuration.
+    """
+    return training.vectors(
+        setup.options,
+        network(setup),
+        wanted(setup),
+        together=setup.options.tasks_together,
+    )
 
 
 # Scores.
@@ -426,8 +382,9 @@ def f1_of(name: str) -> Callable:
 def score(setup: Setup, task: Task, params, split: str, measure=accuracy) -> float:
     """The score of a model on the "validation" or "test" part of one task."""
     own = getattr(task, split)
-    model = setup.apply_fn, params, own.batches
-    features = evaluate.outputs(*model, INPUTS, mesh=setup.mesh)
+    features = evaluate.outputs(
+        setup.apply_fn, params, own.batches, INPUTS, mesh=setup.mesh
+    )
     predictions = heads.affine_logits(task.head, features).argmax(-1)
     return measure(task, predictions, own.labels)
 

@@ -1,6 +1,6 @@
 """The encoder of `prompted`, its tokenizer, and the fixed head of a task.
 
-The head is that of the label words, or, of an encoder that has no masked-LM head, the
+The head has the rows of the label words; for an encoder without a masked-LM head, the
 mean features of the classes in the training samples.
 """
 
@@ -24,12 +24,12 @@ class Model(NamedTuple):
     """An encoder of prompted texts.
 
     Attributes:
-      config: of the checkpoint.
+      config: config of the checkpoint.
       params: its parameters.
       tokenizer: its tokenizer.
       apply_fn: `apply_fn(params, *INPUTS) -> features[B, D]`.
-      head: `head(source, words)` of the training samples of a task and the words of its
-        classes: `[C, D + 1]`, for `heads.affine_logits`.
+      head: `head(source, words)`, the head `[C, D + 1]` for `heads.affine_logits` from
+        the training samples of a task and the words of its classes.
     """
 
     config: bert.BertConfig
@@ -69,11 +69,12 @@ def tiny(head: str) -> Model:
 
 def label_words(checkpoint: bert.Bert, tokenizer) -> tuple[Callable, Callable]:
     """What the masked LM makes of the mask, and the rows of the label words."""
-    output = sharding.to_host(bert.output_words(checkpoint.config, checkpoint.params))
+    output = bert.output_words(checkpoint.config, checkpoint.params)
+    words_0, bias = sharding.to_host(output)
 
     def head(source, words):
         del source
-        return label_head(*output, prompts.word_pieces(tokenizer, words))
+        return label_head(words_0, bias, prompts.word_pieces(tokenizer, words))
 
     return bert.mask_encoder(checkpoint.config, tokenizer.mask_token_id), head
 
@@ -82,8 +83,8 @@ def label_head(words, bias, pieces: Sequence[Sequence[int]]) -> np.ndarray:
     """The head of label words; the row of one of several tokens is the mean of theirs.
 
     Args:
-      words, bias: of the model's output, `[V, D]` and `[V]`.
-      pieces: of every class the tokens of its word.
+      words, bias: output layer of the model, `[V, D]` and `[V]`.
+      pieces: tokens of the word of every class.
 
     Returns:
       `[C, D + 1]`, for `heads.affine_logits`.

@@ -20,12 +20,10 @@ they are trained so, and what neither text says is this:
 
 import dataclasses
 import math
-import sys
 import tempfile
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +31,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.common import bank, runs
+from experiments.common import bank, runs, training
 from experiments.common.language import tiny_text
 from jaxarith import (
     evaluate,
@@ -47,7 +45,6 @@ from jaxarith import (
 )
 from jaxarith.data import glue, pipeline, text
 from jaxarith.models import bert
-from jaxarith.sharding import processes
 from jaxarith.typing import Params, Tree
 
 TITLES = {  # in the order of the tables; GLUE's own folders have the same names
@@ -66,12 +63,9 @@ _OUTPUTS = 3  # of MNLI, which has the most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(runs.Options):
+class Options(runs.Banked):
     """The options of scripts on RoBERTa with classification heads."""
 
-    bank: Path = Path("bank")
-    """Folder of task vectors, which all scripts share: what is there is not trained
-    again."""
     models: tuple[str, ...] = tuple(MODELS)
     """RoBERTas: folders, or ids of the Hugging Face Hub."""
     tasks: tuple[str, ...] = tuple(TITLES)
@@ -91,12 +85,12 @@ class Options(runs.Options):
     chosen."""
     evaluation_batch: int = 64
     seed: int = 0
-    smoke: bool = False
-    """Run the whole script in seconds, with a tiny RoBERTa and made-up sentences; what
-    it finds means nothing."""
 
 
-def smoke(options):
+C = TypeVar("C", bound=Options)
+
+
+def smoke(options: C) -> C:
     """The options of a smoke run, if it is one."""
     if not options.smoke:
         return options
@@ -105,8 +99,12 @@ def smoke(options):
         models=(TINY,),
         tasks=("mrpc", "stsb", "mnli"),
         steps=20,
-        **dict(batch_size=8, learning_rate=1e-2, max_length=24, evaluation_batch=16),
-        **dict(mesh="data=1", save_every=0),
+        batch_size=8,
+        learning_rate=1e-2,
+        max_length=24,
+        evaluation_batch=16,
+        mesh="data=1",
+        save_every=0,
     )
 
 
@@ -126,13 +124,13 @@ class Setup(NamedTuple):
     """A RoBERTa and the tasks.
 
     Attributes:
-      options: of the script.
+      options: the options of the script.
       model: its name in the bank.
       mesh: the devices.
       apply_fn: `apply_fn(params, *INPUTS) -> outputs[B, 3]`.
       params_0: its parameters, with the head that all tasks start from.
       identity: a fingerprint of them.
-      tasks: by name.
+      tasks: the tasks, by name.
     """
 
     options: Options
@@ -175,8 +173,7 @@ def setups(options: Options):
     for i, model in enumerate(options.models):
         setup = load(options, model, mesh, parts)
         if i == 0:
-            for names in alike(setup, list(setup.tasks)):
-                batches_of(setup, names)  # a wrong mesh shows before the folder is made
+            training.check(network(setup), wanted(setup))
             for other in () if options.smoke else options.models[1:]:
                 hub.find(other)  # before hours of training of the first
             runs.claim(options)
@@ -272,89 +269,42 @@ def outputs_of(name: str) -> int:
     return len(glue.TASKS[name].classes) or 1
 
 
+def network(setup: Setup) -> training.Network:
+    """What a task vector is trained from."""
+    return training.Network(
+        title=f"{setup.title}_{METHOD}",
+        apply_fn=setup.apply_fn,
+        params_0=setup.params_0,
+        loss=loss,
+        mesh=setup.mesh,
+        inputs=INPUTS,
+        stacked=lambda counts: {"classes": np.array(counts, np.int32)},
+    )
+
+
+def wanted(setup: Setup) -> list[training.Wanted]:
+    """The task vectors of all tasks."""
+    return [
+        training.Wanted(
+            name=name,
+            file=bank.vector_file(setup.options.bank, setup.model, METHOD, name),
+            recipe=recipe_of(setup.options, task),
+            identity={
+                "method": METHOD,
+                "samples": bank.checksum(task.train),
+                "params_0": setup.identity,
+            },
+            source=task.train,
+            head=outputs_of(name),
+        )
+        for name, task in setup.tasks.items()
+    ]
+
+
 def vectors(setup: Setup) -> dict[str, Tree]:
-    """The task vectors by task, heads included, on the host; missing ones are trained.
-
-    Raises:
-      ValueError: the bank holds a vector of another configuration.
-    """
-    found = {
-        name: bank.read(file_of(setup, name), configuration(setup, name))
-        for name in setup.tasks
-    }
-    for names in alike(setup, [name for name, tau in found.items() if tau is None]):
-        taus = sharding.to_host(fine_tuned(setup, names))
-        for name, tau in zip(names, taus, strict=True):
-            found[name] = tau
-
-        def save(names=names):
-            for name in names:
-                file = file_of(setup, name)
-                bank.write(file, found[name], configuration(setup, name), {})
-
-        processes.on_first(save)
-        runs.remove_checkpoints(setup.options, checkpoints(setup, names))
-    return found
-
-
-def alike(setup: Setup, names: Sequence[str]) -> list[list[str]]:
-    """Tasks of one recipe, with as many steps, which train side by side."""
-    groups: dict = {}
-    for name in names:
-        recipe = recipe_of(setup.options, setup.tasks[name])
-        groups.setdefault(recipe, []).append(name)
-    return list(groups.values())
-
-
-def fine_tuned(setup: Setup, names: Sequence[str]) -> list[Tree]:
-    options = setup.options
-    tqdm.write(f"{setup.model}, {METHOD}: {', '.join(names)}", file=sys.stderr)
-    folder = checkpoints(setup, names)
-    return train.fine_tune(
-        setup.apply_fn,
-        setup.params_0,
-        loss,
-        batches_of(setup, names),
-        recipe_of(options, setup.tasks[names[0]]),
-        names=names,
-        constants={"classes": np.array([outputs_of(n) for n in names], np.int32)},
-        inputs=INPUTS,
-        log=options.out / f"train_{folder.name}.jsonl",
-        mesh=setup.mesh,
-        checkpoints=folder if options.save_every else None,
-        save_every=options.save_every,
-    )
-
-
-def batches_of(setup: Setup, names: Sequence[str]) -> Sequence[dict]:
-    # Of a task's own name, so that its samples do not depend on who trains beside it.
-    seeds = [zlib.crc32(name.encode()) + setup.options.seed for name in names]
-    return train.task_batches(
-        [setup.tasks[name].train for name in names],
-        recipe_of(setup.options, setup.tasks[names[0]]),
-        inputs=INPUTS,
-        mesh=setup.mesh,
-        seeds=seeds,
-    )
-
-
-def configuration(setup: Setup, name: str) -> dict:
-    """What a vector depends on, as plain data."""
-    return {
-        "method": METHOD,
-        "recipe": bank.plain_recipe(recipe_of(setup.options, setup.tasks[name])),
-        "samples": bank.checksum(setup.tasks[name].train),
-        "params_0": setup.identity,
-    }
-
-
-def file_of(setup: Setup, name: str) -> Path:
-    return bank.vector_file(setup.options.bank, setup.model, METHOD, name)
-
-
-def checkpoints(setup: Setup, names: Sequence[str]) -> Path:
-    place = f"{setup.title}_{METHOD}_{runs.joined(names)}"
-    return runs.checkpoints(setup.options) / place
+    """The task vectors by task, heads included, from the bank or trained."""
+    found = training.vectors(setup.options, network(setup), wanted(setup))
+    return dict(zip(setup.tasks, found, strict=True))
 
 
 # Scores.
@@ -380,8 +330,11 @@ def scores_at(
         paths = tree.flatten(tau).keys() - encoder_paths(tau)
         own = task_vectors.apply(setup.params_0, tree.restrict(tau, paths))
         batches = setup.tasks[name].parts[split]
-        model = setup.apply_fn, own, [vector], batches, INPUTS
-        outputs.append(evaluate.forward(*model, mesh=setup.mesh))
+        outputs.append(
+            evaluate.forward(
+                setup.apply_fn, own, [vector], batches, INPUTS, mesh=setup.mesh
+            )
+        )
 
     def at(coef):
         return [

@@ -111,13 +111,14 @@ def write_roberta(folder: Path, words: Sequence[str] = ()) -> Path:
     # A word is merged from its left end, so that no two words get in each other's way.
     ends = {f"Ġ{w}"[:i] for w in (*_WORDS, *words) for i in range(2, len(w) + 2)}
     merged = sorted(ends, key=lambda end: (len(end), end))
+    merges: list = [(end[:-1], end[-1]) for end in merged]
     vocab = [*specials, *sorted(_byte_symbols()), *merged, "<mask>"]
     raw = {**_ROBERTA, "vocab_size": len(vocab)}
     config = bert.BertConfig.from_json(raw)
     hub.save(folder, _random(bert.layout(config, "masked_lm")), raw)
     RobertaTokenizer(
         vocab={token: i for i, token in enumerate(vocab)},
-        merges=[(end[:-1], end[-1]) for end in merged],
+        merges=merges,
         add_prefix_space=True,  # a word that begins a text is the same token
     ).save_pretrained(folder)
     return folder
