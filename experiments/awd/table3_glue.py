@@ -7,22 +7,34 @@ arXiv:2411.18729: section 4.4, Table 3; 8.3, Tables 8 and 9; 4.2, Figure 2.
     python -m experiments.awd.table3_glue --data-dir GLUE --tasks cola mrpc stsb
     python -m experiments.awd.table3_glue --smoke --out runs/smoke
 
-Data: `nyu-mll/glue` from the Hugging Face Hub, or GLUE's own files in a folder. `glue`
-beside this file says how RoBERTa is fine-tuned.
+Data: `nyu-mll/glue` from the Hugging Face Hub, or GLUE's own files in a folder. How
+RoBERTa is fine-tuned, `experiments.common.language.roberta_glue` says.
 
-Published, the score over that of the task's own model, the mean of eight tasks in
-percent, RoBERTa-base / RoBERTa-large:
+Published, the score over that of the task's own model, in percent; Table 3 has the
+means, Tables 8 and 9 all of it:
 
-    Pre-trained                  41.7 /  38.2
-    Weight Averaging             52.6 /  53.3
-    Task Arithmetic              67.8 /  70.9
-    Ties-Merging                 64.7 /  72.4
-    Task Arithmetic (w/ DARE)    63.7 /  70.9
-    Ties-Merging (w/ DARE)       65.6 /  72.8
-    AWD Task Arithmetic          68.3 /  74.5
+    RoBERTa-Base               CoLA  SST-2  MRPC  STS-B  QQP   QNLI  MNLI  RTE   Avg
+    Pre-trained                0.0   53.8   85.0  4.0    37.5  53.1  37.1  71.2  41.7
+    Individual  100.0  100.0  100.0  100.0  100.0  100.0  100.0  100.0  100.0
+    Weight Averaging           0.0   59.2   85.8  47.0   45.4  63.9  48.0  71.2  52.6
+    Task Arithmetic            8.4   88.3   89.6  32.8   82.0  85.4  75.5  80.4  67.8
+    Ties-Merging               31.8  88.9   86.2  10.9   61.1  85.9  83.0  69.6  64.7
+    Task Arithmetic (w/ DARE)  0.0   88.1   86.6  30.2   84.3  79.1  64.0  77.2  63.7
+    Ties-Merging (w/ DARE)     11.8  95.5   85.8  9.4    86.8  88.7  83.1  63.6  65.6
+    AWD Task Arithmetic        11.8  88.3   89.1  33.2   80.8  85.7  76.1  81.5  68.3
 
-The eight scores that the paper prints for the pre-trained RoBERTa-base have the mean
-42.7, not 41.7; of all other rows the mean is as printed.
+    RoBERTa-Large              CoLA  SST-2  MRPC  STS-B  QQP   QNLI  MNLI  RTE   Avg
+    Pre-trained                0.0   51.5   40.9  20.9   36.4  56.0  37.6  62.4  38.2
+    Individual  100.0  100.0  100.0  100.0  100.0  100.0  100.0  100.0  100.0
+    Weight Averaging           7.4   55.1   84.2  46.3   56.7  73.8  35.8  66.7  53.3
+    Task Arithmetic            7.4   86.1   86.8  78.0   90.7  77.0  73.3  67.6  70.9
+    Ties-Merging               42.7  78.1   85.2  51.7   89.9  81.9  79.7  70.0  72.4
+    Task Arithmetic (w/ DARE)  4.1   85.2   85.8  71.6   91.3  85.6  75.2  68.1  70.9
+    Ties-Merging (w/ DARE)     2.9   90.4   86.8  75.4   92.4  86.4  79.0  69.1  72.8
+    AWD Task Arithmetic        10.4  90.8   86.5  87.1   91.8  87.1  78.1  63.8  74.5
+
+The eight scores of the pre-trained RoBERTa-base have the mean 42.7, not 41.7; all other
+means are as printed.
 
 Figure 2 compares the single models with what is left of them where their task vectors
 keep the weights of linear layers in the blocks alone, and where AWD has taken its part
@@ -57,26 +69,9 @@ BASE, LARGE = roberta_glue.MODELS.values()
 COLUMNS = (*roberta_glue.TITLES.values(), "Avg")
 AWD = "AWD Task Arithmetic"
 PUBLISHED = {
-    (BASE, "Pre-trained"): [0.0, 53.8, 85.0, 4.0, 37.5, 53.1, 37.1, 71.2, 41.7],
-    (BASE, "Individual"): [100.0] * 9,
-    (BASE, "Weight Averaging"): [0.0, 59.2, 85.8, 47.0, 45.4, 63.9, 48.0, 71.2, 52.6],
-    (BASE, "Task Arithmetic"): [8.4, 88.3, 89.6, 32.8, 82.0, 85.4, 75.5, 80.4, 67.8],
-    (BASE, "Ties-Merging"): [31.8, 88.9, 86.2, 10.9, 61.1, 85.9, 83.0, 69.6, 64.7],
-    (BASE, "Task Arithmetic (w/ DARE)"): [0.0, 88.1, 86.6, 30.2, 84.3]
-    + [79.1, 64.0, 77.2, 63.7],
-    (BASE, "Ties-Merging (w/ DARE)"): [11.8, 95.5, 85.8, 9.4, 86.8]
-    + [88.7, 83.1, 63.6, 65.6],
-    (BASE, AWD): [11.8, 88.3, 89.1, 33.2, 80.8, 85.7, 76.1, 81.5, 68.3],
-    (LARGE, "Pre-trained"): [0.0, 51.5, 40.9, 20.9, 36.4, 56.0, 37.6, 62.4, 38.2],
-    (LARGE, "Individual"): [100.0] * 9,
-    (LARGE, "Weight Averaging"): [7.4, 55.1, 84.2, 46.3, 56.7, 73.8, 35.8, 66.7, 53.3],
-    (LARGE, "Task Arithmetic"): [7.4, 86.1, 86.8, 78.0, 90.7, 77.0, 73.3, 67.6, 70.9],
-    (LARGE, "Ties-Merging"): [42.7, 78.1, 85.2, 51.7, 89.9, 81.9, 79.7, 70.0, 72.4],
-    (LARGE, "Task Arithmetic (w/ DARE)"): [4.1, 85.2, 85.8, 71.6, 91.3]
-    + [85.6, 75.2, 68.1, 70.9],
-    (LARGE, "Ties-Merging (w/ DARE)"): [2.9, 90.4, 86.8, 75.4, 92.4]
-    + [86.4, 79.0, 69.1, 72.8],
-    (LARGE, AWD): [10.4, 90.8, 86.5, 87.1, 91.8, 87.1, 78.1, 63.8, 74.5],
+    (model, method): values
+    for model in (BASE, LARGE)
+    for method, values in tables.published(__doc__, model).items()
 }
 VARIANTS = ("full", "linear weights only", "AWD, linear weights only")  # of Figure 2
 

@@ -10,8 +10,9 @@ Scalable Approach. arXiv:2502.01015: section 6.4.1, Appendix D.3.
 
 Data: the datasets of the paper's list, from the Hugging Face Hub but for SUBJ, CR, MPQA
 and MR, which are files of LM-BFF's datasets.tar, unpacked in DATA; or any files.
-`jaxarith/data/prompt_sources.json` says how each is read, and `prompted` beside the
-folders how RoBERTa-base is fine-tuned; it was not tried against the Hub. Seventy
+`jaxarith/data/prompt_sources.json` says how each is read, and
+`experiments.common.language.prompted` how RoBERTa-base is fine-tuned; it was not tried
+against the Hub. Seventy
 vectors of the blocks take 24 GB of host memory and of the bank's disk. Up to 32 merged
 models are evaluated on all test data, of which --samples 1000 bounds those of a task:
 some have tens of thousands of long texts.
@@ -22,9 +23,12 @@ clusters of several tasks. Figure 8: the mean accuracy of the mean of the cluste
 means, with the clusters and with five random partitions, for every number k of them.
 
 Published: the eigengap gives k = 3, with clusters of one sentence and multiple choice,
-of two sentences, and of texts by humans or machines. Mean accuracy of the pre-trained
-model 42.15, of majority votes 40.47, both "far below" the lines; k = 3 is best and
-above k = 1, random partitions are all below k = 1. The lines are a plot only.
+of two sentences, and of texts by humans or machines. The lines are a plot only: k = 3
+is best and above k = 1, random partitions are all below k = 1, and "far below" them are
+
+    model          mean accuracy
+    Pre-trained    42.15
+    Majority vote  40.47
 
 What the paper leaves open, and what we take:
 
@@ -54,7 +58,7 @@ from jaxarith.merge.bases import cluster, eigengap
 from jaxarith.typing import Taus, Tree
 
 LIST = tuple(name for name in prompt_sources.sources() if name != "QQP")
-PUBLISHED = {"Pre-trained": [42.15], "Majority vote": [40.47]}
+PUBLISHED = tables.published(__doc__, "model")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,20 +8,22 @@ Scalable Approach. arXiv:2502.01015: Appendix D.4.
 
 SST-2, whose prompt has one sentence, is trained with a prompt of two, its sentence
 before and after the mask: "[S1] It was [MASK]. [S1]". CR and MNLI have their own, of
-one sentence and of two. `prompted` beside the folders says how RoBERTa-base is
-fine-tuned; the vectors of CR and MNLI are those of the other scripts.
+one sentence and of two. How RoBERTa-base is fine-tuned, `prompted` of
+`experiments.common.language` says; the vectors of CR and MNLI are those of the other
+scripts.
 
 Data: GLUE from the Hugging Face Hub; CR as a file of LM-BFF's datasets.tar, unpacked in
 DATA; or any files, see --help.
 
-Published, cosines:
+Published, SST2Adv being the adversarial prompt:
 
-    MNLI, SST-2 adversarial   0.0075
-    MNLI, CR                  0.0080
-    CR, SST-2 adversarial     0.0627
+    first  second   cosine
+    MNLI   SST2Adv  0.0075
+    MNLI   CR       0.0080
+    CR     SST2Adv  0.0627
 
-The row of SST-2 with its own prompt is ours. The paper's text prints the template with
-a full stop after the second sentence, which may end its own; there is none here.
+The rows of SST-2 with its own prompt are ours. The paper's text prints the template
+with a full stop after the second sentence, which may end its own; here it has none.
 
 Not run at full scale yet.
 """
@@ -36,11 +38,7 @@ from experiments.common.language import prompted
 from jaxarith import task_vectors
 
 TEMPLATE = "{text} It was {mask}. {text}"
-PUBLISHED = {
-    ("MNLI", "SST2Adv"): [0.0075],
-    ("MNLI", "CR"): [0.0080],
-    ("CR", "SST2Adv"): [0.0627],
-}
+PUBLISHED = tables.published(__doc__, "first", "second")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,13 @@ largest of 0, 0.1, …, 1 at which the perplexity, in windows of 1024 tokens by 
 512, is at most 0.5 above the pre-trained model's. Published, toxic texts in percent /
 mean score / perplexity on WikiText-103:
 
-                             GPT-2 Large         Medium              Small
-    Pre-trained              4.8 / 0.06 / 16.4   4.3 / 0.06 / 18.5   3.7 / 0.04 / 25.2
-    Fine-tuned               57 / 0.56 / 16.6    54.5 / 0.54 / 20.2  62.9 / 0.61 / 28.1
-    Gradient ascent          0 / 0.45 / > 1e10   0 / 0.00 / > 1e10   0 / 0.00 / > 1e10
-    Fine-tuned on non-toxic  1.8 / 0.03 / 17.2
-    Random vector            4.8 / 0.06 / 16.4   4.2 / 0.05 / 18.5   3.2 / 0.04 / 25.3
-    Negative task vector     0.8 / 0.01 / 16.9   1.8 / 0.02 / 18.9   2.5 / 0.03 / 25.3
+    method                   GPT-2 Large        GPT-2 Medium       GPT-2 Small
+    Pre-trained              4.8 / 0.06 / 16.4  4.3 / 0.06 / 18.5  3.7 / 0.04 / 25.2
+    Fine-tuned             57.0 / 0.56 / 16.6  54.5 / 0.54 / 20.2  62.9 / 0.61 / 28.1
+    Gradient ascent     0.0 / 0.45 / > 1e10  0.0 / 0.00 / > 1e10  0.0 / 0.00 / > 1e10
+    Fine-tuned on non-toxic  1.8 / 0.03 / 17.2  -                  -
+    Random vector            4.8 / 0.06 / 16.4  4.2 / 0.05 / 18.5  3.2 / 0.04 / 25.3
+    Negative task vector     0.8 / 0.01 / 16.9  1.8 / 0.02 / 18.9  2.5 / 0.03 / 25.3
 
 What the paper leaves open, and what we take:
 
@@ -47,24 +47,7 @@ from experiments.common import bank, runs, script, tables
 from experiments.common.language import detoxification, gpt2
 from jaxarith import evaluate, task_vectors
 
-PUBLISHED = {
-    ("GPT-2 Large", "Pre-trained"): [4.8, 0.06, 16.4],
-    ("GPT-2 Large", "Fine-tuned"): [57.0, 0.56, 16.6],
-    ("GPT-2 Large", "Gradient ascent"): [0.0, 0.45, "> 1e10"],
-    ("GPT-2 Large", "Fine-tuned on non-toxic"): [1.8, 0.03, 17.2],
-    ("GPT-2 Large", "Random vector"): [4.8, 0.06, 16.4],
-    ("GPT-2 Large", "Negative task vector"): [0.8, 0.01, 16.9],
-    ("GPT-2 Medium", "Pre-trained"): [4.3, 0.06, 18.5],
-    ("GPT-2 Medium", "Fine-tuned"): [54.5, 0.54, 20.2],
-    ("GPT-2 Medium", "Gradient ascent"): [0.0, 0.00, "> 1e10"],
-    ("GPT-2 Medium", "Random vector"): [4.2, 0.05, 18.5],
-    ("GPT-2 Medium", "Negative task vector"): [1.8, 0.02, 18.9],
-    ("GPT-2 Small", "Pre-trained"): [3.7, 0.04, 25.2],
-    ("GPT-2 Small", "Fine-tuned"): [62.9, 0.61, 28.1],
-    ("GPT-2 Small", "Gradient ascent"): [0.0, 0.00, "> 1e10"],
-    ("GPT-2 Small", "Random vector"): [3.2, 0.04, 25.3],
-    ("GPT-2 Small", "Negative task vector"): [2.5, 0.03, 25.3],
-}
+PUBLISHED = tables.published_by_column(__doc__, "method")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
