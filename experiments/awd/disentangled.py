@@ -7,7 +7,7 @@ so is the weight α of AWD of 1e-2, 1e-3, …, 1e-6.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +18,7 @@ from jaxarith import merge, task_vectors, tree
 from jaxarith.models import clip
 from jaxarith.typing import Taus, Tree
 
+TASKS = ("sun397", "cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd")
 COEFS = np.linspace(0.3, 1.0, 8)
 ALPHAS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 STEPS = 1000
@@ -55,8 +56,7 @@ def disentangled(
     """
     parts = linear_weights(taus)
     found = merge.awd(
-        *(setup.params_0, parts),
-        **dict(coef=1.0, alpha=alpha, steps=STEPS, objective=objective),
+        setup.params_0, parts, coef=1.0, alpha=alpha, steps=STEPS, objective=objective
     )
     total = tree.restrict(
         task_vectors.difference(found, setup.params_0), tree.flatten(parts[0])
@@ -155,20 +155,19 @@ def mean_cosine(taus: Taus) -> float:
 
 
 def published(
-    setup: options.Setup, rows_of_models: Mapping, order: Sequence[str]
-) -> dict[object, list[float | None]]:
+    setup: options.Setup, rows: Mapping[Any, Sequence[float | None]]
+) -> dict[Any, list[float | None]]:
     """What the paper prints for a model: by row, each of our tasks, and the mean.
 
     Args:
       setup: the model and the tasks.
-      rows_of_models: by the title of a model its rows: a value of every task of
-        `order`, and the mean, which is shown beside ours where the tasks are the same.
-      order: the tasks of the paper.
+      rows: the rows of the model: a value of each of `TASKS`, and the mean, which is
+        shown beside ours where the tasks are the same.
     """
-    same = sorted(setup.names) == sorted(order) or setup.options.smoke
+    same = sorted(setup.names) == sorted(TASKS) or setup.options.smoke
     found = {}
-    for row, (*values, mean) in rows_of_models.get(setup.title, {}).items():
-        by_task = dict(zip(order, values, strict=True))
+    for row, (*values, mean) in rows.items():
+        by_task = dict(zip(TASKS, values, strict=True))
         own = [by_task.get(name) for name in setup.names]
         found[row] = [*own, mean if same else None]
     return found

@@ -11,11 +11,11 @@ Data: those of `table1_addition`, whose task vectors are taken from the bank.
 
 Published, ViT-B/32, mean test accuracy in percent over eight subsets of each size:
 
-    tasks                  2     3     4     5     6     7     8
-    Individual             93.0  90.6  92.5  90.1  91.5  91.4  90.6
-    Task Arithmetic        91.8  84.1  82.3  77.1  75.7  72.6  69.1
-    Ties-Merging           92.6  85.6  83.9  79.2  77.6  75.1  72.4
-    AWD Task Arithmetic    92.4  85.7  85.1  80.6  79.7  77.1  75.2
+    method               2     3     4     5     6     7     8
+    Individual           93.0  90.6  92.5  90.1  91.5  91.4  90.6
+    Task Arithmetic      91.8  84.1  82.3  77.1  75.7  72.6  69.1
+    Ties-Merging         92.6  85.6  83.9  79.2  77.6  75.1  72.4
+    AWD Task Arithmetic  92.4  85.7  85.1  80.6  79.7  77.1  75.2
 
 Figure 3a is this table with 95 % confidence intervals. Figure 3b: with λ up to 0.2 AWD
 is as Task Arithmetic, beyond it is better.
@@ -40,7 +40,7 @@ import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
-from experiments.awd import disentangled, table1_addition
+from experiments.awd import disentangled
 from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, vectors
 from jaxarith import plots, task_vectors
@@ -48,19 +48,7 @@ from jaxarith.typing import Taus
 
 COEFS = np.linspace(0, 1, 11)
 METHODS = ("Individual", "Task Arithmetic", "Ties-Merging", "AWD Task Arithmetic")
-PUBLISHED = dict(
-    zip(
-        itertools.product(range(2, 9), METHODS),
-        [[x] for x in (93.0, 91.8, 92.6, 92.4)]
-        + [[x] for x in (90.6, 84.1, 85.6, 85.7)]
-        + [[x] for x in (92.5, 82.3, 83.9, 85.1)]
-        + [[x] for x in (90.1, 77.1, 79.2, 80.6)]
-        + [[x] for x in (91.5, 75.7, 77.6, 79.7)]
-        + [[x] for x in (91.4, 72.6, 75.1, 77.1)]
-        + [[x] for x in (90.6, 69.1, 72.4, 75.2)],
-        strict=True,
-    )
-)
+PUBLISHED = tables.published_by_column(__doc__, "method")
 SUBSETS = (
     (
         "dtd gtsrb",
@@ -131,7 +119,7 @@ class Config(options.OneModel):
 
     out: Path = Path("runs/awd/figure3")
     """Folder for figure3a.png, figure3b.png, report.json and report.md."""
-    tasks: tuple[str, ...] = table1_addition.ORDER
+    tasks: tuple[str, ...] = disentangled.TASKS
     """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
     FOLDER/<split>/<class>/."""
 
@@ -143,9 +131,9 @@ def subsets_of(names: Sequence[str], *, seed: int, largest: int = 8) -> list[tup
       >>> subsets_of(["a", "b", "c"], seed=0)
       [('a', 'b'), ('a', 'c'), ('b', 'c'), ('a', 'b', 'c')]
     """
-    if sorted(names) == sorted(table1_addition.ORDER):
+    if sorted(names) == sorted(disentangled.TASKS):
         listed = [tuple(text.split()) for size in SUBSETS for text in size]
-        return [*listed, tuple(table1_addition.ORDER)]
+        return [*listed, tuple(disentangled.TASKS)]
     rng, found = np.random.default_rng(seed), []
     for size in range(2, len(names) + 1):
         subsets = list(itertools.combinations(names, size))
@@ -268,7 +256,7 @@ def main(config: Config) -> dict:
     if runs.is_first():
         draw(config, means, curves)
     is_paper = setup.title == "ViT-B-32" and (
-        sorted(setup.names) == sorted(table1_addition.ORDER) or config.smoke
+        sorted(setup.names) == sorted(disentangled.TASKS) or config.smoke
     )
     beside = tables.beside(
         means,

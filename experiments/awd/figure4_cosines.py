@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from experiments.awd import disentangled, table1_addition
+from experiments.awd import disentangled
 from experiments.common import runs, script, tables
 from experiments.common.vision import options, vectors
 from jaxarith import plots, task_vectors
@@ -43,7 +43,7 @@ class Config(options.Models):
     """Folder for figure4_<model>.png, figure6_<model>.png and the report."""
     models: tuple[str, ...] = (options.B32, options.L14)
     """CLIPs: folders, or ids of the Hugging Face Hub."""
-    tasks: tuple[str, ...] = table1_addition.ORDER
+    tasks: tuple[str, ...] = disentangled.TASKS
     """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
     FOLDER/<split>/<class>/."""
     alpha: float = 1e-4

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments.awd import disentangled, table1_addition
+from experiments.awd import disentangled
 from experiments.common import runs, script, tables
 from experiments.common.vision import options, vectors
 from jaxarith import plots
@@ -41,7 +41,7 @@ class Config(options.OneModel):
 
     out: Path = Path("runs/awd/figure5")
     """Folder for figure5_<task>_<task>.png, report.json and report.md."""
-    tasks: tuple[str, ...] = table1_addition.ORDER
+    tasks: tuple[str, ...] = disentangled.TASKS
     """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
     FOLDER/<split>/<class>/."""
     pairs: tuple[str, ...] = PAIRS

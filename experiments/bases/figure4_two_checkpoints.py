@@ -10,18 +10,17 @@ A Theoretical Framework and Scalable Approach. arXiv:2502.01015: section 6.2, C.
 Data: the eight image tasks. The models are two checkpoints of LAION-2B, of which one
 must be converted: see `two_models`.
 
-Published, the norm of task vectors, and its share of the pre-trained model's norm:
+Published, the norm of task vectors / its percentage of the pre-trained model's norm:
 
-                laion2b_e16          laion2b_s34b_b79k
-                norm   percent       norm   percent
-    MNIST       2.18      0.46       2.30      0.42
-    EuroSAT     2.16      0.45       2.27      0.42
-    Cars        2.52      0.54       2.59      0.48
-    DTD         1.81      0.39       1.79      0.33
-    GTSRB       2.32      0.49       2.44      0.45
-    RESISC45    2.55      0.54       2.63      0.48
-    SUN397      3.03      0.65       3.18      0.58
-    SVHN        2.64      0.56       2.76      0.51
+    task      laion2b_e16  laion2b_s34b_b79k
+    mnist     2.18 / 0.46  2.30 / 0.42
+    eurosat   2.16 / 0.45  2.27 / 0.42
+    cars      2.52 / 0.54  2.59 / 0.48
+    dtd       1.81 / 0.39  1.79 / 0.33
+    gtsrb     2.32 / 0.49  2.44 / 0.45
+    resisc45  2.55 / 0.54  2.63 / 0.48
+    sun397    3.03 / 0.65  3.18 / 0.58
+    svhn      2.64 / 0.56  2.76 / 0.51
 
 Figure 4 is a heat map of 16 by 16 cosines, whose block of vectors of different
 pre-trainings is near 0. Figure 5 shows two random coordinates of all models, with the
@@ -48,21 +47,7 @@ from jaxarith import plots, sharding, task_vectors, tree
 from jaxarith.typing import Tree
 
 _TASKS = ("mnist", "eurosat", "cars", "dtd", "gtsrb", "resisc45", "sun397", "svhn")
-_NORMS = {
-    "laion2b_e16": (
-        *((2.18, 0.46), (2.16, 0.45), (2.52, 0.54), (1.81, 0.39)),
-        *((2.32, 0.49), (2.55, 0.54), (3.03, 0.65), (2.64, 0.56)),
-    ),
-    "laion2b_s34b_b79k": (
-        *((2.30, 0.42), (2.27, 0.42), (2.59, 0.48), (1.79, 0.33)),
-        *((2.44, 0.45), (2.63, 0.48), (3.18, 0.58), (2.76, 0.51)),
-    ),
-}
-PUBLISHED = {
-    (model, task): cells
-    for model, rows in _NORMS.items()
-    for task, cells in zip(_TASKS, rows, strict=True)
-}
+PUBLISHED = tables.published_by_column(__doc__, "task")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

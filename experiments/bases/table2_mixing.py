@@ -12,10 +12,10 @@ must be converted: see `two_models`.
 
 Published, mean test accuracy in percent over eight tasks:
 
-    θ_i \\ θ_0            pre-trained 1    pre-trained 2
-    fine-tuned from 1           70.83            51.71
-    50 / 50                     59.92            61.71
-    fine-tuned from 2           54.21            71.09
+    vectors            pre-trained 1  pre-trained 2
+    fine-tuned from 1  70.83          51.71
+    50 / 50            59.92          61.71
+    fine-tuned from 2  54.21          71.09
 
 How a vector of the other pre-training is made can be read in two ways, and both are
 here. The caption says τ = θ_i - θ_0, θ_0 being that of the column ("subtracted"), and
@@ -40,12 +40,7 @@ from experiments.common import script, tables
 from experiments.common.vision import options, scores, vectors
 from jaxarith import task_vectors
 
-ROWS = ("fine-tuned from 1", "50 / 50", "fine-tuned from 2")
-PUBLISHED = {
-    ROWS[0]: (70.83, 51.71),
-    ROWS[1]: (59.92, 61.71),
-    ROWS[2]: (54.21, 71.09),
-}
+PUBLISHED = tables.published(__doc__, "vectors")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,29 +108,24 @@ def main(config: Config) -> dict:
     for reading in ("subtracted", "own"):
         first, second = (column[reading] for column in columns)
         # Of the second model its own vectors are those of the last row.
-        for name, *pair in zip(ROWS, first, second[::-1], strict=True):
+        for name, *pair in zip(PUBLISHED, first, second[::-1], strict=True):
             row = {"reading": reading, "vectors": name}
             for number, cell in enumerate(pair, 1):
                 row[f"pre-trained {number}"] = cell["abs"]
                 row[f"coefficient {number}"] = cell["coefficient"]
             rows.append(row)
-    beside = tables.beside(
+    titles = two_models.titles(found)
+    return tables.compared(
+        config.out,
+        "Vectors of two pre-trainings (bases paper, Table 2)",
+        "Mean test accuracy of the sum of task vectors, percent.",
         rows,
-        {(name,): cells for name, cells in PUBLISHED.items()}
-        if two_models.titles(found) == list(two_models.TITLES)
-        else {},
+        PUBLISHED if titles == list(two_models.TITLES) else {},
         keys=["reading", "vectors"],
         values=["pre-trained 1", "pre-trained 2"],
         published_keys=["vectors"],
-    )
-    results = {"models": two_models.titles(found), "rows": rows}
-    caption = "Mean test accuracy of the sum of task vectors, percent."
-    table = {caption: tables.markdown(beside, digits=2)}
-    return tables.write(
-        config.out,
-        "Vectors of two pre-trainings (bases paper, Table 2)",
-        table,
-        results,
+        digits=2,
+        results={"models": titles},
     )
 
 

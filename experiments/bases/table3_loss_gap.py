@@ -10,8 +10,15 @@ Data: the eight image tasks; the vectors are those of Table 1 of `tau_jp`.
 
 Published, L_i(θ_TA) - L_i(θ_i) with ViT-B/16:
 
-    MNIST 0.12   EuroSAT 1.00   Cars 0.15     DTD 1.11
-    GTSRB 0.80   RESISC45 0.84  SUN397 5.02   SVHN 0.60
+    task      gap
+    mnist     0.12
+    eurosat   1.00
+    cars      0.15
+    dtd       1.11
+    gtsrb     0.80
+    resisc45  0.84
+    sun397    5.02
+    svhn      0.60
 
 The loss is the mean cross-entropy on test data. The paper states neither the split, nor
 the coefficient of Task Arithmetic, nor of whom the ViT-B/16 is: we take one of 0, 0.05,
@@ -32,10 +39,7 @@ from experiments.common.vision import options, scores, vectors
 from jaxarith import task_vectors
 
 # In the order of the paper's rows.
-_TASKS = ("mnist", "eurosat", "cars", "dtd", "gtsrb", "resisc45", "sun397", "svhn")
-PUBLISHED = dict(
-    zip(_TASKS, (0.12, 1.00, 0.15, 1.11, 0.80, 0.84, 5.02, 0.60), strict=True)
-)
+PUBLISHED = tables.published(__doc__, "task")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,7 @@ class Config(options.OneModel):
     """Folder for report.json and report.md."""
     model: str = options.B16
     """A CLIP: a folder, or an id of the Hugging Face Hub."""
-    tasks: tuple[str, ...] = _TASKS
+    tasks: tuple[str, ...] = tuple(PUBLISHED)
     """The tasks, in order: names of jaxarith data check, or NAME=FOLDER."""
 
 
@@ -73,20 +77,18 @@ def main(config: Config) -> dict:
                 "accuracy": 100 * float(found.searched[i]),
             }
         )
-    beside = tables.beside(
+    return tables.compared(
+        config.out,
+        "Loss gaps of addition (bases paper, Table 3)",
+        "Loss gap, the losses of the merged and of the own model, and the accuracy of "
+        f"the merged one in percent, at coefficient {coef:.2f}.",
         rows,
-        {name: (gap, None, None, None) for name, gap in PUBLISHED.items()},
-        keys=["task"],
-        values=["gap", "merged", "own", "accuracy"],
-    )
-    results = {"coefficient": coef, "rows": rows}
-    caption = (
-        f"Loss gap, the losses of the merged and of the own model, and the accuracy of "
-        f"the merged one in percent, at coefficient {coef:.2f}."
-    )
-    table = {caption: tables.markdown(beside, digits=2)}
-    return tables.write(
-        config.out, "Loss gaps of addition (bases paper, Table 3)", table, results
+        PUBLISHED,
+        keys=["task", "merged", "own", "accuracy"],
+        values=["gap"],
+        published_keys=["task"],
+        digits=2,
+        results={"coefficient": coef},
     )
 
 

@@ -13,18 +13,81 @@ as Bell's number says, 15 of four and 4140 of eight; with --no-all-partitions on
 one of --partition (by default that of Algorithm 1), one cluster of all, and one of
 every task are merged.
 
-Published, mean test accuracy in percent; `merge_out` is Task Arithmetic in Table 4:
+Published, mean test accuracy in percent. Table 4 has a row for every inner merge,
+averages over partitions and the partition MS-ER, with Task Arithmetic as outer merge:
 
-    merge_in   avg. k = 2   avg. all   MS-ER     Table 5   Save One   MS-ER   Save All
-    MTL             95.45      93.85   95.52     Mean         86.04   89.88      89.88
-    TIES            88.68      88.48   90.43     TIES         84.58   91.41      92.48
-    Fisher          82.41      83.67   86.37     Topk         73.12   73.63      72.61
-    Tangent         88.50      88.75   90.05
-    Topk            82.17      83.05   85.69
-    Mean            85.65      86.44   88.65
+    Table 4  avg. k = 2  avg. all  MS-ER
+    MTL      95.45       93.85     95.52
+    TIES     88.68       88.48     90.43
+    Fisher   82.41       83.67     86.37
+    Tangent  88.50       88.75     90.05
+    Topk     82.17       83.05     85.69
+    Mean     85.65       86.44     88.65
 
-Table 10 has the 15 partitions behind Table 4, Table 11 three outer merges of bases by
-Mean, Table 12 the same merge twice, with three models; all stand beside ours.
+Table 5, one merge for both, means over three models of what is saved before the next
+task comes:
+
+    Table 5  Save One  MS-ER  Save All
+    Mean     86.04     89.88  89.88
+    TIES     84.58     91.41  92.48
+    Topk     73.12     73.63  72.61
+
+Table 10, the partitions behind Table 4, by inner merge:
+
+    Table 10  MTL    TIES   Fisher  Tangent  Topk   Mean
+    MSER      98.05  90.74  72.88   88.61    85.87  87.41
+    MS-ER     95.52  90.43  86.37   90.05    85.69  88.65
+    MR-ES     95.27  90.17  81.45   90.05    86.16  88.65
+    ME-SR     94.40  90.36  84.21   90.05    85.95  88.65
+    M-ESR     97.26  83.69  73.60   85.07    75.50  79.54
+    S-MER     95.99  86.26  83.92   90.36    78.55  83.13
+    E-MSR     96.60  89.70  85.72   83.56    81.20  84.26
+    R-MSE     93.12  90.17  81.62   90.38    82.14  86.68
+    M-S-ER    91.74  83.27  82.33   89.39    76.43  83.14
+    S-R-EM    90.36  88.83  88.36   92.15    84.49  88.34
+    M-R-ES    92.25  86.32  79.63   88.75    79.97  85.39
+    E-S-RM    92.81  90.10  90.51   88.57    87.83  88.75
+    M-E-RS    93.38  88.00  85.78   85.23    84.01  86.25
+    E-R-MS    92.42  90.58  90.09   89.00    83.34  89.14
+    M-S-E-R   88.62  88.62  88.62   90.01    88.62  88.62
+
+Table 11, bases by Mean, by outer merge:
+
+    Table 11  Mean   TIES   Topk
+    MSER      87.42  83.46  68.71
+    MS-ER     87.42  89.60  69.01
+    MR-ES     87.42  89.26  68.12
+    ME-SR     87.42  89.02  67.96
+    M-ESR     79.50  79.86  68.71
+    S-MER     83.13  82.50  69.62
+    E-MSR     84.10  84.56  67.63
+    R-MSE     84.22  84.18  66.65
+    M-S-ER    83.12  83.04  69.14
+    S-R-EM    86.61  87.67  67.88
+    M-R-ES    84.22  85.61  67.60
+    E-S-RM    88.18  89.48  68.23
+    M-E-RS    85.91  87.34  67.82
+    E-R-MS    87.25  90.90  67.09
+    M-S-E-R   87.42  90.70  67.84
+
+Table 12, the same merge twice, Mean / TIES / Topk, by model:
+
+    Table 12  ViT-B-16               ViT-B-32               ViT-L-14
+    MSER      89.23 / 89.23 / 72.98  87.42 / 85.31 / 70.60  92.98 / 92.98 / 80.02
+    MS-ER     89.23 / 90.65 / 72.50  87.42 / 89.28 / 68.56  92.98 / 94.17 / 79.88
+    MR-ES     89.23 / 90.73 / 72.26  87.42 / 89.35 / 69.23  92.98 / 94.15 / 79.40
+    ME-SR     89.23 / 90.83 / 72.14  87.42 / 90.32 / 69.37  92.98 / 94.67 / 79.48
+    M-ESR     82.97 / 78.09 / 71.98  79.50 / 82.90 / 69.62  88.75 / 86.82 / 78.87
+    S-MER     85.41 / 75.97 / 71.62  83.13 / 86.26 / 69.69  92.40 / 88.61 / 79.21
+    E-MSR     84.25 / 79.88 / 72.03  84.10 / 91.36 / 68.33  89.11 / 85.88 / 80.12
+    R-MSE     86.99 / 82.82 / 70.21  84.22 / 88.19 / 67.21  91.70 / 88.12 / 78.56
+    M-S-ER    85.57 / 81.35 / 71.45  83.12 / 85.75 / 67.84  91.57 / 91.55 / 78.97
+    S-R-EM    89.25 / 89.28 / 70.47  86.61 / 89.92 / 67.96  93.94 / 94.53 / 78.57
+    M-R-ES    87.05 / 87.66 / 70.81  84.22 / 87.64 / 68.04  91.41 / 91.51 / 78.81
+    E-S-RM    89.01 / 88.85 / 71.56  88.18 / 91.96 / 68.36  92.84 / 93.26 / 79.45
+    M-E-RS    87.10 / 86.55 / 71.86  85.91 / 90.47 / 68.59  90.19 / 90.28 / 79.46
+    E-R-MS    88.39 / 89.75 / 70.96  87.25 / 92.78 / 67.04  92.06 / 92.81 / 80.12
+    M-S-E-R   89.23 / 91.55 / 70.75  87.42 / 90.70 / 68.04  92.98 / 95.18 / 79.05
 
 The paper does not say which checkpoints these are. Its zero-shot accuracies of Tables 6
 and 7 fit ViT-B/32 of LAION-2B (`laion2b_e16`), which is there in OpenCLIP's format
@@ -41,7 +104,7 @@ not stated, and what we take:
 - MS-ER of TIES and Topk in Table 5 (91.41, 73.63) are 91.37 and 73.65 as the means of
   the cells of Table 12; the other cells agree.
 - Joint training (MTL, Tangent) takes a batch of every member in each of as many steps
-  as one task has, see `methods.cluster_vector`.
+  as one task has, see `vectors.cluster_vector`.
 
 Tables 4, 10 and 11 are of the first model. Not run at full scale yet.
 """
@@ -58,100 +121,21 @@ from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, vectors
 from jaxarith.typing import Taus, Tree
 
-# By table, model, inner and outer merge, the columns in the order of `partitions`.
-_TABLE_10 = {
-    "MTL": (
-        *(98.05, 95.52, 95.27, 94.40, 97.26, 95.99, 96.60, 93.12),
-        *(91.74, 90.36, 92.25, 92.81, 93.38, 92.42, 88.62),
-    ),
-    "TIES": (
-        *(90.74, 90.43, 90.17, 90.36, 83.69, 86.26, 89.70, 90.17),
-        *(83.27, 88.83, 86.32, 90.10, 88.00, 90.58, 88.62),
-    ),
-    "Fisher": (
-        *(72.88, 86.37, 81.45, 84.21, 73.60, 83.92, 85.72, 81.62),
-        *(82.33, 88.36, 79.63, 90.51, 85.78, 90.09, 88.62),
-    ),
-    "Tangent": (
-        *(88.61, 90.05, 90.05, 90.05, 85.07, 90.36, 83.56, 90.38),
-        *(89.39, 92.15, 88.75, 88.57, 85.23, 89.00, 90.01),
-    ),
-    "Topk": (
-        *(85.87, 85.69, 86.16, 85.95, 75.50, 78.55, 81.20, 82.14),
-        *(76.43, 84.49, 79.97, 87.83, 84.01, 83.34, 88.62),
-    ),
-    "Mean": (
-        *(87.41, 88.65, 88.65, 88.65, 79.54, 83.13, 84.26, 86.68),
-        *(83.14, 88.34, 85.39, 88.75, 86.25, 89.14, 88.62),
-    ),
-}
-_TABLE_11 = {
-    "Mean": (
-        *(87.42, 87.42, 87.42, 87.42, 79.50, 83.13, 84.10, 84.22),
-        *(83.12, 86.61, 84.22, 88.18, 85.91, 87.25, 87.42),
-    ),
-    "TIES": (
-        *(83.46, 89.60, 89.26, 89.02, 79.86, 82.50, 84.56, 84.18),
-        *(83.04, 87.67, 85.61, 89.48, 87.34, 90.90, 90.70),
-    ),
-    "Topk": (
-        *(68.71, 69.01, 68.12, 67.96, 68.71, 69.62, 67.63, 66.65),
-        *(69.14, 67.88, 67.60, 68.23, 67.82, 67.09, 67.84),
-    ),
-}
-_TABLE_12 = {
-    ("ViT-B-16", "Mean"): (
-        *(89.23, 89.23, 89.23, 89.23, 82.97, 85.41, 84.25, 86.99),
-        *(85.57, 89.25, 87.05, 89.01, 87.10, 88.39, 89.23),
-    ),
-    ("ViT-B-16", "TIES"): (
-        *(89.23, 90.65, 90.73, 90.83, 78.09, 75.97, 79.88, 82.82),
-        *(81.35, 89.28, 87.66, 88.85, 86.55, 89.75, 91.55),
-    ),
-    ("ViT-B-16", "Topk"): (
-        *(72.98, 72.50, 72.26, 72.14, 71.98, 71.62, 72.03, 70.21),
-        *(71.45, 70.47, 70.81, 71.56, 71.86, 70.96, 70.75),
-    ),
-    ("ViT-B-32", "Mean"): _TABLE_11["Mean"],
-    ("ViT-B-32", "TIES"): (
-        *(85.31, 89.28, 89.35, 90.32, 82.90, 86.26, 91.36, 88.19),
-        *(85.75, 89.92, 87.64, 91.96, 90.47, 92.78, 90.70),
-    ),
-    ("ViT-B-32", "Topk"): (
-        *(70.60, 68.56, 69.23, 69.37, 69.62, 69.69, 68.33, 67.21),
-        *(67.84, 67.96, 68.04, 68.36, 68.59, 67.04, 68.04),
-    ),
-    ("ViT-L-14", "Mean"): (
-        *(92.98, 92.98, 92.98, 92.98, 88.75, 92.40, 89.11, 91.70),
-        *(91.57, 93.94, 91.41, 92.84, 90.19, 92.06, 92.98),
-    ),
-    ("ViT-L-14", "TIES"): (
-        *(92.98, 94.17, 94.15, 94.67, 86.82, 88.61, 85.88, 88.12),
-        *(91.55, 94.53, 91.51, 93.26, 90.28, 92.81, 95.18),
-    ),
-    ("ViT-L-14", "Topk"): (
-        *(80.02, 79.88, 79.40, 79.48, 78.87, 79.21, 80.12, 78.56),
-        *(78.97, 78.57, 78.81, 79.45, 79.46, 80.12, 79.05),
-    ),
-}
+TABLE_4 = tables.published(__doc__, "Table 4")
+TABLE_5 = tables.published(__doc__, "Table 5")
+# By table, model, merge and partition.
 PUBLISHED = {
-    **{("10", "ViT-B-32", name): cells for name, cells in _TABLE_10.items()},
-    **{("11", "ViT-B-32", name): cells for name, cells in _TABLE_11.items()},
-    **{("12", *names): cells for names, cells in _TABLE_12.items()},
-}
-# Average of k = 2, average of all, and MS-ER.
-TABLE_4 = {
-    "MTL": (95.45, 93.85, 95.52),
-    "TIES": (88.68, 88.48, 90.43),
-    "Fisher": (82.41, 83.67, 86.37),
-    "Tangent": (88.50, 88.75, 90.05),
-    "Topk": (82.17, 83.05, 85.69),
-    "Mean": (85.65, 86.44, 88.65),
-}
-TABLE_5 = {
-    "Mean": (86.04, 89.88, 89.88),
-    "TIES": (84.58, 91.41, 92.48),
-    "Topk": (73.12, 73.63, 72.61),
+    (table, "ViT-B-32", merge, label): value
+    for table in ("10", "11")
+    for (merge, label), (value,) in tables.published_by_column(
+        __doc__, f"Table {table}"
+    ).items()
+} | {
+    ("12", model, merge, label): value
+    for (model, label), values in tables.published_by_column(
+        __doc__, "Table 12"
+    ).items()
+    for merge, value in zip(("Mean", "TIES", "Topk"), values, strict=True)
 }
 # Vectors that are evaluated at once, all of which every device holds.
 _TOGETHER = 8
@@ -305,16 +289,13 @@ def beside(rows: Sequence[Mapping], model: str, table: str) -> list[dict]:
 
     Published cells stand beside partitions that the paper has, by their label.
     """
-    labels = [
-        partitions.label(partition, "MSER") for partition in partitions.partitions(4)
-    ]
     own = [row for row in rows if (row["model"], row["table"]) == (model, table)]
     found: dict[str, dict] = {}
     for row in own:
-        line = found.setdefault(row["label"], {"partition": row["label"]})
-        cells = PUBLISHED.get((table, model, row["merge"]), [None] * len(labels))
-        theirs = dict(zip(labels, cells, strict=True)).get(row["label"])
-        line |= {row["merge"]: row["abs"], f"{row['merge']}, published": theirs}
+        merge, label = row["merge"], row["label"]
+        line = found.setdefault(label, {"partition": label})
+        theirs = PUBLISHED.get((table, model, merge, label))
+        line |= {merge: row["abs"], f"{merge}, published": theirs}
     return list(found.values())
 
 

@@ -9,20 +9,28 @@ A Theoretical Framework and Scalable Approach. arXiv:2502.01015: section 6.3.
 Data: MNIST, SVHN, EuroSAT, RESISC45, and ImageNet as the control task. The vectors are
 those of `table4_partitions`, and in the bank.
 
-Published, test accuracy in percent on MNIST (target, the lower the better) and on
-ImageNet (control), with bases of MS-ER and of MSER:
+Published, test accuracy in percent on MNIST (target, the lower the better) / on
+ImageNet (control), with the bases of MS-ER and of MSER, and with the task vector of
+MNIST itself:
 
-    merge_in        MS: target, control     MSER: target, control
-    MTL                 21.53     63.13         31.91     63.60
-    TIES                12.17     63.18         22.27     62.76
-    Fisher              17.83     63.49         16.74     63.09
-    Tangent              0.12     63.00          3.80     63.31
-    Topk                19.53     64.36         22.89     62.44
-    Mean                10.36     63.21         20.61     64.27
+    inner        basis  target / control
+    MTL          MS     21.53 / 63.13
+    MTL          MSER   31.91 / 63.60
+    TIES         MS     12.17 / 63.18
+    TIES         MSER   22.27 / 62.76
+    Fisher       MS     17.83 / 63.49
+    Fisher       MSER   16.74 / 63.09
+    Tangent      MS     0.12 / 63.00
+    Tangent      MSER   3.80 / 63.31
+    Topk         MS     19.53 / 64.36
+    Topk         MSER   22.89 / 62.44
+    Mean         MS     10.36 / 63.21
+    Mean         MSER   20.61 / 64.27
+    τ, ordinary  M      15.68 / -
+    τ, Tangent   M      0.11 / -
 
-With the task vector of MNIST itself the target is 15.68, of Tangent 0.11. All controls
-are at least 62.44, which is 95 % of 65.7: ViT-B/32 of LAION-2B, `laion2b_e16`. That
-one is there in OpenCLIP's format only; we take `laion2b_s34b_b79k`.
+All controls are at least 62.44, which is 95 % of 65.7: ViT-B/32 of LAION-2B,
+`laion2b_e16`. It exists in OpenCLIP's format only; we take `laion2b_s34b_b79k`.
 
 The coefficient is one of 0, 0.1, …, 3, that with the lowest accuracy on the target
 among those that keep 95 % of the control accuracy, on validation data. The paper states
@@ -41,22 +49,7 @@ from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, vectors
 from jaxarith.merge.bases_arithmetic import similarities
 
-PUBLISHED = {
-    ("MTL", "MS"): (21.53, 63.13),
-    ("MTL", "MSER"): (31.91, 63.60),
-    ("TIES", "MS"): (12.17, 63.18),
-    ("TIES", "MSER"): (22.27, 62.76),
-    ("Fisher", "MS"): (17.83, 63.49),
-    ("Fisher", "MSER"): (16.74, 63.09),
-    ("Tangent", "MS"): (0.12, 63.00),
-    ("Tangent", "MSER"): (3.80, 63.31),
-    ("Topk", "MS"): (19.53, 64.36),
-    ("Topk", "MSER"): (22.89, 62.44),
-    ("Mean", "MS"): (10.36, 63.21),
-    ("Mean", "MSER"): (20.61, 64.27),
-    ("τ, ordinary", "M"): (15.68, None),
-    ("τ, Tangent", "M"): (0.11, None),
-}
+PUBLISHED = tables.published(__doc__, "inner", "basis")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,20 +133,16 @@ def main(config: Config) -> dict:
     setup = options.load(config, config.model)
     rows = rows_of(setup, config)
     are_theirs = tuple(names) == partitions.FOUR and config.target == "mnist"
-    beside = tables.beside(
+    return tables.compared(
+        config.out,
+        "Negation of bases (bases paper, Table 6)",
+        f"Test accuracy on {config.target} and on {setup.control.title} after "
+        "negation, percent.",
         rows,
         PUBLISHED if are_theirs else {},
         keys=["inner", "basis"],
         values=["target", "control"],
-    )
-    results = {"rows": rows}
-    caption = (
-        f"Test accuracy on {config.target} and on {setup.control.title} after "
-        "negation, percent."
-    )
-    table = {caption: tables.markdown(beside, digits=2)}
-    return tables.write(
-        config.out, "Negation of bases (bases paper, Table 6)", table, results
+        digits=2,
     )
 
 

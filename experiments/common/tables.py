@@ -229,7 +229,7 @@ def _table(text, keys):
         if key in rows:
             raise ValueError(f"the row {key} stands twice in the table.")
         rows[key] = cells[len(keys) :]
-    return names[len(keys) :], rows
+    return [_key(name) for name in names[len(keys) :]], rows
 
 
 def _split(line):
