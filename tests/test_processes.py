@@ -26,13 +26,13 @@ import json, sys
 import jax, numpy as np, optax
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-from jaxarith import evaluate, hub, sharding, tau_jp, train, train_step
+from jaxarith import evaluate, hub, sharding, tau_jp, train
 from tests import training_run
 folder, mesh, seconds, save_every = sys.argv[1:]
 assert sharding.initialize()
 assert jax.device_count() == 4 and jax.local_device_count() == 2
-sharding.SMALLEST_SHARDED = 8
-train_step.optimizer = lambda config: optax.sgd(0.01)
+sharding.mesh.SMALLEST_SHARDED = 8
+train.step.optimizer = lambda config: optax.sgd(0.01)
 mesh = sharding.make_mesh(mesh)
 data = training_run.sources(float(seconds))
 train.task_batches(data, training_run.CONFIG, seeds=[0, 1], mesh=mesh)[3]
@@ -90,7 +90,7 @@ def end(processes, status=0):
 
 @pytest.mark.parametrize("mesh", ["data=2,fsdp=2", "task=2,data=2"])
 def test_two_processes_are_one_run(mesh, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "optimizer", lambda config: optax.sgd(0.01))
+    monkeypatch.setattr(train.step, "optimizer", lambda config: optax.sgd(0.01))
     data = training_run.sources()
     expected = training_run.run(data=data)
     reports = [
@@ -137,7 +137,7 @@ def assert_close(tau, expected):
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "optimizer", lambda config: optax.sgd(0.01))
+    monkeypatch.setattr(train.step, "optimizer", lambda config: optax.sgd(0.01))
     processes = start(tmp_path, "data=4", seconds="0.02", save_every="5")
     while not list(tmp_path.glob("checkpoints/step_*/manifest.json")):
         time.sleep(0.01)

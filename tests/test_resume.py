@@ -117,7 +117,7 @@ class Stop(Exception):
 
 def stopped(folder, steps, monkeypatch, **options):
     """Runs until so many steps are done, then fails."""
-    check = train._check_finite
+    check = train.run._check_finite
 
     def check_and_stop(metrics, norms, number, *names):
         check(metrics, norms, number, *names)
@@ -125,7 +125,7 @@ def stopped(folder, steps, monkeypatch, **options):
             raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_check_finite", check_and_stop)
+        patch.setattr(train.run, "_check_finite", check_and_stop)
         with pytest.raises(Stop):
             training_run.run(folder, save_every=5, **options)
 
@@ -158,8 +158,8 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
 @pytest.mark.parametrize("mesh", ["data=1", "data=4", "task=2,fsdp=2"])
 def test_a_run_on_eight_devices_goes_on_on_others(mesh, tmp_path, monkeypatch):
     # SGD: AdamW divides by roots of sums of squares, which magnifies rounding.
-    monkeypatch.setattr(train, "optimizer", lambda config: optax.sgd(0.01))
-    monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 8)
+    monkeypatch.setattr(train.step, "optimizer", lambda config: optax.sgd(0.01))
+    monkeypatch.setattr(sharding.mesh, "SMALLEST_SHARDED", 8)
     config = dataclasses.replace(training_run.CONFIG, steps=20, penalty_batch_size=8)
     expected = training_run.run(config=config)
     eight = {"mesh": sharding.make_mesh("data=2,fsdp=4"), "config": config}

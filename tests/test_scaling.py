@@ -150,7 +150,7 @@ def counted(tmp_path_factory):
         out, models=("tiny",), meshes=MESHES, batch_per_device=32, layers=1
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "SMALLEST_SHARDED", 256)
+        patch.setattr(sharding.mesh, "SMALLEST_SHARDED", 256)
         results = scaling.main(config)
     return out, results, {row["mesh"]: row for row in results["rows"]}
 

@@ -44,7 +44,7 @@ encode = clip.image_encoder(MODEL)
 @pytest.fixture(autouse=True)
 def all_leaves_are_large(monkeypatch):
     """The models here are so small that no leaf would be worth sharding."""
-    monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 8)
+    monkeypatch.setattr(sharding.mesh, "SMALLEST_SHARDED", 8)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ ON_MESHES += [(kind, MIXED) for kind in ("ordinary", "cyclic")]
 
 @pytest.mark.parametrize(("kind", "mesh"), ON_MESHES)
 def test_gradients_are_those_of_one_device(kind, mesh, monkeypatch):
-    monkeypatch.setattr(train, "optimizer", sgd)
+    monkeypatch.setattr(train.step, "optimizer", sgd)
     expected, expected_metrics, _ = gradients(kind, "data=1")
     actual, metrics, compiled = gradients(kind, mesh)
     for path, leaf in tree.flatten(expected).items():
@@ -210,7 +210,7 @@ def test_a_step_on_a_mesh_compiles_once(params_0):
     ("kind", "mesh"), [("ordinary", "data=1"), ("strict", "data=2,fsdp=2")]
 )
 def test_micro_batches_give_the_gradient_of_the_batch(kind, mesh, monkeypatch):
-    monkeypatch.setattr(train, "optimizer", sgd)
+    monkeypatch.setattr(train.step, "optimizer", sgd)
     expected, expected_metrics, _ = gradients(kind, "data=1")
     actual, metrics, _ = gradients(kind, mesh, micro_batches=2)
     assert_close(actual, expected, rtol=0, atol=1e-6)
@@ -218,7 +218,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(kind, mesh, monkeypatch):
 
 
 def test_products_are_rounded_on_a_mesh_as_on_one_device(monkeypatch):
-    monkeypatch.setattr(train, "optimizer", sgd)
+    monkeypatch.setattr(train.step, "optimizer", sgd)
     exact, _, _ = gradients("linearised", "data=1")
     rounded, _, _ = gradients("linearised", "data=1", product_dtype="bfloat16")
     actual, _, _ = gradients("linearised", MIXED, product_dtype="bfloat16")
@@ -238,7 +238,7 @@ def distance(one, other):
 
 
 def test_training_on_a_mesh_ends_where_one_device_does(params_0, monkeypatch):
-    monkeypatch.setattr(train, "optimizer", lambda config: optax.sgd(0.1))
+    monkeypatch.setattr(train.step, "optimizer", lambda config: optax.sgd(0.1))
     config = dataclasses.replace(CONFIG, linearized=True, penalty="cyclic")
 
     def run(mesh):

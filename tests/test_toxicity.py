@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from tiny_language import write_classifier
 
-from jaxarith import evaluate
 from jaxarith.evaluate import toxicity
+from jaxarith.evaluate.outputs import _apply
 
 TEXTS = [
     "you",
@@ -65,12 +65,12 @@ def test_any_number_of_texts_gives_as_many_scores(folder):
 
 def test_texts_of_like_length_compile_once(folder):
     scores = toxicity.scorer(folder(), batch_size=2)
-    before = evaluate._apply._cache_size()
+    before = _apply._cache_size()
     for texts in (["hate love hate"], ["love you love"] * 9, ["you a b c"] * 2):
         scores(texts)
-    assert evaluate._apply._cache_size() == before + 1
+    assert _apply._cache_size() == before + 1
     scores(["a b c d e f g"])
-    assert evaluate._apply._cache_size() == before + 2
+    assert _apply._cache_size() == before + 2
 
 
 def test_longer_texts_lose_their_end(folder):

@@ -180,7 +180,7 @@ def test_a_loss_without_curvature_has_none():
 
 
 def test_devices_share_batches_and_parameters(x64, monkeypatch):
-    monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 1)
+    monkeypatch.setattr(sharding.mesh, "SMALLEST_SHARDED", 1)
     mesh = sharding.make_mesh("data=2,fsdp=2")
     params = {"a": normal(1, 4, 8), "b": normal(2, 8, CLASSES)}
     data = batches(samples(10), 5)
