@@ -4,10 +4,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxarith.typing import Array
+
 IGNORED = -100  # a token's label that does not count, by Hugging Face's convention
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, mask=None) -> jax.Array:
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, mask: Array | None = None
+) -> jax.Array:
     """Mean cross-entropy of the entries whose mask is True.
 
     Args:
@@ -50,7 +54,7 @@ def next_token_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return token_cross_entropy(logits[:, :-1], labels[:, 1:])
 
 
-def entropy(logits: jax.Array, mask=None) -> jax.Array:
+def entropy(logits: jax.Array, mask: Array | None = None) -> jax.Array:
     """Mean entropy of the predicted distributions, in nats; it needs no labels.
 
     Args:

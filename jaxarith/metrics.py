@@ -4,9 +4,14 @@ import importlib
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+from jaxarith.typing import Numbers
 
 
-def accuracy(logits, labels, mask=None) -> float:
+def accuracy(
+    logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None
+) -> float:
     """Share of samples whose largest logit is the label's.
 
     Args:
@@ -22,13 +27,13 @@ def accuracy(logits, labels, mask=None) -> float:
       1.0
     """
     hits = np.asarray(logits).argmax(-1) == np.asarray(labels)
-    mask = np.ones(len(hits), bool) if mask is None else np.asarray(mask, bool)
-    if not mask.any():
+    counts = np.ones(len(hits), bool) if mask is None else np.asarray(mask, bool)
+    if not counts.any():
         raise ValueError("accuracy of no sample: the data, or its mask, is empty.")
-    return float(hits[mask].mean())
+    return float(hits[counts].mean())
 
 
-def normalized_accuracy(merged: Sequence[float], single: Sequence[float]) -> float:
+def normalized_accuracy(merged: Numbers, single: Numbers) -> float:
     r"""Mean over tasks of merged over single-task accuracy (Jin et al. 2025, Eq. 5).
 
     Args:
@@ -42,20 +47,20 @@ def normalized_accuracy(merged: Sequence[float], single: Sequence[float]) -> flo
       >>> normalized_accuracy([0.8, 0.45], [0.8, 0.9])
       0.75
     """
-    merged, single = np.asarray(merged, float), np.asarray(single, float)
-    if merged.shape != single.shape:
+    found, alone = np.asarray(merged, float), np.asarray(single, float)
+    if found.shape != alone.shape:
         raise ValueError(
-            f"{merged.shape} merged accuracies for {single.shape} single-task ones."
+            f"{found.shape} merged accuracies for {alone.shape} single-task ones."
         )
-    if not (single > 0).all():
+    if not (alone > 0).all():
         raise ValueError(
-            f"single-task accuracies {single.tolist()}: one is zero, so there is "
+            f"single-task accuracies {alone.tolist()}: one is zero, so there is "
             "nothing to normalise by."
         )
-    return float(np.mean(merged / single))
+    return float(np.mean(found / alone))
 
 
-def f1(predictions, labels) -> float:
+def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
     """F1 of the class 1 (GLUE's metric of MRPC and QQP).
 
     Args:
@@ -69,14 +74,13 @@ def f1(predictions, labels) -> float:
       0.4
     """
     sklearn_metrics = _import("sklearn.metrics")
-    predictions, labels = _pair(predictions, labels, "F1")
-    predictions, labels = predictions == 1, labels == 1
-    if not (predictions | labels).any():
+    found, true = (x == 1 for x in _pair(predictions, labels, "F1"))
+    if not (found | true).any():
         raise ValueError("F1 of no sample: no label and no prediction is 1.")
-    return float(sklearn_metrics.f1_score(labels, predictions))
+    return float(sklearn_metrics.f1_score(true, found))
 
 
-def matthews(predictions, labels) -> float:
+def matthews(predictions: ArrayLike, labels: ArrayLike) -> float:
     """Matthews correlation (GLUE's metric of CoLA), for any number of classes.
 
     It is 0 where all predictions are one class, as scikit-learn has it.
@@ -97,7 +101,7 @@ def matthews(predictions, labels) -> float:
     return float(sklearn_metrics.matthews_corrcoef(labels, predictions))
 
 
-def pearson(predictions, targets) -> float:
+def pearson(predictions: ArrayLike, targets: ArrayLike) -> float:
     """Linear correlation (GLUE's metric of STS-B, with `spearman`).
 
     It is 0 where all predictions are the same, as `matthews` is.
@@ -115,7 +119,7 @@ def pearson(predictions, targets) -> float:
     return float(stats.pearsonr(predictions, targets).statistic)
 
 
-def spearman(predictions, targets) -> float:
+def spearman(predictions: ArrayLike, targets: ArrayLike) -> float:
     """Linear correlation of ranks, ties sharing theirs.
 
     Args:

@@ -2,13 +2,15 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.typing import DTypeLike
 
 
-def products_in(function: Callable, dtype) -> Callable:
+def products_in(function: Callable, dtype: DTypeLike) -> Callable:
     r"""`function` with the operands of its matrix products rounded to `dtype`.
 
     Products accumulate in the dtype that they had; all else is computed as before. The
@@ -119,7 +121,9 @@ def _has_wide_product(jaxpr, dtype):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _product(params, result, dtype, a, b):
     """The product that `dot_general` with `params` gives, of rounded operands."""
-    options = dict(params) | {"preferred_element_type": result, "precision": None}
+    options: dict[str, Any] = dict(params)
+    options |= {"preferred_element_type": result, "precision": None}
+    highest: dict[str, Any] = {**options, "precision": "highest"}
 
     def native(a, b):
         return jax.lax.dot_general(a.astype(dtype), b.astype(dtype), **options)
@@ -127,7 +131,7 @@ def _product(params, result, dtype, a, b):
     def rounded(a, b):
         info = jnp.finfo(dtype)
         a, b = (jax.lax.reduce_precision(x, info.nexp, info.nmant) for x in (a, b))
-        return jax.lax.dot_general(a, b, **options | {"precision": "highest"})
+        return jax.lax.dot_general(a, b, **highest)
 
     # XLA lacks some of these products on a CPU. Those of rounded operands are the same.
     return jax.lax.platform_dependent(a, b, cpu=rounded, default=native)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write_text(path, text: str):
+def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a text file under a temporary name and renames it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial")
@@ -18,9 +18,20 @@ def write_text(path, text: str):
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path, content: Any):
+def write_json(path: str | os.PathLike, content: Any) -> None:
     """Writes plain data as JSON; numbers must be finite."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def listed(names: Sequence[Any], most: int = 8) -> str:
+    """Names for a message: the first of many, and how many more there are.
+
+    Example:
+      >>> listed("abc", most=2)
+      'a, b and 1 more'
+    """
+    shown = ", ".join(map(str, names[:most]))
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def markdown_table(

@@ -13,14 +13,19 @@ are rounded to it, forward and in the gradient; they accumulate in float32, and
 :math:`f(x; \theta_0)` is computed in float32 throughout.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxarith import precision, task_vectors, tree
 from jaxarith.typing import ApplyFn, Params, Taus
 
 
-def linearize(apply_fn: ApplyFn, params_0: Params, *, product_dtype=None) -> ApplyFn:
+def linearize(
+    apply_fn: ApplyFn, params_0: Params, *, product_dtype: DTypeLike | None = None
+) -> ApplyFn:
     r"""The first-order Taylor expansion of a model in its parameters.
 
     The result has the signature of `apply_fn` and is affine in its parameters, so it is
@@ -30,7 +35,7 @@ def linearize(apply_fn: ApplyFn, params_0: Params, *, product_dtype=None) -> App
     Args:
       apply_fn: `apply_fn(params, *inputs) -> outputs`, any pytree of arrays.
       params_0: the expansion point.
-      product_dtype: of the operands of tangent products; by default their own.
+      product_dtype: dtype of the operands of tangent products; by default their own.
 
     Returns:
       `apply_lin(params, *inputs)`. `params` has the structure of `params_0`, or holds
@@ -59,9 +64,9 @@ def jvp(
     apply_fn: ApplyFn,
     params_0: Params,
     tau: Params,
-    *inputs,
-    product_dtype=None,
-):
+    *inputs: Any,
+    product_dtype: DTypeLike | None = None,
+) -> tuple[Any, Any]:
     r"""The outputs :math:`f(x;\theta_0)` and one tangent :math:`J(x;\theta_0)\tau`.
 
     Args:
@@ -69,8 +74,8 @@ def jvp(
       params_0: the parameters at which the model is differentiated.
       tau: a task vector: the structure of `params_0`, or a part of it.
       *inputs: passed on to `apply_fn`; not differentiated.
-      product_dtype: of the operands of tangent products; by default their own. With it
-        the result can be differentiated in `tau`, in reverse mode.
+      product_dtype: dtype of the operands of tangent products; by default their own.
+        With it the result can be differentiated in `tau`, in reverse mode.
 
     Returns:
       `(outputs, tangents)`, both with the structure of `apply_fn`'s outputs.
@@ -94,7 +99,9 @@ def jvp(
     return outputs, tangent(tree.fill(tau, start))
 
 
-def jvps(apply_fn: ApplyFn, params_0: Params, taus: Taus, *inputs):
+def jvps(
+    apply_fn: ApplyFn, params_0: Params, taus: Taus, *inputs: Any
+) -> tuple[Any, Any]:
     r"""The outputs and many tangents :math:`J(x;\theta_0)\tau_t` of one linearisation.
 
     The forward pass is shared: T tangents cost 1 + 2T forward passes, against 3T of T

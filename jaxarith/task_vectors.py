@@ -8,12 +8,14 @@ not trained is absent, which means zero.
 """
 
 import zlib
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxarith import tree
-from jaxarith.typing import Params, Taus, Tree
+from jaxarith import report, tree
+from jaxarith.typing import Coef, Params, Taus, Tree
 
 
 def difference(params: Params, params_0: Params) -> Params:
@@ -46,11 +48,17 @@ def _subtract(a, b):
     return jnp.asarray(a, dtype) - jnp.asarray(b, dtype)
 
 
-def apply(params_0: Params, tau: Params, coef=1.0) -> Params:
+def apply(params_0: Params, tau: Params, coef: Coef = 1.0) -> Params:
     r""":math:`\theta_0 + \lambda\tau`; leaves that `tau` lacks stay as they are.
 
+    Args:
+      params_0: pre-trained parameters.
+      tau: a task vector.
+      coef: the coefficient λ: a number, or one by path of the leaf.
+
     Raises:
-      ValueError: a leaf of `tau` is not in `params_0` or has another shape.
+      ValueError: a leaf of `tau` is not in `params_0` or has another shape, or the
+        coefficient is not one number, or lacks a leaf of `tau`.
 
     Example:
       >>> print(apply({"w": jnp.array(1.0), "b": 0.0}, {"w": jnp.array(2.0)}, 0.5))
@@ -58,15 +66,48 @@ def apply(params_0: Params, tau: Params, coef=1.0) -> Params:
     """
     tree.check_part(tau, params_0, "task vector")
     moves = tree.flatten(tau)
+    coef_of = by_path(coef, moves)
 
     def leaf(path, value):
         if path not in moves:
             return value
+        scale = coef_of(path)
+        if jnp.ndim(scale):
+            raise ValueError(
+                f"coef has shape {list(jnp.shape(scale))}; one task vector is scaled "
+                "by one number."
+            )
         dtype = jnp.promote_types(jnp.result_type(value, moves[path]), jnp.float32)
-        moved = jnp.asarray(value, dtype) + coef * jnp.asarray(moves[path], dtype)
+        moved = jnp.asarray(value, dtype) + scale * jnp.asarray(moves[path], dtype)
         return moved.astype(jnp.result_type(value))
 
     return tree.map_with_path(leaf, params_0)
+
+
+def by_path(
+    coef: Coef, paths: Collection[str], name: str = "coef"
+) -> Callable[[str], Any]:
+    """Any form of a coefficient as a function of the slash path.
+
+    Args:
+      coef: the coefficient.
+      paths: slash paths of the leaves that it must have, if it is a mapping.
+      name: what an error calls it.
+
+    Raises:
+      ValueError: a mapping lacks a leaf.
+    """
+    if not isinstance(coef, Mapping):
+        return coef if callable(coef) else lambda _: coef
+    if missing := [path for path in paths if path not in coef]:
+        unknown = [path for path in coef if path not in paths]
+        raise ValueError(
+            f"{name} lacks {report.listed(missing)}"
+            + f" and has {report.listed(unknown)}, which no task vector has"
+            * bool(unknown)
+            + ". A mapping must have the slash path of every leaf of the task vectors."
+        )
+    return coef.__getitem__
 
 
 def add(taus: Taus) -> dict:

@@ -17,19 +17,25 @@ prints its square (`power=2`), which wants another weight.
 
 import functools
 from collections.abc import Iterable, Sequence
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from jaxarith import sharding, tangent, tree
 from jaxarith.typing import ApplyFn, Params, Taus, Tree
 
-MODES = ("cyclic", "strict", "mixed")
+Mode = Literal["cyclic", "strict", "mixed"]
+Power = Literal[1, 2]
+MODES = get_args(Mode)
 
 
-def penalty(tangents: Tree, mask: jax.Array | None = None, power: int = 1):
+def penalty(
+    tangents: Tree, mask: jax.Array | None = None, power: Power = 1
+) -> jax.Array:
     r"""Mean over samples of :math:`\|J(x)\tau\|_2^\text{power}`.
 
     Args:
@@ -48,9 +54,9 @@ def penalty(tangents: Tree, mask: jax.Array | None = None, power: int = 1):
       >>> print(penalty(jnp.array([[3.0, 4.0], [0.0, 0.0]])))
       2.5
     """
-    if power not in (1, 2):
+    if power not in get_args(Power):
         raise ValueError(f"power is {power!r}; it must be 1 or 2.")
-    squares = sum(jnp.sum(leaf**2, axis=-1) for leaf in jax.tree.leaves(tangents))
+    squares = tree.total(jnp.sum(x**2, axis=-1) for x in jax.tree.leaves(tangents))
     values = tree.safe_sqrt(squares) if power == 1 else squares
     if mask is None:
         return values.mean()
@@ -65,10 +71,10 @@ def linearized_and_penalty(
     penalty_inputs: tuple,
     *,
     mask: jax.Array | None = None,
-    power: int = 1,
-    product_dtype=None,
+    power: Power = 1,
+    product_dtype: DTypeLike | None = None,
     shards: int = 1,
-):
+) -> tuple[Any, jax.Array]:
     """The linearised outputs on a batch and the penalty on another, fused.
 
     Both batches go through one linearisation, so the penalty costs no more than its
@@ -108,7 +114,7 @@ def linearized_and_penalty(
     return linearized, penalty(others, mask, power)
 
 
-def draw(mode: str, step: int, tasks: int, batch: int, seed: int = 0) -> np.ndarray:
+def draw(mode: Mode, step: int, tasks: int, batch: int, seed: int = 0) -> np.ndarray:
     """Which task each penalty sample of a step comes from.
 
     Args:
@@ -119,7 +125,7 @@ def draw(mode: str, step: int, tasks: int, batch: int, seed: int = 0) -> np.ndar
       step: optimizer step, from 0.
       tasks: the number of other tasks.
       batch: samples per step, in strict mode per step and task.
-      seed: of the draws in mixed mode, which depend on nothing but it and the step.
+      seed: seed of the draws in mixed mode, which depend on it and the step alone.
 
     Returns:
       `i32[P]` with values in `0..tasks-1`; P is `tasks · batch` in strict mode, else
@@ -152,7 +158,7 @@ def matrix(
     taus: Taus,
     datasets: Sequence[Iterable[tuple[tuple, jax.Array]]],
     *,
-    power: int = 1,
+    power: Power = 1,
     mesh: jax.sharding.Mesh | None = None,
 ) -> np.ndarray:
     r"""The τJp metric of every task vector on every dataset (the paper's Fig. 6).

@@ -27,10 +27,19 @@ Array: TypeAlias = jax.Array | np.ndarray
 Number: TypeAlias = float | int | np.number | np.ndarray | jax.Array
 """A number, also as a scalar array, which `jit` may be tracing."""
 
-Coef: TypeAlias = Number | Sequence[Number] | Callable[[str], Any] | Mapping[str, Any]
-"""A scaling coefficient: a number, one per task, or either by path of the leaf.
+PerTask: TypeAlias = Number | Sequence[Number]
+"""One number for all tasks, or one for each."""
 
-By path it is a function of the slash path, or a mapping from slash paths.
+Numbers: TypeAlias = Sequence[float] | np.ndarray | jax.Array
+"""Several numbers `[n]`."""
+
+Coef: TypeAlias = PerTask | Callable[[str], Any] | Mapping[str, Any]
+"""A scaling coefficient: a number, one per task, or either of them by leaf.
+
+By leaf it is a function of the slash path, or a mapping from slash paths, such as the
+`coefs` that `merge.adamerging` finds. A mapping must have all leaves of the task
+vectors; it may have more. A method that scales one merged vector takes one number,
+which may be by leaf too, and not one per task.
 """
 
 LossFn: TypeAlias = Callable[[Any, dict, Any], jax.Array]

@@ -134,7 +134,7 @@ def _classes(info, task):
             continue
         absent = np.flatnonzero(_counts(info, samples) == 0)
         if len(absent):
-            listed = sources.listed([info.classes[i] for i in absent])
+            listed = report.listed([info.classes[i] for i in absent])
             yield f"{part} has no sample of {len(absent)} classes: {listed}."
 
 

@@ -12,10 +12,10 @@ import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from jaxarith import report
 from jaxarith.data import images
 
 SUFFIXES = frozenset(
@@ -82,8 +82,8 @@ class Folder:
         empty = [name for name, found in zip(names, files, strict=True) if not found]
         if empty or not names:
             raise ValueError(
-                f"{folder} has no image of {listed(empty) or 'any class'}. It must "
-                "hold a folder for each class, with images in it: "
+                f"{folder} has no image of {report.listed(empty) or 'any class'}. It "
+                "must hold a folder for each class, with images in it: "
                 f"{', '.join(sorted(SUFFIXES))}."
             )
         self.names = tuple(names)
@@ -246,7 +246,7 @@ def open_hub(
     dataset = datasets.load_dataset(identity, config, split=split)
     if missing := [c for c in (image, label) if c not in dataset.column_names]:
         raise NoColumn(
-            f"{identity}, {split} has no column {listed(missing)}; "
+            f"{identity}, {split} has no column {report.listed(missing)}; "
             f"it has {', '.join(dataset.column_names)}."
         )
     feature = dataset.features[label]
@@ -297,14 +297,3 @@ def identical_files(a: Folder, b: Folder) -> list[tuple[str, str]]:
 
     known = dict(prints(a))
     return [(known[key], path) for key, path in prints(b) if key in known]
-
-
-def listed(names: Sequence[Any], most: int = 8) -> str:
-    """Names for a message, the first ones of many.
-
-    Example:
-      >>> listed("abc", most=2)
-      'a, b and 1 more'
-    """
-    shown = ", ".join(map(str, names[:most]))
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown

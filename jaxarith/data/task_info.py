@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxarith.data import sources
+from jaxarith import report
 
 EIGHT = (
     "stanford_cars",
@@ -150,8 +150,8 @@ def label_map(info: TaskInfo, names: Sequence[str], place: str) -> np.ndarray:
         missing = [info.classes[i] for i in range(len(info.classes)) if i not in labels]
         raise ValueError(
             f"{place} does not have the classes of {info.name}.\n"
-            f"  only there ({len(unknown)}): {sources.listed(unknown)}\n"
-            f"  only in {info.name} ({len(missing)}): {sources.listed(missing)}"
+            f"  only there ({len(unknown)}): {report.listed(unknown)}\n"
+            f"  only in {info.name} ({len(missing)}): {report.listed(missing)}"
             + ("\n  and two names there are one class." if double else "")
         )
     return np.asarray(labels, np.int32)

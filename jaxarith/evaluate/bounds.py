@@ -10,12 +10,12 @@ a stationary point of the loss :math:`\mathcal L_i` of its task, and that
           \le \frac{L_i}{2}\|\theta - \theta_i\|^2
 
 in magnitude, where it matters: on the way from :math:`\theta_i` to the models that are
-compared with it. The paper takes L at :math:`\theta_i` (see `curvature`), which is
+compared with it. The paper takes L at :math:`\theta_i` (see `smoothness`), which is
 enough for quadratic losses. For any other, L must be the largest on that way::
 
     move = task_vectors.difference(edited, params)
     max(
-        curvature.largest_eigenvalue(
+        smoothness.largest_eigenvalue(
             apply_fn, loss_fn, task_vectors.apply(params, move, c), batches, key=key
         ).smoothness
         for c in np.linspace(0, 1, 5)
@@ -70,13 +70,13 @@ class Closest(NamedTuple):
     r"""What the bound of generalization needs to know of the task vectors.
 
     Attributes:
-      index: i, the vector with the largest inner product with that of the target.
-      c: C, the largest squared norm, that of the target included.
+      nearest: i, the vector with the largest inner product with the target.
+      c: C, the largest squared norm, the target among the vectors.
       beta: :math:`\beta = \langle\tau_\text{tar}, \tau_i\rangle / C` (assumption 4.5,
         which wants it positive).
     """
 
-    index: int
+    nearest: int
     c: float
     beta: float
 
@@ -94,7 +94,7 @@ def closest(target: Tree, taus: Taus) -> Closest:
     Example:
       >>> taus = [{"w": np.array([0.0, 2.0])}, {"w": np.array([1.0, 0.0])}]
       >>> closest({"w": np.array([2.0, 0.0])}, taus)
-      Closest(index=1, c=4.0, beta=0.5)
+      Closest(nearest=1, c=4.0, beta=0.5)
     """
     if not taus:
         raise ValueError("no task vector to generalize with; give at least one.")
@@ -103,7 +103,7 @@ def closest(target: Tree, taus: Taus) -> Closest:
     return Closest(int(gram[0, 1:].argmax()), float(c), float(gram[0, 1:].max() / c))
 
 
-def addition(smoothness, c, epsilon):
+def addition(smoothness: float, c: float, epsilon: float) -> float:
     r"""The most that a merged model loses of task i: the theorem of addition.
 
     .. math:: \mathcal L_i\bigl(\theta_0 + \sum_j \alpha_j\tau_j\bigr)
@@ -125,7 +125,7 @@ def addition(smoothness, c, epsilon):
     return smoothness * c * (1 + epsilon)
 
 
-def negation(smoothness, c, epsilon):
+def negation(smoothness: float, c: float, epsilon: float) -> float:
     r"""The most that task j loses when task i is forgotten: the theorem of negation.
 
     .. math:: \mathcal L_j(\theta_0 - \alpha_i\tau_i) - \mathcal L_j(\theta_0)
@@ -146,7 +146,7 @@ def negation(smoothness, c, epsilon):
     return smoothness * c * (1.5 + epsilon)
 
 
-def generalization(smoothness, c, beta):
+def generalization(smoothness: float, c: float, beta: float) -> float:
     r"""The most that a task loses by the vector of another: the theorem of OOD tasks.
 
     .. math:: \mathcal L_\text{tar}(\theta_0 + \tau_i)

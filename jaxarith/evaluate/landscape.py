@@ -8,6 +8,7 @@ of the tasks and where they meet; gaps between losses are what `bounds` bounds.
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ def losses(
     params_0: Params,
     taus: Taus,
     batches: Iterable[dict],
-    coefs: Sequence,
+    coefs: Any,
     *,
     linearized: bool = False,
     inputs: Sequence[str] = ("image",),
@@ -70,18 +71,18 @@ def losses(
        [0.5 0. ]
        [1.  0.5]]
     """
-    coefs = np.asarray(coefs, np.float32)
-    rows = coefs.reshape(-1, coefs.shape[-1] if coefs.ndim else 1)
+    points = np.asarray(coefs, np.float32)
+    rows = points.reshape(-1, points.shape[-1] if points.ndim else 1)
     batches = _with_samples(batches)
     if linearized:
         found = _of_tangents(
-            *(apply_fn, loss_fn, params_0, taus, batches, rows, inputs, targets, mesh)
+            apply_fn, loss_fn, params_0, taus, batches, rows, inputs, targets, mesh
         )
     else:
         model = _Losses(apply_fn, loss_fn, len(inputs))
         fields = (*inputs, *targets)
         found = evaluate.sweep(model, params_0, taus, batches, rows, fields, mesh=mesh)
-    return found.mean(axis=1, dtype=np.float64).reshape(coefs.shape[:-1])
+    return found.mean(axis=1, dtype=np.float64).reshape(points.shape[:-1])
 
 
 def _with_samples(batches):

@@ -9,7 +9,7 @@ J(x; θ0)τ_t are cached and every later set of coefficients costs a weighted su
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +21,17 @@ from jaxarith import sharding
 from jaxarith import tangent as tangents
 from jaxarith.merge import task_arithmetic
 from jaxarith.tree import settled
-from jaxarith.typing import ApplyFn, Params, Taus
+from jaxarith.typing import ApplyFn, Numbers, Params, Taus
 
 # Coefficients [T] to outputs [N, …].
-OutputsAt = Callable[[Sequence[float]], np.ndarray]
+OutputsAt = Callable[[Any], np.ndarray]
 
 
 def outputs(
     apply_fn: ApplyFn,
     params: Params,
     batches: Iterable[dict],
-    inputs=("image",),
+    inputs: Sequence[str] = ("image",),
     *,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
@@ -101,7 +101,7 @@ def forward(
     params_0: Params,
     taus: Taus,
     batches: Sequence[dict],
-    inputs=("image",),
+    inputs: Sequence[str] = ("image",),
     *,
     mesh: Mesh | None = None,
 ) -> OutputsAt:
@@ -121,8 +121,8 @@ def sweep(
     params_0: Params,
     taus: Taus,
     batches: Iterable[dict],
-    coefs: Sequence[Sequence[float]],
-    inputs=("image",),
+    coefs: Sequence[Numbers] | np.ndarray,
+    inputs: Sequence[str] = ("image",),
     *,
     mesh: Mesh | None = None,
     readout: Callable[[jax.Array], jax.Array] = lambda found: found,
@@ -153,10 +153,10 @@ def sweep(
       >>> print(sweep(f, start, [tau], [batch], [[0.0], [0.5], [1.0]]).T)
       [[1. 2. 3.]]
     """
-    coefs = np.asarray(coefs, np.float32)
-    if coefs.ndim != 2 or coefs.shape[1] != len(taus) or not len(coefs):
+    points = np.asarray(coefs, np.float32)
+    if points.ndim != 2 or points.shape[1] != len(taus) or not len(points):
         raise ValueError(
-            f"coefficients of shape {list(coefs.shape)} for {len(taus)} task vectors; "
+            f"coefficients of shape {list(points.shape)} for {len(taus)} task vectors; "
             "expected [n, T]."
         )
     mesh = mesh or sharding.make_mesh()
@@ -164,12 +164,12 @@ def sweep(
     params_0, taus = sharding.put((params_0, tuple(taus)), whole)
     # A program has room for a power of two of points on every device, of which it
     # computes the first `each`: few programs serve sweeps of all lengths.
-    each = -(-len(coefs) // mesh.size)
+    each = -(-len(points) // mesh.size)
     room = max(8, 1 << (each - 1).bit_length())
-    place = np.arange(len(coefs))
+    place = np.arange(len(points))
     place = place // each * room + place % each
     padded = np.zeros((mesh.size * room, len(taus)), np.float32)
-    padded[place] = coefs
+    padded[place] = points
     padded = sharding.put(padded, NamedSharding(mesh, P(mesh.axis_names)))
     rows = []
     for batch in batches:
@@ -217,17 +217,17 @@ class TangentOutputs(NamedTuple):
     f0: np.ndarray
     moves: np.ndarray
 
-    def __call__(self, coefs: Sequence[float]) -> np.ndarray:
+    def __call__(self, coefs: Numbers) -> np.ndarray:
         dtype = np.promote_types(self.f0.dtype, np.float32)
-        coefs = np.asarray(coefs, dtype)
-        if coefs.shape != (len(self.moves),):
+        weights = np.asarray(coefs, dtype)
+        if weights.shape != (len(self.moves),):
             raise ValueError(
-                f"coefficients of shape {coefs.shape} for {len(self.moves)} task "
+                f"coefficients of shape {weights.shape} for {len(self.moves)} task "
                 "vectors; give one for each."
             )
         moves = self.moves.astype(dtype, copy=False)
         # Not `tensordot`: the threads of BLAS wait for those of XLA.
-        moved = np.einsum("t,t...->...", coefs, moves)
+        moved = np.einsum("t,t...->...", weights, moves)
         return self.f0.astype(dtype, copy=False) + moved
 
 
@@ -236,7 +236,7 @@ def tangent(
     params_0: Params,
     taus: Taus,
     batches: Iterable[dict],
-    inputs=("image",),
+    inputs: Sequence[str] = ("image",),
     *,
     mesh: Mesh | None = None,
 ) -> TangentOutputs:

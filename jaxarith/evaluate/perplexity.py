@@ -16,9 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxarith.typing import ApplyFn, Array, Params
+
 
 def strided(
-    apply_fn, params, tokens, *, window=1024, stride=512, batch_size: int = 4
+    apply_fn: ApplyFn,
+    params: Params,
+    tokens: Array,
+    *,
+    window: int = 1024,
+    stride: int = 512,
+    batch_size: int = 4,
 ) -> float:
     """The perplexity in windows that overlap, each scoring what is new in it.
 
@@ -32,7 +40,7 @@ def strided(
 
     Args:
       apply_fn: `apply_fn(params, input_ids[B, S], attention_mask[B, S])`, which gives
-        logits `[B, S, V]`, those at a token being of the next; `gpt2.language_model`,
+        logits `[B, S, V]`, at a token those of the next one; `gpt2.language_model`,
         or its linearisation.
       params: its parameters.
       tokens: the stream, i32[N].
@@ -76,7 +84,14 @@ def strided(
     return _perplexity(apply_fn, params, tokens, window, stride, batch_size)
 
 
-def blocks(apply_fn, params, tokens, *, window=1024, batch_size: int = 4) -> float:
+def blocks(
+    apply_fn: ApplyFn,
+    params: Params,
+    tokens: Array,
+    *,
+    window: int = 1024,
+    batch_size: int = 4,
+) -> float:
     """The perplexity in blocks that do not overlap: `strided` by the whole window.
 
     All tokens of a block but its first are scored. The last block may be shorter.
@@ -135,11 +150,11 @@ def _spans(length, window, stride):
     """`(begin, first scored, end)` of every window."""
     spans, scored = [], 0
     for begin in range(0, length, stride):
-        end = min(begin + window, length)
-        spans.append((begin, max(scored, begin + 1), end))
-        scored = end
-        if end == length:
-            return spans
+        if scored < length:
+            end = min(begin + window, length)
+            spans.append((begin, max(scored, begin + 1), end))
+            scored = end
+    return spans
 
 
 def _windows(tokens, spans, shape):

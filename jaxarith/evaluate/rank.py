@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from numpy.typing import ArrayLike
 
 from jaxarith import metrics
 from jaxarith.losses import IGNORED
@@ -118,12 +119,14 @@ def _check_labels(labels):
     if len(first) < len(labels):
         again = min(set(range(len(labels))) - set(first.tolist()))
         raise ValueError(
-            f"label {again}, {labels[again].tolist()}, is there twice; expected labels "
+            f"label {again}, {labels[again].tolist()}, stands twice; expected labels "
             "that differ. If their texts do, they were cut too short."
         )
 
 
-def predicted_tokens(logits, labels) -> tuple[np.ndarray, np.ndarray]:
+def predicted_tokens(
+    logits: ArrayLike, labels: ArrayLike
+) -> tuple[np.ndarray, np.ndarray]:
     """The likeliest and the true token wherever a label counts, in one row each.
 
     Args:
@@ -154,7 +157,7 @@ def predicted_tokens(logits, labels) -> tuple[np.ndarray, np.ndarray]:
     return predicted.astype(np.int32), labels[counts].astype(np.int32)
 
 
-def token_accuracy(logits, labels) -> float:
+def token_accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
     """The share of the tokens of true labels that are the likeliest at their position.
 
     With several labels to choose from it says little: their common tokens, such as the
@@ -171,7 +174,7 @@ def token_accuracy(logits, labels) -> float:
     return float(np.mean(predicted == expected))
 
 
-def token_matthews(logits, labels) -> float:
+def token_matthews(logits: ArrayLike, labels: ArrayLike) -> float:
     """The Matthews correlation of likeliest and true tokens, every token a class.
 
     Gorodkin. Comparing Two K-Category Assignments by a K-Category Correlation

@@ -1,11 +1,18 @@
 """Coefficient searches on held-out data: shared, per task, negation, external."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxarith import metrics
+from jaxarith.typing import Numbers
+
+# The papers' grids of coefficients.
+TWENTIETHS = tuple(np.linspace(0, 1, 21))
+TENTHS = tuple(np.linspace(0, 1, 11))
+POSITIVE_TENTHS = tuple(np.linspace(0.1, 1, 10))
 
 
 class Search(NamedTuple):
@@ -23,9 +30,9 @@ class Search(NamedTuple):
 
 
 def search(
-    accuracies_at: Callable[[float], Sequence[float]],
-    single: Sequence[float],
-    coefs: Sequence[float] = tuple(np.linspace(0, 1, 21)),
+    accuracies_at: Callable[[float], Numbers],
+    single: Numbers,
+    coefs: Numbers = TWENTIETHS,
 ) -> Search:
     """The shared coefficient with the best mean normalised accuracy.
 
@@ -69,9 +76,9 @@ class TaskSearch(NamedTuple):
 
 
 def search_per_task(
-    accuracies_at: Callable[[np.ndarray], Sequence[float]],
-    single: Sequence[float],
-    coefs: Sequence[float] = tuple(np.linspace(0, 1, 21)),
+    accuracies_at: Callable[[np.ndarray], Numbers],
+    single: Numbers,
+    coefs: Numbers = TWENTIETHS,
     *,
     sweeps: int = 10,
 ) -> TaskSearch:
@@ -137,7 +144,7 @@ class NegationSearch(NamedTuple):
 def search_negation(
     control_at: Callable[[float], float],
     allowed: Callable[[float], bool],
-    coefs: Sequence[float] = tuple(np.linspace(0, 1, 11)),
+    coefs: Numbers = TENTHS,
     *,
     target_at: Callable[[float], float] | None = None,
 ) -> NegationSearch:
@@ -194,7 +201,8 @@ def search_negation(
     return NegationSearch(chosen, np.asarray(coefs, float), controls)
 
 
-class ExternalSearch(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ExternalSearch:
     """The result of a search among task vectors of others.
 
     Attributes:
@@ -211,7 +219,7 @@ class ExternalSearch(NamedTuple):
 def search_external(
     score_at: Callable[[int, float], float],
     count: int,
-    coefs: Sequence[float] = tuple(np.linspace(0.1, 1, 10)),
+    coefs: Numbers = POSITIVE_TENTHS,
     *,
     baseline: float,
 ) -> ExternalSearch:
@@ -247,7 +255,7 @@ def search_external(
     scores = np.array([[score_at(i, c) for c in coefs] for i in range(count)], float)
     if np.isnan(scores).any() or np.isnan(baseline):
         raise ValueError("a score or the baseline is NaN; both must be numbers.")
-    index, best = np.unravel_index(scores.argmax(), scores.shape)
+    index, best = map(int, np.unravel_index(scores.argmax(), scores.shape))
     if scores[index, best] <= baseline:
         return ExternalSearch(None, 0.0, scores)
-    return ExternalSearch(int(index), float(coefs[best]), scores)
+    return ExternalSearch(index, float(coefs[best]), scores)

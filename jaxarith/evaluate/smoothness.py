@@ -128,7 +128,7 @@ def largest_eigenvalue(
     v = _unit(_normal(key, tree.restrict(params, tree.flatten(part))))
     v = sharding.shard(v, mesh)
     add = functools.partial(_add, apply_fn, loss_fn, mesh, len(inputs))
-    samples = 0
+    samples, found = 0, Eigenvalue(math.nan, math.nan, 0)
     for iteration in tqdm(
         range(1, max_iterations + 1), "power iteration", unit="pass", leave=False
     ):
@@ -216,5 +216,5 @@ def _step(v, total, count):
     """The eigenvalue and its residual at `v`, and the next vector."""
     moved = optax.tree.scale(1 / count, total)
     value = optax.tree.vdot(v, moved)
-    residual = optax.tree.norm(optax.tree.add_scale(moved, -value, v))
+    residual = optax.tree.norm(optax.tree.add_scale(moved, jnp.negative(value), v))
     return value, residual, _unit(moved)

@@ -6,6 +6,7 @@ Detoxify. 2020), a BERT that was trained on the labels of the Jigsaw challenge. 
 calls "toxicity".
 """
 
+import os
 from collections.abc import Callable, Sequence
 
 import jax
@@ -14,12 +15,13 @@ import numpy as np
 from jaxarith import evaluate, hub
 from jaxarith.data import pipeline, text
 from jaxarith.models import bert
+from jaxarith.typing import Numbers
 
 _DEFAULT_LABELS = ("toxic", "toxicity")
 
 
 def scorer(
-    model="unitary/toxic-bert",
+    model: str | os.PathLike = "unitary/toxic-bert",
     *,
     label: str | None = None,
     multi_label: bool | None = None,
@@ -92,7 +94,7 @@ def scorer(
     return scores
 
 
-def rate(scores, threshold: float = 0.5) -> float:
+def rate(scores: Numbers, threshold: float = 0.5) -> float:
     """The share of texts whose score is `threshold` or more (Yoshida et al. 2025, B.3).
 
     Raises:
@@ -102,10 +104,10 @@ def rate(scores, threshold: float = 0.5) -> float:
       >>> rate([0.1, 0.5, 0.9, 0.2])
       0.5
     """
-    scores = np.asarray(scores)
-    if not scores.size:
+    found = np.asarray(scores)
+    if not found.size:
         raise ValueError("no score, so there is no share of toxic texts.")
-    return float(np.mean(scores >= threshold))
+    return float(np.mean(found >= threshold))
 
 
 def _labels(raw, count):

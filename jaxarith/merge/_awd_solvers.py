@@ -1,12 +1,19 @@
 """AWD's objective, its gradient, and the solvers besides plain gradient descent."""
 
+from collections.abc import Mapping, Sequence
+
 import jax
 import jax.numpy as jnp
 
 from jaxarith import tree
 
 
-def gradient(products, square, alpha, reverse):
+def gradient(
+    products: jax.Array,
+    square: jax.Array,
+    alpha: float | jax.Array,
+    reverse: float | jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     r"""The gradient of Eq. 14 as :math:`\sum_i w_i\tau_i + s\,\delta`.
 
     Args:
@@ -29,12 +36,18 @@ def gradient(products, square, alpha, reverse):
     return weights, alpha * inverse(tree.safe_sqrt(square)) - weights.sum()
 
 
-def inverse(x):
-    """1/x for norms; 0 where they are."""
+def inverse(x: jax.Array) -> jax.Array:
+    """1/x for norms; 0 for a norm of 0."""
     return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
 
 
-def loss(products, square, alpha, reverse, smoothing=0.0):
+def loss(
+    products: jax.Array,
+    square: jax.Array,
+    alpha: float | jax.Array,
+    reverse: float | jax.Array,
+    smoothing: float | jax.Array = 0.0,
+) -> jax.Array:
     """Eq. 14, with √(x² + smoothing²) for |x| in both terms.
 
     Args:
@@ -52,7 +65,7 @@ def loss(products, square, alpha, reverse, smoothing=0.0):
     return jnp.where(reverse, -cosines, cosines) + alpha * absolute(square)
 
 
-def rest_products(gram, cross, square):
+def rest_products(gram: jax.Array, cross: jax.Array, square: jax.Array) -> jax.Array:
     """Inner products of the τ_i - δ; 0 with a τ_i that is zero, which has no direction.
 
     Args:
@@ -65,7 +78,7 @@ def rest_products(gram, cross, square):
     return jnp.where(present[:, None] & present[None, :], products, 0)
 
 
-def span(gram):
+def span(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Which eigenvectors of the cosines are directions of the vectors' span.
 
     The others combine the vectors, scaled to unit norm, to zero, up to rounding.
@@ -84,7 +97,13 @@ STAGES, NEWTON_STEPS = 12, 8
 
 
 @jax.jit
-def direct(grams, alpha, redundant, room, reverse):
+def direct(
+    grams: jax.Array,
+    alpha: float | jax.Array,
+    redundant: jax.Array,
+    room: jax.Array,
+    reverse: float | jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     """A minimum of Eq. 14 over δ = Σ_k c_k τ_k + r u, u a unit vector off the span.
 
     Newton's method on a smoothed objective that is sharpened in stages, from where
@@ -181,15 +200,18 @@ def _off_span(vectors, delta, room):
     return delta.at[-1].set(jnp.where(room, tree.safe_sqrt(square), 0))
 
 
-def draw(key, shape):
+def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The Gaussian numbers of one leaf, from which the orthogonal direction is made."""
     return jax.random.normal(key, shape, jnp.float32)
 
 
-def draw_products(rows, part, keys):
+def draw_products(
+    rows: Mapping[str, tuple], part: Sequence[str], keys: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     """Inner products of the drawn vector with the task vectors, `[K]`, and itself."""
     products = [_draw_products(tree.gathered(rows[path]), keys[path]) for path in part]
-    return tuple(map(sum, zip(*products, strict=True)))
+    inner, square = zip(*products, strict=True)
+    return tree.total(inner), tree.total(square)
 
 
 @jax.jit
@@ -202,7 +224,13 @@ def _draw_products(row, key):
 
 @jax.jit
 @jax.vmap
-def add_orthogonal(gram, redundant, length, inner, square):
+def add_orthogonal(
+    gram: jax.Array,
+    redundant: jax.Array,
+    length: jax.Array,
+    inner: jax.Array,
+    square: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     """δ = Σ_k c_k τ_k + r u in terms of the task vectors and the drawn vector n.
 
     u is n less its projection Σ_k b_k τ_k on the span, at unit length.
@@ -221,7 +249,13 @@ def add_orthogonal(gram, redundant, length, inner, square):
 
 
 @jax.jit(static_argnames="steps")
-def adam(part, alpha, step_size, steps, reverse):
+def adam(
+    part: dict[str, Sequence[jax.Array]],
+    alpha: float | jax.Array,
+    step_size: float | jax.Array,
+    steps: int,
+    reverse: float | jax.Array,
+) -> dict[str, jax.Array]:
     """δ by Adam (Kingma and Ba 2015) with its usual constants, in the full space.
 
     Args:
@@ -250,7 +284,7 @@ def adam(part, alpha, step_size, steps, reverse):
         # XLA would move it out of the loop if it did not depend on the state.
         held, delta = jax.lax.optimization_barrier((part, delta))
         rows = {path: _widened(row) for path, row in held.items()}
-        *cross, square = sum(
+        *cross, square = tree.total(
             tree.sums([x * delta[path] for x in (*row, delta[path])])
             for path, row in rows.items()
         )

@@ -6,17 +6,19 @@ its input and its result.
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, get_args, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxarith import lazy, task_vectors, tree
-from jaxarith.typing import Params, Taus, Tree
+from jaxarith.typing import Coef, Params, PerTask, Taus, Tree
 
 
-def check(params_0: Params, taus: Taus, least: int = 1):
+def check(params_0: Params, taus: Taus, least: int = 1) -> None:
     """Raises a ValueError, with paths, for task vectors that cannot be merged.
 
     Args:
@@ -28,7 +30,7 @@ def check(params_0: Params, taus: Taus, least: int = 1):
     check_values(params_0, taus)
 
 
-def check_fit(params_0: Params, taus: Taus, least: int = 1):
+def check_fit(params_0: Params, taus: Taus, least: int = 1) -> None:
     """The part of `check` that reads no values: structure, shapes and number."""
     if not isinstance(taus, list | tuple) or hasattr(taus, "_fields"):
         kind = type(taus).__name__
@@ -50,30 +52,41 @@ def check_fit(params_0: Params, taus: Taus, least: int = 1):
         )
 
 
-def check_values(params_0: Params, taus: Taus):
+def check_values(params_0: Params, taus: Taus) -> None:
     """The part of `check` that reads all values: none is NaN or infinite."""
     tree.check_finite(params_0, "pre-trained model")
     for i, tau in enumerate(taus):
         tree.check_finite(tau, f"task vector {i}")
 
 
-def check_sum(merged: Tree, params_0: Params, taus: Taus):
+def check_sum(merged: Tree, params_0: Params, taus: Taus) -> None:
     """`check_values` of what was summed, at the cost of reading the sum.
 
-    A weighted sum of numbers of which one is NaN or infinite is neither finite. Where
-    the sum is finite, so was all that went into it.
+    A sum that includes NaN or infinity is not finite either. Where the sum is finite,
+    so was all that went into it.
     """
     if tree.is_finite(merged):
         return
     check_values(params_0, taus)
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(merged)):
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(merged)):
         raise ValueError(
             "the sum of the task vectors overflows the dtype of the parameters. Lower "
             "the coefficients, or merge in float32."
         )
 
 
-def leaf_function(function=None, *, static=(), whole=False):
+@overload
+def leaf_function(function: Callable[..., Any]) -> Callable[..., jax.Array]: ...
+@overload
+def leaf_function(
+    *, static: str | Sequence[str] = (), whole: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., jax.Array]]: ...
+def leaf_function(
+    function: Callable[..., Any] | None = None,
+    *,
+    static: str | Sequence[str] = (),
+    whole: bool = False,
+) -> Callable[..., Any]:
     """Makes `function(leaf_0, taus, *args)` what `fold` takes, under `jit`.
 
     The function receives a leaf of `params_0` and the tuple of that leaf in every task
@@ -106,11 +119,11 @@ def leaf_function(function=None, *, static=(), whole=False):
 
 
 def fold(
-    merge_leaf: Callable,
+    merge_leaf: Callable[..., Any],
     params_0: Params,
     taus: Taus | Mapping[str, tuple],
-    *args,
-    **options,
+    *args: Any,
+    **options: Any,
 ) -> Params:
     """`merge_leaf(leaf_0, taus, *args, **options)` on every leaf that a tau has.
 
@@ -141,7 +154,7 @@ def widened(leaf: jax.Array) -> jax.Array:
     return jnp.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
 
 
-def at(statistic, path: str):
+def at(statistic: Any, path: str) -> Any:
     """A statistic of one leaf: the entry of its path, or what all leaves share."""
     return statistic[path] if isinstance(statistic, dict) else statistic
 
@@ -158,7 +171,9 @@ class Mapped(Mapping):
       *args: as for `fold`.
     """
 
-    def __init__(self, function: Callable, rows: Mapping[str, tuple], *args):
+    def __init__(
+        self, function: Callable[..., tuple], rows: Mapping[str, tuple], *args: Any
+    ):
         self._function, self._rows, self._args = function, rows, args
 
     def __getitem__(self, path: str) -> tuple:
@@ -182,17 +197,18 @@ class Mapped(Mapping):
 
 
 def unmapped(rows: Mapping[str, tuple]) -> Mapping[str, tuple]:
-    """Leaves of the same shapes that are there already, to ask for those."""
+    """Leaves of the same shapes that exist already, to look the shapes up."""
     return rows.unmapped if isinstance(rows, Mapped | lazy.Rows) else rows
 
 
-def one_of(value: str, known: Collection[str], name: str):
-    """Raises a ValueError unless the value of an option is a known one."""
-    if value not in known:
-        raise ValueError(f"unknown {name} {value!r}; known are {', '.join(known)}.")
+def one_of(value: str, known: Any, name: str) -> None:
+    """Raises a ValueError unless the value of an option is one of a `Literal`."""
+    options = get_args(known)
+    if value not in options:
+        raise ValueError(f"unknown {name} {value!r}; known are {', '.join(options)}.")
 
 
-def one_each(found: Collection, tasks: int, name: str):
+def one_each(found: Collection, tasks: int, name: str) -> None:
     """Raises a ValueError unless there is one of something for every task vector."""
     if len(found) != tasks:
         raise ValueError(
@@ -200,68 +216,76 @@ def one_each(found: Collection, tasks: int, name: str):
         )
 
 
-def per_task(values, tasks: int, name: str) -> jax.Array:
+def per_task(values: PerTask, tasks: int, name: str) -> jax.Array:
     """One number, or one per task, as `[task]`.
 
     Raises:
       ValueError: there are several numbers, but not one per task, or one is not finite.
     """
-    values = _finite(jnp.asarray(values, float), name)
-    if values.shape not in ((), (tasks,)):
+    found = _finite(jnp.asarray(values, float), name)
+    if found.shape not in ((), (tasks,)):
         raise ValueError(
-            f"{name} has shape {list(values.shape)}; expected one number, or one per "
+            f"{name} has shape {list(found.shape)}; expected one number, or one per "
             f"task vector: [{tasks}]."
         )
-    return jnp.broadcast_to(values, (tasks,))
+    return jnp.broadcast_to(found, (tasks,))
 
 
 def _finite(values, name):
     # In NumPy: what is known inside a `jit` is checked as well.
-    if not isinstance(values, jax.core.Tracer) and not np.isfinite(values).all():
+    if not isinstance(values, Tracer) and not np.isfinite(values).all():
         raise ValueError(f"{name} is {values}; it must be finite.")
     return values
 
 
-def one_number(value, name: str) -> jax.Array:
+def one_number(value: PerTask, name: str) -> jax.Array:
     """The coefficient of one merged vector.
 
     Raises:
       ValueError: there are several numbers, or it is not finite.
     """
-    value = _finite(jnp.asarray(value, float), name)
-    if value.ndim:
+    found = _finite(jnp.asarray(value, float), name)
+    if found.ndim:
         raise ValueError(
-            f"{name} has shape {list(value.shape)}; this method scales its one merged "
+            f"{name} has shape {list(found.shape)}; this method scales its one merged "
             "vector by one number."
         )
-    return value
+    return found
 
 
-def task_coefs(coef, taus: Taus, name: str = "coef"):
-    """A coefficient of every task as an argument of `fold`: `[task]`, or by path.
+Coefs = jax.Array | dict[str, jax.Array]  # an argument of `fold`: for all, or by path
+
+
+def task_coefs(coef: Coef, taus: Taus, name: str = "coef") -> Coefs:
+    """A coefficient of every task, `[task]`.
 
     Args:
-      coef: one number, one per task `[T]`, or a function of the path that gives either.
+      coef: one number, one per task `[T]`, or either by path.
+      taus: T task vectors.
+      name: what an error calls the coefficient.
     """
-    if not callable(coef):
+    if not isinstance(coef, Mapping) and not callable(coef):
         return per_task(coef, len(taus), name)
+    paths = tree.aligned(taus)
+    of_path = task_vectors.by_path(coef, paths, name)
     return {
-        path: per_task(coef(path), len(taus), f"{name} of {path}")
-        for path in tree.aligned(taus)
+        path: per_task(of_path(path), len(taus), f"{name} of {path}") for path in paths
     }
 
 
-def vector_coef(coef, taus: Taus, name: str = "coef"):
-    """The coefficient of a merged vector as an argument of `fold`: one, or by path.
+def vector_coef(coef: Coef, taus: Taus, name: str = "coef") -> Coefs:
+    """The coefficient of the one merged vector.
 
     Args:
-      coef: one number, or a function of the path that gives one.
+      coef: one number, or one by path.
+      taus: the task vectors, whose paths it is for.
+      name: what an error calls the coefficient.
     """
-    if not callable(coef):
+    if not isinstance(coef, Mapping) and not callable(coef):
         return one_number(coef, name)
-    return {
-        path: one_number(coef(path), f"{name} of {path}") for path in tree.aligned(taus)
-    }
+    paths = tree.aligned(taus)
+    of_path = task_vectors.by_path(coef, paths, name)
+    return {path: one_number(of_path(path), f"{name} of {path}") for path in paths}
 
 
 def keys(key: jax.Array, taus: Taus) -> dict[str, jax.Array]:

@@ -9,7 +9,7 @@ from jaxarith.typing import Params, Tree
 
 
 class Masked(NamedTuple):
-    """What methods give that make one model per task from one vector.
+    """The result of methods that make one model per task from one vector.
 
     Attributes:
       tau: the merged vector, a nested dict of the leaves that any task vector has, in
@@ -28,7 +28,8 @@ class Masked(NamedTuple):
         `task_vectors.apply(params_0, masked.vector(0))` is the model of the first task.
         """
         scale = self.scales[task]
-        return jax.tree.map(
-            lambda mask, leaf: scale.astype(leaf.dtype) * jnp.where(mask, leaf, 0),
-            *(self.masks[task], self.tau),
-        )
+
+        def of_task(mask, leaf):
+            return scale.astype(leaf.dtype) * jnp.where(mask, leaf, 0)
+
+        return jax.tree.map(of_task, self.masks[task], self.tau)

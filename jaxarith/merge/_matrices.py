@@ -51,7 +51,7 @@ def as_out_in(merge: Callable, taus: Sequence[jax.Array], is_in_out: bool) -> ja
     return merge([tau.T for tau in taus]).T if is_in_out else merge(taus)
 
 
-def svd(matrix: jax.Array):
+def svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The thin singular value decomposition `u[m, r], s[r], vt[r, n]`.
 
     Where a singular value is zero to rounding it and its vectors are exactly zero:

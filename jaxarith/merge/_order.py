@@ -6,14 +6,16 @@ the pattern that is looked for, until one is left.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxarith import tree
 from jaxarith.merge import _leaves
+from jaxarith.typing import Array
 
 TRIALS = 7  # as many as a pass counts at the speed of memory
 LARGE = 2**16  # entries from which on a first guess
@@ -21,7 +23,7 @@ SAMPLE = 64  # comes from every 64th row of a leaf
 WHOLE = 2**21  # entries up to which one program does all passes over a leaf
 
 
-def kth_magnitudes(rows: Mapping[str, tuple], rank: int | jax.Array) -> jax.Array:
+def kth_magnitudes(rows: Mapping[str, tuple], rank: int | Array) -> jax.Array:
     """The `rank`-th smallest magnitude of each vector; 0 for rank 0.
 
     Args:
@@ -49,17 +51,17 @@ def kth_magnitudes(rows: Mapping[str, tuple], rank: int | jax.Array) -> jax.Arra
     if isinstance(rank, int) and not rank:
         return jnp.zeros(tasks, dtype)
     xp, whole = (jnp, jnp.int32) if _traced(known, rank) else (np, np.int64)
-    rank = xp.broadcast_to(xp.asarray(rank, whole), (tasks,))
+    ranks: Any = xp.broadcast_to(xp.asarray(rank, whole), (tasks,))
     guess = None
     if size > LARGE:
         sample = {path: tuple(map(_sample, rows[path])) for path in rows}
         drawn = sum(row[0].size for row in sample.values())
-        near = (rank / size * drawn).round().clip(1, drawn).astype(whole)
+        near = (ranks / size * drawn).round().clip(1, drawn).astype(whole)
         guess = _search(sample, near, dtype)
-    return _search(rows, rank, dtype, guess)
+    return _search(rows, ranks, dtype, guess)
 
 
-def kth_of_leaf(row: tuple, rank: int | np.ndarray) -> jax.Array:
+def kth_of_leaf(row: tuple, rank: int | Array) -> jax.Array:
     """`kth_magnitudes` of a single leaf of T vectors; 0 if it has no entries.
 
     One program is the fastest for small leaves. For large ones it is slow: it stores
@@ -82,7 +84,7 @@ def _kth_of_leaf(row, rank):
 def _traced(*values) -> bool:
     """Whether `jit` is tracing any of the arrays."""
     leaves = jax.tree.leaves([dict(v) if isinstance(v, Mapping) else v for v in values])
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    return any(isinstance(leaf, Tracer) for leaf in leaves)
 
 
 def _sample(leaf):

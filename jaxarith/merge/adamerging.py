@@ -19,7 +19,7 @@ of 16 samples per task and step; here a task has one batch per step.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +29,11 @@ from jaxarith import tree
 from jaxarith.merge import _leaves
 from jaxarith.merge.task_arithmetic import add_scaled
 from jaxarith.merge.ties import agreeing, majority_sign, trim, trim_thresholds
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, Taus
 
 # Optax, losses and tqdm are imported in functions: `import jaxarith` stays light.
 
+Scope = Literal["layer", "task"]
 Batches = Sequence[dict] | Callable[[int], dict]
 
 
@@ -42,7 +43,7 @@ class AdaMerging(NamedTuple):
     Attributes:
       params: the merged parameters.
       coefs: λ: `[T]`, or layer-wise `{path: [T]}`. Without `density`, `params` are
-        `task_arithmetic(..., coef=coefs)`, or layer-wise `coef=coefs.__getitem__`.
+        `task_arithmetic(..., coef=coefs)`.
       losses: the mean entropy of every task before every step, `[steps, T]`.
     """
 
@@ -57,10 +58,10 @@ def adamerging(
     logits_fns: Sequence[Callable],
     batches: Sequence[Batches],
     *,
-    scope="layer",
-    coef=0.3,
-    steps=500,
-    learning_rate=1e-3,
+    scope: Scope = "layer",
+    coef: Coef = 0.3,
+    steps: int = 500,
+    learning_rate: float = 1e-3,
     clamp: tuple[float, float] | None = (0.0, 1.0),
     density: float | None = None,
 ) -> AdaMerging:
@@ -83,8 +84,7 @@ def adamerging(
         them: a network that is NaN there, as at zeros that it normalises, has a
         gradient of NaN.
       scope: "layer", a coefficient per task and parameter tensor, or "task".
-      coef: the initial λ: one number, one per task `[T]`, or layer-wise also a function
-        of the path that gives either.
+      coef: the initial λ: one number, one per task `[T]`, or layer-wise either by path.
       steps: steps of Adam.
       learning_rate: its learning rate.
       clamp: λ is cut to this interval in the model; None leaves it free, as
@@ -118,7 +118,7 @@ def adamerging(
     _leaves.check(params_0, taus)
     _check_options(scope, len(taus), logits_fns=logits_fns, batches=batches)
     raw = _initial(coef, taus, scope)
-    clamp = None if clamp is None else tuple(clamp)
+    clamp = None if clamp is None else (clamp[0], clamp[1])
     election = None if density is None else _elect(taus, density)
     # Once, not with every step.
     start, vectors = jax.device_put((params_0, tuple(taus)))
@@ -209,8 +209,13 @@ def _elected(taus, thresholds, majority):
 
 
 @functools.partial(jax.jit, static_argnames=("learning_rate", "clamp"))
-def adam_step(state, gradient, learning_rate, clamp):
-    """A step of the coefficients before the cut; `gradient` is that after it."""
+def adam_step(
+    state: tuple[Any, Any],
+    gradient: Any,
+    learning_rate: float,
+    clamp: tuple[float, float] | None,
+) -> tuple[Any, Any]:
+    """A step of the coefficients before the cut; `gradient` is the one after it."""
     import optax
 
     raw, moments = state
@@ -223,7 +228,7 @@ def adam_step(state, gradient, learning_rate, clamp):
     return optax.apply_updates(raw, updates), moments
 
 
-def clip(raw, clamp):
+def clip(raw: Any, clamp: tuple[float, float] | None) -> Any:
     """The coefficients that the model is merged with."""
     return jax.tree.map(lambda c: jnp.clip(c, *clamp), raw) if clamp else raw
 
@@ -232,7 +237,7 @@ def _initial(coef, taus, scope):
     coefs = _leaves.task_coefs(coef, taus)
     if scope == "task":
         if isinstance(coefs, dict):
-            raise ValueError('coef is a function of the path; use scope="layer".')
+            raise ValueError('coef is given by path; use scope="layer".')
         return coefs
     if isinstance(coefs, dict):
         return coefs
@@ -240,7 +245,7 @@ def _initial(coef, taus, scope):
 
 
 def _check_options(scope, tasks, **lists):
-    _leaves.one_of(scope, ("layer", "task"), "scope")
+    _leaves.one_of(scope, Scope, "scope")
     for name, found in lists.items():
         _leaves.one_each(found, tasks, name)
     for task, source in enumerate(lists["batches"]):

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxarith import tree
 from jaxarith.merge import _leaves
 from jaxarith.merge.adamerging import adam_step, clip
+from jaxarith.typing import PerTask
 
 
 def adamerging_tangent(
@@ -28,9 +29,9 @@ def adamerging_tangent(
     moves: Sequence[jax.Array],
     logits_fns: Sequence[Callable],
     *,
-    coef=0.3,
-    steps=500,
-    learning_rate=1e-3,
+    coef: PerTask = 0.3,
+    steps: int = 500,
+    learning_rate: float = 1e-3,
     clamp: tuple[float, float] | None = (0.0, 1.0),
     batch_size: int | None = None,
     key: jax.Array | None = None,
@@ -42,7 +43,8 @@ def adamerging_tangent(
         `evaluate.tangent`.
       moves: for each dataset, J(x; θ0) τ_t, `[T, N_d, ...]`: its `moves`.
       logits_fns: for each dataset, outputs `[B, ...]` to logits `[B, classes]`.
-      coef, steps, learning_rate, clamp: as for `adamerging`.
+      coef: the initial λ: one number, or one per task `[T]`.
+      steps, learning_rate, clamp: as for `adamerging`.
       batch_size: samples of a dataset per step, drawn without replacement within the
         step; None takes all samples in every step.
       key: PRNG key of the draws; not needed without `batch_size`.
@@ -80,7 +82,7 @@ def adamerging_tangent(
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1, or None.")
     if batch_size is not None and key is None:
         raise ValueError("batch_size needs a key to draw the samples.")
-    clamp = None if clamp is None else tuple(clamp)
+    clamp = None if clamp is None else (clamp[0], clamp[1])
     raw = _leaves.per_task(coef, tasks, "coef")
     (raw, _), losses = _descend(
         (raw, optax.adam(learning_rate).init(raw)),

@@ -4,15 +4,15 @@ Wortsman et al. Model soups: averaging weights of multiple fine-tuned models imp
 accuracy without increasing inference time. ICML 2022. arXiv:2203.05482.
 """
 
-import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxarith.merge import _leaves
 from jaxarith.merge.task_arithmetic import add_scaled
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Params, PerTask, Taus
 
 
-def average(params_0: Params, taus: Taus, *, weights=1.0) -> Params:
+def average(params_0: Params, taus: Taus, *, weights: PerTask = 1.0) -> Params:
     """The weighted mean of the fine-tuned models.
 
     Args:
@@ -33,10 +33,10 @@ def average(params_0: Params, taus: Taus, *, weights=1.0) -> Params:
       {'w': Array([0.75, 0.75], dtype=float32)}
     """
     _leaves.check_fit(params_0, taus)
-    weights = _leaves.per_task(weights, len(taus), "weights")
-    total = jnp.sum(weights)
-    if not isinstance(total, jax.core.Tracer) and not total > 0:
+    shares = _leaves.per_task(weights, len(taus), "weights")
+    total = jnp.sum(shares)
+    if not isinstance(total, Tracer) and not total > 0:
         raise ValueError(f"the weights sum to {total}; the sum must be positive.")
-    merged = _leaves.fold(add_scaled, params_0, taus, weights / total)
+    merged = _leaves.fold(add_scaled, params_0, taus, shares / total)
     _leaves.check_sum(merged, params_0, taus)
     return merged

@@ -16,26 +16,32 @@ K×K Gram matrix: one pass over the model, then steps in K variables. These are 
 iterates as in the full space, not an approximation.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
 from jaxarith import tree
 from jaxarith.merge import _awd_solvers, _leaves
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, Taus
+
+Scope = Literal["global", "layer"]
+Objective = Literal["reduce", "reverse"]
+Solver = Literal["gradient_descent", "direct", "adam"]
 
 
 def awd(
     params_0: Params,
     taus: Taus,
     *,
-    coef=0.3,
-    alpha=1e-4,
-    step_size=0.01,
-    steps=1000,
-    scope="global",
+    coef: Coef = 0.3,
+    alpha: float = 1e-4,
+    step_size: float = 0.01,
+    steps: int = 1000,
+    scope: Scope = "global",
     pattern: str | None = None,
-    objective="reduce",
-    solver="gradient_descent",
+    objective: Objective = "reduce",
+    solver: Solver = "gradient_descent",
     key: jax.Array | None = None,
 ) -> Params:
     r"""Merges disentangled vectors, :math:`\theta_0 + \lambda\sum_i(\tau_i-\delta)`.
@@ -47,8 +53,7 @@ def awd(
       params_0: pre-trained parameters.
       taus: K ≥ 2 task vectors. A leaf that one lacks counts as zero. A vector that is
         zero has no direction: its cosines count as 0 whatever δ is.
-      coef: the coefficient λ: one number, one per task `[K]`, or a function of the path
-        that gives either.
+      coef: the coefficient λ: one number, one per task `[K]`, or either by path.
       alpha: the weight α of the norm of δ, in units of 1/norm: vectors twice as long
         need half of it. The paper searches 1e-6 to 1e-2.
       step_size: the learning rate β in units of the mean squared norm of the task
@@ -89,9 +94,9 @@ def awd(
       >>> print(awd(params_0, taus, coef=1.0)["w"].round(3))
       [0.5 0.5]
     """
-    _leaves.one_of(scope, ("global", "layer"), "scope")
-    _leaves.one_of(objective, ("reduce", "reverse"), "objective")
-    _leaves.one_of(solver, ("gradient_descent", "direct", "adam"), "solver")
+    _leaves.one_of(scope, Scope, "scope")
+    _leaves.one_of(objective, Objective, "objective")
+    _leaves.one_of(solver, Solver, "solver")
     if key is not None and solver != "direct":
         raise ValueError(f'key is for solver="direct"; found solver={solver!r}.')
     _leaves.check(params_0, taus)
@@ -141,7 +146,11 @@ def awd(
 
 @jax.jit(static_argnames="steps")
 def redundant_coefs(
-    gram: jax.Array, alpha, step_size, steps: int, reverse: bool = False
+    gram: jax.Array,
+    alpha: float | jax.Array,
+    step_size: float | jax.Array,
+    steps: int,
+    reverse: bool | jax.Array = False,
 ) -> jax.Array:
     r"""The coefficients c of the redundant vector, :math:`\delta = \sum_k c_k\tau_k`.
 

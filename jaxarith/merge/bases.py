@@ -15,7 +15,6 @@ is a basis vector.
 Clusters need only the Gram matrix of the task vectors, which is one pass over them.
 """
 
-import numbers
 import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -23,11 +22,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxarith import task_vectors, tree
 from jaxarith.merge import _leaves
 from jaxarith.merge.average import average
-from jaxarith.typing import Params, Taus, Tree
+from jaxarith.typing import Array, Params, Taus, Tree
 
 
 class Bases(NamedTuple):
@@ -92,24 +92,25 @@ def bases(
     _leaves.check(params_0, taus)
     _check_negative(negative)
     cosines = tree.cosine(tree.gram(taus))
-    if clusters is None or isinstance(clusters, numbers.Integral):
-        clusters = cluster(cosines, clusters, negative=negative, seed=seed)
+    if clusters is None or isinstance(clusters, int | np.integer):
+        count = None if clusters is None else int(clusters)
+        found = cluster(cosines, count, negative=negative, seed=seed)
     elif negative is not None:
         raise ValueError(
             f"negative is {negative}, but a partition is used as it is; pass the "
             "number of clusters, or negative=None."
         )
     else:
-        clusters = checked_partition(clusters, len(taus))
+        found = checked_partition(clusters, len(taus))
     # A basis vector is a difference of models: it is rounded as they are, so they are
     # in float32 at least.
     wide = tree.map_with_path(_widened, params_0)
     vectors = []
-    for members in clusters:
+    for members in found:
         chosen = [taus[i] for i in members]
         merged = tree.restrict(inner(wide, chosen), tree.aligned(chosen))
         vectors.append(task_vectors.difference(merged, wide))
-    return Bases(vectors, clusters, cosines)
+    return Bases(vectors, found, cosines)
 
 
 def _widened(_, leaf):
@@ -119,7 +120,7 @@ def _widened(_, leaf):
 
 
 def cluster(
-    cosines: jax.Array,
+    cosines: Array,
     clusters: int | None = None,
     *,
     negative: float | None = None,
@@ -146,20 +147,20 @@ def cluster(
       >>> cluster(jnp.array([[1.0, -0.9, 0], [-0.9, 1, 0], [0, 0, 1]]), negative=-0.5)
       [[0], [1], [2]]
     """
-    cosines = _host(cosines)
-    tasks = len(cosines)
+    signed = _host(cosines)
+    tasks = len(signed)
     _check_negative(negative)
     if clusters is None:
-        clusters = eigengap(cosines)
+        clusters = eigengap(signed)
     if not 1 <= clusters <= tasks:
         raise ValueError(f"{clusters} clusters of {tasks} task vectors.")
     found = []
-    for members in _spectral(np.abs(cosines), clusters, seed):
-        signed = cosines[np.ix_(members, members)]
-        if negative is None or signed.min() >= negative:
+    for members in _spectral(np.abs(signed), clusters, seed):
+        within = signed[np.ix_(members, members)]
+        if negative is None or within.min() >= negative:
             found.append(members)
         else:
-            halves = _spectral(signed - signed.min(), 2, seed)
+            halves = _spectral(within - within.min(), 2, seed)
             found += [[members[i] for i in half] for half in halves]
     return sorted(found)
 
@@ -169,7 +170,7 @@ def _check_negative(negative):
         raise ValueError(f"negative is {negative}; it must be in [-1, 0), or None.")
 
 
-def eigengap(cosines: jax.Array) -> int:
+def eigengap(cosines: Array) -> int:
     """The number of clusters (line 3), by the largest gap from the second on.
 
     Args:
@@ -190,7 +191,7 @@ def eigengap(cosines: jax.Array) -> int:
 
 def _host(cosines):
     """The cosines as float64 NumPy, and exactly symmetric."""
-    if isinstance(cosines, jax.core.Tracer):
+    if isinstance(cosines, Tracer):
         raise ValueError("clusters cannot be found inside `jit`; pass a partition.")
     cosines = np.asarray(cosines, np.float64)
     if cosines.ndim != 2 or cosines.shape[0] != cosines.shape[1]:

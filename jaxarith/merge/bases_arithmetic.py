@@ -23,16 +23,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxarith import tree
 from jaxarith.merge import _leaves
 from jaxarith.merge.greedy_soup import checked_score
 from jaxarith.merge.task_arithmetic import task_arithmetic
-from jaxarith.typing import Params, Tree
+from jaxarith.typing import Coef, Params, Tree
 
 
 def bases_negation(
-    params_0: Params, vectors: Sequence[Tree], tau: Params, *, coef=1.0
+    params_0: Params, vectors: Sequence[Tree], tau: Params, *, coef: Coef = 1.0
 ) -> Params:
     """Subtracts the basis vector that is most similar to a task vector.
 
@@ -40,7 +41,7 @@ def bases_negation(
       params_0: pre-trained parameters.
       vectors: m basis vectors, as of `bases`.
       tau: the task vector of the task to forget, possibly of few training steps.
-      coef: the coefficient α: one number, or a function of the path.
+      coef: the coefficient α: one number, or one by path.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -60,16 +61,16 @@ def bases_negation(
     """
     _leaves.check(params_0, vectors)
     _leaves.check(params_0, [tau])
-    coef = _leaves.vector_coef(coef, vectors)
+    scale = _leaves.vector_coef(coef, vectors)
     cosines = similarities(vectors, tau)
-    if not isinstance(cosines, jax.core.Tracer) and not np.max(cosines) > 0:
+    if not isinstance(cosines, Tracer) and not np.max(cosines) > 0:
         raise ValueError(
             f"no basis vector is similar to the task vector: the cosines are "
             f"{np.asarray(cosines).tolist()}; subtracting one would not forget its "
             "task. Use the task vector itself."
         )
     nearest = jnp.argmax(cosines)
-    return _leaves.fold(_subtract_one, params_0, vectors, nearest, coef)
+    return _leaves.fold(_subtract_one, params_0, vectors, nearest, scale)
 
 
 @_leaves.leaf_function
@@ -82,7 +83,7 @@ def _subtract_one(leaf_0, vectors, which, coef):
 def similarities(vectors: Sequence[Tree], tau: Params) -> jax.Array:
     """The cosines of a task vector with each of m vectors, `[m]`."""
     rows = tree.aligned([tau, *vectors]).values()
-    products = sum(_products(tree.gathered(row)) for row in rows)
+    products = tree.total(_products(tree.gathered(row)) for row in rows)
     norms = tree.safe_sqrt(products[: len(vectors) + 1])
     scales = norms[0] * norms[1:]
     inner = products[len(vectors) + 1 :]
@@ -174,11 +175,16 @@ def bases_generalization(
         return Generalization(params_0, [], 0.0, value, kept)
 
     similar = [vectors[i] for i in chosen]
-    best = None
-    for coef in map(float, coefs):
+
+    def scored(coef):
         params = outer(params_0, similar, coef=coef)
         value = checked_score(score(params), f"the model with coefficient {coef}")
-        if best is None or value > best[0]:
-            best = value, coef, params
-    value, coef, params = best
-    return Generalization(params, chosen, coef, value, list(vectors))
+        return Generalization(params, chosen, coef, value, list(vectors))
+
+    first, *others = map(float, coefs)
+    best = scored(first)
+    for coef in others:
+        found = scored(coef)
+        if found.score > best.score:
+            best = found
+    return best

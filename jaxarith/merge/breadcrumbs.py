@@ -17,16 +17,16 @@ import jax.numpy as jnp
 
 from jaxarith import tree
 from jaxarith.merge import _leaves, _order
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, Taus
 
 
 def breadcrumbs(
     params_0: Params,
     taus: Taus,
     *,
-    beta=0.85,
-    gamma=0.993,
-    coef=0.3,
+    beta: float = 0.85,
+    gamma: float = 0.993,
+    coef: Coef = 0.3,
     axis: Callable[[str], int] | None = None,
 ) -> Params:
     """Adds task vectors from which the smallest and the largest entries are dropped.
@@ -41,8 +41,7 @@ def breadcrumbs(
       beta: the share of entries, in [0, 1), that is too small to matter.
       gamma: the quantile, in (beta, 1], above which entries are outliers. In mergekit's
         terms `density` is gamma - beta, and `gamma` is 1 - gamma.
-      coef: the coefficient α: one number, one per task `[T]`, or a function of the path
-        that gives either.
+      coef: the coefficient α: one number, one per task `[T]`, or either by path.
       axis: None takes the quantiles over a whole leaf, as the paper says. A function of
         the path that gives an axis takes them over every row along it: the authors'
         code does so over rows of PyTorch weights, which is `axis=input_axis`.
@@ -71,14 +70,14 @@ def breadcrumbs(
     for path, row in tree.aligned(taus).items():
         if not row[0].size:
             continue
-        by_row = axis is not None and row[0].ndim > 1
-        size = row[0].shape[axis(path)] if by_row else row[0].size
+        along = axis(path) if axis is not None and row[0].ndim > 1 else None
+        size = row[0].size if along is None else row[0].shape[along]
         low = min(floor_share(beta, size), size - 1)
         ranks = [low + 1, max(size - floor_share(1 - gamma, size), low + 1)]
-        if by_row:
-            limits[path] = _kth_of_rows(row, ranks, axis(path))
-        else:
+        if along is None:
             limits[path] = [_order.kth_magnitudes({path: row}, rank) for rank in ranks]
+        else:
+            limits[path] = _kth_of_rows(row, ranks, along)
     return _leaves.fold(_merge_leaf, params_0, taus, coefs, limits)
 
 

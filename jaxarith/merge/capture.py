@@ -11,7 +11,8 @@ of GPT-2, `DenseGeneral`). Nor are layers inside `nn.scan`, `nn.remat`, `nn.jit`
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,7 +24,7 @@ from jaxarith.typing import ApplyFn, Params
 
 
 def dense_inputs(
-    apply_fn: ApplyFn, params: Params, *inputs
+    apply_fn: ApplyFn, params: Params, *inputs: Any
 ) -> dict[str, list[jax.Array]]:
     """The inputs of every `flax.linen.Dense` that `apply_fn` calls.
 
@@ -72,7 +73,7 @@ def dense_inputs(
     return seen
 
 
-def dense_paths(apply_fn: ApplyFn, params: Params, *inputs) -> list[str]:
+def dense_paths(apply_fn: ApplyFn, params: Params, *inputs: Any) -> list[str]:
     """The kernels of `dense_inputs` in the order of their calls; nothing is computed.
 
     Raises:
@@ -90,8 +91,8 @@ def input_grams(
     params: Params,
     batches: Sequence[dict],
     *,
-    inputs=("image",),
-    token_mask=None,
+    inputs: Sequence[str] = ("image",),
+    token_mask: str | Callable[[str], str | None] | None = None,
     select: str = ".*",
 ) -> dict[str, jax.Array]:
     r"""The mean of :math:`x x^\top` over all real inputs of every Dense layer.

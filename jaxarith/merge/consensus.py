@@ -12,20 +12,18 @@ k = 1 removes what no task uses ("catastrophic" weights), and k = 2 also what on
 uses alone ("selfish" weights); k = 0 removes nothing.
 """
 
-from typing import Literal
-
 import jax.numpy as jnp
 
 from jaxarith import tree
 from jaxarith.merge import _leaves
 from jaxarith.merge.tall_masks import (
-    KINDS,
+    Of,
     check_thresholds,
     masks_of_leaf,
     multi_task_leaf,
     multi_task_statistics,
 )
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, PerTask, Taus
 
 
 def consensus(
@@ -33,9 +31,9 @@ def consensus(
     taus: Taus,
     *,
     least: int = 2,
-    threshold=0.4,
-    coef=1.0,
-    of: Literal["task_arithmetic", "ties"] = "task_arithmetic",
+    threshold: PerTask = 0.4,
+    coef: Coef = 1.0,
+    of: Of = "task_arithmetic",
     density: float = 0.2,
 ) -> Params:
     """Merges task vectors by Consensus TA, or of TIES; no mask is stored.
@@ -47,7 +45,7 @@ def consensus(
       threshold: λ ≥ 0 of the masks, one number or one per task `[T]`; the authors
         choose it for each task from 0.2, 0.3, …, 0.6, as `tall_thresholds` does.
       coef: the coefficient α, which the authors choose from 0.1, 0.2, …, 1 on
-        validation data: one number, or a function of the path.
+        validation data: one number, or one by path.
       of: how the multi-task vector is merged.
       density: the share of entries of every task vector that TIES keeps, in (0, 1].
 
@@ -66,13 +64,13 @@ def consensus(
     """
     if least != int(least) or least < 0:
         raise ValueError(f"least is {least}; it must be a number of tasks, 0 or more.")
-    _leaves.one_of(of, KINDS, "of")
+    _leaves.one_of(of, Of, "of")
     _leaves.check(params_0, taus, least=least)
     thresholds = check_thresholds(threshold, len(taus))
-    coef = _leaves.vector_coef(coef, taus)
+    coefs = _leaves.vector_coef(coef, taus)
     statistics = multi_task_statistics(tree.aligned(taus), of, density)
     return _leaves.fold(
-        *(_merge_leaf, params_0, taus, thresholds, statistics, coef), least=int(least)
+        _merge_leaf, params_0, taus, thresholds, statistics, coefs, least=int(least)
     )
 
 

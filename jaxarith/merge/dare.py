@@ -14,30 +14,34 @@ drawn again in every pass; the dropped vectors are not held as a whole.
 """
 
 from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxarith import tree
 from jaxarith.merge import _leaves, _order
 from jaxarith.merge.breadcrumbs import floor_share
 from jaxarith.merge.task_arithmetic import add_scaled
 from jaxarith.merge.ties import chosen, merge_rows
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, Taus
 
-RESCALES = ("inverse", "l1", "none")
+Strategy = Literal["random", "magnitude"]
+Rescale = Literal["inverse", "l1", "none"]
+Into = Literal["task_arithmetic", "average", "ties"]
 
 
 def dare(
     params_0: Params,
     taus: Taus,
     *,
-    drop_rate=0.9,
-    strategy="random",
-    rescale="inverse",
-    into="task_arithmetic",
-    coef=1.0,
-    density=0.2,
+    drop_rate: float = 0.9,
+    strategy: Strategy = "random",
+    rescale: Rescale = "inverse",
+    into: Into = "task_arithmetic",
+    coef: Coef = 1.0,
+    density: float = 0.2,
     key: jax.Array | None = None,
 ) -> Params:
     """Drops and rescales task vectors, and merges them.
@@ -54,8 +58,8 @@ def dare(
         these are few; "l1", what restores the sum of magnitudes in every leaf, as
         mergekit does; or "none".
       into: the merge that follows: "task_arithmetic", "average" or "ties".
-      coef: its coefficient λ: one number, one per task `[T]`, or a function of the path
-        that gives either. "average" divides it by T; "ties" takes one number.
+      coef: its coefficient λ: one number, one per task `[T]`, or either by path.
+        "average" divides it by T; "ties" takes one number.
       density: the share of entries that "ties" keeps in its trim, dropped entries
         counting among them; the other merges do without it.
       key: the key of the random draws, which "magnitude" does without.
@@ -76,8 +80,8 @@ def dare(
     """
     if not 0 <= drop_rate < 1:
         raise ValueError(f"drop_rate is {drop_rate}; it must be in [0, 1).")
-    _leaves.one_of(strategy, ("random", "magnitude"), "strategy")
-    _leaves.one_of(rescale, RESCALES, "rescale")
+    _leaves.one_of(strategy, Strategy, "strategy")
+    _leaves.one_of(rescale, Rescale, "rescale")
     check_into(into, density)
     if strategy == "random" and key is None:
         raise ValueError(
@@ -87,7 +91,7 @@ def dare(
     rows = tree.aligned(taus)
     if rescale == "l1":  # it sums over leaves
         rows = _leaves.Mapped(tree.gathered, rows)
-    if strategy == "random":
+    if key is not None and strategy == "random":
         keys = _leaves.keys(key, taus)
         share = 1 - drop_rate
         dropped = _leaves.Mapped(_drop_random, rows, keys, share, 1 / share, rescale)
@@ -102,18 +106,24 @@ def dare(
     return merge_into(into, params_0, taus, dropped, coef, density)
 
 
-def check_into(into: str, density: float):
+def check_into(into: Into, density: float) -> None:
     """Raises a ValueError unless these options of `merge_into` are possible."""
-    _leaves.one_of(into, ("task_arithmetic", "average", "ties"), "into")
-    chosen("official", density, None, None)
+    _leaves.one_of(into, Into, "into")
+    chosen("official", density)
 
 
-def merge_into(into, params_0: Params, taus, rows: Mapping, coef, density) -> Params:
+def merge_into(
+    into: Into,
+    params_0: Params,
+    taus: Taus,
+    rows: Mapping[str, tuple],
+    coef: Coef,
+    density: float,
+) -> Params:
     """Merges leaves by path, made of checked task vectors, as `into` of `dare` says."""
     if into == "ties":
-        options = chosen("official", density, None, None)
-        coef = _leaves.vector_coef(coef, taus)
-        return merge_rows(params_0, rows, options, coef)
+        options = chosen("official", density)
+        return merge_rows(params_0, rows, options, _leaves.vector_coef(coef, taus))
     coefs = _leaves.task_coefs(coef, taus)
     if into == "average":
         coefs = jax.tree.map(lambda coefs: coefs / len(taus), coefs)
@@ -147,13 +157,15 @@ def _drop_small(row, least, rescale):
     )
 
 
-def draw(key, share, shape):
+def draw(key: jax.Array, share: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     """A mask whose entries are true with probability `share`: a number, or an array."""
     # Always from float32 numbers: the bits do not depend on the dtype of the vectors.
     return jax.random.uniform(key, shape, jnp.float32) < jnp.asarray(share, jnp.float32)
 
 
-def rescaled(tau, kept, inverse, rescale):
+def rescaled(
+    tau: jax.Array, kept: jax.Array, inverse: Any, rescale: Rescale
+) -> jax.Array:
     """The kept entries, multiplied as `rescale` says.
 
     `inverse` is one over the share that is kept, or over each entry's probability.

@@ -23,25 +23,26 @@ from jaxarith import tree
 from jaxarith.merge import _leaves
 from jaxarith.merge.breadcrumbs import input_axis
 from jaxarith.merge.dare import (
-    RESCALES,
+    Into,
+    Rescale,
     check_into,
     draw,
     merge_into,
     rescaled,
 )
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, Taus
 
 
 def della(
     params_0: Params,
     taus: Taus,
     *,
-    drop_rate=0.3,
-    epsilon=0.07,
-    rescale="inverse",
-    into="ties",
-    coef=1.0,
-    density=1.0,
+    drop_rate: float = 0.3,
+    epsilon: float = 0.07,
+    rescale: Rescale = "inverse",
+    into: Into = "ties",
+    coef: Coef = 1.0,
+    density: float = 1.0,
     axis: Callable[[str], int] = input_axis,
     key: jax.Array,
 ) -> Params:
@@ -88,7 +89,7 @@ def della(
             f"drop_rate is {drop_rate} and epsilon {epsilon}; both ends of the window "
             "drop_rate ± epsilon must be in [0, 1)."
         )
-    _leaves.one_of(rescale, RESCALES, "rescale")
+    _leaves.one_of(rescale, Rescale, "rescale")
     check_into(into, density)
     _leaves.check(params_0, taus)
     rows, keys = tree.aligned(taus), _leaves.keys(key, taus)

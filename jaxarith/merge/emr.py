@@ -22,12 +22,14 @@ from jaxarith.merge import _leaves
 from jaxarith.merge._masked import Masked
 from jaxarith.typing import Params, Taus
 
+Preset = Literal["paper", "official"]
+
 
 def emr(
     params_0: Params,
     taus: Taus,
     *,
-    preset: Literal["paper", "official"] = "paper",
+    preset: Preset = "paper",
 ) -> Masked:
     """The unified vector of EMR-Merging, with a mask and a rescaler for every task.
 
@@ -55,7 +57,7 @@ def emr(
       >>> print(merged.tau["w"], merged.masks[0]["w"], merged.vector(0)["w"])
       [ 4. -3.] [ True False] [5. 0.]
     """
-    _leaves.one_of(preset, ("paper", "official"), "preset")
+    _leaves.one_of(preset, Preset, "preset")
     _leaves.check(params_0, taus)
     official, start = preset == "official", tree.flatten(params_0)
     tau, masks, sums = {}, [{} for _ in taus], jnp.zeros((2, len(taus)))

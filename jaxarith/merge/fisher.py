@@ -13,7 +13,8 @@ precisions are taken to be diagonal.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,9 @@ import numpy as np
 
 from jaxarith import task_vectors, tree
 from jaxarith.merge import _leaves
-from jaxarith.typing import Params, Taus, Tree
+from jaxarith.typing import ApplyFn, Coef, Params, Taus, Tree
 
-ESTIMATORS = ("per_example", "batch_squared")
+Estimator = Literal["per_example", "batch_squared"]
 
 
 def fisher(
@@ -31,9 +32,9 @@ def fisher(
     taus: Taus,
     fishers: Sequence[Tree],
     *,
-    weights=1.0,
-    normalize=False,
-    floor=0.0,
+    weights: Coef = 1.0,
+    normalize: bool = False,
+    floor: float = 0.0,
 ) -> Params:
     r"""The mean of the fine-tuned models, weighted by their Fisher information.
 
@@ -44,8 +45,8 @@ def fisher(
       taus: T task vectors. A leaf that one lacks counts as zero.
       fishers: for every task, the diagonal of its model's Fisher matrix; see
         `fisher_diagonal`. A leaf that one lacks counts as zero.
-      weights: the weight λ of every model: one number, one per task `[T]`, or a
-        function of the path that gives either. Only their ratios matter.
+      weights: the weight λ of every model: one number, one per task `[T]`, or either by
+        path. Only their ratios matter.
       normalize: whether to divide each Fisher by its norm over all leaves, so that
         models with more confident outputs do not outweigh the others. The authors'
         code does so.
@@ -71,7 +72,7 @@ def fisher(
     for i, of_task in enumerate(fishers):
         tree.check_part(of_task, params_0, f"Fisher {i}", "pre-trained parameters")
         tree.check_finite(of_task, f"Fisher {i}")
-    weights = _leaves.task_coefs(weights, taus, "weights")
+    factors = _leaves.task_coefs(weights, taus, "weights")
     scales = jnp.ones(len(taus))
     if normalize:
         scales = jnp.stack([_inverse(task_vectors.norm(f) + floor) for f in fishers])
@@ -80,7 +81,7 @@ def fisher(
         path: tuple(of_task.get(path, jnp.zeros(())) for of_task in flat)
         for path in tree.aligned(taus)
     }
-    return _leaves.fold(_merge_leaf, params_0, taus, rows, weights, scales, floor)
+    return _leaves.fold(_merge_leaf, params_0, taus, rows, factors, scales, floor)
 
 
 @_leaves.leaf_function
@@ -104,13 +105,13 @@ def _inverse(x):
 
 
 def fisher_diagonal(
-    apply_fn: Callable,
+    apply_fn: ApplyFn,
     params: Params,
     batches: Sequence[dict],
     *,
-    estimator="per_example",
+    estimator: Estimator = "per_example",
     part: Tree | None = None,
-    inputs=("image",),
+    inputs: Sequence[str] = ("image",),
     samples: int | None = None,
     key: jax.Array | None = None,
     chunk: int = 4,
@@ -140,7 +141,7 @@ def fisher_diagonal(
       A tree like `part`, in float32 or better.
 
     Raises:
-      ValueError: an unknown estimator, options that it has not, draws without a key,
+      ValueError: an unknown estimator, options that it lacks, draws without a key,
         a batch without a mask, no real sample, or outputs that are not logits `[B, C]`.
 
     Example:
@@ -149,7 +150,7 @@ def fisher_diagonal(
       >>> print(fisher_diagonal(apply_fn, {"w": jnp.zeros((1, 2))}, [batch])["w"])
       [[1. 1.]]
     """
-    _leaves.one_of(estimator, ESTIMATORS, "estimator")
+    _leaves.one_of(estimator, Estimator, "estimator")
     if samples is not None and (estimator != "per_example" or key is None):
         raise ValueError(
             "samples draws labels for the per_example estimator and needs a key; found "

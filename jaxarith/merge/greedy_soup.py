@@ -13,7 +13,7 @@ Recipe 1. Sort the models by held-out score, best first. Starting from
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxarith.merge import _leaves
 from jaxarith.merge.average import average
@@ -79,15 +79,15 @@ def greedy_soup(
     return soup
 
 
-def checked_score(score, of: str) -> float:
+def checked_score(score: Any, of: str) -> float:
     """What a `score` function returned, as a number that can be compared.
 
     Raises:
       ValueError: it is NaN.
     """
-    score = float(score)
-    if math.isnan(score):
+    value = float(score)
+    if math.isnan(value):
         raise ValueError(
             f"the score of {of} is NaN; it must be a number, larger for a better model."
         )
-    return score
+    return value

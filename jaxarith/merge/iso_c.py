@@ -12,15 +12,16 @@ singular values that are not zero to rounding, and the directions of the others,
 are noise, stay at zero.
 """
 
+import jax
 import jax.numpy as jnp
 
 from jaxarith import tree
 from jaxarith.merge import _leaves, _matrices
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, Taus
 
 
 def iso_c(
-    params_0: Params, taus: Taus, *, coef=1.0, matrices: str | None = None
+    params_0: Params, taus: Taus, *, coef: Coef = 1.0, matrices: str | None = None
 ) -> Params:
     """Merges task vectors by Iso-C.
 
@@ -30,7 +31,7 @@ def iso_c(
       params_0: pre-trained parameters.
       taus: T task vectors. A leaf that one lacks counts as zero.
       coef: the coefficient of the merged vector, which the authors choose on validation
-        data: one number, or a function of the path.
+        data: one number, or one by path.
       matrices: a regular expression of the paths of the 2-D leaves that are decomposed
         (by default all); the others are averaged.
 
@@ -57,10 +58,10 @@ def iso_c(
 def _merge_leaf(leaf_0, taus, is_matrix, coef):
     if not is_matrix:
         return leaf_0 + coef * (sum(taus) / len(taus))
-    u, s, vt = _matrices.svd(sum(taus))
+    u, s, vt = _matrices.svd(tree.total(taus))
     return leaf_0 + coef * mean_of_nonzero(s) * _matrices.dot(u, vt)
 
 
-def mean_of_nonzero(values):
+def mean_of_nonzero(values: jax.Array) -> jax.Array:
     """The mean over what is not zero, or zero."""
     return jnp.sum(values) / jnp.maximum(jnp.sum(values > 0), 1)

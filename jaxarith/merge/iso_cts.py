@@ -24,15 +24,15 @@ import jax.numpy as jnp
 from jaxarith import tree
 from jaxarith.merge import _leaves, _matrices
 from jaxarith.merge.iso_c import mean_of_nonzero
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, Taus
 
 
 def iso_cts(
     params_0: Params,
     taus: Taus,
     *,
-    coef=1.0,
-    common=0.8,
+    coef: Coef = 1.0,
+    common: float = 0.8,
     matrices: str | None = None,
     in_out: str = ".*kernel",
 ) -> Params:
@@ -44,7 +44,7 @@ def iso_cts(
       params_0: pre-trained parameters.
       taus: T task vectors. A leaf that one lacks counts as zero.
       coef: the coefficient of the merged vector, which the authors choose on validation
-        data: one number, or a function of the path.
+        data: one number, or one by path.
       common: the share of singular vectors that the sum of the task vectors provides,
         in [0, 1]. It is rounded so that the rest divides among the tasks; where there
         is less than half a vector for each task, this is Iso-C.

@@ -23,7 +23,9 @@ from jaxarith.merge import _leaves
 from jaxarith.typing import Params, Taus
 
 
-def karcher(params_0: Params, taus: Taus, *, max_iter=10, tol=1e-5) -> Params:
+def karcher(
+    params_0: Params, taus: Taus, *, max_iter: int = 10, tol: float = 1e-5
+) -> Params:
     """Averages the directions of the models on the sphere, and their norms by number.
 
     With two models it is `slerp` at 0.5 if their norms agree. Where the directions
@@ -68,12 +70,14 @@ def _merge_leaf(leaf_0, taus, max_iter, tol):
     )
 
 
-def mean_direction(cosines, some, max_iter, tol):
+def mean_direction(
+    cosines: jax.Array, some: jax.Array, max_iter: int, tol: float
+) -> tuple[jax.Array, jax.Array]:
     """The Karcher mean of unit vectors, as coefficients of these.
 
     Args:
       cosines: their inner products, `[K, K]`.
-      some: whether there is a vector, `[K]`.
+      some: whether a vector is not zero, `bool[K]`.
       max_iter, tol: as for `karcher`.
 
     Returns:

@@ -19,6 +19,7 @@ either side, by a strength that its learning rate does not scale.
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,8 @@ from jaxarith import tree
 from jaxarith.merge import _leaves
 from jaxarith.merge.ties import trim_thresholds
 from jaxarith.typing import Params, Taus, Tree
+
+Regularizer = Literal["paper", "official"]
 
 
 def localize_and_stitch(
@@ -69,7 +72,7 @@ def localize_and_stitch(
 
 
 def localize(
-    loss_fn: Callable,
+    loss_fn: Callable[[Params, dict], jax.Array],
     params_0: Params,
     tau: Params,
     batches: Iterable[dict],
@@ -78,7 +81,7 @@ def localize(
     epochs: int = 10,
     learning_rate: float = 1e7,
     l1: float = 1e-7,
-    regularizer: str = "paper",
+    regularizer: Regularizer = "paper",
     bias: float = 5.0,
 ) -> Params:
     r"""The mask of one task vector, learned from labelled samples.
@@ -121,7 +124,7 @@ def localize(
     """
     from tqdm import tqdm  # here, so that `import jaxarith` stays light
 
-    _leaves.one_of(regularizer, ("paper", "official"), "regularizer")
+    _leaves.one_of(regularizer, Regularizer, "regularizer")
     _leaves.check(params_0, [tau])
     threshold = _thresholds([tau], density)[0]
     params_0, tau = jax.device_put((params_0, tau))  # once, not with every batch
@@ -164,7 +167,7 @@ def _mask_rows(masks, taus):
     return {path: rows.get(path, (False,) * len(taus)) for path in tree.aligned(taus)}
 
 
-def check_bool(masks: Sequence[Tree]):
+def check_bool(masks: Sequence[Tree]) -> None:
     """Raises a ValueError, with the path, for a mask with a leaf that is not `bool`."""
     for i, mask in enumerate(masks):
         for path, leaf in tree.flatten(mask).items():

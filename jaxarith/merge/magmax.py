@@ -13,10 +13,10 @@ import functools
 import jax.numpy as jnp
 
 from jaxarith.merge import _leaves
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, Taus
 
 
-def magmax(params_0: Params, taus: Taus, *, coef=0.5) -> Params:
+def magmax(params_0: Params, taus: Taus, *, coef: Coef = 0.5) -> Params:
     """Merges by maximum magnitude selection.
 
     The paper fine-tunes on one task after the other, each from the weights of the one
@@ -25,8 +25,7 @@ def magmax(params_0: Params, taus: Taus, *, coef=0.5) -> Params:
     Args:
       params_0: pre-trained parameters.
       taus: T task vectors. A leaf that one lacks counts as zero.
-      coef: the coefficient λ of the merged vector: one number, or a function of the
-        path.
+      coef: the coefficient λ of the merged vector: one number, or one by path.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.

@@ -23,7 +23,9 @@ import jax.numpy as jnp
 
 from jaxarith import tree
 from jaxarith.merge import _leaves, _order
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, Taus
+
+Cross = Literal["sum", "normalized"]
 
 
 def pcb(
@@ -32,8 +34,8 @@ def pcb(
     *,
     density: float = 0.1,
     clip: float = 1e-4,
-    coef=1.0,
-    cross: Literal["sum", "normalized"] = "sum",
+    coef: Coef = 1.0,
+    cross: Cross = "sum",
 ) -> Params:
     """Merges task vectors by PCB-Merging.
 
@@ -51,7 +53,7 @@ def pcb(
       density: the share of entries of every task vector that is kept, in (0, 1].
       clip: the share of the smallest and of the largest magnitudes that are clipped, in
         [0, 0.5).
-      coef: the coefficient of the merged vector: one number, or a function of the path.
+      coef: the coefficient of the merged vector: one number, or one by path.
       cross: what an entry is multiplied with to compete between tasks: the "sum" of the
         task vectors, or that of the vectors "normalized" to magnitudes N(|τ|).
 
@@ -72,9 +74,9 @@ def pcb(
         raise ValueError(f"density is {density}; it must be in (0, 1].")
     if not 0 <= clip < 0.5:
         raise ValueError(f"clip is {clip}; it must be in [0, 0.5).")
-    _leaves.one_of(cross, ("sum", "normalized"), "cross")
+    _leaves.one_of(cross, Cross, "cross")
     _leaves.check(params_0, taus)
-    coef = _leaves.vector_coef(coef, taus)
+    coefs = _leaves.vector_coef(coef, taus)
     rows = tree.aligned(taus)
     # The indices of the authors' code, from 0, into sorted entries.
     size = sum(row[0].size for row in _leaves.unmapped(rows).values())
@@ -86,7 +88,7 @@ def pcb(
     cut = _order.kth_magnitudes(scores, min(int(size * (1 - density)), size - 1) + 1)
     top = jnp.max(jnp.stack([_largest(row) for row in scores.values()]), axis=0)
     return _leaves.fold(
-        *(_merge_leaf, params_0, rows, low, high, cut, top, coef), cross=cross
+        _merge_leaf, params_0, rows, low, high, cut, top, coefs, cross=cross
     )
 
 

@@ -29,8 +29,8 @@ def regmean(
     taus: Taus,
     grams: Sequence[Mapping[str, jax.Array]],
     *,
-    off_diagonal=0.9,
-    ridge=1e-6,
+    off_diagonal: float = 0.9,
+    ridge: float = 1e-6,
 ) -> Params:
     r"""Merges linear layers by regression on their inputs, and averages the rest.
 
@@ -68,10 +68,10 @@ def regmean(
     if not ridge >= 0:
         raise ValueError(f"ridge is {ridge}; it must not be negative.")
     _leaves.check(params_0, taus)
-    grams = _aligned_grams(params_0, taus, grams)
-    merged = _leaves.fold(_merge_leaf, params_0, taus, grams, off_diagonal, ridge)
+    rows = _aligned_grams(params_0, taus, grams)
+    merged = _leaves.fold(_merge_leaf, params_0, taus, rows, off_diagonal, ridge)
     try:
-        solved = [path for path, of_tasks in grams.items() if of_tasks]
+        solved = [path for path, of_tasks in rows.items() if of_tasks]
         tree.check_finite(tree.restrict(merged, solved), "solution")
     except ValueError as error:
         raise ValueError(f"singular Gram matrices; raise ridge: {error}") from error
@@ -113,7 +113,7 @@ def _merge_leaf(leaf_0, taus, grams, off_diagonal, ridge):
     taus = [tau.astype(dtype) for tau in taus]
     mean = sum(taus) / len(taus)
     shrunk = [_shrink(gram.astype(dtype), off_diagonal) for gram in grams]
-    total = sum(shrunk)
+    total = tree.total(shrunk)
     target = sum(
         jnp.dot(gram, tau - mean, precision="highest")
         for gram, tau in zip(shrunk, taus, strict=True)

@@ -19,7 +19,7 @@ from jaxarith import task_vectors, tree
 from jaxarith.merge import _leaves
 from jaxarith.merge.average import average
 from jaxarith.merge.regmean import regmean
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import ApplyFn, Params, Taus
 
 # `encoder/layers/3`, `encoder/layer/3`, `h/3`, `block/3`: the outermost one of a path.
 TRANSFORMER_LAYER = r"(.*?/)??(layers?|h|block)/\d+(?=/)"
@@ -28,13 +28,13 @@ TRANSFORMER_LAYER = r"(.*?/)??(layers?|h|block)/\d+(?=/)"
 def regmean_plusplus(
     params_0: Params,
     taus: Taus,
-    apply_fn: Callable,
+    apply_fn: ApplyFn,
     batches: Sequence[Sequence[dict]],
     *,
-    off_diagonal=0.95,
-    ridge=1e-6,
-    inputs=("image",),
-    token_mask=None,
+    off_diagonal: float = 0.95,
+    ridge: float = 1e-6,
+    inputs: Sequence[str] = ("image",),
+    token_mask: str | Callable[[str], str | None] | None = None,
     layers: str | None = TRANSFORMER_LAYER,
 ) -> Params:
     r"""Merges layer after layer by RegMean, each on the outputs of the merged ones.

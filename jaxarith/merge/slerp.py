@@ -8,17 +8,23 @@ has no paper; the conventions are those of mergekit and fusion_bench. With the a
                  + \frac{\sin(t\,\Omega)}{\sin\Omega}\,\theta_2.
 """
 
+from collections.abc import Mapping
+from typing import Literal
+
 import jax.numpy as jnp
-import numpy as np
 
 from jaxarith import tree
 from jaxarith.merge import _leaves
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, Taus
+
+Between = Literal["models", "task_vectors"]
 
 PARALLEL = 0.9995  # the |cos Ω| from which on both tools interpolate linearly
 
 
-def slerp(params_0: Params, taus: Taus, *, t=0.5, between="models") -> Params:
+def slerp(
+    params_0: Params, taus: Taus, *, t: Coef = 0.5, between: Between = "models"
+) -> Params:
     """Interpolates two fine-tuned models on the sphere, every tensor by itself.
 
     Tensors that are nearly parallel (|cos Ω| > 0.9995), or of which one is zero, are
@@ -27,8 +33,8 @@ def slerp(params_0: Params, taus: Taus, *, t=0.5, between="models") -> Params:
     Args:
       params_0: pre-trained parameters.
       taus: exactly two task vectors. A leaf that one lacks counts as zero.
-      t: the position between the first model (0) and the second (1): one number, or a
-        function of the path.
+      t: the position between the first model (0) and the second (1): one number, or one
+        by path.
       between: what the angle is measured between and what is interpolated: "models", or
         "task_vectors", after mergekit's `nuslerp` with a base model, but linear where
         |cos Ω| > 0.9995.
@@ -46,17 +52,18 @@ def slerp(params_0: Params, taus: Taus, *, t=0.5, between="models") -> Params:
       >>> print(slerp(params_0, taus)["w"].round(3))
       [0.707 0.707]
     """
-    _leaves.one_of(between, ("models", "task_vectors"), "between")
+    _leaves.one_of(between, Between, "between")
     _leaves.check(params_0, taus)
     if len(taus) != 2:
         raise ValueError(
             f"SLERP merges exactly two task vectors; found {len(taus)}. For more, "
             "`karcher` is the mean on the sphere."
         )
-    if not callable(t) and np.ndim(t):
+    by_path = callable(t) or isinstance(t, Mapping)
+    if not by_path and (shape := jnp.asarray(t).shape):
         raise ValueError(
-            f"t has shape {list(np.shape(t))}; expected one number, the position "
-            "between the first model (0) and the second (1), or a function of the path."
+            f"t has shape {list(shape)}; expected one number, the position between the "
+            "first model (0) and the second (1), or one by path."
         )
     t = _leaves.vector_coef(t, taus, "t")
     return _leaves.fold(_merge_leaf, params_0, taus, t, between=between)

@@ -10,29 +10,30 @@ is that of task arithmetic, :math:`\sum_t \tau_t`, or that of TIES with, as in t
 authors' code, the sum of the entries that agree.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxarith import task_vectors, tree
 from jaxarith.merge import _leaves
 from jaxarith.merge._masked import Masked
 from jaxarith.merge.greedy_soup import checked_score
 from jaxarith.merge.ties import agreeing, majority_sign, trim, trim_thresholds
-from jaxarith.typing import Params, Taus, Tree
+from jaxarith.typing import Params, PerTask, Taus, Tree
 
-KINDS = ("task_arithmetic", "ties")
+Of = Literal["task_arithmetic", "ties"]
 
 
 def tall_masks(
     params_0: Params,
     taus: Taus,
     *,
-    threshold=0.4,
-    of: Literal["task_arithmetic", "ties"] = "task_arithmetic",
+    threshold: PerTask = 0.4,
+    of: Of = "task_arithmetic",
     density: float = 0.2,
 ) -> Masked:
     """The multi-task vector and the mask of every task.
@@ -61,7 +62,7 @@ def tall_masks(
       >>> print(merged.tau["w"], merged.masks[0]["w"], merged.vector(0)["w"])
       [ 6. -2.] [ True False] [6. 0.]
     """
-    _leaves.one_of(of, KINDS, "of")
+    _leaves.one_of(of, Of, "of")
     _leaves.check(params_0, taus)
     thresholds = check_thresholds(threshold, len(taus))
     rows = tree.aligned(taus)
@@ -81,7 +82,7 @@ def tall_thresholds(
     score: Callable[[int, Tree], float],
     *,
     grid: Sequence[float] = (0.2, 0.3, 0.4, 0.5, 0.6),
-    of: Literal["task_arithmetic", "ties"] = "task_arithmetic",
+    of: Of = "task_arithmetic",
     density: float = 0.2,
 ) -> list[float]:
     """The threshold of each task under which its masked model scores best.
@@ -118,20 +119,22 @@ def tall_thresholds(
     return [float(grid[best]) for best in np.argmax(scores, axis=0)]
 
 
-def check_thresholds(threshold, tasks: int) -> jax.Array:
+def check_thresholds(threshold: PerTask, tasks: int) -> jax.Array:
     """One threshold per task, `[T]`.
 
     Raises:
       ValueError: one is negative or not a number, or there is a wrong number of them.
     """
     thresholds = _leaves.per_task(threshold, tasks, "threshold")
-    if not isinstance(thresholds, jax.core.Tracer) and not np.all(thresholds >= 0):
+    if not isinstance(thresholds, Tracer) and not np.all(thresholds >= 0):
         raise ValueError(f"threshold is {threshold}; it must not be negative.")
     return thresholds
 
 
-def multi_task_statistics(rows: dict[str, tuple], of: str, density: float):
-    """What `multi_task_leaf` needs of the whole vectors: nothing, or that of TIES.
+def multi_task_statistics(
+    rows: Mapping[str, tuple], of: Of, density: float
+) -> tuple[jax.Array, jax.Array] | None:
+    """What `multi_task_leaf` needs of whole vectors: for TIES, thresholds and sign.
 
     Raises:
       ValueError: `density` is out of range.
@@ -144,16 +147,20 @@ def multi_task_statistics(rows: dict[str, tuple], of: str, density: float):
     return trims, majority_sign(rows, trims)
 
 
-def multi_task_leaf(taus, statistics):
+def multi_task_leaf(
+    taus: Sequence[jax.Array], statistics: tuple[jax.Array, jax.Array] | None
+) -> jax.Array:
     """A leaf of the multi-task vector: the sum, or the disjoint sum of TIES."""
     if statistics is None:
-        return sum(taus)
+        return tree.total(taus)
     trims, majority = statistics
     kept, _ = agreeing(trim(taus, trims), majority)
-    return sum(kept)
+    return tree.total(kept)
 
 
-def masks_of_leaf(taus, merged, thresholds):
+def masks_of_leaf(
+    taus: Sequence[jax.Array], merged: jax.Array, thresholds: jax.Array
+) -> list[jax.Array]:
     """For each task, where its entries outweigh what the others add to them."""
     return [
         jnp.abs(tau) > threshold * jnp.abs(merged - tau)

@@ -3,18 +3,21 @@ r"""Task arithmetic: :math:`\theta_0 + \sum_t \lambda_t \tau_t`.
 Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023. arXiv:2212.04089.
 """
 
+from collections.abc import Sequence
+
+import jax
+
 from jaxarith.merge import _leaves
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, Taus
 
 
-def task_arithmetic(params_0: Params, taus: Taus, *, coef=1.0) -> Params:
+def task_arithmetic(params_0: Params, taus: Taus, *, coef: Coef = 1.0) -> Params:
     """Adds scaled task vectors; a negative coefficient makes the model forget.
 
     Args:
       params_0: pre-trained parameters.
       taus: T task vectors. A leaf that one lacks counts as zero.
-      coef: the coefficient λ: one number, one per task `[T]`, or a function of the
-        path that gives either.
+      coef: the coefficient λ: one number, one per task `[T]`, or either by path.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -37,7 +40,9 @@ def task_arithmetic(params_0: Params, taus: Taus, *, coef=1.0) -> Params:
 
 
 @_leaves.leaf_function
-def add_scaled(leaf_0, taus, coefs):
+def add_scaled(
+    leaf_0: jax.Array, taus: Sequence[jax.Array], coefs: jax.Array
+) -> jax.Array:
     """`leaf_0 + Σ_t coefs[t] · taus[t]` for one leaf."""
     # Unrolled: one loop over memory. A product with the stacked tasks copies them
     # first, at a sixth of the speed on a CPU.

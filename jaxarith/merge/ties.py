@@ -17,15 +17,20 @@ majority such an entry stays at zero here; their code keeps its negative values.
 """
 
 import functools
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxarith import tree
 from jaxarith.merge import _leaves, _order
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, PerTask, Taus
+
+PresetName = Literal["official", "adamerging", "mergekit"]
+Trim = Literal["global", "tensor"]
+Aggregate = Literal["mean", "sum", "max"]
 
 
 class Preset(NamedTuple):
@@ -35,18 +40,18 @@ class Preset(NamedTuple):
       density: the share of entries that is kept.
       coef: the coefficient of the merged vector.
       trim: whether a threshold is that of the whole vector or of each tensor.
-      aggregate: what is made of the entries that agree.
+      aggregate: how the entries that agree are merged.
       cancelled: the sign of an entry whose values cancel exactly.
     """
 
     density: float
     coef: float
-    trim: Literal["global", "tensor"] = "global"
-    aggregate: Literal["mean", "sum", "max"] = "mean"
+    trim: Trim = "global"
+    aggregate: Aggregate = "mean"
     cancelled: Literal["majority", "positive"] = "majority"
 
 
-PRESETS = {
+PRESETS: dict[PresetName, Preset] = {
     "official": Preset(density=0.2, coef=1.0),
     "adamerging": Preset(density=0.2, coef=0.3, aggregate="sum"),
     "mergekit": Preset(density=1.0, coef=1.0, trim="tensor", cancelled="positive"),
@@ -58,11 +63,11 @@ def ties(
     taus: Taus,
     *,
     density: float | None = None,
-    coef=None,
-    weights=None,
-    trim: Literal["global", "tensor"] | None = None,
-    aggregate: Literal["mean", "sum", "max"] | None = None,
-    preset: str = "official",
+    coef: Coef | None = None,
+    weights: PerTask | None = None,
+    trim: Trim | None = None,
+    aggregate: Aggregate | None = None,
+    preset: PresetName = "official",
 ) -> Params:
     """Merges task vectors by TIES.
 
@@ -87,8 +92,8 @@ def ties(
       taus: T task vectors. A leaf that one lacks counts as zero; a leaf that all lack
         does not count among the entries of which `density` is a share.
       density: the share of entries of every task vector that is kept, in (0, 1].
-      coef: the coefficient λ of the merged vector: a number, or a function of the path.
-        The authors search 0.8 to 2.5 for the mean.
+      coef: the coefficient λ of the merged vector: a number, or one by path. The
+        authors search 0.8 to 2.5 for the mean.
       weights: one number per task `[T]`: the trimmed vectors are multiplied by them
         before signs are elected, and the mean is weighted, as in mergekit.
       trim: `"global"`, or `"tensor"` to keep the ⌊density·n⌋ largest of the n entries
@@ -114,31 +119,41 @@ def ties(
     """
     options = chosen(preset, density, trim, aggregate)
     _leaves.check(params_0, taus)
-    coef = _leaves.vector_coef(options.coef if coef is None else coef, taus)
+    coefs = _leaves.vector_coef(options.coef if coef is None else coef, taus)
+    factors = None
     if weights is not None:
-        weights = _leaves.per_task(weights, len(taus), "weights")
-    return merge_rows(params_0, tree.aligned(taus), options, coef, weights)
+        factors = _leaves.per_task(weights, len(taus), "weights")
+    return merge_rows(params_0, tree.aligned(taus), options, coefs, factors)
 
 
-def chosen(preset, density, trim, aggregate) -> Preset:
+def chosen(
+    preset: PresetName,
+    density: float | None = None,
+    trim: Trim | None = None,
+    aggregate: Aggregate | None = None,
+) -> Preset:
     """The preset with the options that are not None.
 
     Raises:
       ValueError: an unknown option, or a density out of range.
     """
-    _leaves.one_of(preset, PRESETS, "preset")
+    _leaves.one_of(preset, PresetName, "preset")
     given = {"density": density, "trim": trim, "aggregate": aggregate}
     given = {name: value for name, value in given.items() if value is not None}
     options = PRESETS[preset]._replace(**given)
     if not 0 < options.density <= 1:
         raise ValueError(f"density is {options.density}; it must be in (0, 1].")
-    _leaves.one_of(options.trim, ("global", "tensor"), "trim")
-    _leaves.one_of(options.aggregate, ("mean", "sum", "max"), "aggregate")
+    _leaves.one_of(options.trim, Trim, "trim")
+    _leaves.one_of(options.aggregate, Aggregate, "aggregate")
     return options
 
 
 def merge_rows(
-    params_0: Params, rows: Mapping, options: Preset, coef, weights=None
+    params_0: Params,
+    rows: Mapping[str, tuple],
+    options: Preset,
+    coefs: _leaves.Coefs,
+    weights: jax.Array | None = None,
 ) -> Params:
     """TIES of the leaves of checked task vectors, by path."""
     thresholds = trim_thresholds(rows, options.density, options.trim)
@@ -146,12 +161,20 @@ def merge_rows(
     if options.cancelled == "majority":
         elected = majority_sign(rows, thresholds, weights)
     return _leaves.fold(
-        *(_merge_leaf, params_0, rows, thresholds, weights, elected, coef),
+        _merge_leaf,
+        params_0,
+        rows,
+        thresholds,
+        weights,
+        elected,
+        coefs,
         aggregate=options.aggregate,
     )
 
 
-def trim_thresholds(rows: Mapping[str, tuple], density: float, trim="global"):
+def trim_thresholds(
+    rows: Mapping[str, tuple], density: float, trim: Trim = "global"
+) -> Any:
     """The magnitudes `[T]` from which on the entries of each task vector are kept.
 
     Of d entries it is the (d - ⌊density·d⌋)-th smallest magnitude, exactly, which keeps
@@ -169,20 +192,24 @@ def trim_thresholds(rows: Mapping[str, tuple], density: float, trim="global"):
     }
 
 
-def trim(taus, thresholds):
+def trim(taus: Sequence[jax.Array], thresholds: jax.Array) -> list[jax.Array]:
     """A leaf of every task, zero where its magnitude is below the task's threshold."""
     pairs = zip(taus, thresholds, strict=True)
     return [jnp.where(jnp.abs(tau) >= least, tau, 0) for tau, least in pairs]
 
 
-def majority_sign(rows: Mapping[str, tuple], thresholds, weights=None) -> jax.Array:
+def majority_sign(
+    rows: Mapping[str, tuple],
+    thresholds: _leaves.Coefs,
+    weights: jax.Array | None = None,
+) -> jax.Array:
     """The sign that most entries of the trimmed vectors' sum have."""
     signs = (
         _sign_sum(row, _leaves.at(thresholds, path), weights)
         for path, row in rows.items()
     )
     signs = [tree.settled(sign) for sign in signs]
-    if any(isinstance(sign, jax.core.Tracer) for sign in signs):
+    if any(isinstance(sign, Tracer) for sign in signs):
         return jnp.sign(sum(signs))
     total = sum(map(int, signs))  # a model may have more entries than an int32 counts
     return jnp.asarray((total > 0) - (total < 0))
@@ -197,14 +224,18 @@ def _sign_sum(row, thresholds, weights):
     return positive - negative
 
 
-def weighted(taus, weights):
+def weighted(
+    taus: Sequence[jax.Array], weights: jax.Array | None
+) -> Sequence[jax.Array]:
     """A leaf of every task, multiplied by the task's weight if there are weights."""
     if weights is None:
         return taus
     return [weight * tau for weight, tau in zip(weights, taus, strict=True)]
 
 
-def agreeing(trimmed, cancelled):
+def agreeing(
+    trimmed: Sequence[jax.Array], cancelled: jax.Array | int
+) -> tuple[list[jax.Array], jax.Array]:
     """The entries of every task that have the elected sign, and that sign.
 
     Args:

@@ -12,10 +12,12 @@ where the mask γ_t is 1 on the entries of τ_t that are among its largest in ma
 from jaxarith import tree
 from jaxarith.merge import _leaves
 from jaxarith.merge.ties import trim, trim_thresholds
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, Taus
 
 
-def topk(params_0: Params, taus: Taus, *, density=0.05, coef=1.0) -> Params:
+def topk(
+    params_0: Params, taus: Taus, *, density: float = 0.05, coef: Coef = 1.0
+) -> Params:
     """Averages task vectors trimmed to their largest entries.
 
     The trim is that of TIES: one threshold per task over the whole vector, and entries
@@ -27,8 +29,7 @@ def topk(params_0: Params, taus: Taus, *, density=0.05, coef=1.0) -> Params:
       taus: T task vectors. A leaf that one lacks counts as zero; a leaf that all lack
         does not count among the entries of which `density` is a share.
       density: the share of entries of every task vector that is kept, in (0, 1].
-      coef: the coefficient λ: one number, one per task `[T]`, or a function of the
-        path that gives either.
+      coef: the coefficient λ: one number, one per task `[T]`, or either by path.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.

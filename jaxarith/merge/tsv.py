@@ -19,11 +19,11 @@ import jax.numpy as jnp
 
 from jaxarith import tree
 from jaxarith.merge import _leaves, _matrices
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, Taus
 
 
 def tsv(
-    params_0: Params, taus: Taus, *, coef=1.0, matrices: str | None = None
+    params_0: Params, taus: Taus, *, coef: Coef = 1.0, matrices: str | None = None
 ) -> Params:
     """Merges task vectors by TSV-Merge.
 
@@ -33,7 +33,7 @@ def tsv(
     Args:
       params_0: pre-trained parameters.
       taus: T task vectors. A leaf that one lacks counts as zero.
-      coef: the coefficient of the merged vector: one number, or a function of the path.
+      coef: the coefficient of the merged vector: one number, or one by path.
       matrices: a regular expression of the paths of the 2-D leaves that are decomposed
         (by default all); the others are averaged.
 

@@ -5,10 +5,10 @@ Schmidt. Robust Fine-Tuning of Zero-Shot Models. CVPR 2022. arXiv:2109.01903.
 """
 
 from jaxarith.merge.task_arithmetic import task_arithmetic
-from jaxarith.typing import Params
+from jaxarith.typing import Coef, Params
 
 
-def wise_ft(params_0: Params, tau: Params, *, coef=0.5) -> Params:
+def wise_ft(params_0: Params, tau: Params, *, coef: Coef = 0.5) -> Params:
     """Interpolates between the pre-trained and one fine-tuned model.
 
     What fine-tuning gains on its own distribution is mostly kept, and what it loses on
@@ -17,9 +17,9 @@ def wise_ft(params_0: Params, tau: Params, *, coef=0.5) -> Params:
     Args:
       params_0: pre-trained parameters.
       tau: one task vector. A leaf that it lacks stays at its pre-trained value.
-      coef: the mixing coefficient α: 0 is the pre-trained and 1 the fine-tuned model;
-        a number, or a function of the path. The paper recommends 0.5 where there is no
-        data to choose it with.
+      coef: the mixing coefficient α: 0 is the pre-trained and 1 the fine-tuned model; a
+        number, or one by path. The paper recommends 0.5 where there is no data to
+        choose it with.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.

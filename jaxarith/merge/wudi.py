@@ -19,6 +19,7 @@ at the pre-trained values; fusion_bench averages them.
 """
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,17 +28,20 @@ from jaxarith import tree
 from jaxarith.merge import _leaves, _matrices
 from jaxarith.typing import Params, Taus
 
+Method = Literal["adam", "closed"]
+Others = Literal["pretrained", "average"]
+
 
 def wudi(
     params_0: Params,
     taus: Taus,
     *,
-    method: str = "adam",
+    method: Method = "adam",
     steps: int = 300,
     learning_rate: float = 1e-5,
     matrices: str | None = ".*kernel",
     in_out: str = ".*kernel",
-    others: str = "pretrained",
+    others: Others = "pretrained",
 ) -> Params:
     """Merges task vectors by WUDI-Merging, which has no coefficient.
 
@@ -76,8 +80,8 @@ def wudi(
       [[2. 0.]
        [0. 1.]]
     """
-    _leaves.one_of(method, ("adam", "closed"), "method")
-    _leaves.one_of(others, ("pretrained", "average"), "others")
+    _leaves.one_of(method, Method, "method")
+    _leaves.one_of(others, Others, "others")
     _leaves.check(params_0, taus)
     are_matrices = _matrices.which(tree.aligned(taus), matrices)
     if others == "pretrained" and not any(are_matrices.values()):
@@ -105,7 +109,7 @@ def _merge_leaf(leaf_0, taus, is_matrix, is_in_out, adam, others):
 
 def _merge_matrices(taus, adam):
     """The merged vector of matrices [output, input]."""
-    start = sum(taus)
+    start = tree.total(taus)
 
     def accumulate(sums, tau):
         square = jnp.sum(tau**2)

@@ -13,19 +13,29 @@ and the divisor is one without `normalize`.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxarith import tree
+from jaxarith import task_vectors, tree
 from jaxarith.merge import _leaves, _order
 from jaxarith.merge.dare import draw, rescaled
 from jaxarith.merge.della import centered_ranks
 from jaxarith.merge.ties import agreeing, weighted
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, Taus
+
+MethodName = Literal[
+    "task_arithmetic",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "della",
+    "della_linear",
+]
 
 
 class Method(NamedTuple):
@@ -45,7 +55,7 @@ class Method(NamedTuple):
     rescale: bool
 
 
-METHODS = {
+METHODS: dict[MethodName, Method] = {
     "task_arithmetic": Method("all", False, False, False),
     "ties": Method("largest", True, True, False),
     "dare_linear": Method("random", False, False, True),
@@ -61,14 +71,14 @@ def generalized_task_arithmetic(
     params_0: Params,
     taus: Taus,
     *,
-    method: str,
-    weight,
-    density=1.0,
+    method: MethodName,
+    weight: Coef,
+    density: Coef = 1.0,
     normalize: bool | None = None,
     rescale: bool | None = None,
-    gamma=0.01,
-    epsilon=0.15,
-    coef=1.0,
+    gamma: Coef = 0.01,
+    epsilon: Coef = 0.15,
+    coef: Coef = 1.0,
     key: jax.Array | None = None,
 ) -> Params:
     """A merge of mergekit's task-arithmetic family.
@@ -101,8 +111,8 @@ def generalized_task_arithmetic(
       params_0: pre-trained parameters.
       taus: T task vectors. A leaf that one lacks counts as zero.
       method: a name of the table.
-      weight: the factor of a task vector: one number, one per task `[T]`, or a function
-        of the path that gives either.
+      weight: the factor of a task vector: one number, one per task `[T]`, or either by
+        path.
       density: the share of entries that stays, in [0, 1]; given like `weight`.
       normalize: whether to divide by the sum of the weights in A; None is the table's.
       rescale: whether the entries that stay are scaled to the sum of magnitudes that
@@ -111,7 +121,7 @@ def generalized_task_arithmetic(
       epsilon: of DELLA: entries of a row along the second axis are kept with
         probability density - epsilon (the smallest) to density + epsilon; both must be
         in (0, 1), unless the density is 0 or 1. Given like `weight`.
-      coef: mergekit's `lambda`: one number, or a function of the path.
+      coef: mergekit's `lambda`: one number, or one by path.
       key: the key of the random draws, which DARE and DELLA need.
 
     Returns:
@@ -129,43 +139,50 @@ def generalized_task_arithmetic(
       >>> print(generalized_task_arithmetic(params_0, taus, **options)["w"])
       [3.5 3.  0. ]
     """
-    _leaves.one_of(method, METHODS, "method")
-    keep, consensus, *defaults = METHODS[method]
-    given = (normalize, rescale)
-    normalize, rescale = (
-        default if choice is None else choice
-        for choice, default in zip(given, defaults, strict=True)
-    )
+    _leaves.one_of(method, MethodName, "method")
+    chosen = METHODS[method]
+    keep = chosen.keep
+    normalize = chosen.normalize if normalize is None else normalize
+    rescale = chosen.rescale if rescale is None else rescale
+    scale = "l1" if rescale else "none"
     if keep in ("random", "ranked") and key is None:
         raise ValueError(
             f"{method} needs a key of its draws, such as jax.random.key(0)."
         )
     _leaves.check(params_0, taus)
     weights = _leaves.task_coefs(weight, taus, "weight")
-    coef = _leaves.vector_coef(coef, taus)
+    coefs = _leaves.vector_coef(coef, taus)
     rows = tree.aligned(taus)
     if keep != "all":
         rows = _leaves.Mapped(tree.gathered, rows)  # what follows sums over leaves
-        shares = _shares(density, rows, "density")
-        scale = "l1" if rescale else "none"
     if keep in ("largest", "middle"):
+        shares = _shares(density, rows, "density")
         outliers = _shares(gamma if keep == "middle" else 0, rows, "gamma")
-        options = (shares, outliers, keep == "middle", scale)
-        rows = _leaves.Mapped(_keep_between, rows, *options)
-    if keep in ("random", "ranked"):
+        bounded = keep == "middle"
+        rows = _leaves.Mapped(_keep_between, rows, shares, outliers, bounded, scale)
+    if keep in ("random", "ranked") and key is not None:
+        shares = _shares(density, rows, "density")
         windows = _shares(epsilon if keep == "ranked" else 0, rows, "epsilon")
         _check_windows(shares, windows)
-        options = (_leaves.keys(key, taus), shares, windows, keep == "ranked", scale)
-        rows = _leaves.Mapped(_keep_random, rows, *options)
-    options = {"consensus": consensus, "normalize": normalize}
-    return _leaves.fold(_merge_leaf, params_0, rows, weights, coef, **options)
+        keys, ranked = _leaves.keys(key, taus), keep == "ranked"
+        rows = _leaves.Mapped(_keep_random, rows, keys, shares, windows, ranked, scale)
+    return _leaves.fold(
+        _merge_leaf,
+        params_0,
+        rows,
+        weights,
+        coefs,
+        consensus=chosen.consensus,
+        normalize=normalize,
+    )
 
 
-def _shares(value: float | Sequence | Callable, rows, name) -> dict[str, np.ndarray]:
+def _shares(value: Coef, rows, name) -> dict[str, np.ndarray]:
     """The share of every task `[T]` by path, in float64, as ⌊share·n⌋ needs it."""
-    shares = {}
-    for path, row in _leaves.unmapped(rows).items():
-        of_path = value(path) if callable(value) else value
+    shares, known = {}, _leaves.unmapped(rows)
+    value_of = task_vectors.by_path(value, known, name)
+    for path, row in known.items():
+        of_path = value_of(path)
         _leaves.per_task(of_path, len(row), f"{name} of {path}")
         shares[path] = np.broadcast_to(np.asarray(of_path, float), len(row))
         if not ((0 <= shares[path]) & (shares[path] <= 1)).all():

@@ -6,21 +6,23 @@ the models.
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxarith import tree
 from jaxarith.merge import _leaves
 from jaxarith.merge.slerp import PARALLEL
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, Taus
 
 
-def linear(params_0: Params, taus: Taus, *, weight, normalize=True) -> Params:
+def linear(
+    params_0: Params, taus: Taus, *, weight: Coef, normalize: bool = True
+) -> Params:
     """The weighted sum of the models `params_0 + tau`, or their weighted mean.
 
     Args:
       params_0: pre-trained parameters, or zeros.
       taus: T task vectors, or the models. A leaf that one lacks counts as zero.
-      weight: one number, one per task `[T]`, or a function of the path that gives
-        either.
+      weight: one number, one per task `[T]`, or either by path.
       normalize: whether the weights are divided by their sum.
 
     Returns:
@@ -53,7 +55,7 @@ def _normalized(weights):
     """Weights `[T]`, or those by path, divided by their sum."""
     totals = jax.tree.map(jnp.sum, weights)
     for path, total in tree.flatten(totals).items():
-        if not isinstance(total, jax.core.Tracer) and total == 0:
+        if not isinstance(total, Tracer) and total == 0:
             where = f" of {path}" if path else ""
             raise ValueError(
                 f"the weights{where} sum to zero and cannot be normalized; change "
@@ -62,7 +64,7 @@ def _normalized(weights):
     return jax.tree.map(jnp.divide, weights, totals)
 
 
-def slerp(params_0: Params, taus: Taus, *, t) -> Params:
+def slerp(params_0: Params, taus: Taus, *, t: Coef) -> Params:
     """Interpolates two models `params_0 + tau` on the sphere, tensor by tensor.
 
     Linear where |cos Ω| > 0.9995. A tensor that is zero in one model is at a right
@@ -71,8 +73,7 @@ def slerp(params_0: Params, taus: Taus, *, t) -> Params:
     Args:
       params_0: pre-trained parameters, or zeros.
       taus: two task vectors or models: mergekit's base model, and the other.
-      t: the position from the first (0) to the second (1): one number, or a function of
-        the path.
+      t: the position from the first (0) to the second (1): one number, or one by path.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -93,7 +94,7 @@ def slerp(params_0: Params, taus: Taus, *, t) -> Params:
 @_leaves.leaf_function(whole=True)
 def _slerp_leaf(leaf_0, taus, t):
     models = [leaf_0 + tau for tau in taus]
-    cosine = _cosine(*models, None, 1e-8)
+    cosine = _cosine(models, None, 1e-8)
     return _along_arc(models, t, cosine, jnp.abs(cosine) > PARALLEL)
 
 
@@ -101,9 +102,9 @@ def nuslerp(
     params_0: Params,
     taus: Taus,
     *,
-    weight,
-    flatten=True,
-    row_wise=False,
+    weight: Coef,
+    flatten: bool = True,
+    row_wise: bool = False,
 ) -> Params:
     """Interpolates two task vectors on the sphere; two models where `params_0` is zero.
 
@@ -113,8 +114,7 @@ def nuslerp(
     Args:
       params_0: pre-trained parameters, or zeros.
       taus: two task vectors, or the models. A leaf that one lacks counts as zero.
-      weight: one number, one per task `[2]`, or a function of the path that gives
-        either.
+      weight: one number, one per task `[2]`, or either by path.
       flatten: mergekit's `nuslerp_flatten`: whether a whole tensor is one vector.
         Otherwise the vectors run along an axis.
       row_wise: mergekit's `nuslerp_row_wise`: whether that is the first axis and not
@@ -143,7 +143,7 @@ def _nuslerp_leaf(leaf_0, taus, weights, axis):
     total = jnp.sum(weights)
     cancel = jnp.abs(total) < 1e-6
     t = jnp.where(cancel, 0.5, weights[1] / jnp.where(cancel, 1, total))
-    cosine = _cosine(*taus, axis if leaf_0.ndim else None, 1e-7)
+    cosine = _cosine(taus, axis if leaf_0.ndim else None, 1e-7)
     return leaf_0 + _along_arc(taus, t, cosine, 1 - cosine**2 <= 1e-16)
 
 
@@ -156,8 +156,9 @@ def _check_pair(params_0, taus):
         )
 
 
-def _cosine(a, b, axis, least):
+def _cosine(ends, axis, least):
     """The cosine of whole leaves, or along an axis; norms below `least` count as it."""
+    a, b = ends
     products = [a * a, b * b, a * b]
     if axis is None:
         sums = tree.sums(products)
@@ -177,7 +178,12 @@ def _along_arc(ends, t, cosine, linear):
 
 
 def multislerp(
-    params_0: Params, taus: Taus, *, weight, normalize=True, eps=1e-8
+    params_0: Params,
+    taus: Taus,
+    *,
+    weight: Coef,
+    normalize: bool = True,
+    eps: float = 1e-8,
 ) -> Params:
     r"""The weighted mean of directions, with the weighted mean of norms.
 
@@ -193,8 +199,7 @@ def multislerp(
     Args:
       params_0: pre-trained parameters, or zeros where the models are interpolated.
       taus: T task vectors, or the models. A single one is taken as it is.
-      weight: one number, one per task `[T]`, or a function of the path that gives
-        either.
+      weight: one number, one per task `[T]`, or either by path.
       normalize: mergekit's `normalize_weights`: whether they are divided by their sum.
       eps: added to norms, and the length below which the mean has no direction.
 
@@ -223,7 +228,7 @@ def _multislerp_leaf(leaf_0, taus, weights, eps):
         return leaf_0 + taus[0]
     norms = tree.safe_sqrt(tree.sums([tau * tau for tau in taus]))
     shares = weights / (norms + eps)
-    mean = sum(share * tau for share, tau in zip(shares, taus, strict=True))
+    mean = tree.total(s * tau for s, tau in zip(shares, taus, strict=True))
     length = tree.safe_sqrt(tree.sums([mean * mean])[0])
     found = length >= eps
     scale = jnp.sum(weights * norms) / jnp.where(found, length, 1)
@@ -231,7 +236,7 @@ def _multislerp_leaf(leaf_0, taus, weights, eps):
     return leaf_0 + jnp.where(found, scale * mean, added)
 
 
-def model_stock(params_0: Params, taus: Taus, *, filter_wise=False) -> Params:
+def model_stock(params_0: Params, taus: Taus, *, filter_wise: bool = False) -> Params:
     """Model Stock with the cosines as they are: see `merge.model_stock`.
 
     Three things differ from that one. A negative cosine moves away from the mean; where

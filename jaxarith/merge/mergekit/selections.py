@@ -3,22 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxarith import tree
 from jaxarith.merge import _leaves, _order
-from jaxarith.merge.karcher import karcher as karcher
-from jaxarith.merge.mergekit.arithmetic import (
-    generalized_task_arithmetic as generalized_task_arithmetic,
-)
-from jaxarith.merge.mergekit.averages import linear as linear
-from jaxarith.merge.mergekit.averages import multislerp as multislerp
-from jaxarith.merge.mergekit.averages import nuslerp as nuslerp
-from jaxarith.merge.mergekit.averages import slerp as slerp
 from jaxarith.merge.ties import agreeing
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, Taus
 
 
-def sce(params_0: Params, taus: Taus, *, select_topk=1.0) -> Params:
+def sce(params_0: Params, taus: Taus, *, select_topk: Coef = 1.0) -> Params:
     """SCE: select entries that vary, calculate weights, erase minority signs.
 
     Wan, Zhong, Yang, Zhang, Li, Quan. FuseChat. arXiv:2408.07990.
@@ -33,8 +26,8 @@ def sce(params_0: Params, taus: Taus, *, select_topk=1.0) -> Params:
     Args:
       params_0: pre-trained parameters.
       taus: T task vectors. A leaf that one lacks counts as zero.
-      select_topk: the share, in [0, 1]: one number, or a function of the path. One
-        selects all entries, those without variance too; zero none.
+      select_topk: the share, in [0, 1]: one number, or one by path. One selects all
+        entries, those without variance too; zero none.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -52,7 +45,7 @@ def sce(params_0: Params, taus: Taus, *, select_topk=1.0) -> Params:
     _leaves.check(params_0, taus)
     shares = _leaves.vector_coef(select_topk, taus, "select_topk")
     for path, share in tree.flatten(shares).items():
-        known = not isinstance(share, jax.core.Tracer)
+        known = not isinstance(share, Tracer)
         if known and not 0 <= np.asarray(share) <= 1:
             where = f" of {path}" if path else ""
             raise ValueError(f"select_topk{where} is {share}; it must be in [0, 1].")
@@ -100,14 +93,14 @@ def _keep_varying(row, variance, share):
     return tuple(jnp.where(varying | (share >= 1), tau, 0) for tau in row)
 
 
-def nearswap(params_0: Params, taus: Taus, *, t) -> Params:
+def nearswap(params_0: Params, taus: Taus, *, t: Coef) -> Params:
     """Takes over from the other model the entries that are near: min(1, t/|τ|) of each.
 
     Args:
       params_0: mergekit's base model.
       taus: one task vector.
-      t: the distance up to which an entry is taken over whole: one number, or a
-        function of the path.
+      t: the distance up to which an entry is taken over whole: one number, or one by
+        path.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
