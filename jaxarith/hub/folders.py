@@ -42,14 +42,14 @@ class Checkpoint(NamedTuple):
     """The weights of a folder, not read yet.
 
     Attributes:
-      file: the file that holds or lists the tensors.
       tensors: the tensors by their names in the file; those of msgpack have slashes.
       metadata: what the header of the file says, or that of the first shard.
+      file: the file that holds or lists the tensors.
     """
 
-    file: Path
     tensors: dict[str, Stored]
     metadata: dict[str, str]
+    file: Path
 
 
 def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
@@ -61,11 +61,11 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
     """
     folder = existing(folder)
     if (file := folder / WEIGHTS).is_file():
-        return Checkpoint(file, *safetensors.open_file(file))
+        return Checkpoint(*safetensors.open_file(file), file)
     if (file := folder / INDEX).is_file():
         return _open_shards(file)
     if (file := folder / MSGPACK).is_file():
-        return Checkpoint(file, _open_msgpack(file), {})
+        return Checkpoint(_open_msgpack(file), {}, file)
     names = [file.name for file in folder.iterdir()]
     raise FileNotFoundError(no_weights(str(folder), names))
 
@@ -77,9 +77,9 @@ def open_tensors(folder: str | os.PathLike) -> tuple[Path, dict[str, Stored]]:
       FileNotFoundError: the folder, its weights or one of the shards does not exist.
       ValueError: a file is corrupt, or holds something other than arrays of numbers.
     """
-    file, tensors, _ = open_checkpoint(folder)
-    checks.check_numeric(tensors)
-    return file, tensors
+    found = open_checkpoint(folder)
+    checks.check_numeric(found.tensors)
+    return found.file, found.tensors
 
 
 def names(folder: str | os.PathLike) -> set[str]:
@@ -194,7 +194,7 @@ def _open_shards(index):
         tensors |= held
     # The index decides where a tensor stands that several shards hold.
     tensors |= {name: files[path][0][name] for name, path in file_of.items()}
-    return Checkpoint(index, tensors, next(iter(files.values()))[1])
+    return Checkpoint(tensors, next(iter(files.values()))[1], index)
 
 
 def _open_msgpack(path):

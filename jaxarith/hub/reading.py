@@ -61,16 +61,16 @@ def load(
       >>> config = clip.CLIPConfig.from_json(read_json(folder))  # doctest: +SKIP
       >>> params = load(folder, clip.layout(config))  # doctest: +SKIP
     """
-    file, stored, _ = folders.open_checkpoint(folder)
+    found = folders.open_checkpoint(folder)
     expected = tree.flatten(layout)
-    stored = layouts.to_flax(stored, set(expected))
+    stored = layouts.to_flax(found.tensors, set(expected))
     stored = layouts.without_extras(stored, set(expected), ignore, copies or {})
     if select is not None:
         expected = tree.flatten(tree.select(layout, select))
         stored = {path: leaf for path, leaf in stored.items() if path in expected}
-    layouts.check(file, expected, stored)
+    layouts.check(found.file, expected, stored)
     leaves = {path: converted(stored[path].read(), dtype) for path in expected}
-    checks.check_finite(leaves, str(file))
+    checks.check_finite(leaves, str(found.file))
     return tree.unflatten(leaves)
 
 
