@@ -1,10 +1,8 @@
 """Figures 2 and 7: models of one task, from parts of their vectors and at any λ.
 
-Xiong et al. Multi-Task Model Merging via Adaptive Weight Disentanglement.
-arXiv:2411.18729: Section 4.2, Appendix 8.5.
+Xiong et al. Adaptive Weight Disentanglement. arXiv:2411.18729: section 4.2, 8.5.
 
     python -m experiments.awd.figure2_single_models --data-dir DATA
-    python -m experiments.awd.figure2_single_models --smoke --out runs/smoke
 
 Figure 2 compares on every task the fine-tuned model, θ0 + τ_i of the linear weights of
 the blocks alone, and θ0 + (τ_i - δ) after AWD; that of RoBERTa is with `table3_glue`.
@@ -16,8 +14,6 @@ Published, as plots only: the three models of Figure 2 are alike on every task, 
 "when λ > 0.3 for each combination of Θ + λτ_i, its performance is close to that of the
 fully fine-tuned model". Figure 2 is of ViT-B/32 and, it seems, Figure 7 of ViT-B/32
 and ViT-L/14.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -35,15 +31,9 @@ COEFS = np.linspace(0, 1, 11)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Models of one task, from parts of their vectors and at any λ."""
-
     out: Path = Path("runs/awd/figure2")
-    """Folder for figure2_<model>.png, figure7_<model>.png and the report."""
     models: tuple[str, ...] = (options.B32, options.L14)
-    """CLIPs: folders, or ids of the Hugging Face Hub."""
     tasks: tuple[str, ...] = disentangled.TASKS
-    """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
-    FOLDER/<split>/<class>/."""
     alpha: float = 1e-4
     """α of AWD; take that which `table1_addition` has found."""
 

@@ -1,7 +1,6 @@
 """Table 11 and Figure 3: accuracy by the number of tasks, and by the coefficient.
 
-Xiong et al. Multi-Task Model Merging via Adaptive Weight Disentanglement.
-arXiv:2411.18729: Section 4.5, Appendix 8.6.
+Xiong et al. Adaptive Weight Disentanglement. arXiv:2411.18729: section 4.5, 8.6.
 
     python -m experiments.awd.figure3_number_of_tasks --data-dir DATA
     python -m experiments.awd.figure3_number_of_tasks --tasks a=A b=B c=C d=D e=E \\
@@ -27,8 +26,6 @@ of each size or, where there are more, eight of them, drawn with the seed. λ of
 …, 1 is chosen for each subset on its validation data, and so is α of AWD. The intervals
 are those of Student's t over the subsets of a list, as if they were independent, which
 subsets that share tasks are not.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -115,13 +112,8 @@ SUBSETS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Accuracy by the number of tasks, and by λ."""
-
     out: Path = Path("runs/awd/figure3")
-    """Folder for figure3a.png, figure3b.png, report.json and report.md."""
     tasks: tuple[str, ...] = disentangled.TASKS
-    """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
-    FOLDER/<split>/<class>/."""
 
 
 def subsets_of(names: Sequence[str], *, seed: int, largest: int = 8) -> list[tuple]:

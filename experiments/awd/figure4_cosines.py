@@ -1,10 +1,8 @@
 """Figures 4 and 6: cosines before and after AWD, and accuracy against them.
 
-Xiong et al. Multi-Task Model Merging via Adaptive Weight Disentanglement.
-arXiv:2411.18729: Section 4.6, Appendix 8.2.
+Xiong et al. Adaptive Weight Disentanglement. arXiv:2411.18729: section 4.6, 8.2.
 
     python -m experiments.awd.figure4_cosines --data-dir DATA
-    python -m experiments.awd.figure4_cosines --smoke --out runs/smoke
 
 Figure 4 has the cosines of all pairs of task vectors, and of those that AWD has
 disentangled. For Figure 6 α is varied and λ is not: the mean |cosine| that is left, as
@@ -17,8 +15,6 @@ normalised cosine similarity between disentangled task vectors decreases, the
 performance of the merged model correspondingly improves". The paper states neither the
 values of α nor λ; here they are 1e-6, …, 1 in half decades, and 0.3. Cosines are of
 the linear weights of the blocks, before and after.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -37,15 +33,9 @@ ALPHAS = np.logspace(-6, 0, 13)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Cosines before and after, accuracy against them."""
-
     out: Path = Path("runs/awd/figure4")
-    """Folder for figure4_<model>.png, figure6_<model>.png and the report."""
     models: tuple[str, ...] = (options.B32, options.L14)
-    """CLIPs: folders, or ids of the Hugging Face Hub."""
     tasks: tuple[str, ...] = disentangled.TASKS
-    """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
-    FOLDER/<split>/<class>/."""
     alpha: float = 1e-4
     """α of Figure 4; take that which `table1_addition` has found."""
     coef: float = 0.3

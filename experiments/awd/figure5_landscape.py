@@ -1,7 +1,6 @@
 """Figure 5: the joint loss of two tasks on the plane of their vectors.
 
-Xiong et al. Multi-Task Model Merging via Adaptive Weight Disentanglement.
-arXiv:2411.18729: Section 4.6.
+Xiong et al. Adaptive Weight Disentanglement. arXiv:2411.18729: Section 4.6.
 
     python -m experiments.awd.figure5_landscape --data-dir DATA
     python -m experiments.awd.figure5_landscape --pairs mnist,svhn --out runs/figure5
@@ -14,8 +13,6 @@ Data: those of `table1_addition`, whose task vectors are taken from the bank.
 Published, as plots only, of ViT-B/32: RESISC45 with Cars and SUN397 with DTD, where
 "disentangled task vectors [...] exhibit a more expansive low-loss basin". The grid and
 the samples are not stated; here they are 21 × 21 on [-0.5, 1.5]² and 2048 of each task.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -37,13 +34,8 @@ PAIRS = ("resisc45,cars", "sun397,dtd")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """The joint loss of two tasks on the plane of their vectors."""
-
     out: Path = Path("runs/awd/figure5")
-    """Folder for figure5_<task>_<task>.png, report.json and report.md."""
     tasks: tuple[str, ...] = disentangled.TASKS
-    """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
-    FOLDER/<split>/<class>/."""
     pairs: tuple[str, ...] = PAIRS
     """Pairs of the tasks, with a comma between them."""
     alpha: float = 1e-4

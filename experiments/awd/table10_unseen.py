@@ -1,7 +1,6 @@
 """Table 10: six tasks are merged, and two others are looked at too.
 
-Xiong et al. Multi-Task Model Merging via Adaptive Weight Disentanglement.
-arXiv:2411.18729: Appendix 8.4.
+Xiong et al. Adaptive Weight Disentanglement. arXiv:2411.18729: Appendix 8.4.
 
     python -m experiments.awd.table10_unseen --data-dir DATA
     python -m experiments.awd.table10_unseen --unseen dtd,svhn --out runs/table10_dtd
@@ -22,8 +21,6 @@ that are not, by which the tables are called:
 The 61.9 is the mean of the two printed accuracies; the text of the table lacks it. Of
 the second split AWD's 76.7 on DTD is at odds with the mean 81.1, which implies about
 60. λ and α are chosen on the validation data of the tasks that are merged.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -50,15 +47,9 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Accuracy on tasks whose vectors are not merged."""
-
     out: Path = Path("runs/awd/table10")
-    """Folder for report.json and report.md."""
     model: str = options.B16
-    """A CLIP: a folder, or an id of the Hugging Face Hub."""
     tasks: tuple[str, ...] = disentangled.TASKS
-    """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
-    FOLDER/<split>/<class>/."""
     unseen: tuple[str, ...] = tuple(SEEN)
     """Of every split the tasks that are not merged, with commas between them."""
 

@@ -1,7 +1,6 @@
 """Tables 1, 2 and 4: eight image models merged by every method, on three CLIPs.
 
-Xiong et al. Multi-Task Model Merging via Adaptive Weight Disentanglement.
-arXiv:2411.18729.
+Xiong et al. Adaptive Weight Disentanglement. arXiv:2411.18729.
 
     python -m experiments.awd.table1_addition --data-dir DATA
     python -m experiments.awd.table1_addition --out runs/table2 \\
@@ -70,8 +69,6 @@ The paper takes its baselines from others' papers. Here all start from the same 
 their papers do. TIES sums the entries of the elected sign. Surgery is of Task
 Arithmetic. The paper does not say which α AWD AdaMerging has; it has that of AWD Task
 Arithmetic here. Nor does it say which of its two starts, 0.3 or 0.4: here 0.3.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -93,13 +90,8 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Eight image models merged by every method; of ViT-B/32, ViT-L/14 and ViT-B/16."""
-
     out: Path = Path("runs/awd/table1")
-    """Folder for report.json and report.md."""
     tasks: tuple[str, ...] = disentangled.TASKS
-    """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
-    FOLDER/<split>/<class>/."""
 
 
 def rows_of(setup: options.Setup) -> list[dict]:

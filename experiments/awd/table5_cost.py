@@ -1,7 +1,6 @@
 """Table 5: time and memory of 1000 steps of AWD.
 
-Xiong et al. Multi-Task Model Merging via Adaptive Weight Disentanglement.
-arXiv:2411.18729: Section 7.2.
+Xiong et al. Adaptive Weight Disentanglement. arXiv:2411.18729: Section 7.2.
 
     python -m experiments.awd.table5_cost
     python -m experiments.awd.table5_cost --models ViT-B-32 --solvers adam
@@ -45,10 +44,7 @@ SMOKE = (2, 16, 32)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(runs.Options):
-    """Time and memory of 1000 steps."""
-
     out: Path = Path("runs/awd/table5")
-    """Folder for report.json and report.md."""
     models: tuple[Literal["ViT-B-32", "ViT-L-14"], ...] = tuple(SHAPES)
     """Whose shapes."""
     solvers: tuple[Literal["gradient_descent", "adam"], ...] = (

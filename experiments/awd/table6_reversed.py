@@ -1,10 +1,8 @@
 """Tables 6 and 7: vectors made more orthogonal by AWD, and less by its reverse.
 
-Xiong et al. Multi-Task Model Merging via Adaptive Weight Disentanglement.
-arXiv:2411.18729: Appendix 8.2.
+Xiong et al. Adaptive Weight Disentanglement. arXiv:2411.18729: Appendix 8.2.
 
     python -m experiments.awd.table6_reversed --data-dir DATA
-    python -m experiments.awd.table6_reversed --smoke --out runs/smoke
 
 Data: those of `table1_addition`, whose task vectors are taken from the bank.
 
@@ -40,8 +38,6 @@ A reconstructed model is θ0 + (τ_i - δ). The paper says of the reverse only t
 vectors "can still recover the performance of the original" ones. Here its α is that of
 1e-2, …, 1e-6 with the best reconstructed models on validation data, and its λ is that
 of AWD, so that the objective is all that differs.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -71,15 +67,9 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Vectors made more orthogonal, and less; of ViT-B/32 and ViT-L/14."""
-
     out: Path = Path("runs/awd/table6")
-    """Folder for report.json and report.md."""
     models: tuple[str, ...] = (options.B32, options.L14)
-    """CLIPs: folders, or ids of the Hugging Face Hub."""
     tasks: tuple[str, ...] = disentangled.TASKS
-    """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
-    FOLDER/<split>/<class>/."""
 
 
 def rows_of(setup: options.Setup) -> list[dict]:

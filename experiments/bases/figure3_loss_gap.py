@@ -1,11 +1,9 @@
 """Figures 3 and 6: the loss of a task after another task's vector is merged into it.
 
-Zeng, He, You, Hao, Tsai, Yamada, Zhao. Efficient Model Editing with Task Vector Bases:
-A Theoretical Framework and Scalable Approach. arXiv:2502.01015: section 6.2.
+Zeng et al. Task Vector Bases. arXiv:2502.01015: section 6.2.
 
     python -m experiments.bases.figure3_loss_gap --data-dir DATA \\
         --models CONVERTED_E16 laion/CLIP-ViT-B-32-laion2B-s34B-b79K
-    python -m experiments.bases.figure3_loss_gap --smoke --out runs/smoke
 
 Data: the eight image tasks. The models are two checkpoints of LAION-2B, of which one
 must be converted: see `two_models`.
@@ -20,8 +18,6 @@ ones. Figure 6, of DTD: "larger local smoothness consistently leads to a larger 
 The local smoothness L is the spectral norm of the Hessian of the fine-tuned model's
 loss, by power iteration on some test images; the paper states neither their number nor
 that of the iterations. `residual` says how far the iteration has come.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -42,11 +38,7 @@ from jaxarith.typing import Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(two_models.Options):
-    """Loss gaps of two merged tasks beside their cosine, and beside the smoothness of
-    two pre-trainings."""
-
     out: Path = Path("runs/bases/figure3")
-    """Folder for figure3.png, figure6.png, report.json and report.md."""
     targets: tuple[str, str] = ("mnist", "dtd")
     """The tasks whose loss is measured, in Figure 3 and in Figure 6."""
     share: float = 0.5

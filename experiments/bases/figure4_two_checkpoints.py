@@ -1,11 +1,9 @@
 """Figures 4 and 5, and Table 9: directions and norms of vectors of two pre-trainings.
 
-Zeng, He, You, Hao, Tsai, Yamada, Zhao. Efficient Model Editing with Task Vector Bases:
-A Theoretical Framework and Scalable Approach. arXiv:2502.01015: section 6.2, C.1.
+Zeng et al. Task Vector Bases. arXiv:2502.01015: section 6.2, C.1.
 
     python -m experiments.bases.figure4_two_checkpoints --data-dir DATA \\
         --models CONVERTED_E16 laion/CLIP-ViT-B-32-laion2B-s34B-b79K
-    python -m experiments.bases.figure4_two_checkpoints --smoke --out runs/smoke
 
 Data: the eight image tasks. The models are two checkpoints of LAION-2B, of which one
 must be converted: see `two_models`.
@@ -31,7 +29,7 @@ All norms here are of the image encoder. The paper does not say whether its 314 
 the text encoder too; by the ratios of Table 9, the model that it divides by has norm
 470 and 545.
 
-Not run at full scale yet; beyond training it takes seconds.
+Beyond training it takes seconds.
 """
 
 import dataclasses
@@ -52,12 +50,8 @@ PUBLISHED = tables.published_by_column(__doc__, "task")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(two_models.Options):
-    """Cosines and norms of task vectors of two pre-trainings."""
-
     out: Path = Path("runs/bases/figure4")
-    """Folder for figure4.png, figure5.png, report.json and report.md."""
     tasks: tuple[str, ...] = _TASKS
-    """The tasks, in order: names of jaxarith data check, or NAME=FOLDER."""
 
 
 def coordinates(

@@ -1,11 +1,9 @@
 """Figures 9 and 11: clusters of task vectors, early in training and in tangent space.
 
-Zeng, He, You, Hao, Tsai, Yamada, Zhao. Efficient Model Editing with Task Vector Bases:
-A Theoretical Framework and Scalable Approach. arXiv:2502.01015: C.2, C.5, Algorithm 1.
+Zeng et al. Task Vector Bases. arXiv:2502.01015: C.2, C.5, Algorithm 1.
 
     python -m experiments.bases.figure9_clusters --data-dir DATA
     python -m experiments.bases.figure9_clusters --tasks a=FOLDER b=FOLDER c=FOLDER
-    python -m experiments.bases.figure9_clusters --smoke --out runs/smoke
 
 Data: the eight image tasks, or any three or more.
 
@@ -28,8 +26,6 @@ trained as in Table 1 of `tau_jp`.
 The number of clusters is that of the eigengap, and the clustering that of scikit-learn
 with a fixed seed; the paper does not say with which seed or implementation. `gap` is
 the number that the eigengap gives.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -51,13 +47,8 @@ PUBLISHED = tables.published(__doc__, "vectors", value=str.split)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Cosines and clusters of task vectors after one step, two steps, one epoch, two
-    epochs and all, and of tangent vectors."""
-
     out: Path = Path("runs/bases/figure9")
-    """Folder for figure9.png, figure11.png, report.json and report.md."""
     model: str = partitions.LAION_B32
-    """A CLIP: a folder, or an id of the Hugging Face Hub."""
 
 
 def moments(setup: options.Setup, task: options.Task) -> dict[str, int]:

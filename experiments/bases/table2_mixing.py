@@ -1,11 +1,9 @@
 """Table 2: task vectors of two pre-trainings, mixed.
 
-Zeng, He, You, Hao, Tsai, Yamada, Zhao. Efficient Model Editing with Task Vector Bases:
-A Theoretical Framework and Scalable Approach. arXiv:2502.01015: section 6.2.
+Zeng et al. Task Vector Bases. arXiv:2502.01015: section 6.2.
 
     python -m experiments.bases.table2_mixing --data-dir DATA \\
         --models CONVERTED_E16 laion/CLIP-ViT-B-32-laion2B-s34B-b79K
-    python -m experiments.bases.table2_mixing --smoke --out runs/smoke
 
 Data: the eight image tasks. The models are two checkpoints of LAION-2B, of which one
 must be converted: see `two_models`.
@@ -25,8 +23,6 @@ Table 2 refers to it ("own").
 
 The sum of the eight vectors has one coefficient of 0, 0.05, …, 1, with the best mean
 accuracy on validation data, for every cell; the paper does not state how it is chosen.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -45,10 +41,7 @@ PUBLISHED = tables.published(__doc__, "vectors")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(two_models.Options):
-    """Add task vectors of one, of both or of the other pre-training."""
-
     out: Path = Path("runs/bases/table2")
-    """Folder for report.json and report.md."""
 
 
 def cells(setup: options.Setup, own, other, apart) -> dict[str, list[dict]]:

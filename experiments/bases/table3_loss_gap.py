@@ -1,10 +1,8 @@
 """Table 3: how far the loss of a model of all tasks is from that of each task's own.
 
-Zeng, He, You, Hao, Tsai, Yamada, Zhao. Efficient Model Editing with Task Vector Bases:
-A Theoretical Framework and Scalable Approach. arXiv:2502.01015: section 6.2.2.
+Zeng et al. Task Vector Bases. arXiv:2502.01015: section 6.2.2.
 
     python -m experiments.bases.table3_loss_gap --data-dir DATA
-    python -m experiments.bases.table3_loss_gap --smoke --out runs/smoke
 
 Data: the eight image tasks; the vectors are those of Table 1 of `tau_jp`.
 
@@ -24,8 +22,6 @@ The loss is the mean cross-entropy on test data. The paper states neither the sp
 the coefficient of Task Arithmetic, nor of whom the ViT-B/16 is: we take one of 0, 0.05,
 …, 1, searched on validation data, and OpenAI's. "LC(1+ε) ≈ 5" there is of L = 1, C = 4
 and ε = 0.2, constants that it calls reasonable and does not measure.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -44,14 +40,9 @@ PUBLISHED = tables.published(__doc__, "task")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """The loss gap of every task after the addition of all vectors."""
-
     out: Path = Path("runs/bases/table3")
-    """Folder for report.json and report.md."""
     model: str = options.B16
-    """A CLIP: a folder, or an id of the Hugging Face Hub."""
     tasks: tuple[str, ...] = tuple(PUBLISHED)
-    """The tasks, in order: names of jaxarith data check, or NAME=FOLDER."""
 
 
 @script.full_precision

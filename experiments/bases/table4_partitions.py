@@ -1,12 +1,10 @@
 """Tables 4, 5, 10, 11 and 12: addition of task vector bases, for all partitions.
 
-Zeng, He, You, Hao, Tsai, Yamada, Zhao. Efficient Model Editing with Task Vector Bases:
-A Theoretical Framework and Scalable Approach. arXiv:2502.01015: section 6.3, C.3.
+Zeng et al. Task Vector Bases. arXiv:2502.01015: section 6.3, C.3.
 
     python -m experiments.bases.table4_partitions --data-dir DATA
     python -m experiments.bases.table4_partitions --tasks a=FOLDER b=FOLDER c=FOLDER \\
         --partition a,b c --models openai/clip-vit-base-patch32
-    python -m experiments.bases.table4_partitions --smoke --out runs/smoke
 
 Data: MNIST, SVHN, EuroSAT and RESISC45, or any tasks. T tasks have as many partitions
 as Bell's number says, 15 of four and 4140 of eight; with --no-all-partitions only the
@@ -106,7 +104,7 @@ not stated, and what we take:
 - Joint training (MTL, Tangent) takes a batch of every member in each of as many steps
   as one task has, see `vectors.cluster_vector`.
 
-Tables 4, 10 and 11 are of the first model. Not run at full scale yet.
+Tables 4, 10 and 11 are of the first model.
 """
 
 import dataclasses
@@ -148,17 +146,13 @@ CAPTIONS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Bases of all partitions of a few tasks, with several inner and outer merges."""
-
     out: Path = Path("runs/bases/table4")
-    """Folder for report.json and report.md."""
     models: tuple[str, ...] = (
         *(partitions.LAION_B32, partitions.LAION_B16, partitions.LAION_L14),
     )
     """CLIPs: folders, or ids of the Hugging Face Hub. Of the first are Tables 4, 10 and
     11, of all Tables 5 and 12."""
     tasks: tuple[str, ...] = partitions.FOUR
-    """The tasks, in order: names of jaxarith data check, or NAME=FOLDER."""
     partition: tuple[str, ...] = ()
     """The partition that Tables 4 and 5 single out, MS-ER in the paper: clusters such
     as mnist,svhn eurosat,resisc45. By default that of Algorithm 1."""

@@ -1,10 +1,8 @@
 """Tables 7, 13 and 14, and Figure 10: tasks that the bases were not made from.
 
-Zeng, He, You, Hao, Tsai, Yamada, Zhao. Efficient Model Editing with Task Vector Bases:
-A Theoretical Framework and Scalable Approach. arXiv:2502.01015: section 6.3, C.4.
+Zeng et al. Task Vector Bases. arXiv:2502.01015: section 6.3, C.4.
 
     python -m experiments.bases.table7_generalization --data-dir DATA
-    python -m experiments.bases.table7_generalization --smoke --out runs/smoke
 
 Data: MNIST, SVHN, EuroSAT and RESISC45, of which the bases are; GTSRB, DTD, Cars and
 SUN397, which are held out.
@@ -43,8 +41,6 @@ highest similarity". The checkpoint is `laion2b_e16` by those accuracies, see
 `table4_partitions`.
 
 The paper has the full task vector of the held-out task; so do we.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -69,12 +65,8 @@ PRETRAINED = tables.published(__doc__, "held out")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Held-out tasks with the most similar basis of other tasks."""
-
     out: Path = Path("runs/bases/table7")
-    """Folder for figure10.png, report.json and report.md."""
     model: str = partitions.LAION_B32
-    """A CLIP: a folder, or an id of the Hugging Face Hub."""
     tasks: tuple[str, ...] = partitions.FOUR
     """The tasks that the bases are of: names of jaxarith data check, or NAME=FOLDER."""
     held_out: tuple[str, ...] = ("gtsrb", "dtd", "cars", "sun397")

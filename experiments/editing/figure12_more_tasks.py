@@ -1,11 +1,9 @@
 """Figure 12: forgetting to read, and to know persons.
 
-Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi. Editing Models
-with Task Arithmetic. ICLR 2023: Appendix B.8.
+Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: Appendix B.8.
 
     python -m experiments.editing.figure12_more_tasks --persons persons=FOLDER \\
         --data-dir DATA
-    python -m experiments.editing.figure12_more_tasks --smoke --out runs/smoke
 
 Data: SUN397, on whose images names of other classes of it are written, to be read;
 ImageNet as control; and a folder of persons, FOLDER/<split>/<person>/, which in the
@@ -18,8 +16,6 @@ and the prompts are ours, for they are not in the paper.
 Published, as bars only: "especially for the larger CLIP models, negating the task
 vectors leads to large drops in performance with little change in accuracy on ImageNet";
 of persons "forgetting is less effective".
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -34,10 +30,7 @@ from jaxarith.models import clip
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Forgetting OCR and person identification."""
-
     out: Path = Path("runs/editing/figure12")
-    """Folder for figure12_<task>.png, report.json and report.md."""
     tasks: tuple[str, ...] = ("sun397",)
     """On whose images to write, and what: the names of its classes."""
     persons: str | None = None

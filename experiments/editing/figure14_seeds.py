@@ -1,18 +1,14 @@
 """Figure 14: sums of two vectors that were trained with several seeds.
 
-Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi. Editing Models
-with Task Arithmetic. ICLR 2023: Appendix D.1.
+Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: Appendix D.1.
 
     python -m experiments.editing.figure14_seeds --data-dir DATA
-    python -m experiments.editing.figure14_seeds --smoke --out runs/smoke
 
 Data: MNIST and EuroSAT. Five models of each, whose seeds order and augment the samples;
 each of the 25 sums has a coefficient of its own, searched on validation data.
 
 Published, as a plot only: "different random seeds have little impact in the resulting
 accuracy of the edited models". The paper does not name the CLIP; we take ViT-L-14.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -30,12 +26,8 @@ from jaxarith import plots
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Add every two vectors of several seeds."""
-
     out: Path = Path("runs/editing/figure14")
-    """Folder for figure14.png, report.json and report.md."""
     model: str = options.L14
-    """A CLIP: a folder, or an id of the Hugging Face Hub."""
     tasks: tuple[str, ...] = ("mnist", "eurosat")
     """The two tasks."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)

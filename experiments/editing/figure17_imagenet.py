@@ -1,10 +1,8 @@
 """Figure 17: the vector of ImageNet added to that of each of eight tasks.
 
-Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi. Editing Models
-with Task Arithmetic. ICLR 2023: Appendix D.5.
+Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: Appendix D.5.
 
     python -m experiments.editing.figure17_imagenet --data-dir DATA
-    python -m experiments.editing.figure17_imagenet --smoke --out runs/smoke
 
 Data: the eight tasks, and the training images of ImageNet (the task of --control), on
 which the encoder trains for 4 epochs, "around 40 thousand" steps, the rest being the
@@ -13,8 +11,6 @@ same. The coefficient of each sum is searched on validation data.
 Published, as a plot only: a sum "in most experiments is competitive with the fine-tuned
 models on their respective datasets". The paper does not name the CLIP; we take
 ViT-L-14.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -31,12 +27,8 @@ from jaxarith.typing import Tree
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Add the vector of ImageNet to every other."""
-
     out: Path = Path("runs/editing/figure17")
-    """Folder for figure17.png, report.json and report.md."""
     model: str = options.L14
-    """A CLIP: a folder, or an id of the Hugging Face Hub."""
     epochs: int = 4
     """Of the training on ImageNet, unless --steps is given."""
 

@@ -1,10 +1,8 @@
 """Figures 2, 3, 15 and 16: all subsets of eight task vectors added.
 
-Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi. Editing Models
-with Task Arithmetic. ICLR 2023: section 4.1, Appendices D.2, D.3 and D.4.
+Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: section 4.1, D.2 to D.4.
 
     python -m experiments.editing.figure2_subsets --data-dir DATA
-    python -m experiments.editing.figure2_subsets --smoke --out runs/smoke
 
 Data: the eight tasks, without the control; the vectors are taken from the bank.
 
@@ -24,8 +22,6 @@ Published, as plots; the text says of normalised accuracy (Figures 2 and 3, D.2)
 
 "Scaling coefficients in the range 0.3 to 0.5 produce close to optimal results in many
 cases."
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -45,13 +41,8 @@ PUBLISHED = tables.published(__doc__, "result")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Add every subset of the task vectors."""
-
     out: Path = Path("runs/editing/figure2")
-    """Folder for reports and figure2.png, figure3.png, figure15.png,
-    figure15_coefficients.png and figure16.png."""
     model: str = options.L14
-    """A CLIP: a folder, or an id of the Hugging Face Hub."""
     method: Literal["nonlinear", "linear"] = "nonlinear"
     """Ordinary vectors as in the paper, or those of the tangent-space model."""
     validate: int | None = None

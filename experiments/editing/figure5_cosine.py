@@ -1,10 +1,8 @@
 """Figure 5: cosines of the task vectors of eight image tasks.
 
-Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi. Editing Models
-with Task Arithmetic. ICLR 2023: section 6.
+Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: section 6.
 
     python -m experiments.editing.figure5_cosine --data-dir DATA
-    python -m experiments.editing.figure5_cosine --smoke --out runs/smoke
 
 Data: those of `table1_forgetting`, whose task vectors are taken from the bank.
 
@@ -12,7 +10,7 @@ Published, as a heat map only: the vectors are "typically close to orthogonal"; 
 largest cosines are those of MNIST, SVHN and GTSRB, and of EuroSAT and RESISC45. The
 paper does not name the CLIP; we take ViT-L-14.
 
-Not run at full scale yet; beyond training it takes seconds.
+Beyond training it takes seconds.
 """
 
 import dataclasses
@@ -27,12 +25,8 @@ from jaxarith import plots, task_vectors
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Compare the directions of task vectors."""
-
     out: Path = Path("runs/editing/figure5")
-    """Folder for figure5.png, report.json and report.md."""
     model: str = options.L14
-    """A CLIP: a folder, or an id of the Hugging Face Hub."""
 
 
 @script.full_precision

@@ -1,10 +1,8 @@
 """Figure 6: the learning rate of fine-tuning, and what adding two vectors then gives.
 
-Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi. Editing Models
-with Task Arithmetic. ICLR 2023: section 6.
+Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: section 6.
 
     python -m experiments.editing.figure6_learning_rates --data-dir DATA
-    python -m experiments.editing.figure6_learning_rates --smoke --out runs/smoke
 
 Data: MNIST and EuroSAT. The coefficient of the sum is searched on validation data for
 each learning rate.
@@ -13,8 +11,6 @@ Published, as a plot only, with ViT-L-14: "lower learning rates make the best us
 fine-tuned models, and also correspond to the highest accuracies of the fine-tuned
 models on the target task." The learning rates of the plot are not in the text; ours are
 around 1e-5, that of all other experiments.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -30,12 +26,8 @@ from jaxarith import plots
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Add two vectors of several learning rates."""
-
     out: Path = Path("runs/editing/figure6")
-    """Folder for figure6.png, report.json and report.md."""
     model: str = options.L14
-    """A CLIP: a folder, or an id of the Hugging Face Hub."""
     tasks: tuple[str, ...] = ("mnist", "eurosat")
     """The two tasks."""
     learning_rates: tuple[float, ...] = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)

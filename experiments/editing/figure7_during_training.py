@@ -1,10 +1,8 @@
 """Figure 7: task vectors in the course of fine-tuning.
 
-Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi. Editing Models
-with Task Arithmetic. ICLR 2023: section 6.
+Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: section 6.
 
     python -m experiments.editing.figure7_during_training --data-dir DATA
-    python -m experiments.editing.figure7_during_training --smoke --out runs/smoke
 
 Data: MNIST and EuroSAT. Training is that of the ordinary vectors, with the vectors on
 its way kept. Each pair of the same step is added, with a coefficient searched on
@@ -14,8 +12,6 @@ Published, as plots only, with ViT-L-14: "intermediate task vectors converge rap
 the direction of the final task vector", and the accuracy of the sum "saturates after
 just a few hundred steps".
 The steps of the plots are not in the text; ours are 100 apart (--snapshots).
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -33,12 +29,8 @@ from jaxarith.typing import Tree
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Follow two vectors through fine-tuning."""
-
     out: Path = Path("runs/editing/figure7")
-    """Folder for figure7_cosine.png, figure7_accuracy.png and reports."""
     model: str = options.L14
-    """A CLIP: a folder, or an id of the Hugging Face Hub."""
     tasks: tuple[str, ...] = ("mnist", "eurosat")
     """The two tasks."""
     snapshots: int = 100

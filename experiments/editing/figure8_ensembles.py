@@ -1,10 +1,8 @@
 """Figure 8: the sum of two vectors at 0.5 against the ensemble of their models.
 
-Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi. Editing Models
-with Task Arithmetic. ICLR 2023: Appendix A.
+Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: Appendix A.
 
     python -m experiments.editing.figure8_ensembles --data-dir DATA
-    python -m experiments.editing.figure8_ensembles --smoke --out runs/smoke
 
 Data: the eight tasks; the vectors are taken from the bank.
 
@@ -18,8 +16,6 @@ Published, with "a slight bias towards higher accuracy for the ensembles":
 
 The paper does not name the CLIP, nor whether a point is a pair or a task of a pair; we
 take ViT-L-14, and a point is the mean over both tasks.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -38,12 +34,8 @@ PUBLISHED = tables.published(__doc__, "result")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Mean of weights and mean of outputs of every two models."""
-
     out: Path = Path("runs/editing/figure8")
-    """Folder for figure8.png, report.json and report.md."""
     model: str = options.L14
-    """A CLIP: a folder, or an id of the Hugging Face Hub."""
 
 
 def accuracies(setup: options.Setup) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,8 @@
 """Figures 9, 10 and 11: target and control accuracy along three directions.
 
-Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi. Editing Models
-with Task Arithmetic. ICLR 2023: Appendices B.4, B.6 and B.7.
+Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: B.4, B.6 and B.7.
 
     python -m experiments.editing.figure9_forgetting_curves --data-dir DATA
-    python -m experiments.editing.figure9_forgetting_curves --smoke --out runs/smoke
 
 Data: those of `table1_forgetting`, whose task vectors are taken from the bank.
 
@@ -17,8 +15,6 @@ Published, as plots only: "for task vectors, performance on the target tasks ini
 decreases faster than performance on the control task", which random vectors do not do;
 interpolations with gradient ascent are "even better accuracy trade-offs"; gain and drop
 have "a positive correlation". The paper does not name the CLIP; we take ViT-L-14.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -34,12 +30,8 @@ from jaxarith import metrics, plots
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Curves of forgetting, and what goes with it."""
-
     out: Path = Path("runs/editing/figure9")
-    """Folder for figure9.png, figure10.png, figure11.png, report.json and report.md."""
     model: str = options.L14
-    """A CLIP: a folder, or an id of the Hugging Face Hub."""
 
 
 @script.full_precision

@@ -1,11 +1,9 @@
 """Table 11: a class that was never trained on, from three others by analogy.
 
-Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi. Editing Models
-with Task Arithmetic. ICLR 2023: section 5 and Appendix E.2.
+Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: section 5, E.2.
 
     python -m experiments.editing.table11_kings_and_queens --people people=FOLDER \\
         --data-dir DATA
-    python -m experiments.editing.table11_kings_and_queens --smoke --out runs/smoke
 
 Data: ImageNet, the control; and images of four classes in FOLDER/train/<class>/ and
 FOLDER/test/<class>/ (the paper's are 50 of each from a web search, not published).
@@ -30,8 +28,6 @@ The coefficient is one of 0, 0.1, …, 1; the paper does not say what chooses it
 is the best mean of the target's and the control's accuracy on validation data, images
 of the target among them, as in the other experiments of the paper. Nor does it say of
 what the warm-up is with 40 steps: a tenth, as of 2000.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -60,10 +56,7 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Kings, queens, women and men by analogy."""
-
     out: Path = Path("runs/editing/table11")
-    """Folder for report.json and report.md."""
     tasks: tuple[str, ...] = ()
     """Not used: the tasks are made of --people."""
     people: str = "people=people"

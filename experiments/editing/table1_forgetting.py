@@ -1,10 +1,8 @@
 """Tables 1, 5, 6 and 7: forgetting eight image tasks, with ImageNet as control.
 
-Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi. Editing Models
-with Task Arithmetic. ICLR 2023: section 3.1 and Appendix B.
+Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: section 3.1, B.
 
     python -m experiments.editing.table1_forgetting --data-dir DATA
-    python -m experiments.editing.table1_forgetting --smoke --out runs/smoke
 
 Data: the eight tasks and ImageNet, whose validation images are the control.
 
@@ -54,8 +52,6 @@ accuracy. The paper does not say on which data; here on validation data, which o
 ImageNet are 5,000 training images. One below a coefficient that is not allowed does
 not matter. Gradient ascent is the model as it is trained, at coefficient 1. Of Table 5
 the rows of the pre-trained model and of gradient ascent by task are unknown to us.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -82,10 +78,7 @@ PUBLISHED_TASKS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Forgetting image tasks by negation, gradient ascent and random vectors."""
-
     out: Path = Path("runs/editing/table1")
-    """Folder for report.json and report.md."""
 
 
 def rows_of(setup: options.Setup) -> list[dict]:

@@ -1,10 +1,8 @@
 """Table 8: forgetting, with a control that has no class in common with the task.
 
-Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi. Editing Models
-with Task Arithmetic. ICLR 2023: Appendix B.5.
+Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: Appendix B.5.
 
     python -m experiments.editing.table8_class_overlap --data-dir DATA
-    python -m experiments.editing.table8_class_overlap --smoke --out runs/smoke
 
 Data: Cars, SUN397 and ImageNet; the vectors are taken from the bank. Which classes are
 left out follows from WordNet 3.0: for Cars those below "wheeled vehicle", for SUN397
@@ -31,8 +29,6 @@ Published, accuracy on the target / on the control, in percent:
 "We measure accuracy on a subset of classes": we leave out their images, and their names
 from the options of those that stay. The coefficient is chosen anew with the filtered
 control, as the two targets of SUN397 show.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -57,12 +53,8 @@ PUBLISHED = tables.published_by_column(__doc__, "filtering", "task", "method")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Forgetting without the control's classes that overlap."""
-
     out: Path = Path("runs/editing/table8")
-    """Folder for report.json and report.md."""
     model: str = options.L14
-    """A CLIP: a folder, or an id of the Hugging Face Hub."""
     tasks: tuple[str, ...] = ("stanford_cars", "sun397")
     """The tasks that are forgotten."""
     excluded: Path | None = None

@@ -1,7 +1,6 @@
 """Figures 3 and 6: single-task accuracies, non-linear against the two linear ways.
 
-Jin et al. Fine-Tuning Attention Modules Only: Enhancing Weight Disentanglement in Task
-Arithmetic. ICLR 2025.
+Jin et al. Fine-Tuning Attention Modules Only. ICLR 2025.
 
     python -m experiments.linear_layers.figure3_single_tasks --data-dir DATA
 
@@ -14,8 +13,6 @@ The one number in the text is that of Table 2, the mean in percent:
 
     method  ViT-B-32
     Ours    89.55
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -35,11 +32,7 @@ PUBLISHED = tables.published_by_column(__doc__, "method")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Single-task accuracies of non-linear and linear models."""
-
     out: Path = Path("runs/linear_layers/figure3")
-    """Folder for report.json, report.md, single_task_mean.png and a picture of every
-    model."""
 
 
 @script.full_precision

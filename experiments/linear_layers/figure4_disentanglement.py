@@ -1,7 +1,6 @@
 """Figures 4 and 7: disentanglement error ξ of a pair, of representations and labels.
 
-Jin et al. Fine-Tuning Attention Modules Only: Enhancing Weight Disentanglement in Task
-Arithmetic. ICLR 2025.
+Jin et al. Fine-Tuning Attention Modules Only. ICLR 2025.
 
     python -m experiments.linear_layers.figure4_disentanglement --data-dir DATA
     python -m experiments.linear_layers.figure4_disentanglement --figure 7 \\
@@ -22,8 +21,6 @@ that of labels does not, and that linear ways of training enlarge the region of 
 The authors' public code takes the first 16 batches of 128 and divides by the number of
 all batches, so its ξ is too small for large test splits: about a tenth of SUN397's is
 counted. Ours is the mean over the samples that are drawn.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -53,10 +50,7 @@ SCALES = (("ξ of representations (KL)", 0.2), ("ξ of labels (0/1)", 1.0))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """ξ maps of ordinary, linearised and attention-only vectors."""
-
     out: Path = Path("runs/linear_layers/figure4")
-    """Folder for report.json, report.md and xi.png."""
     figure: Literal[4, 7] = 4
     """The figure, whose pair is measured."""
     tasks: tuple[str, ...] = ()

@@ -1,7 +1,6 @@
 """Figure 5: cosines between the task vectors of three ways to fine-tune.
 
-Jin et al. Fine-Tuning Attention Modules Only: Enhancing Weight Disentanglement in Task
-Arithmetic. ICLR 2025.
+Jin et al. Fine-Tuning Attention Modules Only. ICLR 2025.
 
     python -m experiments.linear_layers.figure5_cosine --data-dir DATA
 
@@ -12,8 +11,6 @@ alone are closer to orthogonal than ordinary ones and those of NTK linearisation
 model is not named; ViT-B-32 is that of the paper's other maps. The labels of SUN397 and
 SVHN are possibly swapped there: in the authors' public code they are in another order
 than the vectors.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -34,10 +31,7 @@ METHODS: dict[str, vectors.Method] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Cosines between ordinary, linearised and attention-only task vectors."""
-
     out: Path = Path("runs/linear_layers/figure5")
-    """Folder for report.json, report.md and cosine.png."""
 
 
 @script.full_precision

@@ -1,8 +1,7 @@
 """Table 1: task addition on eight image tasks at a searched coefficient.
 
-Jin et al. Fine-Tuning Attention Modules Only: Enhancing Weight Disentanglement in Task
-Arithmetic. ICLR 2025 (first as: Fine-Tuning Linear Layers Only Is a Simple yet
-Effective Way for Task Arithmetic).
+Jin et al. Fine-Tuning Attention Modules Only. ICLR 2025 (first as: Fine-Tuning Linear
+Layers Only Is a Simple yet Effective Way for Task Arithmetic).
 
     python -m experiments.linear_layers.table1_addition --data-dir DATA
     python -m experiments.linear_layers.table1_addition --out runs/table1_b32 \\
@@ -23,8 +22,6 @@ Ours are ordinary vectors of models in which only the weights of the query, key,
 and output projections of the attention were trained. The NTK row is that of the
 standard linearisation here. The authors' public code has another: its outputs pass
 through a ReLU, and the point of linearisation moves along with training.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -43,10 +40,7 @@ PUBLISHED = tables.published_by_column(__doc__, "method")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Task addition with ordinary, linearised and attention-only vectors."""
-
     out: Path = Path("runs/linear_layers/table1")
-    """Folder for report.json and report.md."""
 
 
 def rows_of(setup: options.Setup) -> list[dict]:

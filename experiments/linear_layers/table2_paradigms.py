@@ -1,7 +1,6 @@
 """Table 2: which layers are trained: four paradigms, alone and added up.
 
-Jin et al. Fine-Tuning Attention Modules Only: Enhancing Weight Disentanglement in Task
-Arithmetic. ICLR 2025.
+Jin et al. Fine-Tuning Attention Modules Only. ICLR 2025.
 
     python -m experiments.linear_layers.table2_paradigms --data-dir DATA
 
@@ -18,8 +17,6 @@ normalised test accuracy of all vectors added at a searched coefficient:
 
 Ours is (1). "All linear layers in the attention module" would be those of (1) if the
 attention alone were meant; here they are those of the residual block, with its MLP.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -39,12 +36,8 @@ PUBLISHED = tables.published_by_column(__doc__, "paradigm")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Options):
-    """Task addition with vectors of which other layers were trained."""
-
     out: Path = Path("runs/linear_layers/table2")
-    """Folder for report.json and report.md."""
     models: tuple[str, ...] = (options.B32,)
-    """CLIPs: folders, or ids of the Hugging Face Hub."""
 
 
 def rows_of(setup: options.Setup) -> list[dict]:

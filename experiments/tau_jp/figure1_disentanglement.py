@@ -1,12 +1,10 @@
 """Figure 1: disentanglement error ξ of pairs of tasks, in the order of their τJp.
 
-Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
-Disentanglement. ICLR 2025: sections 3.2 and 4.1.
+Yoshida et al. Mastering Task Arithmetic. ICLR 2025: sections 3.2 and 4.1.
 
     python -m experiments.tau_jp.figure1_disentanglement --data-dir DATA
     python -m experiments.tau_jp.figure1_disentanglement --data-dir DATA \\
         --pairs dtd gtsrb eurosat svhn
-    python -m experiments.tau_jp.figure1_disentanglement --smoke --out runs/smoke
 
 Data: those of `table1_addition`, whose task vectors are taken from the bank.
 
@@ -22,7 +20,7 @@ in the lower row "weight disentanglement is significantly enhanced".
 τJp is the mean of ‖J(x)τ‖, as the code of the paper measures it; report.json has that
 of the square (Eq. 9) too.
 
-Not run at full scale yet. The tangents serve all coefficients; no point of the grid
+The tangents serve all coefficients; no point of the grid
 needs the network.
 """
 
@@ -39,10 +37,7 @@ from jaxarith import plots
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Draw ξ of pairs of linearised and of τJp vectors."""
-
     out: Path = Path("runs/tau_jp/figure1")
-    """Folder for figure1.png, report.json and report.md."""
     pairs: tuple[tuple[str, str], ...] = ()
     """Names of tasks, two for each pair; by default --columns pairs are chosen."""
     columns: int = 4

@@ -1,10 +1,8 @@
 """Figures 2 and 8: τJp of two tasks against accuracy and cosine, of all 28 pairs.
 
-Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
-Disentanglement. ICLR 2025: section 3.2, Appendix E.4.
+Yoshida et al. Mastering Task Arithmetic. ICLR 2025: section 3.2, Appendix E.4.
 
     python -m experiments.tau_jp.figure2_pairs --data-dir DATA
-    python -m experiments.tau_jp.figure2_pairs --smoke --out runs/smoke
 
 Data: those of `table1_addition`, whose task vectors are taken from the bank.
 
@@ -23,7 +21,7 @@ correlation is printed.
 The horizontal axis is the mean of ‖J(x)τ‖, as the code of the paper measures it;
 report.json has that of the square (Eq. 9) too, and both have their correlations.
 
-Not run at full scale yet. The images are read once per model, method and split: at all
+The images are read once per model, method and split: at all
 pairs and coefficients the features are sums of what that pass leaves.
 """
 
@@ -46,10 +44,7 @@ FIGURES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Add and compare every two of the tasks' linearised and τJp vectors."""
-
     out: Path = Path("runs/tau_jp/figure2")
-    """Folder for figure2.png, figure8.png, report.json and report.md."""
 
 
 def points_of(setup: options.Setup, method: str, coefs) -> list[dict]:

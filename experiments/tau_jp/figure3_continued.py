@@ -1,10 +1,8 @@
 """Figure 3: linearised task vectors that exist are trained on, with the τJp penalty.
 
-Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
-Disentanglement. ICLR 2025: section 4.3.2.
+Yoshida et al. Mastering Task Arithmetic. ICLR 2025: section 4.3.2.
 
     python -m experiments.tau_jp.figure3_continued --data-dir DATA
-    python -m experiments.tau_jp.figure3_continued --smoke --out runs/smoke
 
 Data: EuroSAT and SVHN; the vectors of Linear FT that it starts from are taken from the
 bank.
@@ -21,8 +19,6 @@ gradual."
 
 The right axis is the mean of ‖J(x)τ‖, as the code of the paper measures it; report.json
 has that of the square (Eq. 9) too.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -36,10 +32,7 @@ from jaxarith import plots, sharding
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Go on with two linearised vectors, with the τJp penalty."""
-
     out: Path = Path("runs/tau_jp/figure3")
-    """Folder for figure3.png, report.json and report.md."""
     tasks: tuple[str, ...] = ("eurosat", "svhn")
     """The two tasks."""
     more_steps: int = 1000

@@ -1,18 +1,14 @@
 """Figure 4: accuracy of every task's own model, by way of fine-tuning.
 
-Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
-Disentanglement. ICLR 2025: Appendix E.1.
+Yoshida et al. Mastering Task Arithmetic. ICLR 2025: Appendix E.1.
 
     python -m experiments.tau_jp.figure4_single_task --data-dir DATA
-    python -m experiments.tau_jp.figure4_single_task --smoke --out runs/smoke
 
 Data: those of `table1_addition`, whose task vectors are taken from the bank.
 
 Published, as bars only: "Non-linear FT outperforms the linearized FT methods (Linear FT
 and Ours) due to the non-linear advantage", and of Ours "there is no degradation in
 performance compared to the original Linear FT".
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -30,10 +26,7 @@ METHODS = {"Non-lin. FT": "nonlinear"} | pairs.METHODS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Compare the models of single tasks."""
-
     out: Path = Path("runs/tau_jp/figure4")
-    """Folder for figure4_<model>.png, report.json and report.md."""
 
 
 @script.full_precision

@@ -1,10 +1,8 @@
 """Figure 5: accuracy on every task after all eight task vectors are added.
 
-Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
-Disentanglement. ICLR 2025: Appendix E.2.
+Yoshida et al. Mastering Task Arithmetic. ICLR 2025: Appendix E.2.
 
     python -m experiments.tau_jp.figure5_per_task --data-dir DATA
-    python -m experiments.tau_jp.figure5_per_task --smoke --out runs/smoke
 
 Data: those of `table1_addition`, whose task vectors are taken from the bank.
 
@@ -15,8 +13,6 @@ EuroSAT".
 
 The figure is at the coefficient that is searched on validation data, which the paper
 does not say; report.json has coefficient 1 too.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -34,10 +30,7 @@ METHODS = {"Non-lin. FT": "nonlinear"} | pairs.METHODS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Add all task vectors, and look at every task."""
-
     out: Path = Path("runs/tau_jp/figure5")
-    """Folder for figure5_<model>_<measure>.png, report.json and report.md."""
 
 
 def rows_of(setup: options.Setup) -> list[dict]:

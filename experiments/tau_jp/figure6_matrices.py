@@ -1,10 +1,8 @@
 """Figures 6 and 7: τJp and cosines of the task vectors of all pairs of tasks.
 
-Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
-Disentanglement. ICLR 2025: Appendices E.3 and E.4.
+Yoshida et al. Mastering Task Arithmetic. ICLR 2025: Appendices E.3 and E.4.
 
     python -m experiments.tau_jp.figure6_matrices --data-dir DATA
-    python -m experiments.tau_jp.figure6_matrices --smoke --out runs/smoke
 
 Data: those of `table1_addition`, whose task vectors are taken from the bank.
 
@@ -18,8 +16,6 @@ Cars and SVHN is higher in Linear FT than in Ours.
 The numbers in the cells of Figure 6 are means of ‖J(x)τ‖, as the code of the paper
 measures it, so that they can be held against the published ones; report.json has the
 means of the square (Eq. 9) too.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -35,11 +31,7 @@ from jaxarith import plots, task_vectors
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Measure τJp and cosines of linearised and of τJp vectors."""
-
     out: Path = Path("runs/tau_jp/figure6")
-    """Folder for figure6_<model>.png, figure7_<model>.png, report.json and
-    report.md."""
 
 
 def row_of(setup: options.Setup, lengths: pairs.TauJp, cosines: np.ndarray) -> dict:

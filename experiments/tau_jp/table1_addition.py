@@ -1,7 +1,6 @@
 """Table 1: task addition on eight image tasks, at coefficient 1 and at a searched one.
 
-Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
-Disentanglement. ICLR 2025.
+Yoshida et al. Mastering Task Arithmetic. ICLR 2025.
 
     python -m experiments.tau_jp.table1_addition --out runs/table1 --data-dir DATA
     python -m experiments.tau_jp.table1_addition --out runs/table1_b32 \\
@@ -30,8 +29,6 @@ The pre-trained row seems to be of validation data (the test mean of ViT-B-32 is
 the authors' log). The AdaMerging row is copied from its own paper. "Individual" is that
 of ordinary vectors here. TIES keeps a tenth of the ordinary vectors' entries, as the
 code of the authors' group does.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -48,10 +45,7 @@ PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Task addition with ordinary, linearised and τJp vectors, and with merges."""
-
     out: Path = Path("runs/tau_jp/table1")
-    """Folder for report.json and report.md."""
 
 
 def adamerging(setup: options.Setup, taus) -> np.ndarray:

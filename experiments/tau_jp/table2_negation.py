@@ -1,7 +1,6 @@
 """Table 2: task negation on eight image tasks, with ImageNet as control.
 
-Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
-Disentanglement. ICLR 2025.
+Yoshida et al. Mastering Task Arithmetic. ICLR 2025.
 
     python -m experiments.tau_jp.table2_negation --out runs/table2 --data-dir DATA
 
@@ -26,8 +25,6 @@ The pre-trained row and the 95 % seem to be of validation data, with 5,000 held-
 training images of ImageNet as control: 60.7 is above 0.95 · 63.3, the accuracy on the
 validation images, and below 0.95 · 66.7. TIES of one vector is its trimming: a tenth of
 the entries of each ordinary vector.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -42,10 +39,7 @@ PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Task negation with ordinary, linearised and τJp vectors, and with TIES."""
-
     out: Path = Path("runs/tau_jp/table2")
-    """Folder for report.json and report.md."""
 
 
 def rows_of(setup: options.Setup) -> list[dict]:

@@ -1,7 +1,6 @@
 """Table 5: the τJp penalty on the tasks that came before, against that on all.
 
-Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
-Disentanglement. ICLR 2025, section 4.3.1.
+Yoshida et al. Mastering Task Arithmetic. ICLR 2025, section 4.3.1.
 
     python -m experiments.tau_jp.table5_incremental --out runs/table5 --data-dir DATA
 
@@ -18,8 +17,6 @@ Published, mean absolute / normalised test accuracy in percent; "No reg." is Lin
 In the authors' code ImageNet is among the tasks of an increment, without which the
 first would have none; here the increment without a control is a row of its own. The
 published figures are those at searched coefficients.
-
-Not run at full scale yet; a small-scale run is in experiments/README.md.
 """
 
 import dataclasses
@@ -39,10 +36,7 @@ PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Task addition with a τJp penalty on earlier tasks only."""
-
     out: Path = Path("runs/tau_jp/table5")
-    """Folder for report.json and report.md."""
 
 
 @script.full_precision

@@ -1,7 +1,6 @@
 """Table 6: the strict τJp penalty against the cyclic one, in accuracy and in time.
 
-Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
-Disentanglement. ICLR 2025, App. C.
+Yoshida et al. Mastering Task Arithmetic. ICLR 2025, App. C.
 
     python -m experiments.tau_jp.table6_strict --out runs/table6 --data-dir DATA
 
@@ -23,8 +22,6 @@ iteration on four V100; "No reg." is Linear FT:
 
 The seconds here are those of one training step of one task on the devices at hand,
 without reading images, the medians of steps of all kinds in turn; FLOPs are XLA's.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -53,10 +50,7 @@ SECONDS = {name: x for name, (x,) in tables.published(__doc__, "penalty").items(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    """Modes of the τJp penalty: accuracy after addition, seconds per step."""
-
     out: Path = Path("runs/tau_jp/table6")
-    """Folder for report.json and report.md."""
     repetitions: int = 20
     """Steps of every method that are timed."""
 

@@ -1,7 +1,6 @@
 """Table 7: task addition against multi-task learning, and the data that each needs.
 
-Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
-Disentanglement. ICLR 2025, App. D.
+Yoshida et al. Mastering Task Arithmetic. ICLR 2025, App. D.
 
     python -m experiments.tau_jp.table7_multi_task --out runs/table7 --data-dir DATA
 
@@ -18,8 +17,6 @@ Published, mean absolute test accuracy in percent at searched coefficients:
 Beside it stands what each method needs: x are images, y labels, "self" of the task that
 is trained, "other" of the other tasks. A model is flexible if single tasks can be
 changed after training. Linear FT of ViT-L-14 has 85.8 in the paper's Table 1.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -39,10 +36,7 @@ PUBLISHED = tables.published_by_column(__doc__, "method")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    """Task addition and multi-task learning."""
-
     out: Path = Path("runs/tau_jp/table7")
-    """Folder for report.json and report.md."""
 
 
 def accuracy_of(setup: options.Setup, method: str) -> float:

@@ -8,7 +8,7 @@ quickstart.
 import dataclasses
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -435,23 +435,6 @@ def recipe_of(options: Options, task: Task) -> train.TrainConfig:
         micro_batches=options.micro_batches,
         seed=options.seed,
     )
-
-
-def of_models(rows: Mapping[tuple, Sequence]) -> dict[tuple, Sequence]:
-    """Published values by model and row, from the columns of a paper's table.
-
-    Args:
-      rows: by the key of each row, its values of ViT-B-32, ViT-B-16 and ViT-L-14.
-
-    Example:
-      >>> of_models({("MTL",): ((87.8,), (90.8,), (92.6,))})["ViT-B-16", "MTL"]
-      (90.8,)
-    """
-    return {
-        (title, *row): values
-        for row, columns in rows.items()
-        for title, values in zip(TITLES.values(), columns, strict=True)
-    }
 
 
 def means(values: Sequence[float]) -> float:
