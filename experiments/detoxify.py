@@ -31,12 +31,12 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.common import runs, script, training
+from experiments.common import runs, script
 from experiments.common.language import gpt2, text_files
 from jaxarith import evaluate, hub, plots, report, sharding, task_vectors, train
 from jaxarith.sharding import processes
@@ -121,22 +121,6 @@ class Config(runs.Options):
             raise ValueError(f"--coefs {self.coefs}: expected some, none below 0.")
 
 
-class Study(NamedTuple):
-    """What is trained and measured.
-
-    Attributes:
-      gpt2: the model and its measures.
-      network: what the task vector is trained from.
-      recipe: how it is trained.
-      batches: the samples of the training.
-    """
-
-    gpt2: gpt2.Study
-    network: training.Network
-    recipe: train.TrainConfig
-    batches: Sequence[dict]
-
-
 @script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
@@ -151,13 +135,14 @@ def main(config: Config) -> dict:
             max_new_tokens=8,
             perplexity_tokens=600,
         )
-    study = prepare(config)
-    model = study.gpt2
+    mesh, texts = runs.start(config), toxic_texts(config)
+    model = load(config)
+    recipe, batches = prepare(config, model, texts, mesh)
     # Before anything is trained or written: what does not work is found here.
     at = {0.0: gpt2.measure(model, gpt2.nothing(model), 0.0)}
     limit = at[0.0].perplexity + config.allowance
     runs.claim(config)
-    tau = fine_tune(config, study)
+    tau = fine_tune(config, model, recipe, batches, mesh)
 
     coefs = sorted({0.0, *config.coefs})
     for coef in tqdm(coefs[1:], desc="coefficients", unit="coefficient"):
@@ -182,17 +167,11 @@ def main(config: Config) -> dict:
     return results
 
 
-def prepare(config: Config) -> Study:
-    """Loads and checks everything; writes nothing."""
-    mesh = runs.start(config)
-    texts = toxic_texts(config)
-    control = text_files.read(config.perplexity_text)
-    penalty = None
-    if config.penalty_text is not None:
-        penalty = text_files.read(config.penalty_text)
-    loaded = gpt2.load(
+def load(config: Config) -> gpt2.Study:
+    """The model and its measures."""
+    return gpt2.load(
         config.model,
-        control=control,
+        control=text_files.read(config.perplexity_text),
         control_tokens=config.perplexity_tokens,
         window=config.window,
         stride=config.stride,
@@ -209,7 +188,17 @@ def prepare(config: Config) -> Study:
         ),
         linear=config.linearized,
     )
-    source = gpt2.texts_as_tokens(loaded, texts, config.max_length)
+
+
+def prepare(
+    config: Config, study: gpt2.Study, texts: Sequence[str], mesh: Mesh
+) -> tuple[train.TrainConfig, Sequence[dict]]:
+    """The recipe and the batches of the training."""
+    source = gpt2.texts_as_tokens(study, texts, config.max_length)
+    others = None
+    if config.penalty_text is not None:
+        penalty = text_files.read(config.penalty_text)
+        others = [[gpt2.blocks(study, penalty, config.max_length)]]
     recipe = dataclasses.replace(
         gpt2.recipe(
             len(source),
@@ -219,13 +208,10 @@ def prepare(config: Config) -> Study:
             seed=config.seed,
         ),
         linearized=config.linearized,
-        penalty=None if penalty is None else "cyclic",
+        penalty=others and "cyclic",
         penalty_coef=config.penalty_coef,
         penalty_batch_size=max(config.batch_size // 4, 1),
     )
-    others = None
-    if penalty is not None:
-        others = [[gpt2.blocks(loaded, penalty, config.max_length)]]
     batches = train.task_batches(
         [source],
         recipe,
@@ -234,7 +220,7 @@ def prepare(config: Config) -> Study:
         inputs=gpt2.INPUTS,
         mesh=mesh,
     )
-    return Study(loaded, gpt2.network(loaded, "gpt2", mesh), recipe, batches)
+    return recipe, batches
 
 
 def toxic_texts(config: Config) -> list[str]:
@@ -243,23 +229,24 @@ def toxic_texts(config: Config) -> list[str]:
     return found[: config.texts]
 
 
-def fine_tune(config: Config, study: Study) -> Tree:
+def fine_tune(config: Config, study: gpt2.Study, recipe, batches, mesh: Mesh) -> Tree:
     """The task vector of toxic text; one that is saved already is not trained again."""
     file = runs.vectors(config) / f"{TASK}.safetensors"
     if config.resume and file.exists():
         return hub.load_tree(file)[0]
-    checkpoints, network = runs.checkpoints(config), study.network
+    checkpoints = runs.checkpoints(config)
+    network = gpt2.network(study, TASK, mesh)
     [tau] = train.fine_tune(
         network.apply_fn,
         network.params_0,
         network.loss,
-        study.batches,
-        study.recipe,
+        batches,
+        recipe,
         names=[TASK],
         inputs=network.inputs,
         penalty_mask=network.penalty_mask,
         log=config.out / "train.jsonl",
-        mesh=network.mesh,
+        mesh=mesh,
         checkpoints=checkpoints if config.save_every else None,
         save_every=config.save_every,
     )
@@ -267,7 +254,7 @@ def fine_tune(config: Config, study: Study) -> Tree:
 
     def save():
         file.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"model": study.gpt2.checkpoint.folder.name, "task": TASK}
+        metadata = {"model": study.checkpoint.folder.name, "task": TASK}
         hub.save_tree(file, tau, metadata)
 
     processes.on_first(save)

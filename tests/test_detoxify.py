@@ -155,7 +155,7 @@ def test_the_edited_checkpoint_is_the_negated_model_and_has_its_tokenizer(run, p
 def test_samples_depend_on_the_seed_alone_and_may_be_more_than_a_batch(place):
     def samples(**fields):
         config = options(place, samples=70, max_new_tokens=5, **fields)
-        study = detoxify.prepare(config).gpt2
+        study = detoxify.load(config)
         return edited.write(study, study.checkpoint.params)
 
     first = samples()

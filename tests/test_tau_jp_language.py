@@ -10,6 +10,7 @@ import pytest
 
 from experiments.common import training
 from experiments.common.language import gpt2, t5_glue
+from experiments.common.language import tau_jp as tau_jp_rows
 from experiments.tau_jp import table3_glue, table4_detoxification
 from jaxarith import hub, losses, tangent, task_vectors, tau_jp, train, tree
 from jaxarith.data import glue as glue_data
@@ -154,7 +155,7 @@ def test_norm_is_relative_to_the_single_task_models_of_the_same_method(at_one):
 
 def test_the_bank_holds_every_vector_with_its_recipe_and_its_scores(place, at_one):
     rows = {(row["method"], row["metric"]): row for row in at_one["rows"]}
-    for method, name in t5_glue.METHODS.items():
+    for method, name in tau_jp_rows.METHODS.items():
         for task in t5_glue.TASKS:
             file = place / "bank" / "tiny_t5" / method / f"{task}.safetensors"
             tau, _ = hub.load_tree(file)
@@ -400,10 +401,13 @@ def test_the_penalty_reads_other_text_and_changes_the_vector(
 
 def test_ties_of_one_vector_keeps_its_largest_tenth(toxic_study, toxic_taus):
     taus = toxic_taus
-    ties = table4_detoxification.negations(toxic_study, taus)[2]
-    assert (ties.name, ties.method) == ("TIES", "nonlinear")
+    one_each = {method: [tau] for method, tau in taus.items()}
+    rows = tau_jp_rows.merged(toxic_study.params_0, one_each, 0.1)
+    assert list(rows)[2] == "TIES"
+    method, ties = rows["TIES"]
+    assert method == "nonlinear"
     own = np.concatenate([x.ravel() for x in tree.flatten(taus["nonlinear"]).values()])
-    kept = tree.flatten(ties.tau)
+    kept = tree.flatten(ties)
     kept = np.concatenate([kept[path].ravel() for path in tree.flatten(taus["linear"])])
     count = int(0.1 * own.size) + 1
     least = np.sort(np.abs(own))[-count]

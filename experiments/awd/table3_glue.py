@@ -52,7 +52,7 @@ Not run at full scale yet.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -101,55 +101,52 @@ def main(config: Config) -> dict:
     rows, variants = [], []
     for setup in roberta_glue.setups(config):
         taus = roberta_glue.vectors(setup)
-        own = {
-            part: roberta_glue.scores_at(
-                setup, taus, roberta_glue.encoders(taus), part
-            )(1.0)
-            for part in ("validation", "test")
-        }
-        nothing = roberta_glue.scores_at(
-            setup, taus, roberta_glue.encoders(taus), "test"
-        )(0.0)
-        single = own["test"]
+        encoders = roberta_glue.encoders(taus)
+        own = roberta_glue.scores_at(setup, taus, encoders, "validation")(1.0)
+        at = roberta_glue.scores_at(setup, taus, encoders, "test")
+        single = at(1.0)
         rows += [
-            row(setup, "Pre-trained", nothing, single),
+            row(setup, "Pre-trained", at(0.0), single),
             row(setup, "Individual", single, single),
         ]
         for name, (vector, coefs) in merged(setup, taus, config).items():
             coef = coefs[0]
             if len(coefs) > 1:
-                coef, _ = search(setup, taus, vector, own["validation"], coefs)
-            found = roberta_glue.scores_at(setup, taus, [vector] * len(taus), "test")(
-                coef
-            )
-            rows.append(row(setup, name, found, single, coefficient=coef))
-        alpha, coef, vector = disentangled(setup, taus, own["validation"], config)
-        found = roberta_glue.scores_at(setup, taus, [vector] * len(taus), "test")(coef)
+                coef, _ = search(setup, taus, vector, own, coefs)
+            found = scores_at(setup, taus, vector, "test")(coef)
+            rows.append(row(setup, name, found, single) | {"coefficient": coef})
+        alpha, coef, vector = disentangled(setup, taus, own, config)
+        found = scores_at(setup, taus, vector, "test")(coef)
         chosen = {"coefficient": coef, "alpha": alpha}
-        rows.append(row(setup, AWD, found, single, **chosen))
+        rows.append(row(setup, AWD, found, single) | chosen)
         variants += single_models(setup, taus, alpha, single)
         if runs.is_first():
             figure(config.out, setup, variants)
-    results = {"rows": rows, "figure 2": variants}
-    write(config, results)
-    return results
+    return write(config, {"rows": rows, "figure 2": variants})
 
 
-def titles(names: Sequence[str]) -> list[str]:
+def scores_at(
+    setup: roberta_glue.Setup, taus: dict[str, Tree], vector: Tree, split: str
+) -> Callable[[float], list[float]]:
+    """The scores of all tasks with one vector, as a function of its coefficient."""
+    return roberta_glue.scores_at(setup, taus, [vector] * len(taus), split)
+
+
+def titles(names: Iterable[str]) -> list[str]:
     return [roberta_glue.TITLES[name] for name in names]
 
 
-def row(setup: roberta_glue.Setup, method: str, found, single, **more) -> dict:
+def row(setup: roberta_glue.Setup, method: str, found, single) -> dict:
     """A plain row, in percent: normalised scores with their mean, and the scores."""
-    normalized = [
-        100 * a / b if b > 0 else None for a, b in zip(found, single, strict=True)
-    ]
-    average = None if None in normalized else float(np.mean(normalized))
     named = titles(setup.tasks)
+    pairs = zip(found, single, strict=True)
+    normalized = [100 * a / b if b > 0 else None for a, b in pairs]
+    usable = [value for value in normalized if value is not None]
+    average = float(np.mean(usable)) if len(usable) == len(named) else None
     line = {"model": setup.title, "method": method}
     line |= dict(zip(named, normalized, strict=True)) | {"Avg": average}
     scores = {f"{n}, score": 100 * s for n, s in zip(named, found, strict=True)}
-    return line | scores | {"coefficient": None, "alpha": None} | more
+    return line | scores | {"coefficient": None, "alpha": None}
 
 
 def merged(setup: roberta_glue.Setup, taus, config: Config) -> dict[str, tuple]:
@@ -184,9 +181,9 @@ def search(
 
     Where a single model scores nothing, the scores are not normalised.
     """
-    scores_at = roberta_glue.scores_at(setup, taus, [vector] * len(taus), "validation")
+    scores = scores_at(setup, taus, vector, "validation")
     usable = min(single) > 0
-    found = evaluate.search(scores_at, single if usable else np.ones(len(taus)), coefs)
+    found = evaluate.search(scores, single if usable else np.ones(len(taus)), coefs)
     return found.coef, float(found.normalized.max())
 
 
@@ -245,30 +242,23 @@ def figure(out: Path, setup: roberta_glue.Setup, variants: list[dict]):
     plots.bars(path, groups, names, y=f"score of single {setup.title}, percent")
 
 
-def write(config: Config, results: dict):
-    """Writes report.json and report.md."""
+def write(config: Config, results: dict) -> dict:
+    """Writes report.json and report.md; returns the results."""
     columns = [*titles(config.tasks), "Avg"]
-    whole = tuple(config.tasks) == tuple(
-        roberta_glue.TITLES
-    )  # else its mean is of others
-    theirs = {
-        key: [
-            values[COLUMNS.index(name)] if whole or name != "Avg" else None
-            for name in columns
-        ]
-        for key, values in PUBLISHED.items()
-    }
+    # Of fewer tasks the paper's mean says nothing.
+    mean = "Avg" if tuple(config.tasks) == tuple(roberta_glue.TITLES) else None
+    names = (*COLUMNS[:-1], mean)
     captions, half = {}, -(-len(columns) // 2)
     for model in dict.fromkeys(line["model"] for line in results["rows"]):
         lines = [line for line in results["rows"] if line["model"] == model]
         number = {BASE: "Table 8, ", LARGE: "Table 9, "}.get(model, "")
         for part in (columns[:half], columns[half:]):
-            own = [columns.index(name) for name in part]
+            published = {
+                key: [dict(zip(names, values, strict=True)).get(name) for name in part]
+                for key, values in PUBLISHED.items()
+            }
             beside = tables.beside(
-                lines,
-                {key: [values[i] for i in own] for key, values in theirs.items()},
-                keys=["model", "method"],
-                values=part,
+                lines, published, keys=["model", "method"], values=part
             )
             caption = f"{number}{model}: normalised score, percent: {', '.join(part)}."
             captions[caption] = tables.markdown(beside)
@@ -284,7 +274,7 @@ def write(config: Config, results: dict):
     )
     title = "Eight GLUE tasks with RoBERTa (AWD, Tables 3, 8 and 9, Figure 2)"
     note = "Table 3 is the column Avg."
-    tables.write(config.out, title, captions, results, note)
+    return tables.write(config.out, title, captions, results, note)
 
 
 if __name__ == "__main__":

@@ -81,8 +81,7 @@ def main(config: Config) -> dict:
     captions = {"Cosines of task vectors.": tables.markdown(beside, digits=4)}
     note = f"{adversarial} is {changed} with the prompt “{TEMPLATE}”."
     title = "Prompts and task vectors (bases, Table 16)"
-    tables.write(config.out, title, captions, results, note)
-    return results
+    return tables.write(config.out, title, captions, results, note)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ Not run at full scale yet.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -79,7 +79,7 @@ from jaxarith.data import pipeline
 from jaxarith.merge.bases import cluster
 from jaxarith.merge.stitch_twice import stitched_masks
 from jaxarith.models import bert, heads
-from jaxarith.typing import Taus, Tree
+from jaxarith.typing import Numbers, Params, Taus, Tree
 
 TASKS = {  # names of the list, and what the paper's table calls them
     **{"SST2": "SST-2", "CR": "CR", "MR": "MR", "MPQA": "MPQA", "TREC": "TREC"},
@@ -127,8 +127,9 @@ def main(config: Config) -> dict:
     config = prompted.smoke(config)
     if config.smoke:
         clusters = min(config.clusters, 2)
-        small = dict(clusters=clusters, mask_epochs=2, mask_density=0.2)
-        config = dataclasses.replace(config, **small)
+        config = dataclasses.replace(
+            config, clusters=clusters, mask_epochs=2, mask_density=0.2
+        )
     if not 0 <= config.clusters <= len(config.tasks):
         raise ValueError(
             f"--clusters {config.clusters} of {len(config.tasks)} tasks; 0 takes the "
@@ -140,28 +141,23 @@ def main(config: Config) -> dict:
     # The merges run on one device, whatever the mesh.
     setup = setup._replace(params_0=sharding.to_host(setup.params_0))
     single = [
-        prompted.score(
-            *(setup, task, task_vectors.apply(setup.params_0, tau), "test"),
-            MEASURES.get(task.name, prompted.accuracy),
-        )
+        scores(setup._replace(tasks=[task]), task_vectors.apply(setup.params_0, tau))[0]
         for task, tau in zip(setup.tasks, taus, strict=True)
     ]
     rows = [
-        row(setup, "Pre-trained", prompted.scores(setup, setup.params_0, *on("test"))),
+        row(setup, "Pre-trained", scores(setup, setup.params_0)),
         row(setup, "Individual", single),
     ]
     for name, vector in searched(setup, taus).items():
         coef = search(setup, vector)
         edited = task_vectors.apply(setup.params_0, vector, coef)
-        found = prompted.scores(setup, edited, *on("test"))
-        rows.append(row(setup, name, found, coefficient=coef))
+        rows.append(row(setup, name, scores(setup, edited)) | {"coefficient": coef})
     for name, edited in fitted(setup, taus).items():
-        rows.append(row(setup, name, prompted.scores(setup, edited, *on("test"))))
+        rows.append(row(setup, name, scores(setup, edited)))
     own = learned_masks(setup, taus, config)
     groups = cluster(task_vectors.cosine_matrix(taus), config.clusters or None)
     for name, (edited, stored) in by_masks(setup, taus, own, groups).items():
-        found = prompted.scores(setup, edited, *on("test"))
-        rows.append(row(setup, name, found, **storage(stored, taus)))
+        rows.append(row(setup, name, scores(setup, edited)) | storage(stored, taus))
     whole = {"masks": len(taus), "density, %": 100.0}
     for line in rows:
         if line["method"] == "Task Arithmetic":
@@ -169,9 +165,7 @@ def main(config: Config) -> dict:
     order = ["Pre-trained", "Individual", *PUBLISHED]
     rows = sorted(rows, key=lambda line: order.index(line["method"]))
     named = [[setup.names[i] for i in members] for members in groups]
-    results = {"rows": rows, "clusters": named}
-    write(setup, results)
-    return results
+    return write(setup, {"rows": rows, "clusters": named})
 
 
 def check_measures(setup: prompted.Setup):
@@ -185,9 +179,9 @@ def check_measures(setup: prompted.Setup):
             )
 
 
-def on(split: str) -> tuple[str, dict]:
-    """A part of the tasks, and their scores."""
-    return split, MEASURES
+def scores(setup: prompted.Setup, params: Params, split: str = "test") -> np.ndarray:
+    """The scores of one model on all tasks."""
+    return prompted.scores(setup, params, split, MEASURES)
 
 
 def titles(setup: prompted.Setup) -> list[str]:
@@ -195,11 +189,11 @@ def titles(setup: prompted.Setup) -> list[str]:
     return [TASKS.get(name, name) for name in setup.names]
 
 
-def row(setup: prompted.Setup, method: str, found: Sequence[float], **more) -> dict:
+def row(setup: prompted.Setup, method: str, found: Numbers) -> dict:
     """A plain row: the scores of all tasks in percent, and their mean."""
-    named = zip(titles(setup), found, strict=True)
-    values = {name: 100 * float(value) for name, value in named}
-    return {"method": method, **values, "Avg.": 100 * float(np.mean(found)), **more}
+    values = [100 * float(value) for value in (*found, np.mean(found))]
+    names = [*titles(setup), "Avg."]
+    return {"method": method} | dict(zip(names, values, strict=True))
 
 
 # Merges without masks.
@@ -233,25 +227,36 @@ def search(setup: prompted.Setup, vector: Tree) -> float:
         def scores_at(coef):
             edited = task_vectors.apply(setup.params_0, vector, coef)
             progress.update()
-            return prompted.scores(setup, edited, *on("validation"))
+            return scores(setup, edited, "validation")
 
         return evaluate.search(scores_at, np.ones(len(setup.tasks)), coefs).coef
 
 
-def fitted(setup: prompted.Setup, taus: Taus) -> dict[str, Tree]:
-    """Merged models of the methods that look at texts without labels."""
+def with_heads(setup: prompted.Setup) -> tuple[Callable, list[dict]]:
+    """`logits(params, head, *inputs)`, and the heads of all tasks, of one shape.
+
+    Heads are inputs, so that all tasks share one compilation.
+    """
+
+    def logits(params, head, *inputs):
+        features = setup.apply_fn(params, *inputs)
+        return heads.affine_logits(head["head"], features, head["valid"])
+
     padded = heads.pad([task.head for task in setup.tasks])
-    # Heads are inputs, padded to one shape, so that all tasks share one compilation.
-    own = [jax.tree.map(lambda x, i=i: x[i], padded) for i in range(len(taus))]
+    count = range(len(setup.tasks))
+    return logits, [jax.tree.map(lambda x, i=i: x[i], padded) for i in count]
+
+
+def fitted(setup: prompted.Setup, taus: Taus) -> dict[str, Params]:
+    """Merged models of the methods that look at texts without labels."""
+    logits, own = with_heads(setup)
 
     def logits_of(params, *inputs):
-        features = setup.apply_fn(params["encoder"], *inputs)
-        head = params["head"]
-        return heads.affine_logits(head["head"], features, head["valid"])
+        return logits(params["encoder"], params["head"], *inputs)
 
     def logits_of_batch(params, batch):
         inputs = (batch[name] for name in prompted.INPUTS)
-        return logits_of({"encoder": params, "head": batch["head"]}, *inputs)
+        return logits(params, batch["head"], *inputs)
 
     samples = [task.validation.batches for task in setup.tasks]
     texts = [
@@ -263,18 +268,28 @@ def fitted(setup: prompted.Setup, taus: Taus) -> dict[str, Tree]:
     ]
     return {
         "Fisher merging": study_merges.fisher(
-            *(logits_of, setup.params_0, taus, own, samples),
+            logits_of,
+            setup.params_0,
+            taus,
+            own,
+            samples,
             key=jax.random.key(setup.options.seed),
             inputs=prompted.INPUTS,
         ),
         "RegMean": study_merges.regmean(
-            *(setup.apply_fn, setup.params_0, taus, samples),
+            setup.apply_fn,
+            setup.params_0,
+            taus,
+            samples,
             inputs=prompted.INPUTS,
             token_mask="attention_mask",
             select=bert.BLOCK_LINEAR_WEIGHTS,
         ),
         "AdaMerging": merge.adamerging(
-            *(setup.params_0, taus, [logits_of_batch] * len(taus), texts),
+            setup.params_0,
+            taus,
+            [logits_of_batch] * len(taus),
+            texts,
             steps=2 if setup.options.smoke else 500,
         ).params,
     }
@@ -285,22 +300,23 @@ def fitted(setup: prompted.Setup, taus: Taus) -> dict[str, Tree]:
 
 def learned_masks(setup: prompted.Setup, taus: Taus, config: Config) -> list[Tree]:
     """The mask of every task, from its training samples."""
-    padded = heads.pad([task.head for task in setup.tasks])
+    logits, own = with_heads(setup)
 
     def loss(params, batch):
         inputs = (batch[name] for name in prompted.INPUTS)
-        features = setup.apply_fn(params, *inputs)
-        scores = heads.affine_logits(batch["head"], features, batch["valid"])
+        scores = logits(params, batch, *inputs)
         return losses.cross_entropy(scores, batch["label"], batch["mask"])
 
     found = []
     progress = tqdm(setup.tasks, desc="masks", unit="task")
-    for i, (task, tau) in enumerate(zip(progress, taus, strict=True)):
-        head = {name: leaf[i] for name, leaf in padded.items()}
+    for task, head, tau in zip(progress, own, taus, strict=True):
         # Of 8 texts, as the code of He et al. has them for language.
         batches = pipeline.evaluation_batches(task.train, 8)
         mask = merge.localize(
-            *(loss, setup.params_0, tau, [batch | head for batch in batches]),
+            loss,
+            setup.params_0,
+            tau,
+            [batch | head for batch in batches],
             density=config.mask_density,
             epochs=config.mask_epochs,
             l1=config.mask_l1,
@@ -350,36 +366,27 @@ def gigabytes(taus: Taus) -> float:
     return 4e-9 * tree.size(taus[0])
 
 
-def published(setup: prompted.Setup, columns: Sequence[str]) -> Mapping[str, list]:
-    """The paper's values of some columns; None of tasks that it has not."""
-    known = [*TASKS.values(), "Avg."]
-    whole = setup.names == list(TASKS)  # of other tasks its mean says nothing
-    return {
-        method: [
-            values[known.index(name)]
-            if name in known and (whole or name != "Avg.")
-            else None
-            for name in columns
-        ]
+def write(setup: prompted.Setup, results: dict) -> dict:
+    columns = [*titles(setup), "Avg."]
+    half = -(-len(columns) // 2)
+    # Of other tasks the paper's mean says nothing.
+    mean = "Avg." if setup.names == list(TASKS) else None
+    theirs = {
+        method: dict(zip((*TASKS.values(), mean), values, strict=True))
         for method, values in PUBLISHED.items()
     }
 
-
-def write(setup: prompted.Setup, results: dict):
-    columns = [*titles(setup), "Avg."]
-    half = -(-len(columns) // 2)
-
     def table(chosen):
-        theirs = published(setup, chosen)
-        beside = tables.beside(
-            results["rows"], theirs, keys=["method"], values=list(chosen)
-        )
+        published = {
+            method: [values.get(name) for name in chosen]
+            for method, values in theirs.items()
+        }
+        rows = results["rows"]
+        beside = tables.beside(rows, published, keys=["method"], values=chosen)
         return tables.markdown(beside)
 
     stored = [line for line in results["rows"] if "masks" in line]
-    both = tables.beside(
-        stored, PUBLISHED_STORAGE, keys=["method"], values=list(STORAGE)
-    )
+    both = tables.beside(stored, PUBLISHED_STORAGE, keys=["method"], values=STORAGE)
     captions = {
         "Table 15: accuracy, of MRPC and QQP F1, in percent.": table(columns[:half]),
         "The other columns.": table(columns[half:]),
@@ -391,10 +398,8 @@ def write(setup: prompted.Setup, results: dict):
         "trained parameters in float32. The rows of the paper but the last two are "
         "those of He et al. (2024)."
     )
-    tables.write(
-        *(setup.options.out, "Twelve language tasks (bases, Tables 8 and 15)"),
-        *(captions, results, note),
-    )
+    title = "Twelve language tasks (bases, Tables 8 and 15)"
+    return tables.write(setup.options.out, title, captions, results, note)
 
 
 def gigabytes_text(setup: prompted.Setup) -> str:

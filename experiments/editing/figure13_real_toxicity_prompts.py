@@ -31,14 +31,13 @@ Not run at full scale yet.
 """
 
 import dataclasses
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from experiments.common import runs, script, tables
-from experiments.common.language import detoxification, gpt2, text_files, tiny_text
+from experiments.common.language import detoxification, gpt2, text_files
 from jaxarith import plots
 from jaxarith.data import text
 from jaxarith.typing import Params
@@ -129,10 +128,8 @@ def main(config: Config) -> dict:
 
 def read_prompts(config: Config) -> dict[str, list[str]]:
     """The texts of the two subsets, "challenging" and "random"."""
-    with tempfile.TemporaryDirectory() as name:
-        file = config.prompts
-        if config.smoke:
-            file = tiny_text.write_comments(Path(name))["prompts"]
+    with detoxification.places(config, "tiny_gpt2") as (files, _):
+        file = files.prompts
         found = text_files.read_table(file)
     try:
         texts = [row["prompt"]["text"] for row in found]

@@ -93,8 +93,7 @@ def main(config: Config) -> dict:
     note = "A perplexity that is missing is infinite."
     shown = {caption: tables.markdown(beside, digits=2)}
     title = "Tables 2, 9 and 10: less toxic text of GPT-2"
-    tables.write(config.out, title, shown, results, note)
-    return results
+    return tables.write(config.out, title, shown, results, note)
 
 
 def rows(study: detoxification.Study, allowance: float) -> tuple[list[dict], dict]:

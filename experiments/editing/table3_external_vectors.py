@@ -160,8 +160,7 @@ def run(config: Config, others: Sequence[str]) -> dict:
         ]
     )
     shown = {caption: tables.markdown(beside), "The vectors that are chosen": chosen}
-    tables.write(config.out, "Table 3: task vectors of others", shown, results)
-    return results
+    return tables.write(config.out, "Table 3: task vectors of others", shown, results)
 
 
 def prepare(config: Config, base: text_to_text.Base, name: str, seed: int) -> Task:

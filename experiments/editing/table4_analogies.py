@@ -176,8 +176,7 @@ def main(config: Config) -> dict:
         "Accuracy in percent on the target's test part": tables.markdown(beside),
         "Coefficients of the analogies": tables.markdown(chosen),
     }
-    tables.write(config.out, "Table 4: task analogies", shown, results)
-    return results
+    return tables.write(config.out, "Table 4: task analogies", shown, results)
 
 
 def read(config: Config, name: str) -> Domain:

@@ -45,18 +45,18 @@ Not run at full scale yet.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from experiments.common import bank, runs, script, tables
-from experiments.common.language import t5_glue
-from experiments.common.language.t5_glue import METHODS, TASKS, Scores
-from jaxarith import evaluate, merge, task_vectors
-from jaxarith.typing import Params, Taus
+from experiments.common.language import t5_glue, tau_jp
+from experiments.common.language.t5_glue import TASKS, Scores
+from experiments.common.language.tau_jp import METHODS
+from jaxarith import evaluate
+from jaxarith.typing import Taus
 
 VALUES = [f"{task} {kind}" for task in (*TASKS, "avg") for kind in ("abs", "norm")]
 TABLES = {"searched": "Table 3", "one": "Table 8"}
@@ -77,12 +77,8 @@ class Config(t5_glue.Options):
 
     out: Path = Path("runs/tau_jp/table3")
     """Folder for report.json, report.md and the logs of training."""
-    coefficient: Literal["searched", "one"] = "searched"
-    """Table 3 searches it for every method; in Table 8 it is one."""
     coefs: tuple[float, ...] = tuple(i / 20 for i in range(21))
     """The candidates of the coefficient."""
-    ties_density: float = 0.1
-    """The share of the entries that TIES keeps."""
 
 
 @script.full_precision
@@ -99,8 +95,8 @@ def main(config: Config) -> dict:
     for method, name in METHODS.items():
         lines += rows(f"Individual, {name}", 1.0, single[method].test, None)
     searches = {}
-    merges = merged(study, taus, config.ties_density)
-    for name, (method, tau) in tqdm(merges.items(), desc="rows", unit="method"):
+    merged = tau_jp.merged(study.base.checkpoint.params, taus, config.ties_density)
+    for name, (method, tau) in tqdm(merged.items(), desc="rows", unit="method"):
         alone, added, coef = single[method], [tau] * len(TASKS), 1.0
         if config.coefficient == "searched":
             found = search(study, method, added, alone.validation, config.coefs)
@@ -134,23 +130,6 @@ def individual(study: t5_glue.Study, method: str, taus: Taus) -> Individual:
             measured = {"token score": tokens, "rank score": ranked}
             bank.add_metrics(one.file, measured)
     return found
-
-
-def merged(
-    study: t5_glue.Study, taus: Mapping[str, Taus], density: float
-) -> dict[str, tuple[str, Params]]:
-    """The rows of task addition: a method, and the vector that is added to its model.
-
-    TIES merges the ordinary vectors.
-    """
-    params_0 = study.base.checkpoint.params
-    edited = merge.ties(params_0, taus["nonlinear"], density=density, coef=1.0)
-    found = {
-        name: (method, task_vectors.add(taus[method]))
-        for method, name in METHODS.items()
-    }
-    found["TIES"] = "nonlinear", task_vectors.difference(edited, params_0)
-    return {name: found[name] for name in ("Non-lin. FT", "Linear FT", "TIES", "Ours")}
 
 
 def search(study, method, added, single, coefs) -> evaluate.Search:

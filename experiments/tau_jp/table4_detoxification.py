@@ -14,7 +14,7 @@ is at most 0.5 above that of the pre-trained model; Table 9, `--coefficient one`
 θ0 - τ, with the same task vectors from the bank.
 
 The vectors are of GPT-2 small, fine-tuned on toxic comments: ordinary, linearised, and
-linearised with the τJp penalty on WikiText-103. They are subtracted. TIES trims the
+linearised with the τJp penalty on WikiText-103. They are subtracted; TIES trims the
 ordinary one. The three files of text:
 
     pip install -e '.[text]'
@@ -65,22 +65,18 @@ Not run at full scale yet.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from experiments.common import bank, runs, script, tables, training
-from experiments.common.language import detoxification, gpt2, text_files
-from jaxarith import evaluate, fingerprint, merge, task_vectors, train
+from experiments.common.language import detoxification, gpt2, tau_jp, text_files
+from experiments.common.language.tau_jp import METHODS
+from jaxarith import evaluate, fingerprint
 from jaxarith.typing import Params, Tree
 
-METHODS = {
-    "nonlinear": "Non-lin. FT",
-    "linear": "Linear FT",
-    "tau_jp_cyclic": "Ours",
-}
 TABLES = {"searched": "Table 4", "one": "Table 9"}
 PUBLISHED = {
     coefficient: tables.published(__doc__, table)
@@ -89,28 +85,21 @@ PUBLISHED = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(detoxification.Options):
+class Config(detoxification.Options, tau_jp.Options):
     """Tables 4 and 9 (τJp paper): make a GPT-2 less toxic by its negated vectors."""
 
     out: Path = Path("runs/tau_jp/table4")
     """Folder for report.json, report.md and the logs of training."""
-    coefficient: Literal["searched", "one"] = "searched"
-    """Table 4 searches it for every method; in Table 9 it is one."""
     model: str = "openai-community/gpt2"
     """A GPT-2: a folder, or an id of the Hugging Face Hub."""
     penalty_text: Path = Path("wikitext103_train.txt")
     """The text on which the penalty keeps the model as it was."""
     epochs: float = 2.5
-    batch_size: int = 16
     weight_decay: float = 0.1
     padding_counts: bool = True
     """Whether the loss counts the padding of texts."""
     penalty_coef: float = 0.01
     """λ, the weight of the τJp penalty."""
-    penalty_batch_size: int = 4
-    """Texts of the penalty per step, a quarter of the batch."""
-    ties_density: float = 0.1
-    """The share of the entries that TIES keeps."""
     coefs: tuple[float, ...] = tuple(i / 10 for i in range(31))
     """The candidates of the coefficient."""
     allowance: float = 0.5
@@ -138,6 +127,10 @@ class Study(NamedTuple):
     networks: dict[str, training.Network]
     wanted: dict[str, training.Wanted]
 
+    @property
+    def params_0(self) -> Params:
+        return self.ordinary.checkpoint.params
+
     def of(self, method: str) -> gpt2.Study:
         return self.ordinary if method == "nonlinear" else self.linearized
 
@@ -146,18 +139,19 @@ class Study(NamedTuple):
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     study = start(config)
-    taus = {method: vector(study, method) for method in METHODS}
-    nothing = Negated("Pre-trained", "nonlinear", gpt2.nothing(study.ordinary))
-    rows, searches = [row(study, nothing, 0.0)], {}
+    config = study.config
+    taus = {method: [vector(study, method)] for method in METHODS}
+    rows = [row(study.ordinary, "Pre-trained", gpt2.nothing(study.ordinary), 0.0)]
     limit = rows[0]["perplexity"] + config.allowance
-    for negated in tqdm(negations(study, taus), desc="rows", unit="method"):
-        coef = 1.0
+    negated, searches = tau_jp.merged(study.params_0, taus, config.ties_density), {}
+    for name, (method, tau) in tqdm(negated.items(), desc="rows", unit="method"):
+        model, coef = study.of(method), 1.0
         if config.coefficient == "searched":
-            coef, searches[negated.name] = search(study, negated, limit)
-        rows.append(row(study, negated, coef))
-        if negated.name in METHODS.values() and runs.is_first():
+            coef, searches[name] = search(model, tau, config.coefs, limit)
+        rows.append(row(model, name, tau, coef))
+        if name in METHODS.values() and runs.is_first():
             measured = {f"{k} at -{coef:g}": rows[-1][k] for k in gpt2.VALUES}
-            bank.add_metrics(study.wanted[negated.method].file, measured)
+            bank.add_metrics(study.wanted[method].file, measured)
     return tables.compared(
         config.out,
         f"{TABLES[config.coefficient]}: toxic text of GPT-2, "
@@ -197,15 +191,15 @@ def start(config: Config) -> Study:
     """Loads and checks everything, and claims the folder."""
     config = smoke(config)
     mesh = runs.start(config)
-    with detoxification.files(config, config.model, config.penalty_text) as places:
-        texts = text_files.kept_texts(places.comments, detoxification.TOXIC)
-        penalty = text_files.read(places.penalty_text)
+    with detoxification.places(config, config.model) as (files, checkpoint):
+        texts = text_files.kept_texts(files.comments, detoxification.TOXIC)
+        penalty = text_files.read(files.penalty_text)
         ordinary = gpt2.load(
-            places.model,
-            control=text_files.read(places.perplexity_text),
+            checkpoint,
+            control=text_files.read(files.perplexity_text),
             window=config.window,
             stride=config.window,
-            classifier=places.classifier,
+            classifier=files.classifier,
             sampling=gpt2.Sampling(
                 samples=config.samples,
                 max_new_tokens=config.max_new_tokens,
@@ -218,9 +212,12 @@ def start(config: Config) -> Study:
         source = [sample | {"labels": sample["input_ids"]} for sample in source]
     others = gpt2.blocks(ordinary, penalty, config.max_length)
     base = fingerprint.combined(ordinary.checkpoint.params)
+    steps = max(int(config.epochs * (len(source) // config.batch_size)), 1)
     networks, wanted = {}, {}
     for method in METHODS:
-        recipe = recipe_of(config, method, len(source))
+        recipe = tau_jp.recipe(
+            config, method, steps=steps, weight_decay=config.weight_decay
+        )
         networks[method] = gpt2.network(ordinary, method, mesh)
         wanted[method] = training.Wanted(
             name="toxic",
@@ -242,23 +239,6 @@ def start(config: Config) -> Study:
     return Study(config, ordinary, linear, networks, wanted)
 
 
-def recipe_of(config: Config, method: str, texts: int) -> train.TrainConfig:
-    return train.TrainConfig(
-        steps=max(int(config.epochs * (texts // config.batch_size)), 1),
-        warmup_steps=0,
-        decay="constant",
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        clip_norm=None,
-        linearized=method != "nonlinear",
-        penalty="cyclic" if method == "tau_jp_cyclic" else None,
-        penalty_coef=config.penalty_coef,
-        penalty_batch_size=config.penalty_batch_size,
-        seed=config.seed,
-    )
-
-
 def vector(study: Study, method: str) -> Tree:
     """The task vector of a method, from the bank or trained."""
     wanted = [study.wanted[method]]
@@ -266,39 +246,21 @@ def vector(study: Study, method: str) -> Tree:
     return tau
 
 
-class Negated(NamedTuple):
-    """A row of the tables: a vector that is subtracted from the model of a method."""
-
-    name: str
-    method: str
-    tau: Params
-
-
-def negations(study: Study, taus: dict[str, Tree]) -> list[Negated]:
-    """The rows; TIES only trims, for it has one vector."""
-    params_0 = study.ordinary.checkpoint.params
-    density = study.config.ties_density
-    edited = merge.ties(params_0, [taus["nonlinear"]], density=density, coef=1.0)
-    ties = Negated("TIES", "nonlinear", task_vectors.difference(edited, params_0))
-    own = [Negated(name, method, taus[method]) for method, name in METHODS.items()]
-    return [*own[:2], ties, own[2]]
-
-
-def search(study: Study, negated: Negated, limit: float) -> tuple[float, dict]:
+def search(
+    model: gpt2.Study, tau: Params, coefs: Sequence[float], limit: float
+) -> tuple[float, dict]:
     """The largest coefficient within the limit, and the curve of perplexities."""
-    model, coefs = study.of(negated.method), study.config.coefs
     found = evaluate.search_negation(
-        lambda coef: gpt2.perplexity_of(model, model.model.moved(negated.tau, -coef)),
+        lambda coef: gpt2.perplexity_of(model, model.model.moved(tau, -coef)),
         lambda perplexity: perplexity <= limit,
         coefs,
     )
-    curve = [gpt2.finite(value) for value in np.asarray(found.controls).tolist()]
+    curve = [gpt2.finite(value) for value in found.controls.tolist()]
     return found.coef, {"coefs": list(coefs), "perplexities": curve}
 
 
-def row(study: Study, negated: Negated, coef: float) -> dict:
-    measured = gpt2.measure(study.of(negated.method), negated.tau, -coef)
-    line = gpt2.row(negated.name, coef, measured)
+def row(model: gpt2.Study, name: str, tau: Params, coef: float) -> dict:
+    line = gpt2.row(name, coef, gpt2.measure(model, tau, -coef))
     return {"method": line.pop("model"), **line}
 
 

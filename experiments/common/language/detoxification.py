@@ -69,38 +69,22 @@ class Options(runs.Banked):
     seed: int = 0
 
 
-class Files(NamedTuple):
-    """Where the models and the texts are."""
-
-    model: str
-    classifier: str
-    comments: Path
-    perplexity_text: Path
-    penalty_text: Path
+C = TypeVar("C", bound=Options)
 
 
 @contextlib.contextmanager
-def files(options: Options, model: str, penalty_text: Path = Path()) -> Iterator[Files]:
-    """The files that the options name; in a smoke run made-up ones, for a while."""
+def places(options: C, model: str) -> Iterator[tuple[C, str]]:
+    """The options and a model; in a smoke run both with made-up files, for a while."""
     if not options.smoke:
-        yield Files(
-            model,
-            options.classifier,
-            options.comments,
-            options.perplexity_text,
-            penalty_text,
-        )
+        yield options, model
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        texts = tiny_text.write_comments(folder)
-        yield Files(
-            str(tiny_text.write_gpt2(folder / model, n_inner=16)),
-            str(tiny_text.write_classifier(folder / "classifier")),
-            texts["comments"],
-            texts["perplexity_text"],
-            texts["penalty_text"],
-        )
+        files = tiny_text.write_comments(folder)
+        chosen: dict = {k: v for k, v in files.items() if hasattr(options, k)}
+        classifier = str(tiny_text.write_classifier(folder / "classifier"))
+        tiny = str(tiny_text.write_gpt2(folder / model, n_inner=16))
+        yield dataclasses.replace(options, classifier=classifier, **chosen), tiny
 
 
 # The editing paper: several GPT-2s, and three vectors of each.
@@ -122,7 +106,7 @@ class EditingOptions(Options):
     """The candidates of the coefficient of the negated vector."""
 
 
-C = TypeVar("C", bound=EditingOptions)
+E = TypeVar("E", bound=EditingOptions)
 
 
 class Study(NamedTuple):
@@ -171,17 +155,17 @@ def start(
 
 
 def _load(config, mesh: Mesh, model: str, kinds, sampling) -> Study:
-    with files(config, model) as places:
-        texts = {"toxic": text_files.kept_texts(places.comments, TOXIC)}
+    with places(config, model) as (files, checkpoint):
+        texts = {"toxic": text_files.kept_texts(files.comments, TOXIC)}
         if "non_toxic" in kinds:
-            others = text_files.kept_texts(places.comments, NON_TOXIC)
+            others = text_files.kept_texts(files.comments, NON_TOXIC)
             texts["non_toxic"] = others[: len(texts["toxic"])]
         loaded = gpt2.load(
-            places.model,
-            control=text_files.read(places.perplexity_text),
+            checkpoint,
+            control=text_files.read(files.perplexity_text),
             window=config.window,
             stride=config.stride,
-            classifier=places.classifier,
+            classifier=files.classifier,
             sampling=sampling,
         )
     base = fingerprint.combined(loaded.checkpoint.params)
@@ -216,7 +200,7 @@ def _load(config, mesh: Mesh, model: str, kinds, sampling) -> Study:
     return Study(config, SIZES.get(model, model), loaded, networks, wanted)
 
 
-def smoke(config: C) -> C:
+def smoke(config: E) -> E:
     """The options of a smoke run, if it is one."""
     if not config.smoke:
         return config

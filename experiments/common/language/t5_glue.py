@@ -1,8 +1,7 @@
 """A T5 that answers MRPC, RTE, CoLA and SST-2 in words: tasks, vectors, scores.
 
-The task vectors are ordinary (`nonlinear`), linearised (`linear`) and linearised with
-the cyclic τJp penalty over the inputs of the other three tasks (`tau_jp_cyclic`). The
-logits of the whole model are linearised.
+The vectors are those of `tau_jp.METHODS`. The logits of the whole model are linearised,
+and the penalty reads the inputs of the other three tasks.
 
 The code of the τJp paper decides what the paper leaves open:
 
@@ -30,40 +29,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.common import bank, runs, training
-from experiments.common.language import text_to_text, tiny_text
+from experiments.common.language import tau_jp, text_to_text, tiny_text
 from experiments.common.language.text_to_text import INPUTS as INPUTS
-from jaxarith import evaluate, metrics, tangent, task_vectors, train
+from jaxarith import evaluate, metrics, tangent, task_vectors
 from jaxarith.data import glue, language, pipeline, text
 from jaxarith.losses import IGNORED
 from jaxarith.models import t5
 from jaxarith.typing import ApplyFn, Params, Taus, Tree
 
 TASKS = ("mrpc", "rte", "cola", "sst2")  # in the order of the tables
-METHODS = {
-    "nonlinear": "Non-lin. FT",
-    "linear": "Linear FT",
-    "tau_jp_cyclic": "Ours",
-}
 FIRST = "first_token"  # the field that is 1 at the first decoder position
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(text_to_text.Options):
+class Options(text_to_text.Options, tau_jp.Options):
     """The options of scripts on these vectors."""
 
     model: str = "google/flan-t5-small"
     """A T5: a folder, or an id of the Hugging Face Hub."""
     steps: int = 2000
-    batch_size: int = 16
-    learning_rate: float = 1e-5
-    """The same at every step."""
     penalty_coef: float = 0.1
     """λ, the weight of the τJp penalty."""
-    penalty_batch_size: int = 4
-    """Inputs of another task per step, a quarter of the batch."""
     max_length: int = 512
     """Tokens of a text, to which all are padded; longer ones lose their end."""
-    seed: int = 0
 
 
 class Task(NamedTuple):
@@ -138,9 +126,11 @@ def start(config: Options) -> Study:
         base=base,
         tasks=tasks,
         models={"nonlinear": net, "linear": linear, "tau_jp_cyclic": linear},
-        wanted={method: _wanted(config, base, tasks, method) for method in METHODS},
+        wanted={
+            method: _wanted(config, base, tasks, method) for method in tau_jp.METHODS
+        },
     )
-    for method in METHODS:
+    for method in tau_jp.METHODS:
         training.check(trainer(study, method), study.wanted[method])
     runs.claim(config)
     return study
@@ -207,25 +197,8 @@ def linearized(checkpoint: t5.T5) -> Model:
 # Training.
 
 
-def recipe_of(config: Options, method: str) -> train.TrainConfig:
-    return train.TrainConfig(
-        steps=config.steps,
-        warmup_steps=0,
-        decay="constant",
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        weight_decay=0.0,
-        clip_norm=None,
-        linearized=method != "nonlinear",
-        penalty="cyclic" if method == "tau_jp_cyclic" else None,
-        penalty_coef=config.penalty_coef,
-        penalty_batch_size=config.penalty_batch_size,
-        seed=config.seed,
-    )
-
-
 def _wanted(config, base, tasks, method) -> list[training.Wanted]:
-    recipe = recipe_of(config, method)
+    recipe = tau_jp.recipe(config, method, steps=config.steps)
     checksums = {name: bank.checksum(task.train) for name, task in tasks.items()}
     found = []
     for name in TASKS:

@@ -1,0 +1,76 @@
+"""What the language scripts of the τJp paper share: methods, recipe, rows.
+
+The task vectors are ordinary (`nonlinear`), linearised (`linear`), and linearised with
+the cyclic τJp penalty (`tau_jp_cyclic`).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+from experiments.common import runs
+from jaxarith import merge, task_vectors, train
+from jaxarith.typing import Params, Taus
+
+METHODS = {
+    "nonlinear": "Non-lin. FT",
+    "linear": "Linear FT",
+    "tau_jp_cyclic": "Ours",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(runs.Banked):
+    """The options of these scripts."""
+
+    coefficient: Literal["searched", "one"] = "searched"
+    """Which table: the coefficient of every row is searched, or it is one."""
+    coefs: tuple[float, ...]
+    """The candidates of the coefficient."""
+    batch_size: int = 16
+    learning_rate: float = 1e-5
+    """The same at every step."""
+    penalty_coef: float
+    """λ, the weight of the τJp penalty."""
+    penalty_batch_size: int = 4
+    """Samples of the penalty per step, a quarter of the batch."""
+    ties_density: float = 0.1
+    """The share of the entries that TIES keeps."""
+    seed: int = 0
+
+
+def recipe(
+    options: Options, method: str, *, steps: int, weight_decay: float = 0.0
+) -> train.TrainConfig:
+    """The recipe of a method: a constant learning rate, and no clipping."""
+    return train.TrainConfig(
+        steps=steps,
+        warmup_steps=0,
+        decay="constant",
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        weight_decay=weight_decay,
+        clip_norm=None,
+        linearized=method != "nonlinear",
+        penalty="cyclic" if method == "tau_jp_cyclic" else None,
+        penalty_coef=options.penalty_coef,
+        penalty_batch_size=options.penalty_batch_size,
+        seed=options.seed,
+    )
+
+
+def merged(
+    params_0: Params, taus: Mapping[str, Taus], density: float
+) -> dict[str, tuple[str, Params]]:
+    """By row the method whose model is edited, and the vector that edits it.
+
+    It is the sum of the method's vectors; TIES merges the ordinary ones, and trims
+    where there is one alone.
+    """
+    rows = {
+        name: (method, task_vectors.add(taus[method]))
+        for method, name in METHODS.items()
+    }
+    edited = merge.ties(params_0, taus["nonlinear"], density=density, coef=1.0)
+    rows["TIES"] = "nonlinear", task_vectors.difference(edited, params_0)
+    return {name: rows[name] for name in ("Non-lin. FT", "Linear FT", "TIES", "Ours")}
