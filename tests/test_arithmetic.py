@@ -10,15 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.common import tables
-from experiments.common.vision import (
-    options,
-)
-from experiments.common.vision import (
-    scores as arithmetic,
-)
-from experiments.common.vision import (
-    vectors as methods,
-)
+from experiments.common.vision import options, scores, sources, vectors
 from jaxarith import losses, sharding, task_vectors, tree
 from jaxarith.data import images, pipeline
 from jaxarith.models import heads
@@ -41,7 +33,7 @@ def start():
     }
 
 
-def vectors():
+def drawn_taus():
     rng = np.random.default_rng(5)
     return [
         jax.tree.map(
@@ -54,7 +46,7 @@ def vectors():
 def task_of(seed, samples=40, classes=5):
     """A task of which two labels of three are those of the model half way."""
     rng = np.random.default_rng(seed)
-    half_way = task_vectors.apply(start(), task_vectors.add(vectors()), 0.5)
+    half_way = task_vectors.apply(start(), task_vectors.add(drawn_taus()), 0.5)
     head = jnp.asarray(10 * rng.normal(size=(classes, 6)), jnp.float32)
 
     def dataset(count):
@@ -66,9 +58,9 @@ def task_of(seed, samples=40, classes=5):
             for image, label in zip(x, labels, strict=True)
         ]
         batches = pipeline.evaluation_stream(
-            source, 16, preprocess=options.Preprocessed(identity)
+            source, 16, preprocess=sources.Preprocessed(identity)
         )
-        return options.Dataset(source, batches, options.labels(source), head)
+        return options.Dataset(source, batches, sources.labels(source), head)
 
     test = dataset(samples)
     return options.Task(f"task{seed}", f"Task {seed}", [], {}, dataset(samples), test)
@@ -92,7 +84,7 @@ def setup():
 
 @pytest.fixture(scope="module")
 def taus():
-    return vectors()
+    return drawn_taus()
 
 
 def features(setup, tau, dataset, linearized):
@@ -105,8 +97,8 @@ def features(setup, tau, dataset, linearized):
 
 
 def accuracy(setup, tau, dataset, linearized):
-    scores = heads.logits(dataset.head, features(setup, tau, dataset, linearized))
-    return float(np.mean(np.argmax(scores, -1) == dataset.labels))
+    logits = heads.logits(dataset.head, features(setup, tau, dataset, linearized))
+    return float(np.mean(np.argmax(logits, -1) == dataset.labels))
 
 
 def scaled(tau, coef):
@@ -115,7 +107,7 @@ def scaled(tau, coef):
 
 @pytest.mark.parametrize("linearized", [False, True])
 def test_addition_is_its_definition(setup, taus, linearized):
-    found = arithmetic.addition(setup, taus, linearized=linearized)
+    found = scores.addition(setup, taus, linearized=linearized)
     total = task_vectors.add(taus)
     nothing = scaled(total, 0.0)
 
@@ -130,13 +122,13 @@ def test_addition_is_its_definition(setup, taus, linearized):
         return [accuracy(setup, v, getattr(t, split), linearized) for t, v in pairs]
 
     single = own("validation")
-    scores = [
+    normalized = [
         np.mean(np.divide(of(scaled(total, c), "validation"), single))
-        for c in arithmetic.COEFS
+        for c in scores.COEFS
     ]
-    best = arithmetic.COEFS[int(np.argmax(scores))]
-    assert 0 < best and len(set(scores)) > 3
-    np.testing.assert_allclose(found.search.normalized, scores, rtol=1e-6)
+    best = scores.COEFS[int(np.argmax(normalized))]
+    assert 0 < best and len(set(normalized)) > 3
+    np.testing.assert_allclose(found.search.normalized, normalized, rtol=1e-6)
     assert found.search.coef == best
     np.testing.assert_allclose(found.zero_shot, of(nothing))
     np.testing.assert_allclose(found.single, own("test"))
@@ -148,8 +140,8 @@ def test_addition_is_its_definition(setup, taus, linearized):
 
 @pytest.mark.parametrize("linearized", [False, True])
 def test_negation_forgets_most_where_the_control_is_kept(setup, taus, linearized):
-    found = arithmetic.negation(setup, taus, linearized=linearized)
-    coefs = arithmetic.NEGATION_COEFS
+    found = scores.negation(setup, taus, linearized=linearized)
+    coefs = scores.NEGATION_COEFS
     pairs, at_one = [], []
     for task, tau, chosen in zip(setup.tasks, taus, found.coefs, strict=True):
 
@@ -174,8 +166,8 @@ def test_negation_forgets_most_where_the_control_is_kept(setup, taus, linearized
 @pytest.mark.parametrize("of_labels", [False, True])
 def test_disentanglement_error_is_its_definition(setup, taus, linearized, of_labels):
     coefs = np.array([-1.0, 0.0, 0.5])
-    both = [arithmetic.symmetric_kl, arithmetic.labels_differ]
-    found = arithmetic.disentanglement_error(
+    both = [scores.symmetric_kl, scores.labels_differ]
+    found = scores.disentanglement_error(
         setup, taus, linearized=linearized, coefs=coefs, distances=both
     )[int(of_labels)]
 
@@ -203,7 +195,7 @@ def test_disentanglement_error_is_its_definition(setup, taus, linearized, of_lab
 
 def test_a_pair_has_the_mean_of_both_directions():
     matrix = np.arange(9.0).reshape(3, 3)
-    assert arithmetic.pair_values(matrix) == [2.0, 4.0, 6.0]
+    assert scores.pair_values(matrix) == [2.0, 4.0, 6.0]
 
 
 def test_the_loss_of_all_tasks_is_the_mean_of_theirs():
@@ -222,7 +214,7 @@ def test_the_loss_of_all_tasks_is_the_mean_of_theirs():
         "label": jnp.asarray(labels.reshape(-1)[order]),
         "task": jnp.asarray(np.tile([0, 1], 4)[order]),
     }
-    actual = methods.joint(found.reshape(8, 6)[order], batch, heads.pad(head_of))
+    actual = vectors.joint(found.reshape(8, 6)[order], batch, heads.pad(head_of))
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
@@ -230,7 +222,7 @@ def test_ascent_is_descent_of_the_negated_loss():
     head = {"head": jnp.eye(3), "valid": jnp.ones(3, bool)}
     batch = {"label": jnp.array([0, 2])}
     outputs = jnp.asarray([[1.0, 2.0, 0.5], [0.1, 0.2, 1.0]])
-    assert methods.ascent(outputs, batch, head) == -methods.loss(outputs, batch, head)
+    assert vectors.ascent(outputs, batch, head) == -vectors.loss(outputs, batch, head)
 
 
 def names_of(tasks):
@@ -241,7 +233,7 @@ def test_the_penalty_keeps_other_tasks_in_order_and_the_control_last(setup):
     setup = setup._replace(tasks=[task_of(i) for i in (1, 2, 4)])
     middle = setup.tasks[1]
     others = {
-        method: names_of(methods.others_of(setup, method, middle))
+        method: names_of(vectors.others_of(setup, method, middle))
         for method in (
             "tau_jp_cyclic",
             "tau_jp_incremental",
@@ -269,8 +261,8 @@ def test_published_values_stand_beside_ours_and_a_wrong_number_of_them_is_refuse
 def test_a_sample_is_augmented_and_preprocessed_by_what_pickles():
     rng = np.random.default_rng(0)
     sample = {"image": rng.integers(0, 255, (9, 7), dtype=np.uint8), "label": 3}
-    evaluated = options.Preprocessed(images.Preprocessing(6))(sample)
-    trained = options.Augmented(images.Augmentation(6))(sample, rng)
+    evaluated = sources.Preprocessed(images.Preprocessing(6))(sample)
+    trained = sources.Augmented(images.Augmentation(6))(sample, rng)
     assert evaluated["image"].shape == trained["image"].shape == (6, 6, 3)
     assert trained["label"] == evaluated["label"] == 3
     assert not np.array_equal(evaluated["image"], trained["image"])
@@ -278,9 +270,9 @@ def test_a_sample_is_augmented_and_preprocessed_by_what_pickles():
 
 def test_part_of_a_source_has_its_labels_and_samples():
     source = [{"image": i, "label": i % 3} for i in range(20)]
-    part = options.limited(source, 5)
+    part = sources.limited(source, 5)
     assert len(part) == 5 and len({part[i]["image"] for i in range(5)}) == 5
-    assert options.labels(part).tolist() == [part[i]["label"] for i in range(5)]
+    assert sources.labels(part).tolist() == [part[i]["label"] for i in range(5)]
 
 
 @pytest.mark.parametrize(
@@ -300,6 +292,6 @@ def test_paradigms_train_as_many_parameters_as_the_papers_layers_have(model, cou
     whole = tree.unflatten(shapes)
     found = tuple(
         sum(leaf.size for leaf in tree.flatten(tree.select(whole, pattern)).values())
-        for pattern in methods.LINEAR_LAYERS.values()
+        for pattern in vectors.LINEAR_LAYERS.values()
     )
     assert found == counts

@@ -336,13 +336,15 @@ def main(config: Config) -> dict:
         config = dataclasses.replace(config, all_partitions=False)
     runs.start(config)
     rows: list[dict] = []
-    chosen = None
+    chosen: partitions.Partition = []
+    setup = None
     for setup in options.setups(config, config.models, control=False):
         # Of the first model, so that one partition is compared over all.
-        is_first = chosen is None
+        is_first = not chosen
         chosen = chosen or chosen_partition(setup, config)
         several = several_of(config, len(setup.tasks), chosen)
         rows += rows_of(setup, config, several, is_first)
+    assert setup is not None  # there is a model
     letters = partitions.letters(setup.titles)
     natural = partitions.label(chosen, letters)
     twice = [row for row in rows if row["table"] == "12"]

@@ -127,7 +127,7 @@ def main(config: Config) -> dict:
     return tables.compared(
         config.out,
         "Negation of bases (bases paper, Table 6)",
-        f"Test accuracy on {config.target} and on {setup.control.title} after "
+        f"Test accuracy on {config.target} and on {setup.required_control.title} after "
         "negation, percent.",
         rows,
         PUBLISHED if are_theirs else {},

@@ -55,7 +55,7 @@ def setups(config: Options) -> list[options.Setup]:
     """
     names = [Path(model).name for model in config.models]
     if len(set(names)) < 2 and not config.smoke:
-        raise ValueError(f"--models {options.models}: the folders have one name.")
+        raise ValueError(f"--models {config.models}: the folders have one name.")
     first = options.load(config, config.models[0], control=False)
     if config.smoke:
         found = [first, noisy(first)]
@@ -67,11 +67,11 @@ def setups(config: Options) -> list[options.Setup]:
     ]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"{options.models[0]} and {options.models[1]} have parameters of other "
+            f"{config.models[0]} and {config.models[1]} have parameters of other "
             "names or shapes; the two models must be of one architecture."
         )
     if found[0].identity == found[1].identity:
-        raise ValueError(f"the two --models are the same: {options.models[0]}.")
+        raise ValueError(f"the two --models are the same: {config.models[0]}.")
     return found
 
 

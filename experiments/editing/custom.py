@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments.common import bank
-from experiments.common.vision import options
+from experiments.common.vision import options, sources
 from jaxarith import task_vectors
 from jaxarith.data import images
 from jaxarith.models import clip
@@ -44,20 +44,20 @@ def some_classes(source, kept: Sequence[int]) -> Relabelled:
       >>> print(some_classes(source, [2])[0])
       {'image': 'a', 'label': np.int32(0)}
     """
-    kept = np.asarray(kept)
-    order = np.argsort(kept)
-    labels = options.labels(source)
-    [indices] = np.nonzero(np.isin(labels, kept))
-    new = order[np.searchsorted(kept, labels[indices], sorter=order)]
+    wanted = np.asarray(kept)
+    order = np.argsort(wanted)
+    labels = sources.labels(source)
+    [indices] = np.nonzero(np.isin(labels, wanted))
+    new = order[np.searchsorted(wanted, labels[indices], sorter=order)]
     return Relabelled(source, indices, new.astype(np.int32))
 
 
-def per_class(source, samples: int, seed: int) -> options.Part:
+def per_class(source, samples: int, seed: int) -> sources.Part:
     """So many samples of every class, drawn at random; all of a class with fewer."""
-    labels = options.labels(source)
+    labels = sources.labels(source)
     order = np.random.default_rng(seed).permutation(len(labels))
     drawn = [order[labels[order] == label][:samples] for label in np.unique(labels)]
-    return options.Part(source, np.sort(np.concatenate(drawn)))
+    return sources.Part(source, np.sort(np.concatenate(drawn)))
 
 
 def of_classes(

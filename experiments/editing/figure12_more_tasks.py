@@ -37,9 +37,8 @@ class Config(options.Models):
     """A task of persons, as NAME=FOLDER."""
 
 
-def with_tasks(setup: options.Setup) -> options.Setup:
+def with_tasks(setup: options.Setup, config: Config) -> options.Setup:
     """The setup with the OCR tasks and the persons in place of its own tasks."""
-    config = setup.options
     checkpoint = clip.load(setup.model)
     raw = [ocr.reading(options.image_task(spec, config)) for spec in config.tasks]
     if config.persons:
@@ -84,7 +83,7 @@ def main(config: Config) -> dict:
     rows = [
         row
         for setup in options.setups(config, config.models)
-        for row in rows_of(with_tasks(setup))
+        for row in rows_of(with_tasks(setup, config))
     ]
     if runs.is_first():
         for task in dict.fromkeys(row["task"] for row in rows):

@@ -36,13 +36,14 @@ class Config(options.OneModel):
 def large_vector(setup: options.Setup, epochs: int) -> Tree:
     """The vector of the control task, trained for so many epochs."""
     own = setup.options
-    config = vectors.recipe_of(setup, "nonlinear", setup.control)
+    control = setup.required_control
+    config = vectors.recipe_of(setup, "nonlinear", control)
     name = "nonlinear"
     if own.steps is None:
         name = f"nonlinear/epochs_{epochs}"
-        steps = epochs * math.ceil(len(setup.control.train) / own.batch_size)
+        steps = epochs * math.ceil(len(control.train) / own.batch_size)
         config = dataclasses.replace(config, steps=steps)
-    wanted = [vectors.wanted_of(setup, name, setup.control, config)]
+    wanted = [vectors.wanted_of(setup, name, control, config)]
     [tau] = vectors.trained(setup, name, wanted)
     return tau
 
@@ -56,7 +57,7 @@ def main(config: Config) -> dict:
     taus = vectors.vectors(setup, "nonlinear")
     rows = []
     for task, tau in zip(tqdm(setup.tasks, desc="sums"), taus, strict=True):
-        pair = setup._replace(tasks=[task, setup.control])
+        pair = setup._replace(tasks=[task, setup.required_control])
         found = scores.addition(pair, [tau, large], linearized=False)
         parts = {
             "zero-shot": found.zero_shot,
@@ -80,7 +81,7 @@ def main(config: Config) -> dict:
                 for part in ("zero-shot", "single", "sum")
             },
             x="accuracy on the task, percent",
-            y=f"accuracy on {setup.control.title}, percent",
+            y=f"accuracy on {setup.required_control.title}, percent",
         )
     results = {"rows": rows}
     caption = "Test accuracy, percent; single: of each task's own model."

@@ -3,13 +3,11 @@
 In `[T, 2, ...]`, 2 are the task that is forgotten and the control.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 from tqdm import tqdm
 
 from experiments.common.vision import options, scores
-from jaxarith.typing import Taus
+from jaxarith.typing import Numbers, Taus
 
 
 def negation(setup: options.Setup, taus: Taus) -> scores.Negation:
@@ -20,12 +18,12 @@ def negation(setup: options.Setup, taus: Taus) -> scores.Negation:
     )
 
 
-def curves(setup: options.Setup, taus: Taus, coefs: Sequence[float]) -> np.ndarray:
+def curves(setup: options.Setup, taus: Taus, coefs: Numbers) -> np.ndarray:
     """Test accuracies `[T, 2, n]` with each vector alone at every coefficient."""
     rows = np.asarray(coefs)[:, None]
     progress = tqdm(setup.tasks, desc="target and control", unit="task")
     found = []
     for task, tau in zip(progress, taus, strict=True):
-        both = (task.test, setup.control.test)
+        both = (task.test, setup.required_control.test)
         found.append([scores.accuracies(setup, [tau], x, False, rows) for x in both])
     return np.array(found)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from experiments.common.vision import glyphs, options
+from experiments.common.vision import glyphs, sources
 from jaxarith.data import images
 
 TEMPLATES = (
@@ -45,13 +45,13 @@ class Written:
         sample = self.source[int(index)]
         label = self.labels[int(index)]
         rng = np.random.default_rng((self.seed, int(index)))
-        image = written(images.rgb(sample["image"]), self.classes[label], rng)
+        image = written(images.rgb(sample["image"]), self.classes[int(label)], rng)
         return {"image": image, "label": label}
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
         """`i32[N]`: drawn from the classes that the images do not show."""
-        shown = options.labels(self.source)
+        shown = sources.labels(self.source)
         away = np.random.default_rng(self.seed).integers(
             1, len(self.classes), size=len(shown)
         )

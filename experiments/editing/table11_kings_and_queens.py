@@ -82,10 +82,11 @@ def people_of(config: Config) -> images.ImageTask:
     return people
 
 
-def concepts(setup: options.Setup) -> tuple[list[options.Task], options.Setup]:
+def concepts(
+    setup: options.Setup, config: Config
+) -> tuple[list[options.Task], options.Setup]:
     """A task of each class, of images of that class alone, and the setup with a control
     that has "something" among its options."""
-    config = setup.options
     people = people_of(config)
     known = options.image_task(config.control, config)
     known_and_more = dataclasses.replace(
@@ -108,16 +109,17 @@ def concepts(setup: options.Setup) -> tuple[list[options.Task], options.Setup]:
         own = dataclasses.replace(own, classes=known_and_more.classes, **parts)
         task = options.prepared(own, head, setup.preprocess, config)
         tasks.append(task._replace(title=name))
-    control = setup.control._replace(
-        validation=setup.control.validation._replace(head=head),
-        test=setup.control.test._replace(head=head),
+    control = setup.required_control
+    control = control._replace(
+        validation=control.validation._replace(head=head),
+        test=control.test._replace(head=head),
     )
     return tasks, setup._replace(tasks=tasks, control=control)
 
 
-def rows_of(setup: options.Setup) -> list[dict]:
+def rows_of(setup: options.Setup, config: Config) -> list[dict]:
     """The rows of one model, with both accuracies in percent."""
-    tasks, setup = concepts(setup)
+    tasks, setup = concepts(setup, config)
     trained = vectors.vectors(setup, "nonlinear")
     taus = [custom.analogy(trained, i) for i in range(4)]
     coefs = scores.coefs_of(setup.options, COEFS)
@@ -126,7 +128,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
         rows = [
             c * unit for unit, own in zip(np.eye(4), chosen, strict=True) for c in own
         ]
-        dataset = getattr(setup.control, split)
+        dataset = getattr(setup.required_control, split)
         found = scores.accuracies(setup, taus, dataset, False, rows)
         return found.reshape(4, -1)
 
@@ -172,7 +174,9 @@ def main(config: Config) -> dict:
     people_of(config)  # before anything is written
     runs.start(config)
     rows = [
-        row for setup in options.setups(config, config.models) for row in rows_of(setup)
+        row
+        for setup in options.setups(config, config.models)
+        for row in rows_of(setup, config)
     ]
     results = {"rows": rows}
     beside = tables.beside(

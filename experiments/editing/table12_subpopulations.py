@@ -111,9 +111,9 @@ def styles(config: Config) -> list[images.ImageTask]:
     return raw
 
 
-def subpopulations(setup: options.Setup) -> list[options.Task]:
+def subpopulations(setup: options.Setup, config: Config) -> list[options.Task]:
     """The four tasks: halves A and B of the first style, and of the second."""
-    raw = styles(setup.options)
+    raw = styles(config)
     classes = list(raw[0].classes)
     half = (len(classes) + 1) // 2
     checkpoint = clip.load(setup.model)
@@ -159,10 +159,9 @@ def best(setup, taus, rows, task: options.Task) -> tuple[np.ndarray, float]:
     return chosen, float(test)
 
 
-def results_of(setup: options.Setup) -> tuple[list[dict], list[dict]]:
+def results_of(setup: options.Setup, config: Config) -> tuple[list[dict], list[dict]]:
     """The rows of one model, and what coefficients were found for each target."""
-    config = setup.options
-    setup = setup._replace(tasks=subpopulations(setup))
+    setup = setup._replace(tasks=subpopulations(setup, config))
     trained = vectors.vectors(setup, "nonlinear")
     coefs = scores.coefs_of(config, COEFS)
     edits, zero, found = [], [], []
@@ -216,7 +215,7 @@ def main(config: Config) -> dict:
     rows, coefficients = [], []
     # The two styles may not be among the tasks that have a control.
     for setup in options.setups(config, config.models, control=False):
-        own, found = results_of(setup)
+        own, found = results_of(setup, config)
         rows += own
         coefficients += found
     keys = ["model", "samples", "task vectors"]

@@ -135,7 +135,7 @@ def rows_of(setup: options.Setup, excluded: Mapping[str, set[int]]) -> list[dict
     rows = []
     for filtering in ("no", "yes"):
         for task, tau in zip(setup.tasks, taus, strict=True):
-            control = setup.control
+            control = setup.required_control
             out = excluded[task.name] if filtering == "yes" else set()
             if out:
                 control = control._replace(

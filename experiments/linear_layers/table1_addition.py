@@ -45,17 +45,21 @@ class Config(options.Models):
 
 def rows_of(setup: options.Setup) -> list[dict]:
     """The rows of one model."""
-    rows = []
-    for label, method in METHODS.items():
-        found = scores.addition(
+    found = {
+        label: scores.addition(
             setup,
             vectors.vectors(setup, method),
             linearized=vectors.is_linearized(method),
         )
-        rows.append(row(setup, label, found.searched, found.row(searched=True)))
-        rows[-1]["coefficient"] = found.search.coef
-    before = {"abs": options.means(found.zero_shot), "norm": None, "coefficient": None}
-    return [row(setup, "Pre-trained", found.zero_shot, before), *rows]
+        for label, method in METHODS.items()
+    }
+    zero_shot = found["Ours"].zero_shot
+    before = {"abs": options.means(zero_shot), "norm": None, "coefficient": None}
+    rows = [row(setup, "Pre-trained", zero_shot, before)]
+    for label, one in found.items():
+        means = one.row(searched=True) | {"coefficient": one.search.coef}
+        rows.append(row(setup, label, one.searched, means))
+    return rows
 
 
 def row(setup, label, accuracies, means) -> dict:

@@ -47,7 +47,7 @@ class Config(options.Models):
     out: Path = Path("runs/tau_jp/figure2")
 
 
-def points_of(setup: options.Setup, method: str, coefs) -> list[dict]:
+def points_of(setup: options.Setup, method: vectors.Method, coefs) -> list[dict]:
     """τJp, accuracies and cosine of every pair."""
     taus = vectors.vectors(setup, method)
     cosines = np.asarray(task_vectors.cosine_matrix(taus))

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores
+from experiments.common.vision import options, scores, vectors
 from experiments.tau_jp import pairs
 from jaxarith import plots
 
-METHODS = {"Non-lin. FT": "nonlinear"} | pairs.METHODS
+METHODS: dict[str, vectors.Method] = {"Non-lin. FT": "nonlinear", **pairs.METHODS}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from experiments.common.vision import options, scores, vectors
 from experiments.tau_jp import pairs
 from jaxarith import plots
 
-METHODS = {"Non-lin. FT": "nonlinear"} | pairs.METHODS
+METHODS: dict[str, vectors.Method] = {"Non-lin. FT": "nonlinear", **pairs.METHODS}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common.vision import options, scores
+from experiments.common.vision import options, scores, vectors
 from jaxarith import evaluate, metrics
-from jaxarith.typing import Taus
+from jaxarith.typing import Numbers, Taus
 
-METHODS = {"Linear FT": "linear", "Ours": "tau_jp_cyclic"}
+METHODS: dict[str, vectors.Method] = {"Linear FT": "linear", "Ours": "tau_jp_cyclic"}
 
 
 class TauJp(NamedTuple):
@@ -33,7 +33,7 @@ class TauJp(NamedTuple):
     square: np.ndarray
 
     def of_pairs(self) -> list[dict[str, float]]:
-        """Both measures of every pair, in the order of `arithmetic.pairs`."""
+        """Both measures of every pair, in the order of `scores.pairs`."""
         return [
             {"tau_jp": norm, "tau_jp_squared": square}
             for norm, square in zip(
@@ -49,7 +49,7 @@ def tau_jp(setup: options.Setup, taus: Taus) -> TauJp:
     return _matrices([norms(at.moves) for _, at in outputs(setup, taus, "test")])
 
 
-def additions(setup: options.Setup, taus: Taus, coefs: Sequence[float]) -> list[dict]:
+def additions(setup: options.Setup, taus: Taus, coefs: Numbers) -> list[dict]:
     """Adds every two task vectors, with a coefficient searched for each pair.
 
     Args:

@@ -23,9 +23,9 @@ import dataclasses
 from pathlib import Path
 
 from experiments.common import script, tables
-from experiments.common.vision import options, scores
+from experiments.common.vision import options, scores, vectors
 
-METHODS = {
+METHODS: dict[str, vectors.Method] = {
     "No reg.": "linear",
     "Incremental reg.": "tau_jp_incremental",
     "Incremental reg., no control": "tau_jp_incremental_no_control",

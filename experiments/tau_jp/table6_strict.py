@@ -38,7 +38,7 @@ from experiments.common.vision import options, scores, vectors
 from jaxarith import sharding, train
 from jaxarith.models import heads
 
-METHODS = {
+METHODS: dict[str, vectors.Method] = {
     "No reg.": "linear",
     "Cyclical reg.": "tau_jp_cyclic",
     "Mixed reg. (ours)": "tau_jp_mixed",

@@ -39,7 +39,7 @@ class Config(options.Models):
     out: Path = Path("runs/tau_jp/table7")
 
 
-def accuracy_of(setup: options.Setup, method: str) -> float:
+def accuracy_of(setup: options.Setup, method: vectors.Method) -> float:
     """Mean absolute test accuracy of the sum of a method's vectors, in percent."""
     taus = vectors.vectors(setup, method)
     linearized = vectors.is_linearized(method)

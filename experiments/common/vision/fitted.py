@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 
 from experiments.common import study_merges
-from experiments.common.vision import options
+from experiments.common.vision import options, sources
 from jaxarith import merge, sharding, task_vectors
 from jaxarith.data import pipeline
 from jaxarith.models import heads
@@ -91,9 +91,9 @@ def adamerging(
     def batches(index):
         own = {name: leaf[index] for name, leaf in padded.items()}
         samples = pipeline.evaluation_stream(
-            options.limited(setup.tasks[index].test.source, 16 * steps),
+            sources.limited(setup.tasks[index].test.source, 16 * steps),
             16,
-            preprocess=options.Preprocessed(setup.preprocess),
+            preprocess=sources.Preprocessed(setup.preprocess),
             workers=min(setup.options.workers, 1),  # for each of the tasks
         )
         epochs = itertools.chain.from_iterable(itertools.repeat(samples))

@@ -18,11 +18,12 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from experiments.common import bank, runs
-from experiments.common.vision import small_tasks
+from experiments.common.vision import small_tasks, sources
 from jaxarith import fingerprint, hub, metrics, sharding, train, tree
 from jaxarith.data import images, pipeline, vision
 from jaxarith.models import clip, heads
 from jaxarith.sharding import processes
+from jaxarith.typing import Numbers
 
 B32 = "openai/clip-vit-base-patch32"
 B16 = "openai/clip-vit-base-patch16"
@@ -99,7 +100,10 @@ def smoke(options):
         protocol="paper",
         steps=3,
         learning_rate=1e-3,
-        **dict(batch_size=8, samples=32, evaluation_batch=32, workers=0),
+        batch_size=8,
+        samples=32,
+        evaluation_batch=32,
+        workers=0,
         mesh="data=1",
         save_every=0,
     )
@@ -189,6 +193,12 @@ class Setup(NamedTuple):
         return known.get(name, name)
 
     @property
+    def required_control(self) -> Task:
+        """The control task of a script that has loaded it."""
+        assert self.control is not None
+        return self.control
+
+    @property
     def names(self) -> list[str]:
         return [task.name for task in self.tasks]
 
@@ -197,60 +207,26 @@ class Setup(NamedTuple):
         return [task.title for task in self.tasks]
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Some samples of a source."""
-
-    source: Any
-    indices: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index) -> dict:
-        return self.source[int(self.indices[index])]
-
-    @property
-    def labels(self) -> np.ndarray:
-        return np.asarray(labels(self.source))[self.indices]
-
-
-def labels(source) -> np.ndarray:
-    """The labels of all samples, `i32[N]`; of a list, which has them at hand, too."""
-    found = [r["label"] for r in source] if isinstance(source, list) else source.labels
-    return np.asarray(found, np.int32)
-
-
 def load(options: Options, model: str, *, control: bool = True) -> Setup:
     """Loads a CLIP and the tasks, and makes or reads the heads.
 
-    Of the output folder nothing is made before all of it is found to be there.
+    The heads go to the bank; the output folder is made by the first training.
 
     Args:
-      options: of the script.
+      options: the script's options.
       model: a folder, or an id of the Hugging Face Hub.
       control: whether the script needs the control task; without it the setup's is
         None.
 
     Raises:
-      ValueError: tasks are not there, or are not what they should be; the message says
-        of each how to get it.
+      ValueError: tasks are missing or wrong, and the message says of each how to get
+        it; or the recipe, the batch and the mesh do not go together.
       FileNotFoundError: there is no such model.
     """
     mesh = sharding.make_mesh(options.mesh)
-    specs = [*options.tasks, *([options.control] if control else [])]
-    names = [spec.partition("=")[0] for spec in specs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"every task, control included, once; got {specs}.")
-    # The tasks first: what is missing there is found before weights are downloaded.
-    found, problems = [], []
-    for spec in tqdm(specs, desc="tasks", unit="task"):
-        try:
-            found.append(image_task(spec, options))
-        except (FileNotFoundError, ValueError) as error:
-            problems.append(str(error))
-    if problems:  # all at once: one may take hours to mend
-        raise ValueError("\n\n".join(problems))
+    found = image_tasks(options, control)
+    for task in found[: len(options.tasks)]:
+        check_recipe(options, task, penalty=control, mesh=mesh)
     model = str(clip.TINY_CLIP) if options.smoke else model
     checkpoint = clip.load(model)
     preprocess = images.Preprocessing.from_folder(checkpoint.folder)
@@ -260,42 +236,56 @@ def load(options: Options, model: str, *, control: bool = True) -> Setup:
         prepared(task, head_of(task, checkpoint, file), preprocess, options)
         for task, file in zip(found, head_files, strict=True)
     ]
-    setup = Setup(
+    return Setup(
         options=options,
         model=model,
         apply_fn=clip.image_encoder(checkpoint.config),
         params_0=sharding.shard(params_0, mesh),
         identity=fingerprint.combined(params_0),
         preprocess=preprocess,
-        augment=Augmented(
+        augment=sources.Augmented(
             images.Augmentation(preprocess.size, preprocess.mean, preprocess.std)
         ),
         tasks=tasks[: len(options.tasks)],
         control=tasks[-1] if control else None,
         mesh=mesh,
     )
-    check_recipes(setup)
-    runs.claim(options)
-    return setup
 
 
-def check_recipes(setup: Setup):
-    """Raises ValueError for recipes that cannot be, before anything is trained."""
-    penalty = None if setup.control is None else "cyclic"
-    for task in setup.tasks:
-        config = recipe_of(setup.options, task)
-        config = dataclasses.replace(
-            config, linearized=penalty is not None, penalty=penalty
-        )
-        train.task_batches(
-            [task.train], config, seeds=[0], others=[[task.train]], mesh=setup.mesh
-        )
+def image_tasks(options: Options, control: bool) -> list[images.ImageTask]:
+    """The tasks as raw images, the control last; all problems are one error."""
+    specs = [*options.tasks, *([options.control] if control else [])]
+    names = [spec.partition("=")[0] for spec in specs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"every task, control included, once; got {specs}.")
+    found, problems = [], []
+    for spec in tqdm(specs, desc="tasks", unit="task"):
+        try:
+            found.append(image_task(spec, options))
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(str(error))
+    if problems:  # all at once: one may take hours to mend
+        raise ValueError("\n\n".join(problems))
+    return found
+
+
+def check_recipe(options: Options, task: images.ImageTask, *, penalty: bool, mesh):
+    """Raises the ValueErrors of training on a task, before models are downloaded."""
+    config = dataclasses.replace(
+        recipe_of(options, task),
+        linearized=penalty,
+        penalty="cyclic" if penalty else None,
+    )
+    own = [task.train]
+    train.task_batches(own, config, seeds=[0], others=[own], mesh=mesh)
 
 
 def setups(
     options: Options, models: Sequence[str], *, control: bool = True
 ) -> Iterator[Setup]:
     """The setup of each model in turn; of a smoke run the first."""
+    if not models:
+        raise ValueError("no --models; name at least one CLIP.")
     first, *others = models[:1] if options.smoke else models
     setup = load(options, first, control=control)
     for model in others:
@@ -317,15 +307,10 @@ def image_task(spec: str, options: Options) -> images.ImageTask:
     if options.samples is None:
         return task
     splits = {
-        split: limited(getattr(task, split), options.samples)
+        split: sources.limited(getattr(task, split), options.samples)
         for split in ("train", "validation", "test")
     }
     return dataclasses.replace(task, **splits)
-
-
-def limited(source, samples: int):
-    """So many samples of a source, drawn and ordered at random."""
-    return Part(source, np.random.default_rng(0).permutation(len(source))[:samples])
 
 
 def prepared(task: images.ImageTask, head, preprocess, options) -> Task:
@@ -348,7 +333,7 @@ def identity_of(task: images.ImageTask) -> dict:
     """
     identity = {"samples": len(task.train), "source": task.origin}
     if task.origin != "tfds":
-        identity["labels"] = zlib.crc32(labels(task.train).tobytes())
+        identity["labels"] = zlib.crc32(sources.labels(task.train).tobytes())
     return identity
 
 
@@ -357,16 +342,16 @@ def dataset(source, head, preprocess, options: Options) -> Dataset:
     batches = pipeline.evaluation_stream(
         source,
         options.evaluation_batch,
-        preprocess=Preprocessed(preprocess),
+        preprocess=sources.Preprocessed(preprocess),
         # Starting processes takes longer than to read a few images.
         workers=options.workers if len(source) > 1000 else 0,
     )
-    return Dataset(source, batches, labels(source), head)
+    return Dataset(source, batches, sources.labels(source), head)
 
 
 def drawn(setup: Setup, split: Dataset, samples: int) -> Dataset:
     """So many samples of a split, drawn with a fixed seed."""
-    source = limited(split.source, samples)
+    source = sources.limited(split.source, samples)
     return dataset(source, split.head, setup.preprocess, setup.options)
 
 
@@ -390,28 +375,7 @@ def head_of(task: images.ImageTask, checkpoint: clip.CLIP, file: Path) -> jax.Ar
     return head
 
 
-@dataclasses.dataclass(frozen=True)
-class Preprocessed:
-    """A sample as the model is evaluated on; a class, so that it pickles by name."""
-
-    preprocess: images.Preprocessing
-
-    def __call__(self, sample: dict) -> dict:
-        return sample | {"image": self.preprocess(sample["image"])}
-
-
-@dataclasses.dataclass(frozen=True)
-class Augmented:
-    """A sample as the model is trained on."""
-
-    augmentation: images.Augmentation
-
-    def __call__(self, sample: dict, rng: np.random.Generator) -> dict:
-        image = self.augmentation(sample["image"], rng)
-        return {"image": image, "label": np.int32(sample["label"])}
-
-
-def recipe_of(options: Options, task: Task) -> train.TrainConfig:
+def recipe_of(options: Options, task: Task | images.ImageTask) -> train.TrainConfig:
     """The recipe of the protocol for a task, with what the options change."""
     config = train.paper()
     if options.protocol == "code":
@@ -437,6 +401,6 @@ def recipe_of(options: Options, task: Task) -> train.TrainConfig:
     )
 
 
-def means(values: Sequence[float]) -> float:
+def means(values: Numbers) -> float:
     """The mean in percent, as the papers print it."""
     return 100 * float(np.mean(values))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from experiments.common.vision import options, vectors
 from jaxarith import evaluate, metrics, task_vectors
-from jaxarith.typing import Taus, Tree
+from jaxarith.typing import Numbers, Taus, Tree
 
 COEFS = np.linspace(0, 1, 21)
 NEGATION_COEFS = np.linspace(0, 3, 31)
@@ -39,14 +39,14 @@ class Addition(NamedTuple):
     searched: np.ndarray
     search: evaluate.Search
 
-    def row(self, searched: bool) -> dict[str, float]:
+    def row(self, searched: bool) -> dict[str, float | None]:
         """Mean absolute and normalised accuracy in percent."""
         found = self.searched if searched else self.at_one
         return {"abs": options.means(found), "norm": normalized(found, self.single)}
 
 
-def normalized(found: Sequence[float], single: Sequence[float]) -> float | None:
-    """Mean normalised accuracy in percent; none where a single accuracy is zero."""
+def normalized(found: Numbers, single: Numbers) -> float | None:
+    """Mean normalised accuracy in percent; None where a single accuracy is zero."""
     return 100 * metrics.normalized_accuracy(found, single) if all(single) else None
 
 
@@ -60,7 +60,7 @@ def outputs(
     taus: Taus,
     dataset: options.Dataset,
     linearized: bool,
-) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
+) -> Callable[[np.ndarray], Sequence[np.ndarray] | np.ndarray]:
     """Features `[N, D]` at each of n sets of coefficients `[n, T]`.
 
     The tangent-space model passes over the images once in all, the network once per
@@ -115,10 +115,13 @@ def addition(
         coefs,
     )
     rows = [(0, 0), (0, 1), (1, 0), (search.coef, 0)]
-    return Addition(*at("test", rows), search)
+    zero_shot, alone, at_one, searched = at("test", rows)
+    return Addition(zero_shot, alone, at_one, searched, search)
 
 
-def linearized_rows(setup: options.Setup, names: Mapping[str, str]) -> list[dict]:
+def linearized_rows(
+    setup: options.Setup, names: Mapping[str, vectors.Method]
+) -> list[dict]:
     """Addition with methods of the tangent-space model: plain rows of a table.
 
     Args:
@@ -210,7 +213,7 @@ def negation(
             for unit, own in zip(np.eye(len(taus)), coefs_of_tasks, strict=True)
             for coef in own
         ]
-        dataset = getattr(setup.control, split)
+        dataset = getattr(setup.required_control, split)
         found = accuracies(setup, taus, dataset, linearized, rows)
         return found.reshape(len(taus), -1)
 
@@ -238,9 +241,10 @@ def negation(
     controls = on_control("test", [[0.0, 1.0, coef] for coef in chosen])
     found = np.stack([targets, controls], axis=1)  # [T, target and control, 3]
     means = 100 * np.mean(found, axis=0)  # [target and control, three coefficients]
-    pairs = [tuple(map(float, pair)) for pair in means.T]
-    kept = tuple(pair[1] >= allowed * pairs[0][1] for pair in pairs[1:])
-    return Negation(*pairs, kept, chosen, found)
+    pretrained, at_one, searched = [(float(a), float(b)) for a, b in means.T]
+    limit = allowed * pretrained[1]
+    kept = (at_one[1] >= limit, searched[1] >= limit)
+    return Negation(pretrained, at_one, searched, kept, chosen, found)
 
 
 def subsets(count: int) -> np.ndarray:
@@ -286,7 +290,7 @@ def disentanglement_error(
     taus: Taus,
     *,
     linearized: bool,
-    coefs: Sequence[float],
+    coefs: Numbers,
     samples: int = 2048,
     distances: Sequence[Callable] | None = None,
 ) -> np.ndarray:
@@ -324,7 +328,7 @@ def disentanglement_error(
 
 
 def labels_differ(dataset: options.Dataset, first, second) -> float:
-    """Of classification (τJp paper, Eq. 2): the share of predicted labels that differ."""
+    """For ξ of classification (τJp paper, Eq. 2): the share of labels that differ."""
     return float(np.mean(dataset.predict(first) != dataset.predict(second)))
 
 

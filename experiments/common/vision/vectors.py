@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common import bank, training
+from experiments.common import bank, runs, training
 from experiments.common.vision import options
 from jaxarith import fingerprint, losses, task_vectors, tau_jp, train
 from jaxarith.models import clip, heads
@@ -76,8 +76,9 @@ def others_of(
     before, after = setup.tasks[:index], setup.tasks[index + 1 :]
     incremental = method.startswith("tau_jp_incremental")
     known = before + ([] if incremental else after)
-    has_control = setup.control is not None and not method.endswith("no_control")
-    return known + ([setup.control] if has_control else [])
+    if setup.control is None or method.endswith("no_control"):
+        return known
+    return [*known, setup.control]
 
 
 def vectors(setup: options.Setup, method: Method) -> list[Tree]:
@@ -160,12 +161,11 @@ def trained(
         file = snapshot_file(one, done)
         training.add(file, tau, training.identity(one), {"steps": done})
 
+    own, together = network(setup, method), None if setup.options.tasks_together else 1
+    training.check(own, wanted, together)
+    runs.claim(setup.options)  # nothing is written before all mistakes are found
     return training.vectors(
-        setup.options,
-        network(setup, method),
-        wanted,
-        together=None if setup.options.tasks_together else 1,
-        observe=observe,
+        setup.options, own, wanted, together=together, observe=observe
     )
 
 
@@ -269,6 +269,7 @@ def trained_jointly(
         file=file_of(setup, method, name),
         identity=identity(setup, method, tasks),
     )
+    runs.claim(setup.options)
     return training.joint_vector(setup.options, network(setup, method), wanted, members)
 
 
