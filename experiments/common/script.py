@@ -12,6 +12,7 @@ function `main(config)`:
 
 import contextlib
 import functools
+import importlib.util
 import io
 import os
 import re
@@ -49,6 +50,25 @@ def full_precision(main: Callable[P, R]) -> Callable[P, R]:
             return main(*args, **kwargs)
 
     return precise
+
+
+def needs(extra: str, *modules: str) -> None:
+    """Raises an ImportError with the command that installs what is missing.
+
+    Args:
+      extra: the extra of this project that has the packages.
+      modules: names that are imported.
+
+    Example:
+      >>> needs("demo", "json", "no_such_module")
+      Traceback (most recent call last):
+      ImportError: no_such_module is missing: pip install 'jaxarith[demo]'.
+    """
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " and ".join(missing)
+        be = "is" if len(missing) == 1 else "are"
+        raise ImportError(f"{names} {be} missing: pip install 'jaxarith[{extra}]'.")
 
 
 def run(config_type: Callable[..., C], main: Callable[[C], Any]) -> None:
