@@ -5,7 +5,7 @@ more of a tree than that; numbers, functions and options it can.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import numpy as np
@@ -41,6 +41,15 @@ By leaf it is a function of the slash path, or a mapping from slash paths, such 
 vectors; it may have more. A method that scales one merged vector takes one number,
 which may be by leaf too, and not one per task.
 """
+
+
+class Source(Protocol):
+    """Samples, or batches of them: a length, and a dict at every index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
 
 LossFn: TypeAlias = Callable[[Any, dict, Any], jax.Array]
 """`loss(outputs, batch, constants) -> scalar`; constants: what a task keeps fixed."""

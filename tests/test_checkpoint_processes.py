@@ -84,7 +84,8 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize("localhost:{port}", 2, {index})
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jax.experimental import multihost_utils
-from jaxarith import fingerprint, manifest
+from jaxarith import fingerprint
+from jaxarith.train import manifest
 from test_checkpoint import CONFIG, Checkpoints, make_state, sharding, abstract
 mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
 shardings = sharding(make_state(0), mesh)

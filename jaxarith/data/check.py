@@ -1,7 +1,8 @@
-"""`jaxarith data check`: what is there of the image tasks, beside the papers' sizes."""
+"""`jaxarith data check`: which image tasks were found, and what they lack."""
 
 import contextlib
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,18 @@ import tqdm
 from jaxarith import report
 from jaxarith.data import images, sources, vision
 from jaxarith.data.images import ImageTask
+from jaxarith.data.task_info import Kind
 
 PARTS = ("train", "validation", "test")
 _HEADER = ("part", "samples", "papers", "classes", "least", "median", "most")
 
 
-def main(name: str, data_dir=None, source=None, every: bool = False) -> bool:
+def main(
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    source: Kind | None = None,
+    every: bool = False,
+) -> bool:
     """Prints what was found of a task, or of all, and what is wrong with it.
 
     Nothing is downloaded: of the hub's datasets, those in its cache count.

@@ -6,10 +6,13 @@ Limits of Transfer Learning with a Unified Text-to-Text Transformer. JMLR 2020, 
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jaxarith import metrics
 from jaxarith.data import splits
@@ -136,7 +139,7 @@ def load(task: Task, split: str) -> list[Record]:
 
     if (task.name, split) == ("mnli", "validation"):
         split = "validation_matched"
-    rows = datasets.load_dataset("nyu-mll/glue", task.name, split=split)
+    rows: Any = datasets.load_dataset("nyu-mll/glue", task.name, split=split)
     names = dict(zip(("text", "text_pair"), task.fields, strict=False))
     return [
         {**{field: row[name] for field, name in names.items()}, "label": row["label"]}
@@ -144,7 +147,7 @@ def load(task: Task, split: str) -> list[Record]:
     ]
 
 
-def read_tsv(task: Task, file) -> list[Record]:
+def read_tsv(task: Task, file: str | os.PathLike) -> list[Record]:
     """The records of a tsv file as GLUE distributes it, as `load` returns them.
 
     Cells lie between tabs; quotes are characters like any other. CoLA has no header.
@@ -254,7 +257,9 @@ def target(task: Task, label: float) -> str:
       >>> target(TASKS["rte"], 0), target(TASKS["stsb"], 3.35)
       ('entailment', '3.4')
     """
-    return task.classes[label] if task.classes else f"{np.round(label * 5) / 5:.1f}"
+    return (
+        task.classes[int(label)] if task.classes else f"{np.round(label * 5) / 5:.1f}"
+    )
 
 
 def answer(task: Task, text: str) -> float:
@@ -273,7 +278,7 @@ def answer(task: Task, text: str) -> float:
         return -1
 
 
-def score(task: Task, predictions, labels) -> float:
+def score(task: Task, predictions: ArrayLike, labels: ArrayLike) -> float:
     """The mean of a task's official metrics.
 
     Args:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Preprocessing:
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
     @classmethod
-    def from_folder(cls, folder) -> "Preprocessing":
+    def from_folder(cls, folder: str | os.PathLike) -> "Preprocessing":
         """Reads a Hugging Face `preprocessor_config.json`.
 
         Raises:

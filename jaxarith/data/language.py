@@ -7,13 +7,16 @@ causal model are its inputs, which the loss shifts by one.
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jaxarith.data import text
-from jaxarith.data.text import Record
+from jaxarith.data.text import Record, Side, Tokenizer
 from jaxarith.losses import IGNORED
 
 
-def stream(tokenizer, texts: Sequence[str], *, end: bool = True) -> np.ndarray:
+def stream(
+    tokenizer: Tokenizer, texts: Sequence[str], *, end: bool = True
+) -> np.ndarray:
     """The tokens of texts one after the other.
 
     Args:
@@ -34,7 +37,7 @@ def stream(tokenizer, texts: Sequence[str], *, end: bool = True) -> np.ndarray:
     return np.asarray(tokens, np.int32)
 
 
-def blocks(tokens, size: int) -> list[dict]:
+def blocks(tokens: ArrayLike, size: int) -> list[dict]:
     """A token stream cut into blocks, for a causal language model.
 
     The remainder, fewer than `size` tokens, is dropped.
@@ -56,7 +59,7 @@ def blocks(tokens, size: int) -> list[dict]:
     return text.rows({**_all_seen(ids), "labels": ids})
 
 
-def consecutive_blocks(tokens, size: int = 128) -> list[dict]:
+def consecutive_blocks(tokens: ArrayLike, size: int = 128) -> list[dict]:
     """A token stream cut into pairs of blocks, for an encoder-decoder.
 
     One block is the input, the next is the output, as in the language modelling behind
@@ -82,7 +85,11 @@ def consecutive_blocks(tokens, size: int = 128) -> list[dict]:
 
 
 def encode(
-    tokenizer, texts: Sequence[str], max_length: int, *, side: str = "right"
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    max_length: int,
+    *,
+    side: Side = "right",
 ) -> list[dict]:
     """Texts as tokens of one length, for a causal language model.
 
@@ -90,7 +97,7 @@ def encode(
     and pads with its end of text where it has no padding token.
 
     Args:
-      side: of the padding; "left" for prompts of which a model generates on.
+      side: the side of the padding; "left" for prompts that a model continues.
 
     Returns:
       A source: `{"input_ids", "attention_mask", "labels"}` per text, all
@@ -103,7 +110,10 @@ def encode(
 
 
 def text_to_text(
-    tokenizer, records: Sequence[Record], max_length: int, target_length: int
+    tokenizer: Tokenizer,
+    records: Sequence[Record],
+    max_length: int,
+    target_length: int,
 ) -> list[dict]:
     """Inputs and targets as tokens, for an encoder-decoder.
 
@@ -129,7 +139,7 @@ def text_to_text(
     return text.rows(columns)
 
 
-def candidates(tokenizer, words: Sequence[str]) -> np.ndarray:
+def candidates(tokenizer: Tokenizer, words: Sequence[str]) -> np.ndarray:
     """The target of every class, for rank classification.
 
     Returns:

@@ -6,16 +6,19 @@ source, a Hugging Face dataset, a list. A batch is a dict of stacked arrays.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import grain
 import numpy as np
 from absl import flags
 
+from jaxarith.typing import Source
+
 # From a sample and a random generator to what the model trains on.
 Augment = Callable[[dict, np.random.Generator], dict]
 
 
-def shuffled(source, seed: int, augment: Augment | None = None):
+def shuffled(source: Source, seed: int, augment: Augment | None = None) -> Source:
     """An endless shuffled view: `view[i]` for any i, in a new order every epoch.
 
     Position i holds the same sample however it is reached, augmented with the same
@@ -26,18 +29,17 @@ def shuffled(source, seed: int, augment: Augment | None = None):
     """
     if not len(source):
         raise ValueError("cannot draw training samples from an empty source.")
-    view = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    view: Any = grain.MapDataset.source(cast(Any, source)).seed(seed).shuffle().repeat()
     return view if augment is None else view.random_map(augment)
 
 
-def lazy(make: Callable[[int], dict], count: int) -> Sequence[dict]:
+def lazy(make: Callable[[int], dict], count: int) -> Source:
     """`[make(0), …, make(count - 1)]`, each made when it is asked for."""
-    return grain.MapDataset.range(count).map(make)
+    made: Any = grain.MapDataset.range(count).map(make)
+    return made
 
 
-def prefetch(
-    batches: Sequence[dict], start: int = 0, workers: int = 0
-) -> Iterator[dict]:
+def prefetch(batches: Source, start: int = 0, workers: int = 0) -> Iterator[dict]:
     """`batches[start], batches[start + 1], …`, made ahead in the background.
 
     Args:
@@ -49,7 +51,7 @@ def prefetch(
         module anew, so a script that starts them needs `if __name__ == "__main__":`.
         It takes seconds to start them.
     """
-    rest = grain.MapDataset.range(start, len(batches)).map(batches.__getitem__)
+    rest: Any = grain.MapDataset.range(start, len(batches)).map(batches.__getitem__)
     if not workers:
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
         return iter(rest.to_iter_dataset(options))
@@ -71,7 +73,7 @@ class Stream:
       workers: as for `prefetch`.
     """
 
-    batches: Sequence[dict]
+    batches: Source
     workers: int = 0
 
     def __iter__(self) -> Iterator[dict]:
@@ -86,7 +88,7 @@ def collate(records: Sequence[dict]) -> dict[str, np.ndarray]:
     return {name: np.stack([r[name] for r in records]) for name in records[0]}
 
 
-def evaluation_batches(source, batch_size: int) -> list[dict[str, np.ndarray]]:
+def evaluation_batches(source: Source, batch_size: int) -> list[dict[str, np.ndarray]]:
     """All samples, in order, in batches of one size; none is dropped.
 
     The last batch is padded with copies of its last sample; `mask`, `bool[B]`, is False
@@ -95,16 +97,21 @@ def evaluation_batches(source, batch_size: int) -> list[dict[str, np.ndarray]]:
     Raises:
       ValueError: the source is empty.
     """
-    return list(_evaluation_batches(source, batch_size))
+    batches: Any = _evaluation_batches(source, batch_size)
+    return list(batches)
 
 
 def evaluation_stream(
-    source, batch_size: int, *, preprocess: Callable[[dict], dict], workers: int = 0
+    source: Source,
+    batch_size: int,
+    *,
+    preprocess: Callable[[dict], dict],
+    workers: int = 0,
 ) -> Stream:
     """The batches of `evaluation_batches`, for sources that memory cannot hold.
 
     Args:
-      source: of raw samples.
+      source: raw samples.
       batch_size: B.
       preprocess: from a raw sample to what is evaluated.
       workers: as for `prefetch`.
@@ -112,7 +119,7 @@ def evaluation_stream(
     Raises:
       ValueError: the source is empty.
     """
-    samples = grain.MapDataset.source(source).map(preprocess)
+    samples: Any = grain.MapDataset.source(cast(Any, source)).map(preprocess)
     return Stream(_evaluation_batches(samples, batch_size), workers)
 
 

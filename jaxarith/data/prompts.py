@@ -7,14 +7,14 @@ Templates and words are those of the task-vector-bases paper (Appendix D.3).
 import dataclasses
 import json
 import string
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxarith.data import splits, text
-from jaxarith.data.text import Record
+from jaxarith.data.text import Record, Tokenizer
 
 _MASK = "mask"
 
@@ -171,7 +171,7 @@ def fill(prompt: Prompt, record: Record, mask_token: str) -> str:
     return prompt.template.format(**fields, **{_MASK: mask_token})
 
 
-def word_ids(tokenizer, words: Sequence[str]) -> np.ndarray:
+def word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> np.ndarray:
     """The token of every label word, as it stands inside a text, after a blank.
 
     A word that was added to the tokenizer (the bases paper adds unknown ones) is found
@@ -201,7 +201,7 @@ def word_ids(tokenizer, words: Sequence[str]) -> np.ndarray:
     return np.asarray(ids, np.int32)
 
 
-def word_pieces(tokenizer, words: Sequence[str]) -> list[list[int]]:
+def word_pieces(tokenizer: Tokenizer, words: Sequence[str]) -> list[list[int]]:
     """The tokens of every label word, one or several, as it stands after a blank.
 
     Where a word is several tokens, the mean of their rows of the output matrix can be
@@ -230,7 +230,7 @@ def few_shot(records: Sequence[Record], per_class: int, seed: int = 0) -> list[R
     Raises:
       ValueError: a class has fewer.
     """
-    drawn: dict[Hashable, list[Record]] = {}
+    drawn: dict[Any, list[Record]] = {}
     for i in splits.torch_permutation(len(records), seed):
         of_class = drawn.setdefault(records[i]["label"], [])
         if len(of_class) < per_class:
@@ -243,7 +243,7 @@ def few_shot(records: Sequence[Record], per_class: int, seed: int = 0) -> list[R
 
 
 def encode(
-    tokenizer, prompt: Prompt, records: Sequence[Record], max_length: int
+    tokenizer: Tokenizer, prompt: Prompt, records: Sequence[Record], max_length: int
 ) -> list[dict]:
     """Records in their prompt as tokens of one length, padded on the right.
 
@@ -299,7 +299,7 @@ def _shortened(tokenizer, prompt, record, max_length):
                 f"max_length is {max_length}."
             )
         while excess > 0 and any(kept.values()):
-            longest = max(kept, key=kept.get)
+            longest = max(kept, key=kept.__getitem__)
             kept[longest] -= 1
             excess -= prompt.template.count(f"{{{longest}}}")  # it may stand twice
         # What is left may make other tokens at its new end, hence the loop.

@@ -10,13 +10,15 @@ import functools
 import itertools
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxarith import report
 from jaxarith.data import images
+from jaxarith.typing import Source
 
 SUFFIXES = frozenset(
     ".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
@@ -32,7 +34,12 @@ class Samples:
       indices: `i[N]`, which samples, in which order; all by default.
     """
 
-    def __init__(self, readers: Sequence, maps: Sequence, indices=None):
+    def __init__(
+        self,
+        readers: Sequence[Any],
+        maps: Sequence[np.ndarray],
+        indices: np.ndarray | None = None,
+    ):
         self._readers, self._maps = tuple(readers), tuple(maps)
         lengths = [len(reader) for reader in self._readers]
         self._starts = np.cumsum([0, *lengths[:-1]])
@@ -65,7 +72,7 @@ class Folder:
       ValueError: there is no class, or a class has no image.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | os.PathLike):
         names, files = [], []
         for path, folders, content in os.walk(folder, followlinks=True):
             folders[:] = sorted(f for f in folders if not f.startswith("."))
@@ -127,7 +134,15 @@ class Records:
       place: for messages.
     """
 
-    def __init__(self, records, label_records, names, image, label, place):
+    def __init__(
+        self,
+        records: Source,
+        label_records: Iterable[Mapping[str, Any]],
+        names: Iterable[str],
+        image: str,
+        label: str,
+        place: str,
+    ):
         self._records, self._label_records = records, label_records
         self.names = tuple(names)
         self._image, self._label, self._place = image, label, place
@@ -169,7 +184,7 @@ class Records:
             )
 
 
-def folder_splits(folder) -> dict[str, Callable]:
+def folder_splits(folder: str | os.PathLike) -> dict[str, Callable]:
     """What opens every split of an image folder, by its name; `val` is `validation`.
 
     Raises:
@@ -188,7 +203,9 @@ def folder_splits(folder) -> dict[str, Callable]:
     return {{"val": "validation"}.get(name, name): s for name, s in splits.items()}
 
 
-def tfds_splits(name: str, data_dir=None) -> dict[str, Callable]:
+def tfds_splits(
+    name: str, data_dir: str | os.PathLike | None = None
+) -> dict[str, Callable]:
     """What opens every split of a prepared TFDS set; none where it is not prepared.
 
     Raises:
@@ -232,8 +249,8 @@ def open_hub(
     """A split of a dataset on the Hugging Face hub, by `datasets`.
 
     Args:
-      identity: such as "ylecun/mnist".
-      config: its configuration, where it has several.
+      identity: id of the dataset, such as "ylecun/mnist".
+      config: name of its configuration, if it has several.
       split: "train" and so on.
       image, label: the columns.
 
@@ -243,7 +260,7 @@ def open_hub(
     """
     import datasets
 
-    dataset = datasets.load_dataset(identity, config, split=split)
+    dataset: Any = datasets.load_dataset(identity, config, split=split)
     if missing := [c for c in (image, label) if c not in dataset.column_names]:
         raise NoColumn(
             f"{identity}, {split} has no column {report.listed(missing)}; "

@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -27,7 +27,8 @@ EIGHT = (
 )
 
 
-SOURCES = ("folder", "tfds", "hub")
+Kind = Literal["folder", "tfds", "hub"]
+SOURCES = get_args(Kind)
 
 
 class Layout(NamedTuple):
@@ -90,7 +91,7 @@ class TaskInfo:
     @property
     def sizes(self) -> tuple[int, int, int] | None:
         """Samples of the parts that `load` returns, where the source is the papers'."""
-        if self.train is None:
+        if self.train is None or self.validation is None or self.test is None:
             return None
         own = any(layout.validation for layout in self.layouts["folder"])
         train = self.train if own else self.train - self.validation
@@ -107,18 +108,21 @@ def _read(name: str, raw: dict) -> TaskInfo:
         )
 
     hub = {k: v for k, v in raw.get("hub", {}).items() if k != "layouts"}
+    train, validation, test = raw["sizes"]
     return TaskInfo(
-        name,
-        raw["title"],
-        tuple(raw["classes"]),
-        tuple(map(tuple, raw.get("labels", [()] * len(raw["classes"])))),
-        tuple(raw["templates"]),
-        *raw["sizes"],
-        raw.get("epochs"),
-        raw.get("tfds", {}).get("name"),
-        Hub(**hub) if hub else None,
-        {source: layouts(source) for source in SOURCES},
-        raw.get("note", ""),
+        name=name,
+        title=raw["title"],
+        classes=tuple(raw["classes"]),
+        labels=tuple(map(tuple, raw.get("labels", [()] * len(raw["classes"])))),
+        templates=tuple(raw["templates"]),
+        train=train,
+        validation=validation,
+        test=test,
+        epochs=raw.get("epochs"),
+        tfds=raw.get("tfds", {}).get("name"),
+        hub=Hub(**hub) if hub else None,
+        layouts={source: layouts(source) for source in SOURCES},
+        note=raw.get("note", ""),
     )
 
 

@@ -4,13 +4,17 @@ import csv
 import dataclasses
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from jaxarith.data import splits
 
+Tokenizer: TypeAlias = Any  # one of transformers
+Side = Literal["left", "right"]
 Record = dict  # {"text": str, "label": str or int}, and "text_pair": str for pairs
 
 # The columns of a text, or of a text and its pair; a file has the first row it can.
@@ -31,7 +35,7 @@ class TextTask:
     """A classification task: the names of its classes, and records with their numbers.
 
     Attributes:
-      name: of the task.
+      name: name of the task.
       classes: names in the order of their numbers.
       train, validation, test: records `{"text": str, "label": int}`, with a
         `"text_pair"` where the task is about two texts; `encode` makes tokens of them.
@@ -44,7 +48,7 @@ class TextTask:
     test: Sequence[Record]
 
 
-def read(file) -> list[Record]:
+def read(file: str | os.PathLike) -> list[Record]:
     """The records of a classification file, by its suffix.
 
     - `.tsv`: a header, then cells between tabs; a quote is a character like any other.
@@ -127,7 +131,7 @@ def task(
     classes = _sorted({record["label"] for record in parts["train"]})
     if len(classes) < 2:
         raise ValueError(
-            f"{name}: every training record has the label {classes[0]!r}; "
+            f"{name}: every training record has the label {next(iter(classes))!r}; "
             "a classification task needs two classes."
         )
     numbers = {label: number for number, label in enumerate(classes)}
@@ -154,7 +158,7 @@ def task(
     )
 
 
-def load_tokenizer(folder):
+def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     """The tokenizer that lies with a checkpoint, through transformers.
 
     Raises:
@@ -180,7 +184,7 @@ def load_tokenizer(folder):
     ) from reason
 
 
-def check_vocabulary(tokenizer, vocab_size: int):
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises a ValueError where the embedding lacks rows for the tokenizer's ids."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
@@ -191,7 +195,9 @@ def check_vocabulary(tokenizer, vocab_size: int):
         )
 
 
-def encode(tokenizer, records: Sequence[Record], max_length: int) -> list[dict]:
+def encode(
+    tokenizer: Tokenizer, records: Sequence[Record], max_length: int
+) -> list[dict]:
     """Records as tokens of one length, for a classifier.
 
     Longer texts are cut to `max_length` tokens, special tokens included; of a pair, the
@@ -236,14 +242,14 @@ def labels(records: Sequence[Record]) -> np.ndarray:
     return values.astype(np.float32 if values.dtype.kind == "f" else np.int32)
 
 
-def padding_id(tokenizer) -> int:
+def padding_id(tokenizer: Tokenizer) -> int:
     """What a tokenizer pads with: its end of text where it has no token for it."""
     pad_id = tokenizer.pad_token_id
     return tokenizer.eos_token_id if pad_id is None else pad_id
 
 
 def pad(
-    sequences: Sequence[Sequence[int]], length: int, value: int, side: str = "right"
+    sequences: Sequence[Sequence[int]], length: int, value: int, side: Side = "right"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token sequences of many lengths as one array.
 
@@ -262,7 +268,7 @@ def pad(
       >>> pad([[5, 6], [7]], 3, 0, side="left")[0].tolist()
       [[0, 5, 6], [0, 0, 7]]
     """
-    if side not in ("left", "right"):
+    if side not in get_args(Side):
         raise ValueError(f'cannot pad on the {side!r} side; "left" or "right".')
     lengths = np.array([len(sequence) for sequence in sequences], int)
     if (lengths > length).any():
@@ -309,11 +315,11 @@ def _commas(content, path):
 
 
 def _table(lines, path):
-    header = columns = None
+    header, columns = [], {}
     for line, cells in lines:
         if not any(cell.strip() for cell in cells):
             continue
-        if header is None:
+        if not header:
             header = [cell.strip() for cell in cells]
             columns = _columns(header, path)
         elif len(cells) != len(header):

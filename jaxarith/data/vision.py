@@ -13,18 +13,22 @@ two parts that train in one folder. TFDS shuffles while it prepares.
 
 import itertools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from jaxarith import report
 from jaxarith.data import sources, splits
 from jaxarith.data.images import ImageTask
 from jaxarith.data.task_info import EIGHT as EIGHT
 from jaxarith.data.task_info import (
     SOURCES,
     TASKS,
+    Kind,
     Layout,
     TaskInfo,
     label_map,
@@ -34,12 +38,17 @@ from jaxarith.data.task_info import (
 class Found(NamedTuple):
     """Where a task's data was found: the source, its place, and what opens splits."""
 
-    source: str
+    source: Kind
     place: str
     splits: dict[str, Callable]
 
 
-def load(name: str, data_dir=None, *, source: str | None = None) -> ImageTask:
+def load(
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    *,
+    source: Kind | None = None,
+) -> ImageTask:
     """A task with the class names, templates and splits of the papers.
 
     Without `source`, the first that is there: the image folder `data_dir/NAME`, with
@@ -67,7 +76,7 @@ def load(name: str, data_dir=None, *, source: str | None = None) -> ImageTask:
     return assemble(*locate(name, data_dir, source))
 
 
-def load_folder(name: str, folder) -> ImageTask:
+def load_folder(name: str, folder: str | os.PathLike) -> ImageTask:
     """A task of one's own from an image folder.
 
     The folder has `train/<class>/*`, `test/<class>/*`, and, or a tenth of the training
@@ -84,7 +93,11 @@ def load_folder(name: str, folder) -> ImageTask:
     return assemble(*locate_folder(name, folder))
 
 
-def locate(name: str, data_dir=None, source=None) -> tuple[TaskInfo, Found]:
+def locate(
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    source: Kind | None = None,
+) -> tuple[TaskInfo, Found]:
     """Facts about a task, and where its data is. As `load`, which then opens it."""
     if name not in TASKS:
         raise ValueError(
@@ -108,7 +121,7 @@ def locate(name: str, data_dir=None, source=None) -> tuple[TaskInfo, Found]:
     )
 
 
-def locate_folder(name: str, folder) -> tuple[TaskInfo, Found]:
+def locate_folder(name: str, folder: str | os.PathLike) -> tuple[TaskInfo, Found]:
     """Facts about the task in an image folder, as `load_folder` reads them."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no folder {folder}.")
@@ -161,8 +174,9 @@ def assemble(info: TaskInfo, found: Found) -> ImageTask:
         _check_disjoint(readers)
 
     def samples(split, indices=None):
-        of = [readers[name] for name in split], [maps[name] for name in split]
-        return sources.Samples(*of, indices)
+        return sources.Samples(
+            [readers[name] for name in split], [maps[name] for name in split], indices
+        )
 
     everything = samples(layout.train)
     if not layout.test:
@@ -184,10 +198,21 @@ def assemble(info: TaskInfo, found: Found) -> ImageTask:
     if info.train is None:  # another folder of one's own may have the same name
         files = [readers[name].checksum() for name in layout.train]
         origin = " ".join([origin, *(f"{checksum:08x}" for checksum in files)])
-    return ImageTask(info.name, info.classes, info.templates, *parts, origin)
+    train, validation, test = parts
+    return ImageTask(
+        name=info.name,
+        classes=info.classes,
+        templates=info.templates,
+        train=train,
+        validation=validation,
+        test=test,
+        origin=origin,
+    )
 
 
-def one_split(labels, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def one_split(
+    labels: ArrayLike, classes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Indices of three parts of samples that come as one split.
 
     The order is `splits.torch_permutation`; in it, the first of each class validate and
@@ -200,18 +225,21 @@ def one_split(labels, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     Returns:
       `(train, validation, test)`, disjoint, together `0..N-1`.
     """
-    order = splits.torch_permutation(len(labels))
-    share = len(labels) // (10 * classes)
+    found = np.asarray(labels)
+    order = splits.torch_permutation(len(found))
+    share = len(found) // (10 * classes)
     taken = np.zeros(classes, int)
-    part = np.zeros(len(labels), int)
-    for place, label in enumerate(np.asarray(labels)[order]):
+    part = np.zeros(len(found), int)
+    for place, label in enumerate(found[order]):
         part[place] = 1 + taken[label] // share if taken[label] < 2 * share else 0
         taken[label] += 1
     train, validation, test = (order[part == i] for i in range(3))
     return train, validation, test
 
 
-def command(info: TaskInfo, source: str, data_dir=None) -> str:
+def command(
+    info: TaskInfo, source: Kind, data_dir: str | os.PathLike | None = None
+) -> str:
     """What prepares a task's data for a source."""
     root = data_dir or "DATA_DIR"
     if source == "folder":
@@ -261,18 +289,18 @@ def _on_hub(info, data_dir):
         return f"no dataset of {info.name} on the hub is known."
     hub, (layout,) = info.hub, info.layouts["hub"]
     opened = {}
-    try:
-        for split in itertools.chain(*layout):
+    for split in itertools.chain(*layout):
+        try:
             opened[split] = sources.open_hub(
                 hub.id, hub.config, split, hub.image, hub.label
             )
-    except ImportError as error:
-        return f"pip install 'jaxarith[data]' is needed: {error}."
-    except sources.NoColumn:
-        raise
-    except Exception as error:  # of the network, the hub or the dataset
-        first = str(error).strip().split("\n")[0]
-        return f"{hub.id}, {split}: {type(error).__name__}: {first}"
+        except ImportError as error:
+            return f"pip install 'jaxarith[data]' is needed: {error}."
+        except sources.NoColumn:
+            raise
+        except Exception as error:  # of the network, the hub or the dataset
+            first = str(error).strip().split("\n")[0]
+            return f"{hub.id}, {split}: {type(error).__name__}: {first}"
     place = " ".join(filter(None, (hub.id, hub.config)))
     return Found(
         "hub", place, {split: lambda r=reader: r for split, reader in opened.items()}
@@ -305,7 +333,7 @@ def _check_complete(info, maps, found):
             raise ValueError(
                 f"{found.place}, {name} lacks {len(missing)} of the "
                 f"{len(info.classes)} classes of {info.name}: "
-                f"{sources.listed([info.classes[i] for i in missing])}."
+                f"{report.listed([info.classes[i] for i in missing])}."
             )
 
 
@@ -326,18 +354,22 @@ def _task_file(path) -> dict:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}. It must be {form}.") from error
-    fits = isinstance(raw, dict) and raw.keys() <= {"classes", "templates"}
-    if fits:
-        classes, templates = raw.get("classes", []), raw.get("templates", ["{}"])
-        fits = isinstance(classes, list | dict) and isinstance(templates, list)
-    if fits:
-        texts = [*classes, *templates]
-        texts += classes.values() if isinstance(classes, dict) else []
-        fits = all(isinstance(text, str) for text in texts) and bool(templates)
-        fits = fits and all(map(_is_template, templates))
-    if not fits:
+    if not _is_task(raw):
         raise ValueError(f"{path} must be {form}, with one {{}} in every template.")
     return raw
+
+
+def _is_task(raw: Any) -> bool:
+    if not isinstance(raw, dict) or not raw.keys() <= {"classes", "templates"}:
+        return False
+    classes, templates = raw.get("classes", []), raw.get("templates", ["{}"])
+    if not isinstance(classes, list | dict) or not isinstance(templates, list):
+        return False
+    texts = [*classes, *templates]
+    texts += classes.values() if isinstance(classes, dict) else []
+    if not templates or not all(isinstance(text, str) for text in texts):
+        return False
+    return all(map(_is_template, templates))
 
 
 def _is_template(text: str) -> bool:

@@ -18,9 +18,10 @@ Shapes: B texts, S tokens, D = hidden_size, V = vocab_size.
 
 import dataclasses
 import functools
+import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,9 @@ from flax import linen as nn
 
 from jaxarith import hub
 from jaxarith.models.layers import Dense, LayerNorm, attend
+from jaxarith.typing import ApplyFn, Params
+
+Head = Literal["masked_lm", "classifier"]
 
 # Path patterns for `tree.select`: the blocks, which are what prompt-based fine-tuning
 # trains between frozen embeddings and a frozen LM head (Zeng et al. 2025; He et al.
@@ -129,7 +133,7 @@ class Embeddings(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, input_ids, token_type_ids):
+    def __call__(self, input_ids: jax.Array, token_type_ids: jax.Array) -> jax.Array:
         c = self.config
 
         def embed(count, name):
@@ -161,7 +165,7 @@ class SelfAttention(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, x, mask):
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         c = self.config
 
         def project(name):
@@ -178,7 +182,7 @@ class Output(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, hidden, x):
+    def __call__(self, hidden: jax.Array, x: jax.Array) -> jax.Array:
         x = x + _dense(self.config, x.shape[-1], "dense")(hidden)
         return LayerNorm(self.config.layer_norm_eps, name="LayerNorm")(x)
 
@@ -187,7 +191,7 @@ class Attention(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, x, mask):
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         mixed = SelfAttention(self.config, name="self")(x, mask)
         return Output(self.config, name="output")(mixed, x)
 
@@ -196,7 +200,7 @@ class Intermediate(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         return _ACTIVATIONS[c.hidden_act](_dense(c, c.intermediate_size, "dense")(x))
 
@@ -205,7 +209,7 @@ class Block(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, x, mask):
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         x = Attention(self.config, name="attention")(x, mask)
         hidden = Intermediate(self.config, name="intermediate")(x)
         return Output(self.config, name="output")(hidden, x)
@@ -215,7 +219,7 @@ class Blocks(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, x, mask):
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         for i in range(self.config.num_hidden_layers):
             x = Block(self.config, name=str(i))(x, mask)
         return x
@@ -225,7 +229,7 @@ class Encoder(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, x, mask):
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         return Blocks(self.config, name="layer")(x, mask)
 
 
@@ -233,7 +237,7 @@ class Pooler(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, hidden):
+    def __call__(self, hidden: jax.Array) -> jax.Array:
         first = hidden[:, 0]
         return jnp.tanh(_dense(self.config, first.shape[-1], "dense")(first))
 
@@ -245,7 +249,12 @@ class Base(nn.Module):
     pooler: bool
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask, token_type_ids):
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        token_type_ids: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array | None]:
         if token_type_ids is None:
             token_type_ids = jnp.zeros_like(input_ids)
         # A mask [B, 1] or [1, S] would be broadcast.
@@ -269,7 +278,7 @@ class Transform(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, hidden):
+    def __call__(self, hidden: jax.Array) -> jax.Array:
         c = self.config
         hidden = _ACTIVATIONS[c.hidden_act](_dense(c, c.hidden_size, "dense")(hidden))
         return LayerNorm(c.layer_norm_eps, name="LayerNorm")(hidden)
@@ -279,7 +288,7 @@ class Predictions(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, hidden):
+    def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         bias = self.param("bias", nn.initializers.zeros, (self.config.vocab_size,))
         return Transform(self.config, name="transform")(hidden), bias
 
@@ -288,7 +297,7 @@ class BertLMHead(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, hidden):
+    def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         return Predictions(self.config, name="predictions")(hidden)
 
 
@@ -296,7 +305,7 @@ class RobertaLMHead(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, hidden):
+    def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         c = self.config
         bias = self.param("bias", nn.initializers.zeros, (c.vocab_size,))
         hidden = _gelu(_dense(c, c.hidden_size, "dense")(hidden))  # whatever hidden_act
@@ -307,7 +316,7 @@ class RobertaClassifier(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, hidden):
+    def __call__(self, hidden: jax.Array) -> jax.Array:
         c = self.config
         first = jnp.tanh(_dense(c, c.hidden_size, "dense")(hidden[:, 0]))
         return _dense(c, c.num_labels, "out_proj")(first)
@@ -321,11 +330,17 @@ class Model(nn.Module):
     """
 
     config: BertConfig
-    head: str | None = None
+    head: Head | None = None
     pooler: bool = False
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask, token_type_ids=None, at=None):
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        token_type_ids: jax.Array | None = None,
+        at: jax.Array | None = None,
+    ) -> Any:
         c = self.config
         is_bert = c.model_type == "bert"
         pooler = self.pooler or (self.head == "classifier" and is_bert)
@@ -344,7 +359,7 @@ class Model(nn.Module):
         return RobertaClassifier(c, name="classifier")(hidden)
 
 
-def encoder(config: BertConfig):
+def encoder(config: BertConfig) -> ApplyFn:
     """`apply_fn(params, input_ids, attention_mask, token_type_ids=None) -> hidden`.
 
     The inputs are `[B, S]`, the hidden states of the last block `[B, S, D]`. Tokens
@@ -363,7 +378,7 @@ def encoder(config: BertConfig):
     return apply_fn
 
 
-def mean_encoder(config: BertConfig):
+def mean_encoder(config: BertConfig) -> ApplyFn:
     """Like `encoder`, the mean `[B, D]` over the tokens that are not padding.
 
     After normalisation these are the sentence embeddings of the sentence-transformers
@@ -381,7 +396,7 @@ def mean_encoder(config: BertConfig):
     return apply_fn
 
 
-def mask_encoder(config: BertConfig, mask_token_id: int):
+def mask_encoder(config: BertConfig, mask_token_id: int) -> ApplyFn:
     """Like `encoder`, what the masked LM makes of the first mask token, `[B, D]`.
 
     It is the hidden state there after the dense layer, activation and norm of the head:
@@ -401,26 +416,26 @@ def mask_encoder(config: BertConfig, mask_token_id: int):
     return apply_fn
 
 
-def masked_lm(config: BertConfig):
+def masked_lm(config: BertConfig) -> ApplyFn:
     """Like `encoder`, the logits `[B, S, V]` of the words at every token."""
-    module = Model(config, "masked_lm")
+    apply: ApplyFn = Model(config, "masked_lm").apply
 
     def apply_fn(params, input_ids, attention_mask, token_type_ids=None):
         inputs = input_ids, attention_mask, token_type_ids
-        hidden, bias = module.apply({"params": params}, *inputs)
+        hidden, bias = apply({"params": params}, *inputs)
         return hidden @ output_words(config, params)[0].T + bias[None, None]
 
     return apply_fn
 
 
-def output_words(config: BertConfig, params) -> tuple[jax.Array, jax.Array]:
+def output_words(config: BertConfig, params: Params) -> tuple[jax.Array, jax.Array]:
     """The matrix `[V, D]` and the bias `[V]` of the masked LM's logits."""
     words = params[config.model_type]["embeddings"]["word_embeddings"]["embedding"]
     head = params["cls"]["predictions"] if "cls" in params else params["lm_head"]
     return words, head["bias"]
 
 
-def classifier(config: BertConfig):
+def classifier(config: BertConfig) -> ApplyFn:
     """Like `encoder`, the logits `[B, num_labels]` of the classes of a text."""
     module = Model(config, "classifier")
 
@@ -432,27 +447,32 @@ def classifier(config: BertConfig):
 
 
 def init(
-    key: jax.Array, config: BertConfig, head: str | None = None, *, pooler: bool = False
+    key: jax.Array,
+    config: BertConfig,
+    head: Head | None = None,
+    *,
+    pooler: bool = False,
 ) -> dict:
     """Random parameters, to train a model from nothing or a head on another's base.
 
     Args:
-      key: of the random numbers.
-      config: the model's.
+      key: key of the random numbers.
+      config: configuration of the model.
       head: "masked_lm", "classifier" or None.
-      pooler: whether the base has one; that of a BERT with a classifier always has.
+      pooler: whether the base has one; a BERT with a classifier always has.
 
     Raises:
       ValueError: there is no such head.
     """
-    if head not in (None, *_HEADS):
-        raise ValueError(f"head {head!r}; expected None, {' or '.join(_HEADS)}.")
+    if head not in (None, *get_args(Head)):
+        known = " or ".join(get_args(Head))
+        raise ValueError(f"head {head!r}; expected None, {known}.")
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return Model(config, head, pooler).init(key, tokens, tokens)["params"]
+    return dict(Model(config, head, pooler).init(key, tokens, tokens)["params"])
 
 
 def layout(
-    config: BertConfig, head: str | None = None, *, pooler: bool = False
+    config: BertConfig, head: Head | None = None, *, pooler: bool = False
 ) -> dict:
     """The tree of `jax.ShapeDtypeStruct` of what `init` gives."""
     make = functools.partial(init, config=config, head=head, pooler=pooler)
@@ -460,7 +480,7 @@ def layout(
 
 
 # The head of a checkpoint, by what ends the name of its class in transformers.
-_HEADS = {
+_HEADS: dict[Head, tuple[str, ...]] = {
     "masked_lm": ("ForMaskedLM", "ForPreTraining"),
     "classifier": ("ForSequenceClassification",),
 }
@@ -482,7 +502,12 @@ class Bert(NamedTuple):
     folder: Path
 
 
-def load(model, *, head: str | None = "stated", revision: str | None = None) -> Bert:
+def load(
+    model: str | os.PathLike,
+    *,
+    head: Head | Literal["stated"] | None = "stated",
+    revision: str | None = None,
+) -> Bert:
     """Loads a BERT or RoBERTa in Hugging Face format.
 
     Heads that are not asked for are left out. A pooler is kept where there is one.
@@ -506,27 +531,27 @@ def load(model, *, head: str | None = "stated", revision: str | None = None) -> 
     folder = hub.find(model, revision=revision)
     raw = hub.read_json(folder)
     config = BertConfig.from_json(raw)
-    if head == "stated":
-        head = _stated_head(raw)
+    chosen = _stated_head(raw) if head == "stated" else head
     names = hub.names(folder)
     pooler = any(re.fullmatch(r"(.*/)?pooler/dense/\w+", name) for name in names)
-    expected = layout(config, head, pooler=pooler)
+    expected = layout(config, chosen, pooler=pooler)
     lacking = expected.keys() - {config.model_type, *(n.split("/")[0] for n in names)}
     if lacking:
         raise ValueError(
-            f"{folder} has no {head} head: no tensor under {', '.join(lacking)}. Load "
-            "it with head=None, and take the head from another checkpoint or `init`."
+            f"{folder} has no {chosen} head: no tensor under {', '.join(lacking)}. "
+            "Load it with head=None, and take the head from another checkpoint or "
+            "`init`."
         )
     heads = "|".join({"cls", "lm_head", "classifier", "qa_outputs"} - expected.keys())
     params = hub.load(
         folder,
         expected,
         ignore=rf"({heads})/.*|cls/seq_relationship/.*|embeddings/token_type_ids",
-        copies=_COPIES if head == "masked_lm" else None,
+        copies=_COPIES if chosen == "masked_lm" else None,
     )
     return Bert(config, params, folder)
 
 
-def _stated_head(raw):
+def _stated_head(raw) -> Head | None:
     [name, *_] = raw.get("architectures") or [""]
     return next((head for head, ends in _HEADS.items() if name.endswith(ends)), None)

@@ -16,6 +16,7 @@ Shapes: B images or texts, H×W pixels, S tokens (patches or words), D hidden wi
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from jaxarith.models.layers import (
     quick_gelu,
     rematerialized,
 )
+from jaxarith.typing import ApplyFn
 
 # The real CLIP of a megabyte and a half that comes with the package; see its README.md.
 TINY_CLIP = Path(__file__).parent.parent / "assets" / "tiny_clip"
@@ -129,12 +131,14 @@ _ACTIVATIONS = {
 
 
 class Attention(nn.Module):
-    """Of the first `queries` tokens, or all, to all tokens of `x[B, S, D]`."""
+    """Attention from the first `queries` tokens (default: all) to all of `x`."""
 
     heads: int
 
     @nn.compact
-    def __call__(self, x, mask, queries):
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, queries: int | None
+    ) -> jax.Array:
         def project(role, tokens):
             projected = Dense(x.shape[-1], name=f"{role}_proj")(tokens)
             return projected.reshape(*tokens.shape[:-1], self.heads, -1)
@@ -149,7 +153,7 @@ class MLP(nn.Module):
     activation: str
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         hidden = _ACTIVATIONS[self.activation](Dense(self.hidden, name="fc1")(x))
         return Dense(x.shape[-1], name="fc2")(hidden)
 
@@ -158,7 +162,9 @@ class Block(nn.Module):
     config: VisionConfig | TextConfig
 
     @nn.compact
-    def __call__(self, x, mask, queries):
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, queries: int | None
+    ) -> jax.Array:
         c = self.config
         attention = Attention(c.num_attention_heads, name="self_attn")
         mlp = MLP(c.intermediate_size, c.hidden_act, name="mlp")
@@ -172,7 +178,9 @@ class Blocks(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x, mask, queries):
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, queries: int | None
+    ) -> jax.Array:
         for i in range(self.config.num_hidden_layers):
             last = i == self.config.num_hidden_layers - 1
             block = Block(self.config, name=str(i))
@@ -186,7 +194,12 @@ class Encoder(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x, mask=None, queries=None):
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        queries: int | None = None,
+    ) -> jax.Array:
         return Blocks(self.config, self.remat, name="layers")(x, mask, queries)
 
 
@@ -197,7 +210,7 @@ class PatchEmbedding(nn.Module):
     patch: int
 
     @nn.compact
-    def __call__(self, images):
+    def __call__(self, images: jax.Array) -> jax.Array:
         b, h, w, channels = images.shape
         p = self.patch
         shape = (p, p, channels, self.width)
@@ -211,7 +224,7 @@ class VisionEmbeddings(nn.Module):
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, images):
+    def __call__(self, images: jax.Array) -> jax.Array:
         c = self.config
         # A smaller image would silently get the positions of other patches.
         if images.shape[1:] != (c.image_size, c.image_size, c.num_channels):
@@ -239,7 +252,7 @@ class VisionTransformer(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, images):
+    def __call__(self, images: jax.Array) -> jax.Array:
         c = self.config
         norm = functools.partial(LayerNorm, c.layer_norm_eps)
         x = VisionEmbeddings(c, name="embeddings")(images)
@@ -254,7 +267,7 @@ class TextEmbeddings(nn.Module):
     config: TextConfig
 
     @nn.compact
-    def __call__(self, input_ids):
+    def __call__(self, input_ids: jax.Array) -> jax.Array:
         c = self.config
         if input_ids.shape[1] > c.max_position_embeddings:
             raise ValueError(
@@ -274,7 +287,7 @@ class TextTransformer(nn.Module):
     config: TextConfig
 
     @nn.compact
-    def __call__(self, input_ids):
+    def __call__(self, input_ids: jax.Array) -> jax.Array:
         c = self.config
         x = TextEmbeddings(c, name="embeddings")(input_ids)
         # Causal, so whatever pads a text after its end token changes nothing before it.
@@ -292,7 +305,7 @@ class ImageTower(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, images):
+    def __call__(self, images: jax.Array) -> jax.Array:
         tower = VisionTransformer(self.config.vision, self.remat, name="vision_model")
         pooled = tower(images)
         dim = self.config.projection_dim
@@ -303,21 +316,21 @@ class TextTower(nn.Module):
     config: CLIPConfig
 
     @nn.compact
-    def __call__(self, input_ids):
+    def __call__(self, input_ids: jax.Array) -> jax.Array:
         pooled = TextTransformer(self.config.text, name="text_model")(input_ids)
         dim = self.config.projection_dim
         return Dense(dim, use_bias=False, name="text_projection")(pooled)
 
 
 @functools.cache  # the same function again keeps what is compiled of it
-def image_encoder(config: CLIPConfig, *, remat: bool = False):
+def image_encoder(config: CLIPConfig, *, remat: bool = False) -> ApplyFn:
     """`apply_fn(params, images[B, H, W, 3]) -> features[B, projection_dim]`.
 
     The features are not normalised: this is the function that is linearised, and what
     the frozen zero-shot heads normalise and classify.
 
     Args:
-      config: the model's.
+      config: configuration of the model.
       remat: compute every block anew in backward passes, which takes less memory and
         more time.
     """
@@ -325,7 +338,7 @@ def image_encoder(config: CLIPConfig, *, remat: bool = False):
     return lambda params, images: tower.apply({"params": params}, images)
 
 
-def text_encoder(config: CLIPConfig):
+def text_encoder(config: CLIPConfig) -> ApplyFn:
     """`apply_fn(params, input_ids[B, S]) -> features[B, projection_dim]`."""
     tower = TextTower(config)
     return lambda params, input_ids: tower.apply({"params": params}, input_ids)
@@ -357,7 +370,7 @@ class CLIP(NamedTuple):
     folder: Path
 
 
-def load(model=TINY_CLIP, *, revision: str | None = None) -> CLIP:
+def load(model: str | os.PathLike = TINY_CLIP, *, revision: str | None = None) -> CLIP:
     """Loads a CLIP in Hugging Face format.
 
     Args:

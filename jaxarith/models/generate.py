@@ -8,13 +8,14 @@ Shapes: B texts, V tokens in the vocabulary.
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxarith import tree
+from jaxarith.typing import Params
 
 
 class Decoder(NamedTuple):
@@ -33,8 +34,8 @@ class Decoder(NamedTuple):
 
 def generate(
     decoder: Decoder,
-    params,
-    *inputs,
+    params: Params,
+    *inputs: Any,
     max_new_tokens: int,
     eos_token_id: int | None = None,
     pad_token_id: int | None = None,
@@ -64,7 +65,7 @@ def generate(
       top_k: how many of the likeliest tokens can be drawn; None for all.
       top_p: the probability that the tokens which can be drawn must reach together;
         None for 1.
-      key: of the random draws; not used at temperature 0.
+      key: key of the random draws; not used at temperature 0.
 
     Returns:
       i32[B, max_new_tokens], without the prompt; eos is part of it.

@@ -19,6 +19,7 @@ Shapes: B texts, S tokens, D = n_embd, H heads, V tokens in the vocabulary.
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from flax import linen as nn
 from jaxarith import hub
 from jaxarith.models.generate import Decoder
 from jaxarith.models.layers import Dense, LayerNorm, attend
+from jaxarith.typing import ApplyFn
 
 # Path patterns for `tree.select`: the blocks without embeddings, last norm and head;
 # the weights of their linear layers.
@@ -88,6 +90,8 @@ _ONLY = {
     "add_cross_attention": False,
 }
 
+KeysValues = tuple[jax.Array, jax.Array]  # of one block
+
 _normal = nn.initializers.normal(0.02)
 Embed = functools.partial(nn.Embed, embedding_init=_normal)
 
@@ -106,7 +110,7 @@ class Conv1D(nn.Module):
     kernel_init: Any = _normal
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.features, x.shape[-1])
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -115,15 +119,17 @@ class Conv1D(nn.Module):
 
 
 class Attention(nn.Module):
-    """Of `x[B, S, D]` to itself, or to what is in the cache once it has been added.
+    """Attention of `x[B, S, D]` to itself, or to the cache once `x` has been added.
 
-    With it goes the cache: the keys and values `[B, T, H, D/H]` of all tokens so far.
+    It returns the cache too: keys and values `[B, T, H, D/H]` of all tokens so far.
     """
 
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, x, mask, past, at):
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, past: KeysValues | None, at: Any
+    ) -> tuple[jax.Array, KeysValues]:
         c = self.config
         qkv = Conv1D(3 * c.n_embd, name="c_attn")(x)
         qkv = qkv.reshape(*x.shape[:-1], 3, c.n_head, -1)
@@ -141,7 +147,7 @@ class MLP(nn.Module):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         hidden = Conv1D(c.n_inner or 4 * c.n_embd, name="c_fc")(x)
         hidden = nn.gelu(hidden, approximate=True)
@@ -157,7 +163,9 @@ class Block(nn.Module):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, x, mask, past, at):
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, past: KeysValues | None, at: Any
+    ) -> tuple[jax.Array, KeysValues]:
         c = self.config
         normed = LayerNorm(c.layer_norm_epsilon, name="ln_1")(x)
         mixed, cache = Attention(c, name="attn")(normed, mask, past, at)
@@ -170,7 +178,13 @@ class Blocks(nn.Module):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, x, mask, past, at):
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        past: list[KeysValues] | None,
+        at: Any,
+    ) -> tuple[jax.Array, list[KeysValues]]:
         caches = []
         for i in range(self.config.n_layer):
             kept = None if past is None else past[i]
@@ -183,7 +197,14 @@ class Transformer(nn.Module):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, input_ids, positions, mask, past, at):
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        past: list[KeysValues] | None,
+        at: Any,
+    ) -> tuple[jax.Array, list[KeysValues]]:
         c = self.config
         x = Embed(c.vocab_size, c.n_embd, name="wte")(input_ids)
         x = x + Embed(c.n_positions, c.n_embd, name="wpe")(positions)
@@ -206,7 +227,14 @@ class Model(nn.Module):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, input_ids, positions, mask, past=None, at=0):
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        past: list[KeysValues] | None = None,
+        at: Any = 0,
+    ) -> tuple[jax.Array, list[KeysValues]]:
         transformer = Transformer(self.config, name="transformer")
         return transformer(input_ids, positions, mask, past, at)
 
@@ -215,7 +243,7 @@ class Classifier(nn.Module):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask):
+    def __call__(self, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
         c = self.config
         inputs = input_ids, *_positions_and_mask(c, input_ids, attention_mask)
         hidden, _ = Transformer(c, name="transformer")(*inputs, None, 0)
@@ -257,7 +285,7 @@ def _logits(params, hidden):
     return _times_transposed(hidden, params["transformer"]["wte"]["embedding"])
 
 
-def encoder(config: GPT2Config):
+def encoder(config: GPT2Config) -> ApplyFn:
     """`apply_fn(params, input_ids[B, S], attention_mask[B, S]) -> hidden[B, S, D]`.
 
     The hidden states after the last norm, `ln_f`. Tokens whose attention_mask is zero
@@ -272,7 +300,7 @@ def encoder(config: GPT2Config):
     return apply_fn
 
 
-def language_model(config: GPT2Config):
+def language_model(config: GPT2Config) -> ApplyFn:
     """`apply_fn(params, input_ids[B, S], attention_mask[B, S]) -> logits[B, S, V]`.
 
     The logits at a token are those of the next one.
@@ -285,7 +313,7 @@ def language_model(config: GPT2Config):
     return apply_fn
 
 
-def classifier(config: GPT2Config):
+def classifier(config: GPT2Config) -> ApplyFn:
     """`apply_fn(params, input_ids, attention_mask) -> logits[B, num_labels]`.
 
     They are read at the last token that attention_mask does not call padding.
@@ -310,7 +338,7 @@ class Cache(NamedTuple):
       at: i32[], the column of the next token.
     """
 
-    blocks: list
+    blocks: list[KeysValues]
     real: jax.Array
     position: jax.Array
     at: jax.Array
@@ -330,12 +358,12 @@ def decoder(config: GPT2Config) -> Decoder:
       >>> generate(decoder(config), params, *prompt, max_new_tokens=3).shape
       (2, 3)
     """
-    module = Model(config)
+    apply: ApplyFn = Model(config).apply
 
     def start(params, input_ids, attention_mask, room):
         inputs = input_ids, *_positions_and_mask(config, input_ids, attention_mask)
         _check_length(config, input_ids.shape[1] + room, "prompt and new tokens are")
-        hidden, blocks = module.apply({"params": params}, *inputs)
+        hidden, blocks = apply({"params": params}, *inputs)
         wide = [(0, 0), (0, room), (0, 0), (0, 0)]
         blocks = jax.tree.map(lambda kept: jnp.pad(kept, wide), blocks)
         real = jnp.pad(attention_mask != 0, wide[:2])
@@ -346,9 +374,7 @@ def decoder(config: GPT2Config) -> Decoder:
     def step(params, cache, tokens):
         real = cache.real.at[:, cache.at].set(True)
         inputs = tokens[:, None], cache.position[:, None], real[:, None, None]
-        hidden, blocks = module.apply(
-            {"params": params}, *inputs, cache.blocks, cache.at
-        )
+        hidden, blocks = apply({"params": params}, *inputs, cache.blocks, cache.at)
         cache = Cache(blocks, real, cache.position + 1, cache.at + 1)
         return cache, _logits(params, hidden[:, 0])
 
@@ -359,15 +385,15 @@ def init(key: jax.Array, config: GPT2Config, *, classifier: bool = False) -> dic
     """Random parameters, to train a model from nothing.
 
     Args:
-      key: of the random numbers.
+      key: key of the random numbers.
       config: the sizes.
       classifier: whether `score/kernel` is among them.
     """
     tokens = jnp.zeros((1, 1), jnp.int32)
     if classifier:
-        return Classifier(config).init(key, tokens, tokens)["params"]
+        return dict(Classifier(config).init(key, tokens, tokens)["params"])
     inputs = tokens, *_positions_and_mask(config, tokens, tokens)
-    return Model(config).init(key, *inputs)["params"]
+    return dict(Model(config).init(key, *inputs)["params"])
 
 
 def layout(config: GPT2Config, *, classifier: bool = False) -> dict:
@@ -384,7 +410,7 @@ class GPT2(NamedTuple):
     folder: Path
 
 
-def load(model, *, revision: str | None = None) -> GPT2:
+def load(model: str | os.PathLike, *, revision: str | None = None) -> GPT2:
     """Loads a GPT-2 in Hugging Face format.
 
     A `GPT2ForSequenceClassification`, as `architectures` in `config.json` says, has

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxarith import tree
+from jaxarith.typing import Array
 
 
 def zero_shot(
@@ -41,7 +42,13 @@ def zero_shot(
     return normalize(features.mean(axis=1)) * jnp.exp(logit_scale)
 
 
-def class_means(features, labels, classes: int, *, scale: float = 20.0) -> jax.Array:
+def class_means(
+    features: Array,
+    labels: Array | Sequence[int],
+    classes: int,
+    *,
+    scale: float = 20.0,
+) -> jax.Array:
     """The head of a task from features of labelled samples: the mean of every class.
 
     Features are normalised before the mean and the means after it, so that a sample
@@ -96,11 +103,13 @@ def label_words(words: jax.Array, bias: jax.Array, ids: Sequence[int]) -> jax.Ar
       >>> label_words(jnp.ones((5, 2)), jnp.arange(5.0), [3, 0]).tolist()
       [[1.0, 1.0, 3.0], [1.0, 1.0, 0.0]]
     """
-    ids = jnp.asarray(ids)
-    return jnp.concatenate([words[ids], bias[ids][:, None]], axis=1)
+    rows = jnp.asarray(ids)
+    return jnp.concatenate([words[rows], bias[rows][:, None]], axis=1)
 
 
-def logits(head: jax.Array, features: jax.Array, valid=None) -> jax.Array:
+def logits(
+    head: jax.Array, features: jax.Array, valid: Array | None = None
+) -> jax.Array:
     """Class logits of features by their direction.
 
     Args:
@@ -114,7 +123,9 @@ def logits(head: jax.Array, features: jax.Array, valid=None) -> jax.Array:
     return _valid(normalize(features) @ head.T, valid)
 
 
-def affine_logits(head: jax.Array, features: jax.Array, valid=None) -> jax.Array:
+def affine_logits(
+    head: jax.Array, features: jax.Array, valid: Array | None = None
+) -> jax.Array:
     """Like `logits`, with features as they are and a bias in the head's last column."""
     return _valid(features @ head[:, :-1].T + head[None, :, -1], valid)
 

@@ -6,6 +6,7 @@ ordinary training step of ViT-B/32 takes half the time, see experiments/bench/RE
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ class LayerNorm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         def parameter(name, init):
             leaf = self.param(name, init, x.shape[-1:])
             return leaf.reshape((1,) * (x.ndim - 1) + x.shape[-1:])
@@ -112,7 +113,14 @@ def _quick_gelu_jvp(primals, tangents):
     return quick_gelu(x), gate * (1 + 1.702 * x * (1 - gate)) * dx
 
 
-def attend(q, k, v, *, mask=None, bias=None):
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+) -> jax.Array:
     r"""Softmax attention: :math:`\operatorname{softmax}(q k^\top + \text{bias})\,v`.
 
     Vaswani et al. 2017, arXiv:1706.03762, Eq. 1, its root of D left to the caller. The
@@ -142,7 +150,9 @@ def attend(q, k, v, *, mask=None, bias=None):
     return mixed.reshape(*mixed.shape[:-2], -1)
 
 
-def rematerialized(block: nn.Module, x: jax.Array, mask, queries: int | None):
+def rematerialized(
+    block: Any, x: jax.Array, mask: jax.Array | None, queries: int | None
+) -> jax.Array:
     """`block(x, mask, queries)`, of which only the input is kept for backward passes.
 
     They compute the block anew: at most a fifth more matrix products in a linearised

@@ -15,8 +15,9 @@ the vocabulary.
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from jaxarith import hub, tree
 from jaxarith.losses import IGNORED
 from jaxarith.models.generate import Decoder
 from jaxarith.models.t5_stacks import Linear, Past, Stack, T5Config, Texts
+from jaxarith.typing import ApplyFn, Array
 
 # Path patterns for `tree.select`: all that the encoder reads; the blocks of both stacks
 # without embeddings, last norms and head; the weights of their attention, with that to
@@ -42,7 +44,7 @@ class Transformer(nn.Module):
 
     config: T5Config
 
-    def setup(self):
+    def setup(self) -> None:
         c = self.config
         spread = nn.initializers.normal(1.0)
         self.shared = nn.Embed(c.vocab_size, c.d_model, embedding_init=spread)
@@ -51,11 +53,23 @@ class Transformer(nn.Module):
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.vocab_size, kernel_init=spread)
 
-    def __call__(self, input_ids, attention_mask, decoder_input_ids, decoder_mask):
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        decoder_input_ids: jax.Array,
+        decoder_mask: jax.Array | None,
+    ) -> jax.Array:
         hidden = self.hidden(input_ids, attention_mask, decoder_input_ids, decoder_mask)
         return self.head(hidden)
 
-    def hidden(self, input_ids, attention_mask, decoder_input_ids, decoder_mask):
+    def hidden(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        decoder_input_ids: jax.Array,
+        decoder_mask: jax.Array | None,
+    ) -> jax.Array:
         texts = self.encode(input_ids, attention_mask)
         _check_targets(decoder_input_ids, decoder_mask, len(input_ids))
         length = decoder_input_ids.shape[-1]
@@ -66,7 +80,7 @@ class Transformer(nn.Module):
         x, _ = self.decoder(x, mask, texts)
         return x.reshape(*decoder_input_ids.shape, -1)
 
-    def encode(self, input_ids, attention_mask):
+    def encode(self, input_ids: jax.Array, attention_mask: jax.Array) -> Texts:
         # A mask [B, 1] or [1, S] would be broadcast.
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
@@ -77,21 +91,26 @@ class Transformer(nn.Module):
         hidden, _ = self.encoder(self.shared(input_ids), mask)
         return Texts(hidden, mask)
 
-    def start(self, input_ids, attention_mask):
+    def start(
+        self, input_ids: jax.Array, attention_mask: jax.Array
+    ) -> tuple[jax.Array, tuple[Past, ...], jax.Array]:
         """The logits after the start token, what the blocks keep, and the mask."""
         texts = self.encode(input_ids, attention_mask)
         tokens = jnp.full((len(input_ids), 1), self.config.decoder_start_token_id)
         x, pasts = self.decoder(self.shared(tokens), None, texts)
         return self.head(x[:, 0]), pasts, texts.mask
 
-    def step(self, tokens, mask, pasts, at):
+    def step(
+        self, tokens: jax.Array, mask: jax.Array, pasts: Any, at: jax.Array
+    ) -> tuple[jax.Array, tuple[Past, ...]]:
+        """The logits after the tokens in column `at`, and what the blocks keep then."""
         length = pasts[0].own[0].shape[1]
         seen = (jnp.arange(length) <= at)[None, None, None]
         x = self.shared(tokens[:, None])
         x, pasts = self.decoder(x, seen, Texts(None, mask), pasts, at)
         return self.head(x[:, 0]), pasts
 
-    def head(self, hidden):
+    def head(self, hidden: jax.Array) -> jax.Array:
         c = self.config
         if c.scale_decoder_outputs:
             hidden = hidden * c.d_model**-0.5
@@ -115,7 +134,7 @@ def _check_targets(decoder_input_ids, decoder_mask, batch):
         )
 
 
-def encoder(config: T5Config):
+def encoder(config: T5Config) -> ApplyFn:
     """`apply_fn(params, input_ids[B, S], attention_mask[B, S]) -> hidden[B, S, D]`.
 
     Tokens whose attention_mask is zero are padding, to which no token attends. Their
@@ -129,7 +148,7 @@ def encoder(config: T5Config):
     return apply_fn
 
 
-def language_model(config: T5Config):
+def language_model(config: T5Config) -> ApplyFn:
     """`apply_fn(params, input_ids, attention_mask, decoder_input_ids) -> logits`.
 
     The logits `[B, T, V]` at a token of `decoder_input_ids[B, T]` are for the next one,
@@ -142,7 +161,7 @@ def language_model(config: T5Config):
     return _with_targets(config, "__call__")
 
 
-def hidden_states(config: T5Config):
+def hidden_states(config: T5Config) -> ApplyFn:
     """`language_model` without its head: the decoder's hidden states `[B, T, D]`."""
     return _with_targets(config, "hidden")
 
@@ -163,7 +182,7 @@ def _with_targets(config, name):
     return apply_fn
 
 
-def _method(config, name):
+def _method(config, name) -> ApplyFn:
     module = Transformer(config)
 
     def apply(params, *inputs):
@@ -172,7 +191,7 @@ def _method(config, name):
     return apply
 
 
-def shift_right(labels, config: T5Config) -> jax.Array:
+def shift_right(labels: Array, config: T5Config) -> jax.Array:
     """The decoder's inputs for labels `i32[..., T]`: each token stands one later.
 
     The start token comes first, the last token is left out, and what is -100 in the
@@ -201,7 +220,7 @@ def decoder(config: T5Config) -> Decoder:
         logits, pasts, mask = first(params, input_ids, attention_mask)
         longer = [(0, 0), (0, room), (0, 0), (0, 0)]
         pasts = tuple(
-            Past(tuple(jnp.pad(own, longer) for own in past.own), past.texts)
+            past._replace(own=tuple(jnp.pad(own, longer) for own in past.own))
             for past in pasts
         )
         return (jnp.array(1, jnp.int32), mask, pasts), logits
@@ -217,7 +236,7 @@ def decoder(config: T5Config) -> Decoder:
 def init(key: jax.Array, config: T5Config) -> dict:
     """Random parameters of the whole model, to train a T5 from nothing."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return Transformer(config).init(key, tokens, tokens, tokens, None)["params"]
+    return dict(Transformer(config).init(key, tokens, tokens, tokens, None)["params"])
 
 
 def layout(config: T5Config) -> dict:
@@ -244,7 +263,7 @@ _COPIES = {
 }
 
 
-def load(model, *, revision: str | None = None) -> T5:
+def load(model: str | os.PathLike, *, revision: str | None = None) -> T5:
     """Loads a T5 in Hugging Face format, or the encoder of one.
 
     It is the encoder alone where config.json names the class `T5EncoderModel`, or names

@@ -11,14 +11,18 @@ Shapes: B texts, S tokens, D = d_model, H heads; Q tokens attend to K.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from numpy.typing import ArrayLike
 
 from jaxarith.models.layers import Dense, attend
+
+KeysValues = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,14 +142,17 @@ class RMSNorm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         weight = self.param("weight", nn.initializers.ones, x.shape[-1:])
         weight = weight.reshape((1,) * (x.ndim - 1) + x.shape[-1:])
         return (rms_normalize(x, self.eps) * weight).astype(x.dtype)
 
 
 def relative_position_bucket(
-    position, num_buckets=32, max_distance=128, bidirectional=True
+    position: ArrayLike,
+    num_buckets: int = 32,
+    max_distance: int = 128,
+    bidirectional: bool = True,
 ) -> np.ndarray:
     """The row of the table of biases for a token at `position` from the one attending.
 
@@ -168,16 +175,16 @@ def relative_position_bucket(
       >>> print(relative_position_bucket([-200, -16, -1, 0, 1], bidirectional=False))
       [31 16  1  0  0]
     """
-    position = np.asarray(position)
+    offset = np.asarray(position)
     sided = num_buckets // 2 if bidirectional else num_buckets
     single = sided // 2
-    distance = np.abs(position) if bidirectional else np.maximum(-position, 0)
+    distance = np.abs(offset) if bidirectional else np.maximum(-offset, 0)
     steps = np.log(np.maximum(distance, single) / single)
     steps *= (sided - single) / np.log(max_distance / single)
     # At a power such as 16 = 8 · 16^(2/8) a rounding must not give the bucket before.
     far = single + np.floor(steps + 1e-6)
     bucket = np.where(distance < single, distance, np.minimum(far, sided - 1))
-    ahead = sided * (position > 0) if bidirectional else 0
+    ahead = sided * (offset > 0) if bidirectional else 0
     return (bucket + ahead).astype(np.int32)
 
 
@@ -190,7 +197,7 @@ class Attention(nn.Module):
     config: T5Config
     bidirectional: bool = True
 
-    def setup(self):
+    def setup(self) -> None:
         c = self.config
         width = c.num_heads * c.d_kv
         # T5 does not divide the scores by the root of d_kv. Its q starts smaller.
@@ -206,18 +213,25 @@ class Attention(nn.Module):
             embedding_init=nn.initializers.normal(c.d_model**-0.5),
         )
 
-    def __call__(self, x, keys_values, mask, bias=None):
+    def __call__(
+        self,
+        x: jax.Array,
+        keys_values: KeysValues,
+        mask: jax.Array | None,
+        bias: jax.Array | None = None,
+    ) -> jax.Array:
         q = self._heads(self.q(x))
-        return self.o(attend(q, *keys_values, mask=mask, bias=bias))
+        k, v = keys_values
+        return self.o(attend(q, k, v, mask=mask, bias=bias))
 
-    def keys_values(self, x):
+    def keys_values(self, x: jax.Array) -> KeysValues:
         return self._heads(self.k(x)), self._heads(self.v(x))
 
     def _heads(self, projected):
         c = self.config
         return projected.reshape(*projected.shape[:-1], c.num_heads, c.d_kv)
 
-    def relative_bias(self, length, at=None):
+    def relative_bias(self, length: int, at: jax.Array | None = None) -> jax.Array:
         """`[1, H, length, length]`, or `[1, H, 1, length]` for the token `at` alone."""
         tokens = np.arange(length)
         buckets = relative_position_bucket(
@@ -232,24 +246,27 @@ class Attention(nn.Module):
 
 
 class Texts(NamedTuple):
-    """What the decoder attends to: hidden states `[B, S, D]`, bool[B, 1, 1, S]."""
+    """What the decoder attends to: hidden states `[B, S, D]`, bool[B, 1, 1, S].
 
-    hidden: jax.Array | None
+    The hidden states are None once their keys and values are kept in `Past`.
+    """
+
+    hidden: Any
     mask: jax.Array
 
 
 class Past(NamedTuple):
     """The keys and values of a block's own earlier tokens, and those of the texts."""
 
-    own: tuple[jax.Array, jax.Array] | None = None
-    texts: tuple[jax.Array, jax.Array] | None = None
+    own: KeysValues | None = None
+    texts: KeysValues | None = None
 
 
 class FeedForward(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         activation = _ACTIVATIONS[c.feed_forward_proj]
         if c.feed_forward_proj.startswith("gated"):
@@ -271,18 +288,26 @@ class SelfAttentionLayer(nn.Module):
     decoder: bool
 
     @nn.compact
-    def __call__(self, x, mask, bias, past, at):
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        bias: jax.Array | None,
+        past: KeysValues | None,
+        at: Any,
+    ) -> tuple[jax.Array, jax.Array, KeysValues]:
         normed = RMSNorm(self.config.layer_norm_epsilon, name="layer_norm")(x)
         attention = Attention(self.config, not self.decoder, name="SelfAttention")
-        keys_values = attention.keys_values(normed)
+        keys, values = attention.keys_values(normed)
         if past is not None:
-            keys_values = tuple(
+            keys, values = (
                 jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=1)
-                for old, new in zip(past, keys_values, strict=True)
+                for old, new in zip(past, (keys, values), strict=True)
             )
         if bias is None:
-            bias = attention.relative_bias(keys_values[0].shape[1], at)
-        return x + attention(normed, keys_values, mask, bias), bias, keys_values
+            bias = attention.relative_bias(keys.shape[1], at)
+        mixed = attention(normed, (keys, values), mask, bias)
+        return x + mixed, bias, (keys, values)
 
 
 class CrossAttentionLayer(nn.Module):
@@ -291,7 +316,9 @@ class CrossAttentionLayer(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x, texts, past):
+    def __call__(
+        self, x: jax.Array, texts: Texts, past: KeysValues | None
+    ) -> tuple[jax.Array, KeysValues]:
         normed = RMSNorm(self.config.layer_norm_epsilon, name="layer_norm")(x)
         attention = Attention(self.config, name="EncDecAttention")
         keys_values = attention.keys_values(texts.hidden) if past is None else past
@@ -305,7 +332,7 @@ class FeedForwardLayer(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         normed = RMSNorm(self.config.layer_norm_epsilon, name="layer_norm")(x)
         return x + FeedForward(self.config, name="DenseReluDense")(normed)
 
@@ -315,7 +342,15 @@ class Layers(nn.Module):
     decoder: bool
 
     @nn.compact
-    def __call__(self, x, mask, bias, texts, past, at):
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        bias: jax.Array | None,
+        texts: Any,
+        past: Past,
+        at: Any,
+    ) -> tuple[jax.Array, jax.Array, Past]:
         c = self.config
         attention = SelfAttentionLayer(c, self.decoder, name="0")
         x, bias, own = attention(x, mask, bias, past.own, at)
@@ -330,7 +365,15 @@ class Block(nn.Module):
     decoder: bool
 
     @nn.compact
-    def __call__(self, x, mask, bias, texts, past, at):
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        bias: jax.Array | None,
+        texts: Any,
+        past: Past,
+        at: Any,
+    ) -> tuple[jax.Array, jax.Array, Past]:
         layers = Layers(self.config, self.decoder, name="layer")
         return layers(x, mask, bias, texts, past, at)
 
@@ -340,15 +383,24 @@ class Blocks(nn.Module):
     decoder: bool
 
     @nn.compact
-    def __call__(self, x, mask, texts, pasts, at):
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        texts: Texts | None,
+        pasts: Sequence[Past] | None,
+        at: Any,
+    ) -> tuple[jax.Array, tuple[Past, ...]]:
         c = self.config
-        count = c.num_decoder_layers if self.decoder else c.num_layers
-        pasts = [Past()] * count if pasts is None else list(pasts)
+        count = c.num_layers
+        if self.decoder and c.num_decoder_layers is not None:
+            count = c.num_decoder_layers
+        kept = [Past()] * count if pasts is None else list(pasts)
         bias = None
         for i in range(count):
             block = Block(c, self.decoder, name=str(i))
-            x, bias, pasts[i] = block(x, mask, bias, texts, pasts[i], at)
-        return x, tuple(pasts)
+            x, bias, kept[i] = block(x, mask, bias, texts, kept[i], at)
+        return x, tuple(kept)
 
 
 class Stack(nn.Module):
@@ -356,7 +408,14 @@ class Stack(nn.Module):
     decoder: bool
 
     @nn.compact
-    def __call__(self, x, mask, texts=None, pasts=None, at=None):
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        texts: Texts | None = None,
+        pasts: Sequence[Past] | None = None,
+        at: Any = None,
+    ) -> tuple[jax.Array, tuple[Past, ...]]:
         blocks = Blocks(self.config, self.decoder, name="block")
         x, pasts = blocks(x, mask, texts, pasts, at)
         norm = RMSNorm(self.config.layer_norm_epsilon, name="final_layer_norm")

@@ -1,5 +1,6 @@
-"""What all figures share: colours, and files that are whole or not there."""
+"""What all figures share: colours, and files that are whole or do not exist."""
 
+import os
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -9,7 +10,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
           "#999999")  # fmt: skip
 
 
-def save(figure: Figure, path):
+def save(figure: Figure, path: str | os.PathLike) -> None:
+    """Writes a figure as PNG under a temporary name and renames it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial")
     try:

@@ -1,16 +1,18 @@
 """Matrices, heat maps and contours as PNG files."""
 
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from jaxarith.plots._figure import COLORS, save
 
 
 def matrices(
-    path,
+    path: str | os.PathLike,
     panels: Mapping[str, np.ndarray],
     names: Sequence[str],
     *,
@@ -18,7 +20,7 @@ def matrices(
     columns: str,
     value: str,
     digits: int = 2,
-):
+) -> None:
     """Square matrices over tasks side by side, on one colour scale, values written in.
 
     Args:
@@ -32,9 +34,9 @@ def matrices(
     top = max(float(np.max(matrix)) for matrix in panels.values())
     low = min(0.0, *(float(np.min(matrix)) for matrix in panels.values()))
     figure = Figure(figsize=(2.2 + 3.2 * len(panels), 4.4), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    axes, images = figure.subplots(1, len(panels), squeeze=False)[0], []
     for axis, (title, matrix) in zip(axes, panels.items(), strict=True):
-        image = axis.imshow(matrix, vmin=low, vmax=top, cmap="viridis")
+        images.append(axis.imshow(matrix, vmin=low, vmax=top, cmap="viridis"))
         axis.set(title=title, xlabel=columns)
         axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
         axis.set_yticks(range(len(names)), names if axis is axes[0] else [])
@@ -43,19 +45,19 @@ def matrices(
             text = f"{number:.{digits}f}"
             axis.text(j, i, text, ha="center", va="center", color=color, fontsize=8)
     axes[0].set_ylabel(rows)
-    figure.colorbar(image, ax=list(axes), label=value, shrink=0.8)
+    figure.colorbar(images[-1], ax=list(axes), label=value, shrink=0.8)
     save(figure, path)
 
 
 def clustered(
-    path,
+    path: str | os.PathLike,
     matrix: np.ndarray,
     panels: Mapping[str, Sequence[Sequence[int]]],
     names: Sequence[str],
     *,
     value: str,
     box: str = "cluster",
-):
+) -> None:
     """One matrix over tasks, ordered by clusters in every panel; boxes mark them.
 
     Args:
@@ -71,11 +73,12 @@ def clustered(
     side = max(3.6, 0.13 * len(names) + 1.4)
     size = (1.2 + (side + 0.9) * len(panels), side + 0.6)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    axes, images = figure.subplots(1, len(panels), squeeze=False)[0], []
     font = 8 if len(names) < 20 else 5
     for axis, (title, clusters) in zip(axes, panels.items(), strict=True):
         order = [i for members in clusters for i in members]
-        image = axis.imshow(matrix[np.ix_(order, order)], vmin=low, vmax=top)
+        ordered = matrix[np.ix_(order, order)]
+        images.append(axis.imshow(ordered, vmin=low, vmax=top))
         labels = [names[i] for i in order]
         axis.set_xticks(range(len(order)), labels, rotation=90, fontsize=font)
         axis.set_yticks(range(len(order)), labels, fontsize=font)
@@ -91,7 +94,7 @@ def clustered(
                 line = {"color": COLORS[1], "linewidth": 2, "clip_on": False}
                 axis.plot(*corners, label=box, **line)
             first = last
-    figure.colorbar(image, ax=list(axes), label=value, shrink=0.8, extend="max")
+    figure.colorbar(images[-1], ax=list(axes), label=value, shrink=0.8, extend="max")
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles[:1], labels[:1], loc="outside lower left")
@@ -99,7 +102,7 @@ def clustered(
 
 
 def disentanglement(
-    path,
+    path: str | os.PathLike,
     panels: Mapping[str, np.ndarray],
     coefs: Sequence[float],
     tasks: tuple[str, str],
@@ -107,7 +110,7 @@ def disentanglement(
     searched: tuple[float, float] = (0.0, 1.0),
     # ξ reaches 2; the papers' scale ends at 1, where half of all labels differ.
     scales: Sequence[tuple[str, float]] = (("disentanglement error ξ", 1.0),),
-):
+) -> None:
     """ξ heat maps side by side; a red box marks the range that a search covers.
 
     Args:
@@ -125,11 +128,13 @@ def disentanglement(
     grids = np.reshape(list(panels.values()), shape)
     axes = figure.subplots(len(scales), len(panels), squeeze=False)
     for i, (label, top) in enumerate(scales):
-        for axis, grid in zip(axes[i], grids[:, i], strict=True):
-            image = _xi(axis, grid, coefs, searched, top)
+        images = [
+            _xi(axis, grid, coefs, searched, top)
+            for axis, grid in zip(axes[i], grids[:, i], strict=True)
+        ]
         axes[i, 0].set_ylabel(f"coefficient of {tasks[1]}")
         bar = {"ax": list(axes[i]), "label": label, "shrink": 0.9, "extend": "max"}
-        figure.colorbar(image, **bar)
+        figure.colorbar(images[-1], **bar)
     for top, bottom, title in zip(axes[0], axes[-1], panels, strict=True):
         top.set_title(title)
         bottom.set_xlabel(f"coefficient of {tasks[0]}")
@@ -137,13 +142,13 @@ def disentanglement(
 
 
 def disentanglement_of_pairs(
-    path,
+    path: str | os.PathLike,
     rows: Sequence[Sequence[tuple[str, np.ndarray]]],
     coefs: Sequence[float],
     tasks: Sequence[tuple[str, str]],
     *,
     searched: tuple[float, float] = (0.0, 1.0),
-):
+) -> None:
     """ξ heat maps of several pairs of tasks, a column for each pair.
 
     A red box marks the range that a search covers, a cross the pre-trained model.
@@ -157,18 +162,18 @@ def disentanglement_of_pairs(
       searched: the coefficients inside the box.
     """
     size = (1.2 + 3.1 * len(tasks), 0.2 + 3.1 * len(rows))
-    figure = Figure(figsize=size, layout="constrained")
-    figure.get_layout_engine().set(wspace=0.06)
-    axes = figure.subplots(len(rows), len(tasks), squeeze=False)
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(wspace=0.06))
+    axes, images = figure.subplots(len(rows), len(tasks), squeeze=False), []
     for row, cells in zip(axes, rows, strict=True):
         for axis, (title, grid), (first, second) in zip(row, cells, tasks, strict=True):
-            image = _xi(axis, grid, coefs, searched, top=1)  # as in `disentanglement`
+            # Up to 1, as in `disentanglement`.
+            images.append(_xi(axis, grid, coefs, searched, top=1))
             axis.plot(0, 0, "x", color="red")
             axis.set_title(title, fontsize=10)
             axis.set_xlabel(f"coefficient of {first}")
             axis.set_ylabel(f"coefficient of {second}", labelpad=0)
     label = "disentanglement error ξ"
-    figure.colorbar(image, ax=axes, label=label, shrink=0.8, extend="max")
+    figure.colorbar(images[-1], ax=axes, label=label, shrink=0.8, extend="max")
     save(figure, path)
 
 
@@ -190,7 +195,7 @@ def _xi(axis, grid, coefs, searched, top):
 
 
 def landscape(
-    path,
+    path: str | os.PathLike,
     panels: Mapping[str, np.ndarray],
     coefs: tuple[Sequence[float], Sequence[float]],
     points: Mapping[str, tuple[float, float]],
@@ -198,7 +203,7 @@ def landscape(
     x: str,
     y: str,
     value: str = "loss",
-):
+) -> None:
     """Filled contours on the plane of two task vectors, with models marked on it.
 
     Every panel has colours of its own, even in rank and not in value: a basin shows

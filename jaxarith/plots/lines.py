@@ -1,5 +1,6 @@
 """Curves, bars and points as PNG files."""
 
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,12 +10,12 @@ from jaxarith.plots._figure import COLORS, save
 
 
 def curves(
-    path,
+    path: str | os.PathLike,
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     *,
     x: str,
     y: str,
-):
+) -> None:
     """Labelled curves; a dot marks the first maximum of each."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axis = figure.subplots()
@@ -32,13 +33,13 @@ def curves(
 
 
 def bands(
-    path,
+    path: str | os.PathLike,
     lines: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]],
     *,
     x: str,
     y: str,
     interval: str,
-):
+) -> None:
     """Means of several groups, each with a shaded interval around them.
 
     Args:
@@ -57,22 +58,23 @@ def bands(
         shade = {"color": color, "alpha": 0.2, "linewidth": 0}
         axis.fill_between(xs, means - halves, means + halves, **shade)
     axis.set(xlabel=x, ylabel=y)
-    if all(float(value).is_integer() for value in xs):
-        axis.set_xticks(xs)
+    places = list(lines.values())[-1][0]
+    if all(float(value).is_integer() for value in places):
+        axis.set_xticks(places)
     axis.grid(alpha=0.3)
     axis.legend(title=f"shaded: {interval}")
     save(figure, path)
 
 
 def repeated(
-    path,
+    path: str | os.PathLike,
     xs: Sequence[float],
     lines: Mapping[str, Sequence[Sequence[float]]],
     levels: Mapping[str, float],
     *,
     x: str,
     y: str,
-):
+) -> None:
     """Means of repeated measurements, with the range of those; levels are dashed.
 
     Args:
@@ -102,21 +104,21 @@ def repeated(
 
 
 def negation(
-    path,
+    path: str | os.PathLike,
     coefs: Sequence[float],
     panels: Mapping[str, Sequence[float | None]],
     *,
     limit: float,
     chosen: float,
-):
+) -> None:
     """A control measure and what is to be forgotten, one above the other.
 
     Args:
-      path: of the PNG file.
-      coefs: of the negated vector.
+      path: the PNG file.
+      coefs: coefficients of the negated vector.
       panels: by their label, two series at `coefs`: the control measure, to which
         `limit` applies, and the other, which starts at 0. None leaves a gap.
-      limit: of the control measure.
+      limit: limit of the control measure.
       chosen: the coefficient that is marked.
     """
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
@@ -135,13 +137,13 @@ def negation(
 
 
 def two_scales(
-    path,
+    path: str | os.PathLike,
     xs: Sequence[float],
     left: tuple[str, Sequence[float | None]],
     right: tuple[str, Sequence[float | None]],
     *,
     x: str,
-):
+) -> None:
     """Two curves that have a vertical axis each, in the colour of the curve.
 
     Args:
@@ -164,7 +166,13 @@ def two_scales(
     save(figure, path)
 
 
-def bars(path, groups: Mapping[str, Sequence[float]], names: Sequence[str], *, y: str):
+def bars(
+    path: str | os.PathLike,
+    groups: Mapping[str, Sequence[float]],
+    names: Sequence[str],
+    *,
+    y: str,
+) -> None:
     """Bars of several methods side by side for every task.
 
     Args:
@@ -190,8 +198,12 @@ def bars(path, groups: Mapping[str, Sequence[float]], names: Sequence[str], *, y
 
 
 def horizontal_bars(
-    path, groups: Mapping[str, Sequence[float]], names: Sequence[str], *, x: str
-):
+    path: str | os.PathLike,
+    groups: Mapping[str, Sequence[float]],
+    names: Sequence[str],
+    *,
+    x: str,
+) -> None:
     """Bars of several methods side by side for every row, for long names of rows.
 
     Args:
@@ -216,23 +228,23 @@ def horizontal_bars(
 
 
 def against(
-    path,
+    path: str | os.PathLike,
     groups: Mapping[str, Sequence[float]],
     reference: Sequence[float],
     names: Sequence[str],
     *,
     x: str,
     y: str,
-):
+) -> None:
     """Values of several methods against a reference's; equal ones lie on a diagonal.
 
     Args:
       path: the PNG file.
       groups: method to its n values.
       reference: the n values that they are compared with.
-      names: of the n columns of points.
+      names: names of the n columns of points.
       x: what the values of the reference are.
-      y: what those of the methods are.
+      y: what the values of the methods are.
     """
     figure = Figure(figsize=(5, 4.6), layout="constrained")
     axis = figure.subplots()
@@ -253,12 +265,12 @@ def against(
 
 
 def scatter(
-    path,
+    path: str | os.PathLike,
     panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float | None]]]],
     *,
     x: str,
     y: str,
-):
+) -> None:
     """Points of several groups, panels side by side.
 
     Args:

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxarith.tree import gathered
@@ -36,11 +36,11 @@ def make_mesh(sizes: str = "", devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all devices, of all processes.
 
     Args:
-      sizes: such as `"data=4,fsdp=2"`. An axis that is left out is 1, but without
-        `data` what is left of the devices is its size: by default all devices share
-        the batch.
-      devices: of which the first are used; by default all there are. Of several
-        processes all devices must be.
+      sizes: sizes of the axes, such as `"data=4,fsdp=2"`. An axis that is left out has
+        size 1, but `data` takes all devices that the others leave: by default all
+        devices share the batch.
+      devices: the devices, of which the first are used; by default all. A run of
+        several processes must use them all.
 
     Raises:
       ValueError: an unknown axis, no number, or too many or too few devices.
@@ -86,11 +86,11 @@ def one_device() -> Mesh:
 def mesh_of(tree: Tree) -> Mesh:
     """The mesh that leaves of the tree are on, or `one_device` if there is none."""
     for leaf in jax.tree.leaves(tree):
-        placed = isinstance(leaf, jax.Array) and isinstance(
-            leaf.sharding, NamedSharding
-        )
-        if placed and leaf.sharding.mesh.axis_names == AXES:
-            return leaf.sharding.mesh
+        placed = leaf.sharding if isinstance(leaf, jax.Array) else None
+        if not isinstance(placed, NamedSharding) or not isinstance(placed.mesh, Mesh):
+            continue
+        if placed.mesh.axis_names == AXES:
+            return placed.mesh
     return one_device()
 
 
@@ -99,14 +99,14 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def spec(shape: Sequence[int], mesh: Mesh, *, tasks: bool = False) -> P:
+def spec(shape: Sequence[int], mesh: Mesh | AbstractMesh, *, tasks: bool = False) -> P:
     """The axes that a leaf's dimensions are sharded over.
 
     Of a leaf with at least `SMALLEST_SHARDED` entries the largest dimension that the
     axis `fsdp` divides is sharded over it, the last of equals.
 
     Args:
-      shape: of the leaf.
+      shape: shape of the leaf.
       mesh: from `make_mesh`.
       tasks: the first dimension is that of the tasks.
 
@@ -131,7 +131,7 @@ def spec(shape: Sequence[int], mesh: Mesh, *, tasks: bool = False) -> P:
     return P(*names)
 
 
-def shardings(tree: Tree, mesh: Mesh, *, tasks: bool = False) -> Tree:
+def shardings(tree: Tree, mesh: Mesh | AbstractMesh, *, tasks: bool = False) -> Tree:
     """`spec` of every leaf, as `NamedSharding`s."""
     return jax.tree.map(
         lambda leaf: NamedSharding(mesh, spec(np.shape(leaf), mesh, tasks=tasks)), tree
@@ -212,7 +212,7 @@ def local_rows(count: int, mesh: Mesh, axis: str | tuple[str, ...]) -> np.ndarra
             "another mesh."
         )
     held = NamedSharding(mesh, P(axis)).addressable_devices_indices_map((count,))
-    starts = sorted({index.indices(count)[:2] for (index,) in held.values()})
+    starts = sorted({index[0].indices(count)[:2] for index in held.values() if index})
     return np.concatenate([np.arange(start, stop) for start, stop in starts])
 
 
@@ -322,11 +322,11 @@ def initialize(
         name: environment.get(name) if value is None else value
         for name, value in given.items()
     }
-    missing = [name for name, value in found.items() if value is None]
-    if not missing:
-        address, count, number = found.values()
-        jax.distributed.initialize(address, int(count), int(number))
+    address, count, number = found.values()
+    if address is not None and count is not None and number is not None:
+        jax.distributed.initialize(str(address), int(count), int(number))
         return int(count) > 1
+    missing = [name for name, value in found.items() if value is None]
     if len(missing) < len(found):
         raise ValueError(
             f"{', '.join(missing)} is not set. A run of several processes needs the "

@@ -22,7 +22,7 @@ def anywhere(here: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(here)).any())
 
 
-def on_first(action: Callable[[], None]):
+def on_first(action: Callable[[], None]) -> None:
     """Runs `action` on process 0; the others wait for it, and fail if it does."""
     failure = None
     if jax.process_index() == 0:

@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 
 from jaxarith import sharding, tau_jp
 from jaxarith.data import pipeline
-from jaxarith.train.config import TrainConfig as TrainConfig
+from jaxarith.train.config import TrainConfig
+from jaxarith.typing import Source
 
 
 def seed_of(name: str, seed: int) -> int:
@@ -27,15 +28,15 @@ def seed_of(name: str, seed: int) -> int:
 
 
 def task_batches(
-    sources: Sequence,
+    sources: Sequence[Source],
     config: TrainConfig,
     *,
     seeds: Sequence[int],
-    others: Sequence[Sequence] | None = None,
+    others: Sequence[Sequence[Source]] | None = None,
     inputs: Sequence[str] = ("image",),
     augment: pipeline.Augment | None = None,
     mesh: Mesh | None = None,
-) -> Sequence[dict]:
+) -> Source:
     """The batches of a run: every task's own samples and, if asked, penalty samples.
 
     A batch is a function of its step and the seed alone, and is made when it is asked
@@ -81,19 +82,19 @@ def task_batches(
     foreign = [shuffled(*pair) for pair in zip(others, other_seeds, strict=True)]
     local_tasks = sharding.local_rows(len(sources), mesh, "task")
 
-    def drawn(task, step):
-        views, size = len(foreign[task]), config.penalty_batch_size
-        return tau_jp.draw(config.penalty, step, views, size, seeds[task])
-
     rows = _local_samples(config.batch_size, config, mesh)
-    if config.penalty:
-        penalty_rows = [
-            _local_samples(len(drawn(task, 0)), config, mesh)
-            for task in range(len(sources))
-        ]
+
+    def drawn(task, step, mode):
+        views, size = len(foreign[task]), config.penalty_batch_size
+        return tau_jp.draw(mode, step, views, size, seeds[task])
+
+    penalty_rows = [
+        _local_samples(len(drawn(task, 0, config.penalty)), config, mesh)
+        for task in range(len(sources) if config.penalty else 0)
+    ]
 
     def penalty_samples(task, step):
-        views, tasks = foreign[task], drawn(task, step)
+        views, tasks = foreign[task], drawn(task, step, config.penalty)
         first = step * config.penalty_batch_size
         records = [
             views[tasks[i]][first + int(i) % config.penalty_batch_size]
@@ -105,7 +106,7 @@ def task_batches(
         batches = []
         for task in local_tasks:
             positions = step * config.batch_size + rows
-            batch = pipeline.collate([own[task][int(i)] for i in positions])
+            batch: dict = pipeline.collate([own[task][int(i)] for i in positions])
             if config.penalty:
                 batch["penalty"] = penalty_samples(task, step)
             batches.append(batch)
@@ -115,13 +116,13 @@ def task_batches(
 
 
 def joint_batches(
-    sources: Sequence,
+    sources: Sequence[Source],
     config: TrainConfig,
     *,
     seeds: Sequence[int],
     augment: pipeline.Augment | None = None,
     mesh: Mesh | None = None,
-) -> Sequence[dict]:
+) -> Source:
     """The batches of one run on all tasks at once: multi-task learning.
 
     Args:

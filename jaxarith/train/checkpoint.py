@@ -11,6 +11,7 @@ system that they share. Process 0 alone writes manifests and removes things.
 import concurrent.futures
 import contextlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -59,7 +60,7 @@ class Checkpoints:
       Restored(step=1, state={'w': Array([0., 1., 2.], dtype=float32)})
     """
 
-    def __init__(self, folder, config: Mapping, *, keep: int = 2):
+    def __init__(self, folder: str | os.PathLike, config: Mapping, *, keep: int = 2):
         if keep < 1:
             raise ValueError(f"keep is {keep}; at least 1 checkpoint is kept.")
         self.folder, self.keep = Path(folder).absolute(), keep
@@ -126,7 +127,7 @@ class Checkpoints:
         finally:
             self._background.shutdown()
 
-    def reserve(self, like: Tree):
+    def reserve(self, like: Tree) -> None:
         """Raises an OSError unless the disk has room for the checkpoints of a run."""
         leaves = jax.tree.leaves(like)
         size = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
@@ -140,7 +141,7 @@ class Checkpoints:
                 "keep fewer, or name a folder on another disk."
             )
 
-    def save(self, step: int, state: Tree):
+    def save(self, step: int, state: Tree) -> None:
         """Begins to save; returns when the buffers of `state` may be given up.
 
         Once the new checkpoint is complete, older ones beyond `keep` are removed, and
@@ -174,7 +175,9 @@ class Checkpoints:
         old = steps[: -self.keep] + [x for x in self._damaged if x != step]
         with self._failure_named(step):
             processes.on_first(lambda: self._begin(step))
-            saving = ocp.save_async(self._path(step) / "state", _without_empty(state))
+            saving = ocp.save_async(
+                str(self._path(step) / "state"), _without_empty(state)
+            )
         future = self._background.submit(self._finish, saving, content, old)
         self._pending = step, future
 
@@ -206,7 +209,7 @@ class Checkpoints:
                 f"last good one: {last}."
             ) from error
 
-    def wait(self):
+    def wait(self) -> None:
         """Returns when all is on disk.
 
         Raises:
@@ -242,7 +245,7 @@ class Checkpoints:
             folder = self._path(self._steps[-1])
             # Checked before Orbax reads: on damaged files it logs pages of tracebacks.
             first = jax.process_index() == 0
-            flaw = _agreed(manifest.flaw(folder) if first else None)
+            state, flaw = None, _agreed(manifest.flaw(folder) if first else None)
             if flaw is None:
                 state, flaw = _load(folder, like)
                 flaw = _agreed(flaw)
@@ -268,6 +271,8 @@ def _remove(folder):
 def _load(folder, like):
     """The state in a folder and None, or None and what is wrong with it."""
     content = manifest.read(folder)
+    if content is None:
+        return None, f"{manifest.NAME} is not what was written"
     if lines := manifest.differences(content["leaves"], _layout(like)):
         shown = lines[:10] + [f"… and {len(lines) - 10} more"] * (len(lines) > 10)
         raise ValueError(
@@ -320,7 +325,7 @@ def _placed(like, leaf):
     if like.sharding is not None:
         return leaf
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        data = np.asarray(jax.random.key_data(leaf))
+        data = jnp.asarray(np.asarray(jax.random.key_data(leaf)))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     return jnp.asarray(np.asarray(leaf))
 

@@ -6,12 +6,18 @@ cosine, gradients clipped to norm 1.
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from jaxarith import tau_jp
+
+Decay = Literal["cosine", "linear", "constant"]
+ProductDtype = Literal["bfloat16", "float16", "float32"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,43 +27,43 @@ class TrainConfig:
     Attributes:
       steps: optimizer steps.
       warmup_steps: steps of linear warm-up.
-      decay: what follows it: a half cosine or a straight line to zero, or the largest
-        rate throughout.
+      decay: the rate after the warm-up: a half cosine or a straight line to zero, or
+        the largest rate throughout.
       batch_size: samples per step and task.
-      learning_rate: the largest.
-      weight_decay: AdamW's, of all trained leaves, towards zero.
+      learning_rate: the largest learning rate.
+      weight_decay: AdamW's decay of all trained leaves towards zero.
       clip_norm: the largest Euclidean norm of a task's gradient; None for any.
       linearized: train the tangent-space model instead of the network.
-      penalty: add the τJp penalty, in one of `tau_jp.MODES`.
-      penalty_coef: its weight λ (Yoshida et al. 2025: 0.1 with power 1).
+      penalty: the mode of the τJp penalty, see `tau_jp.draw`; None for no penalty.
+      penalty_coef: the penalty's weight λ (Yoshida et al. 2025: 0.1 with power 1).
       penalty_power: 1 (the code of Yoshida et al.) or 2 (as they print it).
       penalty_batch_size: penalty samples per step; in strict mode per other task.
       trained: pattern of the paths that are trained; the rest is frozen.
-      product_dtype: what the operands of tangent products are rounded to, such as
-        "bfloat16" on accelerators; None leaves them as they are.
+      product_dtype: dtype that the operands of tangent products are rounded to, such
+        as "bfloat16" on accelerators; None leaves them as they are.
       tasks_at_once: how many tasks a device computes at the same time. More fill a
         large accelerator; 1 needs the least memory and is the fastest on a CPU.
       micro_batches: into how many parts a batch is cut, which are computed one after
         another (gradient accumulation). The step is the same, in less memory, if the
         loss is a mean over samples; a mean over the tokens that count is taken of
         every part, and so weighs texts by those of their part.
-      seed: of the order of samples and of penalty draws.
+      seed: seed of the order of samples and of penalty draws.
     """
 
     steps: int = 2000
     warmup_steps: int = 200
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    decay: Decay = "cosine"
     batch_size: int = 128
     learning_rate: float = 1e-5
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
     linearized: bool = False
-    penalty: str | None = None
+    penalty: tau_jp.Mode | None = None
     penalty_coef: float = 0.1
-    penalty_power: int = 1
+    penalty_power: tau_jp.Power = 1
     penalty_batch_size: int = 16
     trained: str = ".*"
-    product_dtype: str | None = None
+    product_dtype: ProductDtype | None = None
     tasks_at_once: int = 1
     micro_batches: int = 1
     seed: int = 0
@@ -74,10 +80,10 @@ class TrainConfig:
             raise ValueError(
                 "product_dtype rounds tangent products; it needs linearized=True."
             )
-        if self.product_dtype not in (None, "bfloat16", "float16", "float32"):
+        if self.product_dtype not in (None, *get_args(ProductDtype)):
             raise ValueError(
-                f"product_dtype is {self.product_dtype!r}; it is bfloat16, float16, "
-                "float32 or None."
+                f"product_dtype is {self.product_dtype!r}; it is "
+                f"{', '.join(get_args(ProductDtype))} or None."
             )
         sizes = ("steps", "batch_size", "penalty_batch_size", "tasks_at_once")
         for name in (*sizes, "micro_batches"):
@@ -85,12 +91,15 @@ class TrainConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; at least 1 is needed."
                 )
-        if self.decay not in ("cosine", "linear", "constant"):
+        if self.decay not in get_args(Decay):
             raise ValueError(
-                f"decay is {self.decay!r}; it is cosine, linear or constant."
+                f"decay is {self.decay!r}; it must be one of "
+                f"{', '.join(get_args(Decay))}."
             )
-        if self.penalty_power not in (1, 2):
-            raise ValueError(f"penalty_power is {self.penalty_power}; it is 1 or 2.")
+        if self.penalty_power not in get_args(tau_jp.Power):
+            raise ValueError(
+                f"penalty_power is {self.penalty_power}; it must be 1 or 2."
+            )
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
                 f"{self.warmup_steps} warm-up steps of {self.steps} steps; the warm-up "
@@ -114,11 +123,12 @@ def code(samples: int, epochs: int, batch_size: int = 128) -> TrainConfig:
     norm as it is, not squared.
 
     Args:
-      samples: of the training set, without the validation part.
-      epochs: those of the task, in `data.vision.TASKS`.
-      batch_size: per step. The code takes 128, and of ViT-L/14 64 (τJp: 32) two (four)
-        times before a step, whose gradients it sums where `micro_batches` takes their
-        mean; clipped to norm 1 and under Adam, that is nearly the same.
+      samples: the size of the training set, without the validation part.
+      epochs: the epochs of the task, from `data.vision.TASKS`.
+      batch_size: samples per step. The code takes 128. For ViT-L/14 it takes 64 twice
+        (τJp: 32 four times) before a step, and sums their gradients where
+        `micro_batches` takes the mean; clipped to norm 1 and under Adam, that is nearly
+        the same.
 
     Example:
       >>> code(7330, 35).steps  # Cars
@@ -131,7 +141,7 @@ def code(samples: int, epochs: int, batch_size: int = 128) -> TrainConfig:
     )
 
 
-def schedule(config: TrainConfig) -> optax.Schedule:
+def schedule(config: TrainConfig) -> Callable[[ArrayLike], jax.Array]:
     """The learning rate of step s ≥ 0: warm-up `(s + 1) / W`, then `config.decay`."""
 
     def learning_rate(step):

@@ -15,7 +15,7 @@ from jaxarith import report
 NAME = "manifest.json"
 
 
-def write(folder: Path, content: Mapping[str, Any]):
+def write(folder: Path, content: Mapping[str, Any]) -> None:
     """Completes a folder with a manifest of its files and of `content`, plain data."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     crc32s = {path.relative_to(folder).as_posix(): _file_crc32(path) for path in files}

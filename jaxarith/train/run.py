@@ -1,8 +1,8 @@
 """Fine-tuning of one or several tasks, ordinary or in the tangent space.
 
-`recipe` says what is trained, `train_step` is one step of it, and here is the run:
-batches, progress, checkpoints. A run with checkpoints stops at a signal and goes on
-where it stopped, to the same bits.
+`config` states what is trained and `step` is one step of it; here is the run: batches,
+progress, checkpoints. A run with checkpoints stops at a signal and goes on where it
+stopped, to the same bits.
 """
 
 import contextlib
@@ -24,17 +24,16 @@ from jaxarith import fingerprint, report, sharding, tree
 from jaxarith.data import pipeline
 from jaxarith.sharding import processes
 from jaxarith.train import checkpoint, interrupts
-from jaxarith.train.config import TrainConfig as TrainConfig
-from jaxarith.train.config import schedule
+from jaxarith.train.config import TrainConfig, schedule
 from jaxarith.train.step import init_state, make_step, objective
-from jaxarith.typing import ApplyFn, LossFn, Params, Tree
+from jaxarith.typing import ApplyFn, LossFn, Params, Source, Tree
 
 
 def fine_tune(
     apply_fn: ApplyFn,
     params_0: Params,
     loss_fn: LossFn,
-    batches: Sequence[dict],
+    batches: Source,
     config: TrainConfig,
     *,
     names: Sequence[str],
@@ -180,7 +179,7 @@ def fine_tune(
                 pending = None
                 file.flush()
                 saved.save(done, state)
-            if came:
+            if came and saved:
                 saved.wait()
                 if is_first:
                     bar.write(

@@ -9,7 +9,8 @@ devices share every batch, hold parts of the state, or train different tasks.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,9 @@ from jaxarith import sharding, tangent, task_vectors, tau_jp, tree
 from jaxarith.train.config import TrainConfig, optimizer
 from jaxarith.typing import ApplyFn, LossFn, Params, Tree
 
+Objective = Callable[..., tuple[jax.Array, dict[str, Any]]]
+Step = Callable[..., tuple[Any, dict[str, jax.Array]]]
+
 
 def objective(
     apply_fn: ApplyFn,
@@ -29,7 +33,7 @@ def objective(
     inputs: Sequence[str] = ("image",),
     penalty_mask: str | None = None,
     mesh: Mesh | None = None,
-):
+) -> Objective:
     """What training minimises, `(tau, params_0, batch, constants) -> (total, metrics)`.
 
     `batch` holds the fields named by `inputs`, what `loss_fn` reads and, with a
@@ -73,7 +77,7 @@ def objective(
         else:
             outputs = apply_fn(task_vectors.apply(params_0, tau), *task_inputs)
         loss = loss_fn(outputs, batch, constants)
-        metrics = {"loss": loss}
+        metrics: dict[str, Any] = {"loss": loss}
         if config.penalty:
             metrics["penalty"] = penalty
         return loss + config.penalty_coef * penalty, metrics
@@ -81,11 +85,13 @@ def objective(
     return total
 
 
-def make_step(objective_fn, config: TrainConfig, mesh: Mesh | None = None):
+def make_step(
+    objective_fn: Objective, config: TrainConfig, mesh: Mesh | None = None
+) -> Step:
     """One optimizer step of all tasks, jitted.
 
     Args:
-      objective_fn: from `objective`, of the same mesh.
+      objective_fn: what `objective` gives for the same mesh.
       config: the recipe.
       mesh: the devices, see `sharding`; by default one.
 
@@ -174,7 +180,7 @@ def init_state(
     tasks: int,
     mesh: Mesh | None = None,
     start: Sequence[Tree] | None = None,
-):
+) -> tuple[Any, Any]:
     """Task vectors, by default zero, and fresh optimizer states, by task.
 
     Raises:
