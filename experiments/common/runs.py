@@ -19,6 +19,10 @@ from jaxarith import report, sharding
 from jaxarith.sharding import processes
 from jaxarith.train import manifest
 
+# Sizes that scripts have, which nothing can divide by where they are 0.
+_AT_LEAST_ONE = ("batch_size", "epochs", "evaluation_batch", "max_length")
+_AT_LEAST_ONE += ("penalty_batch_size", "steps")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
@@ -48,6 +52,13 @@ class Options:
     smoke: bool = False
     """Run the whole script in seconds, with tiny models, little or made-up data and few
     steps; what it finds means nothing."""
+
+    def __post_init__(self):
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name, None)
+            if isinstance(value, int | float) and not value > 0:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {value}: expected more than 0.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -138,7 +138,7 @@ def _unboxed(message: str) -> str:
     text = re.sub(r"For full helptext.*", "", text, flags=re.DOTALL)
     text = re.sub(r"╭─+ (.*?) ─+╮", r"\1: ", text)
     text = re.sub(r"│ ─+ │", "; ", text)
-    text = " ".join(re.sub(r"[─-╿]", " ", text).split()).replace(" ;", ";").strip("; ")
+    text = " ".join(re.sub(r"[─-╿]", " ", text).split()).replace(" ;", ";").strip("; .")
     return f"{text}. `python -m {_name()} --help` lists the options."
 
 
