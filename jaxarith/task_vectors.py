@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxarith import report, tree
 from jaxarith.typing import Coef, Params, Taus, Tree
@@ -72,10 +73,10 @@ def apply(params_0: Params, tau: Params, coef: Coef = 1.0) -> Params:
         if path not in moves:
             return value
         scale = coef_of(path)
-        if jnp.ndim(scale):
+        if shape := np.shape(scale):
             raise ValueError(
-                f"coef has shape {list(jnp.shape(scale))}; one task vector is scaled "
-                "by one number."
+                f"coef has shape {list(shape)}; one task vector is scaled by one "
+                "number."
             )
         dtype = jnp.promote_types(jnp.result_type(value, moves[path]), jnp.float32)
         moved = jnp.asarray(value, dtype) + scale * jnp.asarray(moves[path], dtype)

@@ -12,7 +12,7 @@ from oracles import normal
 from test_merge import KEY, MERGES, changed, of_all_tasks
 
 from jaxarith import merge, task_vectors, tree
-from jaxarith.merge import _leaves
+from jaxarith.merge import _leaves, mergekit
 from jaxarith.merge.bases_arithmetic import similarities
 
 pytestmark = pytest.mark.devices
@@ -33,6 +33,21 @@ OPTIONS = {
     ),
     "slerp_of_vectors": lambda params_0, taus: merge.slerp(
         params_0, taus[:2], between="task_vectors"
+    ),
+}
+COEFS = {"wide": 0.5, "tall": 0.3, "conv": [0.2, 0.4, 0.6], "scale": 1.0}
+OF_VECTOR = COEFS | {"conv": 0.2}  # of a merge that scales one merged vector
+OPTIONS |= {
+    "task_arithmetic_by_path": functools.partial(merge.task_arithmetic, coef=COEFS),
+    "awd_by_path": functools.partial(merge.awd, coef=COEFS, steps=5),
+    "ties_by_path": functools.partial(merge.ties, coef=OF_VECTOR),
+    "mergekit_by_path": functools.partial(
+        mergekit.generalized_task_arithmetic,
+        method="dare_linear",
+        weight=COEFS,
+        density=COEFS,
+        coef=OF_VECTOR,
+        key=KEY,
     ),
 }
 SHAPES = {"wide": (64, 192), "tall": (100, 64), "conv": (3, 3, 3, 16), "scale": ()}
