@@ -19,9 +19,10 @@ from jaxarith import report, sharding
 from jaxarith.sharding import processes
 from jaxarith.train import manifest
 
-# Sizes that scripts have, which nothing can divide by where they are 0.
-_AT_LEAST_ONE = ("batch_size", "epochs", "evaluation_batch", "max_length")
-_AT_LEAST_ONE += ("penalty_batch_size", "steps")
+# Options that many scripts have: sizes above 0, and lists with an entry.
+_SIZES = ("batch_size", "epochs", "evaluation_batch", "max_length")
+_SIZES += ("penalty_batch_size", "steps")
+_LISTS = ("alphas", "coefs", "models", "seeds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,11 +55,14 @@ class Options:
     steps; what it finds means nothing."""
 
     def __post_init__(self):
-        for name in _AT_LEAST_ONE:
+        for name in _SIZES:
             value = getattr(self, name, None)
             if isinstance(value, int | float) and not value > 0:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} {value}: expected more than 0.")
+        for name in _LISTS:
+            if getattr(self, name, None) == ():
+                raise ValueError(f"--{name} is empty; give at least one.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
