@@ -106,6 +106,7 @@ class Config(runs.Options):
     seed: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         if self.penalty_text is not None and not self.linearized:
             raise ValueError("--penalty-text needs --linearized.")
         if not self.temperature > 0:
@@ -113,17 +114,18 @@ class Config(runs.Options):
                 f"--temperature {self.temperature}: samples need one above 0, or all "
                 "are the same text."
             )
-        for name in ("samples", "epochs", "max_new_tokens", "texts"):
+        for name in ("samples", "max_new_tokens", "texts"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; expected more than 0.")
-        if not self.coefs or min(self.coefs) < 0:
-            raise ValueError(f"--coefs {self.coefs}: expected some, none below 0.")
+        if min(self.coefs) < 0:
+            raise ValueError(f"--coefs {self.coefs}: expected none below 0.")
 
 
 @script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
+    script.needs("demo", "transformers")
     if config.smoke:
         config = dataclasses.replace(
             config,

@@ -215,6 +215,7 @@ def prepare(config: Config) -> studies.Study:
 @script.full_precision
 def main(config: Config) -> dict:
     """Runs the study; returns what `report.json` holds."""
+    script.needs("demo", "transformers")
     studies.check([text_files.task_files(option)[0] for option in config.task])
     if config.smoke:
         small = dict(steps=4, batch_size=8, penalty_batch_size=8, samples=48)

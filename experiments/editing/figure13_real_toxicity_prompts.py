@@ -85,10 +85,9 @@ def main(config: Config) -> dict:
             generation_batch=6,
             coefs=(0.0, 1.0),
         )
-    for name in ("random_prompts", "generations", "generation_batch", "coefs"):
-        value = getattr(config, name)
-        if value == () or (isinstance(value, int) and value < 1):
-            raise ValueError(f"{name} is {value}; at least one is needed.")
+    for name in ("random_prompts", "generations", "generation_batch"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: at least one is needed.")
     subsets = read_prompts(config)
     sampling = gpt2.Sampling(
         max_new_tokens=config.max_new_tokens,

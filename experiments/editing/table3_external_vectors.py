@@ -94,6 +94,9 @@ class Task(NamedTuple):
 @script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
+    script.needs("text", "sklearn", "transformers")
+    if not config.smoke:
+        script.needs("text", "datasets")
     with tempfile.TemporaryDirectory() as folder:
         if not config.smoke:
             return run(config, config.external)
@@ -126,8 +129,6 @@ def run(config: Config, others: Sequence[str]) -> dict:
     """The script with the places of the external models."""
     if not others:
         raise ValueError("no --external; name at least one model.")
-    if not config.seeds or not config.coefs:
-        raise ValueError("--seeds and --coefs need at least one entry each.")
     mesh = runs.start(config)
     base = text_to_text.load(config, mesh, config.model)
     # All are read once before hours of work, and again when their turn comes: hundreds

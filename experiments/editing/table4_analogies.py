@@ -127,6 +127,10 @@ class Study(NamedTuple):
 @script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
+    script.needs("text", "transformers")
+    files = "," in config.yelp and "," in config.amazon
+    if not (config.smoke or files):
+        script.needs("text", "datasets")
     if config.smoke:
         config = dataclasses.replace(
             config,
@@ -140,13 +144,13 @@ def main(config: Config) -> dict:
             save_every=0,
             mesh="data=1",
         )
-    if len(config.learning_rates) not in (1, len(config.models)) or not config.models:
+    if len(config.learning_rates) not in (1, len(config.models)):
         raise ValueError(
             f"{len(config.learning_rates)} --learning-rates for {len(config.models)} "
             "models; give one for all, or one for each."
         )
-    if not config.coefs or min(config.validation_samples, config.batch_size) < 1:
-        raise ValueError("coefs, validation_samples and batch_size cannot be empty.")
+    if config.validation_samples < 1:
+        raise ValueError("--validation-samples: at least one is needed.")
     mesh = runs.start(config)
     domains = {name: read(config, name) for name in DOMAINS}
     rates = config.learning_rates * (len(config.models) // len(config.learning_rates))

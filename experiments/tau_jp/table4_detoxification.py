@@ -189,6 +189,7 @@ def smoke(config: Config) -> Config:
 
 def start(config: Config) -> Study:
     """Loads and checks everything, and claims the folder."""
+    script.needs("demo", "transformers")
     config = smoke(config)
     mesh = runs.start(config)
     with detoxification.places(config, config.model) as (files, checkpoint):

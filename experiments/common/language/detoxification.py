@@ -35,7 +35,7 @@ from typing import NamedTuple, TypeVar
 
 from jax.sharding import Mesh
 
-from experiments.common import bank, runs, training
+from experiments.common import bank, runs, script, training
 from experiments.common.language import gpt2, text_files, tiny_text
 from jaxarith import fingerprint
 from jaxarith.typing import Params, Tree
@@ -141,8 +141,7 @@ def start(
       ValueError: no model, comments without text and toxicity, or vectors of another
         configuration in the bank.
     """
-    if not config.models:
-        raise ValueError("no --models; name at least one GPT-2.")
+    script.needs("demo", "transformers")
     if config.comments.suffix.lower() not in (".csv", ".jsonl"):
         raise ValueError(
             f"--comments {config.comments}: expected a .csv or .jsonl with text and "

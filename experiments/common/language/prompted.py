@@ -34,7 +34,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.common import bank, runs, training
+from experiments.common import bank, runs, script, training
 from experiments.common.language import prompted_model, prompted_texts
 from jaxarith import (
     evaluate,
@@ -193,6 +193,9 @@ def load(
       ValueError: tasks are not there, or not what they should be; the message has all.
       FileNotFoundError: there is no such model.
     """
+    script.needs("text", "sklearn", "transformers")
+    if not (options.smoke or all("=" in spec for spec in options.tasks)):
+        script.needs("text", "datasets")
     mesh = runs.start(options)
     found = prompted_texts.read_all(
         options.tasks, options.prompt, options.data_dir, made_up=options.smoke
@@ -212,7 +215,7 @@ def load(
             f"model has positions for {model.config.max_length} tokens."
         )
     tasks, problems = [], []
-    for task in tqdm(found, desc="tokens", unit="task"):
+    for task in tqdm(found, desc="tokens", unit="task", leave=False):
         try:
             tasks.append(tokens(options, task, model))
         except ValueError as error:

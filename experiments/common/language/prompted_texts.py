@@ -55,7 +55,7 @@ def read_all(
     if unknown := [name for name in of_task if name not in names]:
         raise ValueError(f"--prompt for {', '.join(unknown)}, which is no --tasks.")
     found, problems = [], []
-    for spec in tqdm(specs, desc="tasks", unit="task"):
+    for spec in tqdm(specs, desc="tasks", unit="task", leave=False):
         try:
             found.append(_read(spec, of_task, data_dir, made_up))
         # Of many kinds: `datasets` says in several that a set cannot be had.

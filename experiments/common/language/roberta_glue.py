@@ -31,7 +31,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.common import bank, runs, training
+from experiments.common import bank, runs, script, training
 from experiments.common.language import tiny_text
 from jaxarith import (
     evaluate,
@@ -154,6 +154,9 @@ def setups(options: Options):
       ValueError: tasks are not there, or not what they should be; the message has all.
       FileNotFoundError: there is no such model.
     """
+    script.needs("text", "sklearn", "transformers")
+    if not (options.smoke or options.data_dir):
+        script.needs("text", "datasets")
     if unknown := [name for name in options.tasks if name not in TITLES]:
         raise ValueError(
             f"no tasks of GLUE: {', '.join(unknown)}; they are {', '.join(TITLES)}."
@@ -162,7 +165,7 @@ def setups(options: Options):
         raise ValueError(f"every task once, and at least two; got {options.tasks}.")
     mesh = runs.start(options)
     parts, problems = {}, []
-    for name in tqdm(options.tasks, desc="tasks", unit="task"):
+    for name in tqdm(options.tasks, desc="tasks", unit="task", leave=False):
         try:
             parts[name] = records(options, name)
         # Of many kinds: `datasets` says in several that a set is not to be had.
@@ -211,7 +214,9 @@ def load(options: Options, model: str, mesh: Mesh, parts) -> Setup:
         identity=fingerprint.combined(params_0),
         tasks={
             name: tokens(options, tokenizer, own)
-            for name, own in tqdm(parts.items(), desc="tokens", unit="task")
+            for name, own in tqdm(
+                parts.items(), desc="tokens", unit="task", leave=False
+            )
         },
     )
 

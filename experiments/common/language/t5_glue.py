@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common import bank, runs, training
+from experiments.common import bank, runs, script, training
 from experiments.common.language import tau_jp, text_to_text, tiny_text
 from experiments.common.language.text_to_text import INPUTS as INPUTS
 from jaxarith import evaluate, metrics, tangent, task_vectors
@@ -106,6 +106,9 @@ class Study(NamedTuple):
 
 def start(config: Options) -> Study:
     """Loads and checks everything, and claims the folder."""
+    script.needs("text", "sklearn", "transformers")
+    if not config.smoke:
+        script.needs("text", "datasets")
     if config.smoke:
         config = dataclasses.replace(
             config,
