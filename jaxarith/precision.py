@@ -21,8 +21,8 @@ def products_in(function: Callable, dtype: DTypeLike) -> Callable:
     `jax.checkpoint`; not in what a `custom_vjp` or a kernel computes.
 
     Args:
-      function: of pytrees of arrays, to a pytree of arrays.
-      dtype: such as `jnp.bfloat16`.
+      function: takes pytrees of arrays and gives a pytree of arrays.
+      dtype: dtype of the rounded operands, such as `jnp.bfloat16`.
 
     Returns:
       A function of the same arguments. Reverse mode differentiates it.

@@ -28,8 +28,8 @@ class Task:
         format.
       fields: Hugging Face's columns of the text, and of its pair.
       classes: in Hugging Face's order, which are T5's target words too; none for STS-B.
-      metrics: the official ones, of which `score` takes the mean.
-      columns: of the text, its pair and the label in the files that GLUE distributes.
+      metrics: the official metrics; `score` is their mean.
+      columns: the columns of text, pair and label in the files that GLUE distributes.
       prompt: the names of the fields in T5's format, in its order.
     """
 

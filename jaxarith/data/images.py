@@ -123,9 +123,9 @@ def random_crop(
     middle whose ratio is allowed.
 
     Args:
-      width, height: of the image.
-      scale: of the area, as a share of the image's.
-      ratio: of width to height.
+      width, height: size of the image.
+      scale: range of the area, as a share of the image's.
+      ratio: range of width to height.
 
     Returns:
       `(left, upper, right, lower)`.
@@ -169,7 +169,7 @@ def rgb(image: Image.Image | np.ndarray) -> Image.Image:
     """An image of 8 bits by channel as RGB; transparency is dropped.
 
     Raises:
-      ValueError: it has more bits, of which Pillow would cut off the upper ones.
+      ValueError: it has more bits; Pillow would cut off the upper ones.
     """
     if not isinstance(image, Image.Image):
         image = np.asarray(image)

@@ -30,14 +30,14 @@ class Source(NamedTuple):
     """A task of the list and where its records are.
 
     Attributes:
-      name: of the task; one for each of three of ANLI, twenty of bAbI and two of ARC.
+      name: name of the task; ANLI has three tasks, bAbI twenty, ARC two.
       prompt: its template and its words.
       dataset: an id on the Hugging Face hub, or an address.
       config: the configuration of the dataset, if it has several.
-      files: of a dataset that is an address, the folder of its files.
+      files: if the dataset is an address, the folder of its files.
       train, test: the splits, or files. The paper tests on validation splits where
         test splits have no labels.
-      fields: of a record, as templates of a row's columns.
+      fields: the fields of a record, as templates of a row's columns.
       label: the column of the label.
       classes: from labels to the classes of the prompt. Rows with others are left out.
       note: how it differs from what the paper prints; empty where it does not.

@@ -132,8 +132,8 @@ class Entry(NamedTuple):
 def bases_tasks() -> dict[str, Entry]:
     """The language tasks of the task-vector-bases paper (Appendix D.3), by name.
 
-    As printed, where the text is complete: they are 72, of which the paper uses 70
-    without saying which; Web of Science has seven labels there and six words. Full
+    As printed, where the text is complete: they are 72; the paper uses 70 without
+    saying which; Web of Science has seven labels there and six words. Full
     stops that end the paper's own sentences are not in the templates. Fields beyond
     `text` and `text_pair` are `word`, `phrase1`, `phrase2`, `context`, `question` and
     `choice1` to `choice5`; a choice that a question lacks is the empty text.

@@ -30,7 +30,7 @@ class Samples:
 
     Args:
       readers: taken one after the other.
-      maps: of each reader, `i32[its classes]`: their labels.
+      maps: for each reader, the labels of its classes, `i32[its classes]`.
       indices: `i[N]`, which samples, in which order; all by default.
     """
 

@@ -62,15 +62,15 @@ class TaskInfo:
       name: "stanford_cars" and so on.
       title: as the papers print it.
       classes: in the order of the labels, as the prompts read.
-      labels: of each class, what sources call it besides its own name.
+      labels: for each class, what sources call it besides its own name.
       templates: the prompts, with one `{}` each.
       train, validation, test: samples of the training split, how many validate, samples
         of the test split; None where nothing is known. What validates is among the
         training samples, except for EuroSAT.
-      epochs: of the papers' code.
+      epochs: epochs of fine-tuning in the papers' code.
       tfds: name in TFDS, and hub: dataset on the hub; None where there is none, or none
         with the papers' splits.
-      layouts: of each source; the first one whose splits exist is taken.
+      layouts: the layouts by source; the first one whose splits exist is used.
       note: what is particular.
     """
 

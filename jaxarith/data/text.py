@@ -204,8 +204,8 @@ def encode(
     longer text first. Shorter ones are padded on the right.
 
     Args:
-      tokenizer: of transformers. One without a padding token (GPT-2) pads with its end
-        of text; the attention mask is 0 there either way.
+      tokenizer: a tokenizer of transformers. One without a padding token (GPT-2) pads
+        with its end of text; the attention mask is 0 there either way.
       records: `{"text": str, "label": int}`, with `"text_pair"` in all or in none; the
         label may be a float, for a regression.
 

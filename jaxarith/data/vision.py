@@ -51,7 +51,7 @@ def load(
 ) -> ImageTask:
     """A task with the class names, templates and splits of the papers.
 
-    Without `source`, the first that is there: the image folder `data_dir/NAME`, with
+    Without `source`, the first that exists: the image folder `data_dir/NAME`, with
     `train/<class>/*` and `test/<class>/*`; a TFDS set prepared under `data_dir`; the
     dataset on the Hugging Face hub, which is downloaded. Labels are numbered by the
     names that the source gives its classes, never by their order there. Validation

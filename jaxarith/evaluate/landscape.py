@@ -49,7 +49,7 @@ def losses(
       coefs: `[..., T]`, in any number of dimensions.
       linearized: whether the vectors belong to the tangent-space model.
       inputs: the fields of a batch that are passed to `apply_fn`, in order.
-      targets: those that are passed to `loss_fn`, in order.
+      targets: the fields that are passed to `loss_fn`, in order.
       mesh: the devices: of a network, by default all, each at other coefficients; of
         the linearised model, those that the parameters are on, which share a batch.
 

@@ -148,7 +148,7 @@ def search_negation(
     *,
     target_at: Callable[[float], float] | None = None,
 ) -> NegationSearch:
-    """How far a vector can be negated while what should not be forgotten is there.
+    """How far a vector can be negated before the model forgets what it should not.
 
     Without `target_at`, the largest coefficient that is allowed.
     Ilharco et al. (2023) allow classifiers 95 % of the pre-trained accuracy on a
@@ -208,7 +208,7 @@ class ExternalSearch:
     Attributes:
       index: the chosen vector; None where none is better than no vector.
       coef: its coefficient; 0 where there is none.
-      scores: those of all, `[n, m]`: n vectors and m coefficients.
+      scores: the scores of n vectors at m coefficients, `[n, m]`.
     """
 
     index: int | None

@@ -89,7 +89,7 @@ def largest_eigenvalue(
       part: a task vector, or any tree with the leaves that the Hessian is of; by
         default all that are floating-point numbers.
       inputs: the fields of a batch that are passed to `apply_fn`, in order.
-      targets: those that are passed to `loss_fn`, in order.
+      targets: the fields that are passed to `loss_fn`, in order.
       tolerance: the iteration ends when the residual is this share of `smoothness`, or
         less.
       max_iterations: it ends after so many anyway; the residual then says how far it

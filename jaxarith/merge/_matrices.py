@@ -40,7 +40,7 @@ def which_in_out(paths: Iterable[str], pattern: str) -> dict[str, bool]:
     """Whether each matrix is stored as [input, output]: an argument of `fold`.
 
     Args:
-      paths: those of all leaves.
+      paths: paths of all leaves.
       pattern: a regular expression of whole slash paths.
     """
     return {path: bool(re.fullmatch(pattern, path)) for path in paths}

@@ -36,7 +36,7 @@ class Bases(NamedTuple):
     Attributes:
       vectors: the m basis vectors, task vectors themselves, in float32 or better.
       clusters: the indices of the task vectors that each was merged from.
-      cosines: of the task vectors, `[T, T]`.
+      cosines: cosines of the task vectors, `[T, T]`.
     """
 
     vectors: list[Tree]
@@ -67,7 +67,7 @@ def bases(
         as it is. None takes the number from the eigengap, which needs T ≥ 3.
       negative: the threshold δ₁ in [-1, 0) below which a cosine splits a cluster that
         was found. None splits none: the paper calls it optional, and states no value.
-      seed: of the clustering.
+      seed: seed of the clustering.
 
     Returns:
       The basis vectors, in the order of their first members, the clusters and the

@@ -106,7 +106,7 @@ class Generalization(NamedTuple):
       params: the best of the merged models, or `params_0` where no basis is similar.
       chosen: the indices of the similar bases.
       coef: the coefficient with the best score, or 0.
-      score: that score.
+      score: the score of `params`.
       vectors: the bases to keep: the given ones, and `tau` where none is similar.
     """
 

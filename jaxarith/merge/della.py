@@ -59,7 +59,7 @@ def della(
       rescale: what the rest is multiplied with: "inverse", the inverse of each entry's
         own probability of being kept; "l1", what restores the sum of magnitudes in
         every leaf, as mergekit does; or "none".
-      into: the merge that follows: "ties", of which election and disjoint mean are the
+      into: the merge that follows: "ties", whose election and disjoint mean are the
         paper's, "task_arithmetic" or "average".
       coef: its coefficient λ, as for `dare`.
       density: the share of entries that "ties" keeps in its trim; the paper has no

@@ -48,8 +48,8 @@ def pcb(
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero; a leaf that all lack
-        does not count among the entries of which `density` is a share.
+      taus: T task vectors. A leaf that one lacks counts as zero. `density` is a share
+        of the leaves that at least one task vector has.
       density: the share of entries of every task vector that is kept, in (0, 1].
       clip: the share of the smallest and of the largest magnitudes that are clipped, in
         [0, 0.5).

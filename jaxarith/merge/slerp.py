@@ -27,8 +27,8 @@ def slerp(
 ) -> Params:
     """Interpolates two fine-tuned models on the sphere, every tensor by itself.
 
-    Tensors that are nearly parallel (|cos Ω| > 0.9995), or of which one is zero, are
-    interpolated linearly. Tensors of one model fine-tuned twice mostly are.
+    Tensors that are nearly parallel (|cos Ω| > 0.9995) are interpolated linearly, also
+    where one is zero. Tensors of one model fine-tuned twice mostly are parallel.
 
     Args:
       params_0: pre-trained parameters.

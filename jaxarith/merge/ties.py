@@ -71,7 +71,7 @@ def ties(
 ) -> Params:
     """Merges task vectors by TIES.
 
-    The presets, each of which an option overrides:
+    The presets; an option that is given overrides its value:
 
     ============  =======  ====  ======  =========
     preset        density  coef  trim    aggregate
@@ -84,13 +84,13 @@ def ties(
     `adamerging` is the baseline in the tables of AdaMerging and of FusionBench;
     `mergekit` trims nothing unless told the density.
 
-    Cost: about five readings of the task vectors to find the exact thresholds (one
-    number per task), one for the majority sign, one to merge.
+    Cost: the task vectors are read about five times for the exact thresholds (one
+    number per task), once for the majority sign, and once to merge.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero; a leaf that all lack
-        does not count among the entries of which `density` is a share.
+      taus: T task vectors. A leaf that one lacks counts as zero. `density` is a share
+        of the leaves that at least one task vector has.
       density: the share of entries of every task vector that is kept, in (0, 1].
       coef: the coefficient λ of the merged vector: a number, or one by path. The
         authors search 0.8 to 2.5 for the mean.

@@ -1,4 +1,4 @@
-r"""Top-k: the mean of task vectors of which only the largest entries are kept.
+r"""Top-k: the mean of the largest entries of the task vectors.
 
 Zeng, He, You, Hao, Tsai, Yamada, Zhao. Efficient Model Editing with Task Vector Bases:
 A Theoretical Framework and Scalable Approach. arXiv:2502.01015, appendix C.5; after the
@@ -26,8 +26,8 @@ def topk(
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero; a leaf that all lack
-        does not count among the entries of which `density` is a share.
+      taus: T task vectors. A leaf that one lacks counts as zero. `density` is a share
+        of the leaves that at least one task vector has.
       density: the share of entries of every task vector that is kept, in (0, 1].
       coef: the coefficient λ: one number, one per task `[T]`, or either by path.
 

@@ -57,7 +57,7 @@ def wudi(
       taus: T task vectors. A leaf that one lacks counts as zero.
       method: "adam", the authors' `steps` of Adam, or "closed", the minimum.
       steps: the number of steps of Adam.
-      learning_rate: of Adam, which moves an entry by about as much in every step.
+      learning_rate: learning rate of Adam: about how far an entry moves in every step.
       matrices: a regular expression of the paths of the 2-D leaves that are weights of
         linear layers, or None for all 2-D leaves.
       in_out: a regular expression of the paths of matrices that are stored as [input,

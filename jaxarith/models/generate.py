@@ -123,7 +123,7 @@ def linearized(decoder: Decoder) -> Decoder:
     matrix products that it takes the network.
 
     Args:
-      decoder: of the network.
+      decoder: decoder of the network.
 
     Returns:
       A `Decoder` whose parameters are `(params_0, tau)`; `tau` may cover a part.
@@ -166,23 +166,19 @@ def linearized(decoder: Decoder) -> Decoder:
 
 
 def _without_float0(moves, cache):
-    return jax.tree.map(
-        lambda move, leaf: (
-            jnp.zeros(leaf.shape) if move.dtype == jax.dtypes.float0 else move
-        ),
-        *(moves, cache),
-    )
+    def leaf(move, kept):
+        return jnp.zeros(kept.shape) if move.dtype == jax.dtypes.float0 else move
+
+    return jax.tree.map(leaf, moves, cache)
 
 
 def _with_float0(moves, cache):
-    return jax.tree.map(
-        lambda move, leaf: (
-            move
-            if jnp.issubdtype(leaf.dtype, jnp.floating)
-            else np.zeros(leaf.shape, jax.dtypes.float0)
-        ),
-        *(moves, cache),
-    )
+    def leaf(move, kept):
+        if jnp.issubdtype(kept.dtype, jnp.floating):
+            return move
+        return np.zeros(kept.shape, jax.dtypes.float0)
+
+    return jax.tree.map(leaf, moves, cache)
 
 
 @functools.partial(

@@ -155,7 +155,7 @@ class MLP(nn.Module):
 
 
 def _residual(config):
-    """Of the layers that write to the residual stream, of which a block has two."""
+    """The initializer of the two layers of a block that write to its stream."""
     return nn.initializers.normal(0.02 / (2 * config.n_layer) ** 0.5)
 
 

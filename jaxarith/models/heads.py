@@ -93,7 +93,7 @@ def label_words(words: jax.Array, bias: jax.Array, ids: Sequence[int]) -> jax.Ar
 
     Args:
       words: the output matrix of the model, `[V, D]`.
-      bias: of its logits, `[V]`.
+      bias: bias of its logits, `[V]`.
       ids: the word of every class, C tokens.
 
     Returns:

@@ -153,7 +153,7 @@ def attend(
 def rematerialized(
     block: Any, x: jax.Array, mask: jax.Array | None, queries: int | None
 ) -> jax.Array:
-    """`block(x, mask, queries)`, of which only the input is kept for backward passes.
+    """`block(x, mask, queries)`, keeping only the input for backward passes.
 
     They compute the block anew: at most a fifth more matrix products in a linearised
     training step and a third more in an ordinary one, against a fraction of the memory.

@@ -3,7 +3,7 @@ r"""Where arrays lie on many devices, and how every process finds its own part.
 A mesh has three axes, any of which may be 1:
 
 - `task`: each of its devices trains other tasks;
-- `data`: each computes a part of the batch, with all parameters at hand;
+- `data`: each computes a part of the batch and has all parameters;
 - `fsdp`: each computes a part of the batch too, and keeps a part of the parameters, of
   the task vectors and of the optimizer state (fully sharded data parallelism:
   Rajbhandari et al. ZeRO. SC 2020. arXiv:1910.02054; Zhao et al. PyTorch FSDP. VLDB
@@ -142,7 +142,7 @@ def shard(tree: Tree, mesh: Mesh, *, tasks: bool = False) -> Tree:
     """The tree on the devices of the mesh.
 
     Args:
-      tree: of arrays that every process holds in full, or that lie on this mesh.
+      tree: arrays that every process holds in full, or that lie on this mesh.
       mesh, tasks: as for `spec`.
     """
     return put(tree, shardings(tree, mesh, tasks=tasks))
@@ -152,8 +152,8 @@ def put(tree: Tree, sharding: Tree) -> Tree:
     """`jax.device_put`, also to devices of other processes.
 
     Args:
-      tree: of arrays that every process holds in full, or that lie on these devices.
-      sharding: of all leaves, or a tree of one for each.
+      tree: arrays that every process holds in full, or that lie on these devices.
+      sharding: one sharding for all leaves, or a tree with one for each.
     """
     if isinstance(sharding, NamedSharding):
         return jax.tree.map(lambda leaf: _put(leaf, sharding), tree)

@@ -145,7 +145,7 @@ class Checkpoints:
         """Begins to save; returns when the buffers of `state` may be given up.
 
         Once the new checkpoint is complete, older ones beyond `keep` are removed, and
-        those that `restore` found damaged. A step that is there is not saved again.
+        those that `restore` found damaged. A step that was saved is not saved again.
 
         Args:
           step: the number of optimizer steps done.

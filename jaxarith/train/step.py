@@ -98,9 +98,9 @@ def make_step(
     Returns:
       `step(state, params_0, batch, constants) -> (state, metrics)`. `state` is
       `(taus, opt_state)`; it, `batch` and `constants` have a leading task axis, and so
-      have the metrics: those of the objective, `[T]`, and `"gradient_norms"`, `[T, L]`,
-      of the L trained leaves in the order of `tree.flatten`. The state that is passed
-      in is given up: its buffers are reused.
+      have the metrics: what the objective reports, `[T]`, and `"gradient_norms"`,
+      `[T, L]`, of the L trained leaves in the order of `tree.flatten`. The state that
+      is passed in is given up: its buffers are reused.
     """
     mesh = mesh or sharding.one_device()
     update = optimizer(config).update

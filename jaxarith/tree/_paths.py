@@ -33,7 +33,7 @@ def flatten(tree: Tree) -> dict[str, Any]:
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict:
-    """The nested dict of which `leaves` are the leaves by slash path.
+    """The nested dict with these leaves, given by slash path.
 
     Raises:
       ValueError: the path of a leaf continues that of another.

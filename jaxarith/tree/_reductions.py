@@ -44,7 +44,7 @@ def gram(trees: Sequence[Tree]) -> jax.Array:
 
 
 def gram_of(rows: Iterable[tuple]) -> jax.Array:
-    """`gram` of trees of which each row is a leaf of all; 0 if there is no row."""
+    """`gram` of trees, given as rows of one leaf of all trees; 0 if there is no row."""
     return total(settled(_leaf_gram(gathered(row))) for row in rows)
 
 

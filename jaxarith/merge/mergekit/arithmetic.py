@@ -1,4 +1,4 @@
-r"""mergekit's generalized task arithmetic, of which TIES, DARE and DELLA are cases.
+r"""mergekit's generalized task arithmetic, with TIES, DARE and DELLA among its cases.
 
 The eight methods are one formula, tensor by tensor. The task vectors are made sparse,
 :math:`\hat\tau_t`, and with weights w, perhaps of one sign in every entry,
@@ -118,7 +118,7 @@ def generalized_task_arithmetic(
       rescale: whether the entries that stay are scaled to the sum of magnitudes that
         the tensor had; None is the table's.
       gamma: the share of outliers, of the breadcrumbs; given like `weight`.
-      epsilon: of DELLA: entries of a row along the second axis are kept with
+      epsilon: for DELLA: entries of a row along the second axis are kept with
         probability density - epsilon (the smallest) to density + epsilon; both must be
         in (0, 1), unless the density is 0 or 1. Given like `weight`.
       coef: mergekit's `lambda`: one number, or one by path.
@@ -135,8 +135,10 @@ def generalized_task_arithmetic(
     Example:
       >>> params_0 = {"w": jnp.zeros(3)}
       >>> taus = [{"w": jnp.array([4.0, 3.0, 0.1])}, {"w": jnp.array([2.0, -5.0, 0.2])}]
-      >>> options = dict(method="ties", weight=[3.0, 1.0], density=0.7)
-      >>> print(generalized_task_arithmetic(params_0, taus, **options)["w"])
+      >>> merged = generalized_task_arithmetic(
+      ...     params_0, taus, method="ties", weight=[3.0, 1.0], density=0.7
+      ... )
+      >>> print(merged["w"])
       [3.5 3.  0. ]
     """
     _leaves.one_of(method, MethodName, "method")
