@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import assert_not_degenerate
 from flax import serialization
 from layouts import generate
 from oracles import central_difference, normal
@@ -113,12 +114,6 @@ def oracle_outputs(torch, model, input_ids, mask, types):
             token_type_ids=None if types is None else torch.from_numpy(types),
         )
     return output[0].numpy()
-
-
-def assert_not_degenerate(outputs):
-    """Texts, tokens and features that differ by far more than the tolerance."""
-    assert np.isfinite(outputs).all()
-    assert min(np.std(outputs, axis=i).mean() for i in range(outputs.ndim)) > 0.05
 
 
 # Outputs.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import assert_not_degenerate
 from layouts import generate
 from tiny import random_params, tiny_clip, tiny_clip_config
 
@@ -65,13 +66,6 @@ def oracle_text_features(torch, model, input_ids, mask=None):
             input_ids=torch.from_numpy(input_ids), attention_mask=mask
         )
     return output.pooler_output.numpy()
-
-
-def assert_not_degenerate(features):
-    """Rows that differ by far more than the tolerance: no constant passes."""
-    assert np.isfinite(features).all()
-    assert features.std(axis=0).mean() > 0.05
-    assert features.std(axis=1).mean() > 0.05
 
 
 # Features and hidden states.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from checks import assert_same
 from flax import serialization
 from safetensors.numpy import load_file, save_file
 from tiny import random_params, tiny_clip, tiny_clip_config
@@ -34,14 +35,6 @@ def checkpoint(tmp_path, params):
     return tmp_path / "clip"
 
 
-def assert_equal_trees(actual, expected):
-    actual, expected = tree.flatten(actual), tree.flatten(expected)
-    assert actual.keys() == expected.keys()
-    for path, leaf in expected.items():
-        assert actual[path].dtype == leaf.dtype, path
-        np.testing.assert_array_equal(actual[path], leaf, err_msg=path)
-
-
 def rewrite(folder, change):
     """Rewrites the tensors of a checkpoint as `change(tensors)` leaves them."""
     file = folder / "model.safetensors"
@@ -62,7 +55,7 @@ def snapshot(folder):
 
 
 def test_saved_checkpoint_loads_with_equal_bits(checkpoint, params):
-    assert_equal_trees(hub.load(checkpoint, LAYOUT), params)
+    assert_same(hub.load(checkpoint, LAYOUT), params)
 
 
 def test_loaded_arrays_are_contiguous_and_writable(checkpoint):
@@ -107,14 +100,14 @@ def test_saved_config_reads_back(checkpoint):
 def test_msgpack_checkpoint_loads_with_equal_bits(tmp_path, params):
     file = tmp_path / "flax_model.msgpack"
     file.write_bytes(serialization.msgpack_serialize(params))
-    assert_equal_trees(hub.load(tmp_path, LAYOUT), params)
+    assert_same(hub.load(tmp_path, LAYOUT), params)
 
 
 def test_safetensors_are_preferred_to_msgpack(checkpoint, params):
     zeros = jax.tree.map(np.zeros_like, params)
     file = checkpoint / "flax_model.msgpack"
     file.write_bytes(serialization.msgpack_serialize(zeros))
-    assert_equal_trees(hub.load(checkpoint, LAYOUT), params)
+    assert_same(hub.load(checkpoint, LAYOUT), params)
 
 
 def write_shards(checkpoint):
@@ -133,7 +126,7 @@ def write_shards(checkpoint):
 
 def test_sharded_checkpoint_loads_with_equal_bits(checkpoint, params):
     write_shards(checkpoint)
-    assert_equal_trees(hub.load(checkpoint, LAYOUT), params)
+    assert_same(hub.load(checkpoint, LAYOUT), params)
 
 
 @pytest.mark.parametrize("prefix", ["vision_model.", ""])
@@ -146,7 +139,7 @@ def test_tower_alone_loads_with_and_without_its_prefix(checkpoint, params, prefi
 
     rewrite(checkpoint, keep_vision)
     loaded = hub.load(checkpoint, LAYOUT, select="vision_model/.*")
-    assert_equal_trees(loaded, tree.select(params, "vision_model/.*"))
+    assert_same(loaded, tree.select(params, "vision_model/.*"))
 
 
 def test_text_tower_without_prefix_is_not_taken_for_the_vision_tower(
@@ -160,14 +153,14 @@ def test_text_tower_without_prefix_is_not_taken_for_the_vision_tower(
 
     rewrite(checkpoint, keep_text)
     loaded = hub.load(checkpoint, LAYOUT, select="text_model/.*")
-    assert_equal_trees(loaded, tree.select(params, "text_model/.*"))
+    assert_same(loaded, tree.select(params, "text_model/.*"))
 
 
 def test_select_leaves_out_what_else_the_file_holds(checkpoint, params):
     rewrite(checkpoint, lambda t: t.update({"classifier.weight": np.ones((3, 12))}))
     loaded = hub.load(checkpoint, LAYOUT, select=clip.IMAGE_ENCODER)
     assert loaded.keys() == {"vision_model", "visual_projection"}
-    assert_equal_trees(loaded, tree.select(params, clip.IMAGE_ENCODER))
+    assert_same(loaded, tree.select(params, clip.IMAGE_ENCODER))
 
 
 def test_position_ids_of_older_files_are_dropped(checkpoint, params):
@@ -176,23 +169,23 @@ def test_position_ids_of_older_files_are_dropped(checkpoint, params):
         checkpoint,
         lambda t: t.update({"text_model.embeddings.position_ids": ids}),
     )
-    assert_equal_trees(hub.load(checkpoint, LAYOUT), params)
+    assert_same(hub.load(checkpoint, LAYOUT), params)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_other_float_types_load_as_float32_or_as_they_are(tmp_path, params, dtype):
     hub.save(tmp_path, params, CONFIG, dtype=dtype)
     as_stored = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    assert_equal_trees(hub.load(tmp_path, LAYOUT, dtype=None), as_stored)
+    assert_same(hub.load(tmp_path, LAYOUT, dtype=None), as_stored)
     as_float32 = jax.tree.map(lambda leaf: leaf.astype(np.float32), as_stored)
-    assert_equal_trees(hub.load(tmp_path, LAYOUT), as_float32)
+    assert_same(hub.load(tmp_path, LAYOUT), as_float32)
 
 
 def test_bfloat16_msgpack_loads(tmp_path, params):
     half = jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), params)
     file = tmp_path / "flax_model.msgpack"
     file.write_bytes(serialization.msgpack_serialize(half))
-    assert_equal_trees(hub.load(tmp_path, LAYOUT, dtype=None), half)
+    assert_same(hub.load(tmp_path, LAYOUT, dtype=None), half)
 
 
 def test_jax_arrays_save_as_numpy_arrays_do(tmp_path, checkpoint, params):
@@ -220,7 +213,7 @@ def test_save_into_a_folder_keeps_its_other_files(checkpoint, params):
     hub.save(checkpoint, jax.tree.map(np.negative, params), CONFIG)
     assert (checkpoint / "report.md").read_text() == "mine"
     expected = jax.tree.map(np.negative, params)
-    assert_equal_trees(hub.load(checkpoint, LAYOUT), expected)
+    assert_same(hub.load(checkpoint, LAYOUT), expected)
     assert {file.name for file in checkpoint.iterdir()} == {
         *("report.md", "config.json", "model.safetensors")
     }
@@ -249,7 +242,7 @@ def test_saved_tree_loads_with_equal_bits_and_metadata(tmp_path):
     }
     hub.save_tree(tmp_path / "deep" / "tau.safetensors", tau, {"task": "mnist"})
     loaded, metadata = hub.load_tree(tmp_path / "deep" / "tau.safetensors")
-    assert_equal_trees(loaded, tau)
+    assert_same(loaded, tau)
     assert metadata == {"task": "mnist"}
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["tau.safetensors"]
 
@@ -341,7 +334,7 @@ def test_the_index_decides_where_a_tensor_stands_that_two_shards_hold(
         # The index names the other shard for these.
         wrong = {name: np.asarray(x + 1) for name, x in others.items()}
         save_file(own | wrong, shard)
-    assert_equal_trees(hub.load(checkpoint, LAYOUT), params)
+    assert_same(hub.load(checkpoint, LAYOUT), params)
 
 
 def test_an_index_that_names_the_wrong_shard_is_an_error(checkpoint):

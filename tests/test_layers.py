@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import assert_close
 from flax import linen as nn
 from oracles import normal
 from tiny import random_params, tiny_clip
@@ -182,13 +183,13 @@ def encoder(x64):
     return config, params, tau, normal(2, 4, 12, 12, 3)
 
 
-def assert_close(actual, expected, dtype):
+def assert_leaves_close(actual, expected, dtype):
     """To 1e-10 in float64; in float32 to 1e-5 of the largest entry of a leaf."""
     exact = dtype is float
     for path, leaf in tree.flatten(expected).items():
         atol = 1e-10 if exact else 1e-5 * max(np.abs(leaf).max(), 1)
         found = tree.flatten(actual)[path]
-        np.testing.assert_allclose(found, leaf, rtol=1e-10, atol=atol, err_msg=path)
+        assert_close(found, leaf, rtol=1e-10, atol=atol)
         # Softmax does not see what is added to all keys.
         assert np.abs(leaf).max() > 1e-6 or "k_proj/bias" in path
 
@@ -201,7 +202,7 @@ def test_the_encoder_is_the_plain_one_in_values_tangents_and_gradients(encoder, 
     expected = run(plain, *args)
     args = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), args)
     actual = run(clip.image_encoder(config), *args)
-    assert_close(actual, expected, dtype)
+    assert_leaves_close(actual, expected, dtype)
 
 
 def test_rematerialising_changes_no_value_and_no_gradient(encoder):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import assert_close
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracles import normal
@@ -166,17 +167,6 @@ def vector(seed, without=()):
 PARTIAL = [vector(1), vector(2, without=["scale", "one"]), vector(3, ["head/kernel"])]
 
 
-def assert_trees_equal(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
-
-
-def assert_trees_close(actual, expected, tolerance=1e-6):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
-
-
 def changed(actual, params_0):
     """Whether the merge did something, so that a test of it is not degenerate."""
     pairs = zip(*map(jax.tree.leaves, (actual, params_0)), strict=True)
@@ -187,7 +177,7 @@ def changed(actual, params_0):
 def test_one_task_gives_its_model_back(method):
     params_0, tau = model(), vector(1)
     merged = method(params_0, [tau])
-    assert_trees_close(merged, task_vectors.apply(params_0, tau), 1e-7)
+    assert_close(merged, task_vectors.apply(params_0, tau), 1e-7)
 
 
 @merges_except(ORDERED)
@@ -196,21 +186,21 @@ def test_order_of_tasks_does_not_matter(method):
     merged = method(params_0, PARTIAL)
     assert changed(merged, params_0)
     for order in [(1, 2, 0), (2, 1, 0)]:
-        assert_trees_close(method(params_0, [PARTIAL[i] for i in order]), merged)
+        assert_close(method(params_0, [PARTIAL[i] for i in order]), merged, 1e-6)
 
 
 @every_merge
 def test_absent_leaves_count_as_zeros(method):
     params_0 = model()
     full = [tree.fill(tau, vector(1)) for tau in PARTIAL]
-    assert_trees_close(method(params_0, PARTIAL), method(params_0, full))
+    assert_close(method(params_0, PARTIAL), method(params_0, full), 1e-6)
 
 
 @every_merge
 def test_zero_task_vectors_give_params_0_and_finite_gradients(method):
     params_0 = model()
     zeros = [jax.tree.map(jnp.zeros_like, tau) for tau in PARTIAL]
-    assert_trees_equal(method(params_0, zeros), params_0)
+    assert_close(method(params_0, zeros), params_0)
 
     def loss(taus):
         leaves = tree.flatten(method(params_0, taus))
@@ -241,14 +231,14 @@ def test_structure_and_dtypes_are_those_of_params_0(method):
 @every_merge
 def test_jit_changes_nothing(method):
     params_0 = model()
-    assert_trees_close(jax.jit(method)(params_0, PARTIAL), method(params_0, PARTIAL))
+    assert_close(jax.jit(method)(params_0, PARTIAL), method(params_0, PARTIAL), 1e-6)
 
 
 @every_merge
 def test_parameters_may_be_constants_of_a_jitted_function(method):
     params_0 = model()
     merged = jax.jit(lambda taus: method(params_0, taus))(PARTIAL)
-    assert_trees_close(merged, method(params_0, PARTIAL))
+    assert_close(merged, method(params_0, PARTIAL), 1e-6)
     params_0["scale"] = jnp.nan
     with pytest.raises(ValueError, match="NaN .* scale"):
         jax.jit(lambda taus: method(params_0, taus))(PARTIAL)
@@ -294,7 +284,7 @@ def test_it_does_not_matter_how_the_vector_is_cut_into_leaves(method, shapes, se
     merged = method(params_0, taus)
     assert all(merged[path].shape == leaf.shape for path, leaf in params_0.items())
     one_leaf = method(joined(params_0), [joined(tau) for tau in taus])
-    assert_trees_close(joined(merged), one_leaf)
+    assert_close(joined(merged), one_leaf, 1e-6)
 
 
 @every_merge
@@ -302,7 +292,7 @@ def test_inputs_are_not_modified(method):
     params_0, *taus = jax.tree.map(np.array, [model(), *PARTIAL])
     before = copy.deepcopy([params_0, taus])
     assert changed(method(params_0, taus), params_0)
-    assert_trees_equal([params_0, taus], before)
+    assert_close([params_0, taus], before)
 
 
 GOOD = {"a": {"w": jnp.ones(2)}}
@@ -376,7 +366,7 @@ def test_coefficients_may_depend_on_the_path_and_the_task():
         coefs = np.broadcast_to(coef(path), 2)
         expected[path] = expected[path] + coefs[0] * leaves[0] + coefs[1] * leaves[1]
     merged = merge.task_arithmetic(params_0, taus, coef=coef)
-    assert_trees_close(merged, tree.unflatten(expected))
+    assert_close(merged, tree.unflatten(expected), 1e-6)
 
 
 def test_wrong_number_of_coefficients_of_a_leaf_is_an_error_with_its_path():
@@ -415,7 +405,7 @@ def test_average_is_the_mean_of_the_models():
 def test_negative_coefficient_forgets():
     params_0, tau = model(), vector(1)
     merged = merge.task_arithmetic(params_0, [tau], coef=-0.5)
-    assert_trees_close(merged, task_vectors.apply(params_0, tau, -0.5), 1e-7)
+    assert_close(merged, task_vectors.apply(params_0, tau, -0.5), 1e-7)
 
 
 @pytest.mark.parametrize("weights", [[1.0, -1.0], 0.0, [float("nan"), 1.0]])

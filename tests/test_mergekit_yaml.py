@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import assert_close
 
 from jaxarith import merge
 from jaxarith.commands.merge import (
@@ -68,14 +69,6 @@ def request(method, models, *, parameters, **options):
     )
 
 
-def assert_close(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name in actual:
-        np.testing.assert_allclose(
-            actual[name], expected[name], rtol=1e-6, atol=1e-6, err_msg=name
-        )
-
-
 TIES = """
 models:
   - model: base
@@ -105,7 +98,7 @@ def test_ties_has_the_weights_and_densities_of_each_model(read, base, taus):
         density=[0.5, 0.25],
         normalize=False,
     )
-    assert_close(recipe.merge(base, taus), expected)
+    assert_close(recipe.merge(base, taus), expected, 1e-6)
     ours = merge.ties(base, taus, density=0.5)
     assert any(not np.allclose(ours[name], expected[name]) for name in base)
     assert (recipe.base, recipe.models) == ("base", ("math", "code"))
@@ -130,7 +123,7 @@ models: [{model: math}, {model: code}]
 parameters: {density: 0.5, coef: 0.7}
 """)
     assert_close(
-        recipe.merge(base, taus), merge.ties(base, taus, density=0.5, coef=0.7)
+        recipe.merge(base, taus), merge.ties(base, taus, density=0.5, coef=0.7), 1e-6
     )
     assert not recipe.notes
 
@@ -153,7 +146,7 @@ out_dtype: float16
     expected = {
         n: sum(w * m[n] for w, m in zip(weights, models, strict=True)) for n in NAMES
     }
-    assert_close(recipe.merge(zero, models), expected)
+    assert_close(recipe.merge(zero, models), expected, 1e-6)
     assert recipe.dtype == "float16"
 
 
@@ -188,7 +181,7 @@ def test_gradients_and_filters_give_the_numbers_computed_by_hand(read, base, tau
     zero = {name: np.zeros_like(leaf) for name, leaf in base.items()}
     expected = mergekit.slerp(zero, taus, t=positions.get)
     actual = recipe.merge(zero, taus)
-    assert_close(actual, expected)
+    assert_close(actual, expected, 1e-6)
     for name in ("model.layers.0.self_attn.q_proj.weight", "lm_head.weight"):
         away = np.abs(np.asarray(actual[name]) - taus[0][name]).max()
         assert (away < 1e-6) == (name != "lm_head.weight")
@@ -214,7 +207,7 @@ parameters: {lambda: 2.0}
         name: base[name] + 2 * (a * taus[0][name] + b * taus[1][name])
         for name, (a, b) in weights.items()
     }
-    assert_close(recipe.merge(base, taus), expected)
+    assert_close(recipe.merge(base, taus), expected, 1e-6)
 
 
 def test_what_no_filter_of_the_model_fits_is_looked_for_at_the_top(read, base, taus):
@@ -239,7 +232,7 @@ parameters: {weight: 0.75}
     expected = mergekit.generalized_task_arithmetic(
         base, taus, method="ties", weight=weight, density=density
     )
-    assert_close(recipe.merge(base, taus), expected)
+    assert_close(recipe.merge(base, taus), expected, 1e-6)
 
 
 def test_a_filter_that_leaves_tensors_without_a_weight_is_told(read, base, taus):
@@ -286,7 +279,7 @@ parameters: {density: 0.5}
 def test_the_settings_of_a_slice_count_before_those_at_the_top(read, base, taus):
     text = SLERP.replace("merge_method", "    parameters: {t: 0.25}\nmerge_method")
     zero = {name: np.zeros_like(leaf) for name, leaf in base.items()}
-    assert_close(read(text).merge(zero, taus), mergekit.slerp(zero, taus, t=0.25))
+    assert_close(read(text).merge(zero, taus), mergekit.slerp(zero, taus, t=0.25), 1e-6)
 
 
 def test_slices_must_have_all_layers(read, base, taus):
@@ -389,7 +382,7 @@ def test_matrices_of_gpt2_need_a_pattern_and_the_notes_say_so(base, taus):
 def test_what_the_card_shows_is_a_file_that_gives_the_same_merge(read, base, taus):
     recipe = read(TIES)
     again = read(model_card.dump(recipe.request.as_file()))
-    assert_close(again.merge(base, taus), recipe.merge(base, taus))
+    assert_close(again.merge(base, taus), recipe.merge(base, taus), 1e-6)
     assert again.request == recipe.request
 
 
@@ -441,7 +434,7 @@ models:
 """)
     zero = {name: np.zeros_like(leaf) for name, leaf in base.items()}
     expected = {n: (taus[0][n] + taus[1][n]) / 2 for n in NAMES}
-    assert_close(recipe.merge(zero, taus), expected)
+    assert_close(recipe.merge(zero, taus), expected, 1e-6)
 
 
 def replaced(old, new):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from checks import assert_close
 from oracles import normal
 
 from jaxarith import merge, task_vectors, tree
@@ -218,12 +219,6 @@ def models(*widths):
     )
 
 
-def assert_close(actual, expected, tolerance=1e-9):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
-
-
 def test_plusplus_of_one_layer_is_regmean(x64):
     params_0, tuned, taus, _, batches = models(4, 3)
     apply_fn = net(3)
@@ -233,7 +228,7 @@ def test_plusplus_of_one_layer_is_regmean(x64):
     ]
     expected = merge.regmean(params_0, taus, grams, off_diagonal=0.95)
     merged = merge.regmean_plusplus(params_0, taus, apply_fn, batches)
-    assert_close(merged, expected)
+    assert_close(merged, expected, 1e-9)
     average = merge.average(params_0, taus)
     assert np.abs(merged["0"]["kernel"] - average["0"]["kernel"]).max() > 1e-2
 
@@ -267,7 +262,7 @@ def test_plusplus_sees_what_merged_layers_put_out(x64):
         capture.input_grams(net(5, 3, 2), *pair)
         for pair in zip(tuned, batches, strict=True)
     ]
-    assert_close(own, merge.regmean(params_0, taus, grams, **options))
+    assert_close(own, merge.regmean(params_0, taus, grams, **options), 1e-9)
     assert np.abs(own["1"]["kernel"] - merged["1"]["kernel"]).max() > 1e-2
 
 
@@ -345,10 +340,10 @@ def test_inside_a_layer_plusplus_has_the_inputs_of_the_task_s_own_layer(x64):
             ),
             "scale": np.mean([p["scale"] for p in own]),
         }
-        assert_close(merged["layers"][i], jax.tree.map(jnp.asarray, expected))
+        assert_close(merged["layers"][i], jax.tree.map(jnp.asarray, expected), 1e-9)
         fc2 = expected["fc2"]
         x = [a + hidden(a, expected) @ fc2["kernel"] + fc2["bias"] for a in x]
-    assert_close(merged["head"], solve(x, [params["head"] for params in tuned]))
+    assert_close(merged["head"], solve(x, [params["head"] for params in tuned]), 1e-9)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from checks import assert_close
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -70,13 +71,6 @@ def source(seed, size=40):
 
 SOURCES = [source(i) for i in range(2)]
 HEADS = np.random.default_rng(9).normal(size=(2, 5, 12)).astype(np.float32)
-
-
-def assert_close(actual, expected, **tolerance):
-    actual, expected = tree.flatten(actual), tree.flatten(expected)
-    assert actual.keys() == expected.keys()
-    for path, leaf in expected.items():
-        np.testing.assert_allclose(actual[path], leaf, **tolerance, err_msg=path)
 
 
 def prepared(config, mesh, params_0):

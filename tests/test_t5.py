@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import assert_not_degenerate
 from oracles import central_difference, normal
 from tiny_t5 import (
     KINDS,
@@ -48,12 +49,6 @@ def oracle_hidden(torch, model, input_ids, mask):
             input_ids=torch.from_numpy(input_ids), attention_mask=torch.from_numpy(mask)
         )
     return output.last_hidden_state.numpy()
-
-
-def assert_not_degenerate(hidden):
-    """Texts, tokens and features that differ by far more than the tolerance."""
-    assert np.isfinite(hidden).all()
-    assert min(np.std(hidden, axis=axis).mean() for axis in range(3)) > 0.05
 
 
 # Hidden states.

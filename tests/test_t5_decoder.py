@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import assert_not_degenerate
 from flax import serialization
 from oracles import central_difference
 from tiny_t5 import (
@@ -92,12 +93,6 @@ def oracle_output(torch, model, input_ids, mask, decoder_ids, decoder_mask=None)
             output_hidden_states=True,
             use_cache=False,
         )
-
-
-def assert_not_degenerate(outputs):
-    """Texts, tokens and features that differ by far more than the tolerance."""
-    assert np.isfinite(outputs).all()
-    assert min(np.std(outputs, axis=axis).mean() for axis in range(3)) > 0.05
 
 
 # Logits and hidden states.

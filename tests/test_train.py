@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checks import assert_close
 
 from jaxarith import tangent, task_vectors, tau_jp, train, tree
 from jaxarith.data import pipeline
@@ -50,12 +51,6 @@ def run(config, sources, scales, **options):
         apply_fn, params_0(), loss_fn, batches, config,
         names=names, constants=constants, **options,
     )  # fmt: skip
-
-
-def assert_trees_close(actual, expected, **tolerance):
-    tree.check_part(actual, expected)
-    for path, leaf in tree.flatten(expected).items():
-        np.testing.assert_allclose(tree.flatten(actual)[path], leaf, **tolerance)
 
 
 def test_schedule_is_the_papers_to_the_last_step():
@@ -101,7 +96,7 @@ def test_steps_equal_pytorchs_adamw_with_clipping_and_decay():
     )
     # Adam divides by the root of its second moment, which magnifies rounding.
     actual = task_vectors.apply(start, tau)
-    assert_trees_close(actual, expected, rtol=1e-4, atol=2e-5)
+    assert_close(actual, expected, rtol=1e-4, atol=2e-5)
 
 
 def test_weight_decay_pulls_the_parameters_and_not_the_task_vector_to_zero():
@@ -110,7 +105,7 @@ def test_weight_decay_pulls_the_parameters_and_not_the_task_vector_to_zero():
     rates = [float(train.schedule(config)(s)) for s in range(config.steps)]
     shrink = np.prod([1 - 0.5 * rate for rate in rates])
     expected = jax.tree.map(lambda leaf: leaf * (shrink - 1), params_0())
-    assert_trees_close(tau, expected, rtol=1e-5, atol=1e-6)
+    assert_close(tau, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("penalty", [None, *tau_jp.MODES])
@@ -128,7 +123,7 @@ def test_tasks_trained_together_equal_tasks_trained_alone(penalty):
             names=["alone"], constants=jnp.array([scale]),
         )  # fmt: skip
         # The same operations on the same numbers, perhaps fused in another order.
-        assert_trees_close(together[i], alone, rtol=1e-5, atol=1e-6)
+        assert_close(together[i], alone, rtol=1e-5, atol=1e-6)
 
 
 def test_all_tasks_at_once_equal_one_after_the_other():
@@ -136,7 +131,7 @@ def test_all_tasks_at_once_equal_one_after_the_other():
     one = run(CONFIG, sources, scales)
     all_ = run(dataclasses.replace(CONFIG, tasks_at_once=3), sources, scales)
     for a, b in zip(all_, one, strict=True):
-        assert_trees_close(a, b, rtol=1e-5, atol=1e-6)
+        assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_a_step_compiles_once():
@@ -199,7 +194,7 @@ def test_batches_depend_on_step_and_seed_alone():
         list(train.task_batches(sources, config, seeds=range(3))) for _ in range(2)
     )
     for a, b in zip(first, again, strict=True):
-        assert_trees_close(a, b, rtol=0)
+        assert_close(a, b, rtol=0)
     other = train.task_batches(sources, config, seeds=range(10, 13))[0]
     assert not np.array_equal(other["image"], first[0]["image"])
 
@@ -313,7 +308,7 @@ def test_continued_training_starts_from_the_given_vectors():
     taus = [jax.tree.map(lambda x, i=i: x * 0.1 * (i + 1), params_0(7)) for i in (0, 1)]
     found = run(config, [source(1), source(2)], [1.0, 1.0], start=taus)
     for tau, expected in zip(found, taus, strict=True):
-        assert_trees_close(tau, expected, rtol=1e-6, atol=1e-9)
+        assert_close(tau, expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -343,8 +338,8 @@ def test_vectors_along_the_way_are_those_of_shorter_runs(every):
     )
     (half,) = run(dataclasses.replace(config, steps=4), [source(1)], [1.0])
     assert list(seen) == [4, 8]
-    assert_trees_close(seen[4], half, rtol=0, atol=0)
-    assert_trees_close(seen[8], last, rtol=0, atol=0)
+    assert_close(seen[4], half, rtol=0, atol=0)
+    assert_close(seen[8], last, rtol=0, atol=0)
     assert np.abs(np.subtract(seen[4]["in"]["bias"], seen[8]["in"]["bias"])).max() > 0
 
 
