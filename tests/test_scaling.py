@@ -5,8 +5,8 @@ import json
 import jax
 import pytest
 
-from experiments.bench import encoders, scaling
-from experiments.bench.scaling import Collective
+from experiments.bench import collectives, encoders, scaling
+from experiments.bench.collectives import Collective
 from jaxarith import sharding, tree
 
 pytestmark = pytest.mark.devices
@@ -73,7 +73,7 @@ backend_config={"known_trip_count":{"n":"3"},"other":1}
 
 
 def test_every_form_of_a_collective_is_counted_as_often_as_it_runs():
-    assert sorted(scaling.collectives(PROGRAM, 8)) == sorted(
+    assert sorted(collectives.collectives(PROGRAM, 8)) == sorted(
         [
             Collective("all-reduce", 3 * 5 * 4 + 4 + 6, 4),
             Collective("all-reduce", 10 * 4 + 4, 2),
@@ -91,7 +91,7 @@ def test_every_form_of_a_collective_is_counted_as_often_as_it_runs():
 def test_a_loop_of_unknown_length_is_not_guessed():
     text = PROGRAM.replace('"known_trip_count":{"n":"3"},', "")
     with pytest.raises(ValueError, match="is in a loop, and the program does not say"):
-        scaling.collectives(text, 8)
+        collectives.collectives(text, 8)
 
 
 @pytest.mark.parametrize(
@@ -110,13 +110,13 @@ def test_groups_of_devices_are_read_in_every_form(groups, together):
     text = (
         f"ENTRY %main () -> f32[] {{\n  %x = f32[3] all-reduce(%y), {groups}, a=b\n}}"
     )
-    assert scaling.collectives(text, 8) == [Collective("all-reduce", 12, together)]
+    assert collectives.collectives(text, 8) == [Collective("all-reduce", 12, together)]
 
 
 def test_groups_in_another_form_are_not_guessed():
     text = "ENTRY %main () {\n  %x = f32[3] all-reduce(%y), replica_groups=V3(2)\n}"
     with pytest.raises(ValueError, match=r"a form that is not known: V3\(2\)"):
-        scaling.collectives(text, 8)
+        collectives.collectives(text, 8)
 
 
 @pytest.mark.parametrize(

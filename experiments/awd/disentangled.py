@@ -7,7 +7,7 @@ so is the weight α of AWD of 1e-2, 1e-3, …, 1e-6.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +16,11 @@ from tqdm import tqdm
 from experiments.common.vision import options, scores
 from jaxarith import merge, task_vectors, tree
 from jaxarith.models import clip
-from jaxarith.typing import Taus, Tree
+from jaxarith.typing import Numbers, Taus, Tree
 
-TASKS = ("sun397", "cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd")
+# In the order of the paper's tables.
+_TASKS = "sun397 cars resisc45 eurosat svhn gtsrb mnist dtd"
+TASKS: tuple[str, ...] = tuple(_TASKS.split())
 COEFS = np.linspace(0.3, 1.0, 8)
 ALPHAS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 STEPS = 1000
@@ -44,7 +46,7 @@ def disentangled(
     taus: Taus,
     *,
     alpha: float = 1e-4,
-    objective: str = "reduce",
+    objective: Literal["reduce", "reverse"] = "reduce",
 ) -> list[Tree]:
     """The vectors τ_i - δ of the linear weights.
 
@@ -95,7 +97,7 @@ class Chosen(NamedTuple):
 def searched(
     setup: options.Setup,
     candidates: Mapping[str, Tree],
-    coefs: Sequence[float],
+    coefs: Numbers,
 ) -> Chosen:
     """The candidate and the coefficient with the best mean validation accuracy.
 

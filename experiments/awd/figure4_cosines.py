@@ -88,8 +88,8 @@ def main(config: Config) -> dict:
             of_tasks = {"rows": "task", "columns": "task", "value": "cosine"}
             file = config.out / f"figure4_{setup.title}.png"
             plots.matrices(file, panels, setup.titles, **of_tasks, digits=3)
-            points = [[row[n] for row in found] for n in ("normalised cosine", "mean")]
-            label = {f"AWD, λ = {config.coef:g}, one point for each α": points}
+            xs, ys = [[row[n] for row in found] for n in ("normalised cosine", "mean")]
+            label = {f"AWD, λ = {config.coef:g}, one point for each α": (xs, ys)}
             axes = {"x": "normalised cosine", "y": "mean test accuracy, %"}
             file = config.out / f"figure6_{setup.title}.png"
             plots.scatter(file, {setup.title: label}, **axes)

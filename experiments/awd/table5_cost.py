@@ -45,10 +45,11 @@ SMOKE = (2, 16, 32)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(runs.Options):
     out: Path = Path("runs/awd/table5")
-    models: tuple[Literal["ViT-B-32", "ViT-L-14"], ...] = tuple(SHAPES)
+    models: tuple[Literal["ViT-B-32", "ViT-L-14"], ...] = ("ViT-B-32", "ViT-L-14")
     """Whose shapes."""
     solvers: tuple[Literal["gradient_descent", "adam"], ...] = (
-        *("gradient_descent", "adam"),
+        "gradient_descent",
+        "adam",
     )
     """By the Gram matrix, or in the space of the weights."""
     vectors: int = 8

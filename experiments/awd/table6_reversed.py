@@ -117,7 +117,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
         ).mean()
         for alpha in tqdm(alphas, desc="AWD, reversed", unit="α")
     }
-    alpha = max(kept, key=kept.get)  # of equals the first, the largest α
+    alpha = max(kept, key=kept.__getitem__)  # of equals the first, the largest α
     own = vectors_at(alpha, "reverse")
     single = disentangled.own_accuracies(setup, own, "test")[0]
     add(REVERSED, "Individual Reconstructed", single, own, alpha=alpha)

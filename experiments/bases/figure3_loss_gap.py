@@ -145,7 +145,7 @@ def figures(config: Config, rows, smooth, first: str, second: str):
         x=f"cosine with the vector of {first}",
         y=f"loss gap of {first}",
     )
-    groups, others = {}, {}
+    groups, others = {}, []
     for model in smooth:
         label = f"{model['model']}, L = {model['smoothness']:.3g}"
         own = [

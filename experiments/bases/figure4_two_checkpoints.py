@@ -72,6 +72,10 @@ def coordinates(
     return [(at(leaves, entries[0]), at(leaves, entries[1])) for leaves in flat]
 
 
+def xs_and_ys(points: Sequence[tuple[float, float]]) -> tuple[list, list]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
 def blocks(cosines: np.ndarray) -> dict[str, float]:
     """Means of the cosines of different tasks within each model, and across both."""
     count = len(cosines) // 2
@@ -131,7 +135,7 @@ def main(config: Config) -> dict:
         )
         plots.scatter(
             config.out / "figure5.png",
-            {title: {k: tuple(zip(*v, strict=True)) for k, v in points.items()}},
+            {title: {k: xs_and_ys(v) for k, v in points.items()}},
             x="one entry of the parameters",
             y="another entry",
         )

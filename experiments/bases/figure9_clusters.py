@@ -136,11 +136,19 @@ def main(config: Config) -> dict:
             | {"published": theirs, "norm": mean_norm(taus), "indices": clusters}
         )
     if runs.is_first():
-        labels = {"rows": "task vector", "columns": "task vector", "value": "cosine"}
-        tangent = {"tangent vectors": cosines["tangent"]}
         early = {name: cosines[name] for name in cosines if name != "tangent"}
-        plots.matrices(config.out / "figure9.png", early, setup.titles, **labels)
-        plots.matrices(config.out / "figure11.png", tangent, setup.titles, **labels)
+        for file, panels in (
+            ("figure9.png", early),
+            ("figure11.png", {"tangent vectors": cosines["tangent"]}),
+        ):
+            plots.matrices(
+                config.out / file,
+                panels,
+                setup.titles,
+                rows="task vector",
+                columns="task vector",
+                value="cosine",
+            )
     results = {
         "rows": rows,
         "tasks": setup.names,

@@ -91,11 +91,11 @@ def main(config: Config) -> dict:
     """Runs the table; returns what `report.json` holds."""
     config = options.started(config)
     found = two_models.setups(config)
-    both = [vectors.vectors(setup, "nonlinear") for setup in found]
+    one, two = (vectors.vectors(setup, "nonlinear") for setup in found)
     apart = task_vectors.difference(found[1].params_0, found[0].params_0)
     columns = [
-        cells(found[0], *both, apart),
-        cells(found[1], *both[::-1], task_vectors.negate(apart)),
+        cells(found[0], one, two, apart),
+        cells(found[1], two, one, task_vectors.negate(apart)),
     ]
     rows = []
     for reading in ("subtracted", "own"):

@@ -191,7 +191,7 @@ def main(config: Config) -> dict:
                 if number == 0 and related
                 else None
             )
-            row["nearest"] = [partitions.label([c], letters) for c in nearest]
+            row["nearest"] = [partitions.label([list(c)], letters) for c in nearest]
             rows.append(row)
             figure.setdefault(inner, []).append(row["cosine"])
     rows.sort(key=lambda row: [task.name for task in targets].index(row["task"]))

@@ -82,6 +82,9 @@ class Config:
     )
 
 
+Inputs = Literal["task vectors", "models", "base and model"]
+
+
 class Case(NamedTuple):
     """A merge in both languages.
 
@@ -100,7 +103,7 @@ class Case(NamedTuple):
     merge: Callable
     shared: dict[str, Any]
     each: dict[str, list] = {}
-    inputs: Literal["task vectors", "models", "base and model"] = "task vectors"
+    inputs: Inputs = "task vectors"
     models: int = FINE_TUNES
     random: bool = False
 
@@ -136,19 +139,21 @@ def draws(method: str) -> Case:
     return Case(method, ours, options, models=1, random=True)
 
 
-def nuslerp(inputs, **options) -> Case:
+def nuslerp(inputs: Inputs, **options) -> Case:
     ours = functools.partial(mergekit.nuslerp, weight=[0.4, 0.7], **options)
     shared = {f"nuslerp_{name}": value for name, value in options.items()}
     return Case("nuslerp", ours, shared, {"weight": [0.4, 0.7]}, inputs, 2)
 
 
-def plain(method: str, inputs="task vectors", models=FINE_TUNES, **options) -> Case:
+def plain(
+    method: str, inputs: Inputs = "task vectors", models=FINE_TUNES, **options
+) -> Case:
     """A merge without parameters of single models."""
     ours = functools.partial(getattr(mergekit, method), **options)
     return Case(method, ours, options, {}, inputs, models)
 
 
-def mean(method: str, inputs="models", normalize=True) -> Case:
+def mean(method: str, inputs: Inputs = "models", normalize=True) -> Case:
     """A mean of three weighted models, or of their task vectors."""
     options = {"weight": WEIGHTS, "normalize": normalize}
     ours = functools.partial(getattr(mergekit, method), **options)
@@ -205,22 +210,33 @@ def make_models(architecture: str, folder: Path) -> list[Path]:
     import torch
     import transformers
 
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    sizes |= {"num_hidden_layers": 2, "vocab_size": 64, "dtype": "float32"}
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48}
+    sizes |= {
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "vocab_size": 64,
+        "dtype": "float32",
+    }
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     if architecture == "llama":
         config = transformers.LlamaConfig(**sizes, num_key_value_heads=2)
         model = transformers.LlamaForCausalLM(config)
     elif architecture == "gpt2":
-        gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
-        gpt2 |= {"bos_token_id": 0, "eos_token_id": 0, "dtype": "float32"}
+        gpt2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4}
+        gpt2 |= {
+            "n_positions": 16,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "dtype": "float32",
+        }
         config = transformers.GPT2Config(vocab_size=64, **gpt2)
         model = transformers.GPT2LMHeadModel(config)
     elif architecture == "bert":
         # mergekit 0.1.5 fails at a BertModel: it adds a tuple, the other names of the
         # optional position_ids, to a list.
-        config = transformers.BertConfig(**sizes, num_labels=32)
+        sizes["num_labels"] = 32
+        config = transformers.BertConfig(**sizes)
         model = transformers.BertForTokenClassification(config)
     else:
         del sizes["vocab_size"]

@@ -10,7 +10,7 @@ gives the logits of words: at 16 texts of 128 tokens those of GPT-2 take 412 MB 
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,16 @@ VISION = {
         **{"num_hidden_layers": 24, "num_attention_heads": 16, "projection_dim": 768},
     },
 }
-NAMES = (*VISION, "t5-small-encoder", "t5-small", "gpt2", "tiny")
+Name = Literal[
+    "vit-b-32",
+    "vit-b-16",
+    "vit-l-14",
+    "t5-small-encoder",
+    "t5-small",
+    "gpt2",
+    "tiny",
+]
+NAMES: tuple[str, ...] = get_args(Name)
 TOKENS = 128  # of a text
 TARGET_TOKENS = 32  # of what T5's decoder reads
 

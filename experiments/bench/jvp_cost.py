@@ -45,7 +45,7 @@ class Config:
 
     out: Path
     """Folder for report.json, report.md and cost.png."""
-    model: Literal[encoders.NAMES] = "vit-b-32"
+    model: encoders.Name = "vit-b-32"
     """The encoder, at its published size."""
     batch: int = 16
     """Samples of a step; at least 8, of which the penalty takes an eighth more."""
@@ -236,7 +236,7 @@ def compile_row(name: str, function: Callable, args: tuple) -> Compiled:
     costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
     return Compiled(
         functools.partial(compiled, *args),
-        costs["flops"],
+        (costs or {})["flops"],
         memory.temp_size_in_bytes if memory else None,
     )
 

@@ -6,9 +6,12 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
+
+K = TypeVar("K")
 
 
 def seconds(function: Callable) -> float:
@@ -19,8 +22,8 @@ def seconds(function: Callable) -> float:
 
 
 def alternated(
-    functions: Mapping[str, Callable], repetitions: int, tick: Callable = lambda: None
-) -> dict[str, list[float]]:
+    functions: Mapping[K, Callable], repetitions: int, tick: Callable = lambda: None
+) -> dict[K, list[float]]:
     """Seconds of every function, run in turn: A B A B. Each is called once before.
 
     Args:
@@ -28,7 +31,7 @@ def alternated(
       repetitions: runs of each that count.
       tick: called after every run, for a progress bar.
     """
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[K, list[float]] = {name: [] for name in functions}
     for repetition in range(1 + repetitions):
         for name, function in functions.items():
             took = seconds(function)

@@ -162,7 +162,7 @@ def counted(method: Callable, layout, tasks: int) -> dict:
     block = {path: leaf for path, leaf in layout.items() if "/layers/0/" in path}
     compiled = jax.jit(method).lower(block, [block] * tasks).compile()
     entries = tasks * tree.size(block)
-    costs = compiled.cost_analysis()
+    costs = compiled.cost_analysis() or {}
     return {
         "flops_per_entry": costs.get("flops", 0.0) / entries,
         "bytes_per_entry": costs["bytes accessed"] / entries,
@@ -171,15 +171,13 @@ def counted(method: Callable, layout, tasks: int) -> dict:
 
 def transcriptions(params_0, taus) -> dict[str, Callable]:
     """The PyTorch methods on the same arrays, without a copy."""
-    import torch
+    from torch.utils import dlpack
 
     from experiments.bench import torch_merges
 
     def tensors(leaves):
         # Read only on both sides; PyTorch knows no such arrays and warns.
-        return {
-            path: torch.utils.dlpack.from_dlpack(leaf) for path, leaf in leaves.items()
-        }
+        return {path: dlpack.from_dlpack(leaf) for path, leaf in leaves.items()}
 
     base, vectors = tensors(params_0), [tensors(tau) for tau in taus]
     return {

@@ -17,17 +17,15 @@ CPU's sums the whole one (all-reduce) and throws the rest away; the TPU's may su
 parts alone (reduce-scatter), and gathers in bfloat16 what its products round to that.
 """
 
-import collections
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import math
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +35,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from experiments.bench import encoders
+from experiments.bench import collectives, encoders
 from experiments.common import script
 from jaxarith import losses, plots, report, sharding, train, tree
 from jaxarith.models import heads
@@ -49,6 +47,8 @@ MESHES += ("data=256", "data=32,fsdp=8", "fsdp=256")
 SLICES = {1: "2x2", 2: "2x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8"}
 SLICES |= {64: "8x8", 128: "8x16", 256: "16x16"}
 
+Model = Literal["vit-b-32", "vit-b-16", "vit-l-14", "tiny"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -56,7 +56,10 @@ class Config:
 
     out: Path
     """Folder for report.json, report.md, sent.png and flops.png."""
-    models: tuple[Literal[*encoders.VISION, "tiny"], ...] = ("vit-b-32", "vit-l-14")
+    models: tuple[Literal["vit-b-32", "vit-b-16", "vit-l-14", "tiny"], ...] = (
+        "vit-b-32",
+        "vit-l-14",
+    )
     """The encoders, at their published sizes."""
     meshes: tuple[str, ...] = MESHES
     """Of each program: the sizes of the axes data and fsdp."""
@@ -88,164 +91,6 @@ CHIPS = (
     Chip("H100 SXM, NVLink of 450 GB/s each way", 989e12, 450e9),
     Chip("H100 SXM, network of 400 Gbit/s", 989e12, 50e9),
 )
-
-
-class Collective(NamedTuple):
-    """An operation in which devices exchange data.
-
-    Attributes:
-      name: such as "all-reduce".
-      size: bytes of the whole: of what is summed, or of all gathered parts.
-      devices: how many take part in an exchange.
-      times: how often a step runs it.
-    """
-
-    name: str
-    size: int
-    devices: int
-    times: int = 1
-
-    @property
-    def sent(self) -> float:
-        """Bytes that each device sends in a step, in rings.
-
-        Example:
-          >>> [Collective(f"all-{name}", 800, 4).sent for name in ("reduce", "gather")]
-          [1200.0, 600.0]
-        """
-        if self.name == "collective-permute":
-            return float(self.times * self.size)
-        # The sum of the parts goes round once, and the parts of the sum once more.
-        rounds = 2 if self.name == "all-reduce" else 1
-        return self.times * rounds * (self.devices - 1) / self.devices * self.size
-
-
-NAMES = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
-OPERATION = re.compile(rf" = (.*?) ({NAMES})(-start)?\(")
-COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
-CALLED = re.compile(
-    r"(calls|to_apply|body|condition|(?:true|false|branch|called)_computations?)="
-    r"\{?((?:%[\w.\-]+(?:, )?)+)"
-)
-TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-CHAIN = re.compile(r'chain_id="(\d+)"')
-
-
-def collectives(text: str, devices: int) -> list[Collective]:
-    """The collectives of a compiled program, each as often as a step runs it.
-
-    Args:
-      text: of a compiled program, `compiled.as_text()`.
-      devices: that the program is for.
-
-    Raises:
-      ValueError: one is in a loop whose number of iterations the program does not say.
-    """
-    computations, entry = _computations(text)
-    runs = _runs(computations, entry)
-    chains, found = set(), []
-    for computation, line in (
-        (name, line) for name, lines in computations.items() for line in lines
-    ):
-        match = OPERATION.search(line)
-        if not match or not runs[computation]:
-            continue
-        # A TPU moves the data of one collective while it computes one thing after the
-        # other, and the program shows it in each of these.
-        if chain := CHAIN.search(line):
-            if chain[1] in chains:
-                continue
-            chains.add(chain[1])
-        shape, name, started = match.groups()
-        if math.isinf(runs[computation]):
-            raise ValueError(
-                f"{name} is in a loop, and the program does not say how often that "
-                "runs: what it moves cannot be counted."
-            )
-        together, size = _together(line, devices), _bytes(shape, name, bool(started))
-        if name == "reduce-scatter":
-            size *= together  # the result is one part
-        if computation.startswith("all-reduce-scatter"):
-            name = "reduce-scatter"  # as a TPU has it: a sum and a slice of it, fused
-        found.append(Collective(name, size, together, int(runs[computation])))
-    return found
-
-
-def _computations(text):
-    """The lines of every computation, and the name of that which runs first."""
-    name = entry = ""
-    computations = {name: []}
-    for line in text.splitlines():
-        if line.startswith(" "):
-            computations[name].append(line)
-        elif header := COMPUTATION.match(line):
-            name = header[2]
-            computations[name] = []
-            entry = name if header[1] else entry
-    return computations, entry
-
-
-def _runs(computations, entry) -> dict[str, float]:
-    """How often each computation runs; infinity where nothing says."""
-    callers = collections.defaultdict(list)
-    for caller, lines in computations.items():
-        for line in lines:
-            for how, names in CALLED.findall(line):
-                times = 1.0
-                if how in ("body", "condition"):
-                    trips = TRIPS.search(line)
-                    times = float(trips[1]) if trips else math.inf
-                for name in re.findall(r"[\w.\-]+", names):
-                    callers[name].append((caller, times))
-
-    @functools.cache
-    def runs(name):
-        if name == entry:
-            return 1.0
-        of_callers = ((runs(caller), times) for caller, times in callers[name])
-        return sum(count * times for count, times in of_callers if count)
-
-    return {name: runs(name) for name in computations}
-
-
-def _bytes(shape: str, name: str, started: bool) -> int:
-    """Of a result such as `(f32[2,3]{1,0}, bf16[])`."""
-    shape = re.sub(r"\{[^}]*\}|/\*.*?\*/| ", "", shape)
-    if started and name != "all-reduce":
-        shape = _parts(shape[1:-1])[1]  # of operands, results, and what else
-    return sum(
-        int(bits or 8) * math.prod(int(size) for size in sizes.split(",") if size) // 8
-        for bits, sizes in re.findall(r"[a-z]+(\d*)\w*\[([\d,]*)\]", shape)
-    )
-
-
-def _parts(tuple_: str) -> list[str]:
-    """What the commas outside all brackets separate."""
-    depth, parts = 0, [""]
-    for character in tuple_:
-        depth += (character in "([") - (character in ")]")
-        if character == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
-
-
-def _together(line: str, devices: int) -> int:
-    """How many devices are in one of an operation's groups."""
-    groups = re.search(r"replica_groups=(.*)", line)
-    if not groups or groups[1].startswith("{}"):
-        return devices
-    # mesh['a'=32,'b'=8], device_ids=([8,32]T(1,0)) {'b'}, or a part of it: 'b':(1)4
-    if found := re.match(r"mesh\[(.*?)\][^{]*\{(.*?)\}", groups[1]):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    if found := re.match(r"\[\d+,(\d+)\]<=", groups[1]):
-        return int(found[1])
-    if found := re.match(r"\{\{([\d,]+)\}", groups[1]):
-        return len(found[1].split(","))
-    raise ValueError(f"groups of devices in a form that is not known: {groups[1]}.")
 
 
 def make_devices(config: Config):
@@ -340,7 +185,8 @@ def program(
         return placed(tree_, jax.tree.map(lambda _: NamedSharding(mesh, spec), tree_))
 
     objective = train.objective(encoder.apply_fn, loss_fn, config, mesh=mesh)
-    lowered = train.make_step(objective, config, mesh).lower(
+    step: Any = train.make_step(objective, config, mesh)
+    lowered = step.lower(
         placed(state, sharding.shardings(state, mesh, tasks=True)),
         placed(params_0, sharding.shardings(params_0, mesh)),
         everywhere(batch, P("task", sharding.BATCH)),
@@ -351,7 +197,9 @@ def program(
 
 def count(compiled: jax.stages.Compiled, devices: int) -> dict:
     """What each device computes, holds and sends in a step."""
-    memory, found = compiled.memory_analysis(), collectives(compiled.as_text(), devices)
+    memory: Any = compiled.memory_analysis()
+    costs: Any = compiled.cost_analysis()
+    found = collectives.collectives(compiled.as_text() or "", devices)
     kinds: dict[str, dict] = {}
     for one in sorted(found):
         kind = kinds.setdefault(one.name, {"count": 0, "bytes": 0, "sent_bytes": 0})
@@ -359,7 +207,7 @@ def count(compiled: jax.stages.Compiled, devices: int) -> dict:
         kind["bytes"] += one.times * one.size
         kind["sent_bytes"] += one.sent
     return {
-        "flops": compiled.cost_analysis()["flops"],
+        "flops": costs["flops"],
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "collectives": kinds,

@@ -173,6 +173,7 @@ def timed(command: list[str], merged: Path) -> Run:
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    assert process.stdout and process.stderr
     output, errors = process.stdout.read(), process.stderr.read()
     # The peak of this child alone; `resource` knows that of all.
     _, status, usage = os.wait4(process.pid, 0)
@@ -238,7 +239,7 @@ def main(config: Config):
     config.out.mkdir(parents=True, exist_ok=True)
     folders = make(config.models, config.layers)
     size = sum(
-        np.prod(x.shape) * x.dtype.itemsize for x in layout(config.layers).values()
+        int(np.prod(x.shape)) * x.dtype.itemsize for x in layout(config.layers).values()
     )
     largest = max(np.prod(x.shape) * x.dtype.itemsize for x in layout(1).values())
     files = [str(f) for folder in folders for f in sorted(folder.glob("*.safetensors"))]
@@ -264,7 +265,7 @@ def main(config: Config):
             for (name, program), command in commands.items():
                 bar.set_description(f"{name}, {program}")
                 read_all(files)
-                if program == "mergekit":
+                if config.mergekit and program == "mergekit":
                     command = mergekit_command(
                         config.mergekit, command, folders, merged
                     )

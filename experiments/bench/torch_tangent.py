@@ -9,6 +9,7 @@ does.
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def features_of(model: torch.nn.Module) -> Callable:
     def texts(params, *inputs):
         # GPT-2 with its head, whose names ours are, calls this model `transformer`.
         params = {k.removeprefix("transformer."): v for k, v in params.items()}
-        named = dict(zip(TEXTS, inputs, strict=False))
+        named: dict[str, Any] = dict(zip(TEXTS, inputs, strict=False))
         hidden = torch.func.functional_call(model, params, (), named).last_hidden_state
         real = inputs[-1][..., None].to(hidden.dtype)
         return (hidden * real).sum(1) / real.sum(1)
@@ -86,10 +87,10 @@ def jvp(features: Callable, params: dict, tau: dict, *inputs):
 
 def linearized_loss(features, params, loss, inputs, penalties, coef, tau):
     """The loss of the linearised model, plus `coef` times the mean penalty."""
-    outputs, moved = jvp(features, params, tau, *inputs)
+    outputs, moved, *_ = jvp(features, params, tau, *inputs)
     total = loss(outputs + moved)
     for samples in penalties:
-        _, disturbed = jvp(features, params, tau, *samples)
+        _, disturbed, *_ = jvp(features, params, tau, *samples)
         total = total + coef / len(penalties) * disturbed.norm(dim=-1).mean()
     return total
 
@@ -122,13 +123,13 @@ def steps(work, device: str, dtype: str, coef: float) -> dict[str, Callable]:
       device, dtype: as PyTorch calls them.
       coef: of the penalty.
     """
-    dtype = getattr(torch, dtype)
-    as_tensors = functools.partial(tensors, device=device, dtype=dtype)
+    kind: Any = getattr(torch, dtype)
+    as_tensors = functools.partial(tensors, device=device, dtype=kind)
     features, fused_features = (
-        features_of(model_of(work.encoder.config, attention).to(device, dtype))
+        features_of(model_of(work.encoder.config, attention).to(device, kind))
         for attention in ("eager", "sdpa")
     )
-    params, inputs = as_tensors(work.params), inputs_of(work.inputs, device, dtype)
+    params, inputs = as_tensors(work.params), inputs_of(work.inputs, device, kind)
     taus = [as_tensors(tau) for tau in work.taus]
     head = torch.tensor(np.asarray(work.head), device=device)
     labels = torch.tensor(np.asarray(work.labels), device=device, dtype=torch.long)
@@ -141,7 +142,7 @@ def steps(work, device: str, dtype: str, coef: float) -> dict[str, Callable]:
         # One batch per task: the strict penalty is a pass for each of them.
         count = len(taus) if "strict" in name else 1
         chunks = zip(*(jnp.split(array, count) for array in arrays), strict=True)
-        return [inputs_of(chunk, device, dtype) for chunk in chunks]
+        return [inputs_of(chunk, device, kind) for chunk in chunks]
 
     linearized = functools.partial(linearized_loss, features, params, loss, inputs)
 
@@ -225,7 +226,7 @@ def compared_steps(work, ours: Mapping, device: str, dtype: str, coef, compile: 
       compile: whether to try `torch.compile` too, on the two steps without a penalty.
     """
     theirs = {k: f for k, f in steps(work, device, dtype, coef).items() if k in ours}
-    checks = {"apart": compare(ours, theirs, dtype)}
+    checks: dict[str, dict] = {"apart": compare(ours, theirs, dtype)}
     functions = {("torch", name): function for name, function in theirs.items()}
     tried = {"ordinary step", "linearised step"} & theirs.keys() if compile else ()
     for name in sorted(tried):

@@ -174,7 +174,10 @@ def draw(setup: options.Setup, config: Config, rows: list[dict], curves: np.ndar
     )
     plots.curves(
         config.out / "figure15.png",
-        {f"vectors: {n}": (coefs, curves[sizes == n].mean(0)) for n in every},
+        {
+            f"vectors: {n}": (list(coefs), curves[sizes == n].mean(0).tolist())
+            for n in every
+        },
         x="scaling coefficient",
         y=f"{normal}, validation, all tasks",
     )

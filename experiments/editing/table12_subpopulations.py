@@ -245,16 +245,15 @@ def draw(config: Config, rows: Sequence[dict]):
     """Figure 4: the mean over targets and models."""
 
     def means(used):
-        return [
-            np.mean(
-                [
-                    row["Average"]
-                    for row in rows
-                    if (row["samples"], row["task vectors"]) == (shots, used)
-                ]
-            )
+        found = [
+            [
+                row["Average"]
+                for row in rows
+                if (row["samples"], row["task vectors"]) == (shots, used)
+            ]
             for shots in config.shots
         ]
+        return [float(np.mean(values)) for values in found]
 
     plots.curves(
         config.out / "figure4.png",

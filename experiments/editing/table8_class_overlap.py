@@ -35,6 +35,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,7 @@ def below(nodes: Sequence[str]) -> set[str]:
     try:
         from nltk.corpus import wordnet
 
-        roots = [wordnet.synset(node) for node in nodes]
+        roots: list[Any] = [wordnet.synset(node) for node in nodes]
     except (ImportError, LookupError) as error:
         raise ValueError(
             "WordNet is needed: pip install nltk && python -m nltk.downloader wordnet; "

@@ -106,7 +106,8 @@ def main(config: Config) -> dict:
     }
     rows = rows_of(maps, coefs)
     if runs.is_first():
-        pair = tuple(setup.titles)
+        first, second = setup.titles
+        pair = (first, second)
         plots.disentanglement(config.out / "xi.png", maps, coefs, pair, scales=SCALES)
     caption = (
         "Mean ξ of the representations (symmetric KL) and of the labels (0/1), over "

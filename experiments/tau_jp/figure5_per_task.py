@@ -74,7 +74,7 @@ def main(config: Config) -> dict:
         rows += (own := rows_of(setup))
         for measure in ("absolute", "normalised"):
             groups = {
-                row["method"]: np.array([row[name] for name in setup.names], float)
+                row["method"]: np.array([row[n] for n in setup.names], float).tolist()
                 for row in own
                 if row["measure"] == measure and row["searched"]
             }

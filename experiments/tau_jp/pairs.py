@@ -173,7 +173,7 @@ def norms(moves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return lengths.mean(-1), np.square(lengths).mean(-1)
 
 
-def _accuracies(setup, taus, split, coefs: Mapping[tuple[int, int], Sequence[float]]):
+def _accuracies(setup, taus, split, coefs: Mapping[tuple[int, int], Numbers]):
     """Accuracies `[n, 2]` of every pair at its n coefficients, `[T]` of single models,
     and τJp."""
     found = {pair: np.empty((len(values), 2)) for pair, values in coefs.items()}

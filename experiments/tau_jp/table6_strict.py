@@ -26,6 +26,7 @@ without reading images, the medians of steps of all kinds in turn; FLOPs are XLA
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -77,7 +78,7 @@ def step_of(setup: options.Setup, method: str):
     constants = sharding.put(constants, NamedSharding(setup.mesh, P("task")))
     objective = train.objective(setup.apply_fn, vectors.loss, config, mesh=setup.mesh)
     state = train.init_state(setup.params_0, config, 1, setup.mesh)
-    step = train.make_step(objective, config, setup.mesh)
+    step: Any = train.make_step(objective, config, setup.mesh)
     compiled = step.lower(state, setup.params_0, batch, constants).compile()
 
     def once():

@@ -43,7 +43,8 @@ def accuracy_of(setup: options.Setup, method: vectors.Method) -> float:
     """Mean absolute test accuracy of the sum of a method's vectors, in percent."""
     taus = vectors.vectors(setup, method)
     linearized = vectors.is_linearized(method)
-    return scores.addition(setup, taus, linearized=linearized).row(True)["abs"]
+    found = scores.addition(setup, taus, linearized=linearized)
+    return options.means(found.searched)
 
 
 @script.full_precision

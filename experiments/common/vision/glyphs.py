@@ -14,6 +14,7 @@ import re
 import string
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -58,7 +59,7 @@ def packaged_fonts(families: Mapping[str, str]) -> list[Path]:
       ImportError: packages are missing; the message says how to install all of them.
     """
     try:
-        import fontpkg
+        import fontpkg  # pyright: ignore[reportMissingImports]
         import fontTools  # noqa: F401 (`_usable` needs it)
     except ImportError:
         installed = {}
@@ -80,7 +81,8 @@ def _usable(file):
 
     with TTFont(file, lazy=True) as font:
         stated = " ".join(font["name"].getDebugName(i) or "" for i in (13, 14))
-        complete = all(ord(c) in font.getBestCmap() for c in CHARACTERS)
+        known = font.getBestCmap() or {}
+        complete = all(ord(c) in known for c in CHARACTERS)
     return complete and bool(_FREE.search(stated))
 
 
@@ -88,7 +90,7 @@ def _usable(file):
 def _load(font, weight):
     face = ImageFont.truetype(str(font), 96)
     if weight is not None:
-        axes = face.get_variation_axes()
+        axes: Any = face.get_variation_axes()
         face.set_variation_by_axes(
             [weight if a["name"] == b"Weight" else a["default"] for a in axes]
         )
@@ -98,7 +100,7 @@ def _load(font, weight):
 def weights(font: Path) -> list[float | None]:
     """Three values for `render(weight=)`, light first; `[None]` for a fixed font."""
     try:
-        axes = ImageFont.truetype(str(font), 96).get_variation_axes()
+        axes: Any = ImageFont.truetype(str(font), 96).get_variation_axes()
     except OSError:  # PIL's answer for a font with one fixed weight
         return [None]
     for axis in axes:
@@ -132,7 +134,7 @@ def render(
       shift: (right, down) as fractions of the image.
     """
     face = _load(font, weight)
-    left, top, right, bottom = face.getbbox(character)
+    left, top, right, bottom = map(int, face.getbbox(character))
     # A margin, because shear and rotation happen before the glyph is fitted.
     pad = max(right - left, bottom - top)
     extent = (right - left + 2 * pad, bottom - top + 2 * pad)
@@ -141,8 +143,10 @@ def render(
     if shear or rotate:
         middle = extent[1] / 2
         lean = (1, shear, -shear * middle, 0, 1, 0)
-        drawn = drawn.transform(extent, Image.AFFINE, lean, Image.BILINEAR)
-        drawn = drawn.rotate(rotate, Image.BILINEAR)
+        drawn = drawn.transform(
+            extent, Image.Transform.AFFINE, lean, Image.Resampling.BILINEAR
+        )
+        drawn = drawn.rotate(rotate, Image.Resampling.BILINEAR)
 
     box = drawn.getbbox()
     if box is None:
@@ -152,9 +156,8 @@ def render(
         )
     drawn = drawn.crop(box)
     ratio = scale * size * 20 / 28 / max(drawn.size)
-    fitted = drawn.resize(
-        [max(1, round(side * ratio)) for side in drawn.size], Image.LANCZOS
-    )
+    width, height = (max(1, round(side * ratio)) for side in drawn.size)
+    fitted = drawn.resize((width, height), Image.Resampling.LANCZOS)
     ink = np.asarray(fitted, np.float64)
     row, column = (
         (np.arange(n) + 0.5) @ ink.sum(axis) / ink.sum()
@@ -187,8 +190,8 @@ def distance_field(image: np.ndarray) -> np.ndarray:
     from scipy import ndimage
 
     inside = image > 127
-    signed = ndimage.distance_transform_edt(inside)
-    signed -= ndimage.distance_transform_edt(~inside)
+    signed = np.asarray(ndimage.distance_transform_edt(inside))
+    signed = signed - np.asarray(ndimage.distance_transform_edt(~inside))
     step = len(image) // _FINE
     signed = signed.reshape(_FINE, step, _FINE, step).mean((1, 3))
     return np.clip(signed * 28 / len(image) * _STEPS, -127, 127).astype(np.int8)

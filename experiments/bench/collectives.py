@@ -1,0 +1,165 @@
+"""What a compiled program sends between devices, read from its text."""
+
+import collections
+import functools
+import math
+import re
+from typing import NamedTuple
+
+
+class Collective(NamedTuple):
+    """An operation in which devices exchange data.
+
+    Attributes:
+      name: such as "all-reduce".
+      size: bytes of the whole: of what is summed, or of all gathered parts.
+      devices: how many take part in an exchange.
+      times: how often a step runs it.
+    """
+
+    name: str
+    size: int
+    devices: int
+    times: int = 1
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends in a step, in rings.
+
+        Example:
+          >>> [Collective(f"all-{name}", 800, 4).sent for name in ("reduce", "gather")]
+          [1200.0, 600.0]
+        """
+        if self.name == "collective-permute":
+            return float(self.times * self.size)
+        # The sum of the parts goes round once, and the parts of the sum once more.
+        rounds = 2 if self.name == "all-reduce" else 1
+        return self.times * rounds * (self.devices - 1) / self.devices * self.size
+
+
+NAMES = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
+OPERATION = re.compile(rf" = (.*?) ({NAMES})(-start)?\(")
+COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
+CALLED = re.compile(
+    r"(calls|to_apply|body|condition|(?:true|false|branch|called)_computations?)="
+    r"\{?((?:%[\w.\-]+(?:, )?)+)"
+)
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+CHAIN = re.compile(r'chain_id="(\d+)"')
+
+
+def collectives(text: str, devices: int) -> list[Collective]:
+    """The collectives of a compiled program, each as often as a step runs it.
+
+    Args:
+      text: of a compiled program, `compiled.as_text()`.
+      devices: that the program is for.
+
+    Raises:
+      ValueError: one is in a loop whose number of iterations the program does not say.
+    """
+    computations, entry = _computations(text)
+    runs = _runs(computations, entry)
+    chains, found = set(), []
+    for computation, line in (
+        (name, line) for name, lines in computations.items() for line in lines
+    ):
+        match = OPERATION.search(line)
+        if not match or not runs[computation]:
+            continue
+        # A TPU moves the data of one collective while it computes one thing after the
+        # other, and the program shows it in each of these.
+        if chain := CHAIN.search(line):
+            if chain[1] in chains:
+                continue
+            chains.add(chain[1])
+        shape, name, started = match.groups()
+        if math.isinf(runs[computation]):
+            raise ValueError(
+                f"{name} is in a loop, and the program does not say how often that "
+                "runs: what it moves cannot be counted."
+            )
+        together, size = _together(line, devices), _bytes(shape, name, bool(started))
+        if name == "reduce-scatter":
+            size *= together  # the result is one part
+        if computation.startswith("all-reduce-scatter"):
+            name = "reduce-scatter"  # as a TPU has it: a sum and a slice of it, fused
+        found.append(Collective(name, size, together, int(runs[computation])))
+    return found
+
+
+def _computations(text):
+    """The lines of every computation, and the name of that which runs first."""
+    name = entry = ""
+    computations = {name: []}
+    for line in text.splitlines():
+        if line.startswith(" "):
+            computations[name].append(line)
+        elif header := COMPUTATION.match(line):
+            name = header[2]
+            computations[name] = []
+            entry = name if header[1] else entry
+    return computations, entry
+
+
+def _runs(computations, entry) -> dict[str, float]:
+    """How often each computation runs; infinity where nothing says."""
+    callers = collections.defaultdict(list)
+    for caller, lines in computations.items():
+        for line in lines:
+            for how, names in CALLED.findall(line):
+                times = 1.0
+                if how in ("body", "condition"):
+                    trips = TRIPS.search(line)
+                    times = float(trips[1]) if trips else math.inf
+                for name in re.findall(r"[\w.\-]+", names):
+                    callers[name].append((caller, times))
+
+    @functools.cache
+    def runs(name):
+        if name == entry:
+            return 1.0
+        of_callers = ((runs(caller), times) for caller, times in callers[name])
+        return sum(count * times for count, times in of_callers if count)
+
+    return {name: runs(name) for name in computations}
+
+
+def _bytes(shape: str, name: str, started: bool) -> int:
+    """Of a result such as `(f32[2,3]{1,0}, bf16[])`."""
+    shape = re.sub(r"\{[^}]*\}|/\*.*?\*/| ", "", shape)
+    if started and name != "all-reduce":
+        shape = _parts(shape[1:-1])[1]  # of operands, results, and what else
+    return sum(
+        int(bits or 8) * math.prod(int(size) for size in sizes.split(",") if size) // 8
+        for bits, sizes in re.findall(r"[a-z]+(\d*)\w*\[([\d,]*)\]", shape)
+    )
+
+
+def _parts(tuple_: str) -> list[str]:
+    """What the commas outside all brackets separate."""
+    depth, parts = 0, [""]
+    for character in tuple_:
+        depth += (character in "([") - (character in ")]")
+        if character == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _together(line: str, devices: int) -> int:
+    """How many devices are in one of an operation's groups."""
+    groups = re.search(r"replica_groups=(.*)", line)
+    if not groups or groups[1].startswith("{}"):
+        return devices
+    # mesh['a'=32,'b'=8], device_ids=([8,32]T(1,0)) {'b'}, or a part of it: 'b':(1)4
+    if found := re.match(r"mesh\[(.*?)\][^{]*\{(.*?)\}", groups[1]):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    if found := re.match(r"\[\d+,(\d+)\]<=", groups[1]):
+        return int(found[1])
+    if found := re.match(r"\{\{([\d,]+)\}", groups[1]):
+        return len(found[1].split(","))
+    raise ValueError(f"groups of devices in a form that is not known: {groups[1]}.")

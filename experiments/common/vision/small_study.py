@@ -1,0 +1,56 @@
+"""The study of the quickstart: a CLIP's image encoder on the small image tasks."""
+
+import dataclasses
+from pathlib import Path
+
+from tqdm import tqdm
+
+from experiments.common import studies
+from experiments.common.vision import small_tasks
+from jaxarith import hub, tree
+from jaxarith.data import images
+from jaxarith.models import clip, heads
+
+_BATCH = 64  # images that are evaluated at a time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(studies.Config):
+    """A study on small image tasks."""
+
+    model: Path = clip.TINY_CLIP
+    """Folder of a CLIP checkpoint; the embedded tiny one by default."""
+    tasks: tuple[str, ...] = small_tasks.NAMES
+    """The tasks, in order; in a smoke run about three of them."""
+
+
+def prepare(config: Config) -> studies.Study:
+    """Loads the model, the tasks and their zero-shot heads."""
+    model = clip.load(config.model)
+    preprocess = images.Preprocessing.from_folder(model.folder)
+    tasks = [
+        small_tasks.load(name, preprocess, config.samples)
+        for name in tqdm(config.tasks, desc="tasks", unit="task")
+    ]
+    head_of = [clip.zero_shot_head(model, t.classes, t.templates) for t in tasks]
+
+    def datasets(sources):
+        return studies.datasets(sources, head_of, heads.logits, _BATCH)
+
+    return studies.Study(
+        config=config,
+        model=model,
+        apply_fn=clip.image_encoder(model.config),
+        params_0=tree.select(model.params, clip.IMAGE_ENCODER),
+        trained=".*",
+        blocks=clip.BLOCK_LINEAR_WEIGHTS,
+        inputs=("image",),
+        token_mask=None,
+        logits=heads.logits,
+        merged_config=hub.read_json(model.folder),
+        names=list(config.tasks),
+        classes=[task.classes for task in tasks],
+        sources=[task.train for task in tasks],
+        validation=datasets([task.validation for task in tasks]),
+        test=datasets([task.test for task in tasks]),
+    )
