@@ -9,7 +9,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,6 +17,8 @@ from numpy.typing import ArrayLike
 from jaxarith import metrics
 from jaxarith.data import splits
 from jaxarith.data.text import Record, TextTask
+
+Split = Literal["train", "validation"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +118,7 @@ TASKS = {
 }
 
 
-def load(task: Task, split: str) -> list[Record]:
+def load(task: Task, split: Split) -> list[Record]:
     """The records of a split, through Hugging Face `datasets`.
 
     Args:
@@ -130,16 +132,16 @@ def load(task: Task, split: str) -> list[Record]:
     Raises:
       ValueError: another split.
     """
-    if split not in ("train", "validation"):
+    if split not in get_args(Split):
         raise ValueError(
             f'{task.name} has no labels for {split!r}; load "train" or "validation", '
             "which the papers test on."
         )
     import datasets
 
-    if (task.name, split) == ("mnli", "validation"):
-        split = "validation_matched"
-    rows: Any = datasets.load_dataset("nyu-mll/glue", task.name, split=split)
+    matched = (task.name, split) == ("mnli", "validation")
+    name = "validation_matched" if matched else split
+    rows: Any = datasets.load_dataset("nyu-mll/glue", task.name, split=name)
     names = dict(zip(("text", "text_pair"), task.fields, strict=False))
     return [
         {**{field: row[name] for field, name in names.items()}, "label": row["label"]}

@@ -8,11 +8,11 @@ of the tasks and where they meet; gaps between losses are what `bounds` bounds.
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from numpy.typing import ArrayLike
 
 from jaxarith import evaluate, sharding
 from jaxarith.evaluate.smoothness import SampleLoss, of_samples
@@ -25,7 +25,7 @@ def losses(
     params_0: Params,
     taus: Taus,
     batches: Iterable[dict],
-    coefs: Any,
+    coefs: ArrayLike,
     *,
     linearized: bool = False,
     inputs: Sequence[str] = ("image",),
