@@ -40,7 +40,7 @@ from experiments.common import runs, script
 from experiments.common.language import gpt2, text_files
 from jaxarith import evaluate, hub, plots, report, sharding, task_vectors, train
 from jaxarith.sharding import processes
-from jaxarith.typing import Params, Tree
+from jaxarith.typing import Params, Source, Tree
 
 TASK = "toxic"
 
@@ -194,7 +194,7 @@ def load(config: Config) -> gpt2.Study:
 
 def prepare(
     config: Config, study: gpt2.Study, texts: Sequence[str], mesh: Mesh
-) -> tuple[train.TrainConfig, Sequence[dict]]:
+) -> tuple[train.TrainConfig, Source]:
     """The recipe and the batches of the training."""
     source = gpt2.texts_as_tokens(study, texts, config.max_length)
     others = None
@@ -231,7 +231,13 @@ def toxic_texts(config: Config) -> list[str]:
     return found[: config.texts]
 
 
-def fine_tune(config: Config, study: gpt2.Study, recipe, batches, mesh: Mesh) -> Tree:
+def fine_tune(
+    config: Config,
+    study: gpt2.Study,
+    recipe: train.TrainConfig,
+    batches: Source,
+    mesh: Mesh,
+) -> Tree:
     """The task vector of toxic text; one that is saved already is not trained again."""
     file = runs.vectors(config) / f"{TASK}.safetensors"
     if config.resume and file.exists():

@@ -9,9 +9,7 @@ from jaxarith.typing import Array
 IGNORED = -100  # a token's label that does not count, by Hugging Face's convention
 
 
-def cross_entropy(
-    logits: jax.Array, labels: jax.Array, mask: Array | None = None
-) -> jax.Array:
+def cross_entropy(logits: Array, labels: Array, mask: Array | None = None) -> jax.Array:
     """Mean cross-entropy of the entries whose mask is True.
 
     Args:

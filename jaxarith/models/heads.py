@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxarith import tree
-from jaxarith.typing import Array
+from jaxarith.typing import Array, Numbers
 
 
 def zero_shot(
@@ -85,7 +85,7 @@ def class_means(
     return scale * normalize(sums)
 
 
-def label_words(words: jax.Array, bias: jax.Array, ids: Sequence[int]) -> jax.Array:
+def label_words(words: jax.Array, bias: jax.Array, ids: Numbers) -> jax.Array:
     """The head of a task from a masked language model: the rows of its label words.
 
     Schick, Schütze. Exploiting Cloze-Questions for Few-Shot Text Classification and
@@ -123,9 +123,7 @@ def logits(
     return _valid(normalize(features) @ head.T, valid)
 
 
-def affine_logits(
-    head: jax.Array, features: jax.Array, valid: Array | None = None
-) -> jax.Array:
+def affine_logits(head: Array, features: Array, valid: Array | None = None) -> Array:
     """Like `logits`, with features as they are and a bias in the head's last column."""
     return _valid(features @ head[:, :-1].T + head[None, :, -1], valid)
 
@@ -134,7 +132,7 @@ def _valid(scores, valid):
     return scores if valid is None else jnp.where(valid, scores, -jnp.inf)
 
 
-def pad(heads: Sequence[jax.Array]) -> dict[str, jax.Array]:
+def pad(heads: Sequence[Array]) -> dict[str, jax.Array]:
     """Heads of several tasks in one array, to train the tasks along one axis.
 
     Args:
