@@ -92,14 +92,12 @@ class TrainConfig:
                     f"{name} is {getattr(self, name)}; at least 1 is needed."
                 )
         if self.decay not in get_args(Decay):
+            *others, last = get_args(Decay)
             raise ValueError(
-                f"decay is {self.decay!r}; it must be one of "
-                f"{', '.join(get_args(Decay))}."
+                f"decay is {self.decay!r}; it is {', '.join(others)} or {last}."
             )
         if self.penalty_power not in get_args(tau_jp.Power):
-            raise ValueError(
-                f"penalty_power is {self.penalty_power}; it must be 1 or 2."
-            )
+            raise ValueError(f"penalty_power is {self.penalty_power}; it is 1 or 2.")
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
                 f"{self.warmup_steps} warm-up steps of {self.steps} steps; the warm-up "
