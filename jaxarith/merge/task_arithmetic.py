@@ -17,7 +17,8 @@ def task_arithmetic(params_0: Params, taus: Taus, *, coef: Coef = 1.0) -> Params
     Args:
       params_0: pre-trained parameters.
       taus: T task vectors. A leaf that one lacks counts as zero.
-      coef: the coefficient λ: one number, one per task `[T]`, or either by path.
+      coef: the coefficient λ: one number, one per task `[T]`, or either by path, as a
+        function of it or a mapping (`typing.Coef`).
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
