@@ -338,6 +338,7 @@ def image_encoder(config: CLIPConfig, *, remat: bool = False) -> ApplyFn:
     return lambda params, images: tower.apply({"params": params}, images)
 
 
+@functools.cache  # as above
 def text_encoder(config: CLIPConfig) -> ApplyFn:
     """`apply_fn(params, input_ids[B, S]) -> features[B, projection_dim]`."""
     tower = TextTower(config)
