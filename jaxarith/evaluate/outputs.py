@@ -131,7 +131,8 @@ def sweep(
 
     Every device computes other coefficients, on all samples: n passes take the time of
     n over the number of devices. Each holds the whole model and all task vectors, and
-    no device waits for another, whatever axes the mesh has.
+    no device waits for another, whatever axes the mesh has. Where all coefficients of a
+    point are equal, pass the sum of the task vectors as the only one.
 
     Args:
       apply_fn, params_0, taus, batches, inputs: as for `forward`.
@@ -162,21 +163,33 @@ def sweep(
     mesh = mesh or sharding.make_mesh()
     whole = NamedSharding(mesh, P())
     params_0, taus = sharding.put((params_0, tuple(taus)), whole)
-    # A program has room for a power of two of points on every device, of which it
-    # computes the first `each`: few programs serve sweeps of all lengths.
-    each = -(-len(points) // mesh.size)
-    room = max(8, 1 << (each - 1).bit_length())
-    place = np.arange(len(points))
-    place = place // each * room + place % each
-    padded = np.zeros((mesh.size * room, len(taus)), np.float32)
-    padded[place] = points
-    padded = sharding.put(padded, NamedSharding(mesh, P(mesh.axis_names)))
+    # Few programs serve sweeps of all lengths: each has room for eight points on every
+    # device, and a longer sweep is several calls.
+    parts = np.array_split(coefs, -(-len(coefs) // (_ROOM * mesh.size)))
+    placed = [_placed(part, mesh) for part in parts]
     rows = []
     for batch in batches:
         fields = sharding.put(tuple(batch[name] for name in inputs), whole)
-        found = _at_all(apply_fn, readout, mesh, params_0, taus, each, padded, *fields)
-        rows.append(_unpadded(found, _mask(batch), axis=1)[place])
+        at_batch = []
+        for each, room, places in placed:
+            model = (apply_fn, readout, mesh, params_0, taus)
+            found = settled(_at_all(*model, each, room, *fields))
+            at_batch.append(_unpadded(found, _mask(batch), axis=1)[places])
+        rows.append(np.concatenate(at_batch))
     return np.concatenate(rows, axis=1)
+
+
+_ROOM = 8
+
+
+def _placed(coefs, mesh):
+    """Points shared by the devices: how many each computes, the room, their places."""
+    each = -(-len(coefs) // mesh.size)
+    number = np.arange(len(coefs))
+    places = number // each * _ROOM + number % each
+    room = np.zeros((_ROOM * mesh.size, coefs.shape[1]), np.float32)
+    room[places] = coefs
+    return each, sharding.put(room, NamedSharding(mesh, P(mesh.axis_names))), places
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
