@@ -1,13 +1,16 @@
-"""Scripts: one for each table and figure of the papers, and some for own data."""
+"""The scripts behind the papers' tables and figures, and what they share.
+
+All need the packages of the extra `demo`; a script names those that are missing in one
+line, before anything else is imported.
+"""
 
 import importlib.util
 import sys
 
-_missing = [
-    name for name in ("matplotlib", "tyro") if not importlib.util.find_spec(name)
-]
-if _missing and sys.argv[0] == "-m":
-    # `python -m` imports the package first. No script can start, not even to say so.
-    _names = " and ".join(_missing)
-    print(f"experiments need {_names}: pip install 'jaxarith[demo]'", file=sys.stderr)
-    raise SystemExit(2)
+_DEMO = "matplotlib mlxtend PIL sklearn tokenizers transformers tyro".split()
+if _MISSING := [name for name in _DEMO if importlib.util.find_spec(name) is None]:
+    _MESSAGE = f"missing: {', '.join(_MISSING)}; run pip install 'jaxarith[demo]'."
+    if sys.argv[0] != "-m":  # imported by a program
+        raise ImportError(_MESSAGE)
+    print(_MESSAGE, file=sys.stderr)
+    sys.exit(2)

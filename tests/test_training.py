@@ -1,8 +1,10 @@
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import experiments
 from experiments.common import bank, runs, training
 from jaxarith import fingerprint, sharding, train
 from tests import training_run
@@ -143,3 +145,17 @@ def test_a_joint_vector_is_trained_once(tmp_path):
     assert fingerprint.combined(first) == fingerprint.combined(again)
     with pytest.raises(ValueError, match="seed of samples"):
         training.joint_vector(options, net, joint, members[::-1])
+
+
+def test_no_other_module_trains_a_vector_for_the_bank():
+    """So the seeds of all users of the bank come from the tasks' names."""
+    folder = Path(experiments.__file__).parent
+    calls = {
+        file.relative_to(folder).as_posix(): file.read_text()
+        for file in folder.rglob("*.py")
+    }
+    users = {name for name, text in calls.items() if "training.vectors(" in text}
+    assert users >= {"common/vision/vectors.py", "common/language/t5_glue.py"}
+    for name, text in calls.items():
+        if "fine_tune(" in text or "joint_batches(" in text:
+            assert name == "common/training.py" or "bank." not in text, name

@@ -165,9 +165,9 @@ def folders(tmp_path_factory):
     return root
 
 
-def figure7(folders, tmp_path, out, tasks, **options):
-    """Cosines of two vectors trained for two steps; not a smoke run."""
-    script = importlib.import_module("experiments.tau_jp.figure7_cosine")
+def figure6(folders, tmp_path, out, tasks, **options):
+    """τJp and cosines of two vectors trained for two steps; not a smoke run."""
+    script = importlib.import_module("experiments.tau_jp.figure6_matrices")
     given = dict(steps=2, batch_size=4, workers=0, save_every=0, mesh="data=1")
     return script.main(
         script.Config(
@@ -185,26 +185,28 @@ def test_the_bank_gives_a_vector_again_and_never_one_of_other_data_or_options(
     folders, tmp_path, monkeypatch
 ):
     tasks = {"a": "dots", "b": "lines"}
-    first = figure7(folders, tmp_path, "first", tasks)
+    first = figure6(folders, tmp_path, "first", tasks)
     with monkeypatch.context() as patch:
         patch.setattr(vectors.train, "fine_tune", lambda *_, **__: pytest.fail())
-        assert figure7(folders, tmp_path, "again", tasks) == first
+        assert figure6(folders, tmp_path, "again", tasks) == first
         with pytest.raises(ValueError, match="tasks/a/labels"):
-            figure7(folders, tmp_path, "swapped", {"a": "lines", "b": "dots"})
+            figure6(folders, tmp_path, "swapped", {"a": "lines", "b": "dots"})
         with pytest.raises(ValueError, match="recipe/learning_rate"):
-            figure7(folders, tmp_path, "rate", tasks, learning_rate=1e-4)
+            figure6(folders, tmp_path, "rate", tasks, learning_rate=1e-4)
         with pytest.raises(ValueError, match="every task, control included, once"):
-            figure7(folders, tmp_path, "twice", {"a": "dots", "control": "lines"})
+            figure6(folders, tmp_path, "twice", {"a": "dots", "control": "lines"})
         with pytest.raises(ValueError, match="multiple of 2"):
-            figure7(folders, tmp_path, "parts", tasks, batch_size=5, micro_batches=2)
+            figure6(folders, tmp_path, "parts", tasks, batch_size=5, micro_batches=2)
+    for out in ("swapped", "rate", "twice", "parts"):
+        assert not (tmp_path / out).exists()
     # Without a penalty its weight changes nothing, and the vector is taken.
     with pytest.raises(ValueError, match="tau_jp_cyclic.*(?s:.)*penalty_coef"):
-        figure7(folders, tmp_path, "weight", tasks, penalty_coef=0.5)
+        figure6(folders, tmp_path, "weight", tasks, penalty_coef=0.5)
 
 
 def test_a_vector_does_not_depend_on_what_is_trained_beside_it(folders, tmp_path):
     tasks = {"a": "dots", "b": "lines"}
-    figure7(folders, tmp_path, "together", tasks)
+    figure6(folders, tmp_path, "together", tasks)
     name = str(vision.clip.TINY_CLIP)
     files = [
         bank.vector_file(tmp_path / "bank", name, method, "b")
@@ -213,7 +215,7 @@ def test_a_vector_does_not_depend_on_what_is_trained_beside_it(folders, tmp_path
     together = [hub.load_tree(file)[0] for file in files]
     for file in files:
         file.unlink()  # the other vector is in the bank, and is not trained again
-    figure7(folders, tmp_path, "alone", tasks)
+    figure6(folders, tmp_path, "alone", tasks)
     for file, expected in zip(files, together, strict=True):
         alone = tree.flatten(hub.load_tree(file)[0])
         for path, leaf in tree.flatten(expected).items():
@@ -223,8 +225,8 @@ def test_a_vector_does_not_depend_on_what_is_trained_beside_it(folders, tmp_path
 
 def test_two_scripts_do_not_share_an_output_folder(folders, tmp_path):
     tasks = {"a": "dots", "b": "lines"}
-    figure7(folders, tmp_path, "out", tasks)
-    other = importlib.import_module("experiments.tau_jp.figure6_tau_jp_matrix")
+    figure6(folders, tmp_path, "out", tasks)
+    other = importlib.import_module("experiments.tau_jp.figure4_single_task")
     config = other.Config(out=tmp_path / "out")
-    with pytest.raises(ValueError, match="script: .*figure7_cosine there, .*figure6"):
+    with pytest.raises(ValueError, match="script: .*figure6_matrices there, .*figure4"):
         other.main(config)

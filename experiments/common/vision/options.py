@@ -259,7 +259,8 @@ def image_tasks(options: Options, control: bool) -> list[images.ImageTask]:
     if len(set(names)) < len(names):
         raise ValueError(f"every task, control included, once; got {specs}.")
     found, problems = [], []
-    for spec in tqdm(specs, desc="tasks", unit="task"):
+    # Not in logs, where a mistake is one line.
+    for spec in tqdm(specs, desc="tasks", unit="task", leave=False, disable=None):
         try:
             found.append(image_task(spec, options))
         except (FileNotFoundError, ValueError) as error:
