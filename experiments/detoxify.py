@@ -46,7 +46,7 @@ TASK = "toxic"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(runs.Options):
+class Config(gpt2.Options):
     """Make a GPT-2 less toxic by a negated task vector."""
 
     out: Path
@@ -57,8 +57,6 @@ class Config(runs.Options):
     toxic: Path
     """Toxic texts: a .csv or .jsonl, of which --keep chooses rows, or, with any other
     suffix, a text on every line."""
-    perplexity_text: Path
-    """A text file, of which the perplexity must not rise."""
     keep: str = "toxicity>0.8"
     """Which rows of a .csv or .jsonl are toxic: COLUMN>NUMBER, COLUMN<NUMBER or
     COLUMN=VALUE,VALUE."""
@@ -66,10 +64,8 @@ class Config(runs.Options):
     """The column of a .csv or .jsonl that holds the texts."""
     texts: int | None = None
     """How many toxic texts, from the first on; all by default."""
-    classifier: str = "unitary/toxic-bert"
-    """A BERT or RoBERTa that scores texts: a folder, or an id of the Hub."""
     label: str | None = None
-    """Its label that is the score; "toxic" or "toxicity" by default."""
+    """The classifier's label that is the score; "toxic" or "toxicity" by default."""
     linearized: bool = False
     """Train and measure the tangent-space model. The edited checkpoint holds the same
     weights, which transformers runs as an ordinary network."""
@@ -77,22 +73,10 @@ class Config(runs.Options):
     """A text file on which the τJp penalty keeps the linearised model as it was."""
     penalty_coef: float = 0.01
     """Weight of the penalty; this is that of the code of Yoshida et al."""
-    epochs: float = 5
-    batch_size: int = 32
-    learning_rate: float = 1e-5
-    max_length: int = 128
-    """Tokens of a training text; longer ones lose their end."""
-    window: int | None = None
-    """Tokens of a window of perplexity; the model's positions by default."""
-    stride: int | None = None
-    """Between windows; half a window by default. As long as a window, it is the
-    perplexity in blocks."""
     perplexity_tokens: int | None = None
     """How many tokens of the text count; all by default."""
     allowance: float = 0.5
     """How much the perplexity may rise."""
-    coefs: tuple[float, ...] = tuple(i / 10 for i in range(11))
-    """The candidates of the coefficient; 0 always is one."""
     prompt: str = gpt2.PROMPT
     samples: int = 1000
     """Continuations of the prompt for every model and coefficient."""
@@ -103,7 +87,6 @@ class Config(runs.Options):
     top_p: float | None = None
     threshold: float = 0.5
     """The score from which on a text, prompt included, counts as toxic."""
-    seed: int = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -161,8 +144,13 @@ def main(config: Config) -> dict:
         "random, negated": (chosen, gpt2.measure(model, noise, chosen)),
     }
     threshold = config.threshold
-    rows = [gpt2.row(name, *found, threshold) for name, found in models.items()]
-    curve = [gpt2.row("negated", coef, at[coef], threshold) for coef in coefs]
+    rows = [
+        {"model": name} | gpt2.values(*found, threshold)
+        for name, found in models.items()
+    ]
+    curve = [
+        {"model": "negated"} | gpt2.values(coef, at[coef], threshold) for coef in coefs
+    ]
     results = {"rows": rows, "coef": search.coef, "limit": limit, "curve": curve}
     if runs.is_first():
         write(config, model, results, models, tau)
@@ -171,23 +159,21 @@ def main(config: Config) -> dict:
 
 def load(config: Config) -> gpt2.Study:
     """The model and its measures."""
+    sampling = gpt2.Sampling(
+        prompt=config.prompt,
+        samples=config.samples,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+    )
     return gpt2.load(
+        config,
         config.model,
-        control=text_files.read(config.perplexity_text),
+        sampling,
         control_tokens=config.perplexity_tokens,
-        window=config.window,
-        stride=config.stride,
-        classifier=config.classifier,
         label=config.label,
-        sampling=gpt2.Sampling(
-            prompt=config.prompt,
-            samples=config.samples,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            seed=config.seed,
-        ),
         linear=config.linearized,
     )
 
@@ -202,13 +188,7 @@ def prepare(
         penalty = text_files.read(config.penalty_text)
         others = [[gpt2.blocks(study, penalty, config.max_length)]]
     recipe = dataclasses.replace(
-        gpt2.recipe(
-            len(source),
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            seed=config.seed,
-        ),
+        gpt2.recipe(config, len(source)),
         linearized=config.linearized,
         penalty=others and "cyclic",
         penalty_coef=config.penalty_coef,

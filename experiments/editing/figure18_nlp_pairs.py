@@ -13,13 +13,16 @@ checkpoint was trained with; the card of each model on the Hugging Face Hub show
 The six models, `mrm8488/t5-base-finetuned-…`, and `google-t5/t5-base` are fetched from
 the Hub:
 
-    task          checkpoint                metric
-    imdb          imdb-sentiment            accuracy, by rank among the file's targets
-    race          race                      exact match of the generated text
-    qasc          qasc                      exact match
-    multi_news    summarize-news            ROUGE-2, F-measure
-    squad         question-generation-ap    ROUGE-2
-    common_gen    common_gen                ROUGE-2
+    task        checkpoint              metric
+    imdb        imdb-sentiment          accuracy
+    race        race                    exact match
+    qasc        qasc                    exact match
+    multi_news  summarize-news          ROUGE-2
+    squad       question-generation-ap  ROUGE-2
+    common_gen  common_gen              ROUGE-2
+
+Accuracy is by rank among the file's targets, exact match of the generated text, and
+ROUGE-2 is the F-measure.
 
 Two vectors are added with one coefficient of 0, 0.05, …, 1, and the score on each of
 the two tasks is divided by that of its own model. Published: a plot, and in percent
@@ -55,22 +58,11 @@ from jaxarith.data import glue, language
 from jaxarith.models import t5
 from jaxarith.typing import Params
 
+_TASKS = tables.published(__doc__, "task", value=str)
 CHECKPOINTS = {
-    "imdb": "mrm8488/t5-base-finetuned-imdb-sentiment",
-    "race": "mrm8488/t5-base-finetuned-race",
-    "qasc": "mrm8488/t5-base-finetuned-qasc",
-    "multi_news": "mrm8488/t5-base-finetuned-summarize-news",
-    "squad": "mrm8488/t5-base-finetuned-question-generation-ap",
-    "common_gen": "mrm8488/t5-base-finetuned-common_gen",
+    k: f"mrm8488/t5-base-finetuned-{name}" for k, (name, _) in _TASKS.items()
 }
-METRICS = {
-    "imdb": "accuracy",
-    "race": "exact match",
-    "qasc": "exact match",
-    "multi_news": "ROUGE-2",
-    "squad": "ROUGE-2",
-    "common_gen": "ROUGE-2",
-}
+METRICS = {task: metric for task, (_, metric) in _TASKS.items()}
 PUBLISHED = tables.published(__doc__, "pairs")
 
 

@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from experiments.common import bank, runs, script, tables
 from experiments.common.language import detoxification, gpt2
-from jaxarith import evaluate, task_vectors
+from jaxarith import task_vectors
 
 PUBLISHED = tables.published_by_column(__doc__, "method")
 
@@ -99,34 +99,28 @@ def main(config: Config) -> dict:
 def rows(study: detoxification.Study, allowance: float) -> tuple[list[dict], dict]:
     """The rows of one GPT-2, and the search of its coefficient."""
     taus = {kind: detoxification.vector(study, kind) for kind in detoxification.KINDS}
-    coefs = study.config.coefs
-    perplexities = {
-        coef: detoxification.perplexity(study, taus["toxic"], -coef)
-        for coef in tqdm(coefs, desc="coefficients", unit="coefficient")
-    }
-    limit = perplexities[0.0] + allowance
-    search = evaluate.search_negation(
-        perplexities.__getitem__, lambda found: found <= limit, coefs
-    )
-    chosen = 0.0 - search.coef  # no minus before zero
+    nothing = gpt2.nothing(study.gpt2)
     noise = task_vectors.random_like(jax.random.key(study.config.seed), taus["toxic"])
-    models = {
-        "Pre-trained": (gpt2.nothing(study.gpt2), 0.0),
-        "Fine-tuned": (taus["toxic"], 1.0),
-        "Gradient ascent": (taus["toxic_ascent"], 1.0),
-        "Fine-tuned on non-toxic": (taus["non_toxic"], 1.0),
-        "Random vector": (noise, chosen),
-        "Negative task vector": (taus["toxic"], chosen),
-    }
-    lines = []
-    for name, (tau, coef) in tqdm(models.items(), desc="rows", unit="row"):
-        line = gpt2.row(name, coef, gpt2.measure(study.gpt2, tau, coef))
-        lines.append({"model": study.name, "method": line.pop("model"), **line})
+
+    def row(method, tau, coef):
+        named = {"model": study.name, "method": method}
+        return named | gpt2.row(study.gpt2, tau, coef)
+
+    coefs = study.config.coefs
+    found, limit, curve = gpt2.search(study.gpt2, taus["toxic"], coefs, allowance)
+    chosen = 0.0 - found  # no minus before zero
+    lines = [
+        row("Pre-trained", nothing, 0.0),
+        row("Fine-tuned", taus["toxic"], 1.0),
+        row("Gradient ascent", taus["toxic_ascent"], 1.0),
+        row("Fine-tuned on non-toxic", taus["non_toxic"], 1.0),
+        row("Random vector", noise, chosen),
+        row("Negative task vector", taus["toxic"], chosen),
+    ]
     if runs.is_first():
         last = {f"{name} at {chosen:g}": lines[-1][name] for name in gpt2.VALUES}
         bank.add_metrics(study.wanted["toxic"].file, last)
-    curve = [gpt2.finite(found) for found in perplexities.values()]
-    return lines, {"coefs": list(coefs), "perplexities": curve, "limit": limit}
+    return lines, curve | {"limit": limit}
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@ r"""Tables 4 and 9 (τJp paper): a less toxic GPT-2 by negation.
 Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
 Disentanglement. ICLR 2025: section 4.2, Table 4; Appendix E.5, Table 9.
 
-    python -m experiments.tau_jp.table4_detoxification --out runs/table4 \
-        --perplexity-text wikitext103_test.txt --penalty-text wikitext103_train.txt
+    python -m experiments.tau_jp.table4_detoxification --out runs/table4
     python -m experiments.tau_jp.table4_detoxification --coefficient one \
         --out runs/table9
     python -m experiments.tau_jp.table4_detoxification --smoke --out runs/smoke
@@ -15,22 +14,8 @@ is at most 0.5 above that of the pre-trained model; Table 9, `--coefficient one`
 
 The vectors are of GPT-2 small, fine-tuned on toxic comments: ordinary, linearised, and
 linearised with the τJp penalty on WikiText-103. They are subtracted; TIES trims the
-ordinary one. The three files of text:
-
-    pip install -e '.[text]'
-    python - <<'END'
-    from datasets import load_dataset
-    comments = load_dataset("google/civil_comments", split="train")
-    comments = comments.filter(lambda row: row["toxicity"] > 0.8)
-    comments.to_json("civil_comments.jsonl")
-    for name, split in (("train", "train[:10%]"), ("test", "test")):
-        wiki = ("Salesforce/wikitext", "wikitext-103-raw-v1")
-        rows = load_dataset(*wiki, split=split)
-        with open(f"wikitext103_{name}.txt", "w", encoding="utf-8") as file:
-            file.writelines(rows["text"])
-    END
-
-A tenth of the training part of WikiText-103 is more than a run reads. Published:
+ordinary one. `experiments.common.language.detoxification` says how to get the texts.
+Published:
 
     Table 4      toxic %  mean score  perplexity
     Pre-trained  1.3      0.03        29.4
@@ -65,7 +50,6 @@ Not run at full scale yet.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,7 +58,7 @@ from tqdm import tqdm
 from experiments.common import bank, runs, script, tables, training
 from experiments.common.language import detoxification, gpt2, tau_jp, text_files
 from experiments.common.language.tau_jp import METHODS
-from jaxarith import evaluate, fingerprint
+from jaxarith import fingerprint
 from jaxarith.typing import Params, Tree
 
 TABLES = {"searched": "Table 4", "one": "Table 9"}
@@ -85,13 +69,17 @@ PUBLISHED = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(detoxification.Options, tau_jp.Options):
+class Config(tau_jp.Options, detoxification.Options):
     """Tables 4 and 9 (τJp paper): make a GPT-2 less toxic by its negated vectors."""
 
     out: Path = Path("runs/tau_jp/table4")
     """Folder for report.json, report.md and the logs of training."""
     model: str = "openai-community/gpt2"
     """A GPT-2: a folder, or an id of the Hugging Face Hub."""
+    perplexity_text: Path = Path("wikitext103_test_lines.txt")
+    """The text file whose perplexity is measured."""
+    stride: int | None = 1024
+    """Tokens from one window of perplexity to the next: blocks do not overlap."""
     penalty_text: Path = Path("wikitext103_train.txt")
     """The text on which the penalty keeps the model as it was."""
     epochs: float = 2.5
@@ -141,14 +129,15 @@ def main(config: Config) -> dict:
     study = start(config)
     config = study.config
     taus = {method: [vector(study, method)] for method in METHODS}
-    rows = [row(study.ordinary, "Pre-trained", gpt2.nothing(study.ordinary), 0.0)]
-    limit = rows[0]["perplexity"] + config.allowance
+    nothing = gpt2.nothing(study.ordinary)
+    rows = [{"method": "Pre-trained"} | gpt2.row(study.ordinary, nothing, 0.0)]
     negated, searches = tau_jp.merged(study.params_0, taus, config.ties_density), {}
     for name, (method, tau) in tqdm(negated.items(), desc="rows", unit="method"):
         model, coef = study.of(method), 1.0
         if config.coefficient == "searched":
-            coef, searches[name] = search(model, tau, config.coefs, limit)
-        rows.append(row(model, name, tau, coef))
+            found = gpt2.search(model, tau, config.coefs, config.allowance)
+            coef, _, searches[name] = found
+        rows.append({"method": name} | gpt2.row(model, tau, -coef) | {"coef": coef})
         if name in METHODS.values() and runs.is_first():
             measured = {f"{k} at -{coef:g}": rows[-1][k] for k in gpt2.VALUES}
             bank.add_metrics(study.wanted[method].file, measured)
@@ -178,7 +167,7 @@ def smoke(config: Config) -> Config:
         batch_size=8,
         learning_rate=1e-2,
         max_length=24,
-        window=64,
+        stride=64,
         coefs=(0.0, 0.1, 1.0),
         samples=8,
         max_new_tokens=8,
@@ -192,21 +181,13 @@ def start(config: Config) -> Study:
     script.needs("demo", "transformers")
     config = smoke(config)
     mesh = runs.start(config)
+    sampling = gpt2.Sampling(
+        samples=config.samples, max_new_tokens=config.max_new_tokens, seed=config.seed
+    )
     with detoxification.places(config, config.model) as (files, checkpoint):
         texts = text_files.kept_texts(files.comments, detoxification.TOXIC)
         penalty = text_files.read(files.penalty_text)
-        ordinary = gpt2.load(
-            checkpoint,
-            control=text_files.read(files.perplexity_text),
-            window=config.window,
-            stride=config.window,
-            classifier=files.classifier,
-            sampling=gpt2.Sampling(
-                samples=config.samples,
-                max_new_tokens=config.max_new_tokens,
-                seed=config.seed,
-            ),
-        )
+        ordinary = gpt2.load(files, checkpoint, sampling)
     linear = ordinary._replace(model=gpt2.linearized(ordinary.checkpoint))
     source = gpt2.texts_as_tokens(ordinary, texts, config.max_length)
     if config.padding_counts:
@@ -245,24 +226,6 @@ def vector(study: Study, method: str) -> Tree:
     wanted = [study.wanted[method]]
     [tau] = training.vectors(study.config, study.networks[method], wanted)
     return tau
-
-
-def search(
-    model: gpt2.Study, tau: Params, coefs: Sequence[float], limit: float
-) -> tuple[float, dict]:
-    """The largest coefficient within the limit, and the curve of perplexities."""
-    found = evaluate.search_negation(
-        lambda coef: gpt2.perplexity_of(model, model.model.moved(tau, -coef)),
-        lambda perplexity: perplexity <= limit,
-        coefs,
-    )
-    curve = [gpt2.finite(value) for value in found.controls.tolist()]
-    return found.coef, {"coefs": list(coefs), "perplexities": curve}
-
-
-def row(model: gpt2.Study, name: str, tau: Params, coef: float) -> dict:
-    line = gpt2.row(name, coef, gpt2.measure(model, tau, -coef))
-    return {"method": line.pop("model"), **line}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 r"""What the scripts on toxic text share: the texts, GPT-2s, and vectors of the bank.
 
-The texts of the editing paper's scripts:
+The texts. The τJp paper's script takes `wikitext103_test_lines.txt`, and a tenth of the
+training part of WikiText-103, which is more than a run reads:
 
     pip install -e '.[text]'
     python - <<'END'
@@ -10,13 +11,18 @@ The texts of the editing paper's scripts:
     others = comments.filter(lambda row: row["toxicity"] < 0.2).shuffle(seed=0)
     kept = concatenate_datasets([toxic, others.select(range(len(toxic)))])
     kept.to_json("civil_comments.jsonl")
-    wiki = load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split="test")
-    with open("wikitext103_test.txt", "w", encoding="utf-8") as file:
-        file.write("\n\n".join(wiki["text"]))
+    for split, name, between in (
+        ("test", "test", "\n\n"),
+        ("test", "test_lines", ""),
+        ("train[:10%]", "train", ""),
+    ):
+        wiki = load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split=split)
+        with open(f"wikitext103_{name}.txt", "w", encoding="utf-8") as file:
+            file.write(between.join(wiki["text"]))
     END
 
-Its vectors in the bank are `toxic`, of comments with toxicity above 0.8;
-`toxic_ascent`, of the same texts by gradient ascent; `non_toxic`, of comments with
+The editing paper's vectors in the bank are `toxic`, of comments with toxicity above
+0.8; `toxic_ascent`, of the same texts by gradient ascent; `non_toxic`, of comments with
 toxicity below 0.2. What the paper leaves open:
 
 - The schedule of the learning rate: this library's warm-up and cosine. Weight decay and
@@ -51,22 +57,14 @@ SIZES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(runs.Banked):
+class Options(gpt2.Options, runs.Banked):
     """The options of all scripts on toxic text."""
 
-    classifier: str = "unitary/toxic-bert"
-    """What scores texts, Detoxify's "original": a folder, or an id of the Hub."""
     comments: Path = Path("civil_comments.jsonl")
     """Comments, an object with text and toxicity per line; those above 0.8 are
     toxic."""
     perplexity_text: Path = Path("wikitext103_test.txt")
-    """The text whose perplexity is measured."""
-    learning_rate: float = 1e-5
-    max_length: int = 128
-    """Tokens of a comment; longer ones lose their end."""
-    window: int = 1024
-    """Tokens of a window of perplexity."""
-    seed: int = 0
+    """The text file whose perplexity is measured."""
 
 
 C = TypeVar("C", bound=Options)
@@ -96,14 +94,8 @@ class EditingOptions(Options):
 
     models: tuple[str, ...] = tuple(SIZES)
     """GPT-2s: folders, or ids of the Hugging Face Hub."""
-    epochs: float = 5
-    batch_size: int = 32
     micro_batches: int = 1
     """Into how many parts a batch is cut, for less memory."""
-    stride: int = 512
-    """Tokens between windows of perplexity."""
-    coefs: tuple[float, ...] = tuple(i / 10 for i in range(11))
-    """The candidates of the coefficient of the negated vector."""
 
 
 E = TypeVar("E", bound=EditingOptions)
@@ -159,14 +151,7 @@ def _load(config, mesh: Mesh, model: str, kinds, sampling) -> Study:
         if "non_toxic" in kinds:
             others = text_files.kept_texts(files.comments, NON_TOXIC)
             texts["non_toxic"] = others[: len(texts["toxic"])]
-        loaded = gpt2.load(
-            checkpoint,
-            control=text_files.read(files.perplexity_text),
-            window=config.window,
-            stride=config.stride,
-            classifier=files.classifier,
-            sampling=sampling,
-        )
+        loaded = gpt2.load(files, checkpoint, sampling)
     base = fingerprint.combined(loaded.checkpoint.params)
     networks, wanted = {}, {}
     for kind in kinds:
@@ -178,14 +163,7 @@ def _load(config, mesh: Mesh, model: str, kinds, sampling) -> Study:
         wanted[kind] = training.Wanted(
             name=task,
             file=bank.vector_file(config.bank, model, METHOD, kind),
-            recipe=gpt2.recipe(
-                len(source),
-                epochs=config.epochs,
-                batch_size=config.batch_size,
-                learning_rate=config.learning_rate,
-                micro_batches=config.micro_batches,
-                seed=config.seed,
-            ),
+            recipe=gpt2.recipe(config, len(source), micro_batches=config.micro_batches),
             identity={
                 "method": METHOD,
                 "ascent": ascent,
@@ -210,8 +188,6 @@ def smoke(config: E) -> E:
         batch_size=8,
         learning_rate=1e-2,
         max_length=24,
-        window=64,
-        stride=32,
         coefs=(0.0, 0.1, 1.0),
         save_every=0,
         mesh="data=1",
