@@ -165,7 +165,7 @@ def sweep(
     params_0, taus = sharding.put((params_0, tuple(taus)), whole)
     # Few programs serve sweeps of all lengths: each has room for eight points on every
     # device, and a longer sweep is several calls.
-    parts = np.array_split(coefs, -(-len(coefs) // (_ROOM * mesh.size)))
+    parts = np.array_split(points, -(-len(points) // (_ROOM * mesh.size)))
     placed = [_placed(part, mesh) for part in parts]
     rows = []
     for batch in batches:
