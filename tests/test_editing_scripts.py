@@ -29,12 +29,11 @@ TABLES = {  # and which fields of a row are a key of PUBLISHED
 FIGURES = (
     "figure2_subsets",
     "figure5_cosine",
-    "figure6_learning_rates",
+    "figure6_variations",
     "figure7_during_training",
     "figure8_ensembles",
     "figure9_forgetting_curves",
     "figure12_more_tasks",
-    "figure14_seeds",
     "figure17_imagenet",
 )
 

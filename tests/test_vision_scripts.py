@@ -226,7 +226,7 @@ def test_a_vector_does_not_depend_on_what_is_trained_beside_it(folders, tmp_path
 def test_two_scripts_do_not_share_an_output_folder(folders, tmp_path):
     tasks = {"a": "dots", "b": "lines"}
     figure6(folders, tmp_path, "out", tasks)
-    other = importlib.import_module("experiments.tau_jp.figure4_single_task")
+    other = importlib.import_module("experiments.tau_jp.figure4_per_task")
     config = other.Config(out=tmp_path / "out")
     with pytest.raises(ValueError, match="script: .*figure6_matrices there, .*figure4"):
         other.main(config)

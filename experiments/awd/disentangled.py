@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from experiments.common.vision import options, scores
 from jaxarith import merge, task_vectors, tree
@@ -110,44 +109,11 @@ def searched(
     vectors = list(candidates.values())
     units = np.eye(len(vectors))
     rows = np.concatenate([np.outer(coefs, unit) for unit in units])
-    curves = on_all(setup, vectors, "validation", rows).mean(axis=1)
+    curves = scores.on_all(setup, vectors, "validation", rows).mean(axis=1)
     best = int(np.argmax(curves))
     index, coef = best // len(coefs), float(coefs[best % len(coefs)])
-    test = on_all(setup, vectors[index : index + 1], "test", [[coef]])[0]
+    test = scores.on_all(setup, vectors[index : index + 1], "test", [[coef]])[0]
     return Chosen(list(candidates)[index], coef, float(curves[best]), test)
-
-
-def on_all(setup: options.Setup, taus, split: str, rows) -> np.ndarray:
-    """Accuracies of the network on every task at each of n rows of coefficients.
-
-    Args:
-      setup: the model and the tasks.
-      taus: vectors.
-      split: "validation" or "test".
-      rows: `[n, len(taus)]`.
-
-    Returns:
-      `[n, T]`.
-    """
-    progress = tqdm(setup.tasks, desc=f"merges, {split}", unit="task", leave=False)
-    found = [
-        scores.accuracies(setup, taus, getattr(task, split), False, rows)
-        for task in progress
-    ]
-    return np.array(found).T
-
-
-def own_accuracies(
-    setup: options.Setup, taus, split: str, coefs: Sequence[float] = (1.0,)
-) -> np.ndarray:
-    """Accuracy of θ0 + λ τ_i on its own task, `[len(coefs), T]`."""
-    rows = [[coef] for coef in coefs]
-    progress = tqdm(setup.tasks, desc=f"own tasks, {split}", unit="task", leave=False)
-    found = [
-        scores.accuracies(setup, [tau], getattr(task, split), False, rows)
-        for task, tau in zip(progress, taus, strict=True)
-    ]
-    return np.array(found).T
 
 
 def mean_cosine(taus: Taus) -> float:

@@ -40,20 +40,19 @@ class Config(options.Models):
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
     config = options.started(config)
     coefs = list(map(float, scores.coefs_of(config, COEFS)))
     rows, curves = [], []
     for setup in options.setups(config, config.models, control=False):
         taus = vectors.vectors(setup, "nonlinear")
-        curve = 100 * disentangled.own_accuracies(setup, taus, "test", coefs)
+        curve = 100 * scores.on_own(setup, taus, "test", coefs)
         parts = disentangled.linear_weights(taus)
         found = {
             "fine-tuned": curve[-1] / 100,
-            "linear weights": disentangled.own_accuracies(setup, parts, "test")[0],
+            "linear weights": scores.on_own(setup, parts, "test")[0],
         }
         parts = disentangled.disentangled(setup, taus, alpha=config.alpha)
-        own = disentangled.own_accuracies(setup, parts, "test")[0]
+        own = scores.on_own(setup, parts, "test")[0]
         found["reconstructed by AWD"] = own
         groups = {name: (100 * own).tolist() for name, own in found.items()}
         for name, own in groups.items():

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from experiments.awd import disentangled
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, vectors
+from experiments.common.vision import options, scores, vectors
 from jaxarith import plots, task_vectors
 
 ALPHAS = np.logspace(-6, 0, 13)
@@ -52,7 +52,7 @@ def sweep(setup: options.Setup, taus, coef: float) -> list[dict]:
         cosines.append(disentangled.mean_cosine(parts))
         sums.append(task_vectors.add(parts))
     rows = coef * np.eye(len(sums))
-    means = 100 * disentangled.on_all(setup, sums, "test", rows).mean(axis=1)
+    means = 100 * scores.on_all(setup, sums, "test", rows).mean(axis=1)
     return [
         {
             "model": setup.title,
@@ -67,7 +67,6 @@ def sweep(setup: options.Setup, taus, coef: float) -> list[dict]:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
     config = options.started(config)
     matrices, rows = [], []
     for setup in options.setups(config, config.models, control=False):

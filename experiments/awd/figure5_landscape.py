@@ -78,7 +78,6 @@ def joint_loss(
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
     config = options.smoke(config)
     if config.smoke:
         config = dataclasses.replace(config, pairs=("mnist,uci_digits",), points=3)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from experiments.awd import disentangled
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, vectors
+from experiments.common.vision import options, scores, vectors
 from jaxarith import task_vectors
 
 # By the tasks that are unseen, those that are seen, in the order of the paper.
@@ -87,7 +87,7 @@ def rows_of(setup: options.Setup, split: str) -> list[dict]:
     for method, sums in candidates.items():
         found = disentangled.searched(seen, sums, disentangled.coefs(setup.options))
         merged = [sums[found.name]]
-        other = disentangled.on_all(others, merged, "test", [[found.coef]])[0]
+        other = scores.on_all(others, merged, "test", [[found.coef]])[0]
         row = {"unseen": split, "method": method}
         for part, group, values in (
             ("seen", names, found.test),
@@ -103,7 +103,6 @@ def rows_of(setup: options.Setup, split: str) -> list[dict]:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs the table; returns what `report.json` holds."""
     config = options.smoke(config)
     if config.smoke:
         config = dataclasses.replace(config, unseen=config.tasks[-1:])

@@ -100,12 +100,8 @@ def rows_of(setup: options.Setup) -> list[dict]:
     config, rows = setup.options, []
 
     def add(method, accuracies, **found):
-        per_task = {
-            name: 100 * float(value)
-            for name, value in zip(setup.names, accuracies, strict=True)
-        }
-        mean = options.means(accuracies)
-        row = {"model": setup.title, "method": method, **per_task, "mean": mean}
+        row = {"model": setup.title, "method": method, **setup.by_task(accuracies)}
+        row["mean"] = options.means(accuracies)
         rows.append(row | {"coef": None, "alpha": None} | found)
 
     def add_searched(method, candidates, coefs):
@@ -114,20 +110,15 @@ def rows_of(setup: options.Setup) -> list[dict]:
         return found
 
     def add_fitted(method, tau):
-        add(method, disentangled.on_all(setup, [tau], "test", [[1.0]])[0])
+        add(method, scores.on_all(setup, [tau], "test", [[1.0]])[0])
 
     def difference(operator, **given):
         merged = operator(setup.params_0, taus, **given)
         return task_vectors.difference(merged, setup.params_0)
 
-    single = np.array(
-        [
-            scores.accuracies(setup, [tau], task.test, False, [[0.0], [1.0]])
-            for task, tau in zip(setup.tasks, taus, strict=True)
-        ]
-    )
-    add("Pretrained", single[:, 0])
-    add("Individual", single[:, 1])
+    pretrained, single = scores.on_own(setup, taus, "test", (0.0, 1.0))
+    add("Pretrained", pretrained)
+    add("Individual", single)
     add("Traditional MTL", scores.joint_accuracies(setup))
     add_fitted("Weight Averaging", difference(merge.average))
     add_fitted("Fisher Merging", fitted.fisher(setup, taus))
@@ -184,7 +175,6 @@ def surgery(setup: options.Setup, taus, total, coef: float) -> np.ndarray:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs the tables; returns what `report.json` holds."""
     config = options.started(config)
     rows, shown = [], {}
     for setup in options.setups(config, config.models, control=False):

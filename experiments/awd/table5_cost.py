@@ -115,7 +115,6 @@ def measured(shape, solver: str, config: Config) -> dict:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs the table; returns what `report.json` holds."""
     if config.smoke:
         config = dataclasses.replace(config, steps=3, mesh="data=1")
     runs.start(config)

@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 from experiments.awd import disentangled
 from experiments.common import script, tables
-from experiments.common.vision import options, vectors
+from experiments.common.vision import options, scores, vectors
 from jaxarith import task_vectors
 
 OURS, REVERSED = "increased orthogonality", "decreased orthogonality"
@@ -79,12 +79,8 @@ def rows_of(setup: options.Setup) -> list[dict]:
     coefs = disentangled.coefs(setup.options)
 
     def add(objective, method, accuracies, parts=None, **found):
-        per_task = {
-            name: 100 * float(value)
-            for name, value in zip(setup.names, accuracies, strict=True)
-        }
         row = {"model": setup.title, "objective": objective, "method": method}
-        row |= per_task | {"mean": options.means(accuracies)}
+        row |= setup.by_task(accuracies) | {"mean": options.means(accuracies)}
         row["cosine"] = None if parts is None else disentangled.mean_cosine(parts)
         rows.append(row | {"coef": None, "alpha": None} | found)
 
@@ -92,7 +88,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
     def vectors_at(alpha, objective):
         return disentangled.disentangled(setup, taus, alpha=alpha, objective=objective)
 
-    zero_shot, single = disentangled.own_accuracies(setup, taus, "test", (0.0, 1.0))
+    zero_shot, single = scores.on_own(setup, taus, "test", (0.0, 1.0))
     add("", "Pretrained", zero_shot)
     add("", "Individual", single, disentangled.linear_weights(taus))
     total = {"": task_vectors.add(taus)}
@@ -106,30 +102,27 @@ def rows_of(setup: options.Setup) -> list[dict]:
     found = disentangled.searched(setup, sums, coefs)
     alpha = float(found.name)
     own = vectors_at(alpha, "reduce")
-    single = disentangled.own_accuracies(setup, own, "test")[0]
+    single = scores.on_own(setup, own, "test")[0]
     add(OURS, "Individual Reconstructed", single, own, alpha=alpha)
     given = {"coef": found.coef, "alpha": alpha}
     add(OURS, "AWD Task Arithmetic", found.test, **given)
 
     kept = {
-        alpha: disentangled.own_accuracies(
-            setup, vectors_at(alpha, "reverse"), "validation"
-        ).mean()
+        alpha: scores.on_own(setup, vectors_at(alpha, "reverse"), "validation").mean()
         for alpha in tqdm(alphas, desc="AWD, reversed", unit="α")
     }
     alpha = max(kept, key=kept.__getitem__)  # of equals the first, the largest α
     own = vectors_at(alpha, "reverse")
-    single = disentangled.own_accuracies(setup, own, "test")[0]
+    single = scores.on_own(setup, own, "test")[0]
     add(REVERSED, "Individual Reconstructed", single, own, alpha=alpha)
     total, coef = task_vectors.add(own), found.coef
-    merged = disentangled.on_all(setup, [total], "test", [[coef]])[0]
+    merged = scores.on_all(setup, [total], "test", [[coef]])[0]
     add(REVERSED, "AWD Task Arithmetic", merged, coef=coef, alpha=alpha)
     return rows
 
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs the tables; returns what `report.json` holds."""
     config = options.started(config)
     rows, shown = [], {}
     for setup in options.setups(config, config.models, control=False):

@@ -82,7 +82,6 @@ def smoothness(
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
     config = options.smoke(config)
     if config.smoke:
         config = dataclasses.replace(config, targets=config.tasks[:2], iterations=3)

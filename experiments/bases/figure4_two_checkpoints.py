@@ -89,7 +89,6 @@ def blocks(cosines: np.ndarray) -> dict[str, float]:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
     config = options.started(config)
     found = two_models.setups(config)
     names = two_models.titles(found)

@@ -113,7 +113,6 @@ def published(name: str, setup: options.Setup) -> str | None:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
     config = options.smoke(config)
     if len(config.tasks) < 3:
         raise ValueError(f"{len(config.tasks)} tasks; at least 3 have an eigengap.")

@@ -29,7 +29,6 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from experiments.bases import two_models
 from experiments.common import script, tables
@@ -71,11 +70,8 @@ def cells(setup: options.Setup, own, other, apart) -> dict[str, list[dict]]:
     grid = (coefs[:, None, None] * rows).reshape(-1, 3)
 
     def accuracies(split, rows):
-        found = [
-            scores.accuracies(setup, taus, getattr(task, split), False, rows)
-            for task in tqdm(setup.tasks, desc=f"mixing, {split}", unit="task")
-        ]
-        return 100 * np.mean(found, axis=0)
+        found = scores.on_all(setup, taus, split, rows)
+        return 100 * found.mean(axis=1)
 
     curves = accuracies("validation", grid).reshape(len(coefs), -1)
     best = coefs[curves.argmax(axis=0)]
@@ -88,7 +84,6 @@ def cells(setup: options.Setup, own, other, apart) -> dict[str, list[dict]]:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs the table; returns what `report.json` holds."""
     config = options.started(config)
     found = two_models.setups(config)
     one, two = (vectors.vectors(setup, "nonlinear") for setup in found)

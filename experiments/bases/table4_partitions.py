@@ -166,11 +166,8 @@ def evaluated(
     setup: options.Setup, taus: Taus, linearized: bool, coefs, split: str
 ) -> np.ndarray:
     """Mean accuracy in percent at each of n sets of coefficients, `[n]`."""
-    found = [
-        scores.accuracies(setup, taus, getattr(task, split), linearized, coefs)
-        for task in tqdm(setup.tasks, desc=f"bases addition, {split}", unit="task")
-    ]
-    return 100 * np.mean(found, axis=0)
+    found = scores.on_all(setup, taus, split, coefs, linearized=linearized)
+    return 100 * found.mean(axis=1)
 
 
 def added(
@@ -322,7 +319,6 @@ def summary(
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs the tables; returns what `report.json` holds."""
     config = options.smoke(config)
     names = partitions.names_of(config)
     if len(names) < 2:

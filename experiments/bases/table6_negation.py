@@ -108,7 +108,6 @@ def rows_of(setup: options.Setup, config: Config) -> list[dict]:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs the table; returns what `report.json` holds."""
     config = options.smoke(config)
     if config.smoke:
         config = dataclasses.replace(config, inner=("MTL", "Tangent", "Mean"))

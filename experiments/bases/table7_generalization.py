@@ -129,7 +129,6 @@ def row_of(
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs the tables; returns what `report.json` holds."""
     config = options.smoke(config)
     if config.smoke:
         config = dataclasses.replace(

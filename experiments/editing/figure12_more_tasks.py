@@ -71,7 +71,6 @@ def rows_of(setup: options.Setup) -> list[dict]:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
     config = options.smoke(config)
     if config.smoke:  # persons are a task like every other
         config = dataclasses.replace(

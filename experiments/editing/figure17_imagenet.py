@@ -50,7 +50,6 @@ def large_vector(setup: options.Setup, epochs: int) -> Tree:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
     config = options.started(config)
     setup = options.load(config, config.model)
     large = large_vector(setup, config.epochs)

@@ -185,7 +185,6 @@ def draw(setup: options.Setup, config: Config, rows: list[dict], curves: np.ndar
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
     config = options.smoke(config)
     if len(config.tasks) < 2:
         raise ValueError(f"pairs need two tasks; --tasks names {config.tasks}.")

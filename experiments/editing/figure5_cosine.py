@@ -31,7 +31,6 @@ class Config(options.OneModel):
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
     config = options.started(config)
     setup = options.load(config, config.model, control=False)
     taus = vectors.vectors(setup, "nonlinear")

@@ -74,7 +74,6 @@ def check_steps(steps: list[int], snapshots: int):
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
     config = options.smoke(config)
     if config.smoke:
         config = dataclasses.replace(config, tasks=config.tasks[:2], snapshots=1)

@@ -62,7 +62,6 @@ def accuracies(setup: options.Setup) -> tuple[np.ndarray, np.ndarray]:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
     config = options.smoke(config)
     if len(config.tasks) < 2:
         raise ValueError(f"pairs need two tasks; --tasks names {config.tasks}.")

@@ -164,7 +164,6 @@ def rows_of(setup: options.Setup, config: Config) -> list[dict]:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs the table; returns what `report.json` holds."""
     config = options.smoke(config)
     if config.smoke:  # four digits, of which there must be some in every split
         config = dataclasses.replace(

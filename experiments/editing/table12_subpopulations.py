@@ -203,7 +203,6 @@ def results_of(setup: options.Setup, config: Config) -> tuple[list[dict], list[d
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
     config = options.smoke(config)
     if config.smoke:  # digits in two styles
         config = dataclasses.replace(

@@ -112,7 +112,6 @@ def rows_of(setup: options.Setup) -> list[dict]:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs the tables; returns what `report.json` holds."""
     config = options.started(config)
     rows = [
         row for setup in options.setups(config, config.models) for row in rows_of(setup)

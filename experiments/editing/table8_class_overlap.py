@@ -162,7 +162,6 @@ def rows_of(setup: options.Setup, excluded: Mapping[str, set[int]]) -> list[dict
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs the table; returns what `report.json` holds."""
     config = options.smoke(config)
     if config.smoke:
         config = dataclasses.replace(config, tasks=config.tasks[:2])

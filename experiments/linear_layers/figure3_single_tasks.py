@@ -37,7 +37,6 @@ class Config(options.Models):
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Makes the figures; returns what `report.json` holds."""
     config = options.started(config)
     rows = []
     for setup in options.setups(config, config.models, control=False):

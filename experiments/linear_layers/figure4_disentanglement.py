@@ -83,7 +83,6 @@ def rows_of(maps: dict[str, np.ndarray], coefs: np.ndarray) -> list[dict]:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Makes the figure; returns what `report.json` holds."""
     config = dataclasses.replace(config, tasks=config.tasks or PAIRS[config.figure])
     if len(config.tasks) != 2:
         raise ValueError(f"ξ compares two tasks; --tasks names {list(config.tasks)}.")

@@ -36,7 +36,6 @@ class Config(options.OneModel):
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Makes the figure; returns what `report.json` holds."""
     config = options.started(config)
     setup = options.load(config, config.model, control=False)
     cosines = {

@@ -69,7 +69,6 @@ def row(setup, label, accuracies, means) -> dict:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs the table; returns what `report.json` holds."""
     config = options.started(config)
     rows = [
         row

@@ -71,7 +71,6 @@ def at_even_ranks(order: list, count: int) -> list:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
     config = options.smoke(config)
     if config.smoke:
         config = dataclasses.replace(config, columns=2, grid_samples=48)

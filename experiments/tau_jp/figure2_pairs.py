@@ -60,7 +60,6 @@ def points_of(setup: options.Setup, method: vectors.Method, coefs) -> list[dict]
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
     config = options.started(config)
     coefs = scores.coefs_of(config, scores.COEFS)
     points = []

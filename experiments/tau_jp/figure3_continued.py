@@ -73,7 +73,6 @@ def continued(setup: options.Setup, config: Config) -> dict[int, list]:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
     config = options.smoke(config)
     if config.smoke:
         config = dataclasses.replace(

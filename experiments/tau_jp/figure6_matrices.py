@@ -48,7 +48,6 @@ def row_of(setup: options.Setup, lengths: pairs.TauJp, cosines: np.ndarray) -> d
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
     config = options.started(config)
     matrices, rows = [], []
     for setup in options.setups(config, config.models):

@@ -34,8 +34,6 @@ code of the authors' group does.
 import dataclasses
 from pathlib import Path
 
-import numpy as np
-
 from experiments.common import script, tables
 from experiments.common.vision import fitted, options, scores, vectors
 from jaxarith import merge, task_vectors
@@ -46,17 +44,6 @@ PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
     out: Path = Path("runs/tau_jp/table1")
-
-
-def adamerging(setup: options.Setup, taus) -> np.ndarray:
-    """Test accuracies with layer-wise coefficients that adapt to test images."""
-    tau = fitted.adamerging(setup, taus)
-    return np.array(
-        [
-            scores.accuracies(setup, [tau], task.test, False, [[1.0]])[0]
-            for task in setup.tasks
-        ]
-    )
 
 
 def rows_of(setup: options.Setup) -> list[dict]:
@@ -77,7 +64,8 @@ def rows_of(setup: options.Setup) -> list[dict]:
         ),
     }
     together = scores.joint_accuracies(setup)
-    adapted = adamerging(setup, nonlinear)
+    tau = fitted.adamerging(setup, nonlinear)
+    adapted = scores.on_all(setup, [tau], "test", [[1.0]])[0]
 
     def row(method, coef, accuracies, normalized=True):
         norm = scores.normalized(accuracies, ordinary.single)
@@ -109,7 +97,6 @@ def rows_of(setup: options.Setup) -> list[dict]:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs the table; returns what `report.json` holds."""
     config = options.started(config)
     rows = [
         row for setup in options.setups(config, config.models) for row in rows_of(setup)

@@ -112,7 +112,6 @@ def timed(setup: options.Setup, repetitions: int) -> list[dict]:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs the table; returns what `report.json` holds."""
     config = options.started(config)
     setup = options.load(config, config.model)
     rows = scores.linearized_rows(setup, METHODS)

@@ -49,7 +49,6 @@ def accuracy_of(setup: options.Setup, method: vectors.Method) -> float:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs the table; returns what `report.json` holds."""
     config = options.started(config)
     rows = []
     for setup in options.setups(config, config.models):

@@ -202,6 +202,13 @@ class Setup(NamedTuple):
     def names(self) -> list[str]:
         return [task.name for task in self.tasks]
 
+    def by_task(self, accuracies: Numbers) -> dict[str, float]:
+        """Accuracies `[T]` in percent by the names of the tasks."""
+        return {
+            name: 100 * float(value)
+            for name, value in zip(self.names, accuracies, strict=True)
+        }
+
     @property
     def titles(self) -> list[str]:
         return [task.title for task in self.tasks]

@@ -81,6 +81,50 @@ def accuracies(setup, taus, dataset, linearized, coefs) -> np.ndarray:
     return np.array([dataset.accuracy(x) for part in progress for x in at(part)])
 
 
+def on_all(
+    setup: options.Setup, taus: Taus, split: str, rows, *, linearized: bool = False
+) -> np.ndarray:
+    """Accuracies on every task at each of n rows of coefficients, `[n, T]`.
+
+    Args:
+      setup: the model and the T tasks.
+      taus: K vectors, which are added.
+      split: "validation" or "test".
+      rows: coefficients `[n, K]`.
+      linearized: whether the vectors belong to the tangent-space model.
+    """
+    progress = tqdm(setup.tasks, desc=f"all tasks, {split}", unit="task", leave=False)
+    found = [
+        accuracies(setup, taus, getattr(task, split), linearized, rows)
+        for task in progress
+    ]
+    return np.array(found).T
+
+
+def on_own(
+    setup: options.Setup,
+    taus: Taus,
+    split: str,
+    coefs: Numbers = (1.0,),
+    *,
+    linearized: bool = False,
+) -> np.ndarray:
+    """Accuracies of every vector alone on its own task, `[n, T]`.
+
+    Args:
+      setup, split, linearized: as for `on_all`.
+      taus: a vector of every task.
+      coefs: n coefficients.
+    """
+    rows = [[coef] for coef in coefs]
+    progress = tqdm(setup.tasks, desc=f"own tasks, {split}", unit="task", leave=False)
+    found = [
+        accuracies(setup, [tau], getattr(task, split), linearized, rows)
+        for task, tau in zip(progress, taus, strict=True)
+    ]
+    return np.array(found).T
+
+
 def addition(
     setup: options.Setup,
     taus: Taus,
@@ -145,20 +189,12 @@ def single_accuracies(setup: options.Setup, method: vectors.Method) -> np.ndarra
     """Test accuracy before and after fine-tuning on one task, in percent: `[2, T]`."""
     taus = vectors.vectors(setup, method)
     linearized = vectors.is_linearized(method)
-    progress = tqdm(setup.tasks, desc=f"single models, {method}", unit="task")
-    found = [
-        accuracies(setup, [tau], task.test, linearized, [[0.0], [1.0]])
-        for task, tau in zip(progress, taus, strict=True)
-    ]
-    return 100 * np.array(found).T
+    return 100 * on_own(setup, taus, "test", (0.0, 1.0), linearized=linearized)
 
 
 def joint_accuracies(setup: options.Setup) -> np.ndarray:
     """Test accuracies of the model of multi-task learning, `[T]`."""
-    [tau] = vectors.vectors(setup, "multi_task")
-    return np.array(
-        [accuracies(setup, [tau], task.test, False, [[1.0]])[0] for task in setup.tasks]
-    )
+    return on_all(setup, vectors.vectors(setup, "multi_task"), "test", [[1.0]])[0]
 
 
 class Negation(NamedTuple):

@@ -11,7 +11,7 @@ from jaxarith import hub, tree
 from jaxarith.data import images
 from jaxarith.models import clip, heads
 
-_BATCH = 64  # images that are evaluated at a time
+_BATCH = 128  # images that are evaluated at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
