@@ -41,6 +41,15 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error:::(jaxarith|test_|oracles)")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items):
+    lines = Path(__file__).with_name("slow.txt").read_text().splitlines()
+    slow = {line for line in lines if not line.startswith("#")}
+    for item in items:
+        if slow & {item.nodeid, item.nodeid.partition("[")[0]}:
+            item.add_marker("slow")
+
+
 def pytest_unconfigure(config):
     if _OWN_CACHE is not None:
         shutil.rmtree(_OWN_CACHE, ignore_errors=True)
