@@ -17,7 +17,6 @@ and ViT-L/14.
 """
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 
@@ -31,7 +30,6 @@ COEFS = np.linspace(0, 1, 11)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    out: Path = Path("runs/awd/figure2")
     models: tuple[str, ...] = (options.B32, options.L14)
     tasks: tuple[str, ...] = disentangled.TASKS
     alpha: float = 1e-4

@@ -31,7 +31,6 @@ subsets that share tasks are not.
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from scipy import stats
@@ -78,7 +77,6 @@ mnist gtsrb dtd resisc45 svhn sun397
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    out: Path = Path("runs/awd/figure3")
     tasks: tuple[str, ...] = disentangled.TASKS
 
 

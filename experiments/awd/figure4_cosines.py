@@ -18,7 +18,6 @@ the linear weights of the blocks, before and after.
 """
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -33,7 +32,6 @@ ALPHAS = np.logspace(-6, 0, 13)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    out: Path = Path("runs/awd/figure4")
     models: tuple[str, ...] = (options.B32, options.L14)
     tasks: tuple[str, ...] = disentangled.TASKS
     alpha: float = 1e-4

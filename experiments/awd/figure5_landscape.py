@@ -16,7 +16,6 @@ the samples are not stated; here they are 21 × 21 on [-0.5, 1.5]² and 2048 of 
 """
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import optax
@@ -34,7 +33,6 @@ PAIRS = ("resisc45,cars", "sun397,dtd")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    out: Path = Path("runs/awd/figure5")
     tasks: tuple[str, ...] = disentangled.TASKS
     pairs: tuple[str, ...] = PAIRS
     """Pairs of the tasks, with a comma between them."""

@@ -24,7 +24,6 @@ the second split AWD's 76.7 on DTD is at odds with the mean 81.1, which implies 
 """
 
 import dataclasses
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -47,7 +46,6 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    out: Path = Path("runs/awd/table10")
     model: str = options.B16
     tasks: tuple[str, ...] = disentangled.TASKS
     unseen: tuple[str, ...] = tuple(SEEN)

@@ -72,7 +72,6 @@ Arithmetic here. Nor does it say which of its two starts, 0.3 or 0.4: here 0.3.
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -90,7 +89,6 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    out: Path = Path("runs/awd/table1")
     tasks: tuple[str, ...] = disentangled.TASKS
 
 

@@ -26,7 +26,6 @@ program: its arguments (the vectors and the model), results and temporaries.
 
 import dataclasses
 import time
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -44,7 +43,6 @@ SMOKE = (2, 16, 32)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(runs.Options):
-    out: Path = Path("runs/awd/table5")
     models: tuple[Literal["ViT-B-32", "ViT-L-14"], ...] = ("ViT-B-32", "ViT-L-14")
     """Whose shapes."""
     solvers: tuple[Literal["gradient_descent", "adam"], ...] = (

@@ -41,7 +41,6 @@ of AWD, so that the objective is all that differs.
 """
 
 import dataclasses
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -67,7 +66,6 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    out: Path = Path("runs/awd/table6")
     models: tuple[str, ...] = (options.B32, options.L14)
     tasks: tuple[str, ...] = disentangled.TASKS
 

@@ -21,7 +21,6 @@ that of the iterations. `residual` says how far the iteration has come.
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -38,7 +37,6 @@ from jaxarith.typing import Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(two_models.Options):
-    out: Path = Path("runs/bases/figure3")
     targets: tuple[str, str] = ("mnist", "dtd")
     """The tasks whose loss is measured, in Figure 3 and in Figure 6."""
     share: float = 0.5

@@ -34,7 +34,6 @@ Beyond training it takes seconds.
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -50,7 +49,6 @@ PUBLISHED = tables.published_by_column(__doc__, "task")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(two_models.Options):
-    out: Path = Path("runs/bases/figure4")
     tasks: tuple[str, ...] = _TASKS
 
 

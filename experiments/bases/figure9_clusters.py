@@ -30,7 +30,6 @@ the number that the eigengap gives.
 
 import dataclasses
 import math
-from pathlib import Path
 
 import numpy as np
 
@@ -47,7 +46,6 @@ PUBLISHED = tables.published(__doc__, "vectors", value=str.split)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    out: Path = Path("runs/bases/figure9")
     model: str = partitions.LAION_B32
 
 

@@ -25,9 +25,6 @@ The sum of the eight vectors has one coefficient of 0, 0.05, …, 1, with the be
 accuracy on validation data, for every cell; the paper does not state how it is chosen.
 """
 
-import dataclasses
-from pathlib import Path
-
 import numpy as np
 
 from experiments.bases import two_models
@@ -38,9 +35,7 @@ from jaxarith import task_vectors
 PUBLISHED = tables.published(__doc__, "vectors")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(two_models.Options):
-    out: Path = Path("runs/bases/table2")
+class Config(two_models.Options): ...
 
 
 def cells(setup: options.Setup, own, other, apart) -> dict[str, list[dict]]:

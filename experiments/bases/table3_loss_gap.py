@@ -25,7 +25,6 @@ and ε = 0.2, constants that it calls reasonable and does not measure.
 """
 
 import dataclasses
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -40,7 +39,6 @@ PUBLISHED = tables.published(__doc__, "task")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    out: Path = Path("runs/bases/table3")
     model: str = options.B16
     tasks: tuple[str, ...] = tuple(PUBLISHED)
 

@@ -109,7 +109,6 @@ Tables 4, 10 and 11 are of the first model.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -146,7 +145,6 @@ CAPTIONS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    out: Path = Path("runs/bases/table4")
     models: tuple[str, ...] = (
         *(partitions.LAION_B32, partitions.LAION_B16, partitions.LAION_L14),
     )

@@ -36,7 +36,6 @@ no range.
 """
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 
@@ -50,7 +49,6 @@ PUBLISHED = tables.published(__doc__, "inner", "basis")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    out: Path = Path("runs/bases/table6")
     model: str = partitions.LAION_B32
     tasks: tuple[str, ...] = partitions.FOUR
     target: str = "mnist"

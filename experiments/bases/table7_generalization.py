@@ -45,7 +45,6 @@ The paper has the full task vector of the held-out task; so do we.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -65,7 +64,6 @@ PRETRAINED = tables.published(__doc__, "held out")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    out: Path = Path("runs/bases/table7")
     model: str = partitions.LAION_B32
     tasks: tuple[str, ...] = partitions.FOUR
     """The tasks that the bases are of: names of jaxarith data check, or NAME=FOLDER."""

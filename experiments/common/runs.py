@@ -29,7 +29,7 @@ _LISTS = ("alphas", "coefs", "models", "seeds")
 class Options:
     """The options that all scripts with a folder of their own have."""
 
-    out: Path
+    out: Path = Path("runs/<paper>/<script>")
     """Folder for everything that is written."""
     mesh: str = ""
     """Sizes of the device axes, such as data=4,fsdp=2: `data` shares every batch,
@@ -55,6 +55,9 @@ class Options:
     steps; what it finds means nothing."""
 
     def __post_init__(self):
+        if self.out == Options.out:  # in its place the script's own
+            folders = script_name(self).split(".")[1:]
+            object.__setattr__(self, "out", Path("runs", *folders))
         for name in _SIZES:
             value = getattr(self, name, None)
             if isinstance(value, int | float) and not value > 0:
@@ -169,12 +172,16 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def script_name(options: Options) -> str:
+    """The module of the script whose options these are."""
+    module = type(options).__module__
+    spec = sys.modules[module].__spec__ if module == "__main__" else None
+    return spec.name if spec else module
+
+
 def plain(options: Options) -> dict:
     """The script and its options as plain data; of paths only the last part."""
-    module = type(options).__module__
-    if module == "__main__" and (spec := sys.modules[module].__spec__):
-        module = spec.name
-    values = {"script": module} | dataclasses.asdict(options)
+    values = {"script": script_name(options)} | dataclasses.asdict(options)
     values = {k: v.name if isinstance(v, Path) else v for k, v in values.items()}
     return json.loads(json.dumps(values))
 

@@ -19,7 +19,6 @@ of persons "forgetting is less effective".
 """
 
 import dataclasses
-from pathlib import Path
 
 from experiments.common import runs, script, tables
 from experiments.common.vision import options, vectors
@@ -30,7 +29,6 @@ from jaxarith.models import clip
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    out: Path = Path("runs/editing/figure12")
     tasks: tuple[str, ...] = ("sun397",)
     """On whose images to write, and what: the names of its classes."""
     persons: str | None = None

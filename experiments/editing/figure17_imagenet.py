@@ -15,7 +15,6 @@ ViT-L-14.
 
 import dataclasses
 import math
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -27,7 +26,6 @@ from jaxarith.typing import Tree
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    out: Path = Path("runs/editing/figure17")
     model: str = options.L14
     epochs: int = 4
     """Of the training on ImageNet, unless --steps is given."""

@@ -25,7 +25,6 @@ cases."
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -41,7 +40,6 @@ PUBLISHED = tables.published(__doc__, "result")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    out: Path = Path("runs/editing/figure2")
     model: str = options.L14
     method: Literal["nonlinear", "linear"] = "nonlinear"
     """Ordinary vectors as in the paper, or those of the tangent-space model."""

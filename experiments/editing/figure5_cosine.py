@@ -14,7 +14,6 @@ Beyond training it takes seconds.
 """
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 
@@ -25,7 +24,6 @@ from jaxarith import plots, task_vectors
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    out: Path = Path("runs/editing/figure5")
     model: str = options.L14
 
 

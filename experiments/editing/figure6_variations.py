@@ -19,7 +19,7 @@ not name the CLIP, and we take ViT-L-14.
 
 import dataclasses
 import itertools
-from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -32,14 +32,13 @@ from jaxarith import plots
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    out: Path = Path("runs/editing/figure6")
     model: str = options.L14
     tasks: tuple[str, ...] = ("mnist", "eurosat")
     """The two tasks."""
+    figures: tuple[Literal[6, 14], ...] = (6, 14)
+    """Which figures are made."""
     learning_rates: tuple[float, ...] = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
-    """Of Figure 6; it is left out without any."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Of Figure 14; it is left out without any."""
 
 
 def by_rate(setup: options.Setup, config: Config) -> list[dict]:
@@ -48,7 +47,7 @@ def by_rate(setup: options.Setup, config: Config) -> list[dict]:
     for rate in tqdm(config.learning_rates, desc="learning rates"):
         taus = variations.trained(setup, f"lr_{rate:g}", learning_rate=rate)
         rows.append({"learning rate": rate} | variations.added(setup, taus))
-    if rows and runs.is_first():
+    if runs.is_first():
         plots.bars(
             config.out / "figure6.png",
             {
@@ -73,7 +72,7 @@ def by_seed(setup: options.Setup, config: Config) -> list[dict]:
         | variations.added(setup, [taus[pair[0]][0], taus[pair[1]][1]])
         for pair in tqdm(both, desc="pairs of seeds", unit="pair")
     ]
-    if rows and runs.is_first():
+    if runs.is_first():
         shape = (len(config.seeds),) * 2
         plots.matrices(
             config.out / "figure14.png",
@@ -114,8 +113,10 @@ def main(config: Config) -> dict:
     variations.check_pair(config.tasks)
     runs.start(config)
     setup = options.load(config, config.model, control=False)
+    rates = by_rate(setup, config) if 6 in config.figures else []
+    seeds = by_seed(setup, config) if 14 in config.figures else []
     shown = {}
-    if rates := by_rate(setup, config):
+    if rates:
         names = ("coefficient", "single", "abs", "norm")
         caption = f"{' + '.join(setup.titles)}: test accuracy, mean over both, percent."
         shown[caption] = tables.markdown(
@@ -126,7 +127,7 @@ def main(config: Config) -> dict:
             ],
             digits=2,
         )
-    if seeds := by_seed(setup, config):
+    if seeds:
         caption = f"Test accuracy of {len(seeds)} sums of two vectors, percent."
         shown[caption] = tables.markdown(of_seeds(setup, seeds), digits=2)
     title = "Learning rates and seeds (editing paper, Figures 6 and 14)"

@@ -15,7 +15,6 @@ The steps of the plots are not in the text; ours are 100 apart (--snapshots).
 """
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -29,7 +28,6 @@ from jaxarith.typing import Tree
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    out: Path = Path("runs/editing/figure7")
     model: str = options.L14
     tasks: tuple[str, ...] = ("mnist", "eurosat")
     """The two tasks."""

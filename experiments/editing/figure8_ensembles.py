@@ -19,7 +19,6 @@ take ViT-L-14, and a point is the mean over both tasks.
 """
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -34,7 +33,6 @@ PUBLISHED = tables.published(__doc__, "result")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    out: Path = Path("runs/editing/figure8")
     model: str = options.L14
 
 

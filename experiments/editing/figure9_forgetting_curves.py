@@ -18,7 +18,6 @@ have "a positive correlation". The paper does not name the CLIP; we take ViT-L-1
 """
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 
@@ -30,7 +29,6 @@ from jaxarith import metrics, plots
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    out: Path = Path("runs/editing/figure9")
     model: str = options.L14
 
 

@@ -31,7 +31,6 @@ what the warm-up is with 40 steps: a tenth, as of 2000.
 """
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -56,7 +55,6 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    out: Path = Path("runs/editing/table11")
     tasks: tuple[str, ...] = ()
     """Not used: the tasks are made of --people."""
     people: str = "people=people"

@@ -55,7 +55,6 @@ Independent coefficients (--independent): λ_B = λ_C = 0.32 and λ_A = 0.28 on 
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -80,7 +79,6 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
-    out: Path = Path("runs/editing/table12")
     tasks: tuple[str, ...] = ()
     """Not used: the tasks are made of --sketch and --photo."""
     sketch: str = "sketches=sketches"

@@ -54,9 +54,6 @@ not matter. Gradient ascent is the model as it is trained, at coefficient 1. Of 
 the rows of the pre-trained model and of gradient ascent by task are unknown to us.
 """
 
-import dataclasses
-from pathlib import Path
-
 import numpy as np
 
 from experiments.common import script, tables
@@ -76,9 +73,7 @@ PUBLISHED_TASKS = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.Models):
-    out: Path = Path("runs/editing/table1")
+class Config(options.Models): ...
 
 
 def rows_of(setup: options.Setup) -> list[dict]:

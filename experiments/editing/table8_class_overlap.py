@@ -54,7 +54,6 @@ PUBLISHED = tables.published_by_column(__doc__, "filtering", "task", "method")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    out: Path = Path("runs/editing/table8")
     model: str = options.L14
     tasks: tuple[str, ...] = ("stanford_cars", "sun397")
     """The tasks that are forgotten."""

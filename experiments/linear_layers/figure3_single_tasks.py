@@ -15,9 +15,6 @@ The one number in the text is that of Table 2, the mean in percent:
     Ours    89.55
 """
 
-import dataclasses
-from pathlib import Path
-
 from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, vectors
 from jaxarith import plots
@@ -30,9 +27,7 @@ METHODS: dict[str, vectors.Method] = {
 PUBLISHED = tables.published_by_column(__doc__, "method")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.Models):
-    out: Path = Path("runs/linear_layers/figure3")
+class Config(options.Models): ...
 
 
 @script.full_precision
@@ -70,22 +65,16 @@ def main(config: Config) -> dict:
             y="linear, mean single-task accuracy (%)",
         )
     names = [name for name in rows[0] if name not in ("model", "method", "mean")]
-    beside = tables.beside(
+    return tables.compared(
+        config.out,
+        "Single-task accuracies (linear-layers paper, Figures 3 and 6)",
+        "Test accuracy of the tasks' own models, percent.",
         rows,
         PUBLISHED,
         keys=["model", "method", *names],
         values=["mean"],
         published_keys=["model", "method"],
-    )
-    return tables.write(
-        config.out,
-        "Single-task accuracies (linear-layers paper, Figures 3 and 6)",
-        {
-            "Test accuracy of the tasks' own models, percent.": tables.markdown(
-                beside, digits=2
-            )
-        },
-        {"rows": rows},
+        digits=2,
     )
 
 

@@ -24,7 +24,6 @@ counted. Ours is the mean over the samples that are drawn.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -50,7 +49,6 @@ SCALES = (("ξ of representations (KL)", 0.2), ("ξ of labels (0/1)", 1.0))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    out: Path = Path("runs/linear_layers/figure4")
     figure: Literal[4, 7] = 4
     """The figure, whose pair is measured."""
     tasks: tuple[str, ...] = ()

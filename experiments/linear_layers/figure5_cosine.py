@@ -13,9 +13,6 @@ SVHN are possibly swapped there: in the authors' public code they are in another
 than the vectors.
 """
 
-import dataclasses
-from pathlib import Path
-
 import numpy as np
 
 from experiments.common import runs, script, tables
@@ -29,9 +26,7 @@ METHODS: dict[str, vectors.Method] = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.OneModel):
-    out: Path = Path("runs/linear_layers/figure5")
+class Config(options.OneModel): ...
 
 
 @script.full_precision

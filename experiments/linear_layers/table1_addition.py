@@ -24,9 +24,6 @@ standard linearisation here. The authors' public code has another: its outputs p
 through a ReLU, and the point of linearisation moves along with training.
 """
 
-import dataclasses
-from pathlib import Path
-
 from experiments.common import script, tables
 from experiments.common.vision import options, scores, vectors
 
@@ -38,9 +35,7 @@ METHODS: dict[str, vectors.Method] = {
 PUBLISHED = tables.published_by_column(__doc__, "method")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.Models):
-    out: Path = Path("runs/linear_layers/table1")
+class Config(options.Models): ...
 
 
 def rows_of(setup: options.Setup) -> list[dict]:

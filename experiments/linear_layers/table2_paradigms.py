@@ -20,7 +20,6 @@ attention alone were meant; here they are those of the residual block, with its 
 """
 
 import dataclasses
-from pathlib import Path
 
 from experiments.common import script, tables
 from experiments.common.vision import options, scores, vectors
@@ -36,7 +35,6 @@ PUBLISHED = tables.published_by_column(__doc__, "paradigm")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Options):
-    out: Path = Path("runs/linear_layers/table2")
     models: tuple[str, ...] = (options.B32,)
 
 

@@ -25,7 +25,6 @@ needs the network.
 """
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 
@@ -37,7 +36,6 @@ from jaxarith import plots
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    out: Path = Path("runs/tau_jp/figure1")
     pairs: tuple[tuple[str, str], ...] = ()
     """Names of tasks, two for each pair; by default --columns pairs are chosen."""
     columns: int = 4

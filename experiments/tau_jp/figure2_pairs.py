@@ -25,9 +25,6 @@ The images are read once per model, method and split: at all
 pairs and coefficients the features are sums of what that pass leaves.
 """
 
-import dataclasses
-from pathlib import Path
-
 import numpy as np
 
 from experiments.common import runs, script, tables
@@ -42,9 +39,7 @@ FIGURES = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.Models):
-    out: Path = Path("runs/tau_jp/figure2")
+class Config(options.Models): ...
 
 
 def points_of(setup: options.Setup, method: vectors.Method, coefs) -> list[dict]:

@@ -22,7 +22,6 @@ has that of the square (Eq. 9) too.
 """
 
 import dataclasses
-from pathlib import Path
 
 from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, vectors
@@ -32,7 +31,6 @@ from jaxarith import plots, sharding
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    out: Path = Path("runs/tau_jp/figure3")
     tasks: tuple[str, ...] = ("eurosat", "svhn")
     """The two tasks."""
     more_steps: int = 1000

@@ -18,9 +18,6 @@ Figure 5 is at the coefficient that is searched on validation data, which the pa
 not say; report.json has coefficient 1 too.
 """
 
-import dataclasses
-from pathlib import Path
-
 import numpy as np
 
 from experiments.common import runs, script, tables
@@ -31,9 +28,7 @@ from jaxarith import plots
 METHODS: dict[str, vectors.Method] = {"Non-lin. FT": "nonlinear", **pairs.METHODS}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.Models):
-    out: Path = Path("runs/tau_jp/figure4")
+class Config(options.Models): ...
 
 
 def single_rows(setup: options.Setup, found: dict[str, scores.Addition]) -> list[dict]:

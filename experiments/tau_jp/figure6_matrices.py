@@ -18,9 +18,6 @@ measures it, so that they can be held against the published ones; report.json ha
 means of the square (Eq. 9) too.
 """
 
-import dataclasses
-from pathlib import Path
-
 import numpy as np
 
 from experiments.common import runs, script, tables
@@ -29,9 +26,7 @@ from experiments.tau_jp import pairs
 from jaxarith import plots, task_vectors
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.Models):
-    out: Path = Path("runs/tau_jp/figure6")
+class Config(options.Models): ...
 
 
 def row_of(setup: options.Setup, lengths: pairs.TauJp, cosines: np.ndarray) -> dict:

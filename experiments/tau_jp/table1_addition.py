@@ -31,9 +31,6 @@ of ordinary vectors here. TIES keeps a tenth of the ordinary vectors' entries, a
 code of the authors' group does.
 """
 
-import dataclasses
-from pathlib import Path
-
 from experiments.common import script, tables
 from experiments.common.vision import fitted, options, scores, vectors
 from jaxarith import merge, task_vectors
@@ -41,9 +38,7 @@ from jaxarith import merge, task_vectors
 PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.Models):
-    out: Path = Path("runs/tau_jp/table1")
+class Config(options.Models): ...
 
 
 def rows_of(setup: options.Setup) -> list[dict]:

@@ -27,9 +27,6 @@ validation images, and below 0.95 · 66.7. TIES of one vector is its trimming: a
 the entries of each ordinary vector.
 """
 
-import dataclasses
-from pathlib import Path
-
 from experiments.common import script, tables
 from experiments.common.vision import options, scores, vectors
 from jaxarith import merge, task_vectors
@@ -37,9 +34,7 @@ from jaxarith import merge, task_vectors
 PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.Models):
-    out: Path = Path("runs/tau_jp/table2")
+class Config(options.Models): ...
 
 
 def rows_of(setup: options.Setup) -> list[dict]:

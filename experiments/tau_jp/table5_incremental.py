@@ -19,9 +19,6 @@ first would have none; here the increment without a control is a row of its own.
 published figures are those at searched coefficients.
 """
 
-import dataclasses
-from pathlib import Path
-
 from experiments.common import script, tables
 from experiments.common.vision import options, scores, vectors
 
@@ -34,9 +31,7 @@ METHODS: dict[str, vectors.Method] = {
 PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.OneModel):
-    out: Path = Path("runs/tau_jp/table5")
+class Config(options.OneModel): ...
 
 
 @script.full_precision

@@ -25,7 +25,6 @@ without reading images, the medians of steps of all kinds in turn; FLOPs are XLA
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -51,7 +50,6 @@ SECONDS = {name: x for name, (x,) in tables.published(__doc__, "penalty").items(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
-    out: Path = Path("runs/tau_jp/table6")
     repetitions: int = 20
     """Steps of every method that are timed."""
 

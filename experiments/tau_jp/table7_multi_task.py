@@ -19,9 +19,6 @@ is trained, "other" of the other tasks. A model is flexible if single tasks can 
 changed after training. Linear FT of ViT-L-14 has 85.8 in the paper's Table 1.
 """
 
-import dataclasses
-from pathlib import Path
-
 from experiments.common import script, tables
 from experiments.common.vision import options, scores, vectors
 
@@ -34,9 +31,7 @@ NEEDS = {
 PUBLISHED = tables.published_by_column(__doc__, "method")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.Models):
-    out: Path = Path("runs/tau_jp/table7")
+class Config(options.Models): ...
 
 
 def accuracy_of(setup: options.Setup, method: vectors.Method) -> float:
