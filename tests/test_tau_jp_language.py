@@ -84,8 +84,8 @@ def toxic_study(place, negated):
 
 @pytest.fixture(scope="module")
 def toxic_taus(toxic_study):
-    vector = table4_detoxification.vector
-    return {method: vector(toxic_study, method) for method in VECTORS}
+    vectors = table4_detoxification.vectors
+    return {method: vectors(toxic_study, method)[0] for method in VECTORS}
 
 
 def check_report(folder, results):

@@ -80,8 +80,6 @@ VARIANTS = ("full", "linear weights only", "AWD, linear weights only")  # of Fig
 class Config(roberta_glue.Options):
     """Tables 3, 8 and 9 (AWD paper), Figure 2 of RoBERTa: merge eight GLUE tasks."""
 
-    out: Path = Path("runs/awd/table3")
-    """Folder for report.json, report.md, figure2_<model>.png and the logs."""
     coefs: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     """The candidates of the coefficient λ."""
     alphas: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)

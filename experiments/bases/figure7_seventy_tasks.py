@@ -45,7 +45,6 @@ Not run at full scale yet.
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -65,8 +64,6 @@ PUBLISHED = tables.published(__doc__, "model")
 class Config(prompted.Options):
     """Figures 7 and 8 (bases paper): cluster seventy language tasks, and merge them."""
 
-    out: Path = Path("runs/bases/figure7")
-    """Folder for figure7.png, figure8.png, report.json and report.md."""
     tasks: tuple[str, ...] = LIST
     """The tasks, in order: names of the paper's list (Appendix D.3), or files with
     labelled texts, NAME=FILE, NAME=TRAIN,TEST or NAME=TRAIN,VALIDATION,TEST."""

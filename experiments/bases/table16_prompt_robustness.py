@@ -29,7 +29,6 @@ Not run at full scale yet.
 """
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 
@@ -45,8 +44,6 @@ PUBLISHED = tables.published(__doc__, "first", "second")
 class Config(prompted.Options):
     """Table 16 (bases paper): cosines of vectors, one of an adversarial prompt."""
 
-    out: Path = Path("runs/bases/table16")
-    """Folder for report.json, report.md and the logs of training."""
     tasks: tuple[str, ...] = ("MNLI", "CR", "SST2")
     """A task of two sentences, one of one sentence, and the one of which the prompt is
     changed: names of the paper's list (Appendix D.3), or files, NAME=FILE."""

@@ -65,7 +65,6 @@ Not run at full scale yet.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -102,8 +101,6 @@ COEFS = np.linspace(0.1, 1, 10)
 class Config(prompted.Options):
     """Tables 8 and 15 (bases paper): merge twelve language tasks, also by masks."""
 
-    out: Path = Path("runs/bases/table8")
-    """Folder for report.json, report.md and the logs of training."""
     tasks: tuple[str, ...] = tuple(TASKS)
     """The tasks, in order: names of the paper's list (Appendix D.3), or files with
     labelled texts, NAME=FILE, NAME=TRAIN,TEST or NAME=TRAIN,VALIDATION,TEST."""

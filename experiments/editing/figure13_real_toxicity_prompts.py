@@ -54,9 +54,6 @@ class Config(detoxification.EditingOptions):
 
     The classifier scores texts in place of the paper's Perspective API."""
 
-    out: Path = Path("runs/editing/figure13")
-    """Folder for figure13_challenging.png, figure13_random.png, report.json, report.md
-    and the logs of training."""
     prompts: Path = Path("prompts.jsonl")
     """RealToxicityPrompts, an object with prompt and challenging per line."""
     random_prompts: int = 1000

@@ -70,8 +70,6 @@ PUBLISHED = tables.published(__doc__, "pairs")
 class Config(text_to_text.Options):
     """Figure 18 (editing paper): add pairs of T5-base models of the Hub."""
 
-    out: Path = Path("runs/editing/figure18")
-    """Folder for figure18.png, report.json and report.md."""
     model: str = "google-t5/t5-base"
     """The T5 from which all were fine-tuned: a folder, or an id of the Hub."""
     tasks: tuple[str, ...] = tuple(CHECKPOINTS)

@@ -38,7 +38,6 @@ Not run at full scale yet.
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax
 from tqdm import tqdm
@@ -54,8 +53,6 @@ PUBLISHED = tables.published_by_column(__doc__, "method")
 class Config(detoxification.EditingOptions):
     """Tables 2, 9 and 10 (editing paper): less toxic GPT-2s by a negated vector."""
 
-    out: Path = Path("runs/editing/table2")
-    """Folder for report.json, report.md and the logs of training."""
     allowance: float = 0.5
     """How much the perplexity may rise."""
     samples: int = 1000

@@ -57,8 +57,6 @@ ROWS = tuple(PUBLISHED)
 class Config(text_to_text.Options):
     """Table 3 (editing paper): add vectors of others to T5s fine-tuned on GLUE."""
 
-    out: Path = Path("runs/editing/table3")
-    """Folder for report.json, report.md and the logs of training."""
     model: str = "google-t5/t5-base"
     """A T5: a folder, or an id of the Hugging Face Hub."""
     external: tuple[str, ...] = ()

@@ -47,7 +47,6 @@ Not run at full scale yet.
 import dataclasses
 import itertools
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -70,8 +69,6 @@ PUBLISHED = tables.published_by_column(__doc__, "model", "method")
 class Config(text_to_text.Options):
     """Table 4 (editing paper): sentiment of Yelp and Amazon by analogies of T5s."""
 
-    out: Path = Path("runs/editing/table4")
-    """Folder for report.json, report.md and the logs of training."""
     models: tuple[str, ...] = tuple(SIZES)
     """T5s: folders, or ids of the Hugging Face Hub."""
     learning_rates: tuple[float, ...] = (5e-5,)

@@ -45,7 +45,6 @@ Not run at full scale yet.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -75,8 +74,6 @@ NOTE = (
 class Config(t5_glue.Options):
     """Tables 3 and 8 (τJp paper): add four GLUE tasks to a T5."""
 
-    out: Path = Path("runs/tau_jp/table3")
-    """Folder for report.json, report.md and the logs of training."""
     coefs: tuple[float, ...] = tuple(i / 20 for i in range(21))
     """The candidates of the coefficient."""
 

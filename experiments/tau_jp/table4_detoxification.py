@@ -72,8 +72,6 @@ PUBLISHED = {
 class Config(tau_jp.Options, detoxification.Options):
     """Tables 4 and 9 (τJp paper): make a GPT-2 less toxic by its negated vectors."""
 
-    out: Path = Path("runs/tau_jp/table4")
-    """Folder for report.json, report.md and the logs of training."""
     model: str = "openai-community/gpt2"
     """A GPT-2: a folder, or an id of the Hugging Face Hub."""
     perplexity_text: Path = Path("wikitext103_test_lines.txt")
@@ -128,7 +126,7 @@ def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     study = start(config)
     config = study.config
-    taus = {method: [vector(study, method)] for method in METHODS}
+    taus = {method: vectors(study, method) for method in METHODS}
     nothing = gpt2.nothing(study.ordinary)
     rows = [{"method": "Pre-trained"} | gpt2.row(study.ordinary, nothing, 0.0)]
     negated, searches = tau_jp.merged(study.params_0, taus, config.ties_density), {}
@@ -221,11 +219,10 @@ def start(config: Config) -> Study:
     return Study(config, ordinary, linear, networks, wanted)
 
 
-def vector(study: Study, method: str) -> Tree:
-    """The task vector of a method, from the bank or trained."""
+def vectors(study: Study, method: str) -> list[Tree]:
+    """The one task vector of a method, from the bank or trained."""
     wanted = [study.wanted[method]]
-    [tau] = training.vectors(study.config, study.networks[method], wanted)
-    return tau
+    return training.vectors(study.config, study.networks[method], wanted)
 
 
 if __name__ == "__main__":

@@ -38,28 +38,29 @@ _GPT2 = {
     "n_layer": 1,
     "n_head": 2,
 }
-_ROBERTA = {
-    "architectures": ["RobertaForMaskedLM"],
-    "model_type": "roberta",
+_ENCODER = {
     "hidden_size": 32,
     "num_hidden_layers": 1,
     "num_attention_heads": 4,
+}
+_ROBERTA = {
+    "architectures": ["RobertaForMaskedLM"],
+    "model_type": "roberta",
     "intermediate_size": 32,
     "max_position_embeddings": 66,
     "type_vocab_size": 1,
     "pad_token_id": 1,
+    **_ENCODER,
 }
 _BERT = {
     "architectures": ["BertForSequenceClassification"],
     "model_type": "bert",
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
     "intermediate_size": 48,
     "max_position_embeddings": 128,
     "id2label": {"0": "toxic", "1": "threat"},
     "label2id": {"toxic": 0, "threat": 1},
     "problem_type": "multi_label_classification",
+    **_ENCODER,
 }
 
 # Of the made-up sentences; the first two tell the label.
@@ -148,16 +149,11 @@ def glue_records(task: glue.Task, count: int, seed: int) -> list[Record]:
       (0, True)
     """
     rng = np.random.default_rng(seed)
-
-    def sentence(label):
-        words = [_WORDS[label], *rng.choice(_WORDS[2:], rng.integers(2, 6))]
-        return " ".join(rng.permutation(words))
-
     names = ("text", "text_pair")[: len(task.fields)]
     classes = len(task.classes) or 2  # of STS-B, two scores
     labels = range(classes) if task.classes else (0.5, 4.5)
     return [
-        {**{name: sentence(c) for name in names}, "label": labels[c]}
+        {**{name: _sentence(rng, c, 2, 6) for name in names}, "label": labels[c]}
         for c in (i % classes for i in range(count))
     ]
 
@@ -171,19 +167,19 @@ def prompt_records(prompt: prompts.Prompt, count: int, seed: int) -> list[Record
       ('negative', True)
     """
     rng, classes = np.random.default_rng(seed), list(prompt.words)
-
-    def sentence(label):
-        words = [_WORDS[label % len(_WORDS)]]
-        words += list(rng.choice(_WORDS[2:], rng.integers(1, 3)))
-        return " ".join(rng.permutation(words))
-
     return [
         {
-            **{name: sentence(i % len(classes)) for name in prompt.fields},
+            **{name: _sentence(rng, i % len(classes), 1, 3) for name in prompt.fields},
             "label": classes[i % len(classes)],
         }
         for i in range(count)
     ]
+
+
+def _sentence(rng, label, least, most):
+    """A word that tells the label among `least` others, or more, but not `most`."""
+    words = rng.choice(_WORDS[2:], rng.integers(least, most))
+    return " ".join(rng.permutation([_WORDS[label % len(_WORDS)], *words]))
 
 
 def _byte_symbols():
