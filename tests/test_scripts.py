@@ -1,6 +1,7 @@
 """Every script starts in the same way, and a user's mistake is one line."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -153,3 +154,11 @@ def test_a_missing_package_is_named_by_its_extra_before_any_work():
     [line] = result.stderr.splitlines()
     assert "tyro" in line and "jaxarith[demo]" in line
     assert "ImportError: missing: tyro" in run("pass").stderr
+
+
+def test_the_readme_names_every_script_of_a_paper_and_no_other():
+    text = (FOLDER / "README.md").read_text()
+    named = set(re.findall(r"^\|[^|]*\| `(\w+)", text, re.MULTILINE))
+    papers = ("tau_jp", "linear_layers", "bases", "awd", "editing")
+    scripts = {name.split("/")[1] for name in SCRIPTS if name.startswith(papers)}
+    assert named == scripts
