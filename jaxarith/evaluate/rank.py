@@ -119,7 +119,7 @@ def _check_labels(labels):
     if len(first) < len(labels):
         again = min(set(range(len(labels))) - set(first.tolist()))
         raise ValueError(
-            f"label {again}, {labels[again].tolist()}, stands twice; expected labels "
+            f"label {again}, {labels[again].tolist()}, is there twice; expected labels "
             "that differ. If their texts do, they were cut too short."
         )
 
