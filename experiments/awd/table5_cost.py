@@ -115,6 +115,8 @@ def measured(shape, solver: str, config: Config) -> dict:
 def main(config: Config) -> dict:
     if config.smoke:
         config = dataclasses.replace(config, steps=3, mesh="data=1")
+    if config.vectors < 1:
+        raise ValueError(f"--vectors {config.vectors}: expected 1 or more.")
     runs.start(config)
     runs.claim(config)
     pairs = [(model, solver) for model in config.models for solver in config.solvers]

@@ -6,6 +6,7 @@ with the same ones, a script goes on with what the folder holds; with others it 
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 import zlib
@@ -21,7 +22,8 @@ from jaxarith.train import manifest
 
 # Options that many scripts have: sizes above 0, and lists with an entry.
 _SIZES = ("batch_size", "epochs", "evaluation_batch", "max_length")
-_SIZES += ("penalty_batch_size", "steps")
+_SIZES += ("learning_rate", "micro_batches", "penalty_batch_size", "samples", "steps")
+_COUNTS = ("save_every", "workers")
 _LISTS = ("alphas", "coefs", "models", "seeds")
 
 
@@ -60,9 +62,13 @@ class Options:
             object.__setattr__(self, "out", Path("runs", *folders))
         for name in _SIZES:
             value = getattr(self, name, None)
-            if isinstance(value, int | float) and not value > 0:
+            if isinstance(value, int | float) and not 0 < value < math.inf:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} {value}: expected more than 0.")
+        for name in _COUNTS:
+            if (value := getattr(self, name, 0)) < 0:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {value}: expected 0 or more.")
         for name in _LISTS:
             if getattr(self, name, None) == ():
                 raise ValueError(f"--{name} is empty; give at least one.")
@@ -93,8 +99,9 @@ def start(options: Options) -> Mesh:
     Raises:
       ValueError: a wrong mesh, or a folder that holds a run with other options.
     """
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out {options.out} is a file; name a folder.")
+    for place in (options.out, *options.out.parents):
+        if place.is_file():
+            raise ValueError(f"--out {options.out}: {place} is a file; name a folder.")
     sharding.initialize(
         options.coordinator, options.processes, options.process, pod=options.pod
     )

@@ -81,6 +81,21 @@ def below(nodes: Sequence[str]) -> set[str]:
     return {f"n{synset.offset():08d}" for synset in {*found, *roots}}
 
 
+def read(file: Path) -> Mapping[str, Sequence[str]]:
+    """The classes of --excluded by task.
+
+    Raises:
+      ValueError: it is no JSON object.
+    """
+    text = file.read_text(encoding="utf-8")
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f'{file}: expected {{"task": ["class", ...], ...}} in JSON; {error}.'
+        ) from error
+
+
 def excluded_classes(config: Config, classes: Sequence[str]) -> dict[str, set[int]]:
     """Of every task, the labels of the control that are left out.
 
@@ -104,7 +119,7 @@ def excluded_classes(config: Config, classes: Sequence[str]) -> dict[str, set[in
             for task, nodes in theirs.items()
         }
     else:
-        raw: Mapping = json.loads(config.excluded.read_text(encoding="utf-8"))
+        raw = read(config.excluded)
         names = {name for task in tasks for name in raw.get(task, [])}
         if wrong := sorted(names - set(classes)):
             raise ValueError(f"{config.excluded}: {config.control} has no {wrong}.")
