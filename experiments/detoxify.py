@@ -4,7 +4,9 @@ Fine-tunes a GPT-2 on toxic texts, subtracts the task vector, and measures for e
 coefficient the perplexity on a control text and how toxic the continuations of a prompt
 are. The chosen coefficient is the largest whose perplexity is at most 0.5 above that of
 the pre-trained model. Beside it stand the pre-trained model, the fine-tuned one, and
-one from which a random vector of the same norm was subtracted.
+one from which a random vector of the same norm was subtracted. --out gets report.json,
+report.md, coefficients.png, samples.jsonl, train.jsonl, the task vector, and the edited
+checkpoint.
 
     python -m experiments.detoxify --out runs/s --model openai-community/gpt2 \
         --toxic civil_comments.jsonl --perplexity-text wikitext103_test.txt
@@ -49,9 +51,6 @@ TASK = "toxic"
 class Config(gpt2.Options):
     """Make a GPT-2 less toxic by a negated task vector."""
 
-    out: Path
-    """Folder for report.json, report.md, coefficients.png, samples.jsonl, config.json,
-    train.jsonl, task_vectors/toxic.safetensors and the edited checkpoint."""
     model: str
     """A GPT-2: a folder, or an id of the Hugging Face Hub."""
     toxic: Path
