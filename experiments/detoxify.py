@@ -96,7 +96,7 @@ class Config(gpt2.Options):
                 f"--temperature {self.temperature}: samples need one above 0, or all "
                 "are the same text."
             )
-        for name in ("samples", "max_new_tokens", "texts"):
+        for name in ("max_new_tokens", "texts"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; expected more than 0.")
