@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jaxarith.evaluate.outputs import OutputsAt
+from jaxarith.typing import Numbers
 
 
 def disentanglement_error(
     outputs_at: Sequence[OutputsAt],
     predict: Sequence[Callable[[np.ndarray], np.ndarray]],
-    coefs: Sequence[float],
+    coefs: Numbers,
 ) -> np.ndarray:
     r"""The ξ grid of a pair of task vectors (Ortiz-Jimenez et al. 2023, section 4).
 

@@ -21,12 +21,12 @@ import jax.numpy as jnp
 from jaxarith import tree
 from jaxarith.merge import _leaves
 from jaxarith.merge.adamerging import adam_step, clip
-from jaxarith.typing import PerTask
+from jaxarith.typing import Array, PerTask
 
 
 def adamerging_tangent(
-    outputs_0: Sequence[jax.Array],
-    moves: Sequence[jax.Array],
+    outputs_0: Sequence[Array],
+    moves: Sequence[Array],
     logits_fns: Sequence[Callable],
     *,
     coef: PerTask = 0.3,

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from jaxarith.plots._figure import COLORS, save
+from jaxarith.typing import Numbers
 
 
 def matrices(
@@ -104,7 +105,7 @@ def clustered(
 def disentanglement(
     path: str | os.PathLike,
     panels: Mapping[str, np.ndarray],
-    coefs: Sequence[float],
+    coefs: Numbers,
     tasks: tuple[str, str],
     *,
     searched: tuple[float, float] = (0.0, 1.0),
@@ -144,7 +145,7 @@ def disentanglement(
 def disentanglement_of_pairs(
     path: str | os.PathLike,
     rows: Sequence[Sequence[tuple[str, np.ndarray]]],
-    coefs: Sequence[float],
+    coefs: Numbers,
     tasks: Sequence[tuple[str, str]],
     *,
     searched: tuple[float, float] = (0.0, 1.0),

@@ -7,11 +7,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from jaxarith.plots._figure import COLORS, save
+from jaxarith.typing import Numbers
 
 
 def curves(
     path: str | os.PathLike,
-    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    lines: Mapping[str, tuple[Numbers, Numbers]],
     *,
     x: str,
     y: str,
@@ -105,7 +106,7 @@ def repeated(
 
 def negation(
     path: str | os.PathLike,
-    coefs: Sequence[float],
+    coefs: Numbers,
     panels: Mapping[str, Sequence[float | None]],
     *,
     limit: float,
