@@ -6,7 +6,8 @@ import json
 import pytest
 
 from experiments import quickstart
-from experiments.common import runs, studies
+from experiments.common import runs
+from experiments.common.studies import evaluation
 from jaxarith import train
 
 
@@ -109,7 +110,7 @@ def test_a_study_goes_on_with_the_methods_that_it_has_trained(
         assert taus.keys() == {"nonlinear", "linear"}
         raise Stop
 
-    monkeypatch.setattr(studies, "evaluate_all", stop)
+    monkeypatch.setattr(evaluation, "evaluate_all", stop)
     with pytest.raises(Stop):
         quickstart.main(config)
     assert trained == ["train_linear"]

@@ -4,6 +4,7 @@ Zeng et al. Efficient Model Editing with Task Vector Bases: A Theoretical Framew
 Scalable Approach. arXiv:2502.01015.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -29,6 +30,23 @@ LAION_B32 = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 LAION_B16 = "laion/CLIP-ViT-B-16-laion2B-s34B-b88K"
 LAION_L14 = "laion/CLIP-ViT-L-14-laion2B-s32B-b82K"
 LAION = {LAION_B32: "ViT-B-32", LAION_B16: "ViT-B-16", LAION_L14: "ViT-L-14"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(options.Options):
+    """The options of scripts that merge the clusters of partitions."""
+
+    tasks: tuple[str, ...] = FOUR
+    partition: tuple[str, ...] = ()
+    """The partition that is singled out, MS-ER in the paper: clusters such as
+    mnist,svhn eurosat,resisc45. By default that of Algorithm 1."""
+    inner: tuple[str, ...] = INNER
+    """The inner merges. MTL and Tangent train every cluster."""
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tasks, some of which are given as NAME=FOLDER."""
+        return [spec.partition("=")[0] for spec in self.tasks]
 
 
 def architecture(setup: options.Setup) -> str:
@@ -120,13 +138,15 @@ def given_partition(clusters: Sequence[str], names: Sequence[str]) -> Partition:
         ) from error
 
 
-def check_inner(inner: Sequence[str]):
-    """Raises a ValueError for inner merges that there are not."""
-    unknown = [name for name in inner if name not in INNER]
-    if unknown or not inner:
+def check(config: Options):
+    """Raises a ValueError for inner merges or a partition that there are not."""
+    unknown = [name for name in config.inner if name not in INNER]
+    if unknown or not config.inner:
         raise ValueError(
             f"--inner {', '.join(unknown)}; the merges are {', '.join(INNER)}."
         )
+    if config.partition:
+        given_partition(config.partition, config.names)
 
 
 def check_count(count: int):
@@ -138,16 +158,18 @@ def check_count(count: int):
         )
 
 
+def chosen_partition(config: Options, taus: Taus) -> Partition:
+    """The given partition, or that of Algorithm 1 for the vectors."""
+    if config.partition:
+        return given_partition(config.partition, config.names)
+    return found_partition(taus)
+
+
 def found_partition(taus: Taus) -> Partition:
     """The clusters of Algorithm 1; of two vectors, which have no eigengap, both."""
     if len(taus) < 3:
         return [[i] for i in range(len(taus))]
     return in_order(cluster(task_vectors.cosine_matrix(taus)))
-
-
-def names_of(config: options.Options) -> list[str]:
-    """The names of the tasks, some of which are given as NAME=FOLDER."""
-    return [spec.partition("=")[0] for spec in config.tasks]
 
 
 def key(members: Iterable[int]) -> tuple[int, ...]:

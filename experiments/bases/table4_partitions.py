@@ -144,20 +144,14 @@ CAPTIONS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.Models):
+class Config(partitions.Options):
     models: tuple[str, ...] = (
         *(partitions.LAION_B32, partitions.LAION_B16, partitions.LAION_L14),
     )
     """CLIPs: folders, or ids of the Hugging Face Hub. Of the first are Tables 4, 10 and
     11, of all Tables 5 and 12."""
-    tasks: tuple[str, ...] = partitions.FOUR
-    partition: tuple[str, ...] = ()
-    """The partition that Tables 4 and 5 single out, MS-ER in the paper: clusters such
-    as mnist,svhn eurosat,resisc45. By default that of Algorithm 1."""
     all_partitions: bool = True
     """Merge with all partitions; --no-all-partitions takes three, see above."""
-    inner: tuple[str, ...] = partitions.INNER
-    """The inner merges of Tables 4 and 10. MTL and Tangent train every cluster."""
 
 
 def evaluated(
@@ -212,13 +206,6 @@ def merged_twice(
         progress.update(len(taus))
     progress.close()
     return [(accuracy, None) for accuracy in found]
-
-
-def chosen_partition(setup: options.Setup, config: Config) -> partitions.Partition:
-    """The given partition, or that of Algorithm 1."""
-    if config.partition:
-        return partitions.given_partition(config.partition, setup.names)
-    return partitions.found_partition(vectors.vectors(setup, "nonlinear"))
 
 
 def several_of(config: Config, count: int, chosen) -> list[partitions.Partition]:
@@ -318,12 +305,10 @@ def summary(
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.smoke(config)
-    names = partitions.names_of(config)
+    names = config.names
     if len(names) < 2:
         raise ValueError(f"at least two tasks are merged; got {names}.")
-    partitions.check_inner(config.inner)
-    if config.partition:
-        partitions.given_partition(config.partition, names)  # before anything is loaded
+    partitions.check(config)
     if config.all_partitions:  # --no-all-partitions takes three
         partitions.check_count(len(names))
     if config.smoke:
@@ -335,7 +320,8 @@ def main(config: Config) -> dict:
     for setup in options.setups(config, config.models, control=False):
         # Of the first model, so that one partition is compared over all.
         is_first = not chosen
-        chosen = chosen or chosen_partition(setup, config)
+        taus = vectors.vectors(setup, "nonlinear")
+        chosen = chosen or partitions.chosen_partition(config, taus)
         several = several_of(config, len(setup.tasks), chosen)
         rows += rows_of(setup, config, several, is_first)
     assert setup is not None  # there is a model

@@ -48,16 +48,10 @@ PUBLISHED = tables.published(__doc__, "inner", "basis")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.OneModel):
+class Config(partitions.Options, options.OneModel):
     model: str = partitions.LAION_B32
-    tasks: tuple[str, ...] = partitions.FOUR
     target: str = "mnist"
     """The task that is unlearned."""
-    partition: tuple[str, ...] = ()
-    """The partition, clusters such as mnist,svhn eurosat,resisc45; by default that of
-    Algorithm 1. One cluster of all tasks stands beside it."""
-    inner: tuple[str, ...] = partitions.INNER
-    """The inner merges. MTL and Tangent train every cluster."""
 
 
 def rows_of(setup: options.Setup, config: Config) -> list[dict]:
@@ -67,11 +61,7 @@ def rows_of(setup: options.Setup, config: Config) -> list[dict]:
     by_kind = {False: vectors.vectors(setup, "nonlinear")}
     if "Tangent" in config.inner:
         by_kind[True] = vectors.vectors(setup, "linear")
-    chosen = (
-        partitions.given_partition(config.partition, setup.names)
-        if config.partition
-        else partitions.found_partition(by_kind[False])
-    )
+    chosen = partitions.chosen_partition(config, by_kind[False])
     clusters = [partitions.key(members) for members in chosen]
     together = partitions.key(range(len(setup.tasks)))
     target = setup._replace(tasks=[setup.tasks[index]])
@@ -109,14 +99,12 @@ def main(config: Config) -> dict:
     config = options.smoke(config)
     if config.smoke:
         config = dataclasses.replace(config, inner=("MTL", "Tangent", "Mean"))
-    names = partitions.names_of(config)
+    names = config.names
     if config.target not in names:
         raise ValueError(
             f"--target {config.target} is none of the tasks {', '.join(names)}."
         )
-    partitions.check_inner(config.inner)
-    if config.partition:
-        partitions.given_partition(config.partition, names)  # before anything is loaded
+    partitions.check(config)
     runs.start(config)
     setup = options.load(config, config.model)
     rows = rows_of(setup, config)

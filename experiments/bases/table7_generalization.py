@@ -63,20 +63,13 @@ PRETRAINED = tables.published(__doc__, "held out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.OneModel):
+class Config(partitions.Options, options.OneModel):
     model: str = partitions.LAION_B32
-    tasks: tuple[str, ...] = partitions.FOUR
-    """The tasks that the bases are of: names of jaxarith data check, or NAME=FOLDER."""
     held_out: tuple[str, ...] = ("gtsrb", "dtd", "cars", "sun397")
     """The held-out tasks: names, or NAME=FOLDER. The paper has accuracies of the first
     two."""
     related: tuple[str, ...] = ("mnist", "svhn")
     """Tasks that the basis for the first held-out task should have."""
-    partition: tuple[str, ...] = ()
-    """The partition with columns of its own, MS-ER in the paper: clusters such as
-    mnist,svhn eurosat,resisc45. By default that of Algorithm 1."""
-    inner: tuple[str, ...] = partitions.INNER
-    """The inner merges. MTL and Tangent train every cluster."""
 
 
 def nearest_clusters(
@@ -136,7 +129,7 @@ def main(config: Config) -> dict:
             related=config.tasks[:1],
             inner=("MTL", "Tangent", "Mean"),
         )
-    names = partitions.names_of(config)
+    names = config.names
     if len(names) < 2 or not config.held_out:
         raise ValueError("two tasks make bases at least, and one is held out.")
     unknown = sorted(set(config.related) - set(names))
@@ -144,10 +137,8 @@ def main(config: Config) -> dict:
         raise ValueError(
             f"--related {', '.join(unknown)} is none of the tasks {', '.join(names)}."
         )
-    partitions.check_inner(config.inner)
+    partitions.check(config)
     partitions.check_count(len(names))
-    if config.partition:
-        partitions.given_partition(config.partition, names)  # before anything is loaded
     runs.start(config)
     both = dataclasses.replace(config, tasks=(*config.tasks, *config.held_out))
     whole = options.load(both, config.model, control=False)
@@ -159,11 +150,7 @@ def main(config: Config) -> dict:
         for linearized in sorted({inner == "Tangent" for inner in config.inner})
     }
     own = vectors.vectors(setup, "nonlinear")
-    chosen = (
-        partitions.given_partition(config.partition, names)
-        if config.partition
-        else partitions.found_partition(own)
-    )
+    chosen = partitions.chosen_partition(config, own)
     several = partitions.partitions(count)
     clusters = partitions.clusters_of(several)
     coefs = scores.coefs_of(config, scores.COEFS)

@@ -71,8 +71,6 @@ json.dump(errors, open(sys.argv[2], "w"))
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Compare merges with mergekit's."""
-
     mergekit: Path | None = None
     """The folder of the programs of an environment with mergekit, such as venv/bin."""
     out: Path | None = None

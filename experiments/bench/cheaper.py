@@ -29,11 +29,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments import quickstart
 from experiments.bench import measure
 from experiments.common import script, studies
-from experiments.common.vision import small_tasks
-from jaxarith import plots, report, train, tree
+from experiments.common.vision import small_study, small_tasks
+from jaxarith import plots, report, tau_jp, train, tree
 from jaxarith.models import clip, heads
 
 
@@ -46,12 +45,12 @@ class Variant(NamedTuple):
       equal_steps: whether to train it for equal steps too.
     """
 
-    penalty: str | None = None
+    penalty: tau_jp.Mode | None = None
     trained: str = ".*"
     equal_steps: bool = False
 
 
-def attention(penalty: str | None) -> Variant:
+def attention(penalty: tau_jp.Mode | None) -> Variant:
     """The weights of the attention layers alone: the first paradigm of Jin et al."""
     return Variant(penalty, clip.ATTENTION_WEIGHTS, equal_steps=True)
 
@@ -107,15 +106,25 @@ class Config:
     """The largest number of samples of a split; all by default."""
 
 
-def quickstart_config(config) -> quickstart.Config:
-    """What the quickstart's functions read, of a dataclass with fields of its names."""
-    fields = {field.name for field in dataclasses.fields(quickstart.Config)}
-    options = {k: v for k, v in vars(config).items() if k in fields}
-    # Seconds are those of one device, and of training alone.
-    return quickstart.Config(**options, mesh="data=1", resume=False, save_every=0)
+def study_config(config: Config) -> small_study.Config:
+    """The options of the study whose tasks are trained."""
+    return small_study.Config(
+        out=config.out,
+        model=config.model,
+        tasks=config.tasks,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        penalty_coef=config.penalty_coef,
+        samples=config.samples,
+        # Seconds are those of one device, and of training alone.
+        mesh="data=1",
+        resume=False,
+        save_every=0,
+    )
 
 
-def recipe_of(config: quickstart.Config, variant: str) -> train.TrainConfig:
+def recipe_of(config: studies.Config, variant: str) -> train.TrainConfig:
     penalty, trained, _ = VARIANTS[variant]
     recipe = studies.recipe_of(config, "linear", penalty)
     return dataclasses.replace(recipe, trained=trained)
@@ -208,13 +217,11 @@ def train_and_evaluate(study: studies.Study, variant: str, budget: str) -> dict:
     start = time.perf_counter()
     taus = studies.fine_tune(study, method, recipe_of(config, variant))
     seconds = time.perf_counter() - start
-    outputs = studies.outputs_of(study, method, taus)
-    single = [
-        studies.single_accuracies(study.validation, outputs.validation),
-        studies.single_accuracies(study.test, outputs.test),
-    ]
+    outputs = studies.outputs_of(study, taus)
+    single = studies.linearized_single(study, outputs)
+    along = studies.linearized_sum(study, outputs)
     (one, searched), _ = studies.merge_rows(
-        study, method, "task_arithmetic", outputs, single
+        study, method, "task_arithmetic", along, single
     )
     return {
         "variant": variant,
@@ -227,9 +234,9 @@ def train_and_evaluate(study: studies.Study, variant: str, budget: str) -> dict:
         "searched_coef": searched["coef"],
         "searched_normalized": searched["normalized"],
         "searched_absolute": searched["absolute"],
-        "individual": float(np.mean(single[1])),
+        "individual": float(np.mean(single["test"])),
         "per_task": one["per_task"],
-        "individual_per_task": dict(zip(study.names, single[1], strict=True)),
+        "individual_per_task": dict(zip(study.names, single["test"], strict=True)),
     }
 
 
@@ -300,7 +307,9 @@ def check(config: Config):
                 f"{option} are {list(values)}; give at least one, and each once."
             )
     if len(config.tasks) < 2:
-        raise ValueError(f"merging needs at least two tasks; got {config.tasks[0]}.")
+        raise ValueError(
+            f"merging needs at least two tasks; got {', '.join(config.tasks)}."
+        )
     if unknown := [name for name in config.variants if name not in VARIANTS]:
         raise ValueError(
             f"unknown variants {unknown}; known are {', '.join(VARIANTS)}."
@@ -315,7 +324,7 @@ def check(config: Config):
 def main(config: Config) -> dict:
     """Measures, trains, prints and writes; returns what `report.json` holds."""
     check(config)
-    study = quickstart.prepare(quickstart_config(config))
+    study = small_study.prepare(study_config(config))
     timed = list(dict.fromkeys([REFERENCE, *config.variants]))
     costs = measure_costs(study, timed, config.timed_steps)
     ratios = {name: cost["ratio"] for name, cost in costs.items()}

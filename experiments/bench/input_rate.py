@@ -27,8 +27,6 @@ SHAPES = ((256, 256), (333, 250), (375, 500), (500, 375))  # width, height
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Measure decoding and training augmentation."""
-
     out: Path | None = None
     """Folder for report.json and report.md; none by default."""
     workers: tuple[int, ...] = (0, 1, 2)

@@ -41,8 +41,6 @@ PENALTY_COEF = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Measure what tangent-space training costs."""
-
     out: Path
     """Folder for report.json, report.md and cost.png."""
     model: encoders.Name = "vit-b-32"

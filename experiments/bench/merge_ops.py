@@ -87,8 +87,6 @@ METHODS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Measure the merge operators."""
-
     out: Path
     """Folder for report.json and report.md."""
     model: Literal["vit-b-32", "vit-l-14"] = "vit-b-32"

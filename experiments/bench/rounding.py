@@ -12,17 +12,15 @@ On a CPU the rounding is the same as on accelerators and saves no time.
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 import jax
 import numpy as np
 
-from experiments import quickstart
-from experiments.bench import cheaper, measure
+from experiments.bench import measure
 from experiments.common import script, studies
-from experiments.common.vision import small_tasks
-from jaxarith import report, task_vectors
-from jaxarith.models import clip, heads
+from experiments.common.vision import small_study, small_tasks
+from jaxarith import report, task_vectors, tau_jp
+from jaxarith.models import clip
 from jaxarith.typing import Tree
 
 DTYPES = {"float32": None, "bfloat16": "bfloat16"}
@@ -38,7 +36,7 @@ class Config:
     """Folder of a CLIP checkpoint; the embedded tiny one by default."""
     tasks: tuple[str, ...] = small_tasks.NAMES
     """The tasks, in order."""
-    penalty: Literal["cyclic", "mixed", "strict"] | None = "cyclic"
+    penalty: tau_jp.Mode | None = "cyclic"
     """Mode of the τJp penalty; None trains without one."""
     steps: int = 200
     batch_size: int = 64
@@ -47,7 +45,7 @@ class Config:
     seed: int = 0
 
 
-def train(study: studies.Study, penalty: str | None, dtype: str) -> list[Tree]:
+def train(study: studies.Study, penalty: tau_jp.Mode | None, dtype: str) -> list[Tree]:
     recipe = studies.recipe_of(study.config, "linear", penalty)
     recipe = dataclasses.replace(recipe, product_dtype=DTYPES[dtype])
     return studies.fine_tune(study, dtype, recipe)
@@ -70,27 +68,41 @@ def distances(exact: list[Tree], rounded: list[Tree]) -> list[dict]:
 @script.full_precision
 def main(config: Config) -> dict:
     """Trains, compares, prints and writes; returns what `report.json` holds."""
-    study = quickstart.prepare(cheaper.quickstart_config(config))
+    studies.check(config.tasks)
+    study = small_study.prepare(
+        small_study.Config(
+            out=config.out,
+            model=config.model,
+            tasks=config.tasks,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            samples=config.samples,
+            seed=config.seed,
+            mesh="data=1",
+            resume=False,
+            save_every=0,
+        )
+    )
     config.out.mkdir(parents=True, exist_ok=True)
     taus = {dtype: train(study, config.penalty, dtype) for dtype in DTYPES}
     outputs = {
-        dtype: studies.outputs_of(study, "linear", vectors)
+        dtype: studies.outputs_of(study, vectors, f"evaluate, {dtype}")
         for dtype, vectors in taus.items()
     }
     rows, logits = distances(*taus.values()), {}
     ones, one_hot = np.ones(len(study.names)), np.eye(len(study.names))
     accuracies = {}
     for dtype, found in outputs.items():
-        single = studies.single_accuracies(study.test, found.test)
-        merged = studies.accuracies(study.test, found.test, ones)
+        single = studies.linearized_single(study, found)["test"]
+        merged = studies.linearized_at(study, "test", found, ones)
         means = float(np.mean(single)), float(np.mean(merged))
         accuracies[dtype] = dict(zip(("individual", "merged"), means, strict=True))
         logits[dtype] = [
-            np.asarray(heads.logits(dataset.head, at(coefs)))
+            np.asarray(dataset.logits(dataset.head, at(coefs)))
             for dataset, at, coefs in zip(study.test, found.test, one_hot, strict=True)
         ]
     starts = [
-        np.asarray(heads.logits(dataset.head, at(0 * ones)))
+        np.asarray(dataset.logits(dataset.head, at(0 * ones)))
         for dataset, at in zip(study.test, outputs["float32"].test, strict=True)
     ]
     for row, exact, rounded, start in zip(rows, *logits.values(), starts, strict=True):

@@ -52,8 +52,6 @@ Model = Literal["vit-b-32", "vit-b-16", "vit-l-14", "tiny"]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Count what the linearised step does on many devices."""
-
     out: Path
     """Folder for report.json, report.md, sent.png and flops.png."""
     models: tuple[Literal["vit-b-32", "vit-b-16", "vit-l-14", "tiny"], ...] = (

@@ -42,8 +42,6 @@ from jaxarith.typing import Tree
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Measure what cached tangents save."""
-
     out: Path
     """Folder for report.json, report.md and xi.png."""
     model: Path = clip.TINY_CLIP

@@ -139,6 +139,7 @@ def _unboxed(message: str) -> str:
     text = re.sub(r"╭─+ (.*?) ─+╮", r"\1: ", text)
     text = re.sub(r"│ ─+ │", "; ", text)
     text = " ".join(re.sub(r"[─-╿]", " ", text).split()).replace(" ;", ";").strip("; .")
+    text = re.sub(r"^Value error: (Error parsing Config: )?", "", text)
     return f"{text}. `python -m {_name()} --help` lists the options."
 
 

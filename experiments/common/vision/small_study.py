@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.common import studies
+from experiments.common import script, studies
 from experiments.common.vision import small_tasks
 from jaxarith import hub, tree
 from jaxarith.data import images
@@ -26,6 +26,7 @@ class Config(studies.Config):
 
 def prepare(config: Config) -> studies.Study:
     """Loads the model, the tasks and their zero-shot heads."""
+    script.needs("demo", "PIL", "matplotlib", "mlxtend", "sklearn", "transformers")
     model = clip.load(config.model)
     preprocess = images.Preprocessing.from_folder(model.folder)
     tasks = [
