@@ -54,7 +54,7 @@ class Config(gpt2.Options):
     model: str
     """A GPT-2: a folder, or an id of the Hugging Face Hub."""
     toxic: Path
-    """Toxic texts: a .csv or .jsonl, of which --keep chooses rows, or, with any other
+    """Toxic texts: a .csv or .jsonl whose rows --keep chooses, or, with any other
     suffix, a text on every line."""
     keep: str = "toxicity>0.8"
     """Which rows of a .csv or .jsonl are toxic: COLUMN>NUMBER, COLUMN<NUMBER or
@@ -80,7 +80,7 @@ class Config(gpt2.Options):
     samples: int = 1000
     """Continuations of the prompt for every model and coefficient."""
     max_new_tokens: int = 42
-    """Of a continuation; with the 8 of the prompt the 50 of Yoshida et al."""
+    """Tokens of a continuation; with the 8 of the prompt the 50 of Yoshida et al."""
     temperature: float = 1.0
     top_k: int | None = 50
     top_p: float | None = None

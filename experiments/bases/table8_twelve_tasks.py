@@ -105,7 +105,7 @@ class Config(prompted.Options):
     """The tasks, in order: names of the paper's list (Appendix D.3), or files with
     labelled texts, NAME=FILE, NAME=TRAIN,TEST or NAME=TRAIN,VALIDATION,TEST."""
     clusters: int = 4
-    """Of the task vectors; 0 takes the number from the eigengap."""
+    """Number of clusters of task vectors; 0 takes it from the eigengap."""
     mask_epochs: int = 10
     """Steps in which a mask is learned."""
     mask_density: float = 1e-5

@@ -82,7 +82,7 @@ class Config(text_to_text.Options):
     """Texts of a file, from the first on."""
     max_length: int = 512
     max_new_tokens: int = 64
-    """Of a generated text."""
+    """Tokens of a generated text."""
     coefs: tuple[float, ...] = tuple(i / 20 for i in range(21))
     """The candidates of the coefficient."""
 

@@ -58,7 +58,7 @@ class Config(detoxification.EditingOptions):
     samples: int = 1000
     """Continuations of the prompt for every row."""
     max_new_tokens: int = 42
-    """Of a continuation; with the 8 of the prompt 50."""
+    """Tokens of a continuation; with the 8 of the prompt 50."""
 
 
 @script.full_precision

@@ -90,8 +90,8 @@ class Options(runs.Banked):
     """The largest number of test samples of a task, drawn at random; all by default."""
     evaluation_batch: int = 64
     tasks_together: int = 4
-    """How many tasks of one length and one number of steps train side by side, for each
-    of which the devices hold three times the parameters of the blocks."""
+    """How many tasks of one length and one number of steps train side by side. For each
+    the devices hold three times the parameters of the blocks."""
     seed: int = 0
 
 
@@ -185,12 +185,12 @@ def load(
     """Loads the tasks and the model, and claims the output folder.
 
     Args:
-      options: of the script, as `smoke` returns them.
+      options: the options of the script, as `smoke` returns them.
       changed: by a new name, one of the tasks and a template in place of its own; such
         tasks come last.
 
     Raises:
-      ValueError: tasks are not there, or not what they should be; the message has all.
+      ValueError: tasks are missing or malformed; the message has all of them.
       FileNotFoundError: there is no such model.
     """
     script.needs("text", "sklearn", "transformers")

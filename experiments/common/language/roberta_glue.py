@@ -151,7 +151,7 @@ def setups(options: Options):
     """Every model in turn, with the tasks; nothing is written before the first is here.
 
     Raises:
-      ValueError: tasks are not there, or not what they should be; the message has all.
+      ValueError: tasks are missing or malformed; the message has all of them.
       FileNotFoundError: there is no such model.
     """
     script.needs("text", "sklearn", "transformers")
@@ -326,7 +326,7 @@ def scores_at(
     """The scores on all tasks as a function of a coefficient.
 
     Args:
-      taus: the task vectors, of which each task takes its head as it is.
+      taus: the task vectors, whose heads the tasks take as they are.
       added: for every task the vector of encoders that the coefficient scales.
       split: "validation" or "test".
     """

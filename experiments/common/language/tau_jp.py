@@ -62,7 +62,7 @@ def recipe(
 def merged(
     params_0: Params, taus: Mapping[str, Taus], density: float
 ) -> dict[str, tuple[str, Params]]:
-    """By row the method whose model is edited, and the vector that edits it.
+    """The rows: the method whose model is edited, and the vector that edits it.
 
     It is the sum of the method's vectors; TIES merges the ordinary ones, and trims
     where there is one alone.
