@@ -114,7 +114,7 @@ def main(config: Config) -> dict:
             plots.landscape(
                 config.out / f"figure5_{'_'.join(two.names)}.png",
                 panels,
-                (coefs, coefs),
+                (coefs.tolist(), coefs.tolist()),
                 points,
                 x=f"coefficient of {first}",
                 y=f"coefficient of {second}",

@@ -74,6 +74,7 @@ Arithmetic here. Nor does it say which of its two starts, 0.3 or 0.4: here 0.3.
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -163,7 +164,8 @@ def surgery(setup: options.Setup, taus, total, coef: float) -> np.ndarray:
     progress = tqdm(setup.tasks, desc="surgery", unit="task")
     for number, (task, tau) in enumerate(zip(progress, taus, strict=True)):
         at = scores.outputs(setup, [total, tau], task.test, False)
-        merged, own = at(np.array([[coef, 0.0], [0.0, 1.0]]))
+        rows = np.array([[coef, 0.0], [0.0, 1.0]])
+        merged, own = map(jnp.asarray, at(rows))
         module = merge.surgery(
             merged, own, key=jax.random.fold_in(key, number), steps=steps
         )

@@ -133,7 +133,7 @@ def prepare(config: Config) -> Study:
         batches = pipeline.evaluation_batches(source, config.batch_size)
         # As long as those of zero-shot heads.
         rows = rng.standard_normal((config.classes, width), np.float32)
-        head = heads.normalize(rows) * jnp.exp(model.params["logit_scale"])
+        head = heads.normalize(jnp.asarray(rows)) * jnp.exp(model.params["logit_scale"])
         at = evaluate.tangent(apply_fn, params_0, taus[-1:], batches)
         before, labels = (predictions(head, at([coef])) for coef in (0, 1))
         datasets.append(Dataset(batches, head, labels))

@@ -20,6 +20,7 @@ take ViT-L-14, and a point is the mean over both tasks.
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -48,7 +49,8 @@ def accuracies(setup: options.Setup) -> tuple[np.ndarray, np.ndarray]:
         at = scores.outputs(setup, taus, task.test, False)
         found = at(np.array([*ones, *halves]))
         single = [
-            np.asarray(heads.logits(task.test.head, x)) for x in found[: len(ones)]
+            np.asarray(heads.logits(task.test.head, jnp.asarray(x)))
+            for x in found[: len(ones)]
         ]
         for (p, (i, j)), features in zip(own, found[len(ones) :], strict=True):
             place = couples[p].index(index)
