@@ -12,62 +12,17 @@ Disentanglement. ICLR 2025. This is its Tables 1 and 6 in miniature.
 """
 
 import dataclasses
-from pathlib import Path
 
-import jax
-import tyro
-from tqdm import tqdm
-
-from experiments.common import studies
-from experiments.common.vision import small_tasks
-from jaxarith import hub, tree
-from jaxarith.data import images
-from jaxarith.models import clip, heads
+from experiments.common import script, studies
+from experiments.common.vision import small_study
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(studies.Config):
+class Config(small_study.Config):
     """Fine-tune, merge and evaluate on six small tasks."""
 
-    model: Path = clip.TINY_CLIP
-    """Folder of a CLIP checkpoint; the embedded tiny one by default."""
-    tasks: tuple[str, ...] = small_tasks.NAMES
-    """The tasks, in order; in a smoke run about three of them."""
 
-
-def prepare(config: Config) -> studies.Study:
-    """Loads the model, the tasks and their zero-shot heads."""
-    model = clip.load(config.model)
-    preprocess = images.Preprocessing.from_folder(model.folder)
-    tasks = [
-        small_tasks.load(name, preprocess, config.samples)
-        for name in tqdm(config.tasks, desc="tasks", unit="task")
-    ]
-    head_of = [clip.zero_shot_head(model, t.classes, t.templates) for t in tasks]
-
-    def datasets(split):
-        sources = [getattr(task, split) for task in tasks]
-        return studies.datasets(sources, head_of, heads.logits, 128)
-
-    return studies.Study(
-        config=config,
-        model=model,
-        apply_fn=clip.image_encoder(model.config),
-        params_0=tree.select(model.params, clip.IMAGE_ENCODER),
-        trained=".*",
-        blocks=clip.BLOCK_LINEAR_WEIGHTS,
-        inputs=("image",),
-        token_mask=None,
-        logits=heads.logits,
-        merged_config=hub.read_json(model.folder),
-        names=list(config.tasks),
-        classes=[task.classes for task in tasks],
-        sources=[task.train for task in tasks],
-        validation=datasets("validation"),
-        test=datasets("test"),
-    )
-
-
+@script.full_precision
 def main(config: Config) -> dict:
     """Runs the study; returns what `report.json` holds."""
     studies.check(config.tasks)
@@ -75,12 +30,13 @@ def main(config: Config) -> dict:
         config = dataclasses.replace(
             config,
             tasks=config.tasks[:: max(len(config.tasks) // 3, 1)],
-            **dict(steps=4, batch_size=8, penalty_batch_size=8, samples=48),
+            steps=4,
+            batch_size=8,
+            penalty_batch_size=8,
+            samples=48,
         )
-    return studies.run(config, prepare, "Small tasks, merged")
+    return studies.run(config, small_study.prepare, "Small tasks, merged")
 
 
 if __name__ == "__main__":
-    # Full float32 on accelerators too: a task vector is a small difference.
-    with jax.default_matmul_precision("float32"):
-        main(tyro.cli(Config))
+    script.run(Config, main)

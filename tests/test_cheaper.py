@@ -9,8 +9,8 @@ import types
 import numpy as np
 import pytest
 
-from experiments import quickstart
 from experiments.bench import cheaper, measure
+from experiments.common.vision import small_study
 from jaxarith import hub, tree
 from jaxarith.models import clip
 
@@ -32,7 +32,7 @@ def test_at_equal_time_a_variant_gets_steps_in_inverse_proportion_to_their_secon
 @pytest.mark.parametrize("variant", cheaper.VARIANTS)
 def test_every_variant_trains_in_the_tangent_space_with_a_proportional_warm_up(variant):
     penalty, trained, _ = cheaper.VARIANTS[variant]
-    options = quickstart.Config(out="unused", steps=125, seed=3)
+    options = small_study.Config(out="unused", steps=125, seed=3)
     recipe = cheaper.recipe_of(options, variant)
     assert recipe.linearized
     assert (recipe.penalty, recipe.trained) == (penalty, trained)

@@ -10,6 +10,7 @@ import pytest
 
 from experiments import quickstart
 from experiments.common import studies
+from experiments.common.studies import report as study_report
 from experiments.common.vision import small_tasks
 from jaxarith import evaluate, hub, metrics, plots, report, task_vectors, tree
 from jaxarith.data import images, pipeline
@@ -129,7 +130,7 @@ def test_the_quickstart_writes_everything_it_promises(tmp_path, shallow_clip):
 
 def test_the_worst_pair_has_the_largest_mutual_tau_jp():
     matrix = np.array([[9.0, 1, 2], [1, 9, 4], [0, 5, 9]])
-    assert studies.worst_pair(matrix) == (1, 2)
+    assert study_report.worst_pair(matrix) == (1, 2)
 
 
 def test_reports_are_written_whole_or_not_at_all(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import text_study
-from experiments.common import studies
+from experiments.common.studies import evaluation
 from jaxarith import hub, task_vectors, tree
 from jaxarith.models import bert
 
@@ -265,9 +265,12 @@ def test_a_model_of_another_architecture_is_refused(tmp_path, files):
 def test_an_accuracy_of_zero_costs_the_normalised_accuracy_and_no_report(
     bert_folder, files, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(
-        studies, "single_accuracies", lambda datasets, at: [0.0] + [0.5] * len(at[1:])
-    )
+    for single in ("ordinary_single", "linearized_single"):
+        monkeypatch.setattr(
+            evaluation,
+            single,
+            lambda study, _: dict.fromkeys(("validation", "test"), [0.0, 0.5]),
+        )
     config = text_study.Config(
         **dict(out=tmp_path, smoke=True, merges=(), modes=()),
         **options(files, bert_folder, names=("mood", "animal")),

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.common import script
 from experiments.common.vision import glyphs
 from jaxarith.data.images import ImageTask
 
@@ -40,8 +39,9 @@ def _shipped(package: str, file: str) -> np.ndarray:
     Without importing the package, and by the fast reader of NumPy: the packages' own
     functions take seconds.
     """
-    script.needs("demo", package)
     spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ImportError(f"{package} is missing: pip install 'jaxarith[demo]'.")
     folder = Path(spec.origin).parent
     return np.loadtxt(folder / file, delimiter=",", dtype=np.uint8)
 

@@ -1,0 +1,125 @@
+"""The merges that a study compares, beside the sum of its task vectors."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import scipy.linalg  # noqa: F401, its BLAS, which XLA uses, must be loaded to be limited
+import threadpoolctl
+from tqdm import tqdm
+
+from experiments.common import study_merges
+from experiments.common.studies.study import Config, Study, classifier
+from jaxarith import evaluate, merge, sharding, task_vectors, tree
+from jaxarith.typing import Params, Taus, Tree
+
+
+def merged_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
+    """Data-free merges of the ordinary vectors; each is linear in its coefficient."""
+    params_0, key = study.params_0, jax.random.key(study.config.seed)
+    # The paper of AWD merges the linear weights of the blocks and nothing else.
+    blocks = [tree.select(tau, study.blocks) for tau in taus]
+    operators = {
+        "ties": lambda: merge.ties(params_0, taus, coef=1.0),
+        "dare_ties": lambda: merge.dare(params_0, taus, key=key, into="ties", coef=1.0),
+        "consensus": lambda: merge.consensus(params_0, taus, coef=1.0),
+        "awd": lambda: merge.awd(params_0, blocks, coef=1.0),
+        "tsv": lambda: merge.tsv(params_0, taus, coef=1.0),
+        "iso_c": lambda: merge.iso_c(params_0, taus, coef=1.0),
+    }
+    wanted = [name for name in study_merges.MERGES if name in study.config.merges]
+    # The threads of BLAS wait for each other and for those of XLA: a factorisation of
+    # a small matrix takes up to 40 times as long with two of them as with one.
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+        return {
+            name: _vector(operators[name](), params_0, taus)
+            for name in tqdm(wanted, desc="merge", unit="merge")
+        }
+
+
+def fitted_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
+    """Merges of the ordinary vectors that look at unlabelled validation samples."""
+    wanted = [name for name in study_merges.FITTED if name in study.config.merges]
+    if not wanted:
+        return {}
+    # They run the network on one device, whatever the mesh, in every process.
+    params_0, taus = sharding.to_host((study.params_0, list(taus)))
+    logits_of = classifier(study.apply_fn, study.logits)
+    head_of = [dataset.padded for dataset in study.validation]
+
+    def logits_of_batch(params, batch):
+        inputs = (batch[name] for name in study.inputs)
+        return logits_of({"encoder": params, "head": batch["head"]}, *inputs)
+
+    # As many samples of each task as the public tables take.
+    samples = [dataset.batches[:2] for dataset in study.validation]
+
+    def fisher():
+        return study_merges.fisher(
+            logits_of,
+            params_0,
+            taus,
+            head_of,
+            samples,
+            key=jax.random.key(study.config.seed),
+            inputs=study.inputs,
+        )
+
+    def regmean():
+        return study_merges.regmean(
+            study.apply_fn,
+            params_0,
+            taus,
+            samples,
+            inputs=study.inputs,
+            token_mask=study.token_mask,
+            # What follows the tokens, such as a prompt's head, has no mask.
+            select=study.blocks if study.token_mask else ".*",
+        )
+
+    def adamerging():
+        with_heads = [
+            [
+                part | {"head": head}
+                for part in study_merges.sixteens(batches, study.inputs)
+            ]
+            for head, batches in zip(head_of, samples, strict=True)
+        ]
+        return merge.adamerging(
+            params_0,
+            taus,
+            [logits_of_batch] * len(taus),
+            with_heads,
+            **adaptation(study.config),
+        ).params
+
+    operators = {"fisher": fisher, "regmean": regmean, "adamerging": adamerging}
+    return {name: _vector(operators[name](), params_0, taus) for name in wanted}
+
+
+def _vector(merged: Params, params_0: Params, taus: Taus) -> Tree:
+    """The task vector of a merge, with the leaves of those that it was made of.
+
+    All merges have the same, so that what is compiled for one serves all.
+    """
+    moved = task_vectors.difference(merged, params_0)
+    return tree.restrict(moved, tree.flatten(taus[0]))
+
+
+def adaptation(config: Config) -> dict:
+    """Fewer and larger steps of AdaMerging than the paper's 500 of 1e-3."""
+    return {"steps": 2 if config.smoke else 50, "learning_rate": 1e-2}
+
+
+def adapted_coefs(
+    study: Study, validation: Sequence[evaluate.TangentOutputs]
+) -> np.ndarray:
+    """AdaMerging of linearised vectors, on cached tangents of validation samples."""
+    coefs, _ = merge.adamerging_tangent(
+        [at.f0 for at in validation],
+        [at.moves for at in validation],
+        [functools.partial(study.logits, d.head) for d in study.validation],
+        **adaptation(study.config),
+    )
+    return np.asarray(coefs)

@@ -1,0 +1,158 @@
+"""The table and the figures of a study, and what they say in three sentences."""
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments.common.studies.evaluation import Evaluation, Outputs
+from experiments.common.studies.study import Study
+from jaxarith import evaluate, plots
+from jaxarith import report as reports
+
+XI_COEFS = np.linspace(-2, 2, 15)
+# What methods are called in sentences.
+NAMES = {
+    "nonlinear": "ordinary",
+    "linear": "linearised",
+    "tau_jp_cyclic": "cyclic τJp",
+    "tau_jp_mixed": "mixed τJp",
+    "tau_jp_strict": "strict τJp",
+}
+
+
+def tau_jp_matrix(outputs: Outputs) -> np.ndarray:
+    """τJp of every task vector on every test set, from the cached tangents.
+
+    `tau_jp.matrix` measures the same without a cache.
+    """
+    return np.array(
+        [
+            [
+                float(np.linalg.norm(at.moves[task], axis=-1).mean())
+                for at in outputs.test
+            ]
+            for task in range(len(outputs.vectors))
+        ]
+    )
+
+
+def worst_pair(matrix: np.ndarray) -> tuple[int, int]:
+    """The two tasks whose vectors disturb each other the most (Eq. 9)."""
+    both = np.triu(matrix + matrix.T, 1)
+    first, second = np.unravel_index(both.argmax(), both.shape)
+    return int(first), int(second)
+
+
+def xi_grid(study: Study, outputs: Outputs, pair: tuple[int, int]) -> np.ndarray:
+    """ξ of a pair of tasks on test data, the other vectors left out."""
+    one_hot = np.eye(len(study.names))[list(pair)]
+    return evaluate.disentanglement_error(
+        [lambda c, at=outputs.test[i]: at(np.asarray(c) @ one_hot) for i in pair],
+        [study.test[i].predict for i in pair],
+        XI_COEFS,
+    )
+
+
+def figures(
+    study: Study,
+    found: Evaluation,
+    matrices: dict[str, np.ndarray],
+    cosines: dict[str, np.ndarray],
+) -> None:
+    """Draws everything into the output folder.
+
+    Args:
+      study: the study.
+      found: rows, searches and outputs of its methods.
+      matrices: for each linearised method, its τJp matrix.
+      cosines: for each method, the cosines of its task vectors.
+    """
+    out, names = study.config.out, study.names
+    pair = worst_pair(matrices["linear"])
+    plots.disentanglement(
+        out / "xi.png",
+        {
+            method: xi_grid(study, found.outputs[method], pair)
+            for method in tqdm(matrices, desc="ξ grids", unit="grid")
+        },
+        XI_COEFS,
+        (names[pair[0]], names[pair[1]]),
+    )
+    plots.matrices(
+        out / "tau_jp.png",
+        matrices,
+        names,
+        rows="task vector",
+        columns="data",
+        value="mean of ‖J(x)τ‖",
+    )
+    plots.matrices(
+        out / "cosine.png",
+        cosines,
+        names,
+        rows="task vector",
+        columns="task vector",
+        value="cosine",
+    )
+    plots.curves(
+        out / "coefficients.png",
+        {label: (s.coefs, s.normalized) for label, s in found.searches.items()},
+        x="coefficient of every task vector",
+        y="normalised accuracy (validation)",
+    )
+    shown = [r for r in found.rows if r["method"] == "zero_shot" or r["searched"]]
+    plots.bars(
+        out / "tasks.png",
+        {
+            f"{r['method']} {r['merge'].replace('none', '')}": list(
+                r["per_task"].values()
+            )
+            for r in shown
+        },
+        names,
+        y="test accuracy (searched coefficient)",
+    )
+
+
+def table(rows: list[dict], names: list[str]) -> str:
+    """The rows as a Markdown table."""
+    header = ["method", "merge", "coefficient", "absolute", "normalised", *names]
+    cells = [
+        [
+            r["method"],
+            r["merge"],
+            f"{r['coef']:.2f}" + " (searched)" * r["searched"],
+            r["absolute"],
+            r["normalized"],
+            *r["per_task"].values(),
+        ]
+        for r in rows
+    ]
+    return reports.markdown_table(header, cells)
+
+
+def summary(rows: list[dict]) -> list[str]:
+    """The three figures that matter, a sentence each.
+
+    Accuracies of the pre-trained model, and of that with the sum of the ordinary
+    vectors and of those of the last method, at coefficient 1 and the searched one.
+    """
+    at = {(r["method"], r["merge"], r["searched"]): r for r in rows}
+    normalized = all(r["normalized"] for r in rows)
+    measure = "normalized" if normalized else "absolute"
+    whole = "the accuracy of models fine-tuned on each task"
+    start = at["zero_shot", "none", False][measure]
+    lines = [
+        f"The pre-trained model has {start:.3f} of {whole}."
+        if normalized
+        else f"The pre-trained model has an accuracy of {start:.3f}."
+    ]
+    last = [r["method"] for r in rows if r["merge"] == "task_arithmetic"][-1]
+    for method in ("nonlinear", last):
+        one = at[method, "task_arithmetic", False]
+        best = at[method, "task_arithmetic", True]
+        lines.append(
+            f"With the sum of the {NAMES[method]} task vectors it has "
+            f"{one[measure]:.3f} at coefficient 1, and {best[measure]:.3f} at "
+            f"{best['coef']:.2f}, the best on validation data."
+        )
+    return lines

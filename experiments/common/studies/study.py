@@ -1,0 +1,183 @@
+"""What a study starts from: options, a model, tasks and their frozen heads."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments.common import runs, study_merges
+from jaxarith import evaluate, losses, sharding, tau_jp
+from jaxarith.data import pipeline
+from jaxarith.models import heads
+from jaxarith.typing import ApplyFn, Params
+
+# `logits(head, features, valid) -> [B, C]`, as in `jaxarith.models.heads`.
+Logits = Callable[..., jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(runs.Options):
+    """The options that all studies have."""
+
+    model: Path | str
+    """A checkpoint: a folder, or an id of the Hugging Face Hub."""
+    modes: tuple[tau_jp.Mode, ...] = ("cyclic",)
+    """Modes of the τJp penalty, each trained and reported."""
+    merges: tuple[study_merges.Merge, ...] = study_merges.ALL
+    """Merges of the ordinary vectors beside task arithmetic."""
+    steps: int = 200
+    """Optimizer steps of every training."""
+    batch_size: int = 64
+    """Samples per step and task."""
+    learning_rate: float = 1e-3
+    """The largest learning rate, after a tenth of the steps."""
+    penalty_coef: float = 0.1
+    """Weight of the τJp penalty."""
+    penalty_batch_size: int | None = None
+    """Its samples per step; an eighth of the batch by default."""
+    samples: int | None = None
+    """The largest number of samples of a split; all by default."""
+    seed: int = 0
+    """Seed of the order of samples and of random merges."""
+    smoke: bool = False
+    """Run the whole path with few steps, samples and coefficients; what it finds means
+    nothing."""
+
+
+class Dataset(NamedTuple):
+    """One split of one task, with the task's frozen head.
+
+    Attributes:
+      batches: dicts of arrays, as `pipeline.evaluation_batches` makes them.
+      labels: the labels of all samples, `[N]`.
+      head: `[C, D]`.
+      padded: the head in the shape that all tasks share, and which classes count; see
+        `heads.pad`. Whatever takes it is compiled once for all tasks.
+      logits: `logits(head, features, valid)`.
+    """
+
+    batches: list[dict]
+    labels: np.ndarray
+    head: jax.Array
+    padded: dict[str, jax.Array]
+    logits: Logits
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """The classes `[N]` of features `[N, D]`."""
+        # In few shapes: datasets of other sizes would each be compiled for.
+        filling = -len(features) % 1024
+        rows = np.pad(features, ((0, filling), (0, 0)))
+        return np.asarray(_predict(self.logits, self.padded, rows))[: len(features)]
+
+    def accuracy(self, features: np.ndarray) -> float:
+        return float(np.mean(self.predict(features) == self.labels))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(logits, head, features):
+    return logits(head["head"], features, head["valid"]).argmax(-1)
+
+
+class Study(NamedTuple):
+    """What every method starts from.
+
+    Attributes:
+      config: the options.
+      model: a checkpoint with `params`, `folder` and `config`.
+      apply_fn: `apply_fn(params, *inputs) -> features[B, D]`, what is linearised.
+      params_0: the pre-trained parameters that `apply_fn` reads.
+      trained: pattern of the paths in `params_0` that are trained.
+      blocks: pattern of the linear weights, to which AWD confines itself.
+      inputs: the fields of a batch that `apply_fn` takes.
+      token_mask: the field that is true where a token counts; None without tokens.
+      logits: `logits(head, features, valid) -> [B, C]`.
+      merged_config: what config.json of the merged checkpoint holds.
+      names: the names of the tasks.
+      classes: for each task, the names of its classes.
+      sources: for each task, its training samples.
+      validation, test: for each task, its other splits.
+    """
+
+    config: Config
+    model: Any
+    apply_fn: ApplyFn
+    params_0: Params
+    trained: str
+    blocks: str
+    inputs: tuple[str, ...]
+    token_mask: str | None
+    logits: Logits
+    merged_config: dict
+    names: list[str]
+    classes: list
+    sources: list
+    validation: list[Dataset]
+    test: list[Dataset]
+
+    @property
+    def mesh(self) -> Mesh:
+        return sharding.make_mesh(self.config.mesh)
+
+    def loss(self, features, batch, constants):
+        logits = self.logits(constants["head"], features, constants["valid"])
+        return losses.cross_entropy(logits, batch["label"])
+
+
+@functools.cache  # the same function again keeps what is compiled of it
+def classifier(apply_fn: ApplyFn, logits: Logits) -> ApplyFn:
+    """A study's network with a task's head among its parameters.
+
+    Returns:
+      `f(params, *inputs) -> logits[B, C]` of parameters
+      `{"encoder": params, "head": dataset.padded}`.
+    """
+
+    def apply(params, *inputs):
+        features = apply_fn(params["encoder"], *inputs)
+        return logits(params["head"]["head"], features, params["head"]["valid"])
+
+    return apply
+
+
+def datasets(
+    sources: Sequence, head_of: Sequence[jax.Array], logits: Logits, batch_size: int
+) -> list[Dataset]:
+    """One split of all tasks, ready to be evaluated.
+
+    Args:
+      sources: for each task, its samples.
+      head_of: for each task, its head `[C, D]`.
+      logits: `logits(head, features, valid)`.
+      batch_size: samples that are evaluated at a time.
+    """
+    padded = jax.tree.map(np.asarray, heads.pad(head_of))
+    batches = [pipeline.evaluation_batches(source, batch_size) for source in sources]
+    return [
+        Dataset(
+            batches=own,
+            labels=evaluate.labels(own),
+            head=head,
+            padded=jax.tree.map(lambda leaf, task=task: leaf[task], padded),
+            logits=logits,
+        )
+        for task, (own, head) in enumerate(zip(batches, head_of, strict=True))
+    ]
+
+
+def check(names: Sequence[str]) -> None:
+    """Raises ValueError for tasks that no study can have."""
+    if len(set(names)) < 2 or len(set(names)) < len(names):
+        raise ValueError(
+            f"merging needs at least two tasks, each once; got {list(names)}."
+        )
+    if wrong := [name for name in names if not re.fullmatch(r"\w[\w.-]*", name)]:
+        raise ValueError(
+            f"the task {wrong[0]!r} cannot be the name of a file; use letters, digits "
+            "and - . _"
+        )

@@ -1,0 +1,91 @@
+"""Fine-tuning of all tasks of a study, and the files of their task vectors."""
+
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from experiments.common import runs
+from experiments.common.studies.study import Config, Study
+from jaxarith import hub, sharding, tau_jp, train
+from jaxarith.models import heads
+from jaxarith.sharding import processes
+from jaxarith.typing import Source, Tree
+
+
+def recipe_of(
+    config: Config, method: str, mode: tau_jp.Mode | None
+) -> train.TrainConfig:
+    """How the vectors of a method are trained; all but `nonlinear` are linearised."""
+    return train.TrainConfig(
+        steps=config.steps,
+        warmup_steps=config.steps // 10,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        linearized=method != "nonlinear",
+        penalty=mode,
+        penalty_coef=config.penalty_coef,
+        penalty_batch_size=config.penalty_batch_size or max(config.batch_size // 8, 1),
+        seed=config.seed,
+    )
+
+
+def batches_of(study: Study, recipe: train.TrainConfig) -> Source:
+    return train.task_batches(
+        study.sources,
+        recipe,
+        seeds=[train.seed_of(name, recipe.seed) for name in study.names],
+        inputs=study.inputs,
+        mesh=study.mesh,
+    )
+
+
+def is_trained(study: Study, method: str) -> bool:
+    """Whether the vectors of a method are there, and the run may go on with them."""
+    return study.config.resume and all(file.exists() for file in _files(study, method))
+
+
+def _files(study, method):
+    folder = runs.vectors(study.config) / method
+    return [folder / f"{name}.safetensors" for name in study.names]
+
+
+def fine_tune(study: Study, method: str, recipe: train.TrainConfig) -> list[Tree]:
+    """Trains the task vectors of a method, all tasks at once, and saves them.
+
+    With --resume those that a run has saved before are not trained again, and a run
+    that was stopped goes on from its last checkpoint.
+    """
+    config, files = study.config, _files(study, method)
+    folder = runs.vectors(config) / method
+    if is_trained(study, method):
+        tqdm.write(f"{method}: trained before, {folder}", file=sys.stderr)
+        taus = [hub.load_tree(file)[0] for file in files]
+        return [sharding.shard(tau, study.mesh) for tau in taus]
+    checkpoints = runs.checkpoints(config) / method
+    taus = train.fine_tune(
+        study.apply_fn,
+        study.params_0,
+        study.loss,
+        batches_of(study, recipe),
+        recipe,
+        names=study.names,
+        constants=heads.pad([dataset.head for dataset in study.test]),
+        inputs=study.inputs,
+        log=config.out / f"train_{method}.jsonl",
+        mesh=study.mesh,
+        checkpoints=checkpoints if config.save_every else None,
+        save_every=config.save_every,
+    )
+    held = sharding.to_host(taus)
+
+    def save():
+        folder.mkdir(parents=True, exist_ok=True)
+        model = Path(str(config.model)).name  # of a folder only the last part
+        for name, file, tau in zip(study.names, files, held, strict=True):
+            metadata = {"model": model, "task": name, "method": method}
+            hub.save_tree(file, tau, metadata)
+
+    processes.on_first(save)
+    runs.remove_checkpoints(config, checkpoints)
+    return taus
