@@ -70,6 +70,13 @@ def test_a_figure_is_drawn(name, shared_bank, tmp_path):
     assert found["rows"]
 
 
+def test_a_script_whose_trainings_have_other_options_goes_on_in_its_folder(
+    shared_bank, tmp_path
+):
+    found = smoke.run("editing.figure6_variations", tmp_path, bank=shared_bank)
+    assert smoke.run("editing.figure6_variations", tmp_path, bank=shared_bank) == found
+
+
 def test_published_means_are_those_of_the_published_tasks():
     published = table1_forgetting.PUBLISHED
     for key in {key[:2] for key in table1_forgetting.PUBLISHED_TASKS}:

@@ -90,6 +90,10 @@ _WHERE = {field.name for field in dataclasses.fields(Options)} - {"smoke"} | {
 }
 
 
+# By folder, the options of the script that has started there.
+_STARTED: dict[Path, Options] = {}
+
+
 def start(options: Options) -> Mesh:
     """Joins the other processes, and looks at the folder; writes nothing.
 
@@ -109,7 +113,7 @@ def start(options: Options) -> Mesh:
     ours = (checkpoints(options), vectors(options))
     if not there.exists() and (found := [f for f in ours if f.exists()]):
         raise ValueError(
-            f"{found[0]} is there, and no config.json that says of what options it is. "
+            f"{found[0]} exists, and there is no config.json that says what options it has. "
             "Name another folder, or remove it."
         )
     if options.resume and there.exists():
@@ -122,11 +126,18 @@ def start(options: Options) -> Mesh:
                 f"{options.out} holds a run with other options:\n  {lines}\nName "
                 "another folder, or say --no-resume to write over it."
             )
-    return sharding.make_mesh(options.mesh)
+    mesh = sharding.make_mesh(options.mesh)
+    _STARTED[options.out] = options
+    return mesh
 
 
 def claim(options: Options):
-    """Makes the folder that of this run, and with --no-resume forgets another's."""
+    """Makes the folder that of this run, and with --no-resume forgets another's.
+
+    Some trainings of a script have other options than the script, in the same folder;
+    config.json has those that the script started with.
+    """
+    options = _STARTED.get(options.out, options)
 
     def write():
         options.out.mkdir(parents=True, exist_ok=True)

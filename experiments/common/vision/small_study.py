@@ -28,6 +28,9 @@ def prepare(config: Config) -> studies.Study:
     """Loads the model, the tasks and their zero-shot heads."""
     script.needs("demo", "PIL", "matplotlib", "mlxtend", "sklearn", "transformers")
     model = clip.load(config.model)
+    raw = hub.read_json(model.folder)
+    if config.smoke:
+        model, raw = _shallow(model, raw)
     preprocess = images.Preprocessing.from_folder(model.folder)
     tasks = [
         small_tasks.load(name, preprocess, config.samples)
@@ -48,10 +51,27 @@ def prepare(config: Config) -> studies.Study:
         inputs=("image",),
         token_mask=None,
         logits=heads.logits,
-        merged_config=hub.read_json(model.folder),
+        merged_config=raw,
         names=list(config.tasks),
         classes=[task.classes for task in tasks],
         sources=[task.train for task in tasks],
         validation=datasets([task.validation for task in tasks]),
         test=datasets([task.test for task in tasks]),
+    )
+
+
+def _shallow(model: clip.CLIP, raw: dict) -> tuple[clip.CLIP, dict]:
+    """The first layer of the image encoder alone, which compiles in a third of the time.
+
+    Args:
+      model: a CLIP.
+      raw: its `config.json`.
+    """
+    vision = dataclasses.replace(model.config.vision, num_hidden_layers=1)
+    params = tree.select(model.params, r"(?!vision_model/encoder/layers/[1-9]).*")
+    return (
+        model._replace(
+            config=dataclasses.replace(model.config, vision=vision), params=params
+        ),
+        raw | {"vision_config": raw["vision_config"] | {"num_hidden_layers": 1}},
     )
