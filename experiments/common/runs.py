@@ -113,8 +113,8 @@ def start(options: Options) -> Mesh:
     ours = (checkpoints(options), vectors(options))
     if not there.exists() and (found := [f for f in ours if f.exists()]):
         raise ValueError(
-            f"{found[0]} exists, and there is no config.json that says what options it has. "
-            "Name another folder, or remove it."
+            f"{found[0]} exists, and there is no config.json that says what options it "
+            "has. Name another folder, or remove it."
         )
     if options.resume and there.exists():
         different = manifest.differences(
