@@ -49,11 +49,7 @@ class Config(studies.Config):
     """Prompts for label words, each NAME=TEMPLATE|CLASS:WORD,CLASS:WORD with {text} and
     {mask} in the template. sst2, mr, subj, trec and others have one, for files whose
     labels are the names that Hugging Face gives the classes."""
-    merges: tuple[Literal[*study_merges.MERGES, *study_merges.FITTED], ...] = (
-        "ties",
-        "tsv",
-        "iso_c",
-    )
+    merges: tuple[study_merges.Merge, ...] = ("ties", "tsv", "iso_c")
     """Merges of the ordinary vectors beside task arithmetic."""
     max_length: int = 48
     """Tokens of a text; longer ones are cut. The time of a run is proportional."""
@@ -218,8 +214,9 @@ def main(config: Config) -> dict:
     script.needs("demo", "transformers")
     studies.check([text_files.task_files(option)[0] for option in config.task])
     if config.smoke:
-        small = dict(steps=4, batch_size=8, penalty_batch_size=8, samples=48)
-        config = dataclasses.replace(config, **small)
+        config = dataclasses.replace(
+            config, steps=4, batch_size=8, penalty_batch_size=8, samples=48
+        )
     return studies.run(config, prepare, "Texts, merged")
 
 
