@@ -16,6 +16,11 @@ import dataclasses
 from experiments.common import script, studies
 from experiments.common.vision import small_study
 
+# Measured with the default options, after installation.
+TIME = (
+    "With the default options that takes about 2.5 minutes on 2 cores of an AMD EPYC."
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(small_study.Config):
@@ -35,7 +40,9 @@ def main(config: Config) -> dict:
             penalty_batch_size=8,
             samples=48,
         )
-    return studies.run(config, small_study.prepare, "Small tasks, merged")
+    return studies.run(
+        config, small_study.prepare, "Small tasks, merged", "" if config.smoke else TIME
+    )
 
 
 if __name__ == "__main__":

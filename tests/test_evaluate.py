@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxarith import evaluate, metrics, tangent, task_vectors, tau_jp
+from jaxarith import evaluate, metrics, sharding, tangent, task_vectors, tau_jp
 from jaxarith.data import pipeline
 
 CLASSES = 3
@@ -435,3 +435,35 @@ def test_of_what_forgets_most_the_smallest_coefficient_that_is_allowed_is_chosen
 
     assert chosen([0.0, 0.1, 0.2, 0.3, 0.4]) == chosen([0.4, 0.3, 0.2, 0.1, 0.0]) == 0.1
     assert chosen([0.0, 0.3]) == 0
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 21])
+def test_a_sweep_of_any_length_is_one_pass_after_the_other(count):
+    batches = pipeline.evaluation_batches(source(3), 8)
+    coefs = np.random.default_rng(4).normal(size=(count, len(TAUS)))
+    at = evaluate.forward(apply_fn, PARAMS_0, TAUS, batches)
+    actual = evaluate.sweep(
+        apply_fn, PARAMS_0, TAUS, batches, coefs, mesh=sharding.make_mesh("data=1")
+    )
+    expected = np.stack([at(point) for point in coefs])
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_sweeps_of_all_lengths_are_one_program():
+    traced = []
+
+    def counted(params, x):
+        traced.append(x.shape)
+        return apply_fn(params, x)
+
+    batches = pipeline.evaluation_batches(source(3), 8)
+    for count in (1, 9, 21):
+        evaluate.sweep(
+            counted,
+            PARAMS_0,
+            TAUS,
+            batches,
+            np.ones((count, len(TAUS))),
+            mesh=sharding.make_mesh("data=1"),
+        )
+    assert len(traced) == 1

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -126,6 +128,51 @@ def test_the_quickstart_writes_everything_it_promises(tmp_path, shallow_clip):
     leaves = tree.flatten(merged.params)
     for path, leaf in tree.flatten(edited).items():
         np.testing.assert_allclose(leaves[path], leaf, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("package", ["mlxtend", "matplotlib", "transformers"])
+def test_a_missing_package_is_named_with_its_extra(package, tmp_path):
+    # `python -m` with a package hidden.
+    code = (
+        f"import runpy, sys; sys.modules[{package!r}] = None; given = sys.argv[1:]\n"
+        "sys.argv = ['-m']; import experiments; sys.argv = ['quickstart', *given]\n"
+        "runpy.run_module('experiments.quickstart', run_name='__main__')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--out", str(tmp_path / "out"), "--smoke"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert result.returncode == 2
+    [line] = result.stderr.splitlines()
+    assert package in line and "pip install 'jaxarith[demo]'" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_summary_says_the_three_figures_that_matter():
+    def row(method, merge, searched, normalized, coef=1.0):
+        return {
+            "method": method,
+            "merge": merge,
+            "searched": searched,
+            "normalized": normalized,
+            "absolute": 0.9 * normalized,
+            "coef": coef,
+        }
+
+    rows = [row("zero_shot", "none", False, 0.678, 0)]
+    found = {"nonlinear": 0.368, "linear": 0.647, "tau_jp_cyclic": 0.963}
+    for method, at_one in found.items():
+        rows.append(row(method, "task_arithmetic", False, at_one))
+        rows.append(row(method, "task_arithmetic", True, 0.97, 0.35))
+    start, ordinary, penalized = study_report.summary(rows)
+    assert "pre-trained" in start and "0.678" in start
+    assert "ordinary" in ordinary and "0.368 at coefficient 1" in ordinary
+    assert "cyclic τJp" in penalized and "0.963 at coefficient 1" in penalized
+    assert "0.970 at 0.35" in ordinary and "0.970 at 0.35" in penalized
+    rows[0]["normalized"] = None  # a single-task accuracy is zero
+    assert "0.331 at coefficient 1" in study_report.summary(rows)[1]
 
 
 def test_the_worst_pair_has_the_largest_mutual_tau_jp():

@@ -19,7 +19,9 @@ from jaxarith.typing import Taus
 C = TypeVar("C", bound=Config)
 
 
-def run(config: C, prepare: Callable[[C], Study], title: str) -> dict:
+def run(
+    config: C, prepare: Callable[[C], Study], title: str, estimate: str = ""
+) -> dict:
     """Everything after the options; returns what `report.json` holds.
 
     Args:
@@ -27,12 +29,15 @@ def run(config: C, prepare: Callable[[C], Study], title: str) -> dict:
       prepare: loads the model and the tasks; errors in the options are its to find,
         for nothing is written before it returns.
       title: the title of report.md.
+      estimate: a sentence that says how long the run will take, if that is known. At
+        the pace of its own machine the run says so after the first training.
     """
     mesh = runs.start(config)
     recipes = {
         method: training.recipe_of(config, method, mode)
         for method, mode in methods(config).items()
     }
+    _say(plan(config), estimate)
     seconds: dict[str, float] = {}
     with _timed(seconds, "total"):
         with _timed(seconds, "prepare"):
@@ -50,9 +55,9 @@ def run(config: C, prepare: Callable[[C], Study], title: str) -> dict:
             new = not training.is_trained(study, method)
             with _timed(seconds, f"train_{method}"):
                 taus[method] = training.fine_tune(study, method, recipe)
-            if method == "nonlinear" and new and runs.is_first():
+            if method == "nonlinear" and new and not config.smoke:
                 left = seconds["train_nonlinear"] * work_left(study, recipes)
-                print(f"about {left:.0f} s left at the pace of this training")
+                _say(f"At the pace of this training about {left:.0f} s are left.")
         with _timed(seconds, "evaluate"):
             found = evaluation.evaluate_all(study, taus)
         matrices = {m: report.tau_jp_matrix(x) for m, x in found.outputs.items()}
@@ -78,19 +83,37 @@ def run(config: C, prepare: Callable[[C], Study], title: str) -> dict:
                 report.figures(study, found, matrices, cosines)
     if runs.is_first():
         reports.write_json(config.out / "report.json", results)  # now with all times
-        print(f"\n{text}\n")
-        print(", ".join(f"{stage} {s:.0f} s" for stage, s in seconds.items()))
-        print(f"report, figures, task vectors and merged model: {config.out}\n")
-        print("\n".join(report.summary(found.rows)))
+    _say(
+        f"\n{text}\n",
+        ", ".join(f"{stage} {s:.0f} s" for stage, s in seconds.items()),
+        f"report, figures, task vectors and merged model: {config.out}\n",
+        *report.summary(found.rows),
+    )
     return results
+
+
+def _say(*lines: str) -> None:
+    if runs.is_first():
+        print("\n".join(filter(None, lines)), flush=True)
+
+
+def plan(config: Config) -> str:
+    """What a run is about to do, in a sentence."""
+    ways = [report.NAMES[method] for method in methods(config)]
+    return (
+        f"Fine-tunes {config.model} on every task in {len(ways)} ways, "
+        f"{config.steps} steps each ({', '.join(ways)}); sums the task vectors and "
+        f"merges them in {len(config.merges)} other ways; evaluates; and writes a "
+        f"report to {config.out}."
+    )
 
 
 def work_left(study: Study, recipes: dict[str, train.TrainConfig]) -> float:
     """What follows the ordinary training, as a multiple of its time.
 
-    Counted in samples that pass through the network forward. A step passes its samples
-    forward once and backward at the price of two passes; tangents double both, but for
-    the backward pass through the network itself. Merging and compilation are left out.
+    Counted in samples that pass through the network forward: an ordinary step passes
+    each once forward and once backward, at the price of three, and a linearised one
+    takes five. Merging and compilation are left out.
     """
     tasks = len(study.names)
 

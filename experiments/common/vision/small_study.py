@@ -22,11 +22,15 @@ class Config(studies.Config):
     """Folder of a CLIP checkpoint; the embedded tiny one by default."""
     tasks: tuple[str, ...] = small_tasks.NAMES
     """The tasks, in order; in a smoke run about three of them."""
+    save_every: int = 0
+    """Steps from one checkpoint to the next; 0: none. A run that is stopped trains the
+    method anew that it was at, half a minute, and keeps those before it."""
 
 
 def prepare(config: Config) -> studies.Study:
     """Loads the model, the tasks and their zero-shot heads."""
     script.needs("demo", "PIL", "matplotlib", "mlxtend", "sklearn", "transformers")
+    small_tasks.check(config.tasks)
     model = clip.load(config.model)
     raw = hub.read_json(model.folder)
     if config.smoke:

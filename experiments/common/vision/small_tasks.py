@@ -128,6 +128,14 @@ _LOADERS: dict[str, tuple[Callable, Sequence[str], Sequence[str]]] = {
 NAMES = tuple(_LOADERS)
 
 
+def check(names: Sequence[str]) -> None:
+    """Raises ValueError for names of no task."""
+    if unknown := [name for name in names if name not in NAMES]:
+        raise ValueError(
+            f"unknown task {unknown[0]!r}; the tasks are {', '.join(NAMES)}."
+        )
+
+
 def load(name: str, preprocess: Callable, limit: int | None = None) -> ImageTask:
     """One of the tasks `NAMES`.
 
@@ -139,8 +147,7 @@ def load(name: str, preprocess: Callable, limit: int | None = None) -> ImageTask
     Raises:
       ValueError: there is no such task.
     """
-    if name not in _LOADERS:
-        raise ValueError(f"unknown task {name!r}; the tasks are {', '.join(NAMES)}.")
+    check([name])
     loader, classes, templates = _LOADERS[name]
     splits = []
     for images, labels in loader():
