@@ -47,18 +47,6 @@ ONLY_IN = {
     "tyro": [],
 }
 
-# To be emptied: what these import from scripts belongs into modules of its own.
-STILL_IMPORT_SCRIPTS = {
-    "experiments.awd.figure2_single_models",
-    "experiments.awd.figure3_number_of_tasks",
-    "experiments.awd.figure4_cosines",
-    "experiments.awd.figure5_landscape",
-    "experiments.awd.table10_unseen",
-    "experiments.awd.table6_reversed",
-    "experiments.bench.cheaper",
-    "experiments.bench.rounding",
-}
-
 
 def module_name(file: Path) -> str:
     parts = file.relative_to(ROOT).with_suffix("").parts
@@ -188,7 +176,7 @@ def test_no_script_is_imported():
         for module in EXPERIMENTS
         if any(other in EXPERIMENTS and is_script(other) for other in IMPORTS[module])
     }
-    assert not found - STILL_IMPORT_SCRIPTS
+    assert not found
 
 
 def test_what_the_experiments_share_knows_no_paper():
@@ -197,7 +185,6 @@ def test_what_the_experiments_share_knows_no_paper():
     assert not [
         f"{module} imports {other}"
         for module in common
-        if module not in STILL_IMPORT_SCRIPTS
         for other in IMPORTS[module]
         if is_in(other, "experiments") and not is_in(other, "experiments.common")
     ]

@@ -346,7 +346,8 @@ def adamerging(study: Study) -> dict:
         start = time.perf_counter()
         return function(*args), time.perf_counter() - start
 
-    with_passes(1), from_cache(make())  # compile
+    with_passes(1)  # compiles
+    from_cache(make())
     cache, making = timed(make)
     losses, using = timed(from_cache, cache)
     expected, forward = timed(with_passes, config.forward_steps)
