@@ -234,8 +234,12 @@ def test_density_out_of_range_is_an_error(density):
         merge.ties({"w": jnp.zeros(2)}, [{"w": jnp.ones(2)}], density=density)
 
 
+@pytest.mark.parametrize("joined", [0, 2**30])
 @pytest.mark.parametrize("shape", [(3, 70_000), (2, 3, 40_000), (140_000,), (80, 900)])
-def test_thresholds_of_leaves_with_few_or_many_rows_are_exact(shape):
+def test_thresholds_of_leaves_with_few_or_many_rows_are_exact(
+    shape, joined, monkeypatch
+):
+    monkeypatch.setattr(_order, "JOINED", joined)
     values = oracles.normal(0, 2, *shape).astype(np.float32)
     rows = {"w": tuple(values), "scale": (np.float32(2), np.float32(3))}
     flat = np.concatenate([values.reshape(2, -1), [[2], [3]]], axis=1, dtype=np.float32)
@@ -248,6 +252,7 @@ def test_thresholds_of_leaves_are_exact_in_one_program_and_in_several(
     whole, monkeypatch
 ):
     monkeypatch.setattr(_order, "WHOLE", whole)
+    monkeypatch.setattr(_order, "JOINED", 0)
     row = np.round(2 * oracles.normal(0, 3, 2**17)).astype(np.float32)
     for rank in (1, 2**16, np.array([5, 2**17, 2**13])):
         found = _order.kth_of_leaf(tuple(map(jnp.asarray, row)), rank)

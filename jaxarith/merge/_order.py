@@ -1,8 +1,9 @@
 """Exact order statistics of magnitudes, over all leaves, without sorting or joining.
 
-The bit patterns of magnitudes, as integers, order as the magnitudes do. A pass over the
-leaves counts the entries below a few trial patterns, which narrows the bracket around
-the pattern that is looked for, until one is left.
+NumPy selects among the entries of small models, for which nothing is compiled. For
+others, the bit patterns of magnitudes, as integers, order as the magnitudes do. A
+pass over the leaves counts the entries below a few trial patterns, which narrows the
+bracket around the pattern that is looked for, until one is left.
 """
 
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ TRIALS = 7  # as many as a pass counts at the speed of memory
 LARGE = 2**16  # entries from which on a first guess
 SAMPLE = 64  # comes from every 64th row of a leaf
 WHOLE = 2**21  # entries up to which one program does all passes over a leaf
+JOINED = 2**21  # entries of all vectors up to which NumPy selects among them
 
 
 def kth_magnitudes(rows: Mapping[str, tuple], rank: int | Array) -> jax.Array:
@@ -52,6 +54,8 @@ def kth_magnitudes(rows: Mapping[str, tuple], rank: int | Array) -> jax.Array:
         return jnp.zeros(tasks, dtype)
     xp, whole = (jnp, jnp.int32) if _traced(known, rank) else (np, np.int64)
     ranks: Any = xp.broadcast_to(xp.asarray(rank, whole), (tasks,))
+    if size * tasks <= JOINED and all(map(_is_here, [*leaves, rank])):
+        return _selected(rows, ranks, dtype)
     guess = None
     if size > LARGE:
         sample = {path: tuple(map(_sample, rows[path])) for path in rows}
@@ -79,6 +83,27 @@ def kth_of_leaf(row: tuple, rank: int | Array) -> jax.Array:
 @jax.jit
 def _kth_of_leaf(row, rank):
     return kth_magnitudes({"leaf": row}, rank if row[0].size else 0)
+
+
+def _is_here(leaf) -> bool:
+    """Whether this process knows all values of a leaf."""
+    return not isinstance(leaf, Tracer) and getattr(leaf, "is_fully_addressable", True)
+
+
+def _selected(rows, ranks, dtype):
+    """The same by NumPy, in memory for all entries."""
+    with jax.ensure_compile_time_eval():  # what `jit` closes over is known, too
+        flat = [
+            [np.abs(np.asarray(jnp.asarray(leaf, dtype))).reshape(-1) for leaf in row]
+            for row in rows.values()
+        ]
+    vectors = map(np.concatenate, zip(*flat, strict=True))
+    # Rank 0 is 0; the smallest has rank 1.
+    found = [
+        np.partition(vector, max(rank, 1) - 1)[max(rank, 1) - 1] * (rank > 0)
+        for vector, rank in zip(vectors, ranks, strict=True)
+    ]
+    return jnp.asarray(found, dtype)
 
 
 def _traced(*values) -> bool:
