@@ -1,4 +1,4 @@
-"""AdaMerging against float64 differences, Adam by hand and the tangent cache.
+"""AdaMerging against float64 differences and Adam by hand.
 
 It reads losses at every step, so it cannot be traced and is no row of `test_merge`.
 What it shares with those methods is claimed here.
@@ -12,59 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from adamerging_case import (
+    BATCHES,
+    HEADS,
+    LOGITS_FNS,
+    SHAPES,
+    head_function,
+    model,
+    vectors,
+)
 from checks import assert_close
 
-from jaxarith import evaluate, losses, merge, tree
+from jaxarith import losses, merge, tree
 from jaxarith.merge.adamerging import _add_gradient, _elect, _elected
 from jaxarith.models import heads
-
-SHAPES = {
-    "in/kernel": (5, 6),
-    "in/bias": (6,),
-    "scale": (),
-    "out": (6, 4),
-    "none": (0,),
-}
 
 
 @pytest.fixture(autouse=True)
 def x64():
     with jax.enable_x64(True):
         yield
-
-
-def leaves(seed, scale=1.0, without=()):
-    return tree.unflatten(
-        {
-            path: jnp.asarray(oracles.normal((seed, i), *shape, scale=scale))
-            for i, (path, shape) in enumerate(SHAPES.items())
-            if path not in without
-        }
-    )
-
-
-def vectors():
-    return [leaves(1, 0.3), leaves(2, 0.3, without=["scale"])]
-
-
-def features(params, batch):
-    hidden = jnp.tanh(batch["x"] @ params["in"]["kernel"] + params["in"]["bias"][None])
-    return params["scale"] * hidden @ params["out"]
-
-
-HEADS = [oracles.normal((9, t), classes, 4) for t, classes in enumerate((3, 2))]
-
-
-def head_function(head):
-    return lambda params, batch: features(params, batch) @ jnp.asarray(head).T
-
-
-LOGITS_FNS = [head_function(head) for head in HEADS]
-BATCHES = [[{"x": oracles.normal((5, t, i), 7, 5)} for i in range(2)] for t in range(2)]
-
-
-def model():
-    return leaves(0) | {"ids": jnp.arange(3)}
 
 
 def numpy_entropy(logits):
@@ -287,83 +254,6 @@ def test_plus_plus_is_adamerging_of_those_entries():
     expected = merge.adamerging(model(), own_taus, LOGITS_FNS, BATCHES, **options)
     assert_close(found.coefs, expected.coefs, 1e-10)
     assert_close(found.params, expected.params, 1e-10)
-
-
-def linear(params, x):
-    return x @ params["w"] + params["b"][None]
-
-
-def linear_apply(head):
-    return lambda params, batch: linear(params, batch["image"]) @ jnp.asarray(head).T
-
-
-LINEAR_FNS = [linear_apply(head) for head in HEADS]
-OF_OUTPUTS = [lambda f, head=head: f @ jnp.asarray(head).T for head in HEADS]
-
-
-def linear_case():
-    params_0, *taus = (
-        {"w": oracles.normal((s, 0), 5, 4), "b": oracles.normal((s, 1), 4)}
-        for s in range(3)
-    )
-    batches = [
-        {"image": oracles.normal((7, t), 12, 5), "mask": np.ones(12, bool)}
-        for t in range(2)
-    ]
-    return params_0, taus, batches
-
-
-@pytest.mark.parametrize("clamp", [None, (0.0, 0.4)])
-def test_a_linear_models_network_and_its_tangents_learn_the_same(clamp):
-    params_0, taus, batches = linear_case()
-    options = dict(steps=30, learning_rate=0.02, clamp=clamp)
-    network = merge.adamerging(
-        *(params_0, taus, LINEAR_FNS, [[batch] for batch in batches]),
-        **dict(scope="task", **options),
-    )
-    cached = [evaluate.tangent(linear, params_0, taus, [b]) for b in batches]
-    coefs, entropies = merge.adamerging_tangent(
-        [at.f0 for at in cached],
-        [at.moves for at in cached],
-        OF_OUTPUTS,
-        **options,
-    )
-    assert np.abs(coefs - 0.3).min() > 1e-3
-    np.testing.assert_allclose(coefs, network.coefs, rtol=1e-10)
-    np.testing.assert_allclose(entropies, network.losses, rtol=1e-10)
-
-
-def test_tangent_batches_are_draws_of_the_key():
-    params_0, taus, batches = linear_case()
-    cached = [evaluate.tangent(linear, params_0, taus, [b]) for b in batches]
-    data = [at.f0 for at in cached], [at.moves for at in cached]
-
-    def learned(batch_size, seed=0, steps=30, coef=0.3):
-        return merge.adamerging_tangent(
-            *(*data, OF_OUTPUTS),
-            **dict(batch_size=batch_size, key=jax.random.key(seed), steps=steps),
-            **dict(learning_rate=0.02, coef=coef),
-        )
-
-    coefs, entropies = learned(4)
-    assert entropies.shape == (30, 2)
-    np.testing.assert_array_equal(coefs, learned(4)[0])
-    assert np.any(coefs != learned(4, seed=1)[0])
-    np.testing.assert_array_equal(learned(12)[0], learned(None)[0])
-    before, after = (learned(None, coef=c)[1][0].sum() for c in (0.3, coefs))
-    assert after < before
-    with pytest.raises(ValueError, match="batch_size needs a key"):
-        merge.adamerging_tangent(*data, OF_OUTPUTS, batch_size=4)
-    with pytest.raises(ValueError, match="batch_size is 0; it must be at least 1"):
-        learned(0)
-    with pytest.raises(ValueError, match="dataset 1 has NaN .*: tangents"):
-        moves = [data[1][0], np.full_like(data[1][1], np.nan)]
-        merge.adamerging_tangent(data[0], moves, OF_OUTPUTS)
-    with pytest.raises(ValueError, match=r"dataset 1 .* tangents \[2, 12, 4\]"):
-        f0 = [data[0][0], data[0][1][:5]]
-        merge.adamerging_tangent(f0, data[1], OF_OUTPUTS)
-    with pytest.raises(ValueError, match="1 logits functions"):
-        merge.adamerging_tangent(*data, OF_OUTPUTS[:1])
 
 
 def product(params, batch):

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from test_checkpoint import (
+from checkpoint_states import (
     CONFIG,
     Checkpoints,
     assert_restores,
@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).parents[1]
 SAVING = """
 import sys
 sys.path[:0] = [{repository!r}, {tests!r}]
-from test_checkpoint import CONFIG, Checkpoints, large_state
+from checkpoint_states import CONFIG, Checkpoints, large_state
 with Checkpoints({folder!r}, CONFIG) as checkpoints:
     restored = checkpoints.restore(large_state(0))
     for step in range(restored.step + 1 if restored else 1, 10_000):
@@ -86,7 +86,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jax.experimental import multihost_utils
 from jaxarith import fingerprint
 from jaxarith.train import manifest
-from test_checkpoint import CONFIG, Checkpoints, make_state, sharding, abstract
+from checkpoint_states import CONFIG, Checkpoints, make_state, sharding, abstract
 mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
 shardings = sharding(make_state(0), mesh)
 

@@ -1,51 +1,23 @@
-"""The command line: what it writes, and one clear error for every mistake."""
+"""The command line: what `jaxarith merge` writes and prints."""
 
 import json
-import os
 import re
 import shlex
 
 import jax
+import merge_command
 import numpy as np
 import pytest
 import yaml
 from flax import serialization
-from safetensors.numpy import load_file, save_file
+from merge_command import CONFIG, checkpoint, fails, failure, load, run, write
+from safetensors.numpy import load_file
 
 from jaxarith import cli, merge, stream
 from jaxarith.commands.merge import recipe as merge_recipe
 from jaxarith.commands.merge.request import MergeRequest, Model
-from jaxarith.hub import safetensors
 
-CONFIG = {"model_type": "anything"}
-
-
-def checkpoint(folder, tensors):
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "tokenizer.json").write_text("{}")
-    return str(folder)
-
-
-@pytest.fixture
-def models(tmp_path):
-    rng = np.random.default_rng(0)
-
-    def tensors():
-        return {
-            "a.weight": rng.normal(size=(4, 3)).astype(np.float32),
-            "b.bias": rng.normal(size=3).astype(np.float16),
-            "position_ids": np.arange(5, dtype=np.int64),
-        }
-
-    return [checkpoint(tmp_path / name, tensors()) for name in ("base", "m1", "m2")]
-
-
-def run(models, out, *options):
-    base, *rest = models
-    named = [part for model in rest for part in ("--model", model)]
-    return cli.main(["merge", "--base", base, *named, "--out", str(out), *options])
+models = merge_command.models  # a fixture
 
 
 def test_merge_writes_what_the_operator_returns(models, tmp_path):
@@ -96,57 +68,6 @@ def test_double_precision_stays_double(tmp_path):
     assert load_file(out / "model.safetensors")["w"].dtype == np.float64
 
 
-def failure(capsys, *args):
-    assert run(*args) == 1
-    return capsys.readouterr().err
-
-
-def fails(capsys, *arguments):
-    assert cli.main(["merge", *map(str, arguments)]) == 1
-    return capsys.readouterr().err
-
-
-def test_mistakes_are_told_and_nothing_is_written(models, tmp_path, capsys):
-    out = tmp_path / "merged"
-    before = sorted(tmp_path.rglob("*"))
-    missing = [models[0], str(tmp_path / "nowhere")]
-    assert "nowhere" in failure(capsys, missing, out, "--method", "ties")
-    options = ("--method", "average", "--density", "0.5")
-    assert "average has no option --density" in failure(capsys, models, out, *options)
-    options = ("--method", "ties", "--density", "2")
-    assert "must be in (0, 1]" in failure(capsys, models, out, *options)
-    assert "at least two" in failure(capsys, models[:2], out, "--method", "awd")
-    exists = tmp_path / "base"
-    assert "exists" in failure(capsys, models, exists, "--method", "ties")
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"a.weight": np.zeros((4, 4), np.float32)}, r"a\.weight: \[4, 4\]"),
-        ({"c.weight": np.zeros(2, np.float32)}, r"\+ c\.weight"),
-        ({"b.bias": None}, r"- b\.bias .*not in it"),
-        ({"b.bias": np.full(3, np.nan, np.float16)}, r"b\.bias .*NaN"),
-    ],
-)
-def test_models_that_do_not_fit_are_refused_by_name(
-    models, tmp_path, capsys, change, message
-):
-    tensors = load_file(f"{models[1]}/model.safetensors") | change
-    tensors = {name: array for name, array in tensors.items() if array is not None}
-    save_file(tensors, f"{models[1]}/model.safetensors")
-    error = failure(capsys, models, tmp_path / "merged", "--method", "average")
-    assert re.search(message, error)
-    assert not (tmp_path / "merged").exists()
-
-
-def test_unknown_methods_are_refused(models, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run(models, tmp_path / "merged", "--method", "magic")
-    assert "invalid choice: 'magic'" in capsys.readouterr().err
-
-
 def test_the_help_names_every_method_and_option(capsys):
     with pytest.raises(SystemExit):
         cli.main(["merge", "--help"])
@@ -157,15 +78,6 @@ def test_the_help_names_every_method_and_option(capsys):
         for name, method in table.items():
             row = re.search(rf"^    {name} .*$|^    {name}$", rows, re.MULTILINE)[0]
             assert all(f"--{key.replace('_', '-')}" in row for key in method.options)
-
-
-def write(path, text):
-    path.write_text(text)
-    return str(path)
-
-
-def load(folder):
-    return load_file(f"{folder}/model.safetensors")
 
 
 def test_a_file_and_flags_write_the_same_model(models, tmp_path):
@@ -277,38 +189,6 @@ def test_the_plan_tells_the_passes(models, tmp_path, name):
     assert report.bytes_read == recipe.function.passes * planned.bytes_in
 
 
-def test_an_existing_folder_is_refused_before_anything_is_read(tmp_path, capsys):
-    out = tmp_path / "merged"
-    out.mkdir()
-    (out / "old.txt").write_text("old")
-    nowhere = write(tmp_path / "config.yaml", "no: yaml")
-    error = fails(capsys, nowhere, out)
-    assert "exists" in error and "--overwrite" in error
-    assert (out / "old.txt").read_text() == "old"
-
-
-def test_overwrite_replaces_the_folder_once_the_new_one_is_complete(
-    models, tmp_path, capsys
-):
-    out = tmp_path / "merged"
-    out.mkdir()
-    (out / "old.txt").write_text("old")
-    flags = ("--overwrite", "--method", "ties", "--density")
-    error = failure(capsys, models, out, *flags, "0.5")
-    assert "no model that could be replaced" in error
-    (out / "config.json").write_text("{}")
-    failure(capsys, models, out, *flags, "2")
-    assert (out / "old.txt").read_text() == "old"
-    assert run(models, out, *flags, "0.5") == 0
-    assert (out / "model.safetensors").exists() and not (out / "old.txt").exists()
-    for place in (models[0], models[2]):
-        error = failure(capsys, models, place, *flags, "0.5")
-        assert "holds one of the models" in error
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("base", "m1", "m2", "merged")
-    ]
-
-
 def test_the_card_and_its_data_say_what_was_done(models, tmp_path):
     out = tmp_path / "merged"
     flags = ("--method", "task_arithmetic", "--coef", "0.5", "0.25")
@@ -377,53 +257,6 @@ def test_a_truncated_vocabulary_is_that_of_the_configuration(tmp_path):
     }
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--method", "ties", "--coef", "x"), "--coef of ties is 'x'; .* a number"),
-        (("--method", "ties", "--density", "1", "1"), "--density of ties is one value"),
-        (
-            ("--method", "average", "--weight", "1", "2", "3"),
-            "3 values for 2 of",
-        ),
-        (("--method", "awd", "--steps", "1.5"), "--steps of awd is '1.5'; .* whole"),
-        (("--method", "awd", "--scope", "leaf"), "--scope of awd .* global, layer"),
-        (("--method", "wise_ft"), "WiSE-FT moves the base to one model; found 2"),
-        (("--method", "iso_c", "--matrices", "x"), "no 2-D leaf matches"),
-        (("--method", "slerp", "--density", "1"), "slerp has no option --density"),
-        (("--density", "1"), "a --method"),
-    ],
-)
-def test_mistakes_in_options_are_told(models, tmp_path, capsys, flags, message):
-    error = failure(capsys, models, tmp_path / "merged", *flags)
-    assert re.search(message, error)
-    assert not (tmp_path / "merged").exists()
-
-
-def test_a_dry_run_finds_options_out_of_range(models, tmp_path, capsys):
-    options = ("--method", "ties", "--density", "2", "--dry-run")
-    error = failure(capsys, models, tmp_path / "merged", *options)
-    assert "density is 2.0; it must be in (0, 1]" in error
-
-
-def test_mistakes_around_files_are_told(models, tmp_path, capsys):
-    config = write(tmp_path / "config.yaml", "merge_method: magic\nmodels: []\n")
-    out = tmp_path / "merged"
-    assert "config.yaml, line 1: there is no method" in fails(capsys, config, out)
-    assert "nowhere.yaml" in fails(capsys, tmp_path / "nowhere.yaml", out)
-    assert "Is a directory" in fails(capsys, tmp_path, out)
-    assert "name the new folder" in fails(capsys, config)
-    assert "two new folders" in fails(capsys, config, out, "--out", out)
-    assert "--base belongs in" in fails(capsys, config, out, "--base", "b")
-    assert "--coef belongs in" in fails(capsys, config, out, "--coef", "1")
-    assert "needs models" in fails(capsys, "--method", "ties", "--out", out)
-    error = failure(capsys, models, out, "--method", "average", "--device", "tpu")
-    assert "JAX finds no tpu here; it finds cpu" in error
-    (tmp_path / "base" / "config.json").unlink()
-    assert "config.json" in failure(capsys, models, out, "--method", "average")
-    assert not out.exists()
-
-
 def test_a_device_is_chosen_and_given_back(models, tmp_path, monkeypatch):
     seen = []
     merge_in_stream = stream.merge
@@ -439,23 +272,6 @@ def test_a_device_is_chosen_and_given_back(models, tmp_path, monkeypatch):
     assert run(models, tmp_path / "merged", *flags) == 0
     assert seen == [jax.devices("cpu")[0]]
     assert jax.config.jax_default_device is None
-
-
-def test_a_full_disk_and_ctrl_c_leave_nothing(models, tmp_path, capsys, monkeypatch):
-    before = sorted(tmp_path.rglob("*"))
-    for error, status, told in (
-        (OSError(28, os.strerror(28)), 1, "No space left on device"),
-        (KeyboardInterrupt(), 130, "stopped"),
-        (ImportError("no module named yaml"), 1, "no module named yaml"),
-    ):
-
-        def broken(*_, error=error):
-            raise error
-
-        monkeypatch.setattr(safetensors, "_write", broken)
-        assert run(models, tmp_path / "merged", "--method", "average") == status
-        assert told in capsys.readouterr().err.splitlines()[-1]
-        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_sizes_are_read_with_their_units(models, tmp_path, capsys):

@@ -10,6 +10,15 @@ from jaxarith.models.t5_stacks import relative_position_bucket
 KINDS = ["relu", "gated-gelu"]
 START = 2  # of the decoder; the real T5s start with padding, 0, which hides mistakes
 
+# T5 v1.0; v1.1 and FLAN-T5; and a v1.1 as transformers 5 creates one. Their stacks are
+# of unlike heights, of which transformers can only generate with the encoder's greater.
+heights = {"num_layers": 3, "num_decoder_layers": 2}
+VARIANTS = {
+    "v1.0": {"kind": "relu", **heights},
+    "v1.1": {"kind": "gated-gelu", "tie_word_embeddings": False, **heights},
+    "v1.1-tied": {"kind": "gated-gelu", "scale_decoder_outputs": False, **heights},
+}
+
 
 def tiny_t5_config(kind="relu", **fields) -> dict:
     """The `config.json` of a T5 whose heads together are not as wide as its tokens."""
