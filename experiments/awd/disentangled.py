@@ -11,7 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
+from experiments.common import tables
 from experiments.common.vision import options, scores
 from jaxarith import merge, task_vectors, tree
 from jaxarith.models import clip
@@ -65,6 +67,15 @@ def disentangled(
     # Σ(τ_i - δ) is given, so K δ is what it lacks of the sum.
     lacking = task_vectors.difference(task_vectors.add(parts), total)
     return [task_vectors.apply(part, lacking, -1 / len(parts)) for part in parts]
+
+
+def sums(setup: options.Setup, taus: Taus) -> dict[str, Tree]:
+    """By α, one after the other, the sum of the disentangled vectors."""
+    progress = tqdm(alphas(setup.options), desc="AWD", unit="α")
+    return {
+        f"{alpha:g}": task_vectors.add(disentangled(setup, taus, alpha=alpha))
+        for alpha in progress
+    }
 
 
 def ties(setup: options.Setup, taus: Taus) -> Tree:
@@ -122,20 +133,27 @@ def mean_cosine(taus: Taus) -> float:
     return float(jnp.mean(cosines[~np.eye(len(taus), dtype=bool)]))
 
 
-def published(
-    setup: options.Setup, rows: Mapping[Any, Sequence[float | None]]
-) -> dict[Any, list[float | None]]:
-    """What the paper prints for a model: by row, each of our tasks, and the mean.
+def shown(
+    setup: options.Setup,
+    rows: Sequence[Mapping[str, Any]],
+    published: Mapping[str, Mapping[Any, Sequence[float | None]]],
+    keys: Sequence[str],
+) -> dict[str, str]:
+    """The table of a model: the tasks and the mean, with what the paper prints.
 
     Args:
       setup: the model and the tasks.
-      rows: the rows of the model: a value of each of `TASKS`, and the mean, which is
+      rows: of the model.
+      published: by model and row, a value of each of `TASKS`, and the mean, which is
         shown beside ours where the tasks are the same.
+      keys: the fields that name a row.
     """
     same = sorted(setup.names) == sorted(TASKS) or setup.options.smoke
     found = {}
-    for row, (*values, mean) in rows.items():
+    for row, (*values, mean) in published.get(setup.title, {}).items():
         by_task = dict(zip(TASKS, values, strict=True))
         own = [by_task.get(name) for name in setup.names]
         found[row] = [*own, mean if same else None]
-    return found
+    values = [*setup.names, "mean"]
+    beside = tables.beside(rows, found, keys=keys, values=values)
+    return {f"{setup.title}: test accuracy, percent.": tables.markdown(beside)}

@@ -71,9 +71,8 @@ def main(config: Config) -> dict:
             plots.curves(file, drawn, x="coefficient λ", y="test accuracy, %")
     results = {"rows": rows, "curves": curves}
     caption = "Test accuracy of the models of one task each, percent."
-    table = {caption: tables.markdown(rows)}
     title = "Models of one task (AWD paper, Figures 2 and 7)"
-    return tables.write(config.out, title, table, results)
+    return tables.write(config.out, title, {caption: rows}, results)
 
 
 if __name__ == "__main__":

@@ -118,12 +118,7 @@ def sums_of(setup: options.Setup, taus: Taus) -> dict[str, dict]:
     return {
         "Task Arithmetic": {"": task_vectors.add(taus)},
         "Ties-Merging": {"": disentangled.ties(setup, taus)},
-        "AWD Task Arithmetic": {
-            f"{alpha:g}": task_vectors.add(
-                disentangled.disentangled(setup, taus, alpha=alpha)
-            )
-            for alpha in disentangled.alphas(setup.options)
-        },
+        "AWD Task Arithmetic": disentangled.sums(setup, taus),
     }
 
 
@@ -228,7 +223,7 @@ def main(config: Config) -> dict:
         "curves": curves,
     }
     caption = f"{setup.title}: mean test accuracy over subsets of the tasks, percent."
-    table = {caption: tables.markdown(beside)}
+    table = {caption: beside}
     title = "Accuracy by the number of tasks (AWD paper, Table 11 and Figure 3)"
     note = f"figure3a.png is this table. figure3b.png is of all tasks, α = {alpha:g}."
     return tables.write(config.out, title, table, results, note)

@@ -82,9 +82,8 @@ def main(config: Config) -> dict:
         found = sweep(setup, taus, config.coef)
         rows += found
         if runs.is_first():
-            of_tasks = {"rows": "task", "columns": "task", "value": "cosine"}
-            file = config.out / f"figure4_{setup.title}.png"
-            plots.matrices(file, panels, setup.titles, **of_tasks, digits=3)
+            more = {"rows": "task", "columns": "task", "digits": 3}
+            scores.draw_cosines(setup, f"figure4_{setup.title}.png", panels, **more)
             xs, ys = [[row[n] for row in found] for n in ("normalised cosine", "mean")]
             label = {f"AWD, λ = {config.coef:g}, one point for each α": (xs, ys)}
             axes = {"x": "normalised cosine", "y": "mean test accuracy, %"}
@@ -94,9 +93,8 @@ def main(config: Config) -> dict:
     caption = (
         f"Cosines that AWD leaves, and test accuracy in percent at λ = {config.coef:g}."
     )
-    table = {caption: tables.markdown(rows, digits=6)}
     title = "Cosines before and after AWD (Figures 4 and 6)"
-    return tables.write(config.out, title, table, results)
+    return tables.write(config.out, title, {caption: rows}, results, digits=6)
 
 
 if __name__ == "__main__":

@@ -76,9 +76,7 @@ def joint_loss(
 
 @script.full_precision
 def main(config: Config) -> dict:
-    config = options.smoke(config)
-    if config.smoke:
-        config = dataclasses.replace(config, pairs=("mnist,uci_digits",), points=3)
+    config = options.smoke(config, pairs=("mnist,uci_digits",), points=3)
     check(config)
     runs.start(config)
     setup = options.load(config, config.model, control=False)
@@ -122,9 +120,8 @@ def main(config: Config) -> dict:
             )
     results = {"grids": grids, "rows": rows}
     caption = f"{setup.title}: the lowest joint loss on the grid, and where."
-    table = {caption: tables.markdown(rows, digits=3)}
     title = "Joint losses of two tasks (AWD paper, Figure 5)"
-    return tables.write(config.out, title, table, results)
+    return tables.write(config.out, title, {caption: rows}, results, digits=3)
 
 
 if __name__ == "__main__":

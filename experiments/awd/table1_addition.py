@@ -128,12 +128,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
     tenths = scores.coefs_of(config, np.linspace(0.1, 1.0, 10))
     consensus = difference(merge.consensus, coef=1.0)
     add_searched("Consensus Merging", {"": consensus}, tenths)
-    sums = {
-        f"{alpha:g}": task_vectors.add(
-            disentangled.disentangled(setup, taus, alpha=alpha)
-        )
-        for alpha in tqdm(disentangled.alphas(config), desc="AWD", unit="α")
-    }
+    sums = disentangled.sums(setup, taus)
     best = add_searched("AWD Task Arithmetic", sums, coefs)
     alpha = rows[-1]["alpha"] = float(best.name)
     for method, scope, density in (
@@ -185,20 +180,11 @@ def main(config: Config) -> dict:
             for row in found
             if row["coef"] is not None
         ]
-        beside = tables.beside(
-            found,
-            disentangled.published(setup, PUBLISHED.get(setup.title, {})),
-            keys=["method"],
-            values=[*setup.names, "mean"],
-        )
-        caption = f"{setup.title}: test accuracy, percent."
-        shown[caption] = tables.markdown(beside)
-        shown[f"{setup.title}: what was searched."] = tables.markdown(
-            searched, digits=6
-        )
-    results = {"rows": rows}
+        shown |= disentangled.shown(setup, found, PUBLISHED, keys=["method"])
+        caption = f"{setup.title}: what was searched."
+        shown[caption] = tables.markdown(searched, digits=6)
     title = "Merging image models (AWD paper, Tables 1, 2 and 4)"
-    return tables.write(config.out, title, shown, results)
+    return tables.write(config.out, title, shown, {"rows": rows})
 
 
 if __name__ == "__main__":

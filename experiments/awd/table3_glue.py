@@ -5,7 +5,6 @@ arXiv:2411.18729: section 4.4, Table 3; 8.3, Tables 8 and 9; 4.2, Figure 2.
 
     python -m experiments.awd.table3_glue --models FacebookAI/roberta-base
     python -m experiments.awd.table3_glue --data-dir GLUE --tasks cola mrpc stsb
-    python -m experiments.awd.table3_glue --smoke --out runs/smoke
 
 Data: `nyu-mll/glue` from the Hugging Face Hub, or GLUE's own files in a folder. How
 RoBERTa is fine-tuned, `experiments.common.language.roberta_glue` says.
@@ -47,8 +46,6 @@ What the paper leaves open, and what we take:
   λ. AWD's β and number of steps are those of `jaxarith.merge.awd`.
 - TIES keeps a fifth of the entries, DARE a tenth.
 - A score that is not above 0 normalises nothing, and its task has no normalised score.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -93,9 +90,7 @@ class Config(roberta_glue.Options):
 @script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = roberta_glue.smoke(config)
-    if config.smoke:
-        config = dataclasses.replace(config, coefs=(0.3, 1.0), alphas=(1e-2, 1e-4))
+    config = roberta_glue.smoke(config, coefs=(0.3, 1.0), alphas=(1e-2, 1e-4))
     rows, variants = [], []
     for setup in roberta_glue.setups(config):
         taus = roberta_glue.vectors(setup)
@@ -259,17 +254,15 @@ def write(config: Config, results: dict) -> dict:
                 lines, published, keys=["model", "method"], values=part
             )
             caption = f"{number}{model}: normalised score, percent: {', '.join(part)}."
-            captions[caption] = tables.markdown(beside)
+            captions[caption] = beside
     scores = [
         {"model": line["model"], "method": line["method"]}
         | {name: line[f"{name}, score"] for name in columns[:-1]}
         | {"λ": line["coefficient"], "α": line["alpha"] and f"{line['alpha']:.0e}"}
         for line in results["rows"]
     ]
-    captions["Scores in percent, and the coefficients."] = tables.markdown(scores)
-    captions["Figure 2: scores of single models, percent."] = tables.markdown(
-        results["figure 2"]
-    )
+    captions["Scores in percent, and the coefficients."] = scores
+    captions["Figure 2: scores of single models, percent."] = results["figure 2"]
     title = "Eight GLUE tasks with RoBERTa (AWD, Tables 3, 8 and 9, Figure 2)"
     note = "Table 3 is the column Avg."
     return tables.write(config.out, title, captions, results, note)

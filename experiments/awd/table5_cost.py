@@ -25,12 +25,14 @@ program: its arguments (the vectors and the model), results and temporaries.
 """
 
 import dataclasses
+import functools
 import time
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 from tqdm import tqdm
 
+from experiments.bench import measure
 from experiments.common import runs, script, tables
 from jaxarith import merge, tree
 from jaxarith.typing import Tree
@@ -39,16 +41,14 @@ from jaxarith.typing import Tree
 SHAPES = {"ViT-B-32": (12, 768, 3072), "ViT-L-14": (24, 1024, 4096)}
 PUBLISHED = tables.published(__doc__, "model")
 SMOKE = (2, 16, 32)
+Solver = Literal["gradient_descent", "adam"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(runs.Options):
     models: tuple[Literal["ViT-B-32", "ViT-L-14"], ...] = ("ViT-B-32", "ViT-L-14")
     """Whose shapes."""
-    solvers: tuple[Literal["gradient_descent", "adam"], ...] = (
-        "gradient_descent",
-        "adam",
-    )
+    solvers: tuple[Solver, ...] = get_args(Solver)
     """By the Gram matrix, or in the space of the weights."""
     vectors: int = 8
     """How many task vectors."""
@@ -95,10 +95,8 @@ def measured(shape, solver: str, config: Config) -> dict:
     started = time.perf_counter()
     compiled = merged.lower(params_0, taus).compile()
     compilation = time.perf_counter() - started
-    jax.block_until_ready(compiled(params_0, taus))
-    started = time.perf_counter()
-    jax.block_until_ready(compiled(params_0, taus))
-    seconds = time.perf_counter() - started
+    run = functools.partial(compiled, params_0, taus)
+    _, seconds = measure.seconds(run), measure.seconds(run)
     plan = compiled.memory_analysis()
     sizes = ("argument", "output", "temp")
     found = [getattr(plan, f"{name}_size_in_bytes") for name in sizes]
@@ -137,11 +135,7 @@ def main(config: Config) -> dict:
         values=["seconds", "GB"],
         published_keys=["model"],
         digits=3,
-        results={
-            "device": device,
-            "steps": config.steps,
-            "vectors": config.vectors,
-        },
+        results={"device": device, "steps": config.steps, "vectors": config.vectors},
     )
 
 

@@ -93,11 +93,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
     found = disentangled.searched(setup, total, coefs)
     add("", "Task Arithmetic", found.test, coef=found.coef)
 
-    sums = {
-        f"{alpha:g}": task_vectors.add(vectors_at(alpha, "reduce"))
-        for alpha in tqdm(alphas, desc="AWD", unit="α")
-    }
-    found = disentangled.searched(setup, sums, coefs)
+    found = disentangled.searched(setup, disentangled.sums(setup, taus), coefs)
     alpha = float(found.name)
     own = vectors_at(alpha, "reduce")
     single = scores.on_own(setup, own, "test")[0]
@@ -126,21 +122,14 @@ def main(config: Config) -> dict:
     for setup in options.setups(config, config.models, control=False):
         found = rows_of(setup)
         rows += found
-        beside = tables.beside(
-            found,
-            disentangled.published(setup, PUBLISHED.get(setup.title, {})),
-            keys=["objective", "method"],
-            values=[*setup.names, "mean"],
-        )
-        caption = f"{setup.title}: test accuracy, percent."
-        shown[caption] = tables.markdown(beside)
+        keys = ["objective", "method"]
+        shown |= disentangled.shown(setup, found, PUBLISHED, keys=keys)
         names = ("objective", "method", "cosine", "coef", "alpha")
         caption = f"{setup.title}: mean |cosine| of different vectors, λ and α."
         chosen = [{name: row[name] for name in names} for row in found]
         shown[caption] = tables.markdown(chosen, digits=6)
-    results = {"rows": rows}
     title = "More and less orthogonal vectors (AWD paper, Tables 6 and 7)"
-    return tables.write(config.out, title, shown, results)
+    return tables.write(config.out, title, shown, {"rows": rows})
 
 
 if __name__ == "__main__":

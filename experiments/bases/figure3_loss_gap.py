@@ -80,9 +80,7 @@ def smoothness(
 
 @script.full_precision
 def main(config: Config) -> dict:
-    config = options.smoke(config)
-    if config.smoke:
-        config = dataclasses.replace(config, targets=config.tasks[:2], iterations=3)
+    config = options.smoke(config, targets=options.SMOKE[:2], iterations=3)
     names = [spec.partition("=")[0] for spec in config.tasks]
     unknown = [name for name in config.targets if name not in names]
     if unknown or len(names) < 2:
@@ -116,17 +114,11 @@ def main(config: Config) -> dict:
     if runs.is_first():
         figures(config, rows, smooth, first, second)
     results = {"rows": rows, "smoothness": smooth}
-    shown = {
-        "Loss gap of the target, with half of its own vector and half of another.": (
-            tables.markdown(rows, digits=3)
-        ),
-        f"Local smoothness of {second}, by power iteration.": tables.markdown(
-            smooth, digits=3
-        ),
-    }
-    return tables.write(
-        config.out, "Loss gaps of pairs (bases paper, Figures 3 and 6)", shown, results
-    )
+    caption = "Loss gap of the target, with half of its own vector and half of another."
+    power = f"Local smoothness of {second}, by power iteration."
+    shown = {caption: rows, power: smooth}
+    title = "Loss gaps of pairs (bases paper, Figures 3 and 6)"
+    return tables.write(config.out, title, shown, results, digits=3)
 
 
 def figures(config: Config, rows, smooth, first: str, second: str):

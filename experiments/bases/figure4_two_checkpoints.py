@@ -28,8 +28,6 @@ ones, about 2.
 All norms here are of the image encoder. The paper does not say whether its 314 counts
 the text encoder too; by the ratios of Table 9, the model that it divides by has norm
 470 and 545.
-
-Beyond training it takes seconds.
 """
 
 import dataclasses

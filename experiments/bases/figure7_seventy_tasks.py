@@ -6,21 +6,17 @@ Scalable Approach. arXiv:2502.01015: section 6.4.1, Appendix D.3.
     python -m experiments.bases.figure7_seventy_tasks --data-dir DATA
     python -m experiments.bases.figure7_seventy_tasks --tasks MR=mr.txt QNLI RTE \\
         --prompt 'MR={text} It was {mask}.|0:terrible,1:great' --ks 1 2 --shown-ks 2
-    python -m experiments.bases.figure7_seventy_tasks --smoke --out runs/smoke
 
 Data: the datasets of the paper's list, from the Hugging Face Hub but for SUBJ, CR, MPQA
 and MR, which are files of LM-BFF's datasets.tar, unpacked in DATA; or any files.
 `jaxarith/data/prompt_sources.json` says how each is read, and
 `experiments.common.language.prompted` how RoBERTa-base is fine-tuned; it was not tried
-against the Hub. Seventy
-vectors of the blocks take 24 GB of host memory and of the bank's disk. Up to 32 merged
-models are evaluated on all test data, of which --samples 1000 bounds those of a task:
-some have tens of thousands of long texts.
+against the Hub. Seventy vectors of the blocks take 24 GB of host memory and of the
+bank's disk. Up to 32 merged models are evaluated on all test data; --samples bounds it.
 
-Figure 7: the cosines of all task vectors, ordered by the clusters of spectral
-clustering, with the k that the largest eigengap gives and with k = 10; boxes mark the
-clusters of several tasks. Figure 8: the mean accuracy of the mean of the clusters'
-means, with the clusters and with five random partitions, for every number k of them.
+Figure 7: the cosines of all task vectors, ordered by spectral clusters, with the k of
+the largest eigengap and with k = 10. Figure 8: the mean accuracy of the mean of the
+clusters' means, with the clusters and with five random partitions, by their number k.
 
 Published: the eigengap gives k = 3, with clusters of one sentence and multiple choice,
 of two sentences, and of texts by humans or machines. The lines are a plot only: k = 3
@@ -39,8 +35,6 @@ What the paper leaves open, and what we take:
   authors' code votes for one of the classes of the balanced few samples, at random.
 - A random partition gives one task to every group, and the others to any; the
   authors' code gives all to any, and may leave a group empty.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -81,11 +75,10 @@ class Config(prompted.Options):
 @script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = prompted.smoke(config)
-    if config.smoke:
-        # The tiny model learns nothing, and no task would be kept.
-        small = dict(ks=(1, 2), shown_ks=(0, 2), partitions=2, keep_all=True)
-        config = dataclasses.replace(config, **small)
+    # The tiny model learns nothing, and no task would be kept.
+    config = prompted.smoke(
+        config, ks=(1, 2), shown_ks=(0, 2), partitions=2, keep_all=True
+    )
     if len(config.tasks) < 3:
         raise ValueError(f"{len(config.tasks)} tasks; clusters need at least three.")
     if not config.ks or min(config.ks) < 1 or min(config.shown_ks, default=0) < 0:

@@ -35,8 +35,8 @@ import numpy as np
 
 from experiments.bases import partitions
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, vectors
-from jaxarith import plots, task_vectors
+from experiments.common.vision import options, scores, vectors
+from jaxarith import task_vectors
 from jaxarith.merge.bases import eigengap
 from jaxarith.typing import Tree
 
@@ -134,27 +134,18 @@ def main(config: Config) -> dict:
         )
     if runs.is_first():
         early = {name: cosines[name] for name in cosines if name != "tangent"}
-        for file, panels in (
-            ("figure9.png", early),
-            ("figure11.png", {"tangent vectors": cosines["tangent"]}),
-        ):
-            plots.matrices(
-                config.out / file,
-                panels,
-                setup.titles,
-                rows="task vector",
-                columns="task vector",
-                value="cosine",
-            )
+        scores.draw_cosines(setup, "figure9.png", early)
+        tangent = {"tangent vectors": cosines["tangent"]}
+        scores.draw_cosines(setup, "figure11.png", tangent)
     results = {
         "rows": rows,
         "tasks": setup.names,
         "cosines": {name: matrix.tolist() for name, matrix in cosines.items()},
     }
     shown = [{k: v for k, v in row.items() if k != "indices"} for row in rows]
-    table = {"Clusters, and the mean norm of the vectors.": tables.markdown(shown, 3)}
+    table = {"Clusters, and the mean norm of the vectors.": shown}
     title = "Clusters of task vectors (bases paper, Algorithm 1, Figures 9 and 11)"
-    return tables.write(config.out, title, table, results)
+    return tables.write(config.out, title, table, results, digits=3)
 
 
 def mean_norm(taus) -> float:

@@ -4,7 +4,6 @@ Zeng et al. Efficient Model Editing with Task Vector Bases: A Theoretical Framew
 Scalable Approach. arXiv:2502.01015: Appendix D.4.
 
     python -m experiments.bases.table16_prompt_robustness --data-dir DATA
-    python -m experiments.bases.table16_prompt_robustness --smoke --out runs/smoke
 
 SST-2, whose prompt has one sentence, is trained with a prompt of two, its sentence
 before and after the mask: "[S1] It was [MASK]. [S1]". CR and MNLI have their own, of
@@ -24,8 +23,6 @@ Published, SST2Adv being the adversarial prompt:
 
 The rows of SST-2 with its own prompt are ours. The paper's text prints the template
 with a full stop after the second sentence, which may end its own; here it has none.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -75,10 +72,10 @@ def main(config: Config) -> dict:
     ]
     results = {"tasks": setup.names, "cosines": cosines.tolist(), "rows": rows}
     beside = tables.beside(rows, PUBLISHED, keys=["first", "second"], values=["cosine"])
-    captions = {"Cosines of task vectors.": tables.markdown(beside, digits=4)}
+    captions = {"Cosines of task vectors.": beside}
     note = f"{adversarial} is {changed} with the prompt “{TEMPLATE}”."
     title = "Prompts and task vectors (bases, Table 16)"
-    return tables.write(config.out, title, captions, results, note)
+    return tables.write(config.out, title, captions, results, note, digits=4)
 
 
 if __name__ == "__main__":

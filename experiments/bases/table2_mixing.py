@@ -62,18 +62,8 @@ def cells(setup: options.Setup, own, other, apart) -> dict[str, list[dict]]:
     rows = np.array([row for part in shares.values() for row in part])
     # At 1 / T the distance of the two models is crossed once, in the second reading.
     coefs = np.union1d(scores.coefs_of(setup.options, scores.COEFS), [1 / count])
-    grid = (coefs[:, None, None] * rows).reshape(-1, 3)
-
-    def accuracies(split, rows):
-        found = scores.on_all(setup, taus, split, rows)
-        return 100 * found.mean(axis=1)
-
-    curves = accuracies("validation", grid).reshape(len(coefs), -1)
-    best = coefs[curves.argmax(axis=0)]
-    found = accuracies("test", best[:, None] * rows).tolist()
-    made = [
-        {"abs": a, "coefficient": float(c)} for a, c in zip(found, best, strict=True)
-    ]
+    found = scores.searched(setup, taus, rows, coefs)
+    made = [{"abs": accuracy, "coefficient": coef} for accuracy, coef in found]
     return {"own": made[:3], "subtracted": made[3:]}
 
 

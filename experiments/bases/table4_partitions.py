@@ -116,7 +116,7 @@ from tqdm import tqdm
 from experiments.bases import partitions
 from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, vectors
-from jaxarith.typing import Taus, Tree
+from jaxarith.typing import Tree
 
 TABLE_4 = tables.published(__doc__, "Table 4")
 TABLE_5 = tables.published(__doc__, "Table 5")
@@ -154,14 +154,6 @@ class Config(partitions.Options):
     """Merge with all partitions; --no-all-partitions takes three, see above."""
 
 
-def evaluated(
-    setup: options.Setup, taus: Taus, linearized: bool, coefs, split: str
-) -> np.ndarray:
-    """Mean accuracy in percent at each of n sets of coefficients, `[n]`."""
-    found = scores.on_all(setup, taus, split, coefs, linearized=linearized)
-    return 100 * found.mean(axis=1)
-
-
 def added(
     setup: options.Setup,
     bases: Sequence[Tree],
@@ -169,19 +161,12 @@ def added(
     several: Sequence[partitions.Partition],
     linearized: bool,
 ) -> list[tuple[float, float]]:
-    """Task Arithmetic over the bases of each partition: accuracy and coefficient.
-
-    All partitions share one pass over the validation data and one over the test data.
-    """
+    """Task Arithmetic over the bases of each partition: accuracy and coefficient."""
     rows = np.zeros((len(several), len(clusters)))
     for row, partition in zip(rows, several, strict=True):
         row[[clusters.index(partitions.key(members)) for members in partition]] = 1
     coefs = scores.coefs_of(setup.options, scores.COEFS)
-    grid = (coefs[:, None, None] * rows).reshape(-1, len(clusters))
-    curves = evaluated(setup, bases, linearized, grid, "validation")
-    best = coefs[curves.reshape(len(coefs), -1).argmax(axis=0)]
-    found = evaluated(setup, bases, linearized, best[:, None] * rows, "test")
-    return [(float(a), float(c)) for a, c in zip(found, best, strict=True)]
+    return scores.searched(setup, bases, rows, coefs, linearized=linearized)
 
 
 def merged_twice(
@@ -202,7 +187,8 @@ def merged_twice(
             )
             for partition in several[first : first + _TOGETHER]
         ]
-        found += evaluated(setup, taus, False, np.eye(len(taus)), "test").tolist()
+        own = scores.on_all(setup, taus, "test", np.eye(len(taus)))
+        found += (100 * own.mean(axis=1)).tolist()
         progress.update(len(taus))
     progress.close()
     return [(accuracy, None) for accuracy in found]
@@ -357,9 +343,8 @@ def main(config: Config) -> dict:
     shown = {k: v for k, v in shown.items() if v}
     for table, model in dict.fromkeys((row["table"], row["model"]) for row in rows):
         shown[f"{CAPTIONS[table]}; {model}."] = beside(rows, model, table)
-    written = {k: tables.markdown(lines, digits=2) for k, lines in shown.items()}
     title = "Addition of bases, all partitions (bases paper, Tables 4, 5, 10, 11, 12)"
-    return tables.write(config.out, title, written, results)
+    return tables.write(config.out, title, shown, results, digits=2)
 
 
 if __name__ == "__main__":

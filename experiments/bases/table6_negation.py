@@ -96,9 +96,7 @@ def rows_of(setup: options.Setup, config: Config) -> list[dict]:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    config = options.smoke(config)
-    if config.smoke:
-        config = dataclasses.replace(config, inner=("MTL", "Tangent", "Mean"))
+    config = options.smoke(config, inner=("MTL", "Tangent", "Mean"))
     names = config.names
     if config.target not in names:
         raise ValueError(

@@ -120,15 +120,14 @@ def row_of(
 
 @script.full_precision
 def main(config: Config) -> dict:
-    config = options.smoke(config)
-    if config.smoke:
-        config = dataclasses.replace(
-            config,
-            tasks=config.tasks[:2],
-            held_out=config.tasks[2:],
-            related=config.tasks[:1],
-            inner=("MTL", "Tangent", "Mean"),
-        )
+    first, second, third, _ = options.SMOKE
+    config = options.smoke(
+        config,
+        tasks=(first, second),
+        held_out=(third,),
+        related=(first,),
+        inner=("MTL", "Tangent", "Mean"),
+    )
     names = config.names
     if len(names) < 2 or not config.held_out:
         raise ValueError("two tasks make bases at least, and one is held out.")
@@ -204,7 +203,7 @@ def main(config: Config) -> dict:
         for task in targets
     }
     title = "Generalization with bases (bases paper, Tables 7, 13, 14, Figure 10)"
-    return tables.write(config.out, title, shown, results)
+    return tables.write(config.out, title, shown, results, digits=2)
 
 
 def accuracies_of(setup, bases, linearized, task, coefs):
@@ -235,7 +234,7 @@ def table_of(rows, published):
     )
     cosines = [{"cosine": row["cosine"]} for row in rows]
     lines = [a | b for a, b in zip(beside, cosines, strict=True)]
-    return tables.markdown(lines, digits=2)
+    return lines
 
 
 if __name__ == "__main__":

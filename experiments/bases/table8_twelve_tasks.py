@@ -4,7 +4,6 @@ Zeng et al. Efficient Model Editing with Task Vector Bases: A Theoretical Framew
 Scalable Approach. arXiv:2502.01015: section 6.4.2, Table 8; Appendix D.1, Table 15.
 
     python -m experiments.bases.table8_twelve_tasks --data-dir DATA
-    python -m experiments.bases.table8_twelve_tasks --smoke --out runs/smoke
 
 Data: GLUE, SNLI and TREC from the Hugging Face Hub; SUBJ, CR, MPQA and MR as files of
 LM-BFF's datasets.tar, unpacked in DATA; or any files, see --help. How RoBERTa-base is
@@ -59,8 +58,6 @@ What the paper leaves open, and what we take:
   eigengap says.
 - Storage is masks x density x 4 bytes x trained parameters. Of RoBERTa-base these are
   85.1 million, so 0.34 GB a model; the paper's 3.90 / 12 is 0.325.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -121,12 +118,8 @@ class Config(prompted.Options):
 @script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = prompted.smoke(config)
-    if config.smoke:
-        clusters = min(config.clusters, 2)
-        config = dataclasses.replace(
-            config, clusters=clusters, mask_epochs=2, mask_density=0.2
-        )
+    few = min(config.clusters, 2)
+    config = prompted.smoke(config, clusters=few, mask_epochs=2, mask_density=0.2)
     if not 0 <= config.clusters <= len(config.tasks):
         raise ValueError(
             f"--clusters {config.clusters} of {len(config.tasks)} tasks; 0 takes the "
@@ -251,18 +244,7 @@ def fitted(setup: prompted.Setup, taus: Taus) -> dict[str, Params]:
     def logits_of(params, *inputs):
         return logits(params["encoder"], params["head"], *inputs)
 
-    def logits_of_batch(params, batch):
-        inputs = (batch[name] for name in prompted.INPUTS)
-        return logits(params, batch["head"], *inputs)
-
     samples = [task.validation.batches for task in setup.tasks]
-    texts = [
-        [
-            part | {"head": head}
-            for part in study_merges.sixteens(task.test.batches, prompted.INPUTS)
-        ]
-        for task, head in zip(setup.tasks, own, strict=True)
-    ]
     return {
         "Fisher merging": study_merges.fisher(
             logits_of,
@@ -282,13 +264,15 @@ def fitted(setup: prompted.Setup, taus: Taus) -> dict[str, Params]:
             token_mask="attention_mask",
             select=bert.BLOCK_LINEAR_WEIGHTS,
         ),
-        "AdaMerging": merge.adamerging(
+        "AdaMerging": study_merges.adamerging(
+            logits_of,
             setup.params_0,
             taus,
-            [logits_of_batch] * len(taus),
-            texts,
+            own,
+            [task.test.batches for task in setup.tasks],
+            inputs=prompted.INPUTS,
             steps=2 if setup.options.smoke else 500,
-        ).params,
+        ),
     }
 
 

@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from experiments.bench import measure
 from experiments.common import script
 from jaxarith import hub, report, task_vectors
 from jaxarith.merge import mergekit
@@ -209,12 +210,8 @@ def make_models(architecture: str, folder: Path) -> list[Path]:
     import transformers
 
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48}
-    sizes |= {
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "vocab_size": 64,
-        "dtype": "float32",
-    }
+    sizes |= {"num_attention_heads": 4, "num_hidden_layers": 2}
+    sizes |= {"vocab_size": 64, "dtype": "float32"}
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     if architecture == "llama":
@@ -222,13 +219,8 @@ def make_models(architecture: str, folder: Path) -> list[Path]:
         model = transformers.LlamaForCausalLM(config)
     elif architecture == "gpt2":
         gpt2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4}
-        gpt2 |= {
-            "n_positions": 16,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-            "dtype": "float32",
-        }
-        config = transformers.GPT2Config(vocab_size=64, **gpt2)
+        gpt2 |= {"n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
+        config = transformers.GPT2Config(vocab_size=64, dtype="float32", **gpt2)
         model = transformers.GPT2LMHeadModel(config)
     elif architecture == "bert":
         # mergekit 0.1.5 fails at a BertModel: it adds a tuple, the other names of the
@@ -348,16 +340,12 @@ def main(config: Config) -> dict:
                     row |= compare(case, ours, theirs, trees[0])
                 rows.append(row)
     results = {"rows": rows, "known_differences": KNOWN_DIFFERENCES}
-    text = tables(rows)
-    if config.out is not None:
-        config.out.mkdir(parents=True, exist_ok=True)
-        report.write_json(config.out / "report.json", results)
-        report.write_text(config.out / "report.md", f"# Beside mergekit\n\n{text}\n")
-    print(text)
-    return results
+    return measure.write(config.out, "Beside mergekit", parts_of(rows), results)
 
 
-def tables(rows) -> str:
+def parts_of(rows) -> list[str]:
+    """The paragraphs and tables of the report."""
+
     def verdict(row):
         words = {True: "same", False: "differs", None: row.get("error")}
         return words[row["same"]]
@@ -383,8 +371,7 @@ def tables(rows) -> str:
     drawn += ["sums of magnitudes apart", "verdict"]
     parts = [report.markdown_table(header, exact), report.markdown_table(drawn, random)]
     parts.append("Known differences, in none of these merges:")
-    parts.append("\n".join(f"- {line}" for line in KNOWN_DIFFERENCES))
-    return "\n\n".join(parts)
+    return [*parts, "\n".join(f"- {line}" for line in KNOWN_DIFFERENCES)]
 
 
 if __name__ == "__main__":

@@ -106,24 +106,6 @@ class Config:
     """The largest number of samples of a split; all by default."""
 
 
-def study_config(config: Config) -> small_study.Config:
-    """The options of the study whose tasks are trained."""
-    return small_study.Config(
-        out=config.out,
-        model=config.model,
-        tasks=config.tasks,
-        steps=config.steps,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        penalty_coef=config.penalty_coef,
-        samples=config.samples,
-        # Seconds are those of one device, and of training alone.
-        mesh="data=1",
-        resume=False,
-        save_every=0,
-    )
-
-
 def recipe_of(config: studies.Config, variant: str) -> train.TrainConfig:
     penalty, trained, _ = VARIANTS[variant]
     recipe = studies.recipe_of(config, "linear", penalty)
@@ -324,7 +306,7 @@ def check(config: Config):
 def main(config: Config) -> dict:
     """Measures, trains, prints and writes; returns what `report.json` holds."""
     check(config)
-    study = small_study.prepare(study_config(config))
+    study = small_study.prepare(small_study.alone(config))
     timed = list(dict.fromkeys([REFERENCE, *config.variants]))
     costs = measure_costs(study, timed, config.timed_steps)
     ratios = {name: cost["ratio"] for name, cost in costs.items()}
@@ -352,18 +334,10 @@ def main(config: Config) -> dict:
         "rows": rows,
         "summary": summarize(rows),
     }
-    text = table(results["summary"])
-    report.write_json(config.out / "report.json", results)
-    paragraphs = [
-        "# Cheaper tangent-space training",
-        ", ".join(f"{key} {value}" for key, value in machine.items()),
-        LEGEND,
-        text,
-    ]
-    report.write_text(config.out / "report.md", "\n\n".join(paragraphs) + "\n")
     figure(config.out / "normalized.png", rows, config.seeds)
-    print(f"\n{text}\n")
-    return results
+    parts = [measure.named(machine), LEGEND, table(results["summary"])]
+    title = "Cheaper tangent-space training"
+    return measure.write(config.out, title, parts, results)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.common.vision import vectors
 from jaxarith import hub, tree
 from jaxarith.models import clip, gpt2, t5
 from jaxarith.typing import Tree
@@ -29,27 +30,17 @@ VISION = {
         **{"num_hidden_layers": 24, "num_attention_heads": 16, "projection_dim": 768},
     },
 }
-Name = Literal[
-    "vit-b-32",
-    "vit-b-16",
-    "vit-l-14",
-    "t5-small-encoder",
-    "t5-small",
-    "gpt2",
-    "tiny",
-]
+Vision = Literal["vit-b-32", "vit-b-16", "vit-l-14", "tiny"]
+Name = Literal[Vision, "t5-small-encoder", "t5-small", "gpt2"]
 NAMES: tuple[str, ...] = get_args(Name)
 TOKENS = 128  # of a text
 TARGET_TOKENS = 32  # of what T5's decoder reads
 
 # What Jin et al. (2025), "Fine-Tuning Linear Layers Only", train of every block: the
 # weights of the attention (1), with biases (2), all linear weights (3), with biases.
-CLIP_BLOCK = r"vision_model/encoder/layers/\d+/"
 CLIP_PARADIGMS = {
-    "1": clip.ATTENTION_WEIGHTS,
-    "2": CLIP_BLOCK + r"self_attn/\w+_proj/\w+",
-    "3": clip.BLOCK_LINEAR_WEIGHTS,
-    "4": CLIP_BLOCK + r"(self_attn/\w+_proj|mlp/fc\d)/\w+",
+    name.removeprefix("linear_layers_"): paths
+    for name, paths in vectors.LINEAR_LAYERS.items()
 }
 GPT2_PARADIGMS = {
     "1": r"transformer/h/\d+/attn/c_\w+/kernel",

@@ -19,7 +19,7 @@ from PIL import Image
 
 from experiments.bench import measure
 from experiments.common import script
-from jaxarith import report
+from experiments.common.vision import sources
 from jaxarith.data import images, pipeline, vision
 
 SHAPES = ((256, 256), (333, 250), (375, 500), (500, 375))  # width, height
@@ -56,11 +56,6 @@ def write_images(folder: Path, count: int):
         Image.fromarray(pixels).save(path, quality=90)
 
 
-def augment(augmentation: images.Augmentation, sample: dict, rng) -> dict:
-    image = augmentation(sample["image"], rng)
-    return {"image": image, "label": np.int32(sample["label"])}
-
-
 def batch(samples, batch_size: int, step: int) -> dict:
     first = step * batch_size
     return pipeline.collate([samples[first + i] for i in range(batch_size)])
@@ -68,8 +63,8 @@ def batch(samples, batch_size: int, step: int) -> dict:
 
 def rate(source, config: Config, workers: int) -> float:
     """Images a second, from the second batch on."""
-    function = functools.partial(augment, images.Augmentation(config.size))
-    samples = pipeline.shuffled(source, 0, function)
+    augment = sources.Augmented(images.Augmentation(config.size))
+    samples = pipeline.shuffled(source, 0, augment)
     make = functools.partial(batch, samples, config.batch_size)
     # More than are taken, so that no worker idles while the last ones are timed.
     count = 2 + config.batches + 4 * (1 + workers)
@@ -90,24 +85,13 @@ def main(config: Config) -> dict:
         write_images(Path(folder), config.images)
         source = vision.load_folder("synthetic", folder).train
         for workers in config.workers:
-            images_per_second = rate(source, config, workers)
-            rows.append(
-                {
-                    "workers": workers,
-                    "images/s": images_per_second,
-                    "steps/s": images_per_second / config.batch_size,
-                }
-            )
-    header = list(rows[0])
-    text = report.markdown_table(header, [list(row.values()) for row in rows])
-    text = f"Batches of {config.batch_size}, size {config.size}.\n\n{text}\n"
-    print(text)
+            found = rate(source, config, workers)
+            row = {"workers": workers, "images/s": found}
+            rows.append(row | {"steps/s": found / config.batch_size})
+    said = f"Batches of {config.batch_size}, size {config.size}."
     results = {"machine": measure.machine(), "rows": rows}
-    if config.out is not None:
-        config.out.mkdir(parents=True, exist_ok=True)
-        report.write_json(config.out / "report.json", results)
-        report.write_text(config.out / "report.md", text)
-    return results
+    parts = [said, measure.table(rows)]
+    return measure.write(config.out, "", parts, results)
 
 
 if __name__ == "__main__":

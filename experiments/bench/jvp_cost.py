@@ -272,11 +272,7 @@ def goals(rows: list[dict], with_torch: bool) -> list[dict]:
         if above in by_name and below in by_name:
             high, low = by_name[above][key], by_name[below][key]
             if high and low:
-                ratio = high / low
-                met = ratio >= limit if least else ratio <= limit
-                found.append(
-                    {"goal": what, "reached": ratio, "limit": limit, "met": met}
-                )
+                found.append(measure.goal(what, high / low, limit, least=least))
 
     linear, ordinary = "linearised step", "ordinary step"
     goal("linearised over ordinary", "seconds", linear, ordinary, 1.75)
@@ -294,9 +290,7 @@ def goals(rows: list[dict], with_torch: bool) -> list[dict]:
         if with_torch and row["torch_seconds"]:
             ratio = row["torch_seconds"] / row["seconds"]
             what = f"{row['row']}: PyTorch's time over ours"
-            found.append(
-                {"goal": what, "reached": ratio, "limit": 1.0, "met": ratio >= 1}
-            )
+            found.append(measure.goal(what, ratio, 1.0))
     return found
 
 
@@ -398,30 +392,17 @@ def main(config: Config) -> dict:
         "checks": checks,
         "goals": goals(rows, config.torch),
     }
-    text = "\n\n".join(
-        [
-            ", ".join(f"{key} {value}" for key, value in where.items()),
-            table(rows),
-            report.markdown_table(
-                ["goal", "reached", "limit", "met"],
-                [list(goal.values()) for goal in results["goals"]],
-            ),
-            *(
-                f"{kind}: " + ", ".join(f"{k} {v}" for k, v in values.items())
-                for kind, values in checks.items()
-            ),
-        ]
-    )
-    config.out.mkdir(parents=True, exist_ok=True)
-    report.write_json(config.out / "report.json", results)
-    report.write_text(config.out / "report.md", f"# What a tangent costs\n\n{text}\n")
+    names = ["goal", "reached", "limit", "met"]
+    reached = measure.table(results["goals"], names)
+    parts = [measure.named(where), table(rows), reached]
+    parts += [f"{kind}: {measure.named(x)}" for kind, x in checks.items()]
+    measure.write(config.out, "What a tangent costs", parts, results)
     groups = {"jaxarith": [row["seconds"] for row in rows]}
     if config.torch:
         groups["PyTorch, eager"] = [row["torch_seconds"] or np.nan for row in rows]
     plots.horizontal_bars(
         config.out / "cost.png", groups, [row["row"] for row in rows], x="seconds"
     )
-    print(f"\n{text}")
     return results
 
 

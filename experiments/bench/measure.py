@@ -1,15 +1,17 @@
-"""Seconds, memory and the machine they were measured on."""
+"""Seconds, memory, the machine they were measured on, and the report of them."""
 
 import ctypes
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import jax
 import numpy as np
+
+from jaxarith import report
 
 K = TypeVar("K")
 
@@ -69,6 +71,48 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if "model name" in line]
     return names[0] if names else platform.machine()
+
+
+def goal(what: str, reached: float, limit: float, *, least: bool = True) -> dict:
+    """A row of a table of goals; the limit is the `least` that is wanted, or the most.
+
+    Example:
+      >>> goal("merge: seconds", 3.0, 5.0, least=False)["met"]
+      True
+    """
+    met = reached >= limit if least else reached <= limit
+    return {"goal": what, "reached": reached, "limit": limit, "met": bool(met)}
+
+
+def table(rows: Sequence[Mapping], names: Sequence[str] = ()) -> str:
+    """Rows of the same fields as a Markdown table; without any, `names` alone."""
+    return report.markdown_table(names or list(rows[0]), [[*r.values()] for r in rows])
+
+
+def named(values: Mapping) -> str:
+    """Values with their names, in one line."""
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def write(out: Path | None, title: str, parts: Sequence[str], results: dict) -> dict:
+    """Prints a report; where there is a folder, writes report.json and report.md.
+
+    Args:
+      out: the folder.
+      title: of report.md; none if it is empty.
+      parts: paragraphs and tables.
+      results: plain data.
+
+    Returns:
+      The results, which report.json holds.
+    """
+    text, head = "\n\n".join(parts), f"# {title}\n\n" if title else ""
+    print(f"\n{text}")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        report.write_json(out / "report.json", results)
+        report.write_text(out / "report.md", f"{head}{text}\n")
+    return results
 
 
 def machine() -> dict:

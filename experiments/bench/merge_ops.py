@@ -26,13 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments.bench import encoders
-from experiments.bench.measure import machine, peak_memory, seconds
+from experiments.bench import encoders, measure
+from experiments.bench.measure import alternated, goal, named, peak_memory, seconds
 from experiments.common import script
 from jaxarith import merge, report, tree
-from jaxarith.models import clip
-
-VISION = {name: encoders.VISION[name] for name in ("vit-b-32", "vit-l-14")}
 
 
 class Method(NamedTuple):
@@ -105,12 +102,8 @@ class Config:
 
 def shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """The leaves of the vision tower by path."""
-    vision = dict(VISION[config.model])
-    if config.layers is not None:
-        vision["num_hidden_layers"] = config.layers
-    text = {"num_hidden_layers": 0}
-    model = clip.CLIPConfig.from_json({"vision_config": vision, "text_config": text})
-    return tree.flatten(tree.select(clip.layout(model), "vision_model/.*"))
+    layout = encoders.encoder(config.model, config.layers).layout
+    return tree.flatten(tree.select(layout, "vision_model/.*"))
 
 
 def random_leaves(layout, seed: int, scale: float) -> dict[str, jax.Array]:
@@ -185,18 +178,15 @@ def transcriptions(params_0, taus) -> dict[str, Callable]:
     }
 
 
-def measure(name, config, layout, params_0, taus, theirs) -> dict:
+def row_of(name, config, layout, params_0, taus, theirs) -> dict:
     """One row: seconds of both, in turn, and the peak memory of both."""
     method = METHODS[name]
     taus = taus[: method.tasks]
     ours = functools.partial(method.merge, params_0, taus)
-    times: dict[str, list] = {"jaxarith": [], "torch": []}
+    both = {"jaxarith": ours} | ({"torch": theirs[name]} if name in theirs else {})
+    times: dict[str, list] = {kind: [] for kind in both}
     if not method.slow:
-        jax.block_until_ready(ours())  # compiles
-        for _ in range(config.repetitions):
-            times["jaxarith"].append(seconds(ours))
-            if name in theirs:
-                times["torch"].append(seconds(theirs[name]))
+        times = alternated(both, config.repetitions)
     took, peak, result = peak_memory(ours)
     size = len(taus) * tree.size(layout) * 4
     median = float(np.median(times["jaxarith"] or took))
@@ -227,29 +217,27 @@ def goals(rows, config, layout, taus, copied: dict[str, float]) -> list[dict]:
     size = config.tasks * tree.size(layout) * 4
     found = []
 
-    def goal(what, reached, limit, least=True):
-        reached = float(reached)
-        met = reached >= limit if least else reached <= limit
-        found.append({"goal": what, "reached": reached, "limit": limit, "met": met})
+    def add(what, reached, limit, least=True):
+        found.append(goal(what, float(reached), limit, least=least))
 
     for name in ("average", "task_arithmetic"):
         if name in by_name:
             moved = size * (1 + 2 / config.tasks) / by_name[name]["seconds"]
             for kind, rate in copied.items():
-                goal(f"{name}: bandwidth over copy's ({kind})", moved / (2 * rate), 0.6)
+                add(f"{name}: bandwidth over copy's ({kind})", moved / (2 * rate), 0.6)
     if ratio := by_name.get("ties", {}).get("torch_over_jaxarith"):
-        goal("ties: PyTorch's seconds over ours", ratio, 5)
+        add("ties: PyTorch's seconds over ours", ratio, 5)
     if "awd" in by_name:
-        goal("awd: seconds", by_name["awd"]["seconds"], 15, least=False)
+        add("awd: seconds", by_name["awd"]["seconds"], 15, least=False)
         gram = np.median([seconds(lambda: tree.gram(taus)) for _ in range(5)])
         for kind, rate in copied.items():
             what = f"awd: Gram pass's bandwidth over copy's ({kind})"
-            goal(what, size / gram / (2 * rate), 0.5)
+            add(what, size / gram / (2 * rate), 0.5)
     one = tree.size(layout) * 4
     largest = max(leaf.size for leaf in layout.values()) * 4 * config.tasks
     for name, row in by_name.items():
         limit = (one + row["result_bytes"] + 1.2 * largest) / 1e9
-        goal(f"{name}: peak memory, GB", row["peak_bytes"] / 1e9, limit, least=False)
+        add(f"{name}: peak memory, GB", row["peak_bytes"] / 1e9, limit, least=False)
     return found
 
 
@@ -271,9 +259,9 @@ def main(config: Config) -> dict:
     rows = []
     for name in work:
         work.set_description(name)
-        rows.append(measure(name, config, layout, params_0, taus, theirs))
+        rows.append(row_of(name, config, layout, params_0, taus, theirs))
         work.write(str(rows[-1]))  # a run takes long, and may be cut short
-    where = machine() | {
+    where = measure.machine() | {
         "model": config.model,
         "entries": tree.size(layout),
         "tasks": config.tasks,
@@ -286,20 +274,8 @@ def main(config: Config) -> dict:
         "rows": rows,
         "goals": goals(rows, config, layout, taus, copied),
     }
-    text = "\n\n".join(
-        [
-            ", ".join(f"{key} {value}" for key, value in where.items()),
-            table(rows),
-            report.markdown_table(
-                list(results["goals"][0]), [list(g.values()) for g in results["goals"]]
-            ),
-        ]
-    )
-    config.out.mkdir(parents=True, exist_ok=True)
-    report.write_json(config.out / "report.json", results)
-    report.write_text(config.out / "report.md", f"# Merge operators\n\n{text}\n")
-    print(f"\n{text}")
-    return results
+    parts = [named(where), table(rows), measure.table(results["goals"])]
+    return measure.write(config.out, "Merge operators", parts, results)
 
 
 def table(rows) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from experiments.bench import measure
 from experiments.common import script, studies
 from experiments.common.vision import small_study, small_tasks
-from jaxarith import report, task_vectors, tau_jp
+from jaxarith import task_vectors, tau_jp
 from jaxarith.models import clip
 from jaxarith.typing import Tree
 
@@ -69,20 +69,7 @@ def distances(exact: list[Tree], rounded: list[Tree]) -> list[dict]:
 def main(config: Config) -> dict:
     """Trains, compares, prints and writes; returns what `report.json` holds."""
     studies.check(config.tasks)
-    study = small_study.prepare(
-        small_study.Config(
-            out=config.out,
-            model=config.model,
-            tasks=config.tasks,
-            steps=config.steps,
-            batch_size=config.batch_size,
-            samples=config.samples,
-            seed=config.seed,
-            mesh="data=1",
-            resume=False,
-            save_every=0,
-        )
-    )
+    study = small_study.prepare(small_study.alone(config))
     config.out.mkdir(parents=True, exist_ok=True)
     taus = {dtype: train(study, config.penalty, dtype) for dtype in DTYPES}
     outputs = {
@@ -113,21 +100,14 @@ def main(config: Config) -> dict:
         "vectors": dict(zip(study.names, rows, strict=True)),
         "accuracies": accuracies,
     }
-    tables = [
-        report.markdown_table(
-            ["task", *rows[0]],
-            [[name, *row.values()] for name, row in results["vectors"].items()],
-        ),
-        report.markdown_table(
-            ["products in", "individual accuracy", "merged accuracy"],
-            [[dtype, *row.values()] for dtype, row in accuracies.items()],
-        ),
+    means = [
+        {"products in": dtype}
+        | {f"{kind} accuracy": value for kind, value in row.items()}
+        for dtype, row in accuracies.items()
     ]
-    text = "\n\n".join(tables)
-    report.write_json(config.out / "report.json", results)
-    report.write_text(config.out / "report.md", f"# Rounded products\n\n{text}\n")
-    print(f"\n{text}")
-    return results
+    of_tasks = [{"task": name} | row for name, row in results["vectors"].items()]
+    parts = [measure.table(of_tasks), measure.table(means)]
+    return measure.write(config.out, "Rounded products", parts, results)
 
 
 if __name__ == "__main__":

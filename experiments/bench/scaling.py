@@ -35,7 +35,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from experiments.bench import collectives, encoders
+from experiments.bench import collectives, encoders, measure
 from experiments.common import script
 from jaxarith import losses, plots, report, sharding, train, tree
 from jaxarith.models import heads
@@ -47,17 +47,12 @@ MESHES += ("data=256", "data=32,fsdp=8", "fsdp=256")
 SLICES = {1: "2x2", 2: "2x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8"}
 SLICES |= {64: "8x8", 128: "8x16", 256: "16x16"}
 
-Model = Literal["vit-b-32", "vit-b-16", "vit-l-14", "tiny"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     out: Path
     """Folder for report.json, report.md, sent.png and flops.png."""
-    models: tuple[Literal["vit-b-32", "vit-b-16", "vit-l-14", "tiny"], ...] = (
-        "vit-b-32",
-        "vit-l-14",
-    )
+    models: tuple[encoders.Vision, ...] = ("vit-b-32", "vit-l-14")
     """The encoders, at their published sizes."""
     meshes: tuple[str, ...] = MESHES
     """Of each program: the sizes of the axes data and fsdp."""
@@ -239,8 +234,8 @@ def limits(rows: Sequence[dict]) -> list[dict]:
     ]
 
 
-def text_of(results: dict) -> str:
-    """The report in Markdown."""
+def parts_of(results: dict) -> list[str]:
+    """The paragraphs and tables of the report."""
     rows = results["rows"]
     header = ["model", "mesh", "batch", "GFLOP", "arguments MB", "temporary MB"]
     header += ["collectives", "sent MB"]
@@ -274,7 +269,7 @@ def text_of(results: dict) -> str:
             "sent during computation.",
             report.markdown_table(header, cells),
         ]
-    return "\n\n".join(parts)
+    return parts
 
 
 def figures(config: Config, rows: Sequence[dict]):
@@ -320,12 +315,9 @@ def main(config: Config) -> dict:
         "rows": rows,
         "limits": limits(rows),
     }
-    text = text_of(results)
-    config.out.mkdir(parents=True, exist_ok=True)
-    report.write_json(config.out / "report.json", results)
-    report.write_text(config.out / "report.md", f"# A step on many devices\n\n{text}\n")
+    title = "A step on many devices"
+    measure.write(config.out, title, parts_of(results), results)
     figures(config, rows)
-    print(f"\n{text}")
     return results
 
 

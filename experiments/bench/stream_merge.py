@@ -33,7 +33,7 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from experiments.bench.measure import processor
+from experiments.bench import measure
 from experiments.common import script
 from jaxarith import report
 from jaxarith.hub import safetensors
@@ -274,14 +274,8 @@ def main(config: Config):
 
     cat = statistics.median(limit)
     read = size * (TASKS + 1)
-    rows = [
-        {
-            "method": "cat and dd",
-            "program": "",
-            "seconds": cat,
-            "GB/s": (read + size) / cat / 1e9,
-        }
-    ]
+    rows = [{"method": "cat and dd", "program": "", "seconds": cat}]
+    rows[0]["GB/s"] = (read + size) / cat / 1e9
     for (name, program), of_program in runs.items():
         seconds = statistics.median(run.seconds for run in of_program)
         merging = [run.merging for run in of_program if run.merging is not None]
@@ -305,17 +299,15 @@ def main(config: Config):
     title = (
         f"{TASKS} models and a base of {size / 2e9:.2f}B parameters in bfloat16, "
         f"{read / 1e9:.1f} GB in, {size / 1e9:.1f} GB out. "
-        f"{processor()}, {os.cpu_count()} cores. Medians of "
+        f"{measure.processor()}, {os.cpu_count()} cores. Medians of "
         f"{config.repetitions} runs. 1.5 GB + 3 · largest tensor · models = "
         f"{bound:.2f} GB."
     )
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_cell(row.get(key, "")) for key in columns] for row in rows]
     table = report.markdown_table(columns, cells)
-    (config.out / "report.md").write_text(f"{title}\n\n{table}\n", encoding="utf-8")
     content = {"title": title, "rows": rows, "seconds": _seconds(runs), "disk": limit}
-    (config.out / "report.json").write_text(json.dumps(content, indent=2))
-    print(f"{title}\n\n{table}")
+    measure.write(config.out, "", [title, table], content)
 
 
 def _seconds(runs):

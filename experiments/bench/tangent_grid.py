@@ -23,18 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments.bench import tangent_report
-from experiments.bench.measure import machine
+from experiments.bench import measure, tangent_report
 from experiments.common import script
-from jaxarith import (
-    evaluate,
-    merge,
-    plots,
-    report,
-    tangent,
-    task_vectors,
-    tree,
-)
+from jaxarith import evaluate, merge, plots, tangent, task_vectors, tree
 from jaxarith.data import pipeline
 from jaxarith.models import clip, heads
 from jaxarith.typing import Tree
@@ -280,11 +271,8 @@ def shared_searches(study: Study):
     }
 
     def use(outputs_at, coefs):
-        at, single = (
-            functools.partial(accuracies, study, outputs_at),
-            np.ones(len(taus)),
-        )
-        return evaluate.search(at, single, coefs).normalized
+        at = functools.partial(accuracies, study, outputs_at)
+        return evaluate.search(at, np.ones(len(taus)), coefs).normalized
 
     what = f"a shared coefficient of {config.coefs}"
     probes = coefs[[0, len(coefs) // 2, -1]]
@@ -387,7 +375,7 @@ def main(config: Config) -> dict:
     xi_rows, grids = xi_grids(study)
     rows = xi_rows + shared_searches(study)[0]
     results = {
-        "machine": machine()
+        "machine": measure.machine()
         | {
             "model": config.model.name,
             "entries": tree.size(study.params_0),
@@ -400,13 +388,10 @@ def main(config: Config) -> dict:
         "adamerging": adamerging(study),
         "goals": tangent_report.goals(rows),
     }
-    text = tangent_report.text_of(results)
-    config.out.mkdir(parents=True, exist_ok=True)
-    report.write_json(config.out / "report.json", results)
-    report.write_text(config.out / "report.md", f"# Cached tangents\n\n{text}\n")
+    parts = tangent_report.parts_of(results)
+    measure.write(config.out, "Cached tangents", parts, results)
     coefs = np.linspace(-2, 2, config.points)
     plots.disentanglement(config.out / "xi.png", grids, coefs, ("task 1", "task 2"))
-    print(f"\n{text}")
     return results
 
 

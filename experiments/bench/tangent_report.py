@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from experiments.bench import measure
 from jaxarith import report
 
 XI_SPEEDUP, SEARCH_SPEEDUP, PRECISION = 30, 10, 1e-5
@@ -38,8 +39,8 @@ def goals(rows: Sequence[dict]) -> list[dict]:
     ]
 
 
-def text_of(results: dict) -> str:
-    """The report in Markdown."""
+def parts_of(results: dict) -> list[str]:
+    """The paragraphs and tables of the report."""
     header = ["found", "from", "outputs", "making s", "using s", "passes s"]
     header += ["speed-up", "once made", "outputs differ", "found differs"]
     cells = [
@@ -53,23 +54,19 @@ def text_of(results: dict) -> str:
     ]
     own, step = results["search_per_task"], results["adamerging"]
     changed = ", ".join(f"{share:.2f}" for share in results["changed"])
-    return "\n\n".join(
-        [
-            ", ".join(f"{key} {value}" for key, value in results["machine"].items()),
-            f"Share of predictions that a task's own vector changes: {changed}.",
-            report.markdown_table(header, cells),
-            f"One coefficient per task from the tangents of all: {own['outputs']} "
-            f"outputs in {own['sweeps']} sweeps, {own['using_seconds']:.2f} s after "
-            f"{own['making_seconds']:.2f} s for the cache; normalised accuracy "
-            f"{own['normalized']:.4f}, with a shared coefficient "
-            f"{own['normalized_shared']:.4f}.",
-            f"AdaMerging, {step['samples_per_task']} samples of each task: "
-            f"{step['seconds_per_step']:.4f} s per step after "
-            f"{step['making_seconds']:.2f} s for the cache, with passes "
-            f"{step['forward_seconds_per_step']:.4f} s per step; entropies differ by "
-            f"{step['entropy_difference']:.1e} at most.",
-            report.markdown_table(
-                list(results["goals"][0]), [list(g.values()) for g in results["goals"]]
-            ),
-        ]
-    )
+    return [
+        measure.named(results["machine"]),
+        f"Share of predictions that a task's own vector changes: {changed}.",
+        report.markdown_table(header, cells),
+        f"One coefficient per task from the tangents of all: {own['outputs']} "
+        f"outputs in {own['sweeps']} sweeps, {own['using_seconds']:.2f} s after "
+        f"{own['making_seconds']:.2f} s for the cache; normalised accuracy "
+        f"{own['normalized']:.4f}, with a shared coefficient "
+        f"{own['normalized_shared']:.4f}.",
+        f"AdaMerging, {step['samples_per_task']} samples of each task: "
+        f"{step['seconds_per_step']:.4f} s per step after "
+        f"{step['making_seconds']:.2f} s for the cache, with passes "
+        f"{step['forward_seconds_per_step']:.4f} s per step; entropies differ by "
+        f"{step['entropy_difference']:.1e} at most.",
+        measure.table(results["goals"]),
+    ]

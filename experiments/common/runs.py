@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -88,6 +89,16 @@ _WHERE = {field.name for field in dataclasses.fields(Options)} - {"smoke"} | {
     *("bank", "data_dir", "micro_batches", "tasks_together", "workers"),
     "evaluation_batch",
 }
+
+
+C = TypeVar("C", bound=Options)
+
+
+def smaller(options: C, **small: Any) -> C:
+    """The options; in a smoke run with these, on one device, without checkpoints."""
+    if not options.smoke:
+        return options
+    return dataclasses.replace(options, **{"mesh": "data=1", "save_every": 0} | small)
 
 
 # By folder, the options of the script that has started there.

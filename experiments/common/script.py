@@ -18,14 +18,16 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import jax
 import tyro
+from tqdm import tqdm
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 C = TypeVar("C")
 
 _TRACEBACK = "--traceback"
@@ -35,6 +37,8 @@ On a mistake in the options or the data a script prints one line and exits with 
 # What a user's options, files and machine can cause. Anything else is a fault of the
 # program and shows its traceback.
 _MISTAKES = (ValueError, OSError, ImportError)
+# Of many kinds: `datasets` says in several that a set is not to be had.
+OF_DATASETS = (*_MISTAKES, RuntimeError)
 
 
 def full_precision(main: Callable[P, R]) -> Callable[P, R]:
@@ -69,6 +73,38 @@ def needs(extra: str, *modules: str) -> None:
         names = " and ".join(missing)
         be = "is" if len(missing) == 1 else "are"
         raise ImportError(f"{names} {be} missing: pip install 'jaxarith[{extra}]'.")
+
+
+def collected(
+    items: Iterable[T],
+    read: Callable[[T], R],
+    *,
+    errors: tuple[type[Exception], ...] = (ValueError,),
+    named: bool = False,
+    desc: str = "tasks",
+) -> list[R]:
+    """`read` of every item; what is wrong with any of them is one error.
+
+    Args:
+      items: the tasks of a script.
+      read: function of one.
+      errors: what it raises where an item is wrong.
+      named: say of which item an error is.
+      desc: of the progress.
+
+    Raises:
+      ValueError: at least one was wrong; the message has all errors.
+    """
+    found, problems = [], []
+    # Not in logs, where a mistake is one line.
+    for item in tqdm(items, desc=desc, unit="task", leave=False, disable=None):
+        try:
+            found.append(read(item))
+        except errors as error:
+            problems.append(f"{item}: {error}" if named else str(error))
+    if problems:  # all at once: one may take hours to mend
+        raise ValueError("\n\n".join(problems))
+    return found
 
 
 def run(config_type: Callable[..., C], main: Callable[[C], Any]) -> None:

@@ -1,7 +1,7 @@
-"""Merges that look at samples, Fisher and RegMean, for encoders below frozen heads."""
+"""Merges that look at samples, for encoders below frozen heads."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 from tqdm import tqdm
@@ -83,10 +83,34 @@ def regmean(
     return merge.regmean(params_0, taus, grams)
 
 
-def sixteens(batches: Sequence[dict], inputs: Sequence[str]) -> list[dict]:
-    """Inputs and masks in batches of 16, as the authors of AdaMerging take them."""
-    return [
-        {name: batch[name][i : i + 16] for name in (*inputs, "mask")}
-        for batch in batches
-        for i in range(0, len(batch["mask"]), 16)
+def adamerging(
+    logits_of: Callable[..., jax.Array],
+    params_0: Params,
+    taus: Taus,
+    heads: Sequence[Tree],
+    samples: Sequence[Sequence[dict]],
+    *,
+    inputs: Sequence[str],
+    **options: Any,
+) -> Params:
+    """AdaMerging of T encoders; see `fisher` for the arguments.
+
+    Samples are taken in batches of 16, as the authors do. `options` are those of
+    `merge.adamerging`.
+    """
+
+    def logits_of_batch(params, batch):
+        own = {"encoder": params, "head": batch["head"]}
+        return logits_of(own, *(batch[name] for name in inputs))
+
+    sixteens = [
+        [
+            {name: batch[name][i : i + 16] for name in (*inputs, "mask")}
+            | {"head": head}
+            for batch in batches
+            for i in range(0, len(batch["mask"]), 16)
+        ]
+        for head, batches in zip(heads, samples, strict=True)
     ]
+    logits = [logits_of_batch] * len(taus)
+    return merge.adamerging(params_0, taus, logits, sixteens, **options).params

@@ -179,12 +179,18 @@ def compared(
     both = beside(
         rows, published, keys=keys, values=values, published_keys=published_keys
     )
-    table = {caption: markdown(both, digits)}
-    return write(out, title, table, {"rows": list(rows)} | dict(results or {}))
+    found = {"rows": list(rows)} | dict(results or {})
+    return write(out, title, {caption: both}, found, digits=digits)
 
 
 def write(
-    out: Path, title: str, tables: Mapping[str, str], results: dict, note: str = ""
+    out: Path,
+    title: str,
+    tables: Mapping[str, str | Sequence[Mapping[str, Any]]],
+    results: dict,
+    note: str = "",
+    *,
+    digits: int = 1,
 ) -> dict:
     """Writes report.json and report.md, and prints the latter; of several processes the
     first does.
@@ -192,9 +198,10 @@ def write(
     Args:
       out: the folder.
       title: of report.md.
-      tables: Markdown tables by their captions.
+      tables: by their captions rows, see `markdown`, or tables in Markdown.
       results: what report.json holds, as plain data.
       note: what a reader of the tables must know.
+      digits: of the rows, as for `markdown`.
 
     Returns:
       The results.
@@ -203,7 +210,7 @@ def write(
         return results
     parts = [f"# {title}"]
     for caption, table in tables.items():
-        parts += [caption, table]
+        parts += [caption, table if isinstance(table, str) else markdown(table, digits)]
     text = "\n\n".join([*parts, *([note] if note else [])]) + "\n"
     report.write_json(out / "report.json", results)
     report.write_text(out / "report.md", text)

@@ -5,6 +5,7 @@ before anything is written, and `vectors` returns the task vectors.
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -78,6 +79,26 @@ class Wanted(NamedTuple):
     start: Tree | None = None
     kind: Any = None
     observed: Collection[int] = ()
+
+
+def recipe(options: Any, samples: int, **changes: Any) -> train.TrainConfig:
+    """A recipe by epochs, without warm-up and weight decay.
+
+    Args:
+      options: with epochs, or steps in their place, batch_size, learning_rate, seed.
+      samples: number of training samples.
+      changes: what else differs from `TrainConfig`.
+    """
+    epochs = options.epochs * math.ceil(samples / options.batch_size)
+    return train.TrainConfig(
+        steps=options.steps or epochs,
+        warmup_steps=0,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        weight_decay=0.0,
+        seed=options.seed,
+        **changes,
+    )
 
 
 def vectors(

@@ -47,41 +47,26 @@ def with_tasks(setup: options.Setup, config: Config) -> options.Setup:
 
 def rows_of(setup: options.Setup) -> list[dict]:
     """The rows of one model."""
-    taus = vectors.vectors(setup, "nonlinear")
-    tuned = 100 * forgetting.curves(setup, taus, [1.0])[..., 0]
-    found = forgetting.negation(setup, taus)
+    models = forgetting.models(setup, vectors.vectors(setup, "nonlinear"))
     rows = []
     for i, title in enumerate(setup.titles):
-        models = {
-            "Pre-trained": (*(100 * found.accuracies[i, :, 0]), None),
-            "Fine-tuned": (*tuned[i], None),
-            "Negative task vector": (
-                *(100 * found.accuracies[i, :, 2]),
-                found.coefs[i],
-            ),
-        }
-        for method, (target, control, coef) in models.items():
+        for method, (pairs, coefs) in models.items():
+            target, control = pairs[i].tolist()
             row = {"model": setup.title, "task": title, "method": method}
-            row |= {"target": float(target), "control": float(control)}
-            rows.append(row | {"coefficient": coef})
+            row |= {"target": target, "control": control, "coefficient": coefs[i]}
+            rows.append(row)
     return rows
 
 
 @script.full_precision
 def main(config: Config) -> dict:
-    config = options.smoke(config)
-    if config.smoke:  # persons are a task like every other
-        config = dataclasses.replace(
-            config, tasks=("inverted_digits",), control="uci_digits", persons="mnist"
-        )
+    config = options.smoke(  # where persons are a task like every other
+        config, tasks=("inverted_digits",), control="uci_digits", persons="mnist"
+    )
     if config.persons:  # whether it is there, before anything is written
         options.image_task(config.persons, config)
     runs.start(config)
-    rows = [
-        row
-        for setup in options.setups(config, config.models)
-        for row in rows_of(with_tasks(setup, config))
-    ]
+    rows = options.rows(config, lambda setup: rows_of(with_tasks(setup, config)))
     if runs.is_first():
         for task in dict.fromkeys(row["task"] for row in rows):
             own = [row for row in rows if row["task"] == task]
@@ -98,12 +83,9 @@ def main(config: Config) -> dict:
                 models,
                 y=f"accuracy on {task} and on the control, percent",
             )
-    results = {"rows": rows}
     caption = "Test accuracy on the task to be forgotten and on the control, percent."
-    table = {caption: tables.markdown(rows, digits=2)}
-    return tables.write(
-        config.out, "OCR and persons (editing paper, Figure 12)", table, results
-    )
+    title = "OCR and persons (editing paper, Figure 12)"
+    return tables.write(config.out, title, {caption: rows}, {"rows": rows}, digits=2)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ by default Detoxify's "original". Only the direction of the lines compares.
     python -m experiments.editing.figure13_real_toxicity_prompts \\
         --comments civil_comments.jsonl --perplexity-text wikitext103_test.txt \\
         --prompts prompts.jsonl
-    python -m experiments.editing.figure13_real_toxicity_prompts --smoke --out runs/s
 
 Data: `prompts.jsonl` of RealToxicityPrompts (`allenai/real-toxicity-prompts` on the
 Hugging Face Hub), an object with `prompt`, which holds a `text`, and `challenging` per
@@ -26,8 +25,6 @@ straight down, with little change in perplexity.
 
 The paper does not say how it samples. Here as Gehman et al. do: 20 new tokens, nucleus
 sampling with 0.9, temperature 1. Prompts of more than 64 tokens lose their beginning.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -71,17 +68,15 @@ class Config(detoxification.EditingOptions):
 @script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = detoxification.smoke(config)
-    if config.smoke:
-        config = dataclasses.replace(
-            config,
-            random_prompts=2,
-            generations=3,
-            max_new_tokens=8,
-            prompt_length=16,
-            generation_batch=6,
-            coefs=(0.0, 1.0),
-        )
+    config = detoxification.smoke(
+        config,
+        random_prompts=2,
+        generations=3,
+        max_new_tokens=8,
+        prompt_length=16,
+        generation_batch=6,
+        coefs=(0.0, 1.0),
+    )
     for name in ("random_prompts", "generations", "generation_batch"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: at least one is needed.")
@@ -116,9 +111,9 @@ def main(config: Config) -> dict:
                 y="expected maximum toxicity (classifier)",
             )
         caption = "Expected maximum toxicity and perplexity, by the coefficient of -τ"
-        shown = {caption: tables.markdown(lines, digits=3)}
+        shown = {caption: lines}
         title = "Figure 13: RealToxicityPrompts"
-        tables.write(config.out, title, shown, results, NOTE)
+        tables.write(config.out, title, shown, results, NOTE, digits=3)
     return results
 
 

@@ -25,8 +25,7 @@ from jaxarith.typing import Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.OneModel):
-    model: str = options.L14
+class Config(options.LargeModel):
     epochs: int = 4
     """Of the training on ImageNet, unless --steps is given."""
 
@@ -80,12 +79,9 @@ def main(config: Config) -> dict:
             x="accuracy on the task, percent",
             y=f"accuracy on {setup.required_control.title}, percent",
         )
-    results = {"rows": rows}
     caption = "Test accuracy, percent; single: of each task's own model."
-    table = {caption: tables.markdown(rows)}
-    return tables.write(
-        config.out, "With ImageNet (editing paper, Figure 17)", table, results
-    )
+    title = "With ImageNet (editing paper, Figure 17)"
+    return tables.write(config.out, title, {caption: rows}, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -9,22 +9,16 @@ Data: those of `table1_forgetting`, whose task vectors are taken from the bank.
 Published, as a heat map only: the vectors are "typically close to orthogonal"; the
 largest cosines are those of MNIST, SVHN and GTSRB, and of EuroSAT and RESISC45. The
 paper does not name the CLIP; we take ViT-L-14.
-
-Beyond training it takes seconds.
 """
-
-import dataclasses
 
 import numpy as np
 
 from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, vectors
-from jaxarith import plots, task_vectors
+from jaxarith import task_vectors
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.OneModel):
-    model: str = options.L14
+class Config(options.LargeModel): ...
 
 
 @script.full_precision
@@ -34,14 +28,7 @@ def main(config: Config) -> dict:
     taus = vectors.vectors(setup, "nonlinear")
     found = np.asarray(task_vectors.cosine_matrix(taus), float)
     if runs.is_first():
-        plots.matrices(
-            config.out / "figure5.png",
-            {setup.title: found},
-            setup.titles,
-            rows="task vector",
-            columns="task vector",
-            value="cosine",
-        )
+        scores.draw_cosines(setup, "figure5.png", {setup.title: found})
     couples = scores.pairs(len(taus))
     rows = [
         {"pair": " – ".join(setup.titles[i] for i in pair), "cosine": value}
@@ -49,10 +36,9 @@ def main(config: Config) -> dict:
     ]
     rows.sort(key=lambda row: -row["cosine"])
     results = {"tasks": setup.names, "cosines": found.tolist(), "rows": rows}
-    table = {f"{setup.title}, the largest first.": tables.markdown(rows, digits=3)}
-    return tables.write(
-        config.out, "Cosines of all pairs (editing paper, Figure 5)", table, results
-    )
+    table = {f"{setup.title}, the largest first.": rows}
+    title = "Cosines of all pairs (editing paper, Figure 5)"
+    return tables.write(config.out, title, table, results, digits=3)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,7 @@ from jaxarith import plots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.OneModel):
-    model: str = options.L14
+class Config(options.LargeModel):
     tasks: tuple[str, ...] = ("mnist", "eurosat")
     """The two tasks."""
     figures: tuple[Literal[6, 14], ...] = (6, 14)
@@ -106,10 +105,8 @@ def of_seeds(setup: options.Setup, rows: list[dict]) -> list[dict]:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    config = options.smoke(config)
-    if config.smoke:
-        small = {"learning_rates": (1e-3, 1e-2), "seeds": (0, 1)}
-        config = dataclasses.replace(config, tasks=config.tasks[:2], **small)
+    pair, rates = options.SMOKE[:2], (1e-3, 1e-2)
+    config = options.smoke(config, tasks=pair, learning_rates=rates, seeds=(0, 1))
     variations.check_pair(config.tasks)
     runs.start(config)
     setup = options.load(config, config.model, control=False)
@@ -119,19 +116,18 @@ def main(config: Config) -> dict:
     if rates:
         names = ("coefficient", "single", "abs", "norm")
         caption = f"{' + '.join(setup.titles)}: test accuracy, mean over both, percent."
-        shown[caption] = tables.markdown(
-            [
-                {"learning rate": f"{row['learning rate']:g}"}
-                | {name: row[name] for name in names}
-                for row in rates
-            ],
-            digits=2,
-        )
+        shown[caption] = [
+            {"learning rate": f"{row['learning rate']:g}"}
+            | {name: row[name] for name in names}
+            for row in rates
+        ]
     if seeds:
         caption = f"Test accuracy of {len(seeds)} sums of two vectors, percent."
-        shown[caption] = tables.markdown(of_seeds(setup, seeds), digits=2)
+        shown[caption] = of_seeds(setup, seeds)
     title = "Learning rates and seeds (editing paper, Figures 6 and 14)"
-    return tables.write(config.out, title, shown, {"rows": rates, "seeds": seeds})
+    return tables.write(
+        config.out, title, shown, {"rows": rates, "seeds": seeds}, digits=2
+    )
 
 
 if __name__ == "__main__":

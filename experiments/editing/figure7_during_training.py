@@ -27,8 +27,7 @@ from jaxarith.typing import Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.OneModel):
-    model: str = options.L14
+class Config(options.LargeModel):
     tasks: tuple[str, ...] = ("mnist", "eurosat")
     """The two tasks."""
     snapshots: int = 100
@@ -72,9 +71,7 @@ def check_steps(steps: list[int], snapshots: int):
 
 @script.full_precision
 def main(config: Config) -> dict:
-    config = options.smoke(config)
-    if config.smoke:
-        config = dataclasses.replace(config, tasks=config.tasks[:2], snapshots=1)
+    config = options.smoke(config, tasks=options.SMOKE[:2], snapshots=1)
     variations.check_pair(config.tasks)
     runs.start(config)
     setup = options.load(config, config.model, control=False)
@@ -89,25 +86,16 @@ def main(config: Config) -> dict:
         rows.append({"step": step, "cosines": cosines} | variations.added(setup, taus))
     if runs.is_first():
         steps = [row["step"] for row in rows]
-        plots.curves(
-            config.out / "figure7_cosine.png",
-            {
-                title: (steps, [row["cosines"][i] for row in rows])
+        for file, name, y in (
+            ("figure7_cosine", "cosines", "cosine to the final task vector"),
+            ("figure7_accuracy", "accuracies", "accuracy of the sum, percent"),
+        ):
+            lines = {
+                title: (steps, [row[name][i] for row in rows])
                 for i, title in enumerate(setup.titles)
-            },
-            x="steps of fine-tuning",
-            y="cosine to the final task vector",
-        )
-        plots.curves(
-            config.out / "figure7_accuracy.png",
-            {
-                title: (steps, [row["accuracies"][i] for row in rows])
-                for i, title in enumerate(setup.titles)
-            },
-            x="steps of fine-tuning",
-            y="accuracy of the sum, percent",
-        )
-    results = {"rows": rows}
+            }
+            file = config.out / f"{file}.png"
+            plots.curves(file, lines, x="steps of fine-tuning", y=y)
     shown = [
         {"step": row["step"]}
         | {
@@ -118,13 +106,8 @@ def main(config: Config) -> dict:
         for row in rows
     ]
     caption = f"{' + '.join(setup.titles)}: after every step, and added."
-    table = {caption: tables.markdown(shown, digits=3)}
-    return tables.write(
-        config.out,
-        "In the course of training (editing paper, Figure 7)",
-        table,
-        results,
-    )
+    title = "In the course of training (editing paper, Figure 7)"
+    return tables.write(config.out, title, {caption: shown}, {"rows": rows}, digits=3)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,6 @@ The paper does not name the CLIP, nor whether a point is a pair or a task of a p
 take ViT-L-14, and a point is the mean over both tasks.
 """
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
@@ -32,9 +30,7 @@ from jaxarith.models import heads
 PUBLISHED = tables.published(__doc__, "result")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.OneModel):
-    model: str = options.L14
+class Config(options.LargeModel): ...
 
 
 def accuracies(setup: options.Setup) -> tuple[np.ndarray, np.ndarray]:
@@ -95,9 +91,8 @@ def main(config: Config) -> dict:
         f"{setup.title}.": tables.markdown(beside, digits=3),
         "Test accuracy, mean over both tasks, percent.": tables.markdown(pairs),
     }
-    return tables.write(
-        config.out, "Ensembles (editing paper, Figure 8)", shown, results
-    )
+    title = "Ensembles (editing paper, Figure 8)"
+    return tables.write(config.out, title, shown, results)
 
 
 if __name__ == "__main__":

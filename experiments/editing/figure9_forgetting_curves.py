@@ -17,8 +17,6 @@ interpolations with gradient ascent are "even better accuracy trade-offs"; gain 
 have "a positive correlation". The paper does not name the CLIP; we take ViT-L-14.
 """
 
-import dataclasses
-
 import numpy as np
 
 from experiments.common import runs, script, tables
@@ -27,9 +25,7 @@ from experiments.editing import forgetting
 from jaxarith import metrics, plots
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.OneModel):
-    model: str = options.L14
+class Config(options.LargeModel): ...
 
 
 @script.full_precision
@@ -77,15 +73,11 @@ def main(config: Config) -> dict:
         "curves": {name: found.tolist() for name, found in curves.items()},
     }
     shown = {
-        "Figures 9 and 10. Test accuracies, mean over tasks, percent.": tables.markdown(
-            means, digits=2
-        ),
-        f"Figure 11. Points of accuracy; Pearson correlation {correlation}.": (
-            tables.markdown(rows, digits=2)
-        ),
+        "Figures 9 and 10. Test accuracies, mean over tasks, percent.": means,
+        f"Figure 11. Points of accuracy; Pearson correlation {correlation}.": rows,
     }
     title = "Curves of forgetting (editing paper, Figures 9, 10, 11)"
-    return tables.write(config.out, title, shown, results)
+    return tables.write(config.out, title, shown, results, digits=2)
 
 
 def draw(setup: options.Setup, curves: dict[str, np.ndarray], points):

@@ -18,6 +18,18 @@ def negation(setup: options.Setup, taus: Taus) -> scores.Negation:
     )
 
 
+def models(setup: options.Setup, taus: Taus) -> dict[str, tuple[np.ndarray, list]]:
+    """By model, test accuracies `[T, 2]` in percent and the coefficients of its tasks:
+    the pre-trained, the fine-tuned, and that with a vector subtracted."""
+    found, none = negation(setup, taus), [None] * len(taus)
+    tuned = curves(setup, taus, [1.0])[..., 0]
+    return {
+        "Pre-trained": (100 * found.accuracies[..., 0], none),
+        "Fine-tuned": (100 * tuned, none),
+        "Negative task vector": (100 * found.accuracies[..., 2], found.coefs),
+    }
+
+
 def curves(setup: options.Setup, taus: Taus, coefs: Numbers) -> np.ndarray:
     """Test accuracies `[T, 2, n]` with each vector alone at every coefficient."""
     rows = np.asarray(coefs)[:, None]

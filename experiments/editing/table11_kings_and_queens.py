@@ -122,13 +122,8 @@ def rows_of(setup: options.Setup, config: Config) -> list[dict]:
     taus = [custom.analogy(trained, i) for i in range(4)]
     coefs = scores.coefs_of(setup.options, COEFS)
 
-    def on_control(split, chosen):  # one pass for all four vectors: [4, n]
-        rows = [
-            c * unit for unit, own in zip(np.eye(4), chosen, strict=True) for c in own
-        ]
-        dataset = getattr(setup.required_control, split)
-        found = scores.accuracies(setup, taus, dataset, False, rows)
-        return found.reshape(4, -1)
+    def on_control(split, chosen):
+        return scores.on_control_alone(setup, taus, split, chosen)
 
     def on_target(split, chosen):
         progress = tqdm(tasks, desc=f"analogies, {split}", unit="task")
@@ -162,20 +157,13 @@ def rows_of(setup: options.Setup, config: Config) -> list[dict]:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    config = options.smoke(config)
-    if config.smoke:  # four digits, of which there must be some in every split
-        config = dataclasses.replace(
-            config, people="mnist", classes=tuple("0123"), samples=100
-        )
+    config = options.smoke(  # four digits, of which there must be some in every split
+        config, people="mnist", classes=tuple("0123"), samples=100
+    )
     config = dataclasses.replace(config, tasks=())
     people_of(config)  # before anything is written
     runs.start(config)
-    rows = [
-        row
-        for setup in options.setups(config, config.models)
-        for row in rows_of(setup, config)
-    ]
-    results = {"rows": rows}
+    rows = options.rows(config, lambda setup: rows_of(setup, config))
     beside = tables.beside(
         rows,
         PUBLISHED,
@@ -186,10 +174,8 @@ def main(config: Config) -> dict:
     for row in beside:
         del row["place"]
     caption = "Test accuracy on the target and on the control, percent, 1001 options."
-    table = {caption: tables.markdown(beside)}
-    return tables.write(
-        config.out, "Learning via analogy (editing paper, Table 11)", table, results
-    )
+    title = "Learning via analogy (editing paper, Table 11)"
+    return tables.write(config.out, title, {caption: beside}, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -201,11 +201,9 @@ def results_of(setup: options.Setup, config: Config) -> tuple[list[dict], list[d
 
 @script.full_precision
 def main(config: Config) -> dict:
-    config = options.smoke(config)
-    if config.smoke:  # digits in two styles
-        config = dataclasses.replace(
-            config, sketch="inverted_digits", photo="mnist", samples=64, shots=(0, 1)
-        )
+    config = options.smoke(  # digits in two styles
+        config, sketch="inverted_digits", photo="mnist", samples=64, shots=(0, 1)
+    )
     config = dataclasses.replace(config, tasks=())
     styles(config)  # before anything is written
     runs.start(config)
@@ -222,12 +220,8 @@ def main(config: Config) -> dict:
     results = {"rows": rows, "coefficients": coefficients}
     note = f"Sketches are {config.sketch}, ImageNet is {config.photo}."
     shown = {
-        "Test accuracy; samples of every class of the target.": tables.markdown(
-            beside, digits=3
-        ),
-        "Coefficients, and the accuracy without samples.": tables.markdown(
-            coefficients, digits=3
-        ),
+        "Test accuracy; samples of every class of the target.": beside,
+        "Coefficients, and the accuracy without samples.": coefficients,
     }
     return tables.write(
         config.out,
@@ -235,6 +229,7 @@ def main(config: Config) -> dict:
         shown,
         results,
         note,
+        digits=3,
     )
 
 

@@ -108,9 +108,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    rows = [
-        row for setup in options.setups(config, config.models) for row in rows_of(setup)
-    ]
+    rows = options.rows(config, rows_of)
     values = ["target", "control"]
     of_tasks = [
         {"model": row["model"], "method": row["method"], "task": task}
@@ -122,15 +120,13 @@ def main(config: Config) -> dict:
     single = tables.beside(
         of_tasks, PUBLISHED_TASKS, keys=["model", "method", "task"], values=values
     )
-    results = {"rows": rows}
     shown = {
         "Table 1. Mean test accuracy on the task to be forgotten and on the control, "
-        "percent.": tables.markdown(mean, digits=2),
-        "Tables 5, 6 and 7. The same of every task.": tables.markdown(single, digits=2),
+        "percent.": mean,
+        "Tables 5, 6 and 7. The same of every task.": single,
     }
-    return tables.write(
-        config.out, "Forgetting image tasks (editing paper, Table 1)", shown, results
-    )
+    title = "Forgetting image tasks (editing paper, Table 1)"
+    return tables.write(config.out, title, shown, {"rows": rows}, digits=2)
 
 
 if __name__ == "__main__":

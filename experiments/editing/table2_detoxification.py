@@ -5,7 +5,6 @@ Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023. arXiv:2212.04089:
 
     python -m experiments.editing.table2_detoxification \\
         --comments civil_comments.jsonl --perplexity-text wikitext103_test.txt
-    python -m experiments.editing.table2_detoxification --smoke --out runs/smoke
 
 Data: Civil Comments and WikiText-103; `experiments.common.language.detoxification` says
 how to get the two files, and what the paper leaves open. Table 2 has GPT-2 Large, Table
@@ -33,8 +32,6 @@ What the paper leaves open, and what we take:
   and is subtracted too.
 - The mean score 0.45 of gradient ascent beside 0.0 % toxic texts is as printed.
 - The row "Fine-tuned on non-toxic" of Medium and Small is ours alone.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -64,9 +61,7 @@ class Config(detoxification.EditingOptions):
 @script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    config = detoxification.smoke(config)
-    if config.smoke:
-        config = dataclasses.replace(config, samples=8, max_new_tokens=8)
+    config = detoxification.smoke(config, samples=8, max_new_tokens=8)
     if 0.0 not in config.coefs:
         raise ValueError(f"--coefs {config.coefs} without 0, the model as it is.")
     sampling = gpt2.Sampling(
@@ -88,9 +83,9 @@ def main(config: Config) -> dict:
     )
     caption = "Toxic texts in percent, mean score, and perplexity on WikiText-103"
     note = "A perplexity that is missing is infinite."
-    shown = {caption: tables.markdown(beside, digits=2)}
+    shown = {caption: beside}
     title = "Tables 2, 9 and 10: less toxic text of GPT-2"
-    return tables.write(config.out, title, shown, results, note)
+    return tables.write(config.out, title, shown, results, note, digits=2)
 
 
 def rows(study: detoxification.Study, allowance: float) -> tuple[list[dict], dict]:

@@ -5,7 +5,6 @@ Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023. arXiv:2212.04089:
 
     python -m experiments.editing.table3_external_vectors \\
         --external mrm8488/t5-base-finetuned-imdb-sentiment my/folder
-    python -m experiments.editing.table3_external_vectors --smoke --out runs/smoke
 
 Data: `nyu-mll/glue` and the T5s, fetched from the Hugging Face Hub (`pip install -e
 '.[text]'` for what reads them). `--external` names fine-tuned copies of the same T5, by
@@ -27,13 +26,10 @@ The paper takes 427 models that it does not list. What else it leaves open:
 - The text of the prompts: those of T5's own format, in which T5 has seen these tasks.
 - The candidates of the coefficient: 0.1, 0.2, …, 1.
 - What the 3 seeds decide: here the order of the samples and the held-out part.
-
-Not run at full scale yet.
 """
 
 import dataclasses
 import functools
-import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +40,7 @@ from tqdm import tqdm
 
 from experiments.common import runs, script, tables, training
 from experiments.common.language import text_to_text, tiny_text
-from jaxarith import evaluate, task_vectors, train
+from jaxarith import evaluate, task_vectors
 from jaxarith.data import glue, language
 from jaxarith.typing import Params
 
@@ -99,28 +95,22 @@ def main(config: Config) -> dict:
         if not config.smoke:
             return run(config, config.external)
         tiny = tiny_text.write_t5(Path(folder) / "tiny_t5")
-        config = smoke(config)
+        config = runs.smaller(
+            config,
+            model="tiny_t5",
+            external=("other_0", "other_1"),
+            coefs=(0.5, 1.0),
+            seeds=(0,),
+            epochs=1,
+            batch_size=8,
+            learning_rate=1e-2,
+            max_length=24,
+        )
         others = [
             str(tiny_text.write_like(Path(folder) / name, tiny, i))
             for i, name in enumerate(config.external)
         ]
         return run(config, others)
-
-
-def smoke(config: Config) -> Config:
-    return dataclasses.replace(
-        config,
-        model="tiny_t5",
-        external=("other_0", "other_1"),
-        coefs=(0.5, 1.0),
-        seeds=(0,),
-        epochs=1,
-        batch_size=8,
-        learning_rate=1e-2,
-        max_length=24,
-        save_every=0,
-        mesh="data=1",
-    )
 
 
 def run(config: Config, others: Sequence[str]) -> dict:
@@ -147,43 +137,31 @@ def run(config: Config, others: Sequence[str]) -> dict:
     values = [*TASKS, "average"]
     beside = tables.beside(lines, PUBLISHED, keys=["method"], values=values)
     caption = f"Test scores in percent, means over {len(config.seeds)} seeds"
-    chosen = tables.markdown(
-        [
-            {
-                "task": found["task"],
-                "seed": found["seed"],
-                "vector": found["external"] or "none",
-                "coefficient": f"{found['coef']:g}",
-            }
-            for found in searches
-        ]
-    )
-    shown = {caption: tables.markdown(beside), "The vectors that are chosen": chosen}
+    chosen = [
+        {
+            "task": found["task"],
+            "seed": found["seed"],
+            "vector": found["external"] or "none",
+            "coefficient": f"{found['coef']:g}",
+        }
+        for found in searches
+    ]
+    shown = {caption: beside, "The vectors that are chosen": chosen}
     return tables.write(config.out, "Table 3: task vectors of others", shown, results)
 
 
 def prepare(config: Config, base: text_to_text.Base, name: str, seed: int) -> Task:
     """A task as tokens."""
     task = glue.TASKS[name]
-    if config.smoke:
-        splits = [tiny_text.glue_records(task, count, count) for count in (40, 12)]
-    else:
-        splits = [glue.load(task, split) for split in ("train", "validation")]
-    parts = glue.protocol(task, *splits, seed=seed)
+    parts = text_to_text.glue_task(config, name, seed)
     records = {
         part: glue.text_to_text(task, getattr(parts, part))
         for part in ("train", "validation", "test")
     }
     candidates = language.candidates(base.tokenizer, task.classes)
     source = text_to_text.training_source(base, records["train"], candidates.shape[1])
-    recipe = train.TrainConfig(
-        steps=max(math.ceil(config.epochs * len(source) / config.batch_size), 1),
-        warmup_steps=0,
-        decay="linear",
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        seed=seed,
-    )
+    rate = config.learning_rate
+    recipe = text_to_text.recipe(config, len(source), learning_rate=rate, seed=seed)
     return Task(
         name=name,
         seed=seed,

@@ -6,7 +6,6 @@ Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023. arXiv:2212.04089:
     python -m experiments.editing.table4_analogies --learning-rates 3e-5
     python -m experiments.editing.table4_analogies --models google-t5/t5-small \\
         --yelp yelp_train.csv,yelp_test.csv --amazon amazon_train.csv,amazon_test.csv
-    python -m experiments.editing.table4_analogies --smoke --out runs/smoke
 
 Data: `fancyzhx/yelp_polarity` and `fancyzhx/amazon_polarity` of the Hugging Face Hub,
 or files with labelled texts of each, which `jaxarith.data.text.read` reads; of their
@@ -40,13 +39,10 @@ What the paper leaves open, and what we take:
 
 A single epoch of all labelled texts is 35,000 steps of Yelp and 225,000 of Amazon;
 --train-samples for less.
-
-Not run at full scale yet.
 """
 
 import dataclasses
 import itertools
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -54,7 +50,7 @@ from tqdm import tqdm
 
 from experiments.common import runs, script, tables, training
 from experiments.common.language import text_to_text, tiny_text
-from jaxarith import evaluate, task_vectors, train
+from jaxarith import evaluate, task_vectors
 from jaxarith.data import glue, language, splits, text
 from jaxarith.typing import Tree
 
@@ -128,19 +124,16 @@ def main(config: Config) -> dict:
     files = "," in config.yelp and "," in config.amazon
     if not (config.smoke or files):
         script.needs("text", "datasets")
-    if config.smoke:
-        config = dataclasses.replace(
-            config,
-            models=("tiny_t5",),
-            learning_rates=(1e-2,),
-            coefs=(0.5, 1.0),
-            batch_size=8,
-            max_length=12,
-            validation_samples=12,
-            epochs=1,
-            save_every=0,
-            mesh="data=1",
-        )
+    config = runs.smaller(
+        config,
+        models=("tiny_t5",),
+        learning_rates=(1e-2,),
+        coefs=(0.5, 1.0),
+        batch_size=8,
+        max_length=12,
+        validation_samples=12,
+        epochs=1,
+    )
     if len(config.learning_rates) not in (1, len(config.models)):
         raise ValueError(
             f"{len(config.learning_rates)} --learning-rates for {len(config.models)} "
@@ -174,8 +167,8 @@ def main(config: Config) -> dict:
         for name, curve in searches.items()
     ]
     shown = {
-        "Accuracy in percent on the target's test part": tables.markdown(beside),
-        "Coefficients of the analogies": tables.markdown(chosen),
+        "Accuracy in percent on the target's test part": beside,
+        "Coefficients of the analogies": chosen,
     }
     return tables.write(config.out, "Table 4: task analogies", shown, results)
 
@@ -251,9 +244,11 @@ def prepare(config: Config, mesh, model: str, rate: float, domains) -> Study:
             part: text_to_text.batches(base, inputs[part])
             for part in ("validation", "test")
         }
+    own = {"learning_rate": rate, "seed": config.seed}
+    own |= {"micro_batches": config.micro_batches}
     wanted = {
         name: text_to_text.wanted(
-            base, name, source, recipe_of(config, len(source), rate)
+            base, name, source, text_to_text.recipe(config, len(source), **own)
         )
         for name, source in sources.items()
     }
@@ -266,18 +261,6 @@ def prompted(records: list[dict]) -> list[dict]:
     """Records in T5's format of SST-2."""
     found = glue.text_to_text(glue.TASKS["sst2"], records)
     return [{**row, "target": WORDS[row["label"]]} for row in found]
-
-
-def recipe_of(config: Config, samples: int, rate: float) -> train.TrainConfig:
-    return train.TrainConfig(
-        steps=max(math.ceil(config.epochs * samples / config.batch_size), 1),
-        warmup_steps=0,
-        decay="linear",
-        batch_size=config.batch_size,
-        learning_rate=rate,
-        micro_batches=config.micro_batches,
-        seed=config.seed,
-    )
 
 
 def rows(study: Study, taus: dict[str, Tree], target: str):

@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.common import runs, script, tables
+from experiments.common import script, tables
 from experiments.common.vision import options, vectors
 from experiments.editing import custom, forgetting
 from jaxarith.data import task_info
@@ -53,8 +53,7 @@ PUBLISHED = tables.published_by_column(__doc__, "filtering", "task", "method")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.OneModel):
-    model: str = options.L14
+class Config(options.LargeModel):
     tasks: tuple[str, ...] = ("stanford_cars", "sun397")
     """The tasks that are forgotten."""
     excluded: Path | None = None
@@ -158,28 +157,18 @@ def rows_of(setup: options.Setup, excluded: Mapping[str, set[int]]) -> list[dict
                     test=filtered(setup, control.test, out),
                 )
             own = setup._replace(tasks=[task], control=control)
-            found = forgetting.negation(own, [tau])
-            [tuned] = forgetting.curves(own, [tau], [1.0])[..., 0]
-            models = {
-                "Pre-trained": (found.accuracies[0, :, 0], None),
-                "Fine-tuned": (tuned, None),
-                "Negative task vector": (found.accuracies[0, :, 2], found.coefs[0]),
-            }
-            for method, (pair, coef) in models.items():
+            for method, found in forgetting.models(own, [tau]).items():
+                [[target, control]], [coef] = found[0].tolist(), found[1]
                 row = {"model": setup.title, "filtering": filtering}
                 row |= {"classes left out": len(out), "task": task.name}
                 row |= {"method": method, "coefficient": coef}
-                row |= {"target": 100 * float(pair[0]), "control": 100 * float(pair[1])}
-                rows.append(row)
+                rows.append(row | {"target": target, "control": control})
     return rows
 
 
 @script.full_precision
 def main(config: Config) -> dict:
-    config = options.smoke(config)
-    if config.smoke:
-        config = dataclasses.replace(config, tasks=config.tasks[:2])
-    runs.start(config)
+    config = options.started(config, tasks=options.SMOKE[:2])
     raw = options.image_task(config.control, config)
     excluded = excluded_classes(config, list(raw.classes))
     setup = options.load(config, config.model)

@@ -84,9 +84,7 @@ def main(config: Config) -> dict:
     config = dataclasses.replace(config, tasks=config.tasks or PAIRS[config.figure])
     if len(config.tasks) != 2:
         raise ValueError(f"ξ compares two tasks; --tasks names {list(config.tasks)}.")
-    config = options.started(config)
-    if config.smoke:
-        config = dataclasses.replace(config, points=3, test_samples=48)
+    config = options.started(config, points=3, test_samples=48)
     setup = options.load(config, config.model, control=False)
     setup = scores.pair_setup(setup, (0, 1))  # a smoke run has three
     coefs = np.linspace(-config.limit, config.limit, config.points)
@@ -113,7 +111,7 @@ def main(config: Config) -> dict:
     return tables.write(
         config.out,
         f"Disentanglement error (linear-layers paper, Figure {config.figure})",
-        {caption: tables.markdown(rows, digits=4)},
+        {caption: rows},
         {
             "model": setup.title,
             "tasks": setup.titles,
@@ -124,6 +122,7 @@ def main(config: Config) -> dict:
             },
             "rows": rows,
         },
+        digits=4,
     )
 
 

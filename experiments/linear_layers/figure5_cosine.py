@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, vectors
-from jaxarith import plots, task_vectors
+from jaxarith import task_vectors
 
 METHODS: dict[str, vectors.Method] = {
     "Standard": "nonlinear",
@@ -49,18 +49,10 @@ def main(config: Config) -> dict:
         "rows": rows,
     }
     caption = "Cosine between the task vectors of two tasks, over all pairs."
-    table = {caption: tables.markdown(rows, digits=3)}
     title = "Cosines between task vectors (linear-layers paper, Figure 5)"
-    tables.write(config.out, title, table, results)
+    tables.write(config.out, title, {caption: rows}, results, digits=3)
     if runs.is_first():
-        plots.matrices(
-            config.out / "cosine.png",
-            cosines,
-            setup.titles,
-            rows="task vector",
-            columns="task vector",
-            value="cosine",
-        )
+        scores.draw_cosines(setup, "cosine.png", cosines)
     return results
 
 

@@ -41,12 +41,7 @@ class Config(options.Models): ...
 def rows_of(setup: options.Setup) -> list[dict]:
     """The rows of one model."""
     found = {
-        label: scores.addition(
-            setup,
-            vectors.vectors(setup, method),
-            linearized=vectors.is_linearized(method),
-        )
-        for label, method in METHODS.items()
+        label: scores.of_method(setup, method) for label, method in METHODS.items()
     }
     zero_shot = found["Ours"].zero_shot
     before = {"abs": options.means(zero_shot), "norm": None, "coefficient": None}
@@ -65,11 +60,7 @@ def row(setup, label, accuracies, means) -> dict:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    rows = [
-        row
-        for setup in options.setups(config, config.models, control=False)
-        for row in rows_of(setup)
-    ]
+    rows = options.rows(config, rows_of, control=False)
     return tables.compared(
         config.out,
         "Task addition (linear-layers paper, Table 1)",

@@ -34,7 +34,7 @@ PUBLISHED = tables.published_by_column(__doc__, "paradigm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.Options):
+class Config(options.Models):
     models: tuple[str, ...] = (options.B32,)
 
 
@@ -42,8 +42,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
     """The rows of one model."""
     rows = []
     for paradigm, method in METHODS.items():
-        taus = vectors.vectors(setup, method)
-        found = scores.addition(setup, taus, linearized=False)
+        found = scores.of_method(setup, method)
         rows.append(
             {
                 "model": setup.title,
@@ -61,11 +60,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    rows = [
-        row
-        for setup in options.setups(config, config.models, control=False)
-        for row in rows_of(setup)
-    ]
+    rows = options.rows(config, rows_of, control=False)
     return tables.compared(
         config.out,
         "Paradigms (linear-layers paper, Table 2)",

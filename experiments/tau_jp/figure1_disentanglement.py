@@ -16,12 +16,6 @@ measured on 2048 test samples of each task (of the paper's number nothing is kno
 Published, as heat maps only: "when τJp is large, the blue area becomes more prominent,
 indicating that the weight disentanglement error is more sensitive to each coefficient";
 in the lower row "weight disentanglement is significantly enhanced".
-
-τJp is the mean of ‖J(x)τ‖, as the code of the paper measures it; report.json has that
-of the square (Eq. 9) too.
-
-The tangents serve all coefficients; no point of the grid
-needs the network.
 """
 
 import dataclasses
@@ -69,9 +63,7 @@ def at_even_ranks(order: list, count: int) -> list:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    config = options.smoke(config)
-    if config.smoke:
-        config = dataclasses.replace(config, columns=2, grid_samples=48)
+    config = options.smoke(config, columns=2, grid_samples=48)
     # Before anything is loaded or trained.
     wanted = named(config.pairs, [task.partition("=")[0] for task in config.tasks])
     runs.start(config)
@@ -105,8 +97,9 @@ def main(config: Config) -> dict:
         plots.disentanglement_of_pairs(config.out / "figure1.png", cells, coefs, titles)
     results = {"coefs": coefs.tolist(), "rows": rows}
     shown = [{k: row[k] for k in row if k != "grid"} for row in rows]
-    table = {"ξ, the mean over the grid.": tables.markdown(shown, digits=3)}
-    return tables.write(config.out, "ξ and τJp (τJp paper, Figure 1)", table, results)
+    table = {"ξ, the mean over the grid.": shown}
+    title = "ξ and τJp (τJp paper, Figure 1)"
+    return tables.write(config.out, title, table, results, digits=3)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,6 @@ accuracy." Ours is at much smaller τJp than Linear FT. Figure 8: "Weak positive
 correlations were observed between these values in three model sizes", which is
 "considered weak in the setting of ViT-L-14"; Linear FT and Ours are in one plot. No
 correlation is printed.
-
-The horizontal axis is the mean of ‖J(x)τ‖, as the code of the paper measures it;
-report.json has that of the square (Eq. 9) too, and both have their correlations.
-
-The images are read once per model, method and split: at all
-pairs and coefficients the features are sums of what that pass leaves.
 """
 
 import numpy as np
@@ -66,7 +60,7 @@ def main(config: Config) -> dict:
     for measure, (file, axis, name) in FIGURES.items():
         correlations[measure] = pairs.correlations(points, measure)
         caption = f"Correlation of τJp and of its square with the {name}."
-        shown[caption] = tables.markdown(correlations[measure], digits=2)
+        shown[caption] = correlations[measure]
         if runs.is_first():
             plots.scatter(
                 config.out / file,
@@ -76,7 +70,7 @@ def main(config: Config) -> dict:
             )
     results = {"points": points, "correlations": correlations}
     title = "Pairs of tasks by τJp (τJp paper, Figures 2 and 8)"
-    return tables.write(config.out, title, shown, results)
+    return tables.write(config.out, title, shown, results, digits=2)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,6 @@ models of the same step.
 Published, as a plot only, with ViT-B-32: "both metrics improve sharply within the first
 100 steps, with normalized accuracy exceeding 99%. Afterward, the improvement is more
 gradual."
-
-The right axis is the mean of ‖J(x)τ‖, as the code of the paper measures it; report.json
-has that of the square (Eq. 9) too.
 """
 
 import dataclasses
@@ -71,11 +68,8 @@ def continued(setup: options.Setup, config: Config) -> dict[int, list]:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    config = options.smoke(config)
-    if config.smoke:
-        config = dataclasses.replace(
-            config, tasks=config.tasks[:2], more_steps=4, snapshots=2
-        )
+    pair = options.SMOKE[:2]
+    config = options.smoke(config, tasks=pair, more_steps=4, snapshots=2)
     if len(config.tasks) != 2:
         raise ValueError(f"two tasks are continued; --tasks names {config.tasks}.")
     if not 1 <= config.snapshots <= config.more_steps:
@@ -99,14 +93,11 @@ def main(config: Config) -> dict:
             ("τJp", [row["tau_jp"] for row in rows]),
             x="additional steps",
         )
-    results = {"rows": rows}
     names = ("step", "tau_jp", "tau_jp_squared", "coefficient", "abs", "norm")
     shown = [{name: row[name] for name in names} for row in rows]
     caption = f"{pairs.title(setup, (0, 1))}: addition after additional steps."
-    table = {caption: tables.markdown(shown, digits=3)}
-    return tables.write(
-        config.out, "Continued with τJp (τJp paper, Figure 3)", table, results
-    )
+    title = "Continued with τJp (τJp paper, Figure 3)"
+    return tables.write(config.out, title, {caption: shown}, {"rows": rows}, digits=3)
 
 
 if __name__ == "__main__":

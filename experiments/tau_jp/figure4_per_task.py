@@ -77,12 +77,7 @@ def main(config: Config) -> dict:
     single, rows = [], []
     for setup in options.setups(config, config.models):
         found = {
-            name: scores.addition(
-                setup,
-                vectors.vectors(setup, method),
-                linearized=vectors.is_linearized(method),
-            )
-            for name, method in METHODS.items()
+            name: scores.of_method(setup, method) for name, method in METHODS.items()
         }
         single += (alone := single_rows(setup, found))
         rows += (added := added_rows(setup, found))
@@ -100,9 +95,9 @@ def main(config: Config) -> dict:
         config.out,
         "Accuracy by task (τJp paper, Figures 4 and 5)",
         {
-            "Test accuracy of the tasks' own models, percent.": tables.markdown(single),
+            "Test accuracy of the tasks' own models, percent.": single,
             "Test accuracy after addition, percent. Coefficient searched, then 1.": (
-                tables.markdown(shown)
+                shown
             ),
         },
         {"single": single, "rows": rows},

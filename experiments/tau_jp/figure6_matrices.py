@@ -12,10 +12,6 @@ components of the heatmap, i.e., between different datasets." Figure 7, cosines:
 Linear FT, the cosine similarity between MNIST and SVHN is particularly high, whereas in
 Ours, the values are much smaller and comparable to those of other task pairs." That of
 Cars and SVHN is higher in Linear FT than in Ours.
-
-The numbers in the cells of Figure 6 are means of ‖J(x)τ‖, as the code of the paper
-measures it, so that they can be held against the published ones; report.json has the
-means of the square (Eq. 9) too.
 """
 
 import numpy as np
@@ -23,7 +19,7 @@ import numpy as np
 from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, vectors
 from experiments.tau_jp import pairs
-from jaxarith import plots, task_vectors
+from jaxarith import task_vectors
 
 
 class Config(options.Models): ...
@@ -53,34 +49,20 @@ def main(config: Config) -> dict:
             lengths[name] = found.norm
             cosines[name] = np.asarray(task_vectors.cosine_matrix(taus), float)
             row = {"model": setup.title, "method": name}
-            matrices.append(
-                {
-                    **row,
-                    "tasks": setup.names,
-                    "norm": found.norm.tolist(),
-                    "square": found.square.tolist(),
-                    "cosines": cosines[name].tolist(),
-                }
-            )
+            own = {name: x.tolist() for name, x in found._asdict().items()}
+            own["cosines"] = cosines[name].tolist()
+            matrices.append(row | {"tasks": setup.names} | own)
             rows.append(row | row_of(setup, found, cosines[name]))
         if runs.is_first():
-            for figure, panels, columns, value in (
-                ("figure6", lengths, "test data", "τJp"),
-                ("figure7", cosines, "task vector", "cosine"),
-            ):
-                plots.matrices(
-                    config.out / f"{figure}_{setup.title}.png",
-                    panels,
-                    setup.titles,
-                    rows="task vector",
-                    columns=columns,
-                    value=value,
-                )
+            axes = {"columns": "test data", "value": "τJp"}
+            scores.draw_cosines(setup, f"figure6_{setup.title}.png", lengths, **axes)
+            scores.draw_cosines(setup, f"figure7_{setup.title}.png", cosines)
     return tables.write(
         config.out,
         "τJp and cosines of all pairs (τJp paper, Figures 6 and 7)",
-        {"Mean τJp, and cosines of different tasks.": tables.markdown(rows, digits=3)},
+        {"Mean τJp, and cosines of different tasks.": rows},
         {"matrices": matrices, "rows": rows},
+        digits=3,
     )
 
 

@@ -23,6 +23,7 @@ class TauJp(NamedTuple):
 
     The figures show `norm`: it is what the paper's code measures, and so what the
     published figures most likely show; its square would also crowd the small values.
+    report.json has both.
 
     Attributes:
       norm: the mean of ‖J(x; θ0)τ‖ over samples, `[T, T]`.

@@ -50,13 +50,9 @@ def rows_of(setup: options.Setup) -> list[dict]:
     ordinary = scores.addition(setup, nonlinear, linearized=False)
     found = {
         "Non-lin. FT": ordinary,
-        "Linear FT": scores.addition(
-            setup, vectors.vectors(setup, "linear"), linearized=True
-        ),
+        "Linear FT": scores.of_method(setup, "linear"),
         "TIES": scores.addition(setup, nonlinear, linearized=False, merged=ties),
-        "Ours": scores.addition(
-            setup, vectors.vectors(setup, "tau_jp_cyclic"), linearized=True
-        ),
+        "Ours": scores.of_method(setup, "tau_jp_cyclic"),
     }
     together = scores.joint_accuracies(setup)
     tau = fitted.adamerging(setup, nonlinear)
@@ -79,10 +75,8 @@ def rows_of(setup: options.Setup) -> list[dict]:
         row("MTL", "", together, normalized=False),
     ]
     for method, result in found.items():
-        for coef, accuracies in (
-            ("1.0", result.at_one),
-            ("searched", result.searched),
-        ):
+        both = {"1.0": result.at_one, "searched": result.searched}
+        for coef, accuracies in both.items():
             values = result.row(coef == "searched")
             rows.append(row(method, coef, accuracies) | values)
             rows[-1]["found"] = 1.0 if coef == "1.0" else result.search.coef
@@ -93,9 +87,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    rows = [
-        row for setup in options.setups(config, config.models) for row in rows_of(setup)
-    ]
+    rows = options.rows(config, rows_of)
     return tables.compared(
         config.out,
         "Task addition (τJp paper, Table 1)",

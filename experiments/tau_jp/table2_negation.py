@@ -78,9 +78,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    rows = [
-        row for setup in options.setups(config, config.models) for row in rows_of(setup)
-    ]
+    rows = options.rows(config, rows_of)
     return tables.compared(
         config.out,
         "Task negation (τJp paper, Table 2)",

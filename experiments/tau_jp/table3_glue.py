@@ -5,7 +5,6 @@ Disentanglement. ICLR 2025: section 4.2, Table 3; Appendix E.5, Table 8.
 
     python -m experiments.tau_jp.table3_glue --out runs/table3
     python -m experiments.tau_jp.table3_glue --coefficient one --out runs/table8
-    python -m experiments.tau_jp.table3_glue --smoke --out runs/smoke
 
 Data: `nyu-mll/glue`, and `google/flan-t5-small`, which the paper's code takes where the
 paper says T5-small. Both are fetched from the Hugging Face Hub; there is nothing to
@@ -40,8 +39,6 @@ ratios are 93.0 and 88.1, and Linear FT has 88.1 on MRPC.
 Norm. is the score over that of the method's own single-task models. So it is in the
 paper, though its row Individual has Non-lin. FT alone: 79.1 / 0.898 of Linear FT on
 MRPC is 88.1, not 93.5.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -81,8 +78,7 @@ class Config(t5_glue.Options):
 @script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
-    if config.smoke:
-        config = dataclasses.replace(config, coefs=(0.0, 0.5, 1.0))
+    config = runs.smaller(config, coefs=(0.0, 0.5, 1.0))
     study = t5_glue.start(config)
     taus = {method: t5_glue.vectors(study, method) for method in METHODS}
     single = {method: individual(study, method, taus[method]) for method in METHODS}

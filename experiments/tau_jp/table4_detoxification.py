@@ -6,7 +6,6 @@ Disentanglement. ICLR 2025: section 4.2, Table 4; Appendix E.5, Table 9.
     python -m experiments.tau_jp.table4_detoxification --out runs/table4
     python -m experiments.tau_jp.table4_detoxification --coefficient one \
         --out runs/table9
-    python -m experiments.tau_jp.table4_detoxification --smoke --out runs/smoke
 
 Table 4 has the largest coefficient of 0, 0.1, …, 3 (App. B.2) at which the perplexity
 is at most 0.5 above that of the pre-trained model; Table 9, `--coefficient one`, has
@@ -45,8 +44,6 @@ what is printed, and from Ilharco et al. (2023), whom `experiments.detoxify` fol
 - Texts are 50 tokens long with the prompt, sampled among the 50 likeliest tokens.
 - Its candidates of the coefficient go up to 1, and it stops at the first that is not
   allowed, which differs where the perplexity comes back.
-
-Not run at full scale yet.
 """
 
 import dataclasses
@@ -154,11 +151,10 @@ def main(config: Config) -> dict:
     )
 
 
-def smoke(config: Config) -> Config:
-    """The options of a smoke run, if it is one."""
-    if not config.smoke:
-        return config
-    return dataclasses.replace(
+def start(config: Config) -> Study:
+    """Loads and checks everything, and claims the folder."""
+    script.needs("demo", "transformers")
+    config = runs.smaller(
         config,
         model="tiny_gpt2",
         epochs=1,
@@ -169,15 +165,7 @@ def smoke(config: Config) -> Config:
         coefs=(0.0, 0.1, 1.0),
         samples=8,
         max_new_tokens=8,
-        save_every=0,
-        mesh="data=1",
     )
-
-
-def start(config: Config) -> Study:
-    """Loads and checks everything, and claims the folder."""
-    script.needs("demo", "transformers")
-    config = smoke(config)
     mesh = runs.start(config)
     sampling = gpt2.Sampling(
         samples=config.samples, max_new_tokens=config.max_new_tokens, seed=config.seed

@@ -21,6 +21,7 @@ changed after training. Linear FT of ViT-L-14 has 85.8 in the paper's Table 1.
 
 from experiments.common import script, tables
 from experiments.common.vision import options, scores, vectors
+from experiments.tau_jp import pairs
 
 NEEDS = {
     "Non-lin. FT": ("x_self, y_self", "yes"),
@@ -28,18 +29,11 @@ NEEDS = {
     "Ours": ("x_self, y_self, x_other", "yes"),
     "MTL": ("x_self, y_self, x_other, y_other", "no"),
 }
+METHODS: dict[str, vectors.Method] = {"Non-lin. FT": "nonlinear", **pairs.METHODS}
 PUBLISHED = tables.published_by_column(__doc__, "method")
 
 
 class Config(options.Models): ...
-
-
-def accuracy_of(setup: options.Setup, method: vectors.Method) -> float:
-    """Mean absolute test accuracy of the sum of a method's vectors, in percent."""
-    taus = vectors.vectors(setup, method)
-    linearized = vectors.is_linearized(method)
-    found = scores.addition(setup, taus, linearized=linearized)
-    return options.means(found.searched)
 
 
 @script.full_precision
@@ -48,15 +42,15 @@ def main(config: Config) -> dict:
     rows = []
     for setup in options.setups(config, config.models):
         found = {
-            "Non-lin. FT": accuracy_of(setup, "nonlinear"),
-            "Linear FT": accuracy_of(setup, "linear"),
-            "Ours": accuracy_of(setup, "tau_jp_cyclic"),
-            "MTL": options.means(scores.joint_accuracies(setup)),
+            name: scores.of_method(setup, method).searched
+            for name, method in METHODS.items()
         }
-        for method, accuracy in found.items():
+        found["MTL"] = scores.joint_accuracies(setup)
+        for method, accuracies in found.items():
             needs, flexible = NEEDS[method]
-            names = {"model": setup.title, "method": method}
-            rows.append(names | {"abs": accuracy, "needs": needs, "flexible": flexible})
+            row = {"model": setup.title, "method": method}
+            row |= {"abs": options.means(accuracies)}
+            rows.append(row | {"needs": needs, "flexible": flexible})
     return tables.compared(
         config.out,
         "Multi-task learning (τJp paper, Table 7)",

@@ -37,7 +37,7 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from jax.sharding import Mesh
 
@@ -99,6 +99,13 @@ class EditingOptions(Options):
 
 
 E = TypeVar("E", bound=EditingOptions)
+
+
+def smoke(config: E, **small: Any) -> E:
+    """The options; in a smoke run those of both scripts, and `small`."""
+    common: dict[str, Any] = {"models": ("tiny_gpt2",), "epochs": 1, "batch_size": 8}
+    common |= {"learning_rate": 1e-2, "max_length": 24, "coefs": (0.0, 0.1, 1.0)}
+    return runs.smaller(config, **common | small)
 
 
 class Study(NamedTuple):
@@ -175,23 +182,6 @@ def _load(config, mesh: Mesh, model: str, kinds, sampling) -> Study:
         )
         training.check(networks[kind], [wanted[kind]])
     return Study(config, SIZES.get(model, model), loaded, networks, wanted)
-
-
-def smoke(config: E) -> E:
-    """The options of a smoke run, if it is one."""
-    if not config.smoke:
-        return config
-    return dataclasses.replace(
-        config,
-        models=("tiny_gpt2",),
-        epochs=1,
-        batch_size=8,
-        learning_rate=1e-2,
-        max_length=24,
-        coefs=(0.0, 0.1, 1.0),
-        save_every=0,
-        mesh="data=1",
-    )
 
 
 def vector(study: Study, kind: str) -> Tree:

@@ -24,15 +24,13 @@ A smoke run takes a tiny RoBERTa and made-up sentences.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from experiments.common import bank, runs, script, training
 from experiments.common.language import prompted_model, prompted_texts
@@ -42,7 +40,6 @@ from jaxarith import (
     losses,
     metrics,
     sharding,
-    train,
 )
 from jaxarith.data import pipeline, prompts
 from jaxarith.models import bert, heads
@@ -98,24 +95,12 @@ class Options(runs.Banked):
 C = TypeVar("C", bound=Options)
 
 
-def smoke(options: C, tasks: Sequence[str] = SMOKE) -> C:
-    """The options of a smoke run, if it is one."""
-    if not options.smoke:
-        return options
-    return dataclasses.replace(
-        options,
-        model="tiny_roberta",
-        tasks=tuple(tasks),
-        prompt=(),
-        steps=4,
-        shots=8,
-        batch_size=8,
-        learning_rate=1e-2,
-        max_length=32,
-        evaluation_batch=16,
-        mesh="data=1",
-        save_every=0,
-    )
+def smoke(options: C, tasks: Sequence[str] = SMOKE, **small: Any) -> C:
+    """The options; in a smoke run those of all these scripts, and `small`."""
+    common: dict[str, Any] = {"model": "tiny_roberta", "tasks": tuple(tasks)}
+    common |= {"prompt": (), "steps": 4, "shots": 8, "batch_size": 8}
+    common |= {"learning_rate": 1e-2, "max_length": 32, "evaluation_batch": 16}
+    return runs.smaller(options, **common | small)
 
 
 class Part(NamedTuple):
@@ -214,14 +199,7 @@ def load(
             f"--max-length {options.max_length}: it must be {least} at least, and the "
             f"model has positions for {model.config.max_length} tokens."
         )
-    tasks, problems = [], []
-    for task in tqdm(found, desc="tokens", unit="task", leave=False):
-        try:
-            tasks.append(tokens(options, task, model))
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("\n\n".join(problems))
+    tasks = script.collected(found, lambda task: tokens(options, task, model))
     setup = Setup(
         options=options,
         mesh=mesh,
@@ -289,21 +267,6 @@ def part(source: list[dict], options: Options) -> Part:
 # Training.
 
 
-def recipe_of(options: Options, task: Task) -> train.TrainConfig:
-    """The paper's recipe; the number of steps is that of the task's epochs."""
-    epochs = options.epochs * math.ceil(len(task.train) / options.batch_size)
-    return train.TrainConfig(
-        steps=options.steps or epochs,
-        warmup_steps=0,
-        decay="linear",
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        weight_decay=0.0,
-        trained=bert.BLOCKS,
-        seed=options.seed,
-    )
-
-
 def network(setup: Setup) -> training.Network:
     """What a task vector is trained from."""
     options = setup.options
@@ -327,7 +290,9 @@ def wanted(setup: Setup) -> list[training.Wanted]:
             file=bank.vector_file(
                 options.bank, options.model, method, task.name.replace("/", "-")
             ),
-            recipe=recipe_of(options, task),
+            recipe=training.recipe(
+                options, len(task.train), decay="linear", trained=bert.BLOCKS
+            ),
             identity={
                 "method": method,
                 "samples": bank.checksum(task.train),

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
+from experiments.common import script
 from experiments.common.language import text_files, tiny_text
 from jaxarith.data import prompt_sources, prompts, splits, text
 
@@ -54,16 +54,12 @@ def read_all(
     of_task = dict(map(text_files.read_prompt, given))
     if unknown := [name for name in of_task if name not in names]:
         raise ValueError(f"--prompt for {', '.join(unknown)}, which is no --tasks.")
-    found, problems = [], []
-    for spec in tqdm(specs, desc="tasks", unit="task", leave=False):
-        try:
-            found.append(_read(spec, of_task, data_dir, made_up))
-        # Of many kinds: `datasets` says in several that a set cannot be had.
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
-            problems.append(f"{spec}: {error}")
-    if problems:  # all at once: one may take hours to mend
-        raise ValueError("\n\n".join(problems))
-    return found
+    return script.collected(
+        specs,
+        lambda spec: _read(spec, of_task, data_dir, made_up),
+        errors=script.OF_DATASETS,
+        named=True,
+    )
 
 
 def _read(spec, given, data_dir, made_up) -> Texts:

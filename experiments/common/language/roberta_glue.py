@@ -19,11 +19,10 @@ they are trained so, and what neither text says is this:
 """
 
 import dataclasses
-import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +39,6 @@ from jaxarith import (
     losses,
     sharding,
     task_vectors,
-    train,
     tree,
 )
 from jaxarith.data import glue, pipeline, text
@@ -90,22 +88,12 @@ class Options(runs.Banked):
 C = TypeVar("C", bound=Options)
 
 
-def smoke(options: C) -> C:
-    """The options of a smoke run, if it is one."""
-    if not options.smoke:
-        return options
-    return dataclasses.replace(
-        options,
-        models=(TINY,),
-        tasks=("mrpc", "stsb", "mnli"),
-        steps=20,
-        batch_size=8,
-        learning_rate=1e-2,
-        max_length=24,
-        evaluation_batch=16,
-        mesh="data=1",
-        save_every=0,
-    )
+def smoke(options: C, **small: Any) -> C:
+    """The options; in a smoke run those of all these scripts, and `small`."""
+    common: dict[str, Any] = {"models": (TINY,), "tasks": ("mrpc", "stsb", "mnli")}
+    common |= {"steps": 20, "batch_size": 8, "learning_rate": 1e-2}
+    common |= {"max_length": 24, "evaluation_batch": 16}
+    return runs.smaller(options, **common | small)
 
 
 class Task(NamedTuple):
@@ -164,15 +152,13 @@ def setups(options: Options):
     if len(set(options.tasks)) < max(len(options.tasks), 2):
         raise ValueError(f"every task once, and at least two; got {options.tasks}.")
     mesh = runs.start(options)
-    parts, problems = {}, []
-    for name in tqdm(options.tasks, desc="tasks", unit="task", leave=False):
-        try:
-            parts[name] = records(options, name)
-        # Of many kinds: `datasets` says in several that a set is not to be had.
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
-            problems.append(f"{name}: {error}")
-    if problems:
-        raise ValueError("\n\n".join(problems))
+    found = script.collected(
+        options.tasks,
+        lambda name: records(options, name),
+        errors=script.OF_DATASETS,
+        named=True,
+    )
+    parts = dict(zip(options.tasks, found, strict=True))
     for i, model in enumerate(options.models):
         setup = load(options, model, mesh, parts)
         if i == 0:
@@ -246,18 +232,6 @@ def tokens(options: Options, tokenizer, parts: text.TextTask) -> Task:
 # Training.
 
 
-def recipe_of(options: Options, task: Task) -> train.TrainConfig:
-    epochs = options.epochs * math.ceil(len(task.train) / options.batch_size)
-    return train.TrainConfig(
-        steps=options.steps or epochs,
-        warmup_steps=0,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        weight_decay=0.0,
-        seed=options.seed,
-    )
-
-
 def loss(outputs, batch, constants) -> jax.Array:
     """Cross-entropy over the classes of a task; of a regression the squared error."""
     regression = constants["classes"] == 1
@@ -293,7 +267,7 @@ def wanted(setup: Setup) -> list[training.Wanted]:
         training.Wanted(
             name=name,
             file=bank.vector_file(setup.options.bank, setup.model, METHOD, name),
-            recipe=recipe_of(setup.options, task),
+            recipe=training.recipe(setup.options, len(task.train)),
             identity={
                 "method": METHOD,
                 "samples": bank.checksum(task.train),

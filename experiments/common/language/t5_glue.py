@@ -29,10 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.common import bank, runs, script, training
-from experiments.common.language import tau_jp, text_to_text, tiny_text
+from experiments.common.language import tau_jp, text_to_text
 from experiments.common.language.text_to_text import INPUTS as INPUTS
 from jaxarith import evaluate, metrics, tangent, task_vectors
-from jaxarith.data import glue, language, pipeline, text
+from jaxarith.data import glue, language, pipeline
 from jaxarith.losses import IGNORED
 from jaxarith.models import t5
 from jaxarith.typing import ApplyFn, Params, Taus, Tree
@@ -109,17 +109,14 @@ def start(config: Options) -> Study:
     script.needs("text", "sklearn", "transformers")
     if not config.smoke:
         script.needs("text", "datasets")
-    if config.smoke:
-        config = dataclasses.replace(
-            config,
-            model="tiny_t5",
-            steps=4,
-            batch_size=8,
-            max_length=24,
-            learning_rate=1e-2,
-            save_every=0,
-            mesh="data=1",
-        )
+    config = runs.smaller(
+        config,
+        model="tiny_t5",
+        steps=4,
+        batch_size=8,
+        max_length=24,
+        learning_rate=1e-2,
+    )
     mesh = runs.start(config)
     base = text_to_text.load(config, mesh, config.model)
     tasks = _tasks(config, base)
@@ -139,16 +136,6 @@ def start(config: Options) -> Study:
     return study
 
 
-def _records(config: Options, name: str) -> text.TextTask:
-    """The texts and labels of a task."""
-    task = glue.TASKS[name]
-    if config.smoke:
-        made = [tiny_text.glue_records(task, count, count) for count in (40, 12)]
-        return glue.protocol(task, *made)
-    splits = [glue.load(task, split) for split in ("train", "validation")]
-    return glue.protocol(task, *splits, seed=config.seed)
-
-
 def _tasks(config: Options, base: text_to_text.Base) -> dict[str, Task]:
     """The tasks as tokens, all of the same lengths."""
     answers = {
@@ -165,7 +152,7 @@ def _tasks(config: Options, base: text_to_text.Base) -> dict[str, Task]:
 
     found = {}
     for name in TASKS:
-        texts = _records(config, name)
+        texts = text_to_text.glue_task(config, name, config.seed)
         batches = {
             part: pipeline.evaluation_batches(
                 source(name, getattr(texts, part)), config.evaluation_batch

@@ -10,6 +10,7 @@ off.
 """
 
 import dataclasses
+import math
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from jax.sharding import Mesh
 from experiments.common import bank, runs, training
 from experiments.common.language import tiny_text
 from jaxarith import fingerprint, hub, losses, task_vectors, train
-from jaxarith.data import language, pipeline, text
+from jaxarith.data import glue, language, pipeline, text
 from jaxarith.evaluate import rank
 from jaxarith.models import generate, t5
 from jaxarith.typing import ApplyFn, Params, Tree
@@ -89,6 +90,33 @@ def external_vector(base: Base, model: str) -> Tree:
 
 
 # Texts as tokens.
+
+
+def glue_task(config: Options, name: str, seed: int) -> text.TextTask:
+    """The texts and labels of a task of GLUE; in a smoke run made up."""
+    task = glue.TASKS[name]
+    if config.smoke:
+        parts = [tiny_text.glue_records(task, count, count) for count in (40, 12)]
+    else:
+        parts = [glue.load(task, split) for split in ("train", "validation")]
+    return glue.protocol(task, *parts, seed=seed)
+
+
+def recipe(config: Any, samples: int, **changes: Any) -> train.TrainConfig:
+    """The recipe of the editing paper.
+
+    Args:
+      config: options with epochs and a batch size.
+      samples: number of training samples.
+      changes: the learning rate, the seed, and what else differs.
+    """
+    return train.TrainConfig(
+        steps=max(math.ceil(config.epochs * samples / config.batch_size), 1),
+        warmup_steps=0,
+        decay="linear",
+        batch_size=config.batch_size,
+        **changes,
+    )
 
 
 def training_source(base: Base, records: list[dict], target_length: int) -> list[dict]:

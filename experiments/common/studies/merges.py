@@ -48,10 +48,6 @@ def fitted_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
     logits_of = classifier(study.apply_fn, study.logits)
     head_of = [dataset.padded for dataset in study.validation]
 
-    def logits_of_batch(params, batch):
-        inputs = (batch[name] for name in study.inputs)
-        return logits_of({"encoder": params, "head": batch["head"]}, *inputs)
-
     # As many samples of each task as the public tables take.
     samples = [dataset.batches[:2] for dataset in study.validation]
 
@@ -79,20 +75,15 @@ def fitted_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
         )
 
     def adamerging():
-        with_heads = [
-            [
-                part | {"head": head}
-                for part in study_merges.sixteens(batches, study.inputs)
-            ]
-            for head, batches in zip(head_of, samples, strict=True)
-        ]
-        return merge.adamerging(
+        return study_merges.adamerging(
+            logits_of,
             params_0,
             taus,
-            [logits_of_batch] * len(taus),
-            with_heads,
+            head_of,
+            samples,
+            inputs=study.inputs,
             **adaptation(study.config),
-        ).params
+        )
 
     operators = {"fisher": fisher, "regmean": regmean, "adamerging": adamerging}
     return {name: _vector(operators[name](), params_0, taus) for name in wanted}

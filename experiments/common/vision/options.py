@@ -8,16 +8,15 @@ quickstart.
 import dataclasses
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
-from experiments.common import bank, runs
+from experiments.common import bank, runs, script
 from experiments.common.vision import small_tasks, sources
 from jaxarith import fingerprint, hub, metrics, sharding, train, tree
 from jaxarith.data import images, pipeline, vision
@@ -82,6 +81,13 @@ class OneModel(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LargeModel(OneModel):
+    """The options of scripts on one CLIP, by default the largest."""
+
+    model: str = L14
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Models(Options):
     """The options of scripts on several CLIPs."""
 
@@ -89,29 +95,20 @@ class Models(Options):
     """CLIPs: folders, or ids of the Hugging Face Hub."""
 
 
-def smoke(options):
-    """The options of a smoke run, if it is one."""
-    if not options.smoke:
-        return options
-    return dataclasses.replace(
-        options,
-        tasks=SMOKE[:-1],
-        control=SMOKE[-1],
-        protocol="paper",
-        steps=3,
-        learning_rate=1e-3,
-        batch_size=8,
-        samples=32,
-        evaluation_batch=32,
-        workers=0,
-        mesh="data=1",
-        save_every=0,
-    )
+C = TypeVar("C", bound=Options)
 
 
-def started(options):
-    """The options, of a smoke run if it is one; joins processes, checks the folder."""
-    options = smoke(options)
+def smoke(options: C, **small: Any) -> C:
+    """The options; in a smoke run those of all scripts on CLIP, and `small`."""
+    common: dict[str, Any] = {"tasks": SMOKE[:-1], "control": SMOKE[-1], "steps": 3}
+    common |= {"protocol": "paper", "learning_rate": 1e-3, "batch_size": 8}
+    common |= {"samples": 32, "evaluation_batch": 32, "workers": 0}
+    return runs.smaller(options, **common | small)
+
+
+def started(options: C, **small: Any) -> C:
+    """The options as of `smoke`; joins processes, checks the folder."""
+    options = smoke(options, **small)
     runs.start(options)
     return options
 
@@ -265,16 +262,8 @@ def image_tasks(options: Options, control: bool) -> list[images.ImageTask]:
     names = [spec.partition("=")[0] for spec in specs]
     if len(set(names)) < len(names):
         raise ValueError(f"every task, control included, once; got {specs}.")
-    found, problems = [], []
-    # Not in logs, where a mistake is one line.
-    for spec in tqdm(specs, desc="tasks", unit="task", leave=False, disable=None):
-        try:
-            found.append(image_task(spec, options))
-        except (FileNotFoundError, ValueError) as error:
-            problems.append(str(error))
-    if problems:  # all at once: one may take hours to mend
-        raise ValueError("\n\n".join(problems))
-    return found
+    errors = (FileNotFoundError, ValueError)
+    return script.collected(specs, lambda s: image_task(s, options), errors=errors)
 
 
 def check_recipe(options: Options, task: images.ImageTask, *, penalty: bool, mesh):
@@ -301,6 +290,14 @@ def setups(
     yield setup
     for model in others:
         yield load(options, model, control=control)
+
+
+def rows(
+    options: Models, rows_of: Callable[[Setup], list[dict]], *, control: bool = True
+) -> list[dict]:
+    """The rows of all models in turn."""
+    found = setups(options, options.models, control=control)
+    return [row for setup in found for row in rows_of(setup)]
 
 
 def image_task(spec: str, options: Options) -> images.ImageTask:

@@ -6,14 +6,14 @@ Ortiz-Jimenez et al. (2023) and Yoshida et al. (2025, App. B.2).
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from experiments.common.vision import options, vectors
-from jaxarith import evaluate, metrics, task_vectors
+from jaxarith import evaluate, metrics, plots, task_vectors
 from jaxarith.typing import Numbers, Taus, Tree
 
 COEFS = np.linspace(0, 1, 21)
@@ -163,6 +163,12 @@ def addition(
     return Addition(zero_shot, alone, at_one, searched, search)
 
 
+def of_method(setup: options.Setup, method: vectors.Method) -> Addition:
+    """Addition of the vectors of a method."""
+    taus = vectors.vectors(setup, method)
+    return addition(setup, taus, linearized=vectors.is_linearized(method))
+
+
 def linearized_rows(
     setup: options.Setup, names: Mapping[str, vectors.Method]
 ) -> list[dict]:
@@ -177,8 +183,7 @@ def linearized_rows(
     """
     rows = []
     for name, method in names.items():
-        taus = vectors.vectors(setup, method)
-        found = addition(setup, taus, linearized=True)
+        found = of_method(setup, method)
         for coef in ("1.0", "searched"):
             row = {"model": setup.title, "method": name, "coefficient": coef}
             rows.append(row | found.row(coef == "searched"))
@@ -243,15 +248,9 @@ def negation(
     """
     coefs = coefs_of(setup.options, coefs)
 
-    def on_control(split, coefs_of_tasks):  # one pass for all vectors
-        rows = [
-            -coef * unit
-            for unit, own in zip(np.eye(len(taus)), coefs_of_tasks, strict=True)
-            for coef in own
-        ]
-        dataset = getattr(setup.required_control, split)
-        found = accuracies(setup, taus, dataset, linearized, rows)
-        return found.reshape(len(taus), -1)
+    def on_control(split, coefs_of_tasks):
+        minus = [[-coef for coef in own] for own in coefs_of_tasks]
+        return on_control_alone(setup, taus, split, minus, linearized=linearized)
 
     def on_target(split, task, tau, coefs):
         rows = [[-coef] for coef in coefs]
@@ -281,6 +280,68 @@ def negation(
     limit = allowed * pretrained[1]
     kept = (at_one[1] >= limit, searched[1] >= limit)
     return Negation(pretrained, at_one, searched, kept, chosen, found)
+
+
+def on_control_alone(
+    setup: options.Setup,
+    taus: Taus,
+    split: str,
+    coefs: Sequence[Numbers],
+    *,
+    linearized: bool = False,
+) -> np.ndarray:
+    """Accuracies on the control with every vector alone, in one pass for all.
+
+    Args:
+      setup, taus, split, linearized: as for `on_own`.
+      coefs: for each vector, n coefficients.
+
+    Returns:
+      `[T, n]`.
+    """
+    units = zip(np.eye(len(taus)), coefs, strict=True)
+    rows = [coef * unit for unit, own in units for coef in own]
+    dataset = getattr(setup.required_control, split)
+    return accuracies(setup, taus, dataset, linearized, rows).reshape(len(taus), -1)
+
+
+def searched(
+    setup: options.Setup,
+    taus: Taus,
+    rows: np.ndarray,
+    coefs: np.ndarray,
+    *,
+    linearized: bool = False,
+) -> list[tuple[float, float]]:
+    """Merges by rows of weights, each at the coefficient that is best on validation
+    data: mean test accuracies in percent, and the coefficients.
+
+    All rows share one pass over the validation data and one over the test data.
+
+    Args:
+      setup, taus, linearized: as for `on_all`.
+      rows: `[n, K]`, the weights of the K vectors at coefficient 1.
+      coefs: the candidates; of equals the first is taken.
+    """
+
+    def means(split, rows):
+        found = on_all(setup, taus, split, rows, linearized=linearized)
+        return 100 * found.mean(axis=1)
+
+    grid = (coefs[:, None, None] * rows).reshape(-1, len(taus))
+    curves = means("validation", grid).reshape(len(coefs), -1)
+    best = coefs[curves.argmax(axis=0)]
+    found = means("test", best[:, None] * rows)
+    return list(zip(found.tolist(), best.tolist(), strict=True))
+
+
+def draw_cosines(
+    setup: options.Setup, file: str, panels: Mapping[str, np.ndarray], **more: Any
+):
+    """Draws cosines `[T, T]` of the tasks' vectors, by the title of a panel."""
+    labels: dict[str, Any] = {"rows": "task vector", "columns": "task vector"}
+    labels |= {"value": "cosine"} | more
+    plots.matrices(setup.options.out / file, panels, setup.titles, **labels)
 
 
 def subsets(count: int) -> np.ndarray:

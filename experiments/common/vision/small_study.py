@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -22,9 +23,22 @@ class Config(studies.Config):
     """Folder of a CLIP checkpoint; the embedded tiny one by default."""
     tasks: tuple[str, ...] = small_tasks.NAMES
     """The tasks, in order; in a smoke run about three of them."""
+    steps: int = 150
+    """Optimizer steps of every training."""
     save_every: int = 0
     """Steps from one checkpoint to the next; 0: none. A run that is stopped trains the
     method anew that it was at, half a minute, and keeps those before it."""
+
+
+def alone(options: Any) -> Config:
+    """The options of a study that a benchmark trains by itself, on one device.
+
+    Args:
+      options: of the benchmark; those that a study has by the same name count.
+    """
+    names = {field.name for field in dataclasses.fields(Config)}
+    own = {name: value for name, value in vars(options).items() if name in names}
+    return Config(**own, mesh="data=1", resume=False, save_every=0)
 
 
 def prepare(config: Config) -> studies.Study:
