@@ -1,4 +1,4 @@
-"""LoRA adapters as task vectors, from folders that PEFT wrote.
+"""LoRA adapters in the folders of PEFT: read as task vectors, and written.
 
 Hu et al. LoRA: Low-Rank Adaptation of Large Language Models. ICLR 2022.
 arXiv:2106.09685. Kalajdzievski. A Rank Stabilization Scaling Factor for Fine-Tuning
@@ -6,6 +6,7 @@ with LoRA. 2023. arXiv:2312.03732 (`use_rslora`).
 """
 
 import functools
+import json
 import math
 import os
 import re
@@ -16,10 +17,14 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxarith import tree
-from jaxarith.hub import checks, folders, safetensors
+from jaxarith.hub import checks, download, folders, safetensors, writing
 from jaxarith.hub.stored import Stored
+from jaxarith.typing import Tree
 
 CONFIG = "adapter_config.json"
+
+# Names of the factors beside a kernel in a parameter tree, see `models.lora`.
+FACTOR_A, FACTOR_B = "lora_a", "lora_b"
 
 # A module's factors are `lora_A.weight` and `lora_B.weight`, or with the name of the
 # adapter as in `lora_A.default.weight`; those of embeddings have no `.weight`.
@@ -130,6 +135,97 @@ def read_adapter(folder: str | os.PathLike, base: Mapping[str, Stored]) -> Adapt
     if lines:
         raise ValueError(_unfit(folder, lines))
     return Adapter(deltas, replaced)
+
+
+def save_adapter(
+    folder: str | os.PathLike, factors: Tree, base: str | os.PathLike, *, alpha: float
+) -> None:
+    """Writes factors as a LoRA adapter that PEFT loads on top of a checkpoint.
+
+    `peft.PeftModel.from_pretrained(model, folder)` finds the layers by name, so `model`
+    must be of the class that the checkpoint's config.json states: with a head, say,
+    names begin with `bert.encoder.`, and without one with `encoder.`.
+
+    Args:
+      folder: it must not exist. It appears whole or not at all.
+      factors: pairs of leaves `lora_a` `[in, r]` and `lora_b` `[r, out]`, beside or
+        without their kernels, as `models.lora` has them; other leaves are left out.
+      base: the checkpoint that was adapted, a folder or an id of the Hugging Face Hub;
+        its tensors' names are those of the adapter, and PEFT's config names it.
+      alpha: the scale α; the rank is that of the factors.
+
+    Raises:
+      FileExistsError: the folder exists.
+      ValueError: there are no factors, they differ in rank, or do not fit the base.
+
+    Example:
+      >>> save_adapter("my_lora", params, base, alpha=16)  # doctest: +SKIP
+    """
+    folder = Path(folder).absolute()
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; name a folder that does not.")
+    pairs = _factors_by_module(factors)
+    ranks = {a.shape[-1] for a, _ in pairs.values()}
+    if len(ranks) != 1:
+        raise ValueError(
+            f"factors of the ranks {sorted(ranks)}; expected lora_a and lora_b of one "
+            "rank, as `models.lora.init` makes them."
+        )
+    base_folder = download.find(base)
+    _, tensors = folders.open_tensors(base_folder)
+    names = _fit(folder, {f"{module}.weight" for module in pairs}, tensors)
+    outer = _outer_name(folders.read_json(base_folder))
+    targets, found = [], {}
+    for module, pair in pairs.items():
+        target = names[f"{module}.weight"].removesuffix(".weight").removeprefix(outer)
+        targets.append(target)
+        for side, factor in zip("AB", pair, strict=True):
+            # PyTorch's orientation, [out, in].
+            found[f"base_model.model.{target}.lora_{side}.weight"] = factor.T
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": str(base),
+        "r": ranks.pop(),
+        "lora_alpha": alpha,
+        "target_modules": sorted(targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    with writing.staging(folder.parent) as temporary:
+        new = temporary / "new"
+        new.mkdir()
+        text = json.dumps(config, indent=2) + "\n"
+        (new / CONFIG).write_text(text, encoding="utf-8")
+        writing.save_tree(new / folders.ADAPTER, found, {"format": "pt"})
+        read_adapter(new, tensors)  # shapes are checked before anything appears
+        os.replace(new, folder)
+
+
+def _outer_name(config):
+    """What a base model's files may have in front of its modules' names, or nothing.
+
+    A `BertModel` has a module `encoder`, which is `bert.encoder` in the file if that
+    was written by a model with a head, or by `save`.
+    """
+    [architecture, *_] = config.get("architectures") or [""]
+    return f"{config.get('model_type')}." if architecture.endswith("Model") else ""
+
+
+def _factors_by_module(factors):
+    """A and B by the module's name, with dots."""
+    leaves = tree.flatten(factors)
+    return {
+        path.removesuffix(f"/{FACTOR_A}").replace("/", "."): (
+            np.asarray(a),
+            np.asarray(leaves[path.removesuffix(FACTOR_A) + FACTOR_B]),
+        )
+        for path, a in leaves.items()
+        if path.endswith(f"/{FACTOR_A}")
+    }
 
 
 def _open(folder):
