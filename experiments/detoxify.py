@@ -196,7 +196,7 @@ def prepare(
     batches = train.task_batches(
         [source],
         recipe,
-        seeds=[train.seed_of(TASK, config.seed)],
+        names=[TASK],
         others=others,
         inputs=gpt2.INPUTS,
         mesh=mesh,

@@ -333,7 +333,7 @@ def test_vectors_along_the_way_are_those_of_shorter_runs(every):
         config,
         [source(1)],
         [1.0],
-        observe=lambda done, taus: seen.update({done: taus[0]}),
+        observe=lambda done, taus, _: seen.update({done: taus[0]}),
         observe_every=every,
     )
     (half,) = run(dataclasses.replace(config, steps=4), [source(1)], [1.0])

@@ -116,8 +116,7 @@ def compiled_step(study: studies.Study, recipe: train.TrainConfig):
     """A compiled optimizer step of all tasks, its first state and other arguments."""
     objective = train.objective(study.apply_fn, study.loss, recipe)
     state = train.init_state(study.params_0, recipe, len(study.names))
-    seeds = [train.seed_of(name, recipe.seed) for name in study.names]
-    batch = train.task_batches(study.sources, recipe, seeds=seeds)[0]
+    batch = train.task_batches(study.sources, recipe, names=study.names)[0]
     constants = heads.pad([dataset.head for dataset in study.test])
     arguments = jax.device_put((study.params_0, batch, constants))
     step = train.make_step(objective, recipe)

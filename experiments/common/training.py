@@ -128,7 +128,7 @@ def vectors(
     for group in alike(missing, together):
         recipe, names = group[0].recipe, [one.name for one in group]
 
-        def observed(done, taus, group=group):
+        def observed(done, taus, metrics, group=group):
             for one, tau in zip(group, taus, strict=True):
                 if observe is not None and done in one.observed:
                     observe(one, done, tau)
@@ -245,7 +245,7 @@ def _batches(network, group):
     return train.task_batches(
         [one.source for one in group],
         recipe,
-        seeds=[train.seed_of(one.name, recipe.seed) for one in group],
+        names=[one.name for one in group],
         others=[list(one.others.values()) if recipe.penalty else [] for one in group],
         inputs=fields,
         augment=network.augment,

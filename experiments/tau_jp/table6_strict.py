@@ -66,7 +66,7 @@ def step_of(setup: options.Setup, method: str):
     [batch] = train.task_batches(
         [task.train],
         dataclasses.replace(config, steps=1, warmup_steps=0),
-        seeds=[train.seed_of(task.name, config.seed)],
+        names=[task.name],
         others=[[other.train for other in others]],
         augment=setup.augment,
         mesh=setup.mesh,

@@ -1,21 +1,72 @@
 """From sources of samples to batches: the only place that knows grain.
 
 A source is anything with `__len__` and `__getitem__` that yields a dict: a TFDS data
-source, a Hugging Face dataset, a list. A batch is a dict of stacked arrays.
+source, a Hugging Face dataset, a list; or a dict of arrays `[N, ...]`, whose rows are
+the samples. A batch is a dict of stacked arrays.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import grain
 import numpy as np
 from absl import flags
 
+from jaxarith.batches import check_dict, fields_of
 from jaxarith.typing import Source
 
 # From a sample and a random generator to what the model trains on.
 Augment = Callable[[dict, np.random.Generator], dict]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """A dict of arrays as a sequence of samples, without a copy."""
+
+    columns: dict[str, np.ndarray]
+
+    def __len__(self):
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, index):
+        return {name: column[index] for name, column in self.columns.items()}
+
+
+def samples(source: Source) -> Source:
+    """A source as a sequence of samples: the rows, if it is a dict of arrays.
+
+    Raises:
+      ValueError: the values of a dict are not arrays of one length.
+
+    Example:
+      >>> samples({"image": np.zeros((3, 2)), "label": np.arange(3)})[1]
+      {'image': array([0., 0.]), 'label': np.int64(1)}
+    """
+    if not isinstance(source, Mapping):
+        return source
+    columns = {
+        name: column if isinstance(column, np.ndarray) else _column(name, column)
+        for name, column in source.items()
+    }
+    lengths = {name: column.shape[:1] for name, column in columns.items()}
+    if len(set(lengths.values())) != 1 or () in lengths.values():
+        found = ", ".join(f"{k} {list(v.shape)}" for k, v in columns.items())
+        raise ValueError(
+            f"a source is a dict of {found or 'nothing'}; expected arrays [N, ...] of "
+            "one length N, or a sequence with one dict for each sample."
+        )
+    return _Rows(columns)
+
+
+def _column(name, column):
+    try:
+        return np.asarray(column)
+    except ValueError as error:
+        raise ValueError(
+            f"the field {name!r} of a source is a {type(column).__name__} of rows of "
+            "several shapes; expected an array [N, ...]. Pad the rows to one shape."
+        ) from error
 
 
 def shuffled(source: Source, seed: int, augment: Augment | None = None) -> Source:
@@ -27,6 +78,7 @@ def shuffled(source: Source, seed: int, augment: Augment | None = None) -> Sourc
     Raises:
       ValueError: the source is empty.
     """
+    source = samples(source)
     if not len(source):
         raise ValueError("cannot draw training samples from an empty source.")
     view: Any = grain.MapDataset.source(cast(Any, source)).seed(seed).shuffle().repeat()
@@ -84,8 +136,30 @@ class Stream:
 
 
 def collate(records: Sequence[dict]) -> dict[str, np.ndarray]:
-    """Samples as a batch: every field stacked on a new leading axis."""
-    return {name: np.stack([r[name] for r in records]) for name in records[0]}
+    """Samples as a batch: every field stacked on a new leading axis.
+
+    Raises:
+      ValueError: a sample is no dict, lacks a field of the first, or has one of another
+        shape.
+    """
+    check_dict(records[0], "sample")
+    names = list(records[0])
+    rows = [fields_of(record, names, "sample") for record in records]
+    return {
+        name: _stacked(name, column)
+        for name, column in zip(names, zip(*rows, strict=True), strict=True)
+    }
+
+
+def _stacked(name, column):
+    try:
+        return np.stack(column)
+    except ValueError as error:
+        shapes = sorted({str(list(np.shape(value))) for value in column})
+        raise ValueError(
+            f"the field {name!r} has shapes {' and '.join(shapes)} in the samples of a "
+            "batch; expected one shape. Resize, crop or pad the samples first."
+        ) from error
 
 
 def evaluation_batches(source: Source, batch_size: int) -> list[dict[str, np.ndarray]]:
@@ -119,11 +193,12 @@ def evaluation_stream(
     Raises:
       ValueError: the source is empty.
     """
-    samples: Any = grain.MapDataset.source(cast(Any, source)).map(preprocess)
-    return Stream(_evaluation_batches(samples, batch_size), workers)
+    raw: Any = grain.MapDataset.source(cast(Any, samples(source)))
+    return Stream(_evaluation_batches(raw.map(preprocess), batch_size), workers)
 
 
 def _evaluation_batches(source, batch_size):
+    source = samples(source)
     if not len(source):
         raise ValueError("cannot evaluate on an empty source.")
     count = len(source)

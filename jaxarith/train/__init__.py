@@ -1,7 +1,8 @@
 """Fine-tuning of one or several tasks, ordinary or in the tangent space.
 
 `config` states what is trained, `batches` on which samples, `step` is one optimizer
-step, and `run` the loop with progress, log and checkpoints.
+step, `run` the loop with progress, log and checkpoints, and `observers` show its
+metrics.
 """
 
 from jaxarith.train.batches import joint_batches as joint_batches
@@ -12,6 +13,8 @@ from jaxarith.train.config import code as code
 from jaxarith.train.config import optimizer as optimizer
 from jaxarith.train.config import paper as paper
 from jaxarith.train.config import schedule as schedule
+from jaxarith.train.observers import tensorboard as tensorboard
+from jaxarith.train.run import Observe as Observe
 from jaxarith.train.run import fine_tune as fine_tune
 from jaxarith.train.step import init_state as init_state
 from jaxarith.train.step import make_step as make_step

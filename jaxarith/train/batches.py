@@ -1,13 +1,14 @@
 """The batches of a run: own samples of every task, and penalty samples of others."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxarith import sharding, tau_jp
+from jaxarith.batches import fields_of
 from jaxarith.data import pipeline
 from jaxarith.train.config import TrainConfig
 from jaxarith.typing import Source
@@ -31,7 +32,8 @@ def task_batches(
     sources: Sequence[Source],
     config: TrainConfig,
     *,
-    seeds: Sequence[int],
+    names: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
     others: Sequence[Sequence[Source]] | None = None,
     inputs: Sequence[str] = ("image",),
     augment: pipeline.Augment | None = None,
@@ -43,10 +45,14 @@ def task_batches(
     for. Of several processes each reads what its own devices compute, and nothing else.
 
     Args:
-      sources: the training source of each of T tasks.
+      sources: the training source of each of T tasks: a sequence of samples, which are
+        dicts of arrays such as `{"image": x, "label": y}`, or one dict of arrays
+        `[N, ...]`.
       config: steps, sizes and penalty mode.
-      seeds: the seed of each task, from `seed_of`: a task's samples do not depend on
-        the tasks that are trained beside it.
+      names: the names of the tasks, which give each its seed (`seed_of`), so that a
+        task's samples do not depend on the tasks that are trained beside it. Without
+        names and seeds they are "0", "1", …, and do depend on its place among them.
+      seeds: the seed of each task, in place of names.
       others: for each task, the sources that its task vector must not disturb
         (T_orth); by default the other tasks' training sources. Labels are not read.
       inputs: the fields of a penalty sample: those of the model, and the penalty's
@@ -62,9 +68,11 @@ def task_batches(
 
     Raises:
       ValueError: no task, an empty source, no other task for the penalty, another
-        number of seeds, or tasks or samples that the mesh cannot share equally.
+        number of names or seeds, or both of them, or tasks or samples that the mesh
+        cannot share equally; when a batch is made, samples that are not dicts, or lack
+        a field or have one of another shape.
     """
-    _check(sources, seeds)
+    seeds = _seeds(sources, config, names, seeds)
     if others is None:
         tasks = range(len(sources))
         others = [[sources[j] for j in tasks if j != i] for i in tasks]
@@ -100,7 +108,12 @@ def task_batches(
             views[tasks[i]][first + int(i) % config.penalty_batch_size]
             for i in penalty_rows[task]
         ]
-        return pipeline.collate([{name: r[name] for name in inputs} for r in records])
+        return pipeline.collate(
+            [
+                dict(zip(inputs, fields_of(r, inputs, "penalty sample"), strict=True))
+                for r in records
+            ]
+        )
 
     def make_batch(step):
         batches = []
@@ -110,7 +123,7 @@ def task_batches(
             if config.penalty:
                 batch["penalty"] = penalty_samples(task, step)
             batches.append(batch)
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+        return _side_by_side(batches)
 
     return pipeline.lazy(make_batch, config.steps)
 
@@ -119,7 +132,8 @@ def joint_batches(
     sources: Sequence[Source],
     config: TrainConfig,
     *,
-    seeds: Sequence[int],
+    names: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
     augment: pipeline.Augment | None = None,
     mesh: Mesh | None = None,
 ) -> Source:
@@ -128,7 +142,7 @@ def joint_batches(
     Args:
       sources: the training source of each of T tasks.
       config: the number of steps; `batch_size` samples of every task make a batch.
-      seeds: the seed of each task, from `seed_of`.
+      names, seeds: as for `task_batches`; the names are those of the sources.
       augment, mesh: as for `task_batches`.
 
     Returns:
@@ -139,7 +153,7 @@ def joint_batches(
       ValueError: as for `task_batches`; the devices cannot train different tasks, for
         there is one.
     """
-    _check(sources, seeds)
+    seeds = _seeds(sources, config, names, seeds)
     mesh = mesh or sharding.one_device()
     views = [
         pipeline.shuffled(source, seed, augment)
@@ -158,11 +172,40 @@ def joint_batches(
     return pipeline.lazy(make_batch, config.steps)
 
 
-def _check(sources, seeds):
-    if not sources:
+def _seeds(sources, config, names, seeds):
+    if isinstance(sources, Mapping):
+        raise ValueError(
+            f"sources is a dict of {', '.join(map(str, sources))}; expected a list "
+            "with one source for each task. Write [source] for one task."
+        )
+    if not len(sources):
         raise ValueError("no task to train on: the list of sources is empty.")
+    if names is not None and seeds is not None:
+        raise ValueError("names and seeds are both given; give names, or else seeds.")
+    if seeds is None:
+        names = range(len(sources)) if names is None else names
+        seeds = [seed_of(str(name), config.seed) for name in names]
+        what = "names"
+    else:
+        what = "seeds"
     if len(seeds) != len(sources):
-        raise ValueError(f"{len(seeds)} seeds for {len(sources)} tasks; one for each.")
+        raise ValueError(
+            f"{len(seeds)} {what} for {len(sources)} tasks; give one for each task."
+        )
+    return seeds
+
+
+def _side_by_side(batches):
+    """The batches of all tasks as one, with a leading task axis."""
+    shapes = [jax.tree.map(np.shape, batch) for batch in batches]
+    for task, other in enumerate(shapes):
+        if other != shapes[0]:
+            raise ValueError(
+                "tasks that train side by side need samples of the same fields and "
+                f"shapes. The batch of task 0 is {shapes[0]}, that of task {task} is "
+                f"{other}. Give them one shape, or train them one after another."
+            )
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
 
 def _local_samples(count, config, mesh):

@@ -32,10 +32,17 @@ from jaxarith.typing import Tree
 
 
 class Restored(NamedTuple):
-    """A state that was read back, and the number of optimizer steps it has seen."""
+    """A state that was read back.
+
+    Attributes:
+      step: the number of optimizer steps that it has seen.
+      state: the state.
+      ended: whether the run ended there, before its last step.
+    """
 
     step: int
     state: Tree
+    ended: bool
 
 
 class Checkpoints:
@@ -57,7 +64,7 @@ class Checkpoints:
       ...     with Checkpoints(folder, {"steps": 2}) as checkpoints:
       ...         checkpoints.save(1, state)
       ...         checkpoints.restore(state)
-      Restored(step=1, state={'w': Array([0., 1., 2.], dtype=float32)})
+      Restored(step=1, state={'w': Array([0., 1., 2.], dtype=float32)}, ended=False)
     """
 
     def __init__(self, folder: str | os.PathLike, config: Mapping, *, keep: int = 2):
@@ -141,7 +148,7 @@ class Checkpoints:
                 "keep fewer, or name a folder on another disk."
             )
 
-    def save(self, step: int, state: Tree) -> None:
+    def save(self, step: int, state: Tree, *, ended: bool = False) -> None:
         """Begins to save; returns when the buffers of `state` may be given up.
 
         Once the new checkpoint is complete, older ones beyond `keep` are removed, and
@@ -150,6 +157,7 @@ class Checkpoints:
         Args:
           step: the number of optimizer steps done.
           state: a tree of arrays, PRNG keys among them.
+          ended: whether the run ends here, before its last step.
 
         Raises:
           OSError: the save before this one failed, or this one did at once.
@@ -167,6 +175,7 @@ class Checkpoints:
         state = jax.tree.map(jnp.asarray, state)
         content = {
             "step": step,
+            "ended": ended,
             "config": self._config,
             "leaves": _layout(state),
             "fingerprints": fingerprint.of(state),
@@ -253,7 +262,9 @@ class Checkpoints:
                 if flaws:
                     flaws.append(f"{folder.name} is used instead.")
                     warnings.warn("\n".join(flaws), stacklevel=2)
-                return Restored(self._steps[-1], state)
+                content = manifest.read(folder) or {}
+                ended = bool(content.get("ended"))  # older manifests do not say
+                return Restored(self._steps[-1], state, ended)
             flaws.append(f"{folder} is damaged: {flaw}.")
             self._damaged.append(self._steps.pop())
         if flaws:

@@ -26,7 +26,8 @@ class TrainConfig:
 
     Attributes:
       steps: optimizer steps.
-      warmup_steps: steps of linear warm-up.
+      warmup_steps: steps of linear warm-up; None for a tenth of `steps`, the papers'
+        share, as `warmup` then says.
       decay: the rate after the warm-up: a half cosine or a straight line to zero, or
         the largest rate throughout.
       batch_size: samples per step and task.
@@ -51,7 +52,7 @@ class TrainConfig:
     """
 
     steps: int = 2000
-    warmup_steps: int = 200
+    warmup_steps: int | None = None
     decay: Decay = "cosine"
     batch_size: int = 128
     learning_rate: float = 1e-5
@@ -98,11 +99,22 @@ class TrainConfig:
             )
         if self.penalty_power not in get_args(tau_jp.Power):
             raise ValueError(f"penalty_power is {self.penalty_power}; it is 1 or 2.")
-        if not 0 <= self.warmup_steps < self.steps:
+        if not 0 <= self.warmup < self.steps:
             raise ValueError(
-                f"{self.warmup_steps} warm-up steps of {self.steps} steps; the warm-up "
-                "must be shorter than the training."
+                f"{self.warmup} warm-up steps of {self.steps} steps; the warm-up "
+                "must be shorter than the training. Leave warmup_steps out for a tenth "
+                "of the steps."
             )
+
+    @property
+    def warmup(self) -> int:
+        """The number of warm-up steps, as given or by the share of the papers.
+
+        Example:
+          >>> TrainConfig(steps=100).warmup
+          10
+        """
+        return self.steps // 10 if self.warmup_steps is None else self.warmup_steps
 
 
 def paper() -> TrainConfig:
@@ -111,7 +123,7 @@ def paper() -> TrainConfig:
     Ortiz-Jimenez et al. (2023); Yoshida et al. (2025), Eq. 10 and App. B.1, who choose
     λ among 0.001, 0.01 and 0.1; Jin et al. (2025), App. A.
     """
-    return TrainConfig(penalty_power=2)
+    return TrainConfig(steps=2000, warmup_steps=200, penalty_power=2)
 
 
 def code(samples: int, epochs: int, batch_size: int = 128) -> TrainConfig:
@@ -143,14 +155,14 @@ def schedule(config: TrainConfig) -> Callable[[ArrayLike], jax.Array]:
     """The learning rate of step s ≥ 0: warm-up `(s + 1) / W`, then `config.decay`."""
 
     def learning_rate(step):
-        warmup = (step + 1) / max(config.warmup_steps, 1)
-        progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+        warmup = (step + 1) / max(config.warmup, 1)
+        progress = (step - config.warmup) / (config.steps - config.warmup)
         after = {
             "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)),
             "linear": 1 - progress,
             "constant": 1.0,
         }
-        factor = jnp.where(step < config.warmup_steps, warmup, after[config.decay])
+        factor = jnp.where(step < config.warmup, warmup, after[config.decay])
         return config.learning_rate * factor
 
     return learning_rate

@@ -13,20 +13,26 @@ import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from jaxarith import fingerprint, report, sharding, tree
+from jaxarith.batches import fields_of
 from jaxarith.data import pipeline
 from jaxarith.sharding import processes
 from jaxarith.train import checkpoint, interrupts
 from jaxarith.train.config import TrainConfig, schedule
 from jaxarith.train.step import init_state, make_step, objective
 from jaxarith.typing import ApplyFn, LossFn, Params, Source, Tree
+
+# From steps done, task vectors and metrics to whether training ends there.
+Observe = Callable[[int, list[Tree], dict[str, Any]], Any]
 
 
 def fine_tune(
@@ -46,9 +52,10 @@ def fine_tune(
     save_every: int = 200,
     keep: int = 2,
     start: Sequence[Tree] | None = None,
-    observe: Callable[[int, list[Tree]], None] | None = None,
+    observe: Observe | None = None,
     observe_every: int | Collection[int] = 100,
     workers: int = 0,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> list[Tree]:
     """Trains one task vector for each task.
 
@@ -62,7 +69,7 @@ def fine_tune(
       loss_fn: `loss(outputs, batch, constants) -> scalar` of one task.
       batches: `config.steps` batches with a leading task axis, from `task_batches`.
       config: the recipe.
-      names: the T tasks, for the progress bar, the log and errors.
+      names: the T tasks, for the log, metrics and errors.
       constants: a tree of arrays `[T, ...]` that `loss_fn` gets a row of.
       inputs: the fields of a batch that are passed to `apply_fn`, in order.
       penalty_mask: for outputs by token, `[B, S, ...]`: the field of the penalty
@@ -78,11 +85,21 @@ def fine_tune(
       keep: how many checkpoints, the last ones, are kept.
       start: a task vector of every task to start from, with a fresh optimizer; by
         default zero.
-      observe: is called with the number of steps done and the task vectors, every
-        `observe_every` steps, or after each of these numbers of steps. A run that goes
-        on from a checkpoint may do so for the steps since it once more.
+      observe: `observe(done, taus, metrics)` is called with the number of steps done,
+        the task vectors after them and the metrics of the last step, a line of the log,
+        every `observe_every` steps, or after each of these numbers of steps. If it
+        returns True, training ends there, and these vectors are the result; of several
+        processes, if it does in any. A run that ended so has a checkpoint that says it:
+        called again, it returns the same vectors and does not train on. A run that goes
+        on from a checkpoint may observe the steps since it once more.
       workers: how many processes make the batches; 0 for threads, see
         `data.pipeline.prefetch`, and mind that a script must not start anew in them.
+      optimizer: what makes updates of gradients and parameters θ0 + τ, of every task by
+        itself, in place of `train.optimizer(config)`. It stands for all of that: the
+        learning rate and its schedule, weight decay and clipping of `config` do not act
+        unless it is made with them, as in `optax.chain(optax.clip_by_global_norm(1.0),
+        optax.sgd(train.schedule(config)))`. Checkpoints hold its state; they cannot
+        tell two optimizers with states of one form apart.
 
     Returns:
       T task vectors in float32, with the leaves that `config.trained` matches.
@@ -93,9 +110,27 @@ def fine_tune(
       OSError: the checkpoints do not fit on the disk, or cannot be written.
       SystemExit: a signal came, and the state is saved; of status 128 + its number.
         Of several processes only SIGTERM is noted.
-      ValueError: `batches` is not `config.steps` long, `trained` matches no leaf, the
-        mesh cannot share tasks or samples equally, or the checkpoints are of another
-        run.
+      ValueError: `batches` is not `config.steps` long, the first batch lacks a field of
+        `inputs` or is of another number of tasks than `names` or `constants`, `trained`
+        matches no leaf, the mesh cannot share tasks or samples equally, or the
+        checkpoints are of another run.
+
+    Example:
+      >>> from jaxarith import losses, train
+      >>> samples = {"x": np.eye(3, dtype="f4"), "label": np.arange(3)}
+      >>> config = train.TrainConfig(steps=20, batch_size=3)
+      >>> [tau] = train.fine_tune(
+      ...     lambda params, x: x @ params["w"],
+      ...     {"w": np.zeros((3, 3), "f4")},
+      ...     lambda logits, batch, _: losses.cross_entropy(logits, batch["label"]),
+      ...     train.task_batches([samples], config, names=["identity"]),
+      ...     config,
+      ...     names=["identity"],
+      ...     inputs=["x"],
+      ...     optimizer=optax.sgd(0.1),
+      ... )
+      >>> print(tau["w"].argmax(axis=0))
+      [0 1 2]
     """
     if checkpoints is not None and save_every < 1:
         raise ValueError(f"save_every is {save_every}; at least 1 is needed.")
@@ -104,16 +139,21 @@ def fine_tune(
             raise ValueError(f"observe_every is {observe_every}; at least 1 is needed.")
         observe_every = range(observe_every, config.steps + 1, observe_every)
     if len(batches) != config.steps:
-        raise ValueError(f"{len(batches)} batches for {config.steps} steps.")
+        raise ValueError(
+            f"{len(batches)} batches for {config.steps} steps; give a batch for each "
+            "step, as task_batches does."
+        )
     mesh = mesh or sharding.one_device()
+    _check_constants(constants, names)
     params_0 = sharding.shard(params_0, mesh)  # once, not with every step
     constants = sharding.put(constants, NamedSharding(mesh, P("task")))
-    state = init_state(params_0, config, len(names), mesh, start)
+    state = init_state(params_0, config, len(names), mesh, start, optimizer)
     objective_fn = objective(apply_fn, loss_fn, config, inputs, penalty_mask, mesh)
-    step, one_by_one = make_step(objective_fn, config, mesh), _one_by_one(mesh)
+    step = make_step(objective_fn, config, mesh, optimizer)
+    one_by_one = _one_by_one(mesh)
     leaves = list(tree.flatten(state[0]))
     learning_rate = schedule(config)
-    first, saved, signalled = 0, None, lambda: None
+    first, ended, saved, signalled = 0, False, None, lambda: None
     with contextlib.ExitStack() as stack:
         if checkpoints is not None:
             signalled = stack.enter_context(interrupts.noted())
@@ -121,12 +161,14 @@ def fine_tune(
             identity |= {"inputs": list(inputs), "penalty_mask": penalty_mask}
             if start is not None:
                 identity["start"] = fingerprint.combined(list(start))
+            if optimizer is not None:
+                identity["optimizer"] = "given"
             saved = stack.enter_context(
                 checkpoint.Checkpoints(checkpoints, identity, keep=keep)
             )
             processes.on_first(lambda: saved.reserve(state))
             if restored := saved.restore(state):
-                first, state = restored
+                first, state, ended = restored
         is_first = jax.process_index() == 0
         if log is not None:  # an error of the first process must stop the others too
             processes.on_first(lambda: _keep_lines(log, first))
@@ -151,51 +193,92 @@ def fine_tune(
             loss = f"{np.mean(metrics['loss']):.3f}"
             bar.set_postfix(loss=loss, samples_s=int(rate), refresh=False)
             bar.update()
-            line = {
-                "step": number,
-                "learning_rate": float(learning_rate(number)),
-                "samples_per_second": round(rate, 1),
-            }
+            line: dict[str, Any] = {"step": number}
+            if optimizer is None:
+                line["learning_rate"] = float(learning_rate(number))
+            line["samples_per_second"] = round(rate, 1)
             for name, values in metrics.items():
                 line[name] = dict(zip(names, values.tolist(), strict=True))
             file.write(json.dumps(line) + "\n")
+            return line
 
+        def said(text):
+            if is_first:
+                bar.write(text, file=sys.stderr)
+
+        if ended:
+            said(f"observe ended this run after step {first} of {config.steps}.")
+            return one_by_one(state[0])
         since, pending = time.time(), None
         made = pipeline.prefetch(batches, first, workers)
         for number, batch in enumerate(made, first):
+            if number == first:
+                _check_batch(batch, inputs, names, mesh)
             batch = sharding.from_local_rows(batch, mesh)
             state, metrics = step(state, params_0, batch, constants)
             if pending:  # read the step before while the device computes this one
                 record(*pending)
             pending, done = (number, metrics), number + 1
             if observe and done in observe_every:
-                record(*pending)  # what is not finite is not shown
+                line = record(*pending)  # what is not finite is not shown
                 pending = None
-                observe(done, one_by_one(state[0]))
+                answer = observe(done, one_by_one(state[0]), line)
+                ended = processes.anywhere(_asks_to_end(answer))
             came = signalled()
-            if saved and (came or done % save_every == 0 or done == config.steps):
+            last = ended or done == config.steps
+            if saved and (came or done % save_every == 0 or last):
                 if pending:
                     record(*pending)  # what is not finite is not saved
                 pending = None
                 file.flush()
-                saved.save(done, state)
+                saved.save(done, state, ended=ended)
+            if ended:
+                said(f"observe ended the run after step {done} of {config.steps}.")
+                break
             if came and saved:
                 saved.wait()
-                if is_first:
-                    bar.write(
-                        f"{came.name}: saved after step {done} of {config.steps} in "
-                        f"{checkpoints}. Run the same again to go on.",
-                        file=sys.stderr,
-                    )
+                said(
+                    f"{came.name}: saved after step {done} of {config.steps} in "
+                    f"{checkpoints}. Run the same again to go on."
+                )
                 raise SystemExit(128 + came)
         if pending:
             record(*pending)
     return one_by_one(state[0])
 
 
+def _asks_to_end(answer):
+    """Whether `observe` returned True; what else functions return says nothing."""
+    return isinstance(answer, bool | np.bool_ | jax.Array) and bool(answer)
+
+
+def _check_batch(batch, inputs, names, mesh):
+    """Raises a ValueError unless a batch has all inputs, and a row for each task."""
+    fields_of(batch, inputs)
+    expected = len(sharding.local_rows(len(names), mesh, "task"))
+    for path, leaf in tree.flatten(batch).items():
+        if np.ndim(leaf) < 2 or len(leaf) != expected:
+            raise ValueError(
+                f"the field {path} of a batch has shape {list(np.shape(leaf))}, for "
+                f"{len(names)} names ({', '.join(names)}); expected "
+                f"[{expected}, B, …]: a row for each task. Give one name for each "
+                "source of task_batches."
+            )
+
+
+def _check_constants(constants, names):
+    for path, leaf in tree.flatten(constants).items():
+        if np.shape(leaf)[:1] != (len(names),):
+            raise ValueError(
+                f"constants{'/' * bool(path)}{path} has shape {list(np.shape(leaf))}, "
+                f"for {len(names)} names ({', '.join(names)}); expected "
+                f"[{len(names)}, …], a row for each task."
+            )
+
+
 def _identity(config, names, params_0, constants):
     """What must be the same where a run goes on."""
-    options = dataclasses.asdict(config)
+    options = dataclasses.asdict(config) | {"warmup_steps": config.warmup}
     # How a step is computed, not what: other devices may want it otherwise.
     del options["tasks_at_once"], options["micro_batches"]
     return {

@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxarith import sharding, tangent, task_vectors, tau_jp, tree
-from jaxarith.train.config import TrainConfig, optimizer
+from jaxarith.train import config as recipes
+from jaxarith.train.config import TrainConfig
 from jaxarith.typing import ApplyFn, LossFn, Params, Tree
 
 Objective = Callable[..., tuple[jax.Array, dict[str, Any]]]
@@ -86,7 +87,10 @@ def objective(
 
 
 def make_step(
-    objective_fn: Objective, config: TrainConfig, mesh: Mesh | None = None
+    objective_fn: Objective,
+    config: TrainConfig,
+    mesh: Mesh | None = None,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> Step:
     """One optimizer step of all tasks, jitted.
 
@@ -94,6 +98,7 @@ def make_step(
       objective_fn: what `objective` gives for the same mesh.
       config: the recipe.
       mesh: the devices, see `sharding`; by default one.
+      optimizer: as for `fine_tune`.
 
     Returns:
       `step(state, params_0, batch, constants) -> (state, metrics)`. `state` is
@@ -103,7 +108,7 @@ def make_step(
       is passed in is given up: its buffers are reused.
     """
     mesh = mesh or sharding.one_device()
-    update = optimizer(config).update
+    update = _optimizer(config, optimizer).update
 
     def part(*args):
         grads, metrics = jax.grad(objective_fn, has_aux=True)(*args)
@@ -163,6 +168,18 @@ def make_step(
     return step
 
 
+def _optimizer(config, optimizer):
+    if optimizer is None:
+        return recipes.optimizer(config)
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise ValueError(
+            f"optimizer is {optimizer!r}; expected an optax.GradientTransformation. "
+            "Write optax.sgd(1e-2), or optax.sgd(train.schedule(config)) for the "
+            "learning rates of the recipe."
+        )
+    return optimizer
+
+
 def _micro_batches(batch, count, mesh):
     """`[B, ...]` to `[count, B / count, ...]`, of every device its own samples."""
     shards = sharding.batch_shards(mesh)
@@ -180,8 +197,19 @@ def init_state(
     tasks: int,
     mesh: Mesh | None = None,
     start: Sequence[Tree] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> tuple[Any, Any]:
     """Task vectors, by default zero, and fresh optimizer states, by task.
+
+    The optimizer's state is that of the parameters, as its updates are.
+
+    Args:
+      params_0: the pre-trained parameters.
+      config: the recipe.
+      tasks: the number of tasks.
+      mesh: the devices, see `sharding`; by default one.
+      start: task vectors to start from, one for each task.
+      optimizer: as for `fine_tune`.
 
     Raises:
       ValueError: `start` is not one task vector for each task, of the trained leaves.
@@ -194,12 +222,20 @@ def init_state(
         tree.check_part(tau, trained, "task vector to start from", "trained part")
         tree.check_part(trained, tau, "trained part", "task vector to start from")
 
-    def init(start):
+    transform = _optimizer(config, optimizer)
+
+    def init(start, trained):
         if start is None:
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained)
             start = [zeros] * tasks
         taus = jax.tree.map(lambda *x: jnp.stack(x).astype(jnp.float32), *start)
-        return taus, jax.vmap(optimizer(config).init)(taus)
 
-    places = sharding.shardings(jax.eval_shape(init, start), mesh, tasks=True)
-    return jax.jit(init, out_shardings=places)(start)
+        def fresh(tau):
+            params = jax.tree.map(lambda x, t: (x + t).astype(t.dtype), trained, tau)
+            return transform.init(params)
+
+        return taus, jax.vmap(fresh)(taus)
+
+    shapes = jax.eval_shape(init, start, trained)
+    places = sharding.shardings(shapes, mesh, tasks=True)
+    return jax.jit(init, out_shardings=places)(start, trained)

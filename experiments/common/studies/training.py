@@ -34,7 +34,7 @@ def batches_of(study: Study, recipe: train.TrainConfig) -> Source:
     return train.task_batches(
         study.sources,
         recipe,
-        seeds=[train.seed_of(name, recipe.seed) for name in study.names],
+        names=study.names,
         inputs=study.inputs,
         mesh=study.mesh,
     )

@@ -395,7 +395,7 @@ def recipe_of(options: Options, task: Task | images.ImageTask) -> train.TrainCon
     return dataclasses.replace(
         config,
         steps=steps,
-        warmup_steps=config.warmup_steps * steps // config.steps,
+        warmup_steps=config.warmup * steps // config.steps,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
         penalty_coef=options.penalty_coef,
