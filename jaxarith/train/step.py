@@ -19,8 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxarith import sharding, tangent, task_vectors, tau_jp, tree
-from jaxarith.train import config as recipes
-from jaxarith.train.config import TrainConfig
+from jaxarith.train.config import TrainConfig, optimizer
 from jaxarith.typing import ApplyFn, LossFn, Params, Tree
 
 Objective = Callable[..., tuple[jax.Array, dict[str, Any]]]
@@ -108,7 +107,7 @@ def make_step(
       is passed in is given up: its buffers are reused.
     """
     mesh = mesh or sharding.one_device()
-    update = _optimizer(config, optimizer).update
+    update = _given_or_papers(optimizer, config).update
 
     def part(*args):
         grads, metrics = jax.grad(objective_fn, has_aux=True)(*args)
@@ -168,16 +167,16 @@ def make_step(
     return step
 
 
-def _optimizer(config, optimizer):
-    if optimizer is None:
-        return recipes.optimizer(config)
-    if not isinstance(optimizer, optax.GradientTransformation):
+def _given_or_papers(given, config):
+    if given is None:
+        return optimizer(config)
+    if not isinstance(given, optax.GradientTransformation):
         raise ValueError(
-            f"optimizer is {optimizer!r}; expected an optax.GradientTransformation. "
+            f"optimizer is {given!r}; expected an optax.GradientTransformation. "
             "Write optax.sgd(1e-2), or optax.sgd(train.schedule(config)) for the "
             "learning rates of the recipe."
         )
-    return optimizer
+    return given
 
 
 def _micro_batches(batch, count, mesh):
@@ -222,7 +221,7 @@ def init_state(
         tree.check_part(tau, trained, "task vector to start from", "trained part")
         tree.check_part(trained, tau, "trained part", "task vector to start from")
 
-    transform = _optimizer(config, optimizer)
+    transform = _given_or_papers(optimizer, config)
 
     def init(start, trained):
         if start is None:
