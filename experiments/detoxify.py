@@ -273,6 +273,7 @@ def write(config: Config, study: gpt2.Study, results: dict, models: dict, tau: P
         task_vectors.apply(study.checkpoint.params, tau, -results["coef"]),
         hub.read_json(folder),
         copy_from=folder,
+        overwrite=True,  # that of a run before in this folder
     )
     plots.negation(
         config.out / "coefficients.png",

@@ -399,7 +399,7 @@ def save(options, params, config, tokenizer, processor, accuracy):
             **dim,
         },
     }
-    hub.save(folder, params, content)
+    hub.save(folder, params, content, overwrite=True)
     # Else the file would ask every reader for the padding of the calls made here.
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()

@@ -53,7 +53,7 @@ def oracle(torch, request, tmp_path_factory):
     raw = tiny_config(kind, head)
     params = tiny_params(kind, head, pooler=head is None)
     folder = tmp_path_factory.mktemp(f"{kind}-{head}")
-    hub.save(folder, params, raw)
+    hub.save(folder, params, raw, overwrite=True)
     model, info = getattr(transformers, raw["architectures"][0]).from_pretrained(
         folder, output_loading_info=True, attn_implementation="eager"
     )

@@ -99,7 +99,7 @@ def test_random_parameters_have_the_spread_that_the_config_states():
 def saved(folder, kind, head, *, pooler=False):
     """A folder to tamper with, and what it holds."""
     params = tiny_params(kind, head, pooler=pooler)
-    hub.save(folder, params, tiny_config(kind, head))
+    hub.save(folder, params, tiny_config(kind, head), overwrite=True)
     return params, load_file(folder / "model.safetensors")
 
 

@@ -29,7 +29,7 @@ close = {"rtol": 1e-5, "atol": 1e-5}
 def loaded_by_transformers(folder, params, raw):
     import transformers
 
-    hub.save(folder, params, raw)
+    hub.save(folder, params, raw, overwrite=True)
     kind = getattr(transformers, raw["architectures"][0])
     model, info = kind.from_pretrained(
         folder, output_loading_info=True, attn_implementation="eager"

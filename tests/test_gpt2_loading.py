@@ -73,7 +73,7 @@ def test_patterns_name_the_blocks_and_their_weights():
 
 def saved(folder, *, prefix, extra):
     """PARAMS in a safetensors file with or without a prefix, and more tensors."""
-    hub.save(folder, PARAMS, tiny_config())
+    hub.save(folder, PARAMS, tiny_config(), overwrite=True)
     tensors = load_file(folder / "model.safetensors")
     if not prefix:
         tensors = {k.removeprefix("transformer."): v for k, v in tensors.items()}
@@ -159,7 +159,8 @@ def test_config_of_another_model_is_an_error_that_names_it(kind, tmp_path):
         gpt2.GPT2Config.from_json({**tiny_config(), "model_type": kind})
     with pytest.raises(ValueError, match="describes a 'model'; expected a GPT-2"):
         gpt2.GPT2Config.from_json({"n_embd": 512})
-    hub.save(tmp_path, PARAMS, {**tiny_config(), "model_type": kind})
+    raw = {**tiny_config(), "model_type": kind}
+    hub.save(tmp_path, PARAMS, raw, overwrite=True)
     with pytest.raises(ValueError, match=f"describes a '{kind}'; expected a GPT-2"):
         gpt2.load(tmp_path)
 

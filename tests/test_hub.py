@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from typing import NamedTuple
 
 import clip_checkpoint
 import jax
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file
 from tiny import tiny_clip
 
 from jaxarith import hub, tree
-from jaxarith.hub import writing
+from jaxarith.hub import layouts, writing
 from jaxarith.models import clip
 
 params, checkpoint = clip_checkpoint.params, clip_checkpoint.checkpoint  # fixtures
@@ -139,7 +140,7 @@ def test_position_ids_of_older_files_are_dropped(checkpoint, params):
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_other_float_types_load_as_float32_or_as_they_are(tmp_path, params, dtype):
-    hub.save(tmp_path, params, CONFIG, dtype=dtype)
+    hub.save(tmp_path, params, CONFIG, dtype=dtype, overwrite=True)
     as_stored = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     assert_same(hub.load(tmp_path, LAYOUT, dtype=None), as_stored)
     as_float32 = jax.tree.map(lambda leaf: leaf.astype(np.float32), as_stored)
@@ -175,13 +176,29 @@ def test_save_copies_tokenizer_files_and_no_weights(tmp_path, checkpoint, params
 
 def test_save_into_a_folder_keeps_its_other_files(checkpoint, params):
     (checkpoint / "report.md").write_text("mine")
-    hub.save(checkpoint, jax.tree.map(np.negative, params), CONFIG)
+    negative = jax.tree.map(np.negative, params)
+    hub.save(checkpoint, negative, CONFIG, overwrite=True)
     assert (checkpoint / "report.md").read_text() == "mine"
     expected = jax.tree.map(np.negative, params)
     assert_same(hub.load(checkpoint, LAYOUT), expected)
     assert {file.name for file in checkpoint.iterdir()} == {
         *("report.md", "config.json", "model.safetensors")
     }
+
+
+@pytest.mark.parametrize("save", [hub.save, hub.write])
+@pytest.mark.parametrize("folder", ["clip", "empty"])
+def test_an_existing_folder_is_refused_unless_told(
+    checkpoint, params, tmp_path, save, folder
+):
+    (tmp_path / "empty").mkdir()
+    before = snapshot(tmp_path)
+    leaves = layouts.to_torch(tree.flatten(params)) if save is hub.write else params
+    with pytest.raises(FileExistsError, match=f"{folder} exists.*overwrite=True"):
+        save(tmp_path / folder, leaves, CONFIG)
+    assert snapshot(tmp_path) == before
+    save(tmp_path / folder, leaves, CONFIG, overwrite=True)
+    assert_same(hub.load(tmp_path / folder, LAYOUT), params)
 
 
 def test_saved_files_are_as_readable_as_any_other(checkpoint):
@@ -212,6 +229,40 @@ def test_saved_tree_loads_with_equal_bits_and_metadata(tmp_path):
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["tau.safetensors"]
 
 
+class Pair(NamedTuple):
+    first: dict
+    second: list
+
+
+def test_a_tree_loads_in_the_structure_that_it_is_like(tmp_path):
+    start = Pair({"a/b": np.ones(2), "c": np.ones(3)}, [np.ones(4), {"d": np.ones(5)}])
+    tau = jax.tree.map(lambda leaf: 2 * leaf, start)
+    hub.save_tree(tmp_path / "tau.safetensors", tau)
+    loaded, _ = hub.load_tree(tmp_path / "tau.safetensors", like=start)
+    assert jax.tree.structure(loaded) == jax.tree.structure(start)
+    jax.tree.map(np.testing.assert_array_equal, loaded, tau)
+
+
+def test_a_part_of_a_tree_loads_as_a_part(tmp_path):
+    start = {"a": {"w": np.ones(2), "v": np.ones(2)}, "b": np.ones(3)}
+    hub.save_tree(tmp_path / "tau.safetensors", {"a": {"v": np.zeros(2)}})
+    loaded, _ = hub.load_tree(tmp_path / "tau.safetensors", like=start)
+    assert_same(loaded, {"a": {"v": np.zeros(2)}})
+
+
+@pytest.mark.parametrize("like", [{"w": np.ones(3)}, {"v": np.ones(2)}])
+def test_a_tree_that_is_not_like_it_is_refused_with_the_path(tmp_path, like):
+    hub.save_tree(tmp_path / "tau.safetensors", {"w": np.ones(2)})
+    with pytest.raises(ValueError, match=r"tau.safetensors does not fit .*\n.* w"):
+        hub.load_tree(tmp_path / "tau.safetensors", like=like)
+
+
+def test_a_leaf_with_the_name_of_the_metadata_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="called __metadata__"):
+        hub.save_tree(tmp_path / "tau.safetensors", {"__metadata__": np.ones(2)})
+    assert snapshot(tmp_path) == {}
+
+
 def test_tree_without_metadata_loads_with_none(tmp_path):
     hub.save_tree(tmp_path / "tau.safetensors", {"w": np.ones(2)})
     assert hub.load_tree(tmp_path / "tau.safetensors")[1] == {}
@@ -239,7 +290,7 @@ def test_unsavable_tree_is_an_error_and_nothing_is_written(
     before = snapshot(tmp_path)
     for folder in (checkpoint, tmp_path / "new" / "deeper"):
         with pytest.raises(ValueError, match=message):
-            hub.save(folder, tree_, CONFIG)
+            hub.save(folder, tree_, CONFIG, overwrite=True)
     assert snapshot(tmp_path) == before
 
 
@@ -282,7 +333,8 @@ def test_interrupted_save_leaves_the_old_files(
     before = snapshot(tmp_path)
     monkeypatch.setattr(writing if broken == "save_file" else os, broken, fail)
     with pytest.raises(KeyboardInterrupt):
-        hub.save(tmp_path / target, jax.tree.map(np.negative, params), CONFIG)
+        negative = jax.tree.map(np.negative, params)
+        hub.save(tmp_path / target, negative, CONFIG, overwrite=True)
     monkeypatch.undo()
     assert snapshot(tmp_path) == before
 

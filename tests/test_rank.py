@@ -83,7 +83,7 @@ def test_losses_of_single_examples_equal_those_of_transformers(tmp_path):
 
     config, params = tiny()
     raw = tiny_t5_config("gated-gelu", num_layers=1, scale_decoder_outputs=False)
-    hub.save(tmp_path, params, raw)
+    hub.save(tmp_path, params, raw, overwrite=True)
     model = T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
     batches, texts = batches_of_texts()
     expected = np.zeros((5, len(LABELS)))

@@ -34,7 +34,7 @@ def oracle(torch, request, tmp_path_factory):
     config = t5.T5Config.from_json(raw)
     params = random_params(0, config, part=t5.ENCODER)
     folder = tmp_path_factory.mktemp(request.param)
-    hub.save(folder, params, raw)
+    hub.save(folder, params, raw, overwrite=True)
     model, info = T5EncoderModel.from_pretrained(
         folder, output_loading_info=True, attn_implementation="eager"
     )
@@ -363,10 +363,11 @@ def test_a_file_without_a_decoder_is_an_encoder_unless_its_config_objects(tmp_pa
     config = tiny_t5()
     params = random_params(0, config, part=t5.ENCODER)
     for architectures in (["T5EncoderModel"], [], None):
-        hub.save(tmp_path, params, tiny_t5_config(architectures=architectures))
+        raw = tiny_t5_config(architectures=architectures)
+        hub.save(tmp_path, params, raw, overwrite=True)
         loaded = t5.load(tmp_path)
         jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
-    hub.save(tmp_path, params, tiny_t5_config())
+    hub.save(tmp_path, params, tiny_t5_config(), overwrite=True)
     with pytest.raises(ValueError, match="holds only encoder, shared"):
         t5.load(tmp_path)
 

@@ -48,7 +48,7 @@ def oracle(torch, request, tmp_path_factory):
     config = t5.T5Config.from_json(raw)
     params = random_params(0, config)
     folder = tmp_path_factory.mktemp(request.param)
-    hub.save(folder, params, raw)
+    hub.save(folder, params, raw, overwrite=True)
     model = opened(torch, folder)
     head = model.lm_head.weight is model.shared.weight
     assert head == config.tie_word_embeddings == (request.param != "v1.1")
@@ -210,7 +210,7 @@ def test_greedy_tokens_equal_those_of_transformers(torch, oracle, tmp_path):
     config, params, _ = oracle
     params = livelier(params)
     raw = {**tiny_t5_config(), **dataclasses.asdict(config)}
-    hub.save(tmp_path, params, raw)
+    hub.save(tmp_path, params, raw, overwrite=True)
     model = opened(torch, tmp_path)
     rng = np.random.default_rng(5)
     input_ids = rng.integers(2, 30, size=(8, 12))

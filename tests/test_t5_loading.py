@@ -57,8 +57,8 @@ def test_patterns_select_the_weights_of_both_stacks():
 
 def with_extras(folder, params, raw, extras):
     """A checkpoint whose file holds tensors that are no parameters, too."""
-    hub.save(folder, params, raw)
-    hub.write(folder, {**hub.read(folder), **extras}, raw)
+    hub.save(folder, params, raw, overwrite=True)
+    hub.write(folder, {**hub.read(folder), **extras}, raw, overwrite=True)
 
 
 JUNK = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
@@ -109,7 +109,8 @@ def test_unknown_and_missing_tensors_are_refused(tmp_path):
     with pytest.raises(ValueError, match="layer/1/adapter/weight"):
         t5.load(tmp_path)
     table = "decoder/block/0/layer/0/SelfAttention/relative_attention_bias/embedding"
-    hub.save(tmp_path, tree.select(params, f"(?!{table}).*"), tiny_t5_config())
+    part = tree.select(params, f"(?!{table}).*")
+    hub.save(tmp_path, part, tiny_t5_config(), overwrite=True)
     with pytest.raises(ValueError, match="SelfAttention/relative_attention_bias"):
         t5.load(tmp_path)
 
@@ -118,12 +119,13 @@ def test_a_head_that_differs_is_untied_and_one_that_is_missing_an_error(tmp_path
     untied = tiny_t5(tie_word_embeddings=False)
     params = random_params(0, untied)
     raw = tiny_t5_config(scale_decoder_outputs=False)
-    hub.save(tmp_path, params, raw)
+    hub.save(tmp_path, params, raw, overwrite=True)
     loaded = t5.load(tmp_path)
     assert loaded.config == untied
     jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
     tied = tree.select(params, "(?!lm_head).*")
-    hub.save(tmp_path, tied, tiny_t5_config(tie_word_embeddings=False))
+    raw = tiny_t5_config(tie_word_embeddings=False)
+    hub.save(tmp_path, tied, raw, overwrite=True)
     with pytest.raises(ValueError, match="lm_head/kernel"):
         t5.load(tmp_path)
 
@@ -132,7 +134,7 @@ def test_a_head_equal_to_the_embeddings_stays_untied_where_the_config_says_so(tm
     raw = tiny_t5_config(tie_word_embeddings=False)
     params = random_params(0, t5.T5Config.from_json(raw))
     params["lm_head"]["kernel"] = np.array(params["shared"]["embedding"].T)
-    hub.save(tmp_path, params, raw)
+    hub.save(tmp_path, params, raw, overwrite=True)
     loaded = t5.load(tmp_path)
     assert not loaded.config.tie_word_embeddings
     jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
@@ -141,7 +143,7 @@ def test_a_head_equal_to_the_embeddings_stays_untied_where_the_config_says_so(tm
 @pytest.mark.parametrize("kind", ["umt5", "mt5", "t5gemma"])
 def test_checkpoints_of_other_models_are_refused(tmp_path, kind):
     raw = tiny_t5_config(model_type=kind)
-    hub.save(tmp_path, random_params(0, tiny_t5()), raw)
+    hub.save(tmp_path, random_params(0, tiny_t5()), raw, overwrite=True)
     with pytest.raises(ValueError, match=f"describes a '{kind}'; expected a T5"):
         t5.load(tmp_path)
 

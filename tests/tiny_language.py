@@ -40,7 +40,7 @@ def write_classifier(folder, transformers, **fields):
     raw = {key: value for key, value in raw.items() if value is not None}
     config = bert.BertConfig.from_json(raw)
     layout = bert.layout(config, "classifier")
-    hub.save(folder, random_params(3, layout), raw)
+    hub.save(folder, random_params(3, layout), raw, overwrite=True)
     if roberta:
         special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "Ġ"]
         vocab = {token: i for i, token in enumerate([*special, *letters])}

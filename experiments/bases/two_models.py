@@ -92,6 +92,7 @@ def noisy(setup: options.Setup, share: float = 0.05) -> options.Setup:
             sharding.to_host(params),
             hub.read_json(original.folder),
             copy_from=original.folder,
+            overwrite=True,
         )
     )
     checkpoint = clip.load(folder)

@@ -21,6 +21,7 @@ from jaxarith.hub.reading import load as load
 from jaxarith.hub.reading import load_tree as load_tree
 from jaxarith.hub.reading import read as read
 from jaxarith.hub.stored import Stored as Stored
+from jaxarith.hub.writing import check_out as check_out
 from jaxarith.hub.writing import save as save
 from jaxarith.hub.writing import save_tree as save_tree
 from jaxarith.hub.writing import staging as staging

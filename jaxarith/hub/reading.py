@@ -93,15 +93,30 @@ def read(folder: str | os.PathLike) -> dict[str, np.ndarray]:
     return layouts.to_torch(tensors) if file.name == folders.MSGPACK else tensors
 
 
-def load_tree(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
-    """Reads what `save_tree` wrote: a nested dict of NumPy arrays, and the metadata.
+def load_tree(
+    path: str | os.PathLike, like: Tree | None = None
+) -> tuple[Tree, dict[str, str]]:
+    """Reads what `save_tree` wrote: a tree of NumPy arrays, and the metadata.
+
+    Args:
+      path: the file.
+      like: a tree of the structure that was saved, such as `params_0`, which may have
+        more leaves; a file has only slash paths. By default the tree is a nested dict.
+
+    Returns:
+      The leaves of the file, in the structure of that part of `like`.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file is corrupt, or holds NaN or infinite values.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is corrupt, holds NaN or infinite values, or has a leaf that
+        `like` lacks or has in another shape.
     """
     stored, metadata = safetensors.open_file(Path(path))
     checks.check_numeric(stored)
     leaves = {name: leaf.read() for name, leaf in stored.items()}
     checks.check_finite(leaves, str(path))
-    return tree.unflatten(leaves), metadata
+    if like is None:
+        return tree.unflatten(leaves), metadata
+    tree.check_part(leaves, like, f"tree in {path}", "tree that it should be like")
+    part = tree.restrict(like, leaves)
+    return tree.map_with_path(lambda name, _: leaves[name], part), metadata

@@ -27,24 +27,33 @@ def save(
     *,
     dtype: DTypeLike | None = None,
     copy_from: str | os.PathLike | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes a checkpoint that transformers loads: `model.safetensors`, `config.json`.
 
     Everything is first written under temporary names. A new folder appears whole or
-    not at all. In a folder that exists, whole files are replaced, the weights last.
+    not at all. With `overwrite`, whole files of a folder that exists are replaced, the
+    weights last, and its other files are kept.
 
     Args:
-      folder: created where it does not exist; other files in it are kept.
+      folder: the new folder.
       params: a nested dict of arrays with Flax names.
       config: the content of `config.json`.
       dtype: dtype of the file; None keeps that of each leaf.
       copy_from: a folder whose tokenizer and preprocessing files are copied.
+      overwrite: whether to write into a folder that exists.
 
     Raises:
+      FileExistsError: the folder exists, and `overwrite` does not allow it.
       ValueError: `params` holds NaN or infinite values, or something else than arrays.
+
+    Example:
+      >>> save("merged", params, read_json(model.folder))  # doctest: +SKIP
+      >>> save("merged", better, config, overwrite=True)  # doctest: +SKIP
     """
+    _check_folder(folder, overwrite)
     tensors = layouts.to_torch(_arrays(params, dtype))
-    write(folder, tensors, config, copy_from=copy_from)
+    write(folder, tensors, config, copy_from=copy_from, overwrite=overwrite)
 
 
 def write(
@@ -53,21 +62,22 @@ def write(
     config: Mapping[str, Any],
     *,
     copy_from: str | os.PathLike | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes tensors under the names that they have, as `save` does.
 
     Args:
-      folder: created where it does not exist; other files in it are kept.
+      folder: the new folder.
       tensors: arrays by name, as `read` returns them.
       config: the content of `config.json`.
       copy_from: a folder whose tokenizer and preprocessing files are copied.
+      overwrite: whether to write into a folder that exists.
 
     Raises:
+      FileExistsError: the folder exists, and `overwrite` does not allow it.
       ValueError: a tensor holds NaN or infinite values, or is no array.
     """
-    folder = Path(folder).absolute()
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; a checkpoint needs a folder.")
+    folder = _check_folder(folder, overwrite)
     tensors = _arrays(dict(tensors), None)
     text = json.dumps(config, indent=2) + "\n"
     extras = [] if copy_from is None else side_files(existing(copy_from))
@@ -85,15 +95,40 @@ def write(
             os.replace(new, folder)
 
 
+def _check_folder(folder, overwrite):
+    folder = Path(folder).absolute()
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; a checkpoint needs a folder.")
+    check_out(folder, overwrite)
+    return folder
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raises a FileExistsError if a folder exists and is not to be replaced."""
+    if not os.path.lexists(out):
+        return
+    if out.is_symlink() or not out.is_dir() or out.samefile(Path.cwd()):
+        raise FileExistsError(
+            f"{out} is a file, a link or the current folder; name a new folder."
+        )
+    if not overwrite:
+        raise FileExistsError(
+            f"{out} exists; name a new folder, or replace it with overwrite=True "
+            "(--overwrite)."
+        )
+
+
 def save_tree(
     path: str | os.PathLike, values: Tree, metadata: dict[str, str] | None = None
 ) -> None:
     """Writes any tree of arrays, such as a task vector, to one safetensors file.
 
-    The tensors are named by their slash paths. The file appears whole or not at all.
+    The tensors are named by their slash paths. The file appears whole or not at all,
+    and replaces an older one.
 
     Raises:
-      ValueError: a leaf holds NaN or infinite values, or is no array.
+      ValueError: a leaf holds NaN or infinite values, is no array, or has the name that
+        the format keeps for itself.
 
     Example:
       >>> save_tree("tau.safetensors", tau, {"task": "mnist"})  # doctest: +SKIP
@@ -101,6 +136,11 @@ def save_tree(
     """
     path = Path(path).absolute()
     leaves = _arrays(values, None)
+    if "__metadata__" in leaves:
+        raise ValueError(
+            "a leaf is called __metadata__, a name that safetensors files keep for "
+            "their own use. Rename the leaf."
+        )
     with staging(path.parent) as temporary:
         _write(temporary / path.name, leaves, metadata)
         os.replace(temporary / path.name, path)

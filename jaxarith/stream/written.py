@@ -165,7 +165,7 @@ def merge(
       >>> merge(operators.average, opened, "merged")  # doctest: +SKIP
     """
     out = Path(out).absolute()
-    check_out(out, overwrite)
+    hub.check_out(out, overwrite)
     planned = plan(opened, dtype=dtype, shard_bytes=shard_bytes)
     with hub.staging(out.parent) as temporary:
         _check_space(temporary, planned.bytes_out)
@@ -206,21 +206,6 @@ def _replace(new, out, old):
         if old.exists() and not out.exists():
             os.replace(old, out)
         raise
-
-
-def check_out(out: Path, overwrite: bool) -> None:
-    """Raises a FileExistsError if a folder exists and is not to be replaced."""
-    if not os.path.lexists(out):
-        return
-    if out.is_symlink() or not out.is_dir() or out.samefile(Path.cwd()):
-        raise FileExistsError(
-            f"{out} is a file, a link or the current folder; name a new folder."
-        )
-    if not overwrite:
-        raise FileExistsError(
-            f"{out} exists; name a new folder, or replace it with overwrite=True "
-            "(--overwrite)."
-        )
 
 
 def _check_space(folder, needed):

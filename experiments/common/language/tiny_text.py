@@ -81,7 +81,7 @@ def write_t5(folder: Path) -> Path:
     pieces += [(f"▁{word}", -1.0) for word in words]
     raw = {**_T5, "vocab_size": len(pieces)}
     config = t5.T5Config.from_json(raw)
-    hub.save(folder, _random(t5.layout(config)), raw)
+    hub.save(folder, _random(t5.layout(config)), raw, overwrite=True)
     T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder)
     return folder
 
@@ -95,7 +95,7 @@ def write_gpt2(folder: Path, **sizes: int) -> Path:
     raw = {**_GPT2, "vocab_size": len(symbols)}
     raw |= {"bos_token_id": end, "eos_token_id": end, **sizes}
     params = gpt2.init(jax.random.key(0), gpt2.GPT2Config.from_json(raw))
-    hub.save(folder, jax.tree.map(np.asarray, params), raw)
+    hub.save(folder, jax.tree.map(np.asarray, params), raw, overwrite=True)
     vocab = {symbol: i for i, symbol in enumerate(symbols)}
     GPT2Tokenizer(vocab=vocab, merges=[]).save_pretrained(folder)
     return folder
@@ -116,7 +116,7 @@ def write_roberta(folder: Path, words: Sequence[str] = ()) -> Path:
     vocab = [*specials, *sorted(_byte_symbols()), *merged, "<mask>"]
     raw = {**_ROBERTA, "vocab_size": len(vocab)}
     config = bert.BertConfig.from_json(raw)
-    hub.save(folder, _random(bert.layout(config, "masked_lm")), raw)
+    hub.save(folder, _random(bert.layout(config, "masked_lm")), raw, overwrite=True)
     RobertaTokenizer(
         vocab={token: i for i, token in enumerate(vocab)},
         merges=merges,
@@ -134,7 +134,7 @@ def write_classifier(folder: Path) -> Path:
     symbols += [f"##{letter}" for letter in letters]
     raw = {**_BERT, "vocab_size": len(symbols)}
     config = bert.BertConfig.from_json(raw)
-    hub.save(folder, _random(bert.layout(config, "classifier")), raw)
+    hub.save(folder, _random(bert.layout(config, "classifier")), raw, overwrite=True)
     vocab = {symbol: i for i, symbol in enumerate(symbols)}
     BertTokenizer(vocab=vocab).save_pretrained(folder)
     return folder
@@ -233,5 +233,5 @@ def write_like(folder: Path, source: Path, seed: int) -> Path:
         name: np.asarray(leaf + 0.05 * rng.normal(size=leaf.shape), np.float32)
         for name, leaf in hub.read(source).items()
     }
-    hub.write(folder, weights, hub.read_json(source), copy_from=source)
+    hub.write(folder, weights, hub.read_json(source), copy_from=source, overwrite=True)
     return folder

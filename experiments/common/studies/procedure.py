@@ -164,6 +164,7 @@ def save_merged(study: Study, taus: Taus, coef: float) -> None:
         tree.update(study.model.params, edited),
         study.merged_config,
         copy_from=study.model.folder,
+        overwrite=True,  # that of a run before in this folder
     )
 
 
