@@ -24,6 +24,16 @@ _READERS = 2
 _AHEAD = 64 * 2**20  # bytes of small leaves that are read ahead
 
 
+def wide_dtype(*leaves: Any) -> np.dtype:
+    """Dtype in which arrays are computed with: their common one, float32 or better.
+
+    Floats of eight bits or fewer, which JAX promotes to nothing, count as float32.
+    """
+    dtypes = (jnp.result_type(leaf) for leaf in leaves)
+    wide = (dtype if dtype.itemsize > 1 else jnp.float32 for dtype in dtypes)
+    return jnp.result_type(jnp.float32, *wide)
+
+
 class Source:
     """A tensor on its way from a file, read once for all who hold it at one time.
 
@@ -85,6 +95,7 @@ class Leaf:
       combine: `combine(*arrays)` computes the leaf from them.
       place: `place(merged)` writes the leaf that a merge puts in place of this one;
         None where nothing is merged into, as for task vectors.
+      held: pytree of arrays in memory that `combine` takes after the tensors.
     """
 
     def __init__(
@@ -94,9 +105,11 @@ class Leaf:
         sources: Iterable[Source],
         combine: Callable[..., Any],
         place: Callable[[jax.Array], None] | None = None,
+        held: Sequence[Any] = (),
     ):
         self.shape, self.dtype = tuple(shape), np.dtype(dtype)
-        self.sources, self._combine, self._place = tuple(sources), combine, place
+        self.sources, self.held = tuple(sources), tuple(held)
+        self._combine, self._place = combine, place
 
     @property
     def ndim(self) -> int:
@@ -108,7 +121,7 @@ class Leaf:
 
     def read(self) -> "jax.Array | Difference":
         """The array, or the `Difference`."""
-        return self._combine(*(source.read() for source in self.sources))
+        return self._combine(*(source.read() for source in self.sources), *self.held)
 
     def __jax_array__(self) -> jax.Array:
         return jnp.asarray(self.read())
@@ -131,6 +144,30 @@ class Leaf:
             )
         self._place(merged)
         return Leaf(self.shape, self.dtype, (), functools.partial(_gone, self.shape))
+
+
+def changed(leaf: Any, function: Callable[..., jax.Array], *args: Any) -> Leaf:
+    """A leaf that is put through a function whenever it is read, and not kept.
+
+    Args:
+      leaf: an array, or a leaf that is read itself.
+      function: `function(array, *args) -> array` of the same shape, in float32 or
+        better.
+      *args: arrays.
+    """
+    if not isinstance(leaf, Leaf):
+        shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
+        leaf = Leaf(shape, dtype, (), jnp.asarray, held=(leaf,))
+    combine = leaf._combine
+
+    def change(*arrays):
+        first = len(arrays) - len(args)
+        array = combine(*arrays[:first])
+        # Without waiting, the results of many leaves would be allocated ahead.
+        return jax.block_until_ready(function(array, *arrays[first:]))
+
+    held = (*leaf.held, *args)
+    return Leaf(leaf.shape, wide_dtype(leaf), leaf.sources, change, held=held)
 
 
 def _gone(shape):
@@ -163,9 +200,7 @@ class Difference:
 
     @property
     def dtype(self) -> np.dtype:
-        return jnp.promote_types(
-            jnp.promote_types(self.model.dtype, self.base.dtype), jnp.float32
-        )
+        return wide_dtype(self.model, self.base)
 
     def __getitem__(self, index: Any) -> "Difference":
         return Difference(self.model[index], self.base[index])

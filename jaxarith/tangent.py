@@ -13,10 +13,12 @@ are rounded to it, forward and in the gradient; they accumulate in float32, and
 :math:`f(x; \theta_0)` is computed in float32 throughout.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jaxarith import precision, task_vectors, tree
@@ -30,16 +32,17 @@ def linearize(
 
     The result has the signature of `apply_fn` and is affine in its parameters, so it is
     trained, merged and evaluated like any other model. One call costs a forward pass
-    and a tangent pass: 3 times the matrix products of `apply_fn`.
+    and a tangent pass: 3 times the matrix products of `apply_fn`. Outputs that are no
+    floating-point numbers, such as predicted classes, are those at `params_0`.
 
     Args:
-      apply_fn: `apply_fn(params, *inputs) -> outputs`, any pytree of arrays.
+      apply_fn: `apply_fn(params, *inputs, **options) -> outputs`, any pytree of arrays.
       params_0: the expansion point.
       product_dtype: dtype of the operands of tangent products; by default their own.
 
     Returns:
-      `apply_lin(params, *inputs)`. `params` has the structure of `params_0`, or holds
-      only the trained part of it; the rest stays at `params_0` at no cost.
+      `apply_lin(params, *inputs, **options)`. `params` has the structure of `params_0`,
+      or holds only the trained part of it; the rest stays at `params_0` at no cost.
 
     Raises:
       ValueError: a leaf of `params` is not in `params_0` or has another shape.
@@ -50,14 +53,24 @@ def linearize(
       6.0
     """
 
-    def apply_lin(params, *inputs):
+    def apply_lin(params, *inputs, **options):
         tau = task_vectors.difference(params, params_0)
+        with_options = functools.partial(apply_fn, **options)
         outputs, tangents = jvp(
-            apply_fn, params_0, tau, *inputs, product_dtype=product_dtype
+            with_options, params_0, tau, *inputs, product_dtype=product_dtype
         )
-        return jax.tree.map(jnp.add, outputs, tangents)
+        return jax.tree.map(_moved, outputs, tangents)
 
     return apply_lin
+
+
+def _moved(output, tangent):
+    return output if _has_none(tangent) else output + tangent
+
+
+def _has_none(tangent):
+    """Whether it stands for the tangent of an output that is not differentiable."""
+    return jnp.result_type(tangent) == jax.dtypes.float0
 
 
 def jvp(
@@ -78,7 +91,8 @@ def jvp(
         With it the result can be differentiated in `tau`, in reverse mode.
 
     Returns:
-      `(outputs, tangents)`, both with the structure of `apply_fn`'s outputs.
+      `(outputs, tangents)`, both with the structure of `apply_fn`'s outputs. Tangents
+      of integers have JAX's dtype for that, `float0`.
 
     Raises:
       ValueError: a leaf of `tau` is not in `params_0` or has another shape.
@@ -132,7 +146,13 @@ def jvps(
     outputs, push_forward = jax.linearize(function, start)
     # One after another: `vmap` would first copy all task vectors into one array.
     tangents = [push_forward(tree.fill(tau, start)) for tau in taus]
-    return outputs, tree.stack(tangents)
+    return outputs, jax.tree.map(_stacked, *tangents)
+
+
+def _stacked(*tangents):
+    if _has_none(tangents[0]):  # it holds nothing, and JAX does not stack it
+        return np.zeros((len(tangents), *tangents[0].shape), jax.dtypes.float0)
+    return jnp.stack(tangents)
 
 
 def _trained_part(apply_fn, params_0, paths, inputs):

@@ -126,7 +126,7 @@ def test_basis_vectors_are_the_inner_merges_of_the_clusters():
         assert groups[0] != [0, 1, 2]
         taus = vectors_with(cosines)
         params_0 = trees(normal(0, 1, 40))[0]
-        found = merge.bases(params_0, trees(taus))
+        found = merge.basis_vectors(params_0, trees(taus))
         assert found.clusters == groups
         np.testing.assert_allclose(found.cosines, cosines, atol=1e-12)
         for vector, members in zip(found.vectors, groups, strict=True):
@@ -137,7 +137,7 @@ def test_basis_vectors_are_the_inner_merges_of_the_clusters():
 def test_inner_is_any_merge():
     inner = functools.partial(merge.ties, density=0.3, coef=0.4)
     params_0, taus = trees(normal(0, 1, 40))[0], trees(normal(1, 4, 40))
-    found = merge.bases(params_0, taus, inner=inner, clusters=[[0, 3, 1], [2]])
+    found = merge.basis_vectors(params_0, taus, inner=inner, clusters=[[0, 3, 1], [2]])
     for vector, members in zip(found.vectors, [[0, 3, 1], [2]], strict=True):
         merged = inner(params_0, [taus[i] for i in members])
         expected = task_vectors.difference(merged, params_0)
@@ -147,11 +147,11 @@ def test_inner_is_any_merge():
 
 def test_mean_of_means_of_equal_clusters_is_the_mean():
     params_0, taus = trees(normal(0, 1, 40))[0], trees(normal(1, 6, 40))
-    found = merge.bases(params_0, taus, clusters=[[0, 4, 2], [1, 3, 5]])
+    found = merge.basis_vectors(params_0, taus, clusters=[[0, 4, 2], [1, 3, 5]])
     merged = merge.average(params_0, found.vectors)
     expected = merge.average(params_0, taus)
     np.testing.assert_allclose(flat(merged), flat(expected), rtol=1e-6, atol=1e-6)
-    unequal = merge.bases(params_0, taus, clusters=[[0], [1, 2, 3, 4, 5]])
+    unequal = merge.basis_vectors(params_0, taus, clusters=[[0], [1, 2, 3, 4, 5]])
     merged = merge.average(params_0, unequal.vectors)
     assert np.abs(flat(merged) - flat(expected)).max() > 0.1
 
@@ -163,7 +163,7 @@ def test_a_basis_vector_has_the_leaves_of_its_members_in_float32():
         "n": jnp.array(1),
     }
     taus = [{"a": jnp.full(3, 0.01)}, {"b": jnp.ones(2)}, {"a": jnp.full(3, 0.03)}]
-    found = merge.bases(params_0, taus, clusters=[[0, 2], [1]])
+    found = merge.basis_vectors(params_0, taus, clusters=[[0, 2], [1]])
     assert [list(vector) for vector in found.vectors] == [["a"], ["b"]]
     assert found.vectors[0]["a"].dtype == jnp.float32
     np.testing.assert_allclose(found.vectors[0]["a"], 0.02, rtol=1e-3)
@@ -173,11 +173,10 @@ def test_clusters_are_given_or_numbered():
     cosines, groups = planted([2, 2, 2])
     taus, params_0 = trees(vectors_with(cosines)), trees(np.zeros((1, 40)))[0]
     for number in (3, np.int64(3)):
-        assert merge.bases(params_0, taus, clusters=number).clusters == groups
+        assert merge.basis_vectors(params_0, taus, clusters=number).clusters == groups
     given = [[5, 0], [1, 2, 3, 4]]
-    assert merge.bases(params_0, taus, clusters=np.array(given, object)).clusters == (
-        given
-    )
+    found = merge.basis_vectors(params_0, taus, clusters=np.array(given, object))
+    assert found.clusters == given
 
 
 PARTITIONS = {
@@ -192,7 +191,7 @@ PARTITIONS = {
 def test_what_is_no_partition_is_an_error(clusters):
     tau = {"w": jnp.ones(2)}
     with pytest.raises(ValueError, match="no partition of the 3 tasks"):
-        merge.bases({"w": jnp.zeros(2)}, [tau] * 3, clusters=clusters)
+        merge.basis_vectors({"w": jnp.zeros(2)}, [tau] * 3, clusters=clusters)
     masks = [{"w": jnp.ones(2, bool)}] * 3
     with pytest.raises(ValueError, match="no partition of the 3 tasks"):
         merge.mask_sharing(masks, clusters)
@@ -213,9 +212,9 @@ def test_errors_of_the_clustering():
     taus, params_0 = trees(vectors_with(cosines)), trees(np.zeros((1, 40)))[0]
     halves = dict(clusters=[[0, 1], [2, 3]])
     with pytest.raises(ValueError, match=r"negative is -2; it must be in \[-1, 0\)"):
-        merge.bases(params_0, taus, negative=-2, **halves)
+        merge.basis_vectors(params_0, taus, negative=-2, **halves)
     with pytest.raises(ValueError, match="negative is -0.5, but a partition is used"):
-        merge.bases(params_0, taus, negative=-0.5, **halves)
+        merge.basis_vectors(params_0, taus, negative=-0.5, **halves)
     with pytest.raises(ValueError, match=r"shape \[2, 4\]; expected \[T, T\]"):
         cluster(cosines[:2])
     with pytest.raises(ValueError, match="inside `jit`; pass a partition"):

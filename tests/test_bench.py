@@ -18,7 +18,7 @@ SAME = {
     **{name: OURS[name] for name in ("model_stock", "consensus", "tsv", "iso_c")},
     "emr": lambda params_0, taus: tree.update(
         params_0,
-        jax.tree.map(np.add, params_0, merge.emr(params_0, taus).tau),
+        jax.tree.map(np.add, params_0, merge.emr_masks(params_0, taus).tau),
     ),
     "dare": functools.partial(merge.dare, drop_rate=0.0, coef=0.3, key=merge_ops.KEY),
 }

@@ -7,7 +7,7 @@ import pytest
 from oracles import normal
 
 from jaxarith import merge
-from jaxarith.merge.breadcrumbs import input_axis
+from jaxarith.merge import input_axis
 
 
 def band(tau, beta, gamma):

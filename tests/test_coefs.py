@@ -64,7 +64,7 @@ def general(method, option, **options):
 # A merge and the name of its coefficient.
 MERGES = {
     "task_arithmetic": (merge.task_arithmetic, "coef"),
-    "wise_ft": (lambda p, taus, coef: merge.wise_ft(p, taus[0], coef=coef), "coef"),
+    "wise_ft": (lambda p, taus, coef: merge.wise_ft(p, taus[:1], coef=coef), "coef"),
     "apply": (lambda p, taus, coef: task_vectors.apply(p, taus[0], coef), "coef"),
     "ties": (merge.ties, "coef"),
     "topk": (functools.partial(merge.topk, density=0.5), "coef"),
@@ -72,14 +72,13 @@ MERGES = {
     "slerp": (merge.slerp, "t"),
     "breadcrumbs": (functools.partial(merge.breadcrumbs, beta=0.3), "coef"),
     "dare": (functools.partial(merge.dare, drop_rate=0.3, key=KEY), "coef"),
-    "dare_average": (
-        functools.partial(merge.dare, drop_rate=0.3, into="average", key=KEY),
-        "coef",
-    ),
-    "dare_ties": (
-        functools.partial(merge.dare, drop_rate=0.3, into="ties", key=KEY),
-        "coef",
-    ),
+    "average": (merge.average, "coef"),
+    "karcher": (merge.karcher, "coef"),
+    "model_stock": (merge.model_stock, "coef"),
+    "slerp_coef": (merge.slerp, "coef"),
+    "emr": (merge.emr, "coef"),
+    "wudi": (functools.partial(merge.wudi, matrices=None, in_out="x"), "coef"),
+    "localize_and_stitch": (merge.localize_and_stitch, "coef"),
     "della": (functools.partial(merge.della, key=KEY), "coef"),
     "pcb": (functools.partial(merge.pcb, density=0.5), "coef"),
     "consensus": (functools.partial(merge.consensus, least=1), "coef"),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checks import assert_close
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracles import normal
@@ -18,8 +19,8 @@ KEY = jax.random.key(7)
 SIZE = 100_000
 RANDOM = {
     "dare": functools.partial(merge.dare, drop_rate=0.7),
-    "della": functools.partial(
-        merge.della, drop_rate=0.4, epsilon=0.2, into="task_arithmetic"
+    "magprune": lambda params_0, taus, *, key, coef=1.0: merge.task_arithmetic(
+        params_0, merge.magprune(taus, drop_rate=0.4, epsilon=0.2, key=key), coef=coef
     ),
 }
 every_random = pytest.mark.parametrize("method", RANDOM.values(), ids=RANDOM)
@@ -125,11 +126,12 @@ def test_shards_draw_the_same_numbers(method):
         np.testing.assert_array_equal(left, expected)
 
 
-@pytest.mark.parametrize("method", [merge.dare, merge.della])
-def test_l1_restores_the_sum_of_magnitudes_of_every_leaf(method):
+@pytest.mark.parametrize("sparsify", [merge.drop, merge.magprune])
+def test_l1_restores_the_sum_of_magnitudes_of_every_leaf(sparsify):
     tau = tree_of(0, a=(40, 10), b=(30,))
     tau["c"] = jnp.zeros(30)
-    left = dropped(method, tau, rescale="l1", into="task_arithmetic")
+    [left] = sparsify([tau], rescale="l1", key=KEY)
+    left = jax.tree.map(jnp.asarray, left)
     assert any(np.any((left[path] == 0) & (tau[path] != 0)) for path in "ab")
     for path in tau:
         before, after = np.sum(np.abs(tau[path])), np.sum(np.abs(left[path]))
@@ -180,26 +182,43 @@ def test_magnitude_rescales_leaves_of_several_dtypes_and_tasks():
         np.testing.assert_allclose(merged["w"], np.where(kept, 4 * row, 0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("into", ["task_arithmetic", "average", "ties"])
 @pytest.mark.parametrize(
-    "method", [merge.dare, functools.partial(merge.della, drop_rate=0.5, epsilon=0.2)]
+    "into",
+    [
+        merge.task_arithmetic,
+        merge.average,
+        functools.partial(merge.ties, density=0.3),
+        functools.partial(merge.awd, steps=5),
+        merge.karcher,
+    ],
 )
-def test_the_dropped_vectors_are_merged_by_the_method_of_that_name(method, into):
+@pytest.mark.parametrize(
+    "sparsify", [merge.drop, functools.partial(merge.drop, strategy="magnitude")]
+)
+def test_any_merge_takes_the_dropped_vectors(sparsify, into):
     params_0 = tree_of(0, a=(30,), b=(30,))
     taus = [tree_of(i, a=(30,), b=(30,)) for i in (1, 2, 3)]
-    zeros = jax.tree.map(jnp.zeros_like, params_0)
-    parts = [
-        method(zeros, taus, coef=np.eye(3)[i], into="task_arithmetic", key=KEY)
-        for i in range(3)
-    ]
-    assert all(np.any(part["a"] == 0) for part in parts)
-    options = {"density": 0.3} if into == "ties" else {}
-    expected = getattr(merge, into)(params_0, parts, **options)
-    merged = method(params_0, taus, into=into, density=0.3, key=KEY)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6),
-        *(merged, expected),
+    dropped = sparsify(taus, drop_rate=0.7, key=KEY)
+    arrays = jax.tree.map(jnp.asarray, dropped)
+    assert all(np.mean(left["a"] == 0) > 0.3 for left in arrays)
+    assert_close(into(params_0, dropped), into(params_0, arrays), 1e-6)
+
+
+def test_dropping_composes():
+    taus = [tree_of(1, a=(4000,))]
+    twice = merge.drop(merge.drop(taus, drop_rate=0.5, key=KEY), drop_rate=0.5, key=KEY)
+    again = jax.random.key(8)
+    other = merge.drop(
+        merge.drop(taus, drop_rate=0.5, key=KEY), drop_rate=0.5, key=again
     )
+    share = [np.mean(np.asarray(jnp.asarray(x[0]["a"])) == 0) for x in (twice, other)]
+    np.testing.assert_allclose(share, [0.5, 0.75], atol=0.03)  # the same draws, others
+
+
+def test_values_that_are_not_finite_are_errors_of_the_merge():
+    tau = {"w": jnp.array([1.0, jnp.nan])}
+    with pytest.raises(ValueError, match="task vector 0 has NaN"):
+        merge.ties({"w": jnp.zeros(2)}, merge.drop([tau], key=KEY))
 
 
 def test_nothing_dropped_is_plain_task_arithmetic():
@@ -226,9 +245,6 @@ ERRORS = {
     "NaN": (dict(drop_rate=math.nan), r"drop_rate is nan"),
     "strategy": (dict(strategy="gradient"), "known are random, magnitude"),
     "rescale": (dict(rescale="l2"), "known are inverse, l1, none"),
-    "into": (dict(into="fisher"), "known are task_arithmetic, average, ties"),
-    "density": (dict(into="ties", density=2), r"density is 2; it must be in \(0, 1\]"),
-    "coef of ties": (dict(into="ties", coef=[1, 2]), r"coef has shape \[2\]"),
     "coef": (dict(coef=[1, 2, 3]), r"coef has shape \[3\]"),
 }
 
@@ -240,11 +256,17 @@ def test_wrong_options_are_errors(options, message):
         merge.dare(tau, [tau, tau], key=KEY, **options)
 
 
-@pytest.mark.parametrize("method", [merge.dare, merge.della])
-@pytest.mark.parametrize("options", [{"into": "fisher"}, {"density": 0}])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (merge.dare, {"drop_rate": 1}),
+        (merge.della, {"drop_rate": 1}),
+        (merge.della, {"density": 0}),
+    ],
+)
 def test_wrong_options_are_found_before_the_values_are_read(method, options):
     tau = {"w": jnp.array([1.0, jnp.nan])}
-    with pytest.raises(ValueError, match="into|density"):
+    with pytest.raises(ValueError, match="drop_rate|density"):
         method(tau, [tau], key=KEY, **options)
 
 

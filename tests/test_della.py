@@ -22,7 +22,7 @@ def magprune_probabilities(tau, drop_rate, epsilon):
 
 def dropped(tau, **options):
     zeros = jax.tree.map(jnp.zeros_like, tau)
-    return merge.della(zeros, [tau], into="task_arithmetic", key=KEY, **options)
+    return merge.task_arithmetic(zeros, merge.magprune([tau], key=KEY, **options))
 
 
 @pytest.mark.parametrize("shape", [(3, 40), (1, 2), (5, 257), (40, 64)])
@@ -50,8 +50,8 @@ def test_entries_are_kept_with_the_probability_of_their_rank():
     shares = magprune_probabilities(tau, 0.4, 0.25)[0]
     np.testing.assert_allclose(sorted(shares), [0.35, 0.475, 0.6, 0.725, 0.85])
     assert shares[1] == max(shares)  # the largest entry
-    left = dropped({"w": np.tile(tau, (rows, 1))}, drop_rate=0.4, epsilon=0.25)["w"]
-    left = np.asarray(left)
+    rows_of = {"weight": np.tile(tau, (rows, 1))}
+    left = np.asarray(dropped(rows_of, drop_rate=0.4, epsilon=0.25)["weight"])
     found = np.mean(left != 0, axis=0)
     assert (np.abs(found - shares) < 4 * np.sqrt(shares * (1 - shares) / rows)).all()
     for entry, share, column in zip(tau[0], shares, left.T, strict=True):
@@ -90,10 +90,8 @@ def test_long_rows_of_float16_are_ranked():
 def test_the_default_elects_signs_and_averages_what_agrees():
     params_0 = {"w": jnp.zeros(400)}
     taus = [{"w": jnp.asarray(tau, jnp.float32)} for tau in normal(0, 3, 400)]
-    parts = [
-        merge.della(params_0, taus, into="task_arithmetic", coef=one, key=KEY)
-        for one in np.eye(3)
-    ]
+    pruned = merge.magprune(taus, key=KEY)
+    parts = [merge.task_arithmetic(params_0, pruned, coef=one) for one in np.eye(3)]
     left = np.stack([part["w"] for part in parts])
     sign = np.sign(left.sum(axis=0))
     agree = (left * sign > 0).astype(float)
@@ -116,5 +114,3 @@ def test_an_unknown_option_is_an_error():
     tau = {"w": jnp.ones(4)}
     with pytest.raises(ValueError, match="known are inverse, l1, none"):
         merge.della(tau, [tau], rescale="l2", key=KEY)
-    with pytest.raises(ValueError, match="known are task_arithmetic, average, ties"):
-        merge.della(tau, [tau], into="mean", key=KEY)

@@ -62,7 +62,7 @@ def test_emr_is_the_published_algorithm(preset, oracle):
             tau, masks, scales = oracle(taus)
             total = np.sum([t["a"] for t in taus], axis=0)
             assert np.any((total == 0) & (taus[0]["a"] != 0))  # entries that cancel
-            merged = merge.emr(params_0, taus, preset=preset)
+            merged = merge.emr_masks(params_0, taus, preset=preset)
             jax.tree.map(np.testing.assert_array_equal, merged.tau, tau)
             jax.tree.map(np.testing.assert_array_equal, merged.masks, masks)
             np.testing.assert_allclose(merged.scales, scales, rtol=1e-12)
@@ -74,13 +74,13 @@ def test_emr_is_the_published_algorithm(preset, oracle):
 
 def test_the_presets_differ():
     taus = [leaves(t) for t in range(3)]
-    a, b = (merge.emr(taus[0], taus, preset=p) for p in ("paper", "official"))
+    a, b = (merge.emr_masks(taus[0], taus, preset=p) for p in ("paper", "official"))
     assert np.any(a.scales != b.scales) and np.any(a.tau["a"] != b.tau["a"])
 
 
 def test_the_norm_of_every_task_is_kept():
     taus = [leaves(t) for t in range(3)]
-    merged = merge.emr(taus[0], taus)
+    merged = merge.emr_masks(taus[0], taus)
     for t, tau in enumerate(taus):
         norms = [
             sum(np.abs(leaf).sum() for leaf in jax.tree.leaves(vector))
@@ -94,25 +94,25 @@ def test_vectors_are_kept_exactly_where_supports_are_disjoint():
     taus = [
         {"a": np.where(np.arange(24).reshape(4, 6) % 2 == t, full, 0)} for t in (0, 1)
     ]
-    merged = merge.emr({"a": np.zeros((4, 6))}, taus)
+    merged = merge.emr_masks({"a": np.zeros((4, 6))}, taus)
     for t, tau in enumerate(taus):
         np.testing.assert_allclose(merged.vector(t)["a"], tau["a"], rtol=1e-6)
 
 
 def test_zero_task_vector_has_an_empty_mask_and_scale_zero():
     taus = [{"a": jnp.ones(3)}, {"a": jnp.zeros(3)}]
-    merged = merge.emr({"a": jnp.zeros(3)}, taus)
+    merged = merge.emr_masks({"a": jnp.zeros(3)}, taus)
     np.testing.assert_array_equal(merged.scales, [1, 0])
     np.testing.assert_array_equal(merged.vector(1)["a"], np.zeros(3))
 
 
 def test_bfloat16_vectors_are_merged_in_float32():
     taus = [{"a": jnp.ones(3, jnp.bfloat16)}, {"a": jnp.ones(3, jnp.bfloat16)}]
-    merged = merge.emr({"a": jnp.zeros(3, jnp.bfloat16)}, taus)
+    merged = merge.emr_masks({"a": jnp.zeros(3, jnp.bfloat16)}, taus)
     assert merged.tau["a"].dtype == merged.vector(0)["a"].dtype == jnp.float32
     assert merged.masks[0]["a"].dtype == bool
 
 
 def test_unknown_preset_is_an_error():
     with pytest.raises(ValueError, match="unknown preset 'code'; known are paper"):
-        merge.emr({"a": jnp.zeros(3)}, [{"a": jnp.zeros(3)}], preset="code")
+        merge.emr_masks({"a": jnp.zeros(3)}, [{"a": jnp.zeros(3)}], preset="code")

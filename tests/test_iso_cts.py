@@ -32,49 +32,51 @@ def test_iso_cts_is_the_authors_algorithm(shape, share):
         params_0 = oracles.normal(2, *shape)
         update = authors_iso_cts(taus, share)
         merged = merge.iso_cts(
-            {"w": params_0, "kernel": params_0.T},
-            [{"w": tau, "kernel": tau.T} for tau in taus],
+            {"weight": params_0, "kernel": params_0.T},
+            [{"weight": tau, "kernel": tau.T} for tau in taus],
             **dict(common=share, coef=1.3),
         )
         expected = params_0 + 1.3 * update
-        np.testing.assert_allclose(merged["w"], expected, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(merged["weight"], expected, rtol=1e-9, atol=1e-9)
         # A kernel is stored [input, output]: the transpose of a weight of PyTorch.
         np.testing.assert_allclose(merged["kernel"].T, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_the_side_of_the_outputs_matters():
-    taus = [{"w": oracles.normal(i, 12, 12)} for i in range(3)]
-    params_0 = {"w": np.zeros((12, 12))}
+    taus = [{"weight": oracles.normal(i, 12, 12)} for i in range(3)]
+    params_0 = {"weight": np.zeros((12, 12))}
     as_weight = merge.iso_cts(params_0, taus, common=0.5)
-    as_kernel = merge.iso_cts(params_0, taus, common=0.5, in_out="w")
-    assert np.abs(as_weight["w"] - as_kernel["w"]).max() > 0.01
+    as_kernel = merge.iso_cts(params_0, taus, common=0.5, in_out="weight")
+    assert np.abs(as_weight["weight"] - as_kernel["weight"]).max() > 0.01
 
 
 def test_spectrum_is_flat():
     with jax.enable_x64(True):
-        taus = [{"w": oracles.normal(i, 12, 15)} for i in range(3)]
-        merged = merge.iso_cts({"w": np.zeros((12, 15))}, taus, common=0.5)
-        spectrum = np.linalg.svd(merged["w"], compute_uv=False)
+        taus = [{"weight": oracles.normal(i, 12, 15)} for i in range(3)]
+        merged = merge.iso_cts({"weight": np.zeros((12, 15))}, taus, common=0.5)
+        spectrum = np.linalg.svd(merged["weight"], compute_uv=False)
         np.testing.assert_allclose(spectrum, spectrum.mean(), rtol=1e-10)
 
 
 @pytest.mark.parametrize(("shape", "common"), [((12, 15), 1.0), ((1, 5), 0.8)])
 def test_without_room_for_the_tasks_it_is_iso_c(shape, common):
-    taus = [{"w": oracles.normal(i, *shape)} for i in range(3)]
-    params_0 = {"w": np.zeros(shape)}
+    taus = [{"weight": oracles.normal(i, *shape)} for i in range(3)]
+    params_0 = {"weight": np.zeros(shape)}
     merged = merge.iso_cts(params_0, taus, common=common)
-    np.testing.assert_array_equal(merged["w"], merge.iso_c(params_0, taus)["w"])
+    np.testing.assert_array_equal(
+        merged["weight"], merge.iso_c(params_0, taus)["weight"]
+    )
 
 
 def test_more_task_vectors_than_fit_leave_no_negative_common_space():
-    taus = [{"w": oracles.normal(i, 5, 5)} for i in range(3)]
-    merged = merge.iso_cts({"w": np.zeros((5, 5))}, taus, common=0.0)
-    spectrum = np.linalg.svd(merged["w"], compute_uv=False)
+    taus = [{"weight": oracles.normal(i, 5, 5)} for i in range(3)]
+    merged = merge.iso_cts({"weight": np.zeros((5, 5))}, taus, common=0.0)
+    spectrum = np.linalg.svd(merged["weight"], compute_uv=False)
     np.testing.assert_allclose(spectrum, spectrum.mean(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("common", [-0.1, 1.1, float("nan")])
 def test_share_out_of_range_is_an_error(common):
-    tau = {"w": np.ones((2, 2))}
+    tau = {"weight": np.ones((2, 2))}
     with pytest.raises(ValueError, match=r"common is .*; it must be in \[0, 1\]"):
         merge.iso_cts(tau, [tau], common=common)

@@ -30,10 +30,15 @@ def of_all_tasks(method, params_0, taus):
     return merge.task_arithmetic(params_0, vectors)
 
 
+def ties_of_dropped(params_0, taus):
+    """DARE with TIES."""
+    return merge.ties(params_0, merge.drop(taus, drop_rate=0.5, key=KEY))
+
+
 def mean_of_bases(params_0, taus):
     """The mean of bases that are themselves means, with one cluster of two tasks."""
     clusters = [[0, *range(2, len(taus))], [1]] if len(taus) > 1 else [[0]]
-    found = merge.bases(params_0, taus, clusters=clusters)
+    found = merge.basis_vectors(params_0, taus, clusters=clusters)
     return merge.average(params_0, found.vectors)
 
 
@@ -75,10 +80,11 @@ MERGES = {
     "topk": functools.partial(merge.topk, density=0.3),
     "breadcrumbs": functools.partial(merge.breadcrumbs, beta=0.3, gamma=0.9),
     "dare": functools.partial(merge.dare, drop_rate=0.5, key=KEY),
-    "dare_ties": functools.partial(merge.dare, drop_rate=0.5, into="ties", key=KEY),
+    "dare_ties": ties_of_dropped,
     "della": functools.partial(merge.della, key=KEY),
     "pcb": functools.partial(merge.pcb, density=0.5),
-    "emr": functools.partial(of_all_tasks, merge.emr),
+    "emr": merge.emr,
+    "emr_masks": functools.partial(of_all_tasks, merge.emr_masks),
     "tall_masks": functools.partial(of_all_tasks, merge.tall_masks),
     "consensus": merge.consensus,
     "consensus_ties": functools.partial(merge.consensus, of="ties", density=0.5),
@@ -86,7 +92,7 @@ MERGES = {
     "iso_c": merge.iso_c,
     "iso_cts": functools.partial(merge.iso_cts, common=0.4),
     "wudi": functools.partial(merge.wudi, matrices=None, steps=20),
-    "wudi_closed": functools.partial(merge.wudi, matrices=None, method="closed"),
+    "wudi_closed": functools.partial(merge.wudi, matrices=None, solver="closed"),
     "fisher": fisher_of_squares,
     "regmean": regmean_of_products,
 }
@@ -104,14 +110,15 @@ GIVE_ONE_TASK_BACK = {
     "breadcrumbs": functools.partial(merge.breadcrumbs, beta=0, gamma=1, coef=1.0),
     "dare": functools.partial(merge.dare, drop_rate=0, key=KEY),
     "della": functools.partial(merge.della, drop_rate=0, epsilon=0, key=KEY),
-    "emr": functools.partial(of_all_tasks, merge.emr),
+    "emr": merge.emr,
+    "emr_masks": functools.partial(of_all_tasks, merge.emr_masks),
     "tall_masks": functools.partial(of_all_tasks, merge.tall_masks),
     "consensus": functools.partial(merge.consensus, least=1),
     "tsv": merge.tsv,
     "fisher": fisher_of_squares,
     "wudi": functools.partial(merge.wudi, matrices=None, others="average"),
     "wudi_closed": functools.partial(
-        merge.wudi, matrices=None, others="average", method="closed"
+        merge.wudi, matrices=None, others="average", solver="closed"
     ),
     "regmean": regmean_of_products,
     "bases": mean_of_bases,

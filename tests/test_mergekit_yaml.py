@@ -346,7 +346,7 @@ def test_bases_are_the_means_of_clusters(base):
     given = {"clusters": 2, "coef": 0.5}
     asked = request("bases", 3, parameters=given, base="base")
     params = merge_recipe.build(asked).merge(base, taus)
-    found = merge.bases(base, taus, clusters=2)
+    found = merge.basis_vectors(base, taus, clusters=2)
     assert found.clusters == [[0, 2], [1]]
     expected = merge.task_arithmetic(base, found.vectors, coef=0.5)
     for name in NAMES:

@@ -315,7 +315,7 @@ def test_mean_of_means_is_the_average_of_the_basis_vectors():
     taus = [{"w": rng.normal(size=(4, 3)).astype(np.float32)} for _ in range(5)]
     clusters = [[0, 3, 4], [1], [2]]
     found = figure7.mean_of_means(params_0, taus, clusters)["w"]
-    bases = merge.bases(params_0, taus, clusters=clusters).vectors
+    bases = merge.basis_vectors(params_0, taus, clusters=clusters).vectors
     expected = merge.average(params_0, bases)["w"]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     means = [np.mean([taus[i]["w"] for i in c], axis=0) for c in clusters]

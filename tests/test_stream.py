@@ -16,12 +16,15 @@ METHODS = {
     "average": functools.partial(merge.average, weights=[1, 2, 3]),
     "task_arithmetic": functools.partial(merge.task_arithmetic, coef=0.3),
     "ties": merge.ties,
-    "ties_tensor": functools.partial(merge.ties, preset="mergekit", density=0.3),
+    "ties_tensor": functools.partial(merge.ties, trim="tensor", density=0.3),
     "awd": functools.partial(merge.awd, steps=30),
     "awd_layer": functools.partial(merge.awd, steps=30, scope="layer"),
     "awd_adam": functools.partial(merge.awd, steps=5, solver="adam"),
     "dare": functools.partial(merge.dare, key=KEY),
-    "dare_l1": functools.partial(merge.dare, key=KEY, rescale="l1", into="ties"),
+    "dare_l1": lambda params_0, taus: merge.ties(
+        params_0, merge.drop(taus, key=KEY, rescale="l1")
+    ),
+    "dare_magnitude": functools.partial(merge.dare, strategy="magnitude"),
     "della": functools.partial(merge.della, key=KEY),
     "breadcrumbs": merge.breadcrumbs,
     "consensus": merge.consensus,

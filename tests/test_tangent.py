@@ -257,3 +257,34 @@ def test_integer_leaves_stay_where_they_are():
     start = {"w": jnp.array(3.0), "steps": jnp.array(1)}
     moved = {"w": jnp.array(4.0), "steps": jnp.array(1)}
     np.testing.assert_allclose(tangent.linearize(f, start)(moved, 2.0), 31.0)
+
+
+def with_classes(params, x, *, scale=1.0):
+    logits = jnp.sin(x @ params["w"]) * scale
+    return {"logits": logits, "class": logits.argmax(-1), "seen": x > 0}
+
+
+@pytest.mark.parametrize("product_dtype", [None, "float32"])
+def test_integer_outputs_are_those_of_the_start_and_options_are_passed_on(
+    product_dtype,
+):
+    params_0, x = {"w": jnp.eye(3)}, jnp.arange(6.0).reshape(2, 3)
+    params = {"w": 1.5 * jnp.eye(3)}
+    linear = tangent.linearize(with_classes, params_0, product_dtype=product_dtype)
+    for call in (linear, jax.jit(linear, static_argnames="scale")):
+        found = call(params, x, scale=2.0)
+        expected = 2 * (jnp.sin(x) + jnp.cos(x) * 0.5 * x)
+        np.testing.assert_allclose(found["logits"], expected, rtol=1e-5, atol=1e-6)
+        start = with_classes(params_0, x)
+        np.testing.assert_array_equal(found["class"], start["class"])
+        np.testing.assert_array_equal(found["seen"], start["seen"])
+
+
+def test_many_tangents_of_integer_outputs_are_of_float0():
+    params_0, x = {"w": jnp.eye(3)}, jnp.arange(6.0).reshape(2, 3)
+    for wrap in (lambda f: f, jax.jit):
+        outputs = wrap(lambda p: tangent.jvps(with_classes, p, [p, p], x)[0])(params_0)
+        assert outputs["class"].dtype == jnp.int32
+    _, tangents = tangent.jvps(with_classes, params_0, [params_0, params_0], x)
+    assert tangents["class"].shape == (2, 2)
+    assert tangents["class"].dtype == jax.dtypes.float0

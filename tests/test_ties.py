@@ -118,14 +118,16 @@ def mergekit_ties(tau_leaves, weights, density):
 
 
 @pytest.mark.parametrize("density", [0.01, 0.4, 1.0])
-def test_the_preset_of_mergekit_trims_every_tensor(density):
+def test_mergekits_definition_trims_every_tensor(density):
     taus = oracles.normal(0, 3, SIZE).astype(np.float32)
     taus[:, 30] = [0.5, -0.25, 0]  # cancels under the weights: its sign is positive
     weights = np.array([1.0, 2.0, 0.5])
-    merged = merge.ties(
+    merged = merge.mergekit.generalized_task_arithmetic(
         cut(np.zeros(SIZE, np.float32)),
         [cut(tau) for tau in taus],
-        **dict(preset="mergekit", density=density, weights=weights),
+        method="ties",
+        density=density,
+        weight=weights,
     )
     leaves = [taus[:, :24], taus[:, 24:25], taus[:, 25:]]
     expected = [mergekit_ties(leaf, weights, density) for leaf in leaves]

@@ -146,12 +146,14 @@ def merged(setup: roberta_glue.Setup, taus, config: Config) -> dict[str, tuple]:
     """The merges but AWD: a vector, and the candidates of its coefficient."""
     params_0, parts = setup.params_0, roberta_glue.encoders(taus)
     key = jax.random.key(config.seed)
-    dare = {"drop_rate": config.drop_rate, "density": config.density, "key": key}
+    dropped = merge.drop(parts, drop_rate=config.drop_rate, key=key)
     models = {
         "Weight Averaging": merge.average(params_0, parts),
         "Ties-Merging": merge.ties(params_0, parts, density=config.density, coef=1.0),
-        "Task Arithmetic (w/ DARE)": merge.dare(params_0, parts, **dare),
-        "Ties-Merging (w/ DARE)": merge.dare(params_0, parts, into="ties", **dare),
+        "Task Arithmetic (w/ DARE)": merge.task_arithmetic(params_0, dropped),
+        "Ties-Merging (w/ DARE)": merge.ties(
+            params_0, dropped, density=config.density, coef=1.0
+        ),
     }
     paths = [path for part in parts[:1] for path in tree.flatten(part)]
     vectors = {

@@ -53,13 +53,19 @@ def halves(params_0, taus):
 
 
 KEY = jax.random.key(0)
+
+
+def dare_ties(params_0, taus):
+    return merge.ties(params_0, merge.drop(taus, key=KEY))
+
+
 METHODS = {
     "average": Method(merge.average),
     "task_arithmetic": Method(functools.partial(merge.task_arithmetic, coef=0.3)),
     "ties": Method(functools.partial(merge.ties, density=0.2)),
     "ties_tensor": Method(functools.partial(merge.ties, density=0.2, trim="tensor")),
     "dare": Method(functools.partial(merge.dare, drop_rate=0.9, coef=0.3, key=KEY)),
-    "dare_ties": Method(functools.partial(merge.dare, into="ties", key=KEY)),
+    "dare_ties": Method(dare_ties),
     "della": Method(functools.partial(merge.della, key=KEY), slow=True),
     "breadcrumbs": Method(merge.breadcrumbs),
     "magmax": Method(functools.partial(merge.magmax, coef=0.5)),
@@ -68,13 +74,15 @@ METHODS = {
     "model_stock": Method(merge.model_stock),
     "karcher": Method(merge.karcher),
     "slerp": Method(merge.slerp, tasks=2),
-    "wise_ft": Method(lambda params_0, taus: merge.wise_ft(params_0, taus[0]), tasks=1),
+    "wise_ft": Method(merge.wise_ft, tasks=1),
     "pcb": Method(merge.pcb),
-    "emr": Method(merge.emr),
+    "emr_masks": Method(merge.emr_masks),
     "tall_masks": Method(merge.tall_masks),
     "consensus": Method(functools.partial(merge.consensus, coef=0.3)),
     "awd": Method(merge.awd),
-    "bases": Method(lambda *args: merge.bases(*args, clusters=halves(*args)).vectors),
+    "bases": Method(
+        lambda *args: merge.basis_vectors(*args, clusters=halves(*args)).vectors
+    ),
     "iso_c": Method(merge.iso_c, slow=True),
     "iso_cts": Method(merge.iso_cts, slow=True),
     "tsv": Method(merge.tsv, slow=True),

@@ -6,6 +6,7 @@ gather small statistics of all leaves where the method needs them. Sums are take
 float32 or better and cast once, to the dtype of `params_0`.
 """
 
+from jaxarith.merge._matrices import input_axis as input_axis
 from jaxarith.merge.adamerging import AdaMerging as AdaMerging
 from jaxarith.merge.adamerging import adamerging as adamerging
 from jaxarith.merge.adamerging_tangent import adamerging_tangent as adamerging_tangent
@@ -13,6 +14,7 @@ from jaxarith.merge.average import average as average
 from jaxarith.merge.awd import awd as awd
 from jaxarith.merge.bases import Bases as Bases
 from jaxarith.merge.bases import bases as bases
+from jaxarith.merge.bases import basis_vectors as basis_vectors
 from jaxarith.merge.bases_arithmetic import Generalization as Generalization
 from jaxarith.merge.bases_arithmetic import bases_generalization as bases_generalization
 from jaxarith.merge.bases_arithmetic import bases_negation as bases_negation
@@ -20,7 +22,10 @@ from jaxarith.merge.breadcrumbs import breadcrumbs as breadcrumbs
 from jaxarith.merge.consensus import consensus as consensus
 from jaxarith.merge.dare import dare as dare
 from jaxarith.merge.della import della as della
+from jaxarith.merge.della import magprune as magprune
+from jaxarith.merge.drop import drop as drop
 from jaxarith.merge.emr import emr as emr
+from jaxarith.merge.emr import emr_masks as emr_masks
 from jaxarith.merge.fisher import fisher as fisher
 from jaxarith.merge.fisher import fisher_diagonal as fisher_diagonal
 from jaxarith.merge.greedy_soup import GreedySoup as GreedySoup

@@ -315,7 +315,7 @@ def adam(
 
 
 def _wide(row):
-    return jnp.promote_types(jnp.result_type(*row), jnp.float32)
+    return tree.wide_dtype(*row)
 
 
 def _widened(row):

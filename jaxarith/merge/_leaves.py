@@ -6,8 +6,9 @@ its input and its result.
 """
 
 import functools
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, get_args, overload
+from typing import Any, TypeVar, cast, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +33,14 @@ def check(params_0: Params, taus: Taus, least: int = 1) -> None:
 
 def check_fit(params_0: Params, taus: Taus, least: int = 1) -> None:
     """The part of `check` that reads no values: structure, shapes and number."""
-    if not isinstance(taus, list | tuple) or hasattr(taus, "_fields"):
-        kind = type(taus).__name__
-        raise ValueError(
-            f"merging needs a list of task vectors; found one tree, a {kind}."
-        )
-    if not taus:
-        raise ValueError("merging needs a list of task vectors; found an empty list.")
+    check_list(taus)
     movable = tree.floating(params_0)
+    for path, leaf in tree.flatten(movable).items():
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+            raise ValueError(
+                f"{path} is {jnp.result_type(leaf)}; merges take real numbers. Put the "
+                "real and the imaginary part in two leaves."
+            )
     for i, tau in enumerate(taus):
         tree.check_part(
             tau, movable, f"task vector {i}", "floating-point pre-trained parameters"
@@ -50,6 +51,17 @@ def check_fit(params_0: Params, taus: Taus, least: int = 1) -> None:
         raise ValueError(
             f"this method merges at least {least} task vectors; found {len(taus)}."
         )
+
+
+def check_list(taus: Taus) -> None:
+    """The part of `check` that looks at no leaf: a list with task vectors."""
+    if not isinstance(taus, list | tuple) or hasattr(taus, "_fields"):
+        kind = type(taus).__name__
+        raise ValueError(
+            f"merging needs a list of task vectors; found one tree, a {kind}."
+        )
+    if not taus:
+        raise ValueError("merging needs a list of task vectors; found an empty list.")
 
 
 def check_values(params_0: Params, taus: Taus) -> None:
@@ -107,7 +119,7 @@ def leaf_function(
     @functools.wraps(function)
     def in_float32(leaf_0, taus, *args, **options):
         dtype = jnp.result_type(leaf_0)
-        wide = jnp.promote_types(jnp.result_type(leaf_0, *taus), jnp.float32)
+        wide = tree.wide_dtype(leaf_0, *taus)
         start, *moves = (jnp.asarray(leaf, wide) for leaf in (leaf_0, *taus))
         return function(start, tuple(moves), *args, **options).astype(dtype)
 
@@ -127,7 +139,9 @@ def fold(
 ) -> Params:
     """`merge_leaf(leaf_0, taus, *args, **options)` on every leaf that a tau has.
 
-    Leaves that no task vector has, or that have no entries, stay as they are.
+    Leaves that no task vector has, or that have no entries, stay as they are. Running
+    statistics of normalisation layers are averaged: the sum of two models' variances is
+    that of no model.
 
     Args:
       merge_leaf: a `leaf_function`.
@@ -136,22 +150,58 @@ def fold(
       *args: statistics; of a dict, the entry of the leaf's path.
       **options: the static arguments of `merge_leaf`.
     """
+
+    def leaf(path, leaf_0, row):
+        if _RUNNING.fullmatch(path):
+            return _mean(leaf_0, row)
+        of_leaf = (at(arg, path) for arg in args)
+        return merge_leaf(leaf_0, row, *of_leaf, **options)
+
+    return _each(leaf, params_0, taus)
+
+
+def fold_all(
+    merge_leaf: Callable[..., Any],
+    params_0: Params,
+    taus: Taus | Mapping[str, tuple],
+    *args: Any,
+    **options: Any,
+) -> Params:
+    """`fold` of a mean of models, in which running statistics need no exception."""
+
+    def leaf(path, leaf_0, row):
+        return merge_leaf(leaf_0, row, *(at(arg, path) for arg in args), **options)
+
+    return _each(leaf, params_0, taus)
+
+
+def _each(function, params_0, taus):
     rows = taus if isinstance(taus, Mapping) else tree.aligned(taus)
 
     def leaf(path, leaf_0):
         if path not in rows or not jnp.size(leaf_0):
             return leaf_0
-        of_leaf = (at(arg, path) for arg in args)
         row = rows[path]  # a base in a file was read for the differences to it
-        merged = merge_leaf(lazy.read(leaf_0), row, *of_leaf, **options)
+        merged = function(path, lazy.read(leaf_0), row)
         return tree.sharded_like(tree.settled(merged), leaf_0)
 
     return tree.map_with_path(leaf, params_0)
 
 
+# Of BatchNorm in Linen, NNX and PyTorch, and of Haiku's moving averages.
+_RUNNING = re.compile(
+    r"(.*/)?batch_stats/.*|(.*[/.])?(running_)?(mean|var)(/value)?|.*/(mean|var)_ema/.*"
+)
+
+
+@leaf_function
+def _mean(leaf_0, taus):
+    return leaf_0 + sum(taus) / len(taus)
+
+
 def widened(leaf: jax.Array) -> jax.Array:
     """The leaf in float32 or better."""
-    return jnp.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
+    return jnp.asarray(leaf, tree.wide_dtype(leaf))
 
 
 def at(statistic: Any, path: str) -> Any:
@@ -174,26 +224,54 @@ class Mapped(Mapping):
     def __init__(
         self, function: Callable[..., tuple], rows: Mapping[str, tuple], *args: Any
     ):
-        self._function, self._rows, self._args = function, rows, args
+        self._function, self.rows, self.args = function, rows, args
 
     def __getitem__(self, path: str) -> tuple:
-        args = (at(arg, path) for arg in self._args)
+        args = (at(arg, path) for arg in self.args)
         # Without waiting, the results of many leaves would be allocated ahead.
-        return jax.block_until_ready(self._function(self._rows[path], *args))
+        return jax.block_until_ready(self._function(self.rows[path], *args))
 
     def __contains__(self, path) -> bool:
-        return path in self._rows  # that of `Mapping` would compute the row
+        return path in self.rows  # that of `Mapping` would compute the row
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
+        return iter(self.rows)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     @property
     def unmapped(self) -> Mapping[str, tuple]:
         """The leaves before the function, which has their shapes, at no cost."""
-        return unmapped(self._rows)
+        return unmapped(self.rows)
+
+
+def is_traced(rows: Mapping[str, tuple], *others: Any) -> bool:
+    """Whether a transformation traces leaves by path, or what else they depend on."""
+    while isinstance(rows, Mapped):
+        others, rows = (*others, rows.args), rows.rows
+    return tree.is_traced(dict(unmapped(rows)), others)
+
+
+F = TypeVar("F", bound=Callable)
+
+
+def at_once(function: F) -> F:
+    """Makes `function(rows, ...)` compute at once what it can, whatever surrounds it.
+
+    Inside a transformation JAX would record a computation even with arrays that are
+    known, such as task vectors that the transformed function closes over. Passes that
+    gather statistics look at their results, and use them as Python values.
+    """
+
+    @functools.wraps(function)
+    def computed(rows, *args):
+        if is_traced(rows, args):
+            return function(rows, *args)
+        with jax.ensure_compile_time_eval():
+            return function(rows, *args)
+
+    return cast(F, computed)
 
 
 def unmapped(rows: Mapping[str, tuple]) -> Mapping[str, tuple]:

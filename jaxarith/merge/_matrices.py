@@ -6,12 +6,21 @@ are differentiated as :math:`\\operatorname{diag}(U^\\top M V)`, which is exact.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from jaxarith import tree
 from jaxarith.merge import _leaves
+
+# The last part of a path says which side of a matrix its inputs are on: `kernel` of
+# Flax and `w` of Haiku are [input, output]; `weight` of PyTorch and Equinox, and rows
+# of embeddings, are [output, input]. Arrays of NNX have `value` behind their names.
+_IN_OUT = re.compile(r"(.*[/.])?(kernel|w)(/value)?")
+_OUT_IN = re.compile(r"(.*[/.])?(weight|embeddings?)(/value)?")
+NO_EMBEDDING = r"(?!.*embed).*"  # matrices that something is multiplied with
 
 
 def which(rows: Mapping[str, tuple], pattern: str | None) -> dict[str, bool]:
@@ -25,7 +34,7 @@ def which(rows: Mapping[str, tuple], pattern: str | None) -> dict[str, bool]:
       ValueError: there are 2-D leaves, and none of their paths matches.
     """
     rows = _leaves.unmapped(rows)
-    planes = [path for path, row in rows.items() if jnp.ndim(row[0]) == 2]
+    planes = [p for p, row in rows.items() if jnp.ndim(row[0]) == 2 if row[0].size]
     found = {p for p in planes if pattern is None or re.fullmatch(pattern, p)}
     if planes and not found:
         raise ValueError(
@@ -36,14 +45,39 @@ def which(rows: Mapping[str, tuple], pattern: str | None) -> dict[str, bool]:
     return {path: path in found for path in rows}
 
 
-def which_in_out(paths: Iterable[str], pattern: str) -> dict[str, bool]:
+def which_in_out(
+    are_matrices: Mapping[str, bool], pattern: str | None, method: str
+) -> dict[str, bool]:
     """Whether each matrix is stored as [input, output]: an argument of `fold`.
 
     Args:
-      paths: paths of all leaves.
-      pattern: a regular expression of whole slash paths.
+      are_matrices: by path, whether a leaf is merged as a matrix.
+      pattern: a regular expression of whole slash paths; None goes by the names.
+      method: the method that depends on it, which a warning names.
     """
-    return {path: bool(re.fullmatch(pattern, path)) for path in paths}
+    if pattern is not None:
+        return {path: bool(re.fullmatch(pattern, path)) for path in are_matrices}
+    unknown = [
+        path
+        for path, is_matrix in are_matrices.items()
+        if is_matrix and not (_IN_OUT.fullmatch(path) or _OUT_IN.fullmatch(path))
+    ]
+    if unknown:
+        warnings.warn(
+            f"{method} merges {', '.join(tree.first_few(unknown, most=3))} as [output, "
+            "input]: their names do not say. Give in_out, a pattern of the paths of "
+            "matrices that are [input, output]; in_out='(?!)' says that none is.",
+            stacklevel=3,
+        )
+    return {path: bool(_IN_OUT.fullmatch(path)) for path in are_matrices}
+
+
+def input_axis(path: str) -> int:
+    """The axis along which the rows of a PyTorch weight run: over a layer's inputs.
+
+    A Flax `kernel` is that weight transposed.
+    """
+    return -2 if _IN_OUT.fullmatch(path) else -1
 
 
 def as_out_in(merge: Callable, taus: Sequence[jax.Array], is_in_out: bool) -> jax.Array:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from jaxarith import tree
 from jaxarith.merge import _leaves
@@ -25,6 +24,7 @@ WHOLE = 2**21  # entries up to which one program does all passes over a leaf
 JOINED = 2**21  # entries of all vectors up to which NumPy selects among them
 
 
+@_leaves.at_once
 def kth_magnitudes(rows: Mapping[str, tuple], rank: int | Array) -> jax.Array:
     """The `rank`-th smallest magnitude of each vector; 0 for rank 0.
 
@@ -39,9 +39,9 @@ def kth_magnitudes(rows: Mapping[str, tuple], rank: int | Array) -> jax.Array:
       ValueError: a leaf has 2^31 entries or more, which an int32 cannot count; or the
         vectors have, and `jit` is tracing them.
     """
-    known = _leaves.unmapped(rows)
+    known, traced = _leaves.unmapped(rows), _leaves.is_traced(rows)
     size = sum(row[0].size for row in known.values())
-    counted = size if _traced(known) else max(row[0].size for row in known.values())
+    counted = size if traced else max(row[0].size for row in known.values())
     if counted >= 2**31:
         raise ValueError(
             f"{counted} entries to count; at most 2^31 - 1 are counted in a leaf, and "
@@ -49,20 +49,22 @@ def kth_magnitudes(rows: Mapping[str, tuple], rank: int | Array) -> jax.Array:
         )
     tasks = len(next(iter(known.values())))
     leaves = [leaf for row in known.values() for leaf in row]
-    dtype = jnp.result_type(jnp.float32, *leaves)
+    dtype = tree.wide_dtype(*leaves)
     if isinstance(rank, int) and not rank:
         return jnp.zeros(tasks, dtype)
-    xp, whole = (jnp, jnp.int32) if _traced(known, rank) else (np, np.int64)
+    traced = traced or tree.is_traced(rank)
+    xp, whole = (jnp, jnp.int32) if traced else (np, np.int64)
     ranks: Any = xp.broadcast_to(xp.asarray(rank, whole), (tasks,))
-    if size * tasks <= JOINED and all(map(_is_here, [*leaves, rank])):
+    here = (getattr(leaf, "is_fully_addressable", True) for leaf in leaves)
+    if size * tasks <= JOINED and not traced and all(here):
         return _selected(rows, ranks, dtype)
     guess = None
     if size > LARGE:
         sample = {path: tuple(map(_sample, rows[path])) for path in rows}
         drawn = sum(row[0].size for row in sample.values())
         near = (ranks / size * drawn).round().clip(1, drawn).astype(whole)
-        guess = _search(sample, near, dtype)
-    return _search(rows, ranks, dtype, guess)
+        guess = _search(sample, near, dtype, traced)
+    return _search(rows, ranks, dtype, traced, guess)
 
 
 def kth_of_leaf(row: tuple, rank: int | Array) -> jax.Array:
@@ -85,18 +87,12 @@ def _kth_of_leaf(row, rank):
     return kth_magnitudes({"leaf": row}, rank if row[0].size else 0)
 
 
-def _is_here(leaf) -> bool:
-    """Whether this process knows all values of a leaf."""
-    return not isinstance(leaf, Tracer) and getattr(leaf, "is_fully_addressable", True)
-
-
 def _selected(rows, ranks, dtype):
     """The same by NumPy, in memory for all entries."""
-    with jax.ensure_compile_time_eval():  # what `jit` closes over is known, too
-        flat = [
-            [np.abs(np.asarray(jnp.asarray(leaf, dtype))).reshape(-1) for leaf in row]
-            for row in rows.values()
-        ]
+    flat = [
+        [np.abs(np.asarray(jnp.asarray(leaf, dtype))).reshape(-1) for leaf in row]
+        for row in rows.values()
+    ]
     vectors = map(np.concatenate, zip(*flat, strict=True))
     # Rank 0 is 0; the smallest has rank 1.
     found = [
@@ -106,12 +102,6 @@ def _selected(rows, ranks, dtype):
     return jnp.asarray(found, dtype)
 
 
-def _traced(*values) -> bool:
-    """Whether `jit` is tracing any of the arrays."""
-    leaves = jax.tree.leaves([dict(v) if isinstance(v, Mapping) else v for v in values])
-    return any(isinstance(leaf, Tracer) for leaf in leaves)
-
-
 def _sample(leaf):
     """Every 64th row of a leaf, or of its longest axis if it has few rows."""
     if leaf.ndim and leaf.shape[0] < SAMPLE:
@@ -119,7 +109,7 @@ def _sample(leaf):
     return leaf[::SAMPLE] if leaf.ndim else leaf
 
 
-def _search(rows, rank, dtype, guess=None):
+def _search(rows, rank, dtype, traced, guess=None):
     """Narrows the bracket of the `rank`-th smallest magnitude down to it.
 
     NumPy keeps the bracket, whose counts may need 64 bits, unless `jit` is tracing.
@@ -129,7 +119,6 @@ def _search(rows, rank, dtype, guess=None):
     size = sum(row[0].size for row in known.values())
     bits = jnp.int64 if dtype == jnp.float64 else jnp.int32
     largest = np.array(np.inf, dtype).view(bits)
-    traced = _traced(known, rank)
     xp, whole = (jnp, jnp.int32) if traced else (np, np.int64)
     found = _Bracket(
         xp.zeros(tasks, bits),

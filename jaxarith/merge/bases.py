@@ -27,7 +27,8 @@ from jax.core import Tracer
 from jaxarith import task_vectors, tree
 from jaxarith.merge import _leaves
 from jaxarith.merge.average import average
-from jaxarith.typing import Array, Params, Taus, Tree
+from jaxarith.merge.task_arithmetic import task_arithmetic
+from jaxarith.typing import Array, Coef, Params, Taus, Tree
 
 
 class Bases(NamedTuple):
@@ -48,6 +49,45 @@ def bases(
     params_0: Params,
     taus: Taus,
     *,
+    coef: Coef = 1.0,
+    inner: Callable[[Tree, Sequence[Tree]], Tree] = average,
+    outer: Callable[..., Tree] = task_arithmetic,
+    clusters: int | Sequence[Sequence[int]] | None = None,
+    negative: float | None = None,
+    seed: int = 0,
+) -> Params:
+    """Merges the basis vectors of task vectors: the paper's addition.
+
+    Args:
+      params_0: pre-trained parameters.
+      taus: T task vectors. A leaf that one lacks counts as zero.
+      coef: the coefficient of the outer merge.
+      inner, clusters, negative, seed: as for `basis_vectors`.
+      outer: a merge of the basis vectors, `outer(params_0, vectors, coef=coef)`.
+
+    Returns:
+      Parameters with the structure and dtypes of `params_0`.
+
+    Raises:
+      ValueError: as for `basis_vectors` and `outer`.
+      ImportError: scikit-learn is missing.
+
+    Example:
+      >>> params_0 = {"w": jnp.zeros(3)}
+      >>> taus = [{"w": jnp.array(w)} for w in ([4.0, 0, 0], [2.0, 0, 1], [0.0, 2, 0])]
+      >>> print(bases(params_0, taus, coef=0.5)["w"])
+      [1.5  1.   0.25]
+    """
+    found = basis_vectors(
+        params_0, taus, inner=inner, clusters=clusters, negative=negative, seed=seed
+    )
+    return outer(params_0, found.vectors, coef=coef)
+
+
+def basis_vectors(
+    params_0: Params,
+    taus: Taus,
+    *,
     inner: Callable[[Tree, Sequence[Tree]], Tree] = average,
     clusters: int | Sequence[Sequence[int]] | None = None,
     negative: float | None = None,
@@ -55,7 +95,7 @@ def bases(
 ) -> Bases:
     """Clusters task vectors and merges every cluster into a basis vector.
 
-    Any merge of the basis vectors is the paper's addition: see the example.
+    Any merge of the basis vectors is the paper's addition, as `bases` does it.
 
     Args:
       params_0: pre-trained parameters.
@@ -80,14 +120,11 @@ def bases(
       ImportError: scikit-learn is missing.
 
     Example:
-      >>> from jaxarith import merge
       >>> params_0 = {"w": jnp.zeros(3)}
       >>> taus = [{"w": jnp.array(w)} for w in ([4.0, 0, 0], [2.0, 0, 1], [0.0, 2, 0])]
-      >>> found = bases(params_0, taus)
-      >>> found.clusters
-      [[0, 1], [2]]
-      >>> print(merge.task_arithmetic(params_0, found.vectors, coef=0.5)["w"])
-      [1.5  1.   0.25]
+      >>> found = basis_vectors(params_0, taus)
+      >>> print(found.clusters, found.vectors[0]["w"])
+      [[0, 1], [2]] [3.  0.  0.5]
     """
     _leaves.check(params_0, taus)
     _check_negative(negative)
@@ -116,7 +153,7 @@ def bases(
 def _widened(_, leaf):
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
         return leaf
-    return jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32))
+    return jnp.asarray(leaf, tree.wide_dtype(leaf))
 
 
 def cluster(
@@ -133,7 +170,7 @@ def cluster(
     Args:
       cosines: `[T, T]`.
       clusters: how many. None takes the number from the eigengap.
-      negative, seed: as for `bases`.
+      negative, seed: as for `basis_vectors`.
 
     Returns:
       The members of every cluster, ascending, in the order of the first members. It is

@@ -39,7 +39,7 @@ def bases_negation(
 
     Args:
       params_0: pre-trained parameters.
-      vectors: m basis vectors, as of `bases`.
+      vectors: m basis vectors, as of `basis_vectors`.
       tau: the task vector of the task to forget, possibly of few training steps.
       coef: the coefficient α: one number, or one by path.
 
@@ -93,7 +93,7 @@ def similarities(vectors: Sequence[Tree], tau: Params) -> jax.Array:
 @jax.jit
 def _products(row):
     """Of one leaf of `tau` and the vectors: ⟨x, x⟩ of all, then ⟨tau, x⟩ of those."""
-    dtype = jnp.promote_types(jnp.result_type(*row), jnp.float32)
+    dtype = tree.wide_dtype(*row)
     tau, *vectors = (jnp.asarray(leaf, dtype) for leaf in row)
     squares = [x * x for x in (tau, *vectors)]
     return tree.sums([*squares, *(tau * x for x in vectors)])
@@ -133,7 +133,7 @@ def bases_generalization(
 
     Args:
       params_0: pre-trained parameters.
-      vectors: m basis vectors, as of `bases`.
+      vectors: m basis vectors, as of `basis_vectors`.
       tau: a task vector of the new task, possibly of few training steps.
       score: maps parameters to a number, larger for a better model, such as the
         accuracy on validation data of the new task.

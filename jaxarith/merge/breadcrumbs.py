@@ -44,7 +44,7 @@ def breadcrumbs(
       coef: the coefficient α: one number, one per task `[T]`, or either by path.
       axis: None takes the quantiles over a whole leaf, as the paper says. A function of
         the path that gives an axis takes them over every row along it: the authors'
-        code does so over rows of PyTorch weights, which is `axis=input_axis`.
+        code does so over rows of PyTorch weights, which is `axis=merge.input_axis`.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -79,14 +79,6 @@ def breadcrumbs(
         else:
             limits[path] = _kth_of_rows(row, ranks, along)
     return _leaves.fold(_merge_leaf, params_0, taus, coefs, limits)
-
-
-def input_axis(path: str) -> int:
-    """The axis along which the rows of a PyTorch weight run: over a layer's inputs.
-
-    A Flax `kernel` is that weight transposed.
-    """
-    return -2 if path.split("/")[-1] == "kernel" else -1
 
 
 def floor_share(share: float, size: int) -> int:

@@ -19,17 +19,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxarith import tree
 from jaxarith.merge import _leaves
-from jaxarith.merge.breadcrumbs import input_axis
-from jaxarith.merge.dare import (
-    Into,
-    Rescale,
-    check_into,
-    draw,
-    merge_into,
-    rescaled,
-)
+from jaxarith.merge._matrices import input_axis
+from jaxarith.merge.drop import Rescale, changed_at_random, draw, rescaled, whole
+from jaxarith.merge.ties import ties
 from jaxarith.typing import Coef, Params, Taus
 
 
@@ -40,7 +33,6 @@ def della(
     drop_rate: float = 0.3,
     epsilon: float = 0.07,
     rescale: Rescale = "inverse",
-    into: Into = "ties",
     coef: Coef = 1.0,
     density: float = 1.0,
     axis: Callable[[str], int] = input_axis,
@@ -48,25 +40,14 @@ def della(
 ) -> Params:
     """Drops small entries of the task vectors rather than large ones, and merges.
 
+    It is `merge.ties` of what `magprune` leaves; any other merge takes that too.
+
     Args:
       params_0: pre-trained parameters.
       taus: T task vectors. A leaf that one lacks counts as zero.
-      drop_rate: the mean drop probability p.
-      epsilon: half the window of drop probabilities, p - ε for the largest entry of a
-        row to p + ε for the smallest; the window must be in [0, 1). A row of one entry
-        has p. The default rate and window are the example of the authors' code;
-        mergekit's ε is 0.15.
-      rescale: what the rest is multiplied with: "inverse", the inverse of each entry's
-        own probability of being kept; "l1", what restores the sum of magnitudes in
-        every leaf, as mergekit does; or "none".
-      into: the merge that follows: "ties", whose election and disjoint mean are the
-        paper's, "task_arithmetic" or "average".
-      coef: its coefficient λ, as for `dare`.
-      density: the share of entries that "ties" keeps in its trim; the paper has no
-        trim. The other merges do without it.
-      axis: a function of the path that gives the axis along which rows run. The default
-        follows the rows of PyTorch weights.
-      key: the key of the random draws.
+      drop_rate, epsilon, rescale, axis, key: as for `magprune`.
+      coef: the coefficient λ of the merged vector: one number, or one by path.
+      density: the share of entries that TIES keeps in its trim; the paper has no trim.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -84,36 +65,73 @@ def della(
       >>> print(params["w"].round(3))
       [0. 5. 5. 5.]
     """
+    pruned = magprune(
+        taus,
+        drop_rate=drop_rate,
+        epsilon=epsilon,
+        rescale=rescale,
+        axis=axis,
+        key=key,
+    )
+    return ties(params_0, pruned, density=density, coef=coef)
+
+
+def magprune(
+    taus: Taus,
+    *,
+    drop_rate: float = 0.3,
+    epsilon: float = 0.07,
+    rescale: Rescale = "inverse",
+    axis: Callable[[str], int] = input_axis,
+    key: jax.Array,
+) -> list[Params]:
+    """Task vectors that lack random entries, small ones rather, for any merge.
+
+    Args:
+      taus: T task vectors.
+      drop_rate: the mean drop probability p.
+      epsilon: half the window of drop probabilities, p - ε for the largest entry of a
+        row to p + ε for the smallest; the window must be in [0, 1). A row of one entry
+        has p. The default rate and window are the example of the authors' code;
+        mergekit's ε is 0.15.
+      rescale: what the rest is multiplied with: "inverse", the inverse of each entry's
+        own probability of being kept; "l1", what restores the sum of magnitudes in
+        every leaf, as mergekit does; or "none".
+      axis: a function of the path that gives the axis along which rows run. The default
+        follows the rows of PyTorch weights.
+      key: the key of the random draws.
+
+    Returns:
+      T trees of the same structure, whose leaves a merge computes as for `merge.drop`.
+
+    Raises:
+      ValueError: a window outside [0, 1), an unknown option, or no list of task
+        vectors.
+
+    Example:
+      >>> taus = [{"w": jnp.array([1.0, 2.0, 3.0, 4.0])}]
+      >>> [pruned] = magprune(taus, drop_rate=0.5, epsilon=0.3, key=jax.random.key(1))
+      >>> print(jnp.asarray(pruned["w"]).round(3))
+      [0. 5. 5. 5.]
+    """
     if not (epsilon >= 0 and 0 <= drop_rate - epsilon and drop_rate + epsilon < 1):
         raise ValueError(
             f"drop_rate is {drop_rate} and epsilon {epsilon}; both ends of the window "
             "drop_rate ± epsilon must be in [0, 1)."
         )
     _leaves.one_of(rescale, Rescale, "rescale")
-    check_into(into, density)
-    _leaves.check(params_0, taus)
-    rows, keys = tree.aligned(taus), _leaves.keys(key, taus)
-    if rescale == "l1":  # it sums over leaves
-        rows = _leaves.Mapped(tree.gathered, rows)
-    axes = {
-        path: axis(path) if row[0].ndim > 1 else -1
-        for path, row in _leaves.unmapped(rows).items()
-    }
-    dropped = _leaves.Mapped(
-        _magprune, rows, keys, 1 - drop_rate, float(epsilon), axes, rescale
-    )
-    return merge_into(into, params_0, taus, dropped, coef, density)
+    _leaves.check_list(taus)
 
+    def prune(path, tau, key, *, task):
+        along = axis(path) if tau.ndim > 1 else -1
+        share, window = 1 - drop_rate, float(epsilon)
+        return _magprune(whole(tau, rescale), key, task, share, window, along, rescale)
 
-def _magprune(row, key, share, epsilon, axis, rescale):
-    return tuple(
-        _magprune_one(tau, key, task, share, epsilon, axis, rescale)
-        for task, tau in enumerate(row)
-    )
+    return changed_at_random(taus, prune, key)
 
 
 @jax.jit(static_argnames=("axis", "rescale"))
-def _magprune_one(tau, key, task, share, epsilon, axis, rescale):
+def _magprune(tau, key, task, share, epsilon, axis, rescale):
     tau = _leaves.widened(tau)
     shares = share + epsilon * centered_ranks(tau, axis)
     kept = draw(jax.random.fold_in(key, task), shares, tau.shape)

@@ -20,18 +20,49 @@ import jax.numpy as jnp
 from jaxarith import tree
 from jaxarith.merge import _leaves
 from jaxarith.merge._masked import Masked
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, Taus
 
 Preset = Literal["paper", "official"]
 
 
 def emr(
-    params_0: Params,
-    taus: Taus,
-    *,
-    preset: Preset = "paper",
-) -> Masked:
-    """The unified vector of EMR-Merging, with a mask and a rescaler for every task.
+    params_0: Params, taus: Taus, *, preset: Preset = "paper", coef: Coef = 1.0
+) -> Params:
+    """Adds the elected vector of EMR-Merging, without masks: one model for all tasks.
+
+    Args:
+      params_0: pre-trained parameters.
+      taus: T task vectors. A leaf that one lacks counts as zero.
+      preset: what entries that cancel exactly become: zero, as in the "paper", or the
+        negative values, as in the "official" code.
+      coef: the coefficient of the elected vector: one number, or one by path. The paper
+        has none; its models have the masks and rescalers of `emr_masks` besides.
+
+    Returns:
+      Parameters with the structure and dtypes of `params_0`.
+
+    Raises:
+      ValueError: an unknown preset, no task vector, one that does not fit, non-finite
+        values, or several coefficients.
+
+    Example:
+      >>> taus = [{"w": jnp.array([4.0, 1.0])}, {"w": jnp.array([2.0, -3.0])}]
+      >>> print(emr({"w": jnp.zeros(2)}, taus)["w"])
+      [ 4. -3.]
+    """
+    _leaves.one_of(preset, Preset, "preset")
+    _leaves.check(params_0, taus)
+    scale = _leaves.vector_coef(coef, taus)
+    return _leaves.fold(_merge_leaf, params_0, taus, scale, official=preset != "paper")
+
+
+@_leaves.leaf_function(static="official")
+def _merge_leaf(leaf_0, taus, coef, official):
+    return leaf_0 + coef * _elected(taus, official)[0]
+
+
+def emr_masks(params_0: Params, taus: Taus, *, preset: Preset = "paper") -> Masked:
+    """The elected vector of EMR-Merging, with a mask and a rescaler for every task.
 
     One pass over the task vectors. The result is one vector and T bytes per entry,
     as a mask takes a byte.
@@ -45,7 +76,7 @@ def emr(
         keeps the negative values of entries that cancel.
 
     Returns:
-      The unified vector, the masks and the rescalers λ, 0 for an empty mask.
+      The elected vector, the masks and the rescalers λ, 0 for an empty mask.
 
     Raises:
       ValueError: an unknown preset, no task vector, one that does not fit, or
@@ -53,7 +84,7 @@ def emr(
 
     Example:
       >>> taus = [{"w": jnp.array([4.0, 1.0])}, {"w": jnp.array([2.0, -3.0])}]
-      >>> merged = emr({"w": jnp.zeros(2)}, taus)
+      >>> merged = emr_masks({"w": jnp.zeros(2)}, taus)
       >>> print(merged.tau["w"], merged.masks[0]["w"], merged.vector(0)["w"])
       [ 4. -3.] [ True False] [5. 0.]
     """
@@ -73,19 +104,23 @@ def emr(
 
 @jax.jit(static_argnames="official")
 def _elect(row, official):
-    """The unified leaf, its masks, and the L1 norms `[2, task]` before and after."""
-    dtype = jnp.promote_types(jnp.result_type(*row), jnp.float32)
-    row = [leaf.astype(dtype) for leaf in row]
+    """The elected leaf, its masks, and the L1 norms `[2, task]` before and after."""
+    row = [jnp.asarray(leaf, tree.wide_dtype(*row)) for leaf in row]
+    unified, masks = _elected(row, official)
+    before = [jnp.abs(leaf) for leaf in row]
+    after = [jnp.where(mask, jnp.abs(unified), 0) for mask in masks]
+    return unified, masks, tree.sums(before + after).reshape(2, len(row))
+
+
+def _elected(row, official):
+    """The largest entries of the elected sign, and where each task agrees with it."""
     total = sum(row)
     sign = jnp.where(total > 0, 1, -1) if official else jnp.sign(total)
     masks = [leaf * sign > 0 for leaf in row]
     magnitudes = [
         jnp.where(mask, jnp.abs(leaf), 0) for mask, leaf in zip(masks, row, strict=True)
     ]
-    unified = sign * functools.reduce(jnp.maximum, magnitudes)
-    before = [jnp.abs(leaf) for leaf in row]
-    after = [jnp.where(mask, jnp.abs(unified), 0) for mask in masks]
-    return unified, masks, tree.sums(before + after).reshape(2, len(row))
+    return sign * functools.reduce(jnp.maximum, magnitudes), masks
 
 
 @jax.jit

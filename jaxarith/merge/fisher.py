@@ -189,7 +189,7 @@ def fisher_diagonal(
 
 
 def _zeros(leaf):
-    return jnp.zeros(jnp.shape(leaf), jnp.promote_types(jnp.result_type(leaf), "f4"))
+    return jnp.zeros(jnp.shape(leaf), tree.wide_dtype(leaf))
 
 
 def _logits(apply_fn, params, part, inputs):

@@ -34,7 +34,7 @@ def iso_cts(
     coef: Coef = 1.0,
     common: float = 0.8,
     matrices: str | None = None,
-    in_out: str = ".*kernel",
+    in_out: str | None = None,
 ) -> Params:
     """Merges task vectors by Iso-CTS.
 
@@ -51,7 +51,9 @@ def iso_cts(
       matrices: a regular expression of the paths of the 2-D leaves that are decomposed
         (by default all); the others are averaged.
       in_out: a regular expression of the paths of matrices that are stored as [input,
-        output], as in Flax; the others are taken as [output, input], as in PyTorch.
+        output]; the others are taken as [output, input]. None goes by the last name of
+        a path: `kernel` and `w` are [input, output], as in Flax and Haiku, `weight` and
+        `embedding` [output, input], as in PyTorch and Equinox; of others it warns.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -73,7 +75,7 @@ def iso_cts(
     _leaves.check(params_0, taus)
     coef = _leaves.vector_coef(coef, taus)
     are_matrices = _matrices.which(tree.aligned(taus), matrices)
-    are_in_out = _matrices.which_in_out(are_matrices, in_out)
+    are_in_out = _matrices.which_in_out(are_matrices, in_out, "iso_cts")
     return _leaves.fold(
         _merge_leaf, params_0, taus, are_matrices, are_in_out, coef, common=common
     )

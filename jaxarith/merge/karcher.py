@@ -20,11 +20,16 @@ import jax.numpy as jnp
 
 from jaxarith import tree
 from jaxarith.merge import _leaves
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, Taus
 
 
 def karcher(
-    params_0: Params, taus: Taus, *, max_iter: int = 10, tol: float = 1e-5
+    params_0: Params,
+    taus: Taus,
+    *,
+    coef: Coef = 1.0,
+    max_iter: int = 10,
+    tol: float = 1e-5,
 ) -> Params:
     """Averages the directions of the models on the sphere, and their norms by number.
 
@@ -35,6 +40,8 @@ def karcher(
     Args:
       params_0: pre-trained parameters.
       taus: K task vectors. A leaf that one lacks counts as zero.
+      coef: the coefficient of the merged vector: one number, or one by path. 1 is the
+        mean, 0 the pre-trained model.
       max_iter: the largest number of iterations.
       tol: the length of a step on the unit sphere at which to stop.
 
@@ -42,7 +49,8 @@ def karcher(
       Parameters with the structure and dtypes of `params_0`.
 
     Raises:
-      ValueError: no task vector, one that does not fit, or non-finite values.
+      ValueError: no task vector, one that does not fit, non-finite values, or several
+        coefficients.
 
     Example:
       >>> params_0 = {"w": jnp.zeros(2)}
@@ -51,11 +59,14 @@ def karcher(
       [2.121 2.121]
     """
     _leaves.check(params_0, taus)
-    return _leaves.fold(_merge_leaf, params_0, taus, max_iter=max_iter, tol=tol)
+    scale = _leaves.vector_coef(coef, taus)
+    return _leaves.fold_all(
+        _merge_leaf, params_0, taus, scale, max_iter=max_iter, tol=tol
+    )
 
 
 @_leaves.leaf_function(static=("max_iter", "tol"), whole=True)
-def _merge_leaf(leaf_0, taus, max_iter, tol):
+def _merge_leaf(leaf_0, taus, coef, max_iter, tol):
     gram = tree.gram([leaf_0 + tau for tau in taus])
     norms = tree.safe_sqrt(jnp.diagonal(gram))
     some = norms > 0
@@ -64,10 +75,9 @@ def _merge_leaf(leaf_0, taus, max_iter, tol):
     weights = jnp.where(found, weights, 1 / len(taus))
     # Σ wᵢ θᵢ less θ₀. Without a move that is θ₀ itself; the rounded weights miss it.
     moved = jnp.any(jnp.stack([jnp.any(tau != 0) for tau in taus]))
-    rest = jnp.where(found & moved, jnp.sum(weights) - 1, 0)
-    return (
-        leaf_0 + rest * leaf_0 + sum(w * x for w, x in zip(weights, taus, strict=True))
-    )
+    rest = coef * jnp.where(found & moved, jnp.sum(weights) - 1, 0)
+    merged = sum(coef * w * x for w, x in zip(weights, taus, strict=True))
+    return leaf_0 + rest * leaf_0 + merged
 
 
 def mean_direction(

@@ -28,7 +28,7 @@ import numpy as np
 from jaxarith import tree
 from jaxarith.merge import _leaves
 from jaxarith.merge.ties import trim_thresholds
-from jaxarith.typing import Params, Taus, Tree
+from jaxarith.typing import Coef, Params, Taus, Tree
 
 Regularizer = Literal["paper", "official"]
 
@@ -39,6 +39,7 @@ def localize_and_stitch(
     *,
     masks: Sequence[Tree] | None = None,
     density: float = 0.05,
+    coef: Coef = 1.0,
 ) -> Params:
     """Adds the masked task vectors, averaged where masks overlap.
 
@@ -51,6 +52,8 @@ def localize_and_stitch(
       density: without masks, the share of entries of every vector that is kept, in
         (0, 1]: the ⌊density · d⌋ of the largest magnitudes over all leaves, fewer if
         the last of them are equal to the next. The authors' code takes 0.05.
+      coef: the coefficient of the stitched vector: one number, or one by path. The
+        paper has none.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -65,10 +68,11 @@ def localize_and_stitch(
       [ 3.  3. -5.]
     """
     _leaves.check(params_0, taus)
+    scale = _leaves.vector_coef(coef, taus)
     if masks is None:
         thresholds = _thresholds(taus, density)
-        return _leaves.fold(_stitch_largest, params_0, taus, thresholds)
-    return _leaves.fold(_stitch, params_0, taus, _mask_rows(masks, taus))
+        return _leaves.fold(_stitch_largest, params_0, taus, thresholds, scale)
+    return _leaves.fold(_stitch, params_0, taus, _mask_rows(masks, taus), scale)
 
 
 def localize(
@@ -178,24 +182,25 @@ def check_bool(masks: Sequence[Tree]) -> None:
 
 
 @_leaves.leaf_function
-def _stitch(leaf_0, taus, masks):
+def _stitch(leaf_0, taus, masks, coef):
     covering = jnp.maximum(sum(jnp.asarray(mask, leaf_0.dtype) for mask in masks), 1)
     pairs = zip(masks, taus, strict=True)
-    return leaf_0 + sum(jnp.where(mask, tau, 0) for mask, tau in pairs) / covering
+    total = sum(jnp.where(mask, tau, 0) for mask, tau in pairs)
+    return leaf_0 + coef * (total / covering)
 
 
 @_leaves.leaf_function
-def _stitch_largest(leaf_0, taus, thresholds):
+def _stitch_largest(leaf_0, taus, thresholds, coef):
     # `>`, as in Algorithm 1: a vector's zeros are never of its largest entries, and
     # would count as overlap.
     masks = [jnp.abs(tau) > t for tau, t in zip(taus, thresholds, strict=True)]
-    return _stitch(leaf_0, taus, masks)
+    return _stitch(leaf_0, taus, masks, coef)
 
 
 @jax.jit
 def _initial(leaves, threshold, bias):
     def logits(leaf):
-        leaf = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        leaf = leaf.astype(tree.wide_dtype(leaf))
         return jnp.where(jnp.abs(leaf) > threshold, bias, -bias).astype(leaf.dtype)
 
     return {path: logits(leaf) for path, leaf in leaves.items()}

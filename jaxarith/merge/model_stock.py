@@ -15,10 +15,10 @@ import jax.numpy as jnp
 
 from jaxarith import tree
 from jaxarith.merge import _leaves
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, Taus
 
 
-def model_stock(params_0: Params, taus: Taus) -> Params:
+def model_stock(params_0: Params, taus: Taus, *, coef: Coef = 1.0) -> Params:
     """Approximates the center of all fine-tuned models of one task from a few.
 
     Every leaf counts as a layer. A mean cosine below zero, which has no place in the
@@ -30,13 +30,15 @@ def model_stock(params_0: Params, taus: Taus) -> Params:
       params_0: pre-trained parameters.
       taus: N ≥ 2 task vectors. A leaf that one lacks counts as zero, and a zero leaf is
         at a right angle to all others.
+      coef: the coefficient of the merged vector: one number, or one by path. The paper
+        has none.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
 
     Raises:
-      ValueError: fewer than two task vectors, one that does not fit, or non-finite
-        values.
+      ValueError: fewer than two task vectors, one that does not fit, non-finite values,
+        or several coefficients.
 
     Example:
       >>> params_0 = {"w": jnp.zeros(2)}
@@ -45,14 +47,14 @@ def model_stock(params_0: Params, taus: Taus) -> Params:
       [3.  1.5]
     """
     _leaves.check(params_0, taus, least=2)
-    return _leaves.fold(_merge_leaf, params_0, taus)
+    return _leaves.fold(_merge_leaf, params_0, taus, _leaves.vector_coef(coef, taus))
 
 
 @_leaves.leaf_function(whole=True)
-def _merge_leaf(leaf_0, taus):
+def _merge_leaf(leaf_0, taus, coef):
     count = len(taus)
     cosines = tree.cosine(tree.gram(taus))
     pairs = [cosines[i, j] for i in range(count) for j in range(i)]
     cosine = jnp.clip(sum(pairs) / len(pairs), 0, 1)
     ratio = count * cosine / (1 + (count - 1) * cosine)
-    return leaf_0 + ratio / count * sum(taus)
+    return leaf_0 + coef * (ratio / count) * sum(taus)

@@ -23,7 +23,12 @@ PARALLEL = 0.9995  # the |cos Ω| from which on both tools interpolate linearly
 
 
 def slerp(
-    params_0: Params, taus: Taus, *, t: Coef = 0.5, between: Between = "models"
+    params_0: Params,
+    taus: Taus,
+    *,
+    t: Coef = 0.5,
+    between: Between = "models",
+    coef: Coef = 1.0,
 ) -> Params:
     """Interpolates two fine-tuned models on the sphere, every tensor by itself.
 
@@ -38,13 +43,15 @@ def slerp(
       between: what the angle is measured between and what is interpolated: "models", or
         "task_vectors", after mergekit's `nuslerp` with a base model, but linear where
         |cos Ω| > 0.9995.
+      coef: the coefficient of the merged vector: one number, or one by path. 1 is the
+        point on the arc, 0 the pre-trained model.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
 
     Raises:
       ValueError: not two task vectors, one that does not fit, non-finite values,
-        several numbers `t`, or an unknown `between`.
+        several numbers `t` or coefficients, or an unknown `between`.
 
     Example:
       >>> params_0 = {"w": jnp.zeros(2)}
@@ -66,11 +73,12 @@ def slerp(
             "first model (0) and the second (1), or one by path."
         )
     t = _leaves.vector_coef(t, taus, "t")
-    return _leaves.fold(_merge_leaf, params_0, taus, t, between=between)
+    scale = _leaves.vector_coef(coef, taus)
+    return _leaves.fold_all(_merge_leaf, params_0, taus, t, scale, between=between)
 
 
 @_leaves.leaf_function(static=("between",), whole=True)
-def _merge_leaf(leaf_0, taus, t, between):
+def _merge_leaf(leaf_0, taus, t, coef, between):
     ends = [leaf_0 + tau for tau in taus] if between == "models" else taus
     gram = tree.gram(ends)
     cosine = tree.cosine(gram)[0, 1]
@@ -82,6 +90,7 @@ def _merge_leaf(leaf_0, taus, t, between):
     ]
     if between == "models":
         # Σ wᵢ θᵢ less θ₀, which vanishes exactly where the weights sum to one.
-        rest = jnp.where(linear, 0, weights[0] + weights[1] - 1)
+        rest = coef * jnp.where(linear, 0, weights[0] + weights[1] - 1)
         leaf_0, ends = leaf_0 + rest * leaf_0, taus
-    return leaf_0 + weights[0] * ends[0] + weights[1] * ends[1]
+    first, second = (coef * weight for weight in weights)
+    return leaf_0 + first * ends[0] + second * ends[1]

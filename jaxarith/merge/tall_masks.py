@@ -170,7 +170,7 @@ def masks_of_leaf(
 
 @jax.jit
 def _mask_leaf(row, thresholds, statistics):
-    dtype = jnp.promote_types(jnp.result_type(*row), jnp.float32)
+    dtype = tree.wide_dtype(*row)
     taus = [tau.astype(dtype) for tau in row]
     merged = multi_task_leaf(taus, statistics)
     return merged, masks_of_leaf(taus, merged, thresholds)

@@ -28,7 +28,7 @@ from jaxarith import tree
 from jaxarith.merge import _leaves, _order
 from jaxarith.typing import Coef, Params, PerTask, Taus
 
-PresetName = Literal["official", "adamerging", "mergekit"]
+PresetName = Literal["official", "adamerging"]
 Trim = Literal["global", "tensor"]
 Aggregate = Literal["mean", "sum", "max"]
 
@@ -41,20 +41,17 @@ class Preset(NamedTuple):
       coef: the coefficient of the merged vector.
       trim: whether a threshold is that of the whole vector or of each tensor.
       aggregate: how the entries that agree are merged.
-      cancelled: the sign of an entry whose values cancel exactly.
     """
 
     density: float
     coef: float
     trim: Trim = "global"
     aggregate: Aggregate = "mean"
-    cancelled: Literal["majority", "positive"] = "majority"
 
 
 PRESETS: dict[PresetName, Preset] = {
     "official": Preset(density=0.2, coef=1.0),
     "adamerging": Preset(density=0.2, coef=0.3, aggregate="sum"),
-    "mergekit": Preset(density=1.0, coef=1.0, trim="tensor", cancelled="positive"),
 }
 
 
@@ -78,11 +75,10 @@ def ties(
     ============  =======  ====  ======  =========
     `official`    0.2      1.0   global  mean
     `adamerging`  0.2      0.3   global  sum
-    `mergekit`    1.0      1.0   tensor  mean
     ============  =======  ====  ======  =========
 
-    `adamerging` is the baseline in the tables of AdaMerging and of FusionBench;
-    `mergekit` trims nothing unless told the density.
+    `adamerging` is the baseline in the tables of AdaMerging and of FusionBench.
+    mergekit's TIES is `merge.mergekit.generalized_task_arithmetic`.
 
     Cost: the task vectors are read about five times for the exact thresholds (one
     number per task), once for the majority sign, and once to merge.
@@ -99,8 +95,7 @@ def ties(
       trim: `"global"`, or `"tensor"` to keep the ⌊density·n⌋ largest of the n entries
         of every leaf, at least one.
       aggregate: the mean, the sum or the largest of the entries that agree.
-      preset: the values of what is not given, and the sign of entries that cancel:
-        positive for `mergekit`, else that of the majority.
+      preset: the values of what is not given.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -117,26 +112,34 @@ def ties(
       >>> print(ties(params_0, taus, density=0.5, preset="adamerging", coef=1.0)["w"])
       [ 6. -5.  0.]
     """
-    options = chosen(preset, density, trim, aggregate)
+    options = _chosen(preset, density, trim, aggregate)
     _leaves.check(params_0, taus)
     coefs = _leaves.vector_coef(options.coef if coef is None else coef, taus)
     factors = None
     if weights is not None:
         factors = _leaves.per_task(weights, len(taus), "weights")
-    return merge_rows(params_0, tree.aligned(taus), options, coefs, factors)
+    rows = tree.aligned(taus)
+    thresholds = trim_thresholds(rows, options.density, options.trim)
+    elected = majority_sign(rows, thresholds, factors)
+    return _leaves.fold(
+        _merge_leaf,
+        params_0,
+        taus,
+        thresholds,
+        factors,
+        elected,
+        coefs,
+        aggregate=options.aggregate,
+    )
 
 
-def chosen(
+def _chosen(
     preset: PresetName,
     density: float | None = None,
     trim: Trim | None = None,
     aggregate: Aggregate | None = None,
 ) -> Preset:
-    """The preset with the options that are not None.
-
-    Raises:
-      ValueError: an unknown option, or a density out of range.
-    """
+    """The preset with the options that are not None."""
     _leaves.one_of(preset, PresetName, "preset")
     given = {"density": density, "trim": trim, "aggregate": aggregate}
     given = {name: value for name, value in given.items() if value is not None}
@@ -146,30 +149,6 @@ def chosen(
     _leaves.one_of(options.trim, Trim, "trim")
     _leaves.one_of(options.aggregate, Aggregate, "aggregate")
     return options
-
-
-def merge_rows(
-    params_0: Params,
-    rows: Mapping[str, tuple],
-    options: Preset,
-    coefs: _leaves.Coefs,
-    weights: jax.Array | None = None,
-) -> Params:
-    """TIES of the leaves of checked task vectors, by path."""
-    thresholds = trim_thresholds(rows, options.density, options.trim)
-    elected = 1
-    if options.cancelled == "majority":
-        elected = majority_sign(rows, thresholds, weights)
-    return _leaves.fold(
-        _merge_leaf,
-        params_0,
-        rows,
-        thresholds,
-        weights,
-        elected,
-        coefs,
-        aggregate=options.aggregate,
-    )
 
 
 def trim_thresholds(
@@ -198,6 +177,7 @@ def trim(taus: Sequence[jax.Array], thresholds: jax.Array) -> list[jax.Array]:
     return [jnp.where(jnp.abs(tau) >= least, tau, 0) for tau, least in pairs]
 
 
+@_leaves.at_once
 def majority_sign(
     rows: Mapping[str, tuple],
     thresholds: _leaves.Coefs,

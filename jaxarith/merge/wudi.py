@@ -26,9 +26,9 @@ import jax.numpy as jnp
 
 from jaxarith import tree
 from jaxarith.merge import _leaves, _matrices
-from jaxarith.typing import Params, Taus
+from jaxarith.typing import Coef, Params, Taus
 
-Method = Literal["adam", "closed"]
+Solver = Literal["adam", "closed"]
 Others = Literal["pretrained", "average"]
 
 
@@ -36,14 +36,15 @@ def wudi(
     params_0: Params,
     taus: Taus,
     *,
-    method: Method = "adam",
+    coef: Coef = 1.0,
+    solver: Solver = "adam",
     steps: int = 300,
     learning_rate: float = 1e-5,
-    matrices: str | None = ".*kernel",
-    in_out: str = ".*kernel",
+    matrices: str | None = _matrices.NO_EMBEDDING,
+    in_out: str | None = None,
     others: Others = "pretrained",
 ) -> Params:
-    """Merges task vectors by WUDI-Merging, which has no coefficient.
+    """Merges task vectors by WUDI-Merging, which does without a coefficient.
 
     One task vector is the minimum and is given back.
 
@@ -55,13 +56,18 @@ def wudi(
     Args:
       params_0: pre-trained parameters.
       taus: T task vectors. A leaf that one lacks counts as zero.
-      method: "adam", the authors' `steps` of Adam, or "closed", the minimum.
+      coef: the coefficient of the merged vector: one number, or one by path. The paper
+        has none.
+      solver: "adam", the authors' `steps` of Adam, or "closed", the minimum.
       steps: the number of steps of Adam.
       learning_rate: learning rate of Adam: about how far an entry moves in every step.
       matrices: a regular expression of the paths of the 2-D leaves that are weights of
-        linear layers, or None for all 2-D leaves.
+        linear layers: by default those with no `embed` in their path. None is all 2-D
+        leaves.
       in_out: a regular expression of the paths of matrices that are stored as [input,
-        output], as in Flax; the others are taken as [output, input], as in PyTorch.
+        output]; the others are taken as [output, input]. None goes by the last name of
+        a path: `kernel` and `w` are [input, output], as in Flax and Haiku, `weight` and
+        `embedding` [output, input], as in PyTorch and Equinox; of others it warns.
       others: what all other leaves become: "pretrained", as in `params_0`, or
         "average".
 
@@ -69,7 +75,7 @@ def wudi(
       Parameters with the structure and dtypes of `params_0`.
 
     Raises:
-      ValueError: an unknown `method` or `others`, `matrices` matches none of the 2-D
+      ValueError: an unknown `solver` or `others`, `matrices` matches none of the 2-D
         leaves, there is none and all others stay, no task vector, one that does not
         fit, or non-finite values.
 
@@ -80,7 +86,7 @@ def wudi(
       [[2. 0.]
        [0. 1.]]
     """
-    _leaves.one_of(method, Method, "method")
+    _leaves.one_of(solver, Solver, "solver")
     _leaves.one_of(others, Others, "others")
     _leaves.check(params_0, taus)
     are_matrices = _matrices.which(tree.aligned(taus), matrices)
@@ -90,21 +96,29 @@ def wudi(
             "others='pretrained' leaves all other leaves as they are, so nothing would "
             "be merged; others='average' averages them."
         )
-    are_in_out = _matrices.which_in_out(are_matrices, in_out)
-    adam = (steps, learning_rate) if method == "adam" else None
+    are_in_out = _matrices.which_in_out(are_matrices, in_out, "wudi")
+    adam = (steps, learning_rate) if solver == "adam" else None
     return _leaves.fold(
-        _merge_leaf, params_0, taus, are_matrices, are_in_out, adam=adam, others=others
+        _merge_leaf,
+        params_0,
+        taus,
+        are_matrices,
+        are_in_out,
+        _leaves.vector_coef(coef, taus),
+        adam=adam,
+        others=others,
     )
 
 
 @_leaves.leaf_function(static=("is_matrix", "is_in_out", "adam", "others"), whole=True)
-def _merge_leaf(leaf_0, taus, is_matrix, is_in_out, adam, others):
+def _merge_leaf(leaf_0, taus, is_matrix, is_in_out, coef, adam, others):
     if not is_matrix:
-        return leaf_0 + sum(taus) / len(taus) if others == "average" else leaf_0
+        mean = sum(taus) / len(taus)
+        return leaf_0 + coef * mean if others == "average" else leaf_0
     if len(taus) == 1:  # the loss is zero there
-        return leaf_0 + taus[0]
+        return leaf_0 + coef * taus[0]
     merge = functools.partial(_merge_matrices, adam=adam)
-    return leaf_0 + _matrices.as_out_in(merge, taus, is_in_out)
+    return leaf_0 + coef * _matrices.as_out_in(merge, taus, is_in_out)
 
 
 def _merge_matrices(taus, adam):

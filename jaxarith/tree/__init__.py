@@ -5,6 +5,7 @@ A *part* of a tree holds some of its leaves: in nested dicts the other keys are 
 in other pytrees they are `None`, which JAX does not count as a leaf either.
 """
 
+from jaxarith.lazy import wide_dtype as wide_dtype
 from jaxarith.tree._checks import check_finite as check_finite
 from jaxarith.tree._checks import check_part as check_part
 from jaxarith.tree._checks import is_finite as is_finite
@@ -22,6 +23,7 @@ from jaxarith.tree._paths import map_with_path as map_with_path
 from jaxarith.tree._paths import path_name as path_name
 from jaxarith.tree._paths import unflatten as unflatten
 from jaxarith.tree._placement import gathered as gathered
+from jaxarith.tree._placement import is_traced as is_traced
 from jaxarith.tree._placement import settled as settled
 from jaxarith.tree._placement import sharded_like as sharded_like
 from jaxarith.tree._reductions import aligned as aligned

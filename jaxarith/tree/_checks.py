@@ -4,12 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from jaxarith import lazy
 from jaxarith.tree._listing import first_few
 from jaxarith.tree._paths import flatten
-from jaxarith.tree._placement import settled
+from jaxarith.tree._placement import is_traced, settled
 from jaxarith.typing import Tree
 
 
@@ -51,14 +50,18 @@ def check_finite(tree: Tree, name: str) -> None:
     """
     leaves = {}
     for path, leaf in flatten(tree).items():
+        held = [leaf]
         if isinstance(leaf, lazy.Leaf):
             leaf.check()
-        elif not isinstance(leaf, Tracer) and is_floating(leaf):
-            leaves[path] = leaf
+            held = jax.tree.leaves(leaf.held)
+        leaves[path] = [x for x in held if not is_traced(x) and is_floating(x)]
     with jax.ensure_compile_time_eval():  # values that are known inside a `jit`
-        finite = {path: settled(lazy.all_finite(leaf)) for path, leaf in leaves.items()}
+        finite = {
+            path: [settled(lazy.all_finite(x)) for x in held]
+            for path, held in leaves.items()
+        }
     finite = jax.device_get(finite)
-    if bad := [path for path, ok in finite.items() if not ok]:
+    if bad := [path for path, known in finite.items() if not all(known)]:
         raise ValueError(
             f"the {name} has NaN or infinite values in {len(bad)} leaves: "
             f"{', '.join(first_few(bad, most=5))}. Check the run or the file that it "
@@ -76,6 +79,6 @@ def is_finite(tree: Tree) -> bool:
         for leaf in jax.tree.leaves(tree)
         if not isinstance(leaf, lazy.Leaf) and is_floating(leaf)
     ]
-    if any(isinstance(leaf, Tracer) for leaf in leaves):
+    if is_traced(leaves):
         return False
     return all(jax.device_get([settled(lazy.all_finite(leaf)) for leaf in leaves]))

@@ -11,6 +11,18 @@ from jaxarith import lazy
 from jaxarith.typing import Tree
 
 
+def is_traced(*values: Any) -> bool:
+    """Whether `jit` or another transformation is tracing any of the arrays.
+
+    Arrays that a traced function closes over are known: they are not traced.
+    """
+    return any(
+        isinstance(array, Tracer)
+        for leaf in jax.tree.leaves(values)
+        for array in jax.tree.leaves(leaf.held if isinstance(leaf, lazy.Leaf) else leaf)
+    )
+
+
 def gathered(tree: Tree) -> Tree:
     """The tree with leaves that are on several devices as whole NumPy arrays.
 
@@ -19,7 +31,7 @@ def gathered(tree: Tree) -> Tree:
     one. What is computed from gathered leaves, one at a time, is what one device gives.
     Other leaves are as they were; all are where `jit` is tracing one of them.
     """
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
+    if is_traced(tree):
         return tree
 
     def leaf(x):

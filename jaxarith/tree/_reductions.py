@@ -56,7 +56,7 @@ def _leaf_gram(leaves):
     # Products of entries summed in one loop read each vector once. A matrix product
     # would first copy the leaves side by side, and raveling would gather their shards.
     count = len(leaves)
-    dtype = jnp.promote_types(jnp.result_type(*leaves), jnp.float32)
+    dtype = lazy.wide_dtype(*leaves)
     leaves = [jnp.asarray(leaf, dtype) for leaf in leaves]
     gram = jnp.zeros((count, count), dtype)
     for first in range(0, count, BLOCK):
@@ -135,10 +135,16 @@ def aligned(trees: Sequence[Tree]) -> Mapping[str, tuple]:
             raise ValueError(
                 f"the trees disagree on the shape of {path}: {sorted(shapes)}."
             )
-        zeros = np.zeros((), jnp.result_type(*found))
+        zeros = np.zeros((), _common_dtype(found))
         zeros = np.broadcast_to(zeros, jnp.shape(found[0]))
         aligned[path] = tuple(_as_array(leaves.get(path, zeros)) for leaves in flat)
     return lazy.rows(aligned)
+
+
+def _common_dtype(leaves):
+    """Their dtype if they share one; of float8 and another there is no common one."""
+    dtypes = {jnp.result_type(leaf) for leaf in leaves}
+    return dtypes.pop() if len(dtypes) == 1 else lazy.wide_dtype(*leaves)
 
 
 def _as_array(leaf):

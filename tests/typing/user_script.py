@@ -49,7 +49,7 @@ def main(folders: list[str], out: Path) -> None:
     print(f"the best coefficient is {best.coef:.2f}")
     hub.save(out / "mine", tree.update(model.params, merged), {"model_type": "clip"})
     opened = stream.open_models(out / "base", [out / name for name in names])
-    method = functools.partial(merge.ties, preset="mergekit", coef=best.coef)
+    method = functools.partial(merge.ties, preset="adamerging", coef=best.coef)
     stream.merge(method, opened, out / "large", dtype="bfloat16")
 
 

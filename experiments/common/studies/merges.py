@@ -22,7 +22,7 @@ def merged_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
     blocks = [tree.select(tau, study.blocks) for tau in taus]
     operators = {
         "ties": lambda: merge.ties(params_0, taus, coef=1.0),
-        "dare_ties": lambda: merge.dare(params_0, taus, key=key, into="ties", coef=1.0),
+        "dare_ties": lambda: merge.ties(params_0, merge.drop(taus, key=key), coef=1.0),
         "consensus": lambda: merge.consensus(params_0, taus, coef=1.0),
         "awd": lambda: merge.awd(params_0, blocks, coef=1.0),
         "tsv": lambda: merge.tsv(params_0, taus, coef=1.0),

@@ -11,9 +11,12 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
+import jax
+
 from jaxarith import merge, tree
 from jaxarith.commands.merge.gradients import Value
 from jaxarith.merge.bases import cluster
+from jaxarith.merge.drop import Rescale, Strategy
 from jaxarith.typing import Params, Taus
 
 Base: TypeAlias = Literal["needed", "optional", "input", "aside"]
@@ -126,10 +129,60 @@ _LINEAR = r"(?!.*relative_attention_bias).*\.\d+\..*weight"
 _NONE = r"(?!)"
 
 
-def _wise_ft(params_0: Params, taus: Taus, *, coef: Any = 0.5) -> Params:
-    if len(taus) != 1:
-        raise ValueError(f"WiSE-FT moves the base to one model; found {len(taus)}.")
-    return merge.wise_ft(params_0, taus[0], coef=coef)
+_Merge = Callable[..., Params]
+_INTO_MERGES: dict[str, _Merge] = {
+    "task_arithmetic": merge.task_arithmetic,
+    "average": merge.average,
+    "ties": merge.ties,
+}
+
+
+def _merged_into(
+    into: str, params_0: Params, taus: Taus, coef: Any, density: float | None
+) -> Params:
+    if density is None:
+        return _INTO_MERGES[into](params_0, taus, coef=coef)
+    if into != "ties":
+        raise ValueError(f"density is for into ties; found into {into}.")
+    return merge.ties(params_0, taus, coef=coef, density=density)
+
+
+def _dare(
+    params_0: Params,
+    taus: Taus,
+    *,
+    drop_rate: float = 0.9,
+    strategy: Strategy = "random",
+    rescale: Rescale = "inverse",
+    into: str = "task_arithmetic",
+    coef: Any = 1.0,
+    density: float | None = None,
+    key: jax.Array,
+) -> Params:
+    dropped = merge.drop(
+        taus, drop_rate=drop_rate, strategy=strategy, rescale=rescale, key=key
+    )
+    return _merged_into(into, params_0, dropped, coef, density)
+
+
+def _della(
+    params_0: Params,
+    taus: Taus,
+    *,
+    drop_rate: float = 0.3,
+    epsilon: float = 0.07,
+    rescale: Rescale = "inverse",
+    into: str = "ties",
+    coef: Any = 1.0,
+    density: float | None = None,
+    key: jax.Array,
+) -> Params:
+    pruned = merge.magprune(
+        taus, drop_rate=drop_rate, epsilon=epsilon, rescale=rescale, key=key
+    )
+    if density is None and into == "ties":
+        density = 1.0  # the paper has no trim
+    return _merged_into(into, params_0, pruned, coef, density)
 
 
 def _bases(
@@ -180,7 +233,7 @@ PAPER = {
         passes=2,
     ),
     "dare": Method(
-        merge.dare,
+        _dare,
         {
             "drop_rate": NUMBER,
             "strategy": Option(("random", "magnitude")),
@@ -192,7 +245,7 @@ PAPER = {
         random=True,
     ),
     "della": Method(
-        merge.della,
+        _della,
         {
             "drop_rate": NUMBER,
             "epsilon": NUMBER,
@@ -250,11 +303,11 @@ PAPER = {
     ),
     "topk": Method(merge.topk, {"density": NUMBER, "coef": _COEFS}, passes=8),
     "tsv": Method(merge.tsv, {"coef": _COEF, "matrices": _PATTERN}),
-    "wise_ft": Method(_wise_ft, {"coef": _COEF}),
+    "wise_ft": Method(merge.wise_ft, {"coef": _COEF}),
     "wudi": Method(
         _wudi,
         {
-            "solver": Option(("adam", "closed"), keyword="method"),
+            "solver": Option(("adam", "closed")),
             "steps": INTEGER,
             "learning_rate": NUMBER,
             "matrices": _PATTERN,

@@ -21,8 +21,8 @@ import numpy as np
 
 from jaxarith import task_vectors, tree
 from jaxarith.merge import _leaves, _order
-from jaxarith.merge.dare import draw, rescaled
 from jaxarith.merge.della import centered_ranks
+from jaxarith.merge.drop import draw, rescaled
 from jaxarith.merge.ties import agreeing, weighted
 from jaxarith.typing import Coef, Params, Taus
 
@@ -168,7 +168,7 @@ def generalized_task_arithmetic(
         _check_windows(shares, windows)
         keys, ranked = _leaves.keys(key, taus), keep == "ranked"
         rows = _leaves.Mapped(_keep_random, rows, keys, shares, windows, ranked, scale)
-    return _leaves.fold(
+    return _leaves.fold_all(
         _merge_leaf,
         params_0,
         rows,

@@ -41,7 +41,7 @@ def linear(
     weights = _leaves.task_coefs(weight, taus, "weight")
     if normalize:
         weights = _normalized(weights)
-    return _leaves.fold(_sum_models, params_0, taus, weights, normalized=normalize)
+    return _leaves.fold_all(_sum_models, params_0, taus, weights, normalized=normalize)
 
 
 @_leaves.leaf_function(static="normalized")
@@ -88,7 +88,9 @@ def slerp(params_0: Params, taus: Taus, *, t: Coef) -> Params:
       [0.707 0.707]
     """
     _check_pair(params_0, taus)
-    return _leaves.fold(_slerp_leaf, params_0, taus, _leaves.vector_coef(t, taus, "t"))
+    return _leaves.fold_all(
+        _slerp_leaf, params_0, taus, _leaves.vector_coef(t, taus, "t")
+    )
 
 
 @_leaves.leaf_function(whole=True)
@@ -135,7 +137,7 @@ def nuslerp(
     _check_pair(params_0, taus)
     weights = _leaves.task_coefs(weight, taus, "weight")
     axis = None if flatten else 0 if row_wise else -1
-    return _leaves.fold(_nuslerp_leaf, params_0, taus, weights, axis=axis)
+    return _leaves.fold_all(_nuslerp_leaf, params_0, taus, weights, axis=axis)
 
 
 @_leaves.leaf_function(static="axis", whole=True)
@@ -219,7 +221,7 @@ def multislerp(
     weights = _leaves.task_coefs(weight, taus, "weight")
     if normalize:
         weights = _normalized(weights)
-    return _leaves.fold(_multislerp_leaf, params_0, taus, weights, eps=eps)
+    return _leaves.fold_all(_multislerp_leaf, params_0, taus, weights, eps=eps)
 
 
 @_leaves.leaf_function(static="eps", whole=True)
@@ -264,7 +266,7 @@ def model_stock(params_0: Params, taus: Taus, *, filter_wise: bool = False) -> P
       [3.  1.5]
     """
     _leaves.check(params_0, taus, least=2)
-    return _leaves.fold(_stock_leaf, params_0, taus, filter_wise=filter_wise)
+    return _leaves.fold_all(_stock_leaf, params_0, taus, filter_wise=filter_wise)
 
 
 @_leaves.leaf_function(static="filter_wise", whole=True)

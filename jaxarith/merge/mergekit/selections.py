@@ -51,7 +51,7 @@ def sce(params_0: Params, taus: Taus, *, select_topk: Coef = 1.0) -> Params:
             raise ValueError(f"select_topk{where} is {share}; it must be in [0, 1].")
     rows = _leaves.Mapped(tree.gathered, tree.aligned(taus))  # it sums over leaves
     rows = _leaves.Mapped(_select, rows, shares)
-    return _leaves.fold(_sce_leaf, params_0, rows)
+    return _leaves.fold_all(_sce_leaf, params_0, rows)
 
 
 @_leaves.leaf_function
@@ -119,7 +119,9 @@ def nearswap(params_0: Params, taus: Taus, *, t: Coef) -> Params:
         raise ValueError(
             f"nearswap merges one model into its base; found {len(taus)} task vectors."
         )
-    return _leaves.fold(_swap_leaf, params_0, taus, _leaves.vector_coef(t, taus, "t"))
+    return _leaves.fold_all(
+        _swap_leaf, params_0, taus, _leaves.vector_coef(t, taus, "t")
+    )
 
 
 @_leaves.leaf_function
