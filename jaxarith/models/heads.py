@@ -1,4 +1,29 @@
-"""Frozen classification heads, so that fine-tuning moves nothing but the encoder."""
+"""Classification heads: frozen, so that fine-tuning moves nothing but the encoder.
+
+A head that is trained beside the encoder is one more leaf of the parameters. It starts
+at zero and is added to the frozen head of its task, so every task trains its own:
+
+    frozen = heads.pad([head_of_one_task, head_of_another])
+    params_0 = model.params | {"head": jnp.zeros_like(frozen["head"][0])}
+
+    def apply_fn(params, *inputs):
+        return encode(params, *inputs), params["head"]
+
+    def loss_fn(outputs, batch, constants):
+        features, moved = outputs
+        head = constants["head"] + constants["trains"] * moved
+        scores = heads.logits(head, features, constants["valid"])
+        return losses.cross_entropy(scores, batch["label"])
+
+    constants = frozen | {"trains": jnp.array([1.0, 0.0])}  # the second stays frozen
+    taus = train.fine_tune(
+        apply_fn, params_0, loss_fn, batches, config, names=names, constants=constants
+    )
+    encoders = [tree.select(tau, "(?!head).*") for tau in taus]  # what is merged
+    trained = [head + tau["head"] for head, tau in zip(frozen["head"], taus)]
+
+The τJp penalty measures all outputs, so it takes an `apply_fn` without the head.
+"""
 
 from collections.abc import Callable, Sequence
 
