@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jaxarith import sharding, tangent, tree
+from jaxarith.batches import fields_of, mask_of
 from jaxarith.typing import ApplyFn, Params, Taus, Tree
 
 Mode = Literal["cyclic", "strict", "mixed"]
@@ -156,8 +157,10 @@ def matrix(
     apply_fn: ApplyFn,
     params_0: Params,
     taus: Taus,
-    datasets: Sequence[Iterable[tuple[tuple, jax.Array]]],
+    datasets: Sequence[Iterable[dict]],
+    inputs: Sequence[str] = ("image",),
     *,
+    penalty_mask: str | None = None,
     power: Power = 1,
     mesh: jax.sharding.Mesh | None = None,
 ) -> np.ndarray:
@@ -169,8 +172,11 @@ def matrix(
 
     Args:
       apply_fn, params_0, taus: as for `tangent.jvps`.
-      datasets: each an iterable of `(inputs, mask)`: the tuple of input arrays
-        `[B, ...]` and a mask `bool[B]`, False for padding.
+      datasets: each an iterable of batches, as `evaluate.outputs` takes them: dicts of
+        arrays `[B, ...]`, with a `mask`, `bool[B]`, that is False for padding.
+      inputs: the fields of a batch that are passed to `apply_fn`, in order.
+      penalty_mask: for outputs by token, the field `[B, S]` that is 0 where a token is
+        padding; the mean is that over the other tokens.
       power: 1 (the paper's code) or 2 (as printed).
       mesh: the devices that share every batch, see `sharding`; by default those that
         the parameters are on.
@@ -179,7 +185,15 @@ def matrix(
       `f64[T, len(datasets)]`.
 
     Raises:
-      ValueError: there is no task vector or no dataset, or a dataset has no sample.
+      ValueError: there is no task vector or no dataset, a dataset has no sample, or a
+        batch is no dict or lacks a field.
+
+    Example:
+      >>> batch = {"image": np.eye(2), "mask": np.array([True, True])}
+      >>> taus = [{"w": np.float32([[3.0, 4.0], [0.0, 0.0]])}]
+      >>> f = lambda params, x: x @ params["w"]
+      >>> print(matrix(f, {"w": np.zeros((2, 2), "f4")}, taus, [[batch]]))
+      [[2.5]]
     """
     if not datasets:
         raise ValueError("the τJp matrix needs at least one dataset; found 0.")
@@ -188,9 +202,13 @@ def matrix(
     columns = []
     for number, batches in enumerate(datasets):
         sums, samples = np.zeros(len(taus)), 0
-        for inputs, mask in batches:
-            inputs = sharding.spread(tuple(inputs), mesh)
-            counted = np.zeros((len(inputs[0]), *np.shape(mask)[1:]), bool)
+        for batch in batches:
+            values = sharding.spread(fields_of(batch, inputs), mesh)
+            mask = mask_of(batch)
+            if penalty_mask is not None:
+                [tokens] = fields_of(batch, [penalty_mask])
+                mask = mask[:, None] & (np.asarray(tokens) != 0)
+            counted = np.zeros((len(values[0]), *mask.shape[1:]), bool)
             counted[: len(mask)] = mask  # what `spread` filled up does not count
             means = _means(
                 apply_fn,
@@ -198,7 +216,7 @@ def matrix(
                 mesh,
                 params_0,
                 taus,
-                inputs,
+                values,
                 *sharding.spread((counted,), mesh),
             )
             sums += np.asarray(means) * np.sum(mask)

@@ -212,14 +212,57 @@ def test_xi_needs_two_tasks():
 
 def test_tau_jp_from_the_cache_equals_the_metric():
     batches = [pipeline.evaluation_batches(source(s), 8) for s in (3, 4)]
-    data = [[((b["image"],), b["mask"]) for b in bs] for bs in batches]
-    matrix = tau_jp.matrix(apply_fn, PARAMS_0, TAUS, data)
+    matrix = tau_jp.matrix(apply_fn, PARAMS_0, TAUS, batches)
     for d, bs in enumerate(batches):
         at = evaluate.tangent(apply_fn, PARAMS_0, TAUS, bs)
         for t in range(2):
             moved = at(np.eye(2)[t]) - at(np.zeros(2))
             expected = np.linalg.norm(moved, axis=-1).mean()
             np.testing.assert_allclose(matrix[t, d], expected, rtol=1e-5)
+
+
+def test_samples_of_batches_without_a_mask_all_count():
+    batches = pipeline.evaluation_batches(source(3), 5)
+    bare = [
+        {name: field[batch["mask"]] for name, field in batch.items() if name != "mask"}
+        for batch in batches
+    ]
+    for of in (evaluate.forward, evaluate.tangent):
+        expected = of(apply_fn, PARAMS_0, TAUS, batches)([0.5, 1.0])
+        found = of(apply_fn, PARAMS_0, TAUS, bare)([0.5, 1.0])
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_array_equal(evaluate.labels(bare), evaluate.labels(batches))
+    datasets = [bare], [batches]
+    found, expected = (tau_jp.matrix(apply_fn, PARAMS_0, TAUS, d) for d in datasets)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda batch: (batch["image"], batch["label"]), "a batch is a tuple; .* dict"),
+        (lambda batch: {"x": batch["image"]}, r"no field 'image'; it has 'x'.*inputs="),
+        (lambda batch: batch | {"mask": np.ones((8, 2))}, r"mask .* expected \[8\]"),
+    ],
+)
+def test_batches_of_another_kind_are_refused_with_what_to_write(change, message):
+    batches = [change(batch) for batch in pipeline.evaluation_batches(source(3), 8)]
+    for call in (
+        lambda: evaluate.outputs(apply_fn, PARAMS_0, batches),
+        lambda: evaluate.tangent(apply_fn, PARAMS_0, TAUS, batches),
+        lambda: evaluate.sweep(apply_fn, PARAMS_0, TAUS, batches, [[0.0, 1.0]]),
+        lambda: tau_jp.matrix(apply_fn, PARAMS_0, TAUS, [batches]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_generator_that_was_read_before_is_refused():
+    batches = iter(pipeline.evaluation_batches(source(3), 8))
+    at = evaluate.forward(apply_fn, PARAMS_0, TAUS, batches)
+    at([0.0, 0.0])
+    with pytest.raises(ValueError, match="a list, or a stream"):
+        at([1.0, 1.0])
 
 
 def test_accuracy_counts_only_what_the_mask_says():

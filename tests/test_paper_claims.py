@@ -89,10 +89,8 @@ def test_the_loss_of_the_linearised_model_is_convex_in_the_coefficients():
 
 def test_without_tau_jp_all_coefficients_are_best_at_one(optimal):
     """S0, appendix A: each at its own minimum, and none in the way of another."""
-    measured = tau_jp.matrix(
-        *(mlp, PARAMS_0, optimal),
-        [[((data["image"],), data["mask"])] for data in DATA],
-    )
+    datasets = [[data] for data in DATA]
+    measured = tau_jp.matrix(mlp, PARAMS_0, optimal, datasets)
     np.testing.assert_allclose(measured[~np.eye(2, dtype=bool)], 0, atol=1e-10)
     assert measured.diagonal().min() > 0.1
     coefs = np.linspace(0, 2, 9)

@@ -53,7 +53,7 @@ outputs = [
     evaluate.forward(*model, batches, mesh=mesh)([1.0, 0.5]),
     evaluate.tangent(*model, batches, mesh=mesh)([1.0, 0.5]),
     evaluate.sweep(*model, batches, [[0.0, 0.0], [1.0, 0.5]], mesh=mesh)[1],
-    tau_jp.matrix(*model, [[((image,), np.ones(7, bool))]], mesh=mesh),
+    tau_jp.matrix(*model, [batches], mesh=mesh),
 ]
 outputs = [found.tolist() for found in outputs]
 print(json.dumps({"read": read, "count": count, "outputs": outputs}))
@@ -122,7 +122,7 @@ def test_two_processes_are_one_run(mesh, tmp_path, monkeypatch):
     model = training_run.apply_fn, training_run.params_0(), expected
     ordinary = evaluate.forward(*model, batches)([1.0, 0.5])
     linear = evaluate.tangent(*model, batches)([1.0, 0.5])
-    matrix = tau_jp.matrix(*model, [[((image,), np.ones(7, bool))]])
+    matrix = tau_jp.matrix(*model, [batches])
     assert np.abs(ordinary - linear).max() > 0.01 and matrix.min() > 0.01
     for found, value in zip(
         reports[0]["outputs"], (ordinary, linear, ordinary, matrix), strict=True

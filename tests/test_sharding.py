@@ -284,8 +284,7 @@ def test_outputs_on_a_mesh_are_those_of_one_device(params_0, taus):
         expected, actual = of(*model)([0.3, -0.7]), of(*model, mesh=mesh)([0.3, -0.7])
         assert expected.shape == (24, 12)
         assert_close_outputs(actual, expected)
-    datasets = [[((batch["image"],), batch["mask"]) for batch in data]]
-    matrix = functools.partial(tau_jp.matrix, encode, params_0, taus, datasets)
+    matrix = functools.partial(tau_jp.matrix, encode, params_0, taus, [data])
     assert matrix().min() > 0.1
     np.testing.assert_allclose(matrix(mesh=mesh), matrix(), rtol=1e-5)
 

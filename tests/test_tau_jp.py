@@ -11,6 +11,9 @@ from jaxarith import tangent, tau_jp
 CLOSE = dict(rtol=1e-10, atol=1e-10)  # for float64
 
 
+FIELDS = ("x", "shift")
+
+
 def encoder(params, x, shift):
     return jnp.tanh((x + shift) @ params["in"]) @ params["out"]
 
@@ -185,10 +188,11 @@ def test_matrix_is_a_loop_of_jvps_over_unpadded_samples(x64, power):
             padding = size - len(parts[0])
             mask = np.arange(size) < len(parts[0])
             pad = [(0, padding), (0, 0)]
-            yield tuple(np.pad(p, pad, constant_values=9) for p in parts), mask
+            x, shift = (np.pad(p, pad, constant_values=9) for p in parts)
+            yield {"x": x, "shift": shift, "mask": mask}
 
     datasets = [batches(inputs) for inputs in data]
-    actual = tau_jp.matrix(encoder, params_0, taus, datasets, power=power)
+    actual = tau_jp.matrix(encoder, params_0, taus, datasets, FIELDS, power=power)
     expected = [
         [
             np.mean(
@@ -204,12 +208,43 @@ def test_matrix_is_a_loop_of_jvps_over_unpadded_samples(x64, power):
 
 
 def test_matrix_names_the_dataset_without_samples():
-    empty = [(batch(0, 4), np.zeros(4, bool))]
+    full = dict(zip(FIELDS, batch(0, 4), strict=True)) | {"mask": np.ones(4, bool)}
+    empty = full | {"mask": np.zeros(4, bool)}
     with pytest.raises(ValueError, match="dataset 1 has no sample"):
-        full = [(batch(0, 4), np.ones(4, bool))]
-        tau_jp.matrix(encoder, vector(0), [vector(1)], [full, empty])
+        tau_jp.matrix(encoder, vector(0), [vector(1)], [[full], [empty]], FIELDS)
 
 
 def test_matrix_needs_a_task_vector():
     with pytest.raises(ValueError, match="at least one task vector"):
-        tau_jp.matrix(encoder, vector(0), [], [[(batch(0, 4), np.ones(4, bool))]])
+        full = dict(zip(FIELDS, batch(0, 4), strict=True))
+        tau_jp.matrix(encoder, vector(0), [], [[full]], FIELDS)
+
+
+def test_matrix_by_token_counts_the_tokens_that_are_no_padding(x64):
+    """Of samples that count; what `mask` leaves out has no token that does."""
+    tokens, weights = normal(0, 3, 5, 4), {"w": normal(1, 4, 2)}
+    data = {
+        "image": tokens,
+        "mask": np.array([True, True, False]),
+        "attention_mask": np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1] * 5]),
+    }
+    found = tau_jp.matrix(
+        *(lambda params, x: x @ params["w"], {"w": np.zeros((4, 2))}, [weights]),
+        [[data]],
+        penalty_mask="attention_mask",
+    )
+    norms = np.linalg.norm(tokens @ weights["w"], axis=-1)
+    kept = np.concatenate([norms[0, :3], norms[1]])
+    np.testing.assert_allclose(found, [[kept.mean()]], **CLOSE)
+
+
+def test_batches_of_pairs_or_without_an_input_are_refused():
+    pairs = [(batch(0, 4), np.ones(4, bool))]
+    lacking = [{"x": np.ones((4, 4))}]
+    arguments = encoder, vector(0), [vector(1)]
+    with pytest.raises(ValueError, match="a batch is a tuple; expected a dict"):
+        tau_jp.matrix(*arguments, [pairs], FIELDS)
+    with pytest.raises(ValueError, match="no field 'shift'; it has 'x'"):
+        tau_jp.matrix(*arguments, [lacking], FIELDS)
+    with pytest.raises(ValueError, match="a batch is a str"):
+        tau_jp.matrix(*arguments, lacking, FIELDS)  # one dataset, not in a list

@@ -53,10 +53,7 @@ def test_both_measures_of_tau_jp_are_those_of_the_library(model):
     found = pairs.tau_jp(*model)
     setup, taus = model
     for power, measured in ((1, found.norm), (2, found.square)):
-        datasets = [
-            [((batch["image"],), batch["mask"]) for batch in task.test.batches]
-            for task in setup.tasks
-        ]
+        datasets = [task.test.batches for task in setup.tasks]
         weights = (setup.apply_fn, setup.params_0, taus)
         expected = tau_jp.matrix(*weights, datasets, power=power)
         np.testing.assert_allclose(measured, expected, rtol=1e-5)

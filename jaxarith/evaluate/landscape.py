@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from jaxarith import evaluate, sharding
+from jaxarith.batches import fields_of, mask_of
 from jaxarith.evaluate.smoothness import SampleLoss, of_samples
 from jaxarith.typing import ApplyFn, Params, Taus
 
@@ -88,7 +89,7 @@ def losses(
 def _with_samples(batches):
     found = False
     for batch in batches:
-        if np.any(batch["mask"]):
+        if mask_of(batch).any():
             found = True
             yield batch
     if not found:
@@ -122,8 +123,8 @@ def _of_tangents(
     rows = []
     for batch in batches:
         at = evaluate.tangent(apply_fn, params_0, taus, [batch], inputs, mesh=mesh)
-        mask = np.asarray(batch["mask"], bool)
-        fields = (np.asarray(batch[name])[mask] for name in targets)
+        mask = mask_of(batch)
+        fields = (np.asarray(field)[mask] for field in fields_of(batch, targets))
         rows.append(np.asarray(_at_all(loss_fn, coefs, *at, *fields)))
     return np.concatenate(rows, axis=1)
 

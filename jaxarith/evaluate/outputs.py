@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxarith import sharding
 from jaxarith import tangent as tangents
+from jaxarith.batches import fields_of, mask_of
 from jaxarith.merge import task_arithmetic
 from jaxarith.tree import settled
 from jaxarith.typing import ApplyFn, Numbers, Params, Taus
@@ -41,26 +42,38 @@ def outputs(
       apply_fn: `apply_fn(params, *inputs) -> [B, ...]`.
       params: its parameters.
       batches: dicts of arrays `[B, ...]` with a `mask`, `bool[B]`, as
-        `data.pipeline.evaluation_batches` makes them; they are read once, in order,
-        so they may be a stream.
+        `data.pipeline.evaluation_batches` makes them; without a mask, all samples
+        count. They are read once, in order, so they may be a stream.
       inputs: the fields of a batch that are passed to `apply_fn`, in order.
       mesh: the devices that share every batch, see `sharding`; by default those that
         the parameters are on.
 
     Returns:
       `[N, ...]`, N being the number of True entries of all masks.
+
+    Raises:
+      ValueError: there is no batch, or a batch is no dict or lacks a field.
     """
     mesh = mesh or sharding.mesh_of(params)
     params = sharding.shard(params, mesh)  # once, not with every batch
     rows = [
-        (settled(_apply(apply_fn, mesh, params, *_inputs(b, inputs, mesh))), _mask(b))
+        (settled(_apply(apply_fn, mesh, params, *_inputs(b, inputs, mesh))), mask_of(b))
         for b in batches
     ]
+    _check_any(rows)
     return np.concatenate([_unpadded(*row) for row in rows])
 
 
+def _check_any(rows):
+    if not rows:
+        raise ValueError(
+            "there is no batch to evaluate on. Batches that are read several times "
+            "must be a list, or a stream that every pass makes anew, not a generator."
+        )
+
+
 def _inputs(batch, inputs, mesh):
-    return sharding.spread(tuple(batch[name] for name in inputs), mesh)
+    return sharding.spread(fields_of(batch, inputs), mesh)
 
 
 # Compiled once per model and shape, however many datasets and coefficients follow.
@@ -87,13 +100,11 @@ def _unpadded(rows, mask, axis=0):
     return np.compress(mask, np.asarray(rows), axis)
 
 
-def _mask(batch):
-    return np.asarray(batch["mask"], bool)  # integers would be taken for indices
-
-
 def labels(batches: Sequence[dict]) -> np.ndarray:
     """The labels of every sample that is not padding, in the order of `outputs`."""
-    return np.concatenate([np.asarray(b["label"])[_mask(b)] for b in batches])
+    rows = [np.asarray(fields_of(b, ["label"])[0])[mask_of(b)] for b in batches]
+    _check_any(rows)
+    return np.concatenate(rows)
 
 
 def forward(
@@ -169,13 +180,14 @@ def sweep(
     placed = [_placed(part, mesh) for part in parts]
     rows = []
     for batch in batches:
-        fields = sharding.put(tuple(batch[name] for name in inputs), whole)
+        fields = sharding.put(fields_of(batch, inputs), whole)
         at_batch = []
         for each, room, places in placed:
             model = (apply_fn, readout, mesh, params_0, taus)
             found = settled(_at_all(*model, each, room, *fields))
-            at_batch.append(_unpadded(found, _mask(batch), axis=1)[places])
+            at_batch.append(_unpadded(found, mask_of(batch), axis=1)[places])
         rows.append(np.concatenate(at_batch))
+    _check_any(rows)
     return np.concatenate(rows, axis=1)
 
 
@@ -265,10 +277,11 @@ def tangent(
     rows = [
         (
             *settled(_jvps(apply_fn, mesh, params_0, taus, *_inputs(b, inputs, mesh))),
-            _mask(b),
+            mask_of(b),
         )
         for b in batches
     ]
+    _check_any(rows)
     return TangentOutputs(
         np.concatenate([_unpadded(f0, mask) for f0, _, mask in rows]),
         np.concatenate([_unpadded(moves, mask, 1) for _, moves, mask in rows], axis=1),

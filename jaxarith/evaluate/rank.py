@@ -18,6 +18,7 @@ import optax
 from numpy.typing import ArrayLike
 
 from jaxarith import metrics
+from jaxarith.batches import fields_of, mask_of
 from jaxarith.losses import IGNORED
 from jaxarith.typing import ApplyFn, Params
 
@@ -72,9 +73,9 @@ def label_losses(
     start = np.int32(start_token_id)
     rows = []
     for batch in batches:
-        texts = batch["input_ids"], batch["attention_mask"]
+        texts = fields_of(batch, ["input_ids", "attention_mask"])
         losses = _losses(apply_fn, params, *texts, labels, start)
-        rows.append(np.asarray(losses)[np.asarray(batch["mask"], bool)])
+        rows.append(np.asarray(losses)[mask_of(batch)])
     losses = np.concatenate(rows)
     if np.isnan(losses).any():
         raise ValueError(

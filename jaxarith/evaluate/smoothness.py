@@ -27,6 +27,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxarith import sharding, task_vectors, tree
+from jaxarith.batches import fields_of, mask_of
 from jaxarith.typing import ApplyFn, Params, Tree
 
 # loss(outputs, *targets) -> [B], the loss of every sample.
@@ -134,7 +135,7 @@ def largest_eigenvalue(
     ):
         total, count = jax.tree.map(jnp.zeros_like, v), 0
         for batch in batches:
-            mask = np.asarray(batch["mask"], bool)
+            mask = mask_of(batch)
             if mask.any():
                 fields = _placed(batch, (*inputs, *targets), mask, mesh)
                 total = tree.settled(add(total, v, params, *fields))
@@ -190,7 +191,7 @@ def _placed(batch, names, mask, mesh):
     count, but 0 · NaN would.
     """
     rows = np.where(mask, np.arange(len(mask)), mask.argmax())
-    fields = tuple(np.asarray(batch[name])[rows] for name in names)
+    fields = tuple(np.asarray(field)[rows] for field in fields_of(batch, names))
     mask = np.pad(mask, (0, -len(mask) % sharding.batch_shards(mesh)))
     return sharding.spread((mask, *fields), mesh)
 
