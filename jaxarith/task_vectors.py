@@ -111,16 +111,32 @@ def by_path(
     return coef.__getitem__
 
 
-def add(taus: Taus) -> dict:
+def add(taus: Taus) -> Params:
     """The sum of task vectors, over the union of their leaves.
+
+    Args:
+      taus: task vectors.
+
+    Returns:
+      The sum, in the structure of the first vector that has all leaves; a nested dict
+      where none has.
 
     Raises:
       ValueError: the list is empty, or common leaves differ in shape.
+
+    Example:
+      >>> tau = jnp.array(1.0), jnp.array(2.0)
+      >>> print(*add([tau, tau]))
+      2.0 4.0
     """
     if not taus:
         raise ValueError("the sum of no task vectors has no leaves; give at least one.")
     rows = tree.aligned(taus)
-    return tree.unflatten({path: sum(row[1:], row[0]) for path, row in rows.items()})
+    sums = {path: sum(row[1:], row[0]) for path, row in rows.items()}
+    for tau in taus:
+        if len(jax.tree.leaves(tau)) == len(sums):
+            return tree.map_with_path(lambda path, _: sums[path], tau)
+    return tree.unflatten(sums)
 
 
 def negate(tau: Params) -> Params:
@@ -128,7 +144,7 @@ def negate(tau: Params) -> Params:
     return jax.tree.map(jnp.negative, tau)
 
 
-def analogy(a: Tree, b: Tree, c: Tree, coefs: tuple[float, float] = (1.0, 1.0)) -> dict:
+def analogy(a: Tree, b: Tree, c: Tree, coefs: tuple[float, float] = (1.0, 1.0)) -> Tree:
     r"""A is to B as C is to D.
 
     .. math:: \tau_D = \lambda_1\tau_C + \lambda_2(\tau_B - \tau_A)
@@ -140,6 +156,9 @@ def analogy(a: Tree, b: Tree, c: Tree, coefs: tuple[float, float] = (1.0, 1.0)) 
     Args:
       a, b, c: task vectors.
       coefs: λ1 of `c` and λ2 of the difference.
+
+    Returns:
+      A task vector in the structure that `add` gives.
 
     Raises:
       ValueError: common leaves differ in shape.

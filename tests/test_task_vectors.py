@@ -82,6 +82,16 @@ def test_add_is_over_the_union_of_leaves():
     assert_close(total, {"a": {"w": 3.0, "b": 3.0}})
 
 
+def test_sums_have_the_structure_of_a_vector_with_all_leaves():
+    tau = ({"a/b": jnp.array(1.0)}, [jnp.array(2.0), {"c": jnp.array(3.0)}])
+    expected = jax.tree.map(lambda leaf: 3 * leaf, tau)
+    assert_close(task_vectors.add([tau, tau, tau]), expected)
+    part = ({}, [jnp.array(2.0), {}])
+    total = task_vectors.add([part, tau])
+    assert_close(total, ({"a/b": 1.0}, [4.0, {"c": 3.0}]))
+    assert_close(task_vectors.analogy(tau, tau, tau), tau)
+
+
 def test_add_of_nothing_is_an_error():
     with pytest.raises(ValueError, match="at least one"):
         task_vectors.add([])
