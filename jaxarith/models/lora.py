@@ -220,7 +220,8 @@ def task_vector(
         \tfrac{\alpha}{r}\bigl(A_0\,dB + dA\,B_0\bigr)
 
     The model without factors does with it what the adapted model did with `tau`: the
-    network, or its linearisation. It is merged like any other task vector.
+    network, or its linearisation. It is merged like any other task vector. Factors are
+    not: the product of two sums is not the sum of two products.
 
     Args:
       params_0: parameters with factors at the start, as `init` gives them.
