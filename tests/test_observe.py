@@ -166,7 +166,9 @@ def test_true_ends_the_run_with_the_vectors_of_that_step(answer):
         assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("answer", [False, None, {"loss": 1}, 1, np.ones(3)], ids=repr)
+@pytest.mark.parametrize(
+    "answer", [False, None, {"loss": 1}, 1, np.ones(3), jnp.array(0.5)], ids=repr
+)
 def test_nothing_else_does(answer):
     seen = []
     run(observe=lambda done, *_: seen.append(done) or answer, observe_every=4)

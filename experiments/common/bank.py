@@ -35,7 +35,7 @@ def vector_file(bank: Path, model: str, method: str, task: str) -> Path:
 
 def plain_recipe(config: TrainConfig) -> dict:
     """What of a recipe decides on a vector, as plain data."""
-    options = dataclasses.asdict(config)
+    options = dataclasses.asdict(config) | {"warmup_steps": config.warmup}
     # How a step is computed, not what.
     del options["tasks_at_once"], options["micro_batches"]
     if config.penalty is None:  # whose options then change nothing

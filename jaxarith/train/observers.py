@@ -48,7 +48,10 @@ def tensorboard(folder: str | os.PathLike) -> Observe:
     def observe(done, taus, metrics):
         for tag, value in _scalars(metrics).items():
             found = summary.scalar(tag, value)
-            event = event_pb2.Event(wall_time=time.time(), step=done, summary=found)
+            # protobuf defines its classes at run time.
+            event = event_pb2.Event(  # pyright: ignore[reportAttributeAccessIssue]
+                wall_time=time.time(), step=done, summary=found
+            )
             writer.write_event(event)
         writer.flush()
 

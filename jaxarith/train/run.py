@@ -232,9 +232,6 @@ def fine_tune(
                 pending = None
                 file.flush()
                 saved.save(done, state, ended=ended)
-            if ended:
-                said(f"observe ended the run after step {done} of {config.steps}.")
-                break
             if came and saved:
                 saved.wait()
                 said(
@@ -242,6 +239,9 @@ def fine_tune(
                     f"{checkpoints}. Run the same again to go on."
                 )
                 raise SystemExit(128 + came)
+            if ended:
+                said(f"observe ended the run after step {done} of {config.steps}.")
+                break
         if pending:
             record(*pending)
     return one_by_one(state[0])
@@ -249,7 +249,8 @@ def fine_tune(
 
 def _asks_to_end(answer):
     """Whether `observe` returned True; what else functions return says nothing."""
-    return isinstance(answer, bool | np.bool_ | jax.Array) and bool(answer)
+    kind = getattr(answer, "dtype", type(answer))
+    return kind == bool and bool(np.all(answer))
 
 
 def _check_batch(batch, inputs, names, mesh):
