@@ -249,8 +249,8 @@ def fine_tune(
 
 def _asks_to_end(answer):
     """Whether `observe` returned True; what else functions return says nothing."""
-    kind = getattr(answer, "dtype", type(answer))
-    return kind == bool and bool(np.all(answer))
+    boolean = isinstance(answer, bool) or getattr(answer, "dtype", None) == np.bool_
+    return boolean and bool(np.all(answer))
 
 
 def _check_batch(batch, inputs, names, mesh):
