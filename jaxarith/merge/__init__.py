@@ -39,6 +39,8 @@ from jaxarith.merge.localize_and_stitch import (
 )
 from jaxarith.merge.magmax import magmax as magmax
 from jaxarith.merge.mask_sharing import mask_sharing as mask_sharing
+from jaxarith.merge.methods import METHODS as METHODS
+from jaxarith.merge.methods import Method as Method
 from jaxarith.merge.model_stock import model_stock as model_stock
 from jaxarith.merge.pcb import pcb as pcb
 from jaxarith.merge.regmean import regmean as regmean

@@ -152,7 +152,7 @@ def fold(
     """
 
     def leaf(path, leaf_0, row):
-        if _RUNNING.fullmatch(path):
+        if is_running(path):
             return _mean(leaf_0, row)
         of_leaf = (at(arg, path) for arg in args)
         return merge_leaf(leaf_0, row, *of_leaf, **options)
@@ -192,6 +192,11 @@ def _each(function, params_0, taus):
 _RUNNING = re.compile(
     r"(.*/)?batch_stats/.*|(.*[/.])?(running_)?(mean|var)(/value)?|.*/(mean|var)_ema/.*"
 )
+
+
+def is_running(path: str) -> bool:
+    """Whether a leaf holds running statistics of a normalisation layer, by its name."""
+    return _RUNNING.fullmatch(path) is not None
 
 
 @leaf_function

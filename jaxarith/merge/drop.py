@@ -39,6 +39,8 @@ def drop(
 ) -> list[Params]:
     """Task vectors that lack a share of their entries, for any merge.
 
+    Running statistics of normalisation layers stay whole.
+
     Args:
       taus: T task vectors.
       drop_rate: the share p of entries that is dropped, in [0, 1).
@@ -88,6 +90,8 @@ def changed_at_random(
     """Task vectors whose leaves become `function(path, leaf, key_of_leaf, task=)`."""
 
     def of_leaf(path, leaf, task):
+        if _leaves.is_running(path):
+            return leaf
         change = functools.partial(function, path, task=task)
         return lazy.changed(leaf, change, task_vectors.leaf_key(key, path))
 
@@ -104,9 +108,13 @@ def _without_smallest(tau, drop_rate, rescale):
         rank = min(floor_share(drop_rate, size) + 1, size)
         least[path] = _order.kth_magnitudes({path: row}, rank)[0]
     below = functools.partial(_drop_below, rescale=rescale)
-    return tree.map_with_path(
-        lambda path, leaf: lazy.changed(leaf, below, least[path]), tau
-    )
+
+    def leaf(path, leaf):
+        if _leaves.is_running(path):
+            return leaf
+        return lazy.changed(leaf, below, least[path])
+
+    return tree.map_with_path(leaf, tau)
 
 
 def _drop_random(path, tau, key, *, task, share, rescale):

@@ -8,6 +8,7 @@ from pathlib import Path
 from jaxarith.commands.merge import gradients, methods, recipe
 from jaxarith.commands.merge.gradients import Setting, Value
 from jaxarith.commands.merge.request import DTYPES, PRESETS, MergeRequest, Model
+from jaxarith.merge import METHODS
 from jaxarith.stream import SHARD_BYTES, policies
 
 _DESCRIPTION = """
@@ -165,8 +166,9 @@ def _table() -> str:
     for preset, table in recipe.PRESETS.items():
         lines += [f"  --preset {preset}"]
         for name, method in table.items():
-            flags = " ".join(_flags(method.options))
-            lines.append(f"    {name:<18}{flags}".rstrip())
+            lines.append(f"    {name:<18}{' '.join(_flags(method.options))}".rstrip())
+            if preset == "paper" and name in METHODS:
+                lines.append(f"    {'':<18}({METHODS[name].paper})")
     return "\n".join(lines)
 
 

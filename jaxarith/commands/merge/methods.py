@@ -285,7 +285,7 @@ PAPER = {
         merge.karcher, {"max_iter": INTEGER, "tol": NUMBER}, base="aside"
     ),
     "magmax": Method(merge.magmax, {"coef": _COEF}),
-    "model_stock": Method(merge.model_stock),
+    "model_stock": Method(merge.model_stock, {"coef": _COEF}),
     "pcb": Method(
         merge.pcb,
         {
@@ -307,6 +307,7 @@ PAPER = {
     "wudi": Method(
         _wudi,
         {
+            "coef": _COEF,
             "solver": Option(("adam", "closed")),
             "steps": INTEGER,
             "learning_rate": NUMBER,
