@@ -45,7 +45,7 @@ def difference(params: Params, params_0: Params) -> Params:
 
 
 def _subtract(a, b):
-    dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+    dtype = tree.wide_dtype(a, b)
     return jnp.asarray(a, dtype) - jnp.asarray(b, dtype)
 
 
@@ -78,7 +78,7 @@ def apply(params_0: Params, tau: Params, coef: Coef = 1.0) -> Params:
                 f"coef has shape {list(shape)}; one task vector is scaled by one "
                 "number."
             )
-        dtype = jnp.promote_types(jnp.result_type(value, moves[path]), jnp.float32)
+        dtype = tree.wide_dtype(value, moves[path])
         moved = jnp.asarray(value, dtype) + scale * jnp.asarray(moves[path], dtype)
         return moved.astype(jnp.result_type(value))
 
@@ -185,7 +185,7 @@ def random_like(key: jax.Array, tau: Params) -> Params:
     """
 
     def leaf(path, value):
-        value = jnp.asarray(value, jnp.promote_types(jnp.result_type(value), "f4"))
+        value = jnp.asarray(value, tree.wide_dtype(value))
         noise = jax.random.normal(leaf_key(key, path), value.shape, value.dtype)
         length = jnp.linalg.norm(tree.gathered(value))
         return tree.sharded_like(noise * (length / jnp.linalg.norm(noise)), value)

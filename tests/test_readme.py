@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import checkpoints
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxarith import hub, train
+from jaxarith import hub, merge, train
 from jaxarith.models import clip
 
 README = Path(__file__).parent.parent / "README.md"
@@ -27,6 +29,32 @@ def test_the_example_runs_and_saves_a_model_that_loads(tmp_path, monkeypatch):
     np.testing.assert_array_equal(saved, scope["params"]["visual_projection"]["kernel"])
 
 
+def test_the_sweep_tries_every_method(capsys):
+    params_0 = {"kernel": jnp.ones((6, 5)), "bias": jnp.zeros(5)}
+    rng = np.random.default_rng(0)
+    taus = [
+        jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params_0)
+        for _ in range(3)
+    ]
+    scope = {
+        "jax": jax,
+        "merge": merge,
+        "params_0": params_0,
+        "taus": taus,
+        "score": lambda params: float(jnp.sum(params["kernel"])),
+    }
+    exec(compile(examples()[1], "README.md", "exec"), scope)
+    tried = [line.split() for line in capsys.readouterr().out.splitlines()]
+    expected = [
+        [name, str(coef)]
+        for name, method in merge.METHODS.items()
+        if not method.data and method.returns == "params"
+        for coef in method.search
+    ]
+    assert [found[:2] for found in tried] == expected
+    assert np.isfinite([float(found[2]) for found in tried]).all()
+
+
 def test_the_example_of_folders_merges_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base, models = checkpoints.family(tmp_path / "in", models=2)
@@ -34,7 +62,7 @@ def test_the_example_of_folders_merges_them(tmp_path, monkeypatch):
         (base, *models), ("BASE", "TUNED_1", "TUNED_2"), strict=True
     ):
         place.rename(tmp_path / name)
-    exec(compile(examples()[1], "README.md", "exec"), {})
+    exec(compile(examples()[2], "README.md", "exec"), {})
     assert hub.read("MERGED").keys() == hub.read("BASE").keys()
 
 
@@ -56,7 +84,7 @@ def test_the_example_of_many_devices_trains_and_saves_checkpoints(
         "loss": lambda features, batch, constants: (features**2).mean(),
         "test_batches": [{"image": image[None], "mask": np.ones(1, bool)}],
     }
-    exec(compile(examples()[2], "README.md", "exec"), scope)
+    exec(compile(examples()[3], "README.md", "exec"), scope)
     assert scope["mesh"].shape == {"task": 1, "data": 4, "fsdp": 2}
     moved = scope["outputs"]([1.0, 0.0]) - scope["outputs"]([0.0, 0.0])
     assert np.abs(moved).max() > 1e-6
