@@ -23,8 +23,8 @@ def check_dict(value: Any, what: str) -> None:
     if not isinstance(value, Mapping):
         raise ValueError(
             f"a {what} is a {type(value).__name__}; expected a dict of arrays. "
-            'Write {"image": x, "label": y}, with the names that `inputs` lists and the '
-            "loss reads."
+            'Write {"image": x, "label": y}, with the names in `inputs` and those that '
+            "the loss reads."
         )
 
 
