@@ -132,10 +132,9 @@ def start(options: Options) -> Mesh:
             _what(json.loads(there.read_text())), _what(plain(options))
         )
         if different:
-            lines = "\n  ".join(different)
             raise ValueError(
-                f"{options.out} holds a run with other options:\n  {lines}\nName "
-                "another folder, or say --no-resume to write over it."
+                f"{options.out} holds a run with other options: {'; '.join(different)}. "
+                "Name another folder, or say --no-resume to write over it."
             )
     mesh = sharding.make_mesh(options.mesh)
     _STARTED[options.out] = options
