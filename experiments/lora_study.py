@@ -31,10 +31,20 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments.common import runs, script, studies, tables
 from experiments.common.language import docstrings, text_files, tiny_text
-from jaxarith import evaluate, losses, metrics, plots, task_vectors, train, tree
+from jaxarith import (
+    evaluate,
+    losses,
+    metrics,
+    plots,
+    sharding,
+    task_vectors,
+    train,
+    tree,
+)
 from jaxarith.data import pipeline, splits, text
 from jaxarith.hub.lora import save_adapter
 from jaxarith.models import bert, heads, lora
@@ -79,7 +89,7 @@ class Work(NamedTuple):
     """What both ways start from.
 
     Attributes:
-      config, model: the options and the checkpoint.
+      config, mesh, model: the options, the devices and the checkpoint.
       encode: the encoder, `encode(params, *inputs) -> features[B, D]`.
       apply_fn: the same with factors.
       params_0: the parameters with factors at their start.
@@ -90,6 +100,7 @@ class Work(NamedTuple):
     """
 
     config: Config
+    mesh: Mesh
     model: bert.Bert
     encode: ApplyFn
     apply_fn: ApplyFn
@@ -100,7 +111,7 @@ class Work(NamedTuple):
     datasets: dict[str, list[studies.Dataset]]
 
 
-def prepare(config: Config) -> Work:
+def prepare(config: Config, mesh: Mesh) -> Work:
     """Loads the model and the texts, and makes the factors and the heads."""
     if config.task:
         tasks = [text_files.read_task(option) for option in config.task]
@@ -137,6 +148,7 @@ def prepare(config: Config) -> Work:
     key = jax.random.key(config.seed)
     return Work(
         config=config,
+        mesh=mesh,
         model=model,
         encode=encode,
         apply_fn=lora.adapted(encode, alpha=config.alpha),
@@ -187,12 +199,19 @@ def fine_tune(work: Work, kind: str) -> Taus:
         work.apply_fn,
         work.params_0,
         loss,
-        train.task_batches(work.sources, recipe, names=work.names, inputs=work.inputs),
+        train.task_batches(
+            work.sources,
+            recipe,
+            names=work.names,
+            inputs=work.inputs,
+            mesh=work.mesh,
+        ),
         recipe,
         names=work.names,
         constants=heads.pad([dataset.head for dataset in work.datasets["test"]]),
         inputs=work.inputs,
         log=config.out / f"train_{kind}.jsonl",
+        mesh=work.mesh,
         checkpoints=runs.checkpoints(config) / kind if config.save_every else None,
         save_every=config.save_every or config.steps,
     )
@@ -346,8 +365,7 @@ def in_peft(base: Path, adapter: Path, inputs: dict[str, np.ndarray]) -> np.ndar
     import torch
     import transformers
 
-    peft = importlib.import_module("peft")
-
+    peft = importlib.import_module("peft")  # type checkers may not find it
     config = transformers.AutoConfig.from_pretrained(base)
     kind = getattr(transformers, config.architectures[0])
     model = kind.from_pretrained(base, attn_implementation="eager")
@@ -380,18 +398,18 @@ def main(config: Config) -> dict:
     """Runs the study; returns what `report.json` holds."""
     script.needs("demo", "transformers", "sklearn", "matplotlib")
     config = runs.smaller(config, steps=4, batch_size=8, samples=40)
-    runs.start(config)
+    mesh = runs.start(config)
     if config.smoke and not config.model:
         model = tiny_text.write_classifier(config.out / "model")
         config = dataclasses.replace(config, model=str(model))
-    work = prepare(config)
+    work = prepare(config, mesh)
     runs.claim(config)
     rows, curves, peft, seconds = [], {}, {}, {}
     for kind in KINDS:
         since = time.perf_counter()
-        taus = fine_tune(work, kind)
+        taus = sharding.to_host(fine_tune(work, kind))
         seconds[kind] = time.perf_counter() - since
-        peft[kind] = save_adapters(work, kind, taus)
+        peft[kind] = save_adapters(work, kind, taus) if runs.is_first() else None
         for name, found in evaluated(work, kind, taus).items():
             if not rows:
                 start, single = found.merged[0], found.single["test"]
@@ -402,12 +420,13 @@ def main(config: Config) -> dict:
                 COEFS,
                 [metrics.normalized_accuracy(each, own) for each in found.along],
             )
-    plots.curves(
-        config.out / "coefficients.png",
-        curves,
-        x="coefficient of every task vector",
-        y="normalised accuracy (validation)",
-    )
+    if runs.is_first():
+        plots.curves(
+            config.out / "coefficients.png",
+            curves,
+            x="coefficient of every task vector",
+            y="normalised accuracy (validation)",
+        )
     return tables.write(
         config.out,
         "LoRA, ordinary and linearised",
