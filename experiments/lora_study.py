@@ -37,6 +37,7 @@ from experiments.common import runs, script, studies, tables
 from experiments.common.language import docstrings, text_files, tiny_text
 from jaxarith import (
     evaluate,
+    hub,
     losses,
     metrics,
     plots,
@@ -366,8 +367,8 @@ def in_peft(base: Path, adapter: Path, inputs: dict[str, np.ndarray]) -> np.ndar
     import transformers
 
     peft = importlib.import_module("peft")  # type checkers may not find it
-    config = transformers.AutoConfig.from_pretrained(base)
-    kind = getattr(transformers, config.architectures[0])
+    [architecture, *_] = hub.read_json(base)["architectures"]
+    kind = getattr(transformers, architecture)
     model = kind.from_pretrained(base, attn_implementation="eager")
     model = peft.PeftModel.from_pretrained(model, adapter).eval()
     tensors = {k: torch.from_numpy(np.array(v)).long() for k, v in inputs.items()}
