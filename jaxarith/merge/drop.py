@@ -75,7 +75,7 @@ def drop(
     _leaves.one_of(rescale, Rescale, "rescale")
     _leaves.check_list(taus)
     if strategy == "magnitude":
-        return [_without_smallest(tau, drop_rate, rescale) for tau in taus]
+        return _without_smallest(taus, drop_rate, rescale)
     if key is None:
         raise ValueError(
             'strategy="random" needs a key of its draws, such as jax.random.key(0).'
@@ -101,20 +101,23 @@ def changed_at_random(
     ]
 
 
-def _without_smallest(tau, drop_rate, rescale):
-    tau, least = tree.floating(tau), {}
-    for path, row in tree.aligned([tau]).items():
+def _without_smallest(taus, drop_rate, rescale):
+    taus, least = list(map(tree.floating, taus)), {}
+    for path, row in tree.aligned(taus).items():
         size = row[0].size
         rank = min(floor_share(drop_rate, size) + 1, size)
-        least[path] = _order.kth_magnitudes({path: row}, rank)[0]
+        least[path] = _order.kth_magnitudes({path: row}, rank)
     below = functools.partial(_drop_below, rescale=rescale)
 
-    def leaf(path, leaf):
+    def leaf(path, leaf, task):
         if _leaves.is_running(path):
             return leaf
-        return lazy.changed(leaf, below, least[path])
+        return lazy.changed(leaf, below, least[path][task])
 
-    return tree.map_with_path(leaf, tau)
+    return [
+        tree.map_with_path(functools.partial(leaf, task=task), tau)
+        for task, tau in enumerate(taus)
+    ]
 
 
 def _drop_random(path, tau, key, *, task, share, rescale):
