@@ -157,7 +157,7 @@ def test_what_agrees_with_an_operator_has_its_bits():
     theirs = merge.task_arithmetic(theta_0, taus, coef=weights)
     jax.tree.map(np.testing.assert_array_equal, mine, theirs)
     mine = family(theta_0, taus, method="ties", weight=weights, density=0.3)
-    options = {"preset": "mergekit", "weights": weights, "density": 0.3}
+    options = {"trim": "tensor", "weights": weights, "density": 0.3}
     theirs = merge.ties(theta_0, taus, **options)
     jax.tree.map(np.testing.assert_array_equal, mine, theirs)
     key = jax.random.key(3)

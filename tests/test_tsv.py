@@ -82,17 +82,17 @@ def test_matrices_too_small_for_all_tasks_are_averaged(shape):
 
 @pytest.mark.parametrize("method", [merge.tsv, merge.iso_c, merge.iso_cts])
 def test_other_matrices_than_those_chosen_are_averaged(method):
-    params_0 = {"table": jnp.zeros((4, 6)), "kernel": jnp.zeros((4, 6))}
+    params_0 = {"embedding": jnp.zeros((4, 6)), "kernel": jnp.zeros((4, 6))}
     taus = [
         {path: oracles.normal((i, j), 4, 6) for j, path in enumerate(params_0)}
         for i in range(2)
     ]
     merged = method(params_0, taus, matrices="kernel")
     everything = method(params_0, taus)
-    mean = np.mean([tau["table"] for tau in taus], axis=0)
-    np.testing.assert_allclose(merged["table"], mean, rtol=1e-5, atol=1e-7)
+    mean = np.mean([tau["embedding"] for tau in taus], axis=0)
+    np.testing.assert_allclose(merged["embedding"], mean, rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(merged["kernel"], everything["kernel"])
-    assert np.abs(everything["table"] - mean).max() > 0.1
+    assert np.abs(everything["embedding"] - mean).max() > 0.1
 
 
 @pytest.mark.parametrize("method", [merge.tsv, merge.iso_c, merge.iso_cts, merge.wudi])
