@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -163,4 +162,4 @@ def _write(
             (new / hub.MSGPACK).write_bytes(content)
         else:
             hub.save_tree(new / hub.WEIGHTS, leaves, {"format": "pt"})
-        os.replace(new, out)
+        hub.publish(new, out, None, temporary / "old")

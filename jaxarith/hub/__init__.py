@@ -17,12 +17,15 @@ from jaxarith.hub.folders import open_tensors as open_tensors
 from jaxarith.hub.folders import read_json as read_json
 from jaxarith.hub.folders import shards as shards
 from jaxarith.hub.folders import side_files as side_files
+from jaxarith.hub.places import check_model as check_model
+from jaxarith.hub.places import check_out as check_out
+from jaxarith.hub.places import publish as publish
+from jaxarith.hub.places import staging as staging
+from jaxarith.hub.places import state as state
 from jaxarith.hub.reading import load as load
 from jaxarith.hub.reading import load_tree as load_tree
 from jaxarith.hub.reading import read as read
 from jaxarith.hub.stored import Stored as Stored
-from jaxarith.hub.writing import check_out as check_out
 from jaxarith.hub.writing import save as save
 from jaxarith.hub.writing import save_tree as save_tree
-from jaxarith.hub.writing import staging as staging
 from jaxarith.hub.writing import write as write

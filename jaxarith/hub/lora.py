@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxarith import tree
-from jaxarith.hub import checks, download, folders, safetensors, writing
+from jaxarith.hub import checks, download, folders, places, safetensors, writing
 from jaxarith.hub.stored import Stored
 from jaxarith.typing import Tree
 
@@ -195,14 +195,14 @@ def save_adapter(
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    with writing.staging(folder.parent) as temporary:
+    with places.staging(folder.parent) as temporary:
         new = temporary / "new"
         new.mkdir()
         text = json.dumps(config, indent=2) + "\n"
         (new / CONFIG).write_text(text, encoding="utf-8")
         writing.save_tree(new / folders.ADAPTER, found, {"format": "pt"})
         read_adapter(new, tensors)  # shapes are checked before anything appears
-        os.replace(new, folder)
+        places.publish(new, folder, None, temporary / "old")
 
 
 def _outer_name(config):

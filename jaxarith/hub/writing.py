@@ -1,11 +1,9 @@
 """Checkpoints and trees to files, each whole or not at all."""
 
-import contextlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from jaxarith import tree
-from jaxarith.hub import checks, layouts
+from jaxarith.hub import checks, layouts, places
 from jaxarith.hub.folders import CONFIG, WEIGHTS, existing, side_files
 from jaxarith.hub.reading import converted
 from jaxarith.typing import Params, Tree
@@ -81,41 +79,28 @@ def write(
     tensors = _arrays(dict(tensors), None)
     text = json.dumps(config, indent=2) + "\n"
     extras = [] if copy_from is None else side_files(existing(copy_from))
-    with staging(folder if folder.is_dir() else folder.parent) as temporary:
+    before = places.state(folder)
+    with places.staging(folder if before else folder.parent) as temporary:
         new = temporary / "new"
         new.mkdir()
         for extra in extras:
             shutil.copyfile(extra, new / extra.name)
         (new / CONFIG).write_text(text, encoding="utf-8")
         _write(new / WEIGHTS, tensors, {"format": "pt"})
-        if folder.is_dir():
-            for file in sorted(new.iterdir(), key=lambda file: file.name == WEIGHTS):
-                os.replace(file, folder / file.name)
-        else:
-            os.replace(new, folder)
+        if before is None:
+            places.publish(new, folder, before, temporary / "old")
+            return
+        places.sync(new)
+        for file in sorted(new.iterdir(), key=lambda file: file.name == WEIGHTS):
+            os.replace(file, folder / file.name)
+        places.sync_entries(folder)
 
 
 def _check_folder(folder, overwrite):
-    folder = Path(folder).absolute()
+    folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"{folder} is a file; a checkpoint needs a folder.")
-    check_out(folder, overwrite)
-    return folder
-
-
-def check_out(out: Path, overwrite: bool) -> None:
-    """Raises a FileExistsError if a folder exists and is not to be replaced."""
-    if not os.path.lexists(out):
-        return
-    if out.is_symlink() or not out.is_dir() or out.samefile(Path.cwd()):
-        raise FileExistsError(
-            f"{out} is a file, a link or the current folder; name a new folder."
-        )
-    if not overwrite:
-        raise FileExistsError(
-            f"{out} exists; name a new folder, or replace it with overwrite=True "
-            "(--overwrite)."
-        )
+    return places.check_out(folder, overwrite)
 
 
 def save_tree(
@@ -141,20 +126,13 @@ def save_tree(
             "a leaf is called __metadata__, a name that safetensors files keep for "
             "their own use. Rename the leaf."
         )
-    with staging(path.parent) as temporary:
+    with places.staging(path.parent) as temporary:
         _write(temporary / path.name, leaves, metadata)
+        if replaced := path.exists():
+            places.sync(temporary / path.name)
         os.replace(temporary / path.name, path)
-
-
-@contextlib.contextmanager
-def staging(parent: Path) -> Iterator[Path]:
-    """A folder on the same disk to write in, removed afterwards, whatever happens.
-
-    Only a process that is killed leaves it, under a name that begins `.jaxarith-`.
-    """
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".jaxarith-", dir=parent) as name:
-        yield Path(name)
+    if replaced:
+        places.sync_entries(path.parent)
 
 
 def _arrays(values, dtype):

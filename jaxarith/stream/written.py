@@ -154,9 +154,9 @@ def merge(
       finish: `finish(folder, report)`, which writes what belongs beside the weights.
 
     Raises:
-      FileExistsError: `out` exists.
-      ValueError: the method refuses the models or its options, or values are NaN or
-        infinite.
+      FileExistsError: `out` exists, or another program made or changed it meanwhile.
+      ValueError: `out` holds one of the models, the method refuses them or its
+        options, or values are NaN or infinite.
       OSError: there is not enough space.
 
     Example:
@@ -164,8 +164,8 @@ def merge(
       >>> opened = open_models("base", ["math", "code"])  # doctest: +SKIP
       >>> merge(operators.average, opened, "merged")  # doctest: +SKIP
     """
-    out = Path(out).absolute()
-    hub.check_out(out, overwrite)
+    out = hub.check_out(out, overwrite, opened.folders)
+    before = hub.state(out)
     planned = plan(opened, dtype=dtype, shard_bytes=shard_bytes)
     with hub.staging(out.parent) as temporary:
         _check_space(temporary, planned.bytes_out)
@@ -192,20 +192,8 @@ def merge(
             (new / hub.INDEX).write_text(text, encoding="utf-8")
         if finish is not None:
             finish(new, report)
-        _replace(new, out, temporary / "old")
+        hub.publish(new, out, before, temporary / "old")
     return report
-
-
-def _replace(new, out, old):
-    """Renames a folder to `out`, and an existing `out` to `old`."""
-    try:
-        if out.exists():
-            os.replace(out, old)
-        os.replace(new, out)
-    except BaseException:
-        if old.exists() and not out.exists():
-            os.replace(old, out)
-        raise
 
 
 def _check_space(folder, needed):

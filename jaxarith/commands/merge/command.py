@@ -24,12 +24,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def _run(args: argparse.Namespace) -> None:
     out = _out(args)
-    stream.check_out(out, args.overwrite)
-    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise ValueError(
-            f"{out} has files but no config.json, so it is no model that could be "
-            "replaced; name another folder."
-        )
+    recipes = [] if args.config is None else [args.config]
+    stream.check_out(out, args.overwrite, recipes)
+    hub.check_model(out)
     if args.config is not None:
         flags.check_alone(args)
         recipe = mergekit_yaml.read(args.config, seed=args.seed)

@@ -1,0 +1,256 @@
+"""Where outputs are written: what may be replaced, temporary folders, and renames.
+
+An output is made in a temporary folder on the same disk and renamed once complete.
+Nothing that appeared meanwhile is replaced.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from jaxarith import report
+
+_PREFIX = ".jaxarith-"
+# Files of models, beside which a replaced folder may hold nothing of other kinds.
+_SUFFIXES = frozenset(
+    ".safetensors .json .jsonl .txt .md .model .jinja .msgpack .bin .h5 .onnx .gguf "
+    ".ot .tiktoken .spm .bpe .vocab .yaml .yml .png .jpg .svg .pdf".split()
+)
+_NAMES = frozenset(
+    "license licence notice copying use_policy readme .gitattributes".split()
+)
+_MODEL = frozenset(
+    "config.json adapter_config.json model.safetensors adapter_model.safetensors "
+    "model.safetensors.index.json flax_model.msgpack".split()
+)
+
+
+def check_out(
+    out: str | os.PathLike, overwrite: bool, inputs: Iterable[str | os.PathLike] = ()
+) -> Path:
+    """The real path of a new folder.
+
+    Args:
+      out: the folder.
+      overwrite: whether it may replace one that exists.
+      inputs: folders and files that are read and must stay, as must what their links
+        lead to.
+
+    Raises:
+      FileExistsError: the folder exists, and is not to be replaced.
+      ValueError: it holds one of the inputs.
+    """
+    out = Path(out)
+    if not os.path.lexists(out):
+        return out.parent.resolve() / out.name
+    if out.is_symlink() or not out.is_dir() or _holds_current(out):
+        raise FileExistsError(
+            f"{out} is a file, a link, or the current folder or one above it; name a "
+            "new folder."
+        )
+    if not overwrite:
+        raise FileExistsError(
+            f"{out} exists; name a new folder, or replace it with overwrite=True "
+            "(--overwrite)."
+        )
+    real = out.resolve()
+    for path in map(Path, inputs):
+        for file in [path, *(path.iterdir() if path.is_dir() else ())]:
+            if file.resolve().is_relative_to(real):
+                raise ValueError(
+                    f"{out} holds {file}, which is read; name another folder."
+                )
+    return real
+
+
+def _holds_current(folder):
+    try:
+        return Path.cwd().resolve().is_relative_to(folder.resolve())
+    except FileNotFoundError:  # the current folder was removed
+        return False
+
+
+def check_model(out: Path) -> None:
+    """Raises a ValueError if a folder exists that is neither empty nor a model's."""
+    if not out.is_dir():
+        return
+    entries = list(out.iterdir())
+    if entries and not _MODEL & {path.name for path in entries}:
+        raise ValueError(
+            f"{out} has files but no config.json or weights, so it is no model that "
+            "could be replaced; name another folder."
+        )
+    if unknown := [str(path.relative_to(out)) for path in _unknown(out)]:
+        raise ValueError(
+            f"{out} holds {report.listed(unknown, 3)}, which no model's folder has, so "
+            "it is not replaced; move that elsewhere, or name another folder."
+        )
+
+
+def _unknown(folder):
+    """What belongs to no model: hidden files, sources, data, links to folders."""
+    # Models bring code of their own, which their configurations name.
+    code = any(_names_code(file) for file in folder.glob("*config.json"))
+    for path in sorted(folder.iterdir()):
+        name = path.name.lower()
+        if path.is_dir() and not path.is_symlink() and not name.startswith("."):
+            yield from _unknown(path)
+        elif not path.is_file() or not (
+            path.stem.lower() in _NAMES
+            or (path.suffix.lower() in _SUFFIXES and not name.startswith("."))
+            or (path.suffix == ".py" and code)
+        ):
+            yield path
+
+
+def _names_code(file):
+    return file.is_file() and b'"auto_map"' in file.read_bytes()
+
+
+def state(out: Path) -> tuple[int, ...] | None:
+    """What changes when a folder is replaced or gets other entries; None without it."""
+    try:
+        found = out.lstat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def publish(new: Path, out: Path, before: tuple[int, ...] | None, aside: Path) -> None:
+    """Renames a complete folder to `out`, if that is as it was before.
+
+    Args:
+      new: the folder.
+      out: its name. An old folder there is moved to `aside`.
+      before: the `state` of `out` when the work began.
+      aside: a name on the same disk, for the old folder.
+
+    Raises:
+      FileExistsError: `out` was made or changed by another program meanwhile.
+    """
+    if before is not None:
+        sync(new)  # what is replaced must not be lost before the new is on the disk
+    if state(out) != before:
+        raise _came(out)
+    try:
+        if before is not None:
+            os.replace(out, aside)
+        try:
+            out.mkdir()  # fails if another program was faster; `replace` would not
+        except FileExistsError:
+            raise _came(out) from None
+        try:
+            os.replace(new, out)  # onto an empty folder only
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                out.rmdir()
+            if isinstance(error, OSError) and error.errno == errno.ENOTEMPTY:
+                raise _came(out) from None
+            raise
+    except BaseException:
+        if aside.exists() and not out.exists():
+            os.replace(aside, out)
+        raise
+    if before is not None:
+        sync_entries(out.parent)
+
+
+def _came(out):
+    return FileExistsError(
+        f"{out} was made or changed by another program meanwhile and is left as it is; "
+        "name a new folder."
+    )
+
+
+def sync(path: Path) -> None:
+    """Brings a file, or a folder and all in it, to the disk."""
+    if path.is_dir():
+        for entry in path.iterdir():
+            sync(entry)
+    sync_entries(path)
+
+
+def sync_entries(path: Path) -> None:
+    """Brings a file, or the names in a folder, to the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+@contextlib.contextmanager
+def staging(parent: Path) -> Iterator[Path]:
+    """A folder on the same disk to write in, removed afterwards, whatever happens.
+
+    So are folders that were made for it and stay empty. Only a process that is killed
+    leaves it, under a name that begins `.jaxarith-`; the next one warns of it.
+    """
+    made = _make(parent)
+    try:
+        if left := _left_overs(parent):
+            warnings.warn(
+                f"a run that was killed left {report.listed(list(map(str, left)), 3)}. "
+                "An output that it was replacing may be in `old` there; otherwise "
+                "remove it.",
+                stacklevel=3,
+            )
+        with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as name:
+            with _locked(Path(name)):
+                yield Path(name)
+    finally:
+        with contextlib.suppress(OSError):  # from the first that is not empty
+            for folder in reversed(made):
+                folder.rmdir()
+
+
+def _make(folder):
+    """Makes a folder and its parents; returns those that did not exist."""
+    missing = []
+    while not folder.is_dir():
+        missing.insert(0, folder)
+        folder = folder.parent
+    made = []
+    for folder in missing:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            made.append(folder)
+    return made
+
+
+@contextlib.contextmanager
+def _locked(folder):
+    """Marks a folder as in use; the mark goes with the process."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network disks have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
+
+
+def _left_overs(parent):
+    """Temporary folders in which no process works any more."""
+    return [path for path in sorted(parent.glob(f"{_PREFIX}*")) if _abandoned(path)]
+
+
+def _abandoned(folder):
+    try:
+        file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        # A new one is locked in a moment.
+        return time.time() - os.fstat(file).st_mtime > 1
+    except OSError:
+        return False
+    finally:
+        os.close(file)
