@@ -1,7 +1,6 @@
-"""Checks of tensors that are read or written: numbers, finite, not quantised."""
+"""Checks of tensors that are read or written: they are numbers, and finite."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -17,22 +16,6 @@ def check_numeric(tensors: Mapping[str, Stored | np.ndarray]) -> None:
                 f"{name} is of type {short(tensor.dtype)}; expected an array of "
                 "numbers."
             )
-
-
-def check_mergeable(file: Path, tensors: Mapping[str, Stored]) -> None:
-    """Raises a ValueError if a checkpoint holds quantised tensors.
-
-    Args:
-      file: the file that holds or lists the tensors.
-      tensors: the tensors by name.
-    """
-    packed = [name for name in sorted(tensors) if tensors[name].dtype not in NUMERIC]
-    if packed:
-        raise ValueError(
-            f"{file} has {len(packed)} tensors of a type that cannot be merged, such "
-            f"as {packed[0]} of {short(tensors[packed[0]].dtype)}. Quantised models "
-            "must be converted to a floating-point type first."
-        )
 
 
 def check_finite(leaves: Mapping[str, np.ndarray], place: str) -> None:

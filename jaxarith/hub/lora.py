@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxarith import tree
-from jaxarith.hub import checks, download, folders, places, safetensors, writing
+from jaxarith.hub import download, folders, packed, places, safetensors, writing
 from jaxarith.hub.stored import Stored
 from jaxarith.typing import Tree
 
@@ -235,7 +235,7 @@ def _open(folder):
             "is an adapter_model.bin, load the adapter in PEFT and save it again."
         )
     tensors, _ = safetensors.open_file(file)
-    checks.check_mergeable(file, tensors)
+    packed.check(file, tensors, {})
     return tensors
 
 

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from jaxarith import hub, lazy
-from jaxarith.hub import Stored, checks, lora
+from jaxarith.hub import Stored, lora, packed
 from jaxarith.stream import policies
 
 
@@ -126,8 +127,14 @@ def open_checkpoint(folder: str | os.PathLike) -> hub.Checkpoint:
             f"{folder} holds no safetensors. Streams read nothing else: run "
             f"`jaxarith convert {folder} NEW_FOLDER` first."
         )
-    checks.check_mergeable(found.file, found.tensors)
+    packed.check(Path(folder), found.tensors, read_config(folder))
     return found
+
+
+def read_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """The content of a checkpoint's `config.json`; empty if it has none."""
+    exists = (Path(folder) / "config.json").is_file()
+    return hub.read_json(folder) if exists else {}
 
 
 def open_models(

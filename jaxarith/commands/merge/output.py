@@ -13,6 +13,7 @@ from jaxarith import hub
 from jaxarith.commands.merge import model_card
 from jaxarith.commands.merge.model_card import Input
 from jaxarith.commands.merge.recipe import MergeRecipe
+from jaxarith.hub import packed
 from jaxarith.stream import Opened, Plan, Report
 from jaxarith.stream.opened import adapted, open_checkpoint
 
@@ -92,8 +93,12 @@ def beside(opened: Opened, dtype: str | None, tokenizer: Path | None) -> Beside:
                 f"config.json gives no vocab_size of {old} and is kept; the merge has "
                 f"{new} rows"
             )
-    if all(tensor.is_floating for tensor in opened.base.values()):
-        config.pop("quantization_config", None)  # what is merged is not quantised
+    if (said := packed.stated_format(config)) is not None:
+        config = _without(config, "quantization_config", "compression_config")
+        notes.append(
+            f"config.json says that the weights are quantised ({said}), which they are "
+            "not; quantization_config is left out"
+        )
     files = hub.side_files(folder)
     if tokenizer is not None:
         found = [f for f in hub.side_files(tokenizer) if _TOKENIZER.match(f.name)]
@@ -154,6 +159,17 @@ def _replaced(
         if key.endswith("_config") and isinstance(value, dict)
         else value
         for key, value in config.items()
+    }
+
+
+def _without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """The configuration, and those in it, without these entries."""
+    return {
+        key: _without(value, *keys)
+        if key.endswith("_config") and isinstance(value, dict)
+        else value
+        for key, value in config.items()
+        if key not in keys
     }
 
 

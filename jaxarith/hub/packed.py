@@ -1,0 +1,88 @@
+"""Packed (quantised) weights: recognised by names of tensors and by configuration.
+
+Packed numbers are no weights: their mean means nothing, in whatever dtype they are
+stored. bitsandbytes, for one, can keep four of them in a number of bfloat16.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxarith.hub.stored import NUMERIC, Stored, short
+
+# How the names of packed tensors, or of their scales, end.
+_ENDS = {
+    "bitsandbytes, 4 bits": r"\.(absmax|quant_map|nested_absmax|nested_quant_map)|"
+    r"\.quant_state\.bitsandbytes__\w+",
+    "bitsandbytes, 8 bits": r"\.(SCB|weight_format)",
+    "compressed-tensors": r"\.weight_(packed|zero_point|global_scale)",
+    "fp8 with scales": r"[._]\w*scale_inv",
+    "integers or fp8 with scales": r"\.weight_scales?",
+    "GPTQ": r"\.g_idx",
+    "HQQ": r"\.W_q",
+    "quanto": r"\.weight\._(data|scale|shift)",
+    "torchao": r"\._?weight_(qdata|scale)",
+}
+_FORMATS = {label: re.compile(rf".+({end})") for label, end in _ENDS.items()}
+# Endings that say so only together: other models have tensors called scales.
+_PAIRS = {
+    "MXFP4": ("_blocks", "_scales"),
+    "GPTQ or AWQ": (".qweight", ".scales"),
+    "AQLM": (".codes", ".codebooks"),
+    "VPTQ": (".indices", ".centroids.weight"),
+}
+
+
+def check(
+    place: Path, tensors: Mapping[str, Stored], config: Mapping[str, Any]
+) -> None:
+    """Raises a ValueError that names the format if weights are packed.
+
+    A `quantization_config` alone is no sign: conversions back to floating point often
+    leave it behind. It names the format of tensors that are not plain numbers.
+
+    Args:
+      place: the file or folder that holds the tensors.
+      tensors: the tensors by name.
+      config: the content of its `config.json`.
+    """
+    said = stated_format(config)
+    for name, label in _signs(tensors, said):
+        raise ValueError(
+            f"{place} is quantised ({said or label}): {name} is {tensors[name]}, part "
+            "of packed weights, which cannot be merged. Give the model in floating "
+            "point: the one that was quantised, or this one dequantised "
+            "(`model.dequantize()` in transformers) and saved again."
+        )
+
+
+def stated_format(config: Mapping[str, Any]) -> str | None:
+    """The format of packed weights that a configuration or a part of it names."""
+    parts = [config, *(v for k, v in config.items() if k.endswith("_config"))]
+    for part in (part for part in parts if isinstance(part, Mapping)):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(found := part.get(key), Mapping):
+                method = found.get("quant_method") or found.get("format")
+                return str(method or "of a format without a name")[:40]
+    return None
+
+
+def _signs(
+    tensors: Mapping[str, Stored], said: str | None
+) -> Iterator[tuple[str, str]]:
+    """Names of tensors that are packed or belong to packed ones, and the formats."""
+    for label, pattern in _FORMATS.items():
+        yield from ((name, label) for name in tensors if pattern.fullmatch(name))
+    for label, (one, other) in _PAIRS.items():
+        for name in tensors:
+            if name.endswith(one) and name.removesuffix(one) + other in tensors:
+                yield name, label
+    for name, tensor in tensors.items():
+        is_weight = name.endswith(".weight") and tensor.shape != ()
+        if tensor.dtype not in NUMERIC:
+            yield name, f"{short(tensor.dtype)} numbers"
+        elif is_weight and tensor.dtype.kind in "iu":  # flat ones as well
+            yield name, f"packed in {short(tensor.dtype)} numbers"
+        elif is_weight and said == "bitsandbytes" and tensor.shape[1:] == (1,):
+            yield name, said
