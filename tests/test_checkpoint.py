@@ -220,6 +220,44 @@ def test_folders_of_others_are_left_alone(tmp_path):
     assert (theirs / "weights.bin").read_text() == "theirs"
 
 
+@pytest.mark.parametrize("theirs", ["model.pt", "state", "manifest.json"])
+def test_a_step_that_another_program_saved_is_an_error_and_stays(tmp_path, theirs):
+    folder = tmp_path / "step_00000001"
+    folder.mkdir()
+    for name in {theirs, "model.pt"}:
+        (folder / name).write_text("theirs")
+    with pytest.raises(OSError, match=r"step_00000001 is no checkpoint of this.*move"):
+        with Checkpoints(tmp_path, CONFIG) as checkpoints:
+            if theirs == "manifest.json":
+                with pytest.warns(UserWarning, match="damaged"):
+                    checkpoints.restore(make_state(0))
+            checkpoints.save(1, make_state(1))
+    assert {(folder / name).read_text() for name in (theirs, "model.pt")} == {"theirs"}
+
+
+def test_links_to_checkpoints_are_restored_and_never_followed_to_remove(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    save_all(first, 1)
+    second.mkdir()
+    (second / "step_00000001").symlink_to(first / "step_00000001")
+    with Checkpoints(second, CONFIG, keep=1) as checkpoints:
+        assert checkpoints.restore(make_state(0)).step == 1
+        checkpoints.save(2, make_state(2))
+    assert folders(second) == ["step_00000002"]
+    assert_restores(first, 1)
+
+
+def test_files_added_to_a_checkpoint_stay_when_it_goes(tmp_path):
+    save_all(tmp_path, 1)
+    notes = tmp_path / "step_00000001" / "notes.txt"
+    notes.write_text("mine")
+    with Checkpoints(tmp_path, CONFIG, keep=1) as checkpoints:
+        checkpoints.restore(make_state(0))
+        checkpoints.save(2, make_state(2))
+    assert [p.name for p in notes.parent.iterdir()] == ["notes.txt"]
+    assert_restores(tmp_path, 2)
+
+
 def test_a_tree_that_does_not_fit_is_an_error_with_the_paths(tmp_path):
     save_all(tmp_path, 1, 2)
     like = make_state(0)

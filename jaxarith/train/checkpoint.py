@@ -93,12 +93,9 @@ class Checkpoints:
     def _clean(self):
         """Removes what a killed process left, and nothing that is another's."""
         for step in self._on_disk():
-            names = {path.name for path in self._path(step).iterdir()}
-            ours = all(
-                name.startswith(("state", f".{manifest.NAME}")) for name in names
-            )
-            if ours and not self._complete(step):
-                _remove(self._path(step))
+            path = self._path(step)
+            if not (path.is_symlink() or self._complete(step)):
+                _remove(path)
 
     def _check_config(self):
         for step in reversed(self._steps):
@@ -191,8 +188,14 @@ class Checkpoints:
         self._pending = step, future
 
     def _begin(self, step):
-        _remove(self._path(step))  # of a damaged checkpoint
-        self._path(step).mkdir()
+        path = self._path(step)
+        _remove(path)  # of a damaged checkpoint
+        if os.path.lexists(path):
+            raise FileExistsError(
+                f"{path} is no checkpoint of this program and is left as it is; move "
+                "it, or name another folder"
+            )
+        path.mkdir()
 
     def _finish(self, saving, content, old):
         folder = self._path(content["step"])
@@ -273,10 +276,34 @@ class Checkpoints:
         return None
 
 
-def _remove(folder):
-    """Removes a checkpoint; killed half-way, it leaves one that does not count."""
-    (folder / manifest.NAME).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+def _remove(path):
+    """Removes a checkpoint; killed half-way, it leaves one that does not count.
+
+    Of other things nothing is removed: neither what a link leads to, nor a folder of
+    this name that another program made, nor files that were added to a checkpoint.
+    """
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_dir():
+        ours = [entry for entry in path.iterdir() if _is_ours(entry)]
+        if len(ours) == len(os.listdir(path)) or manifest.read(path) is not None:
+            (path / manifest.NAME).unlink(missing_ok=True)
+            for entry in ours:
+                if entry.is_dir():
+                    shutil.rmtree(entry, ignore_errors=True)
+                else:
+                    entry.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
+
+
+def _is_ours(entry):
+    """Whether an entry in the folder of a checkpoint is what a save puts there."""
+    if entry.is_symlink():
+        return False
+    if entry.is_dir():
+        return bool(re.fullmatch(r"state(\.orbax-checkpoint-tmp.*)?", entry.name))
+    return entry.name in (manifest.NAME, f".{manifest.NAME}.partial")
 
 
 def _load(folder, like):
