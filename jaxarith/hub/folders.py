@@ -4,7 +4,6 @@ The weights are in `model.safetensors`, in shards of it, or in `flax_model.msgpa
 pickle is ever opened.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxarith import tree
+from jaxarith import files, tree
 from jaxarith.hub import checks, safetensors
 from jaxarith.hub.stored import Stored
 
@@ -121,7 +120,7 @@ def read_json(folder: str | os.PathLike, name: str = CONFIG) -> dict[str, Any]:
     """
     path = existing(folder) / name
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = files.read_json(path)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path.parent} holds no {name}; it holds {_listing(path.parent)}."
@@ -142,6 +141,7 @@ def side_files(folder: Path) -> list[Path]:
         file
         for file in sorted(folder.iterdir())
         if file.is_file()
+        and not file.name.startswith(".")
         and file.suffix in SIDE_SUFFIXES
         and file.name != CONFIG
         and not _LEFT_OVERS.fullmatch(file.name)
@@ -153,6 +153,7 @@ def existing(folder: str | os.PathLike) -> Path:
 
     Raises:
       FileNotFoundError: there is no such folder.
+      ValueError: it holds links to files elsewhere, pipes or devices.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -160,6 +161,7 @@ def existing(folder: str | os.PathLike) -> Path:
             f"there is no folder {folder}. `hub.find` downloads a model from the Hub "
             "and returns its folder."
         )
+    files.check_folder(folder)
     return folder
 
 
@@ -182,19 +184,19 @@ def _listing(folder):
 
 def _open_shards(index):
     file_of = shards(index)
-    files = {path: safetensors.open_file(path) for path in sorted({*file_of.values()})}
-    absent = [name for name, path in file_of.items() if name not in files[path][0]]
+    opened = {p: safetensors.open_file(p) for p in sorted({*file_of.values()})}
+    absent = [name for name, path in file_of.items() if name not in opened[path][0]]
     if absent:
         raise ValueError(
             f"{index} names {len(absent)} tensors that are not in their shards, such "
             f"as {min(absent)!r}. The shards are of another model: download them again."
         )
     tensors = {}
-    for held, _ in files.values():
+    for held, _ in opened.values():
         tensors |= held
     # The index decides where a tensor stands that several shards hold.
-    tensors |= {name: files[path][0][name] for name, path in file_of.items()}
-    return Checkpoint(tensors, next(iter(files.values()))[1], index)
+    tensors |= {name: opened[path][0][name] for name, path in file_of.items()}
+    return Checkpoint(tensors, next(iter(opened.values()))[1], index)
 
 
 def _open_msgpack(path):

@@ -26,6 +26,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxarith import hub, lazy, tree
+from jaxarith.files import is_blob
 from jaxarith.hub import Stored, safetensors
 from jaxarith.stream.opened import Opened
 from jaxarith.typing import Params, Taus
@@ -313,8 +314,9 @@ def weights(folder: Path) -> list[Path]:
 
 
 def _of_file(path):
-    # Files of the Hub's cache are links to blobs that are named by their SHA-256.
-    if re.fullmatch(r"[0-9a-f]{64}", blob := path.resolve().name):
+    # Large blobs of the Hub's cache are named by their SHA-256.
+    blob = path.resolve().name
+    if is_blob(path) and re.fullmatch(r"[0-9a-f]{64}", blob):
         return blob
     with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,140 @@
+"""Files that others made: read with limits, and only if they are files."""
+
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_JSON_BYTES = 2**26
+_JSON_DEPTH = 64
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_regular(path: str | os.PathLike, mode: int) -> None:
+    """Raises a ValueError if what a path leads to is no file.
+
+    Args:
+      path: for the message.
+      mode: `st_mode` of it.
+    """
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "of an unknown kind")
+        raise ValueError(f"{path} is {kind}; expected a file. Remove or replace it.")
+
+
+def read(path: str | os.PathLike, most: int | None = None) -> bytes:
+    """The content of a file, never of a pipe or a device.
+
+    Args:
+      path: the file.
+      most: the most bytes that it may have; None allows any number.
+
+    Raises:
+      OSError: it cannot be opened or read.
+      ValueError: it is no file, or too large.
+    """
+    # Without O_NONBLOCK, to open a pipe is to wait for somebody who writes to it.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        found = os.fstat(file.fileno())
+        check_regular(path, found.st_mode)
+        if most is not None and found.st_size > most:
+            raise ValueError(
+                f"{path} has {found.st_size:,} bytes; expected at most {most:,}."
+            )
+        return file.read()
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The content of a JSON file that somebody else may have made.
+
+    Raises:
+      OSError: it cannot be opened or read.
+      ValueError: it is no file, too large, no JSON in UTF-8, or nested too deeply, or
+        has a number that is too large for a float.
+    """
+    return parse_json(read(path, _JSON_BYTES).decode("utf-8"))
+
+
+def parse_json(text: str) -> Any:
+    """The value of a text in JSON, with the limits of `read_json`.
+
+    Raises:
+      ValueError: it is no JSON, or beyond the limits.
+
+    Example:
+      >>> parse_json("[" * 100 + "]" * 100)
+      Traceback (most recent call last):
+      ValueError: it is nested more than 64 levels deep.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"it is nested more than {_JSON_DEPTH} levels deep.") from None
+    level: list[Any] = [value]
+    for _ in range(_JSON_DEPTH + 1):
+        for leaf in level:
+            if type(leaf) is int and abs(leaf) > sys.float_info.max:
+                raise ValueError(
+                    f"it has a whole number of {len(str(abs(leaf)))} digits."
+                )
+        level = [child for parent in level for child in _children(parent)]
+        if not level:
+            return value
+    raise ValueError(f"it is nested more than {_JSON_DEPTH} levels deep.")
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """Checks that reading or copying a model's folder reads nothing outside it.
+
+    Links to files must stay inside the folder, but for those to the blobs of the Hub's
+    cache. Subfolders are not looked into; links to folders are nobody's files.
+
+    Raises:
+      ValueError: it holds such a link, a pipe, a socket or a device.
+    """
+    with os.scandir(folder) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
+        path = Path(entry.path)
+        try:
+            mode = entry.stat().st_mode
+        except OSError:  # a link to nothing, or to itself, is nothing that is read
+            continue
+        if stat.S_ISDIR(mode):
+            continue
+        check_regular(path, mode)
+        if not entry.is_symlink():
+            continue
+        target = path.resolve()
+        if not (target.is_relative_to(Path(folder).resolve()) or is_blob(path)):
+            raise ValueError(
+                f"{path} is a link to {target}, outside the model's folder. Remove it, "
+                "or copy what it leads to in its place."
+            )
+
+
+def is_blob(path: str | os.PathLike) -> bool:
+    """Whether a file is one of the Hub's cache: a link to a blob named by its hash."""
+    path = Path(path)
+    place, target = path.parent.resolve(), path.resolve()
+    model = target.parent.parent
+    return (
+        path.is_symlink()
+        and target.parent.name == "blobs"
+        and place.is_relative_to(model / "snapshots")
+    )
