@@ -152,6 +152,30 @@ def test_equal_norms_are_not_tied(tmp_path):
         merged(tmp_path, base, model)
 
 
+@pytest.mark.parametrize("first", ["base", "stacked"])
+def test_layers_that_are_copies_are_layers(first, tmp_path):
+    base = f32(0)
+    layer = "model.layers.1."
+    copies = {
+        name.replace(layer, "model.layers.2."): value.copy()
+        for name, value in base.items()
+        if name.startswith(layer)
+    }
+    models = (base, base | copies) if first == "base" else (base | copies, base)
+    sign = r"\+" if first == "base" else "-"
+    with pytest.raises(ValueError, match=rf"{sign} model.layers.2.mlp.down_proj"):
+        merged(tmp_path, *models)
+
+
+def test_a_second_norm_is_no_copy(tmp_path):
+    base, name = f32(0), "model.layers.0.norm.weight"
+    for second in ("model.layers.0.norm_2.weight", "model.embed_norm.weight"):
+        with pytest.raises(ValueError, match=rf"\+ {second}"):
+            merged(
+                tmp_path / second, base, f32(1) | {name: base[name], second: base[name]}
+            )
+
+
 def test_no_renaming_lets_one_tensor_take_the_place_of_another(tmp_path):
     a, b, c = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     base = {"x.v": a, "x.w": b}

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from jaxarith import hub, lazy
 from jaxarith.hub import Stored, lora, packed
-from jaxarith.stream import policies
+from jaxarith.stream import policies, tying
 
 
 class Progress:
@@ -67,6 +68,8 @@ class Opened:
       has_base: whether there is a base.
       folders: the folder of `base`, then those of the models and adapters.
       notes: where the checkpoints differed, and what was done.
+      untied: whether head and embedding differ though the base's configuration ties
+        them.
       metadata: metadata of the base's weights.
       progress: counts the bytes that are read.
     """
@@ -76,6 +79,7 @@ class Opened:
     has_base: bool
     folders: list[Path]
     notes: tuple[str, ...]
+    untied: bool
     metadata: dict[str, str]
     progress: Progress
     _source: Callable[[Stored, str], lazy.Source]
@@ -176,6 +180,7 @@ def open_models(
         )
     first = open_checkpoint(start)
     labels = [f"model {i} ({model})" for i, model in enumerate(models)]
+    config = read_config(start)
     notes: list[str] = []
     fitted: dict[str, dict[str, Stored]] = {}
     for label, (folder, _) in zip(labels, places, strict=True):
@@ -184,19 +189,36 @@ def open_models(
             found = open_checkpoint(folder).tensors
             fitted[label], more = policies.fit(first.tensors, found, label, missing)
             notes += more
-    kept, skipped, more = policies.rows(first.tensors, fitted, vocabulary)
+    tensors = dict(first.tensors)
+    adapters = [adapter for _, adapter in places if adapter is not None]
+    tied = tying.pair(tensors, config) if adapters else None
+    changes, untied = {}, []
+    for (label, found), (folder, adapter) in zip(fitted.items(), places, strict=True):
+        changes[label] = lora.Adapter({}, {})
+        if adapter is not None:
+            under = tensors if folder is None else found
+            changes[label], parts, more = _adapter(adapter, under, tied, label)
+            untied += [label] * parts
+            notes += more
+    if untied and tied is not None:
+        tying.check_untied(config, untied[0])
+        notes.append(f"{untied[0]} moves {tied.embedding} and {tied.head} apart")
+        for found in (tensors, *fitted.values()):
+            if tied.embedding in found:
+                found.setdefault(tied.head, found[tied.embedding])
+    else:
+        untied = tying.differ(config, {"the base": tensors, **fitted})
+        notes += [f"{label}: {tying.KEY} is true, but they differ" for label in untied]
+    kept, skipped, more = policies.rows(tensors, fitted, vocabulary)
     of_base = {
         name: tensor.rows(kept[name]) if name in kept else tensor
-        for name, tensor in first.tensors.items()
+        for name, tensor in tensors.items()
     }
     progress = Progress()
     source = _sources(progress)
     taus = []
-    for (label, found), (folder, adapter) in zip(fitted.items(), places, strict=True):
-        change = lora.Adapter({}, {})
-        if adapter is not None:
-            under = first.tensors if folder is None else found
-            change = lora.read_adapter(adapter, under)
+    for label, found in fitted.items():
+        change = changes[label]
         changed = {**found, **change.replaced}
         tau = {}
         for name, tensor in of_base.items():
@@ -218,6 +240,7 @@ def open_models(
         has_base=base is not None,
         folders=[start, *(x for place in places for x in place if x is not None)],
         notes=(*notes, *more),
+        untied=bool(untied),
         metadata=first.metadata,
         progress=progress,
         _source=source,
@@ -250,6 +273,32 @@ def _find(model: str) -> tuple[Path | None, Path | None]:
         return folder, adapter
     folder = hub.find(model)
     return (None, folder) if lora.is_adapter(folder) else (folder, None)
+
+
+_QUANTISED = re.compile(r"bnb|gptq|awq|fp8|\dbit|int[48]", re.IGNORECASE)
+
+
+def _adapter(
+    folder: Path, base: Mapping[str, Stored], tied: tying.Pair | None, label: str
+) -> tuple[lora.Adapter, bool, list[str]]:
+    """What an adapter does to a base, whether it unties the head, and notes."""
+    config = hub.read_json(folder, lora.CONFIG)
+    trained_on = str(config.get("base_model_name_or_path"))
+    quantised = _QUANTISED.search(Path(trained_on).name) or (
+        Path(trained_on).is_dir() and packed.stated_format(read_config(trained_on))
+    )
+    notes = [f"{label}: trained on {trained_on}, which is quantised"] * bool(quantised)
+    if tied is None or tied.embedding not in base:
+        return lora.read_adapter(folder, base), False, notes
+    change = lora.read_adapter(folder, {tied.head: base[tied.embedding], **base})
+    ensured = bool(config.get("ensure_weight_tying"))
+    change, untied = tying.apply(change, tied, ensured)
+    if not untied and (tied.embedding in change.deltas):
+        notes.append(
+            f"{label}: {tied.embedding} and {tied.head} are one tied matrix, which its "
+            "factors move, as in PEFT's merge_and_unload"
+        )
+    return change, untied, notes
 
 
 def _sources(progress: Progress) -> Callable[[Stored, str], lazy.Source]:

@@ -24,6 +24,10 @@ _TOKENS = re.compile(
     r"embed|wte|(^|\.)shared\.|lm_head|vocab|predictions|decoder\.(weight|bias)"
 )
 _POSITIONS = re.compile(r"position|wpe|patch|relative")
+# Embeddings and heads, of which equal values are one tensor with two names. Equal
+# layers or norms are several: a copied layer is computed once more.
+_HEADS = re.compile(r"proj_out|embed_out|shared_head|^output\.weight")
+_NORMS = re.compile(r"norm|ln_|token_type", re.IGNORECASE)
 _BUFFERS = ("position_ids", "attn.bias")
 
 
@@ -72,9 +76,10 @@ def fit(
 
     tied = {}
     for name in sorted(wanted - found.keys()):
-        if _is_constant(base[name]):  # norms begin as ones, and biases as zeros
+        if not _may_be_tied(name) or _is_constant(base[name]):  # as a bias of zeros
             continue
-        twins = (other for other in found if _same_values(base[name], base[other]))
+        others = filter(_may_be_tied, found)
+        twins = (other for other in others if same_values(base[name], base[other]))
         if (twin := next(twins, None)) is not None:
             tied[name] = found[twin]
             notes.append(f"{label}: {name} is tied to {twin}")
@@ -85,8 +90,8 @@ def fit(
     copies = {
         name: other
         for name, tensor in extra.items()
-        for other in found
-        if _same_values(tensor, found[other])
+        for other in filter(_may_be_tied, found)
+        if _may_be_tied(name) and same_values(tensor, found[other])
     }
     buffers = [name for name, tensor in extra.items() if not tensor.is_floating]
     for name, tensor in ours.items():
@@ -94,7 +99,7 @@ def fit(
         # taken from the base while their scales are merged.
         is_matrix = tensor.dtype.kind in "iu" and len(tensor.shape) > 1
         known = name not in base or name.endswith(_BUFFERS)
-        if is_matrix and not known and not _same_values(tensor, base[name]):
+        if is_matrix and not known and not same_values(tensor, base[name]):
             raise ValueError(
                 f"{label}: {name} is a matrix of {tensor.dtype} that differs from the "
                 "base's. Quantised models cannot be merged: convert them to a "
@@ -181,6 +186,10 @@ def _is_of_tokens(name):
     return _TOKENS.search(name) and not _POSITIONS.search(name)
 
 
+def _may_be_tied(name):
+    return (_is_of_tokens(name) or _HEADS.search(name)) and not _NORMS.search(name)
+
+
 def _without_prefix(base, model):
     """The model's tensors by the base's names, and the prefix in which these differ.
 
@@ -209,7 +218,8 @@ def _removed(name, prefix, base):
     return short if name not in base and short in base else name
 
 
-def _same_values(a: Stored, b: Stored) -> bool:
+def same_values(a: Stored, b: Stored) -> bool:
+    """Whether two tensors are equal, bit by bit; scalars never are."""
     if (a.dtype, a.shape) != (b.dtype, b.shape) or not a.shape:
         return False
     # Most tensors that differ do so in their first rows already.

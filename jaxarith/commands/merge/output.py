@@ -14,7 +14,7 @@ from jaxarith.commands.merge import model_card
 from jaxarith.commands.merge.model_card import Input
 from jaxarith.commands.merge.recipe import MergeRecipe
 from jaxarith.hub import packed
-from jaxarith.stream import Opened, Plan, Report
+from jaxarith.stream import Opened, Plan, Report, tying
 from jaxarith.stream.opened import adapted, open_checkpoint
 
 FACTS = "jaxarith_merge.json"
@@ -84,6 +84,10 @@ def beside(opened: Opened, dtype: str | None, tokenizer: Path | None) -> Beside:
         config = _replaced(config, lambda key, _: key in _DTYPE_KEYS, dtype)
         if not _DTYPE_KEYS & config.keys():
             config["torch_dtype"] = dtype
+    if opened.untied and tying.states(config) is not False:
+        config = _replaced(config, lambda key, _: key == tying.KEY, False)
+        config[tying.KEY] = False
+        notes.append(f"config.json: {tying.KEY} is now false")
     for old, new in _changed_rows(opened).items():
         vocabulary = ("vocab_size", old)
         before = config
@@ -179,5 +183,5 @@ def _changed_rows(opened: Opened) -> dict[int, int]:
     return {
         before[name].shape[0]: tensor.shape[0]
         for name, tensor in opened.base.items()
-        if tensor.shape and before[name].shape[0] != tensor.shape[0]
+        if name in before and tensor.shape and before[name].shape[0] != tensor.shape[0]
     }

@@ -1,0 +1,152 @@
+"""Heads that are tied to embeddings, and adapters that move one of the two.
+
+A file may hold a tied matrix once, under the embedding's name. An adapter then names a
+head that the file lacks, or moves the embedding alone and unties the two. What comes
+out is what PEFT's `merge_and_unload` makes, saved: a matrix of `modules_to_save` is a
+new one, which unties; factors move the one matrix that both are.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxarith.hub import Stored
+from jaxarith.hub.lora import Adapter
+from jaxarith.stream.policies import same_values
+
+_EMBEDDING = re.compile(
+    r"(.*\.)?(shared|embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight"
+)
+_HEAD = re.compile(
+    r"(.*\.)?(lm_head|lm_head\.decoder|predictions\.decoder|proj_out|embed_out|"
+    r"vocab_projector|output)\.weight"
+)
+_HAS_HEAD = re.compile(
+    r".*(CausalLM|LMHead|LMHeadModel|Generation|MaskedLM|PreTraining)"
+)
+KEY = "tie_word_embeddings"
+
+
+class Pair(NamedTuple):
+    """The names of an embedding and of the head that is tied to it."""
+
+    embedding: str
+    head: str
+
+
+def pair(tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> Pair | None:
+    """The embedding and the head of a checkpoint if they are tied, else None.
+
+    They are if the configuration does not untie them, and the file lacks the head or
+    holds the same values for both.
+
+    Args:
+      tensors: the tensors by name.
+      config: the content of `config.json`.
+    """
+    found = stored_pair(tensors)
+    embedding = min(filter(_EMBEDDING.fullmatch, tensors), key=_outermost, default=None)
+    if embedding is None or states(config) is False:
+        return None
+    if found is not None:
+        same = same_values(tensors[found.embedding], tensors[found.head])
+        return found if same else None
+    [architecture, *_] = config.get("architectures") or [""]
+    with_head = _HAS_HEAD.fullmatch(architecture) or states(config) and not architecture
+    return Pair(embedding, _head_of(embedding, config)) if with_head else None
+
+
+def stored_pair(tensors: Mapping[str, Stored]) -> Pair | None:
+    """The embedding and the head of equal shape that a file holds, tied or not."""
+    embedding = min(filter(_EMBEDDING.fullmatch, tensors), key=_outermost, default=None)
+    head = min(filter(_HEAD.fullmatch, tensors), key=_outermost, default=None)
+    if embedding is None or head is None:
+        return None
+    same = tensors[embedding].shape == tensors[head].shape
+    return Pair(embedding, head) if same else None
+
+
+def states(config: Mapping[str, Any]) -> bool | None:
+    """Whether a configuration ties head and embedding; None if it does not say."""
+    text = config.get("text_config")
+    inner = text.get(KEY) if isinstance(text, Mapping) else None
+    return config.get(KEY, inner)
+
+
+def _outermost(name):
+    return "shared" not in name, name.count("."), name
+
+
+def _head_of(embedding, config):
+    kind = str(config.get("model_type"))
+    if embedding.startswith("language_model.model."):
+        return "language_model.lm_head.weight"
+    if kind == "whisper":
+        return "proj_out.weight"
+    if kind == "distilbert":
+        return "vocab_projector.weight"
+    if embedding.endswith("embeddings.word_embeddings.weight"):
+        inner = re.search("roberta|camembert|xlm", kind)
+        return f"{'lm_head' if inner else 'cls.predictions'}.decoder.weight"
+    return "lm_head.weight"
+
+
+def apply(change: Adapter, names: Pair, ensured: bool) -> tuple[Adapter, bool]:
+    """What an adapter does to a tied pair, for both of its names.
+
+    Args:
+      change: the adapter, by the names of the base and of the pair.
+      names: the pair.
+      ensured: whether PEFT's `ensure_weight_tying` gave both names the same factors,
+        which then count once.
+
+    Returns:
+      The change, and whether it unties the two.
+    """
+    deltas = [change.deltas[name] for name in names if name in change.deltas]
+    whole = [change.replaced[name] for name in names if name in change.replaced]
+    own = [n for n in names if n in change.replaced and n not in change.deltas]
+    if own:
+        return change, len(own) < 2 or not same_values(*whole)
+    moved = dict(change.deltas)
+    if deltas:
+        delta = deltas[0] if ensured or len(deltas) == 1 else _sum(*deltas)
+        moved |= dict.fromkeys(names, delta)
+    # Beside factors, PEFT saves the matrix that they move.
+    both = dict.fromkeys(names, whole[0]) if whole else {}
+    return Adapter(moved, change.replaced | both), False
+
+
+def _sum(a, b):
+    return Stored.made(np.float32, a.shape, lambda: a.read() + b.read())
+
+
+def differ(
+    config: Mapping[str, Any], found: Mapping[str, Mapping[str, Stored]]
+) -> list[str]:
+    """Who holds a head other than its embedding, though a configuration ties the two.
+
+    Args:
+      config: the content of the base's `config.json`.
+      found: by label, tensors by the base's names.
+    """
+    if not states(config):
+        return []
+    return [
+        label
+        for label, tensors in found.items()
+        if (names := stored_pair(tensors)) is not None
+        and not same_values(tensors[names.embedding], tensors[names.head])
+    ]
+
+
+def check_untied(config: Mapping[str, Any], label: str) -> None:
+    """Raises a ValueError if a model computes otherwise once it is untied."""
+    if "t5" in str(config.get("model_type")):
+        raise ValueError(
+            f"{label} gives the head or the embedding new values of its own, and a T5 "
+            "whose head is untied scales its outputs otherwise. Train the adapter with "
+            "ensure_weight_tying=True, or on a base that is not tied."
+        )
