@@ -6,7 +6,7 @@ import stat
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _JSON_BYTES = 2**26
 _JSON_DEPTH = 64
@@ -31,6 +31,23 @@ def check_regular(path: str | os.PathLike, mode: int) -> None:
         raise ValueError(f"{path} is {kind}; expected a file. Remove or replace it.")
 
 
+def opened(path: str | os.PathLike) -> BinaryIO:
+    """Opens a file to be read, never a pipe or a device.
+
+    Raises:
+      OSError: it cannot be opened.
+      ValueError: it is no file.
+    """
+    # Without O_NONBLOCK, to open a pipe is to wait for somebody who writes to it.
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        check_regular(path, os.fstat(number).st_mode)
+        return open(number, "rb")
+    except BaseException:
+        os.close(number)
+        raise
+
+
 def read(path: str | os.PathLike, most: int | None = None) -> bytes:
     """The content of a file, never of a pipe or a device.
 
@@ -42,14 +59,10 @@ def read(path: str | os.PathLike, most: int | None = None) -> bytes:
       OSError: it cannot be opened or read.
       ValueError: it is no file, or too large.
     """
-    # Without O_NONBLOCK, to open a pipe is to wait for somebody who writes to it.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        found = os.fstat(file.fileno())
-        check_regular(path, found.st_mode)
-        if most is not None and found.st_size > most:
-            raise ValueError(
-                f"{path} has {found.st_size:,} bytes; expected at most {most:,}."
-            )
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if most is not None and size > most:
+            raise ValueError(f"{path} has {size:,} bytes; expected at most {most:,}.")
         return file.read()
 
 

@@ -218,3 +218,26 @@ def test_failed_write_shows_on_exit_and_beside_another_error(tmp_path):
                 raise KeyError("training")
     assert "step 3 was not saved" in caught.value.__notes__[0]
     assert folders(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.pop("files"),
+        lambda content: content.pop("config"),
+        lambda content: content.update(fingerprints=[]),
+        lambda content: content.update(files={"/dev/zero": 0}),
+        lambda content: content.update(files={"../../secret": 0}),
+        lambda content: content.update(files=[1]),
+    ],
+)
+def test_a_manifest_with_its_checksum_and_no_sense_is_damage(tmp_path, change):
+    save_all(tmp_path, 1, 2)
+    path = tmp_path / "step_00000002" / manifest.NAME
+    content = json.loads(path.read_text())
+    del content["crc32"]
+    change(content)
+    content["crc32"] = manifest._crc32(content)
+    path.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="manifest.json is not what was written"):
+        assert_restores(tmp_path, 1)

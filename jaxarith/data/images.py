@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -11,6 +10,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from jaxarith import files
+
+# Pillow's names of the formats that are read.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_PIXELS = 2**26  # of one image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +59,11 @@ class Preprocessing:
         """
         path = Path(folder) / "preprocessor_config.json"
         try:
-            raw = json.loads(path.read_text())
+            raw = files.read_json(path)
             size = raw["size"]
             size = size if isinstance(size, int) else min(size.values())
             return cls(size, tuple(raw["image_mean"]), tuple(raw["image_std"]))
-        except (OSError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"cannot read {path.name} in {folder}: {error!r}. It must state size, "
                 "image_mean and image_std, as CLIP checkpoints do."
@@ -151,14 +156,21 @@ def decode(content: bytes, name: str) -> Image.Image:
     """An encoded image, read whole.
 
     Args:
-      content: a file's bytes: JPEG, PNG or what else Pillow reads.
-      name: for the message.
+      content: a file's bytes, in one of `FORMATS`.
+      name: name of the file, for the message.
 
     Raises:
-      ValueError: it is no image, or only a part of one.
+      ValueError: it is no image in one of these formats, only a part of one, or too
+        large.
     """
     try:
-        image = Image.open(io.BytesIO(content))
+        # Without a list, Pillow tries decoders that start other programs.
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        width, height = image.size
+        if width * height > _PIXELS:
+            raise ValueError(
+                f"it has {width} x {height} pixels; expected at most {_PIXELS:,}"
+            )
         image.load()
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, ...
         raise ValueError(f"cannot read the image {name}: {error}") from error

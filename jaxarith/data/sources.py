@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxarith import report
+from jaxarith import files, report
 from jaxarith.data import images
 from jaxarith.typing import Source
 
@@ -68,25 +68,20 @@ class Folder:
     A class is every folder with no folder in it, or with images in it, by its path:
     `cat`, or `a/apartment_building/outdoor`. The order is that of the sorted paths.
 
+    Links to folders and images elsewhere are followed, those to a folder above are not.
+
     Raises:
-      ValueError: there is no class, or a class has no image.
+      ValueError: there is no class, a class has no image, or links repeat an image.
     """
 
     def __init__(self, folder: str | os.PathLike):
-        names, files = [], []
-        for path, folders, content in os.walk(folder, followlinks=True):
-            folders[:] = sorted(f for f in folders if not f.startswith("."))
-            found = [
-                os.path.join(path, name)
-                for name in sorted(content)
-                if not name.startswith(".")
-                and os.path.splitext(name)[1].lower() in SUFFIXES
-            ]
+        names, lists, self.links = [], [], set[str]()
+        for path, folders, found in _walk(str(folder), self.links):
             name = Path(path).relative_to(folder).as_posix()
             if name != "." and (found or not folders):
                 names.append(name)
-                files.append(found)
-        empty = [name for name, found in zip(names, files, strict=True) if not found]
+                lists.append(found)
+        empty = [name for name, found in zip(names, lists, strict=True) if not found]
         if empty or not names:
             raise ValueError(
                 f"{folder} has no image of {report.listed(empty) or 'any class'}. It "
@@ -94,8 +89,10 @@ class Folder:
                 f"{', '.join(sorted(SUFFIXES))}."
             )
         self.names = tuple(names)
-        self.files = list(itertools.chain.from_iterable(files))
-        counts = [len(found) for found in files]
+        self.files = list(itertools.chain.from_iterable(lists))
+        if self.links:
+            _check_once(self)
+        counts = [len(found) for found in lists]
         self.labels = np.repeat(np.arange(len(names), dtype=np.int32), counts)
         self._folder = folder
 
@@ -113,10 +110,71 @@ class Folder:
     def __getitem__(self, i: int):
         path = self.files[i]
         try:
-            content = Path(path).read_bytes()
+            content = files.read(path)
         except OSError as error:
             raise ValueError(f"cannot read the image {path}: {error}") from error
         return images.decode(content, path), int(self.labels[i])
+
+
+def _walk(folder, links, above=()):
+    """As `os.walk`, sorted, of images and without what is hidden.
+
+    Links to folders are followed unless they lead to one above, and so in circles.
+
+    Args:
+      folder: where to begin.
+      links: a set that gets the paths of links.
+      above: real paths of the folders that led here.
+    """
+    real = os.path.realpath(folder)
+    if any(f"{path}/".startswith(real.rstrip("/") + "/") for path in above):
+        return
+    with os.scandir(folder) as entries:
+        shown = [entry for entry in entries if not entry.name.startswith(".")]
+    links.update(entry.path for entry in shown if entry.is_symlink())
+    folders = sorted(entry.path for entry in shown if _is_folder(entry))
+    yield (
+        folder,
+        folders,
+        sorted(
+            {
+                entry.path
+                for entry in shown
+                if os.path.splitext(entry.name)[1].lower() in SUFFIXES
+            }.difference(folders)
+        ),
+    )
+    for inner in folders:
+        yield from _walk(inner, links, (*above, real))
+
+
+def _is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _check_once(folder):
+    """Raises a ValueError if several images of a folder are one file, behind links."""
+    known = {}
+    for path, file in zip(folder.files, _resolved(folder), strict=True):
+        if (first := known.setdefault(file, path)) != path:
+            raise ValueError(
+                f"{path} is the same file as {first}, behind a link, and would be two "
+                "images. Remove the link."
+            )
+
+
+def _resolved(folder):
+    """The real path of every file; only links are looked up, and folders once."""
+    real = functools.cache(os.path.realpath)
+    for path in folder.files:
+        if path in folder.links:
+            yield real(path)
+        else:
+            parent, name = os.path.split(path)
+            yield os.path.join(real(parent), name)
 
 
 class NoColumn(ValueError):
@@ -157,7 +215,7 @@ class Records:
         self._check(np.array([label]), i)
         if isinstance(image, Mapping):  # datasets.Image(decode=False)
             try:
-                image = image["bytes"] or Path(image["path"]).read_bytes()
+                image = image["bytes"] or files.read(image["path"])
             except (OSError, TypeError) as error:  # no file, or neither of both
                 raise ValueError(f"cannot read the image {place}: {error}") from error
         if image is None:
@@ -285,16 +343,9 @@ def shared_files(a: Folder, b: Folder) -> list[tuple[str, str]]:
     Returns:
       Pairs of paths.
     """
-    real = functools.cache(os.path.realpath)
-
-    def resolved(path):
-        if os.path.islink(path):
-            return real(path)
-        folder, name = os.path.split(path)
-        return os.path.join(real(folder), name)
-
-    paths = {resolved(path): path for path in a.files}
-    return [(paths[p], path) for path in b.files if (p := resolved(path)) in paths]
+    paths = dict(zip(_resolved(a), a.files, strict=True))
+    pairs = zip(_resolved(b), b.files, strict=True)
+    return [(paths[file], path) for file, path in pairs if file in paths]
 
 
 def identical_files(a: Folder, b: Folder) -> list[tuple[str, str]]:
@@ -310,7 +361,7 @@ def identical_files(a: Folder, b: Folder) -> list[tuple[str, str]]:
         sized = ((os.path.getsize(path), path) for path in folder.files)
         for size, path in sized:
             if size in common:
-                yield (size, zlib.crc32(Path(path).read_bytes())), path
+                yield (size, zlib.crc32(files.read(path))), path
 
     known = dict(prints(a))
     return [(known[key], path) for key, path in prints(b) if key in known]

@@ -12,7 +12,6 @@ two parts that train in one folder. TFDS shuffles while it prepares.
 """
 
 import itertools
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxarith import report
+from jaxarith import files, report
 from jaxarith.data import sources, splits
 from jaxarith.data.images import ImageTask
 from jaxarith.data.task_info import EIGHT as EIGHT
@@ -351,7 +350,7 @@ def _check_disjoint(readers):
 def _task_file(path) -> dict:
     form = '{"classes": [...] or {folder: name}, "templates": ["... {} ..."]}'
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = files.read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}. It must be {form}.") from error
     if not _is_task(raw):

@@ -99,7 +99,7 @@ class Checkpoints:
 
     def _check_config(self):
         for step in reversed(self._steps):
-            content = manifest.read(self._path(step))
+            content = _content(self._path(step))
             if content and content["config"] != self._config:
                 lines = manifest.differences(content["config"], self._config)
                 raise ValueError(
@@ -257,7 +257,7 @@ class Checkpoints:
             folder = self._path(self._steps[-1])
             # Checked before Orbax reads: on damaged files it logs pages of tracebacks.
             first = jax.process_index() == 0
-            state, flaw = None, _agreed(manifest.flaw(folder) if first else None)
+            state, flaw = None, _agreed(_flaw(folder) if first else None)
             if flaw is None:
                 state, flaw = _load(folder, like)
                 flaw = _agreed(flaw)
@@ -265,7 +265,7 @@ class Checkpoints:
                 if flaws:
                     flaws.append(f"{folder.name} is used instead.")
                     warnings.warn("\n".join(flaws), stacklevel=2)
-                content = manifest.read(folder) or {}
+                content = _content(folder) or {}
                 ended = bool(content.get("ended"))  # older manifests do not say
                 return Restored(self._steps[-1], state, ended)
             flaws.append(f"{folder} is damaged: {flaw}.")
@@ -306,9 +306,23 @@ def _is_ours(entry):
     return entry.name in (manifest.NAME, f".{manifest.NAME}.partial")
 
 
+def _content(folder):
+    """What the manifest of a checkpoint says, or None if no save wrote it."""
+    content, parts = manifest.read(folder), ("config", "leaves", "fingerprints")
+    if content and all(isinstance(content.get(part), dict) for part in parts):
+        return content
+    return None
+
+
+def _flaw(folder):
+    if _content(folder) is None:
+        return f"{manifest.NAME} is not what was written"
+    return manifest.flaw(folder)
+
+
 def _load(folder, like):
     """The state in a folder and None, or None and what is wrong with it."""
-    content = manifest.read(folder)
+    content = _content(folder)
     if content is None:
         return None, f"{manifest.NAME} is not what was written"
     if lines := manifest.differences(content["leaves"], _layout(like)):
@@ -326,7 +340,7 @@ def _load(folder, like):
         return None, _brief(error)
     state = jax.tree.map(_placed, like, state)
     found, saved = fingerprint.of(state), content["fingerprints"]
-    if bad := [path for path in found if found[path] != saved[path]]:
+    if bad := [path for path in found if found[path] != saved.get(path)]:
         some = ", ".join(bad[:3]) + " …" * (len(bad) > 3)
         return None, f"{len(bad)} leaves are not what was saved ({some})"
     return state, None

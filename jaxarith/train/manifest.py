@@ -7,18 +7,18 @@ is complete. It holds the checksum of each other file, and one of its own conten
 import json
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jaxarith import report
+from jaxarith import files, report
 
 NAME = "manifest.json"
 
 
 def write(folder: Path, content: Mapping[str, Any]) -> None:
     """Completes a folder with a manifest of its files and of `content`, plain data."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    crc32s = {path.relative_to(folder).as_posix(): _file_crc32(path) for path in files}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    crc32s = {path.relative_to(folder).as_posix(): _file_crc32(path) for path in paths}
     content = {**content, "files": crc32s}
     report.write_json(folder / NAME, {**content, "crc32": _crc32(content)})
 
@@ -26,10 +26,19 @@ def write(folder: Path, content: Mapping[str, Any]) -> None:
 def read(folder: Path) -> dict[str, Any] | None:
     """The content of the manifest, or None if it is not what was written."""
     try:
-        content = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        return content if content.pop("crc32") == _crc32(content) else None
+        content = files.read_json(folder / NAME)
+        intact = content.pop("crc32") == _crc32(content)
+        return content if intact and _are_files(content["files"]) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
+
+
+def _are_files(listed):
+    """Whether these are checksums of files in the folder, by their names."""
+    return isinstance(listed, dict) and all(
+        type(crc32) is int and not {"/", ".."} & {*PurePosixPath(name).parts}
+        for name, crc32 in listed.items()
+    )
 
 
 def flaw(folder: Path) -> str | None:
@@ -42,6 +51,8 @@ def flaw(folder: Path) -> str | None:
                 return f"{name} is not what was written"
         except OSError as error:
             return f"{name} can't be read ({error.strerror})"
+        except ValueError as error:  # no file, but a device, say
+            return str(error)
     return None
 
 
@@ -51,7 +62,7 @@ def _crc32(content):
 
 def _file_crc32(path):
     crc32 = 0
-    with open(path, "rb") as file:
+    with files.opened(path) as file:
         while block := file.read(2**20):
             crc32 = zlib.crc32(block, crc32)
     return crc32
