@@ -17,7 +17,15 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxarith import tree
-from jaxarith.hub import download, folders, packed, places, safetensors, writing
+from jaxarith.hub import (
+    download,
+    folders,
+    packed,
+    patterns,
+    places,
+    safetensors,
+    writing,
+)
 from jaxarith.hub.stored import Stored
 from jaxarith.typing import Tree
 
@@ -338,10 +346,10 @@ def _ends(name):
     return [".".join(parts[i:]) for i in range(1, len(parts) - 1)]
 
 
-def _matching(patterns, module, default):
+def _matching(values, module, default):
     """PEFT's rule: the first pattern that fits whole words at the end of the name."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+    for pattern, value in (values or {}).items():
+        if patterns.fits_end(pattern, module):
             return value
     return default
 
