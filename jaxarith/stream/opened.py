@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from jaxarith import hub, lazy
 from jaxarith.hub import Stored, lora, packed
-from jaxarith.stream import policies, tying
+from jaxarith.stream import configs, policies, tying
 
 
 class Progress:
@@ -186,6 +186,7 @@ def open_models(
     for label, (folder, _) in zip(labels, places, strict=True):
         fitted[label] = {}
         if folder is not None:
+            notes += configs.compare(config, read_config(folder), label)
             found = open_checkpoint(folder).tensors
             fitted[label], more = policies.fit(first.tensors, found, label, missing)
             notes += more
