@@ -1,5 +1,6 @@
 """Files that others made: read with limits, and only if they are files."""
 
+import errno
 import json
 import os
 import stat
@@ -11,7 +12,6 @@ from typing import Any, BinaryIO
 _JSON_BYTES = 2**26
 _JSON_DEPTH = 64
 _KINDS = {
-    stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
@@ -20,12 +20,16 @@ _KINDS = {
 
 
 def check_regular(path: str | os.PathLike, mode: int) -> None:
-    """Raises a ValueError if what a path leads to is no file.
+    """Raises a ValueError if what a path leads to is no file, nor a folder.
+
+    Of a folder it raises an IsADirectoryError, as to open one does.
 
     Args:
       path: for the message.
       mode: `st_mode` of it.
     """
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "of an unknown kind")
         raise ValueError(f"{path} is {kind}; expected a file. Remove or replace it.")
@@ -77,8 +81,12 @@ def read_json(path: str | os.PathLike) -> Any:
     return parse_json(read(path, _JSON_BYTES).decode("utf-8"))
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, unique: bool = False) -> Any:
     """The value of a text in JSON, with the limits of `read_json`.
+
+    Args:
+      text: the text.
+      unique: whether a key that an object has twice is an error.
 
     Raises:
       ValueError: it is no JSON, or beyond the limits.
@@ -86,23 +94,30 @@ def parse_json(text: str) -> Any:
     Example:
       >>> parse_json("[" * 100 + "]" * 100)
       Traceback (most recent call last):
-      ValueError: it is nested more than 64 levels deep.
+      ValueError: it is nested more than 64 levels deep
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
     except RecursionError:
-        raise ValueError(f"it is nested more than {_JSON_DEPTH} levels deep.") from None
+        raise ValueError(f"it is nested more than {_JSON_DEPTH} levels deep") from None
     level: list[Any] = [value]
     for _ in range(_JSON_DEPTH + 1):
         for leaf in level:
             if type(leaf) is int and abs(leaf) > sys.float_info.max:
                 raise ValueError(
-                    f"it has a whole number of {len(str(abs(leaf)))} digits."
+                    f"it has a whole number of {len(str(abs(leaf)))} digits"
                 )
         level = [child for parent in level for child in _children(parent)]
         if not level:
             return value
-    raise ValueError(f"it is nested more than {_JSON_DEPTH} levels deep.")
+    raise ValueError(f"it is nested more than {_JSON_DEPTH} levels deep")
+
+
+def _unique(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object has a key twice")
+    return found
 
 
 def _children(value: Any) -> Iterable[Any]:

@@ -34,6 +34,17 @@ def listed(names: Sequence[Any], most: int = 8) -> str:
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
+def cut(value: Any, most: int = 80) -> str:
+    """What a value is, for a message: the first characters of a long one.
+
+    Example:
+      >>> cut(list(range(100)), most=10)
+      '[0, 1, 2, …'
+    """
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def markdown_table(
     header: Sequence[str],
     rows: Sequence[Sequence[Any]],

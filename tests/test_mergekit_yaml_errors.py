@@ -69,6 +69,7 @@ MISTAKES = {
         "key 'tokens' of tokenizer",
     ),
     "preset": (TIES + "preset: ours\n", 17, "preset is 'ours'; .* paper, mergekit"),
+    "number beyond floats": (replaced("0.25", "1" * 400), 9, "it must be a number"),
     "key twice": (TIES + "dtype: float32\n", 16, "key 'dtype' is twice"),
     "models and slices": (TIES + "slices: []\n", 2, "either models or slices"),
     "no YAML": (TIES + "x: ]\n", 17, "this is no YAML"),

@@ -1,5 +1,6 @@
 """Classification files, the tasks made of them, and tokens."""
 
+import csv
 import json
 
 import numpy as np
@@ -67,12 +68,50 @@ def test_quotes_mean_nothing_in_a_tsv_file(tmp_path):
     assert [record["text"] for record in text.read(file)] == ['" open', 'next "']
 
 
-def test_files_that_are_not_utf8_are_latin1_and_split_at_newlines_only(tmp_path):
+def test_files_of_another_encoding_are_read_when_asked_and_split_at_newlines_only(
+    tmp_path,
+):
     # In Latin-1, byte 0x85 is a character at which str.splitlines would split.
     file = write(tmp_path, "a.txt", "0 cr\xe8me\x85br\xfbl\xe9e\n1 b", "latin-1")
-    assert [record["text"] for record in text.read(file)] == ["crème\x85brûlée", "b"]
+    found = text.read(file, encoding="latin-1")
+    assert [record["text"] for record in found] == ["crème\x85brûlée", "b"]
     file = write(tmp_path, "b.txt", "0 crème")
     assert text.read(file)[0]["text"] == "crème"
+
+
+def test_bytes_that_are_not_utf8_are_an_error_with_their_line(tmp_path):
+    file = write(tmp_path, "a.csv", "label,text\n1,a\n2,\xff\n", "latin-1")
+    with pytest.raises(ValueError, match=r"a.csv, line 3 is not in utf-8.*latin-1"):
+        text.read(file)
+
+
+def test_bad_lines_are_left_out_when_asked_and_counted(tmp_path):
+    lines = ["label,text", "1,good", "2,\xff", "3", "nan,b", ",c", "4,good too"]
+    file = write(tmp_path, "a.csv", "\n".join(lines), "latin-1")
+    with pytest.warns(UserWarning, match="4 of 6 records .* line 3 has bytes that"):
+        found = text.read(file, skip_bad=True)
+    assert [record["text"] for record in found] == ["good", "good too"]
+    objects = ['{"label": NaN, "text": "a"}', "{", '{"label": 0, "text": "b"}']
+    file = write(tmp_path, "a.jsonl", "\n".join(objects))
+    with pytest.warns(UserWarning, match="2 of 3 records .* line 1 has no label"):
+        assert text.read(file, skip_bad=True) == [{"label": "0", "text": "b"}]
+
+
+def test_long_cells_are_read_and_the_limit_of_others_stays(tmp_path):
+    before = csv.field_size_limit()
+    file = write(tmp_path, "a.csv", f"label,text\n1,{'x' * 200_000}\n")
+    assert len(text.read(file)[0]["text"]) == 200_000
+    assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_messages_about_wide_tables_are_short(tmp_path, name):
+    content = ",".join(f"c{i}" for i in range(10**5)) + "\n1\n"
+    if name == "a.jsonl":
+        content = json.dumps({"label": 1, "text": list(range(10**5))})
+    with pytest.raises(ValueError) as error:
+        text.read(write(tmp_path, name, content))
+    assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize(
@@ -91,6 +130,12 @@ def test_files_that_are_not_utf8_are_latin1_and_split_at_newlines_only(tmp_path)
         ("a.csv", 'text,label\n"a,0\n', "line 2: unexpected end"),
         ("a.tsv", "tweet\tlabel\na\t0\n", "columns tweet, label. It needs label, and"),
         ("a.csv", "text,class\na,0\n", "columns text, class"),
+        ("a.csv", "label,text,label\n1,a,2\n", "has the column label twice"),
+        ("a.tsv", "label\ttext\ttext\n1\ta\tb\n", "has the column text twice"),
+        ("a.jsonl", '{"label": 1, "text": "a", "label": 2}', "line 1 .* a key twice"),
+        ("a.jsonl", '{"label": NaN, "text": "a"}', "line 1 has no label"),
+        ("a.csv", "label,text\nnan,a\n", "line 2 has no label"),
+        ("a.jsonl", "[" * 100_000, "line 1 is not JSON: it is nested"),
     ],
 )
 def test_a_broken_file_says_what_is_wrong_with_it(tmp_path, name, content, message):

@@ -1,33 +1,21 @@
 """Texts with labels: their files, classification tasks, and tokens for a model."""
 
-import csv
 import dataclasses
-import io
-import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from jaxarith.data import splits
+from jaxarith import files
+from jaxarith.data import labelled, splits
+from jaxarith.data.labelled import COLUMNS as COLUMNS
 
 Tokenizer: TypeAlias = Any  # one of transformers
 Side = Literal["left", "right"]
 Record = dict  # {"text": str, "label": str or int}, and "text_pair": str for pairs
-
-# The columns of a text, or of a text and its pair; a file has the first row it can.
-COLUMNS = (
-    ("text", "text_pair"),
-    ("sentence1", "sentence2"),
-    ("question1", "question2"),
-    ("premise", "hypothesis"),
-    ("question", "sentence"),
-    ("text",),
-    ("sentence",),
-    ("question",),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +36,9 @@ class TextTask:
     test: Sequence[Record]
 
 
-def read(file: str | os.PathLike) -> list[Record]:
+def read(
+    file: str | os.PathLike, *, encoding: str = "utf-8-sig", skip_bad: bool = False
+) -> list[Record]:
     """The records of a classification file, by its suffix.
 
     - `.tsv`: a header, then cells between tabs; a quote is a character like any other.
@@ -59,34 +49,54 @@ def read(file: str | os.PathLike) -> list[Record]:
     A table holds its labels under `label` and its texts under the first of these that
     it has: `text` and `text_pair`, `sentence1` and `sentence2`, `question1` and
     `question2`, `premise` and `hypothesis`, `question` and `sentence`, `text`,
-    `sentence`, `question`. Files are UTF-8, or Latin-1 where their bytes are not; blank
-    lines do not count.
+    `sentence`, `question`. Blank lines do not count.
+
+    Args:
+      file: the file.
+      encoding: its encoding, as Python names it. No other is ever tried.
+      skip_bad: whether lines that are wrong are left out, and counted in a warning.
 
     Returns:
       `{"text": str, "label": str}` per record, in order, with `"text_pair"` for pairs.
 
     Raises:
-      ValueError: the file is missing, empty, without these columns, or a line lacks its
-        label or text.
+      ValueError: the file is missing, empty, without these columns, in another
+        encoding, or a line lacks its label or text or is no record.
+
+    Warns:
+      UserWarning: lines were left out.
     """
     path = Path(file)
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path}: no such file.")
-    raw = path.read_bytes()
-    try:
-        content = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        content = raw.decode("latin-1")
-    parse = _FORMATS.get(path.suffix.lower(), _labelled_lines)
-    rows = list(parse(content, path))
-    if not rows:
+    found = labelled.records(_decoded(path, encoding, skip_bad), path)
+    bad = [(line, row) for line, row in found if isinstance(row, str)]
+    if bad and not skip_bad:
+        raise ValueError(f"{path}, line {bad[0][0]}{bad[0][1]}")
+    if len(found) == len(bad):
         raise ValueError(f"{path} holds no record: it is empty, or has only a header.")
-    fields = {"text", "label", *rows[0][1]}
-    for line, row in rows:
-        missing = sorted(name for name in fields if not row.get(name, "").strip())
-        if missing:
-            raise ValueError(f"{path}, line {line} has no {' and no '.join(missing)}.")
-    return [row for _, row in rows]
+    if bad:
+        line, problem = bad[0]
+        warnings.warn(
+            f"{path}: {len(bad)} of {len(found)} records were left out; the first, "
+            f"line {line}{problem}",
+            stacklevel=2,
+        )
+    return [row for _, row in found if not isinstance(row, str)]
+
+
+def _decoded(path, encoding, skip_bad):
+    raw = files.read(path)
+    try:
+        # What cannot be decoded becomes characters that `labelled` knows.
+        return raw.decode(encoding, "surrogateescape" if skip_bad else "strict")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}, line {line} is not in {error.encoding}: {error.reason}, byte "
+            f"{error.start}. Convert the file, give its encoding (such as latin-1), or "
+            "leave such lines out (skip_bad)."
+        ) from error
 
 
 def task(
@@ -291,90 +301,6 @@ def rows(columns: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
         dict(zip(columns, row, strict=True))
         for row in zip(*columns.values(), strict=True)
     ]
-
-
-def _tabs(content, path):
-    lines = (
-        (number, line.rstrip("\r").split("\t"))
-        for number, line in enumerate(content.split("\n"), 1)
-    )
-    return _table(lines, path)
-
-
-def _commas(content, path):
-    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
-
-    def lines():
-        try:
-            for cells in reader:
-                yield reader.line_num, cells
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}.") from error
-
-    return _table(lines(), path)
-
-
-def _table(lines, path):
-    header, columns = [], {}
-    for line, cells in lines:
-        if not any(cell.strip() for cell in cells):
-            continue
-        if not header:
-            header = [cell.strip() for cell in cells]
-            columns = _columns(header, path)
-        elif len(cells) != len(header):
-            raise ValueError(
-                f"{path}, line {line} has {len(cells)} cells and the header "
-                f"{len(header)}."
-            )
-        else:
-            values = dict(zip(header, cells, strict=True))
-            yield line, {f: values[name].strip() for f, name in columns.items()}
-
-
-def _objects(content, path):
-    columns = None
-    for line, text in enumerate(content.split("\n"), 1):
-        if not text.strip():
-            continue
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {line} is not JSON: {error}.") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}, line {line} is not a JSON object.")
-        columns = columns or _columns(list(values), path)
-        found = {field: values.get(name) for field, name in columns.items()}
-        for field, value in found.items():
-            if isinstance(value, list | dict):
-                raise ValueError(f"{path}, line {line}: the {field} is {value!r}.")
-        yield line, {f: "" if v is None else str(v) for f, v in found.items()}
-
-
-def _labelled_lines(content, path):
-    for line, text in enumerate(content.split("\n"), 1):
-        if text.strip():
-            label, *rest = text.strip().split(maxsplit=1)
-            yield line, {"text": "".join(rest), "label": label}
-
-
-_FORMATS = {".tsv": _tabs, ".csv": _commas}
-_FORMATS |= dict.fromkeys((".jsonl", ".json", ".ndjson"), _objects)
-
-
-def _columns(header, path):
-    """Which column a field of a record comes from."""
-    if "label" in header:
-        for names in COLUMNS:
-            if set(names) <= set(header):
-                fields = dict(zip(("text", "text_pair"), names, strict=False))
-                return {**fields, "label": "label"}
-    known = "; ".join(" and ".join(names) for names in COLUMNS)
-    raise ValueError(
-        f"{path} has the columns {', '.join(header)}. It needs label, and one of: "
-        f"{known}. Rename its columns; a file without a header, with `label text` on "
-        "every line, has the suffix .txt."
-    )
 
 
 def _sorted(labels):

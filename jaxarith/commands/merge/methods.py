@@ -89,7 +89,7 @@ def converted(value: Any, option: Option) -> Value:
         # A YAML file may hold 1e-4, which is a text there.
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if abs(number) <= _LARGEST and number == kind(number):
             return kind(number)

@@ -1,12 +1,14 @@
 """YAML with the line of every value, so that errors can name it."""
 
+import collections
 import dataclasses
 import os
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+
+from jaxarith import files
 
 _Word = TypeVar("_Word", bound=str)
 
@@ -88,7 +90,7 @@ def read(path: str | os.PathLike) -> Node:
     """
     file = str(path)
     try:
-        loader = yaml.SafeLoader(Path(path).read_bytes())
+        loader = yaml.SafeLoader(files.read(path))
         document = loader.get_single_node()
         if document is None:
             raise ValueError(f"{file} is empty; expected the YAML of a merge.")
@@ -125,12 +127,14 @@ def _node(loader, found, file, done):
 
 
 def _mapping(loader, found, file, done):
-    keys = [key.value for key, _ in found.value]
+    counts = collections.Counter(
+        key.value for key, _ in found.value if isinstance(key, yaml.ScalarNode)
+    )
     for key, _ in found.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
             raise ValueError(f"{file}, line {line}: a key must be a word.")
-        if keys.count(key.value) > 1:
+        if counts[key.value] > 1:
             raise ValueError(f"{file}, line {line}: the key {key.value!r} is twice.")
     loader.flatten_mapping(found)  # `<<: *anchor`; what is beside it comes last
     entries = {}
