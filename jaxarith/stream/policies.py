@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias, get_args
 
 from jaxarith import tree
 from jaxarith.hub import Stored
+from jaxarith.stream import names
 
 Vocabulary: TypeAlias = Literal["error", "truncate", "base-rows", "skip"]
 Missing: TypeAlias = Literal["error", "base"]
@@ -28,7 +29,6 @@ _POSITIONS = re.compile(r"position|wpe|patch|relative")
 # layers or norms are several: a copied layer is computed once more.
 _HEADS = re.compile(r"proj_out|embed_out|shared_head|^output\.weight")
 _NORMS = re.compile(r"norm|ln_|token_type", re.IGNORECASE)
-_BUFFERS = ("position_ids", "attn.bias")
 
 
 def check(vocabulary: Vocabulary, missing: Missing, has_base: bool) -> None:
@@ -67,11 +67,9 @@ def fit(
     Raises:
       ValueError: a tensor is missing, or has no place in the base.
     """
-    notes = []
-    ours, prefix = _without_prefix(base, model)
-    if prefix:
-        notes.append(f"{label}: the names differ from the base's by {prefix!r}")
-    wanted = {name for name, tensor in base.items() if tensor.is_floating}
+    of_base, notes = names.match(base, model, label)
+    ours = {of_base[name]: tensor for name, tensor in model.items()}
+    wanted = {name for name, tensor in base.items() if _is_merged(name, tensor)}
     found = {name: ours[name] for name in sorted(wanted) if name in ours}
 
     tied = {}
@@ -93,18 +91,8 @@ def fit(
         for other in filter(_may_be_tied, found)
         if _may_be_tied(name) and same_values(tensor, found[other])
     }
-    buffers = [name for name, tensor in extra.items() if not tensor.is_floating]
-    for name, tensor in ours.items():
-        # Buffers are vectors and masks; packed weights of a quantised model would be
-        # taken from the base while their scales are merged.
-        is_matrix = tensor.dtype.kind in "iu" and len(tensor.shape) > 1
-        known = name not in base or name.endswith(_BUFFERS)
-        if is_matrix and not known and not same_values(tensor, base[name]):
-            raise ValueError(
-                f"{label}: {name} is a matrix of {tensor.dtype} that differs from the "
-                "base's. Quantised models cannot be merged: convert them to a "
-                "floating-point type first."
-            )
+    buffers = sorted(name for name, t in extra.items() if not _is_merged(name, t))
+    notes += _of_the_base(base, ours, label)
     notes += [f"{label}: {a} is a copy of {b}" for a, b in sorted(copies.items())]
     strange = sorted(extra.keys() - copies.keys() - set(buffers))
     if missing == "error" and (lacking or strange):
@@ -114,11 +102,56 @@ def fit(
             _listed(f"{label} does not fit the base ({len(lines)} tensors):", lines)
             + '\nmissing="base" (--missing base) keeps the tensors of the base there.'
         )
+    if strange:
+        _check_share(found, strange, ours, label)
     if lacking:
         notes.append(f"{label}: {_some(lacking)} missing: the base's stay")
     if strange or buffers:
         notes.append(f"{label}: {_some([*strange, *buffers])} left out")
     return dict(sorted(found.items())), notes
+
+
+def _is_merged(name, tensor):
+    return tensor.is_floating and not names.is_buffer(name, tensor)
+
+
+def _of_the_base(
+    base: Mapping[str, Stored], ours: Mapping[str, Stored], label: str
+) -> list[str]:
+    """Notes on tensors that are not merged though the model has them.
+
+    Raises:
+      ValueError: one is a matrix of integers with other values than the base's.
+    """
+    other = []
+    for name in sorted(ours.keys() & base.keys()):
+        tensor, of_base = ours[name], base[name]
+        buffer = names.is_buffer(name, tensor)
+        if _is_merged(name, of_base) or _same_bytes_and_kind(tensor, of_base):
+            continue
+        # Buffers are vectors and masks; packed weights of a quantised model would be
+        # taken from the base while their scales are merged.
+        if tensor.dtype.kind in "iu" and len(tensor.shape) > 1 and not buffer:
+            raise ValueError(
+                f"{label}: {name} is a matrix of {tensor.dtype} that differs from the "
+                "base's. Quantised models cannot be merged: convert them to a "
+                "floating-point type first."
+            )
+        other.append(name)
+    verb = "are buffers or integers that differ: the base's stay"
+    return [f"{label}: {_some(other)} {verb}"] if other else []
+
+
+def _check_share(found, strange, ours, label):
+    """Raises a ValueError if most of a model has no place in the base."""
+    lost = sum(ours[name].size for name in strange)
+    size = lost + sum(tensor.size for tensor in found.values())
+    if len(strange) > len(found) or 2 * lost > size:
+        raise ValueError(
+            f"{label} does not fit the base: {_some(strange)} have no place in it, and "
+            f'{len(found)} have one. missing="base" (--missing base) is for a few that '
+            "differ, such as heads. Give models of one base."
+        )
 
 
 def rows(
@@ -190,34 +223,6 @@ def _may_be_tied(name):
     return (_is_of_tokens(name) or _HEADS.search(name)) and not _NORMS.search(name)
 
 
-def _without_prefix(base, model):
-    """The model's tensors by the base's names, and the prefix in which these differ.
-
-    `vision_model.`, `transformer.` or `bert.` is in front of all names, or of all but
-    the head's, or of none, depending on the class and version that saved a file.
-    """
-    heads = {name.split(".")[0] + "." for name in [*base, *model]}
-    renamings = {"": dict(model)}
-    for prefix in sorted(heads):
-        renamings["+" + prefix] = {_added(n, prefix, base): t for n, t in model.items()}
-        renamings["-" + prefix] = {
-            _removed(n, prefix, base): t for n, t in model.items()
-        }
-    # As they are, unless more names fit otherwise. None may take another's place.
-    possible = [sign for sign in renamings if len(renamings[sign]) == len(model)]
-    best = max(possible, key=lambda sign: len(renamings[sign].keys() & base.keys()))
-    return renamings[best], best
-
-
-def _added(name, prefix, base):
-    return prefix + name if name not in base and prefix + name in base else name
-
-
-def _removed(name, prefix, base):
-    short = name.removeprefix(prefix)
-    return short if name not in base and short in base else name
-
-
 def same_values(a: Stored, b: Stored) -> bool:
     """Whether two tensors are equal, bit by bit; scalars never are."""
     if (a.dtype, a.shape) != (b.dtype, b.shape) or not a.shape:
@@ -232,6 +237,10 @@ def _is_constant(tensor):
     return bool((entries == entries[:1]).all())
 
 
+def _same_bytes_and_kind(a, b):
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and _same_bytes(a, b)
+
+
 def _same_bytes(a, b):
     return a.read().tobytes() == b.read().tobytes()
 
@@ -240,5 +249,5 @@ def _listed(title, lines):
     return "\n  ".join([title, *tree.first_few(lines)])
 
 
-def _some(names):
-    return f"{len(names)} tensors ({', '.join(tree.first_few(names, most=3))})"
+def _some(found):
+    return f"{len(found)} tensors ({', '.join(tree.first_few(found, most=3))})"

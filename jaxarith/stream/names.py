@@ -1,0 +1,127 @@
+"""Names of tensors that mean the same in two checkpoints, and names of buffers."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from jaxarith import tree
+from jaxarith.hub import Stored
+
+# Spellings of one name; the names of both checkpoints are brought to the second.
+_SPELLINGS = tuple(
+    (re.compile(pattern), spelling)
+    for pattern, spelling in (
+        # TensorFlow's names of norms, in the files of Google's BERT.
+        (r"(?i)(norm\w*)\.gamma$", r"\1.weight"),
+        (r"(?i)(norm\w*)\.beta$", r"\1.bias"),
+        # torch.nn.utils.weight_norm, and that of its parametrizations.
+        (r"\.parametrizations\.(\w+)\.original0$", r".\1_g"),
+        (r"\.parametrizations\.(\w+)\.original1$", r".\1_v"),
+        # A language model of its own or in one of images and text: language_model.model
+        # or model.language_model, by the version of transformers.
+        (r"^(model\.|language_model\.)+", ""),
+    )
+)
+_BUFFER = re.compile(
+    r"(.*\.)?(position_ids|masked_bias|(\w+_)?inv_freq|relative_position_index|"
+    r"(cos|sin)_cached|attention_mask|causal_mask)"
+)
+_MASK = re.compile(r"(.*\.)?(attn|attention|self)\.bias")
+
+
+def is_buffer(name: str, tensor: Stored) -> bool:
+    """Whether a tensor is computed by the model's class rather than trained."""
+    # A causal mask, in floating point or not; the bias of a layer is a vector.
+    is_mask = _MASK.fullmatch(name) and len(tensor.shape) != 1
+    return bool(is_mask or _BUFFER.fullmatch(name))
+
+
+def match(
+    base: Iterable[str], model: Iterable[str], label: str
+) -> tuple[dict[str, str], list[str]]:
+    """The base's names of a model's tensors; names that the base lacks stay.
+
+    Args:
+      base, model: the names of their tensors.
+      label: what notes call the model.
+
+    Returns:
+      For each name of the model that of the base, and notes on those that differ.
+    """
+    base, model = set(base), list(model)
+    as_they_are = _fitted({n: n for n in base}, {n: n for n in model})
+    fixed = base.intersection(model)
+    spelled = _fitted(_spelled(base, fixed), _spelled(model, fixed))
+    # As they are, unless more names fit otherwise.
+    found, prefix = max(
+        (as_they_are, spelled), key=lambda x: len(base.intersection(x[0].values()))
+    )
+    notes = []
+    if prefix:
+        notes.append(f"{label}: the names differ from the base's by {prefix!r}")
+    other = [
+        f"{name} is {now}"
+        for name, now in sorted(found.items())
+        if now not in (name, prefix[1:] + name) and name != prefix[1:] + now
+    ]
+    if other:
+        few = "; ".join(tree.first_few(other, most=2))
+        notes.append(f"{label}: {len(other)} names are spelled otherwise: {few}")
+    return found, notes
+
+
+def _fitted(
+    base: Mapping[str, str], model: Mapping[str, str]
+) -> tuple[dict[str, str], str]:
+    """By name of the model that of the base, of spelled names, and a prefix."""
+    renamed, prefix = _without_prefix(set(base.values()), model)
+    back = {spelled: name for name, spelled in base.items()}
+    return {name: back.get(renamed[name], name) for name in model}, prefix
+
+
+def _spelled(names: Iterable[str], fixed: set[str]) -> dict[str, str]:
+    """The names in one spelling; those that would become another's stay as they are."""
+    spelled = {}
+    for name in names:
+        new = name
+        for pattern, spelling in _SPELLINGS:
+            new = new if name in fixed else pattern.sub(spelling, new)
+        spelled[name] = new
+    counts: dict[str, int] = {}
+    for new in spelled.values():
+        counts[new] = counts.get(new, 0) + 1
+    return {n: new if counts[new] == 1 else n for n, new in spelled.items()}
+
+
+def _without_prefix(
+    base: set[str], model: Mapping[str, str]
+) -> tuple[dict[str, str], str]:
+    """By name of the model that of the base, and the prefix in which these differ.
+
+    `vision_model.`, `transformer.` or `bert.` is in front of all names, or of all but
+    the head's, or of none, depending on the class and version that saved a file.
+    """
+    heads = {name.split(".")[0] + "." for name in [*base, *model.values()]}
+    renamings = {"": dict(model)}
+    for prefix in sorted(heads):
+        renamings["+" + prefix] = {
+            n: prefix + s if s not in base and prefix + s in base else s
+            for n, s in model.items()
+        }
+        renamings["-" + prefix] = {
+            n: _removed(s, prefix, base) for n, s in model.items()
+        }
+
+    # As they are, unless more names fit otherwise. None may take another's place.
+    def fitting(sign):
+        return len(base.intersection(renamings[sign].values()))
+
+    def apart(sign):
+        return len({*renamings[sign].values()}) == len(model)
+
+    best = max(filter(apart, renamings), key=fitting)
+    return renamings[best], best
+
+
+def _removed(name, prefix, base):
+    short = name.removeprefix(prefix)
+    return short if name not in base and short in base else name
