@@ -2,9 +2,11 @@
 
 import argparse
 import sys
+import warnings
 
 import jaxarith
-from jaxarith.commands import convert, data, inspect, merge
+from jaxarith import report
+from jaxarith.commands import convert, data, inspect, merge, signals
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -23,14 +25,37 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = _parser().parse_args(arguments)
     args.arguments = arguments
+    format_before, warnings.formatwarning = warnings.formatwarning, _note
     try:
-        return args.run(args) or 0
-    except (ValueError, OSError, ImportError) as error:
-        print(f"jaxarith {args.command}: {error}", file=sys.stderr)
-        return 1
+        with signals.raised():
+            return args.run(args) or 0
+    except (ValueError, OSError, ImportError, OverflowError, RecursionError) as error:
+        return _failed(args.command, str(error))
+    except MemoryError as error:
+        return _failed(args.command, f"out of memory. {error}")
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # as JAX says it
+            raise
+        return _failed(args.command, f"out of memory. {error}")
     except KeyboardInterrupt:
-        print(f"jaxarith {args.command}: stopped", file=sys.stderr)
+        _failed(args.command, "stopped")
         return 130
+    except signals.Stopped as stopped:
+        _failed(args.command, str(stopped))
+        return stopped.status
+    finally:
+        warnings.formatwarning = format_before
+
+
+def _failed(command, message):
+    print(report.shown(f"jaxarith {command}: {message}"), file=sys.stderr)
+    return 1
+
+
+def _note(message, category, filename, lineno, line=None):
+    """A warning in the form of a note."""
+    del category, filename, lineno, line
+    return report.shown(f"note: {message}\n")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,15 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+# Controls but for line ends and tabs, changes of the direction of writing, surrogates.
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -12,7 +18,11 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            if path.exists():  # what is replaced must not be lost before this is there
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -43,6 +53,30 @@ def cut(value: Any, most: int = 80) -> str:
     """
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+def printable(text: str) -> str:
+    r"""A text without characters that command a terminal; they become escapes.
+
+    So do halves of characters, which cannot be printed. Lines and tabs stay.
+
+    Example:
+      >>> print(printable("clear\x1b[2J"))
+      clear\x1b[2J
+    """
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def shown(message: str, most: int = 4000) -> str:
+    """A message as a terminal shall get it: printable, and cut in the middle if long.
+
+    Example:
+      >>> shown("a" * 50 + "b" * 50, most=20)
+      'aaaaaaaaaa … bbbbbbbbbb'
+    """
+    if len(message) > most:
+        message = f"{message[: most // 2]} … {message[-most // 2 :]}"
+    return printable(message)
 
 
 def markdown_table(
@@ -92,4 +126,5 @@ def markdown_table(
 def _cell(value):
     if value is None:
         return ""
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    text = f"{value:.3f}" if isinstance(value, float) else str(value)
+    return printable(text).replace("\n", "\\n")

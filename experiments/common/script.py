@@ -25,6 +25,9 @@ import jax
 import tyro
 from tqdm import tqdm
 
+from jaxarith import report
+from jaxarith.commands import signals
+
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
@@ -117,14 +120,16 @@ def run(config_type: Callable[..., C], main: Callable[[C], Any]) -> None:
 
     Raises:
       SystemExit: status 2 after a mistake in options or data, which is printed in one
-        line; 130 after Ctrl-C; the status that `main` exits with otherwise.
+        line; 130 after Ctrl-C, 143 and 129 after SIGTERM and SIGHUP; the status that
+        `main` exits with otherwise.
     """
     arguments = [word for word in sys.argv[1:] if word != _TRACEBACK]
     shown = len(arguments) < len(sys.argv) - 1
     try:
         # Inside, so that a wrong value found by `__post_init__` is one line too.
         config = _parse(config_type, _description(main), arguments)
-        main(config)
+        with signals.raised():
+            main(config)
     except _MISTAKES as error:
         if shown:
             raise
@@ -132,6 +137,9 @@ def run(config_type: Callable[..., C], main: Callable[[C], Any]) -> None:
     except KeyboardInterrupt:
         print(f"{_name()}: stopped", file=sys.stderr)
         raise SystemExit(130) from None
+    except signals.Stopped as stopped:
+        print(f"{_name()}: {stopped}", file=sys.stderr)
+        raise SystemExit(stopped.status) from None
 
 
 def one_line(error: BaseException) -> str:
@@ -180,7 +188,7 @@ def _unboxed(message: str) -> str:
 
 
 def _exit(message: str) -> NoReturn:
-    print(f"{_name()}: {message}", file=sys.stderr)
+    print(report.shown(f"{_name()}: {message}"), file=sys.stderr)
     raise SystemExit(2) from None
 
 

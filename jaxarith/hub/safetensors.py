@@ -4,6 +4,7 @@ The safetensors package judges a file; then its tensors are read one by one into
 that is used again.
 """
 
+import errno
 import functools
 import json
 import math
@@ -168,15 +169,32 @@ class Writer:
         self._files: list[int] = []
 
     def __enter__(self) -> Self:
-        for shard in self._shards:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            file = os.open(self._folder / shard.name, flags, 0o666)
-            self._files.append(file)
-            os.truncate(file, shard.nbytes)
-            _write(file, 0, np.frombuffer(shard.header, np.uint8))
-            for name, offset in shard.offsets.items():
-                self._places[name] = file, offset
+        try:
+            for shard in self._shards:
+                self._open(shard)
+        except BaseException as error:
+            self._close()
+            if isinstance(error, OSError) and error.errno == errno.EMFILE:
+                raise OSError(
+                    f"{len(self._shards)} files are more than this process may open. "
+                    "Ask for larger ones (--shard-size), or raise the limit (ulimit "
+                    "-n)."
+                ) from error
+            raise
         return self
+
+    def _open(self, shard):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        file = os.open(self._folder / shard.name, flags, 0o666)
+        self._files.append(file)
+        os.truncate(file, shard.nbytes)
+        _write(file, 0, np.frombuffer(shard.header, np.uint8))
+        for name, offset in shard.offsets.items():
+            self._places[name] = file, offset
+
+    def _close(self):
+        while self._files:
+            os.close(self._files.pop())
 
     def put(self, name: str, array: np.ndarray) -> None:
         """Writes a tensor, of the type and shape that were planned."""
@@ -184,8 +202,7 @@ class Writer:
         _write(*self._places[name], np.ascontiguousarray(array).reshape(-1))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for file in self._files:
-            os.close(file)
+        self._close()
         if kind is None and self._missing:
             raise ValueError(
                 f"{len(self._missing)} tensors were not merged, such as "

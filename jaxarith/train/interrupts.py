@@ -9,18 +9,19 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # JAX agrees on a number that no process has reached: it must rise from run to run.
 _calls = itertools.count()
 
 
 @contextlib.contextmanager
 def noted() -> Iterator[Callable[[], signal.Signals | None]]:
-    """Notes SIGTERM and Ctrl-C instead of dying of them.
+    """Notes SIGTERM, SIGHUP and Ctrl-C instead of dying of them.
 
-    A second one acts as it did before. Only the main thread can handle signals; in
-    another this does nothing. Of several processes any may get SIGTERM, and JAX, which
-    notes it, makes all stop at the same step; Ctrl-C is not noted there.
+    A second one acts as it did before; SIGHUP stays ignored where nohup ignores it.
+    Only the main thread can handle signals; in another this does nothing. Of several
+    processes any may get SIGTERM, and JAX, which notes it, makes all stop at the same
+    step; Ctrl-C is not noted there.
 
     Yields:
       A function that returns the signal that came, or None. Of several processes all
@@ -35,6 +36,8 @@ def noted() -> Iterator[Callable[[], signal.Signals | None]]:
         return
     came, told = None, False
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
 
     def restore():
         for number, handler in before.items():
@@ -50,7 +53,7 @@ def noted() -> Iterator[Callable[[], signal.Signals | None]]:
         told = came is not None
         return came
 
-    for number in SIGNALS:
+    for number in before:
         signal.signal(number, note)
     try:
         yield signalled

@@ -67,6 +67,7 @@ def _run(args: argparse.Namespace) -> None:
         differences = figures.differences(models)
         found = {"models": models, "differences": differences}
         text = inspect_report.of_models(found, args.tensors)
+    text = report.printable(text)
     print(text)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """What `jaxarith inspect` finds in checkpoints, as plain data."""
 
 import collections
-import itertools
+import hashlib
 import json
 import math
 import re
@@ -118,19 +118,18 @@ def _combined(fingerprints: Mapping[str, tuple]) -> str:
 def _copies(
     stored: Mapping[str, Stored], measured: Mapping[str, _Measured]
 ) -> list[list[str]]:
-    """Names of matrices with the same bytes. Equal vectors are seldom tied."""
-    same = collections.defaultdict(list)
+    """Groups of matrices with the same bytes. Equal vectors are seldom tied."""
+    alike = collections.defaultdict(list)
     for name, found in measured.items():
         if len(stored[name].shape) > 1 and found.norm:
-            same[found.fingerprint].append(name)
-    pairs = (
-        pair for names in same.values() for pair in itertools.combinations(names, 2)
-    )
-    return [
-        [a, b]
-        for a, b in pairs
-        if stored[a].read().tobytes() == stored[b].read().tobytes()
-    ]
+            alike[found.fingerprint].append(name)
+    same = collections.defaultdict(list)
+    for found, names in alike.items():
+        if len(names) > 1:  # each is read once more, however many there are
+            for name in names:
+                digest = hashlib.sha256(stored[name].read().view(np.uint8)).digest()
+                same[found, digest].append(name)
+    return [names for names in same.values() if len(names) > 1]
 
 
 def _layers(names: Iterable[str]) -> dict[str, list[str]]:

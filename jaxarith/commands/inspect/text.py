@@ -89,7 +89,11 @@ def _facts(model):
         f"- norm {_short(model['norm'])}",
         f"- fingerprint {model['fingerprint']}",
     ]
-    lines += [f"- {a} and {b} have the same bytes" for a, b in model["copies"]]
+    lines += [
+        f"- {' and '.join(names) if len(names) == 2 else _some(names)} have the same "
+        "bytes"
+        for names in model["copies"]
+    ]
     bad = [row for row in model["tensors"] if row["not_finite"]]
     texts = [f"{row['name']} ({row['not_finite']:,})" for row in bad]
     lines.append(f"- NaN or infinite values: {_some(texts) or 'none'}")

@@ -15,6 +15,7 @@ from jaxarith.commands.merge import flags, mergekit_yaml, model_card, output
 from jaxarith.commands.merge import recipe as merge_recipe
 from jaxarith.commands.merge.mergekit_methods import MERGEKIT
 from jaxarith.commands.merge.recipe import MergeRecipe
+from jaxarith.report import printable, shown
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -49,11 +50,11 @@ def _run(args: argparse.Namespace) -> None:
         plan = stream.plan(opened, dtype=dtype, shard_bytes=args.shard_size)
         if args.dry_run:
             recipe.check(opened.params_0, opened.taus)
-            print(output.planned(recipe, plan, dtype, notes))
+            print(printable(output.planned(recipe, plan, dtype, notes)))
             return
         if not args.quiet:
             for note in (*_hints(args), *notes):
-                print(f"note: {note}", file=sys.stderr)
+                print(shown(f"note: {note}"), file=sys.stderr)
 
         def finish(folder: Path, report: stream.Report) -> None:
             facts = model_card.data(

@@ -1,0 +1,46 @@
+"""Signals that end a program, as exceptions, so that it cleans up as after Ctrl-C."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(BaseException):
+    """A signal came.
+
+    Attributes:
+      status: the status to exit with, 128 and the signal's number.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.status = 128 + number
+
+
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """Raises `Stopped` on SIGTERM and SIGHUP, once; others that follow are ignored.
+
+    Signals that are handled or ignored already, as by nohup, are left alone. Only the
+    main thread can handle signals; in another this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = [x for x in _SIGNALS if signal.getsignal(x) is signal.SIG_DFL]
+
+    def stop(number, frame):
+        for other in ours:
+            signal.signal(other, signal.SIG_IGN)  # what is cleaned up takes a while
+        raise Stopped(number)
+
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
