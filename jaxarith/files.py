@@ -7,7 +7,7 @@ import stat
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 _JSON_BYTES = 2**26
 _JSON_DEPTH = 64
@@ -50,6 +50,21 @@ def opened(path: str | os.PathLike) -> BinaryIO:
     except BaseException:
         os.close(number)
         raise
+
+
+class Stamp(NamedTuple):
+    """What tells that a file is still the one that it was."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+
+
+def stamp(file: str | os.PathLike | int) -> Stamp:
+    """The stamp of a file, by its path or its number where it is open."""
+    found = os.stat(file)
+    return Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def read(path: str | os.PathLike, most: int | None = None) -> bytes:

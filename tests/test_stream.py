@@ -264,6 +264,39 @@ def test_a_file_that_is_cut_short_meanwhile_is_an_error(tmp_path):
     assert os.listdir(tmp_path) == ["in"]
 
 
+def replaced(path):
+    new = path.with_name("new")
+    shutil.copyfile(path, new)
+    os.utime(new, ns=(0, os.stat(path).st_mtime_ns))  # only the inode tells
+    os.replace(new, path)
+
+
+def rewritten(path):
+    with path.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"1234")
+
+
+@pytest.mark.parametrize("when", ["before it is read", "after it was read"])
+@pytest.mark.parametrize("change", [replaced, rewritten, os.remove])
+def test_an_input_that_changes_meanwhile_ends_the_merge(tmp_path, change, when):
+    base, models = checkpoints.family(tmp_path / "in", dtype="f32")
+    path = models[1] / "model.safetensors"
+
+    def changing(params_0, taus):
+        if when == "before it is read":
+            change(path)
+        merged = merge.average(params_0, taus)
+        if when == "after it was read":
+            change(path)
+        return merged
+
+    error = r"model-2.* was (replaced|removed)|No such file.*model-2"
+    with pytest.raises((ValueError, FileNotFoundError), match=error):
+        run(changing, base, models, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["in"]
+
+
 def test_a_merge_that_overflows_its_type_says_so(family, tmp_path):
     base, models = family
     with pytest.raises(ValueError, match="overflows the type"):

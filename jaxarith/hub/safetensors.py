@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxarith import files
 from jaxarith.hub import memory
 from jaxarith.hub.stored import DTYPES, NAMES, Stored
 
@@ -27,17 +28,19 @@ def open_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is truncated or corrupt.
+      ValueError: it is truncated or corrupt, no file, or changes while it is opened.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"there is no file {path}.")
-    try:
-        with safe_open(path, framework="numpy") as file:  # the header, checked
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(corrupt(path, error)) from error
-    with path.open("rb") as file:
+    with files.opened(path) as file:
+        stamp = files.stamp(file.fileno())
+        try:
+            with safe_open(path, framework="numpy") as judged:  # the header, checked
+                metadata = judged.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(corrupt(path, error)) from error
+        _check_same(path, stamp, files.stamp(path))  # what was judged is what is read
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
@@ -49,22 +52,49 @@ def open_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
                 "model to a floating-point type first."
             )
         start = 8 + length + entry["data_offsets"][0]
-        read = functools.partial(_read, path, start, dtype)
+        read = functools.partial(_read, path, stamp, start, dtype)
         tensors[name] = Stored(dtype, tuple(entry["shape"]), read)
     return tensors, metadata
 
 
-def _read(path, start, dtype, count):
+def _read(path, stamp, start, dtype, count):
     """`count` numbers, in memory that is used again once nobody holds them."""
     taken = memory.lend(count * dtype.itemsize)
     left = taken.data
+    # Files are opened for every tensor: models may have more shards than a process may
+    # have open files.
     with open(path, "rb", buffering=0) as file:
+        _check_same(path, stamp, files.stamp(file.fileno()))
         file.seek(start)
         while left:
             if not (read := file.readinto(left)):
                 raise ValueError(f"{path} was cut short while it was read.")
             left = left[read:]
     return taken.view(dtype)
+
+
+def check_unchanged(stamps: Mapping[Path, files.Stamp]) -> None:
+    """Raises a ValueError if a file is not the one that it was.
+
+    Args:
+      stamps: `files.stamp` of each, from before.
+    """
+    for path, stamp in stamps.items():
+        try:
+            now = files.stamp(path)
+        except FileNotFoundError:
+            raise ValueError(f"{path} was removed while it was read.") from None
+        _check_same(path, stamp, now)
+
+
+def _check_same(path, before, now):
+    if now.size < before.size:
+        raise ValueError(f"{path} was cut short while it was read.")
+    if now != before:
+        raise ValueError(
+            f"{path} was replaced or changed while it was read. Begin again when it "
+            "is complete."
+        )
 
 
 def corrupt(path: Path, error: Exception) -> str:

@@ -26,7 +26,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxarith import hub, lazy, tree
-from jaxarith.files import is_blob
+from jaxarith.files import is_blob, stamp
 from jaxarith.hub import Stored, safetensors
 from jaxarith.stream.opened import Opened
 from jaxarith.typing import Params, Taus
@@ -156,8 +156,8 @@ def merge(
 
     Raises:
       FileExistsError: `out` exists, or another program made or changed it meanwhile.
-      ValueError: `out` holds one of the models, the method refuses them or its
-        options, or values are NaN or infinite.
+      ValueError: `out` holds one of the models, their files change meanwhile, the
+        method refuses them or its options, or values are NaN or infinite.
       OSError: there is not enough space.
 
     Example:
@@ -167,6 +167,7 @@ def merge(
     """
     out = hub.check_out(out, overwrite, opened.folders)
     before = hub.state(out)
+    stamps = {file: stamp(file) for x in opened.folders for file in weights(x)}
     planned = plan(opened, dtype=dtype, shard_bytes=shard_bytes)
     with hub.staging(out.parent) as temporary:
         _check_space(temporary, planned.bytes_out)
@@ -193,6 +194,7 @@ def merge(
             (new / hub.INDEX).write_text(text, encoding="utf-8")
         if finish is not None:
             finish(new, report)
+        safetensors.check_unchanged(stamps)
         hub.publish(new, out, before, temporary / "old")
     return report
 
