@@ -242,10 +242,8 @@ def test_jit_changes_nothing(method):
 
 
 @every_merge
-def test_parameters_may_be_constants_of_a_jitted_function(method):
+def test_nan_in_constants_of_a_jitted_function_is_found(method):
     params_0 = model()
-    merged = jax.jit(lambda taus: method(params_0, taus))(PARTIAL)
-    assert_close(merged, method(params_0, PARTIAL), 1e-6)
     params_0["scale"] = jnp.nan
     with pytest.raises(ValueError, match="NaN .* scale"):
         jax.jit(lambda taus: method(params_0, taus))(PARTIAL)

@@ -26,7 +26,7 @@ OPTIONS = {
     ),
     "della_l1": functools.partial(merge.della, rescale="l1", key=KEY),
     "emr_official": functools.partial(
-        of_all_tasks, functools.partial(merge.emr, preset="official")
+        of_all_tasks, functools.partial(merge.emr_masks, preset="official")
     ),
     "fisher_normalize": lambda params_0, taus: merge.fisher(
         params_0, taus, jax.tree.map(jnp.square, taus), normalize=True
@@ -110,6 +110,7 @@ def assert_sharded_like(actual, like):
         assert leaf.sharding.is_equivalent_to(like[path].sharding, leaf.ndim), path
 
 
+@pytest.mark.filterwarnings("ignore:.*their names do not say")
 @pytest.mark.parametrize(
     "method", [*MERGES.values(), *OPTIONS.values()], ids=[*MERGES, *OPTIONS]
 )

@@ -242,6 +242,7 @@ def test_every_option_reaches_its_function(base, taus):
                 given[key] = option.kind[0] if is_word else samples[option.kind]
             given |= {"epsilon": 0.1} if "epsilon" in given else {}
             given |= {"clip": 0.1} if "clip" in given else {}
+            given |= {"into": "ties"} if "into" in given else {}
             given |= {"negative": -0.5} if "negative" in given else {}
             given |= {"gamma": 0.9} if "beta" in given else {}
             few = 1 if name in ("wise_ft", "nearswap") else 2
