@@ -206,3 +206,37 @@ def test_heads_without_a_place_are_left_out_and_named(torch, tmp_path, capsys):
     assert convert(tmp_path / "m", tmp_path / "out") == 0
     printed = capsys.readouterr().out
     assert "left out" in printed and "seq_relationship" in printed
+
+
+def test_another_dtype_is_that_of_all_configurations(tmp_path):
+    config = {
+        "torch_dtype": "float32",
+        "text_config": {"dtype": "float32", "deep_config": {"dtype": "float32"}},
+        "vision_config": {"torch_dtype": "float32", "hidden_size": 4},
+    }
+    folder = checkpoint(tmp_path / "a", {"w": np.ones(2, np.float32)}, **config)
+    options = ("--names", "keep", "--dtype", "bfloat16")
+    assert convert(folder, tmp_path / "b", *options) == 0
+    found = hub.read_json(tmp_path / "b")
+    assert json.dumps(found).count("bfloat16") == 4
+    assert found["vision_config"]["hidden_size"] == 4
+
+
+def test_packed_weights_are_not_rounded(tmp_path, capsys):
+    tensors = {
+        "q.weight": np.ones((8, 1), ml_dtypes.bfloat16),
+        "q.weight.absmax": np.ones(1, np.float32),
+    }
+    folder = checkpoint(tmp_path / "a", tensors)
+    options = ("--names", "keep", "--dtype", "float16")
+    assert convert(folder, tmp_path / "b", *options) == 1
+    assert "is quantised (bitsandbytes" in capsys.readouterr().err
+
+
+def test_conversions_list_what_stays_behind(tmp_path, capsys):
+    folder = checkpoint(tmp_path / "a", {"w": np.ones(2, np.float32)})
+    (folder / "optimizer.pt").write_text("")
+    (folder / "LICENSE").write_text("mine")
+    assert convert(folder, tmp_path / "b", "--names", "keep") == 0
+    assert "not copied: optimizer.pt" in capsys.readouterr().out
+    assert (tmp_path / "b" / "LICENSE").read_text() == "mine"

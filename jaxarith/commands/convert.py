@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ import ml_dtypes
 import numpy as np
 
 from jaxarith import hub, lazy, tree
-from jaxarith.hub import Stored, layouts
+from jaxarith.hub import Stored, folders, layouts, packed
+from jaxarith.hub import config as config_of
+from jaxarith.report import printable
 
 _DTYPES = {
     "float32": np.dtype(np.float32),
@@ -71,6 +72,8 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.out} exists; name a new folder, or remove it first.")
     folder = hub.find(args.model)
     file, stored = hub.open_tensors(folder)
+    if args.dtype is not None:  # packed numbers would be rounded
+        packed.check(folder, stored, hub.read_json(folder))
     keep = args.names == "keep"
     to_flax = file.name != hub.MSGPACK
     left_out: list[str] = []
@@ -84,10 +87,12 @@ def _run(args: argparse.Namespace) -> None:
     _write(folder, args.out.absolute(), leaves, to_flax, args.dtype)
     size = sum(leaf.nbytes for leaf in leaves.values())
     print(f"{args.out}: {len(leaves)} tensors, {size:,} bytes")
+    if left := folders.left_behind(folder):
+        print(f"not copied: {', '.join(tree.first_few(left, most=12))}")
     if left_out:
         print(
             "left out, since jaxarith's model has no place for it: "
-            f"{', '.join(tree.first_few(left_out))}. --names keep keeps all."
+            f"{printable(', '.join(tree.first_few(left_out)))}. --names keep keeps all."
         )
 
 
@@ -145,14 +150,13 @@ def _write(
     folder: Path, out: Path, leaves: dict[str, Any], to_flax: bool, dtype: str | None
 ) -> None:
     config = hub.read_json(folder)
-    for key in ("dtype", "torch_dtype"):
-        if dtype is not None and key in config:
-            config[key] = dtype
+    if dtype is not None:
+        keys = ("dtype", "torch_dtype")
+        config = config_of.replaced(config, lambda key, _: key in keys, dtype)
     with hub.staging(out.parent) as temporary:
         new = temporary / "new"
         new.mkdir()
-        for file in hub.side_files(folder):
-            shutil.copyfile(file, new / file.name)
+        folders.copy_side_files(hub.side_files(folder), folder, new)
         text = json.dumps(config, indent=2) + "\n"
         (new / "config.json").write_text(text, encoding="utf-8")
         if to_flax:

@@ -1,6 +1,7 @@
 """Finds the folder of a checkpoint, on this machine or on the Hugging Face Hub."""
 
 import os
+import re
 from pathlib import Path
 
 from jaxarith.hub.folders import (
@@ -10,6 +11,7 @@ from jaxarith.hub.folders import (
     MSGPACK,
     SIDE_SUFFIXES,
     WEIGHTS,
+    is_side_file,
     no_weights,
 )
 
@@ -71,6 +73,14 @@ def find(model: str | os.PathLike, *, revision: str | None = None) -> Path:
     else:
         raise ValueError(no_weights(f"{model}{at}", names))
     patterns = [*(f"*{suffix}" for suffix in SIDE_SUFFIXES), weights]
+    # What else belongs to the model: other tokenizers, licences, layers of
+    # sentence-transformers in folders of their own, such as 2_Dense.
+    patterns += [
+        name
+        for name in names
+        if (is_side_file(name) and "/" not in name and not name.endswith(SIDE_SUFFIXES))
+        or ("modules.json" in names and re.match(r"\d+_\w+/", name))
+    ]
     return Path(
         huggingface_hub.snapshot_download(
             str(model), revision=revision, allow_patterns=patterns

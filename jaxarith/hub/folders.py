@@ -6,6 +6,7 @@ pickle is ever opened.
 
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +23,20 @@ MSGPACK = "flax_model.msgpack"
 CONFIG = "config.json"
 ADAPTER = "adapter_model.safetensors"  # PEFT's; `lora` reads it
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py")
-# What training runs, other merges and quantised copies leave in a folder.
+# What training runs, other merges and quantised copies leave in a folder, and the
+# card, which is of another model.
 _LEFT_OVERS = re.compile(
     r".*\.index\.json|.*_results\.json|trainer_state\.json|log_history\.json|"
     r"adapter_config\.json|quantize_config\.json|params\.json|requirements\.txt|"
-    r"jaxarith_merge\.json"
+    r"jaxarith_merge\.json|mergekit_config\.ya?ml|README\.md|.*tfevents.*|.*\.(log|lock)"
 )
+# Weights in any format, and the states of optimizers.
+_HEAVY = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|distcp|msgpack|h5|keras|ot|onnx\w*|gguf|ggml|npz|"
+    r"npy|pkl|pickle|tflite|mlmodel|engine|nemo|tar|gz|zip)"
+)
+_MODULES = "modules.json"  # of sentence-transformers: names the folders of layers
+_TEMPLATES = "additional_chat_templates"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 _CONVERT = """jaxarith opens no pickle. Convert the file once, where PyTorch is:
@@ -135,17 +144,68 @@ def read_json(folder: str | os.PathLike, name: str = CONFIG) -> dict[str, Any]:
 def side_files(folder: Path) -> list[Path]:
     """The files that belong to a model beside its weights and its configuration.
 
-    Tokenizers, preprocessing, generation and code; not what training left.
+    All but weights, hidden files and what training left: tokenizers, preprocessing,
+    generation, code, licences. So are chat templates in a folder of their own and, with
+    their weights, the folders that the modules.json of sentence-transformers names.
     """
+    found = [file for file in sorted(folder.iterdir()) if is_side_file(file.name)]
+    found = [file for file in found if file.is_file()]
+    for inner in _inner_folders(folder):
+        files.check_folder(inner)
+        found += [file for file in sorted(inner.rglob("*")) if _is_plain(file, inner)]
+    return found
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file at the top of a folder belongs to a model, by its name."""
+    if name == CONFIG or name.startswith("."):
+        return False
+    return not (_LEFT_OVERS.fullmatch(name) or _HEAVY.fullmatch(name))
+
+
+def left_behind(folder: Path) -> list[str]:
+    """What a copy of a model does not have of its folder, but for merged weights."""
+    kept = {file.relative_to(folder).parts[0] for file in side_files(folder)}
+    kept |= {CONFIG, INDEX, MSGPACK, "README.md", "jaxarith_merge.json"}
+    if (folder / INDEX).is_file():
+        kept |= {file.name for file in shards(folder / INDEX).values()}
+    else:
+        kept.add(WEIGHTS)
     return [
-        file
-        for file in sorted(folder.iterdir())
-        if file.is_file()
-        and not file.name.startswith(".")
-        and file.suffix in SIDE_SUFFIXES
-        and file.name != CONFIG
-        and not _LEFT_OVERS.fullmatch(file.name)
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in sorted(folder.iterdir())
+        if path.name not in kept and not path.name.startswith(".")
     ]
+
+
+def copy_side_files(found: Iterable[Path], folder: Path, new: Path) -> None:
+    """Copies files of a folder, or of folders in it, to the same places in another."""
+    for file in found:
+        place = new / file.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
+
+
+def _inner_folders(folder):
+    names: list[str] = [_TEMPLATES]
+    if (folder / _MODULES).is_file():
+        modules = files.read_json(folder / _MODULES)
+        entries = modules if isinstance(modules, list) else []
+        paths = [entry.get("path") for entry in entries if isinstance(entry, dict)]
+        names += [x for x in paths if isinstance(x, str) and not Path(x).is_absolute()]
+    inner = [folder / name for name in dict.fromkeys(names)]
+    return [path for path in inner if path.is_dir() and _is_inside(path, folder)]
+
+
+def _is_inside(path, folder):
+    """Whether a path is below a folder, and not through links."""
+    real = folder.resolve()
+    return path != folder and path.resolve() == real / path.relative_to(folder)
+
+
+def _is_plain(file, folder):
+    parts = file.relative_to(folder).parts
+    return file.is_file() and not any(part.startswith(".") for part in parts)
 
 
 def existing(folder: str | os.PathLike) -> Path:

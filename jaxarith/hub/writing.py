@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,13 @@ from safetensors.numpy import save_file
 
 from jaxarith import tree
 from jaxarith.hub import checks, layouts, places
-from jaxarith.hub.folders import CONFIG, WEIGHTS, existing, side_files
+from jaxarith.hub.folders import (
+    CONFIG,
+    WEIGHTS,
+    copy_side_files,
+    existing,
+    side_files,
+)
 from jaxarith.hub.reading import converted
 from jaxarith.typing import Params, Tree
 
@@ -83,8 +88,8 @@ def write(
     with places.staging(folder if before else folder.parent) as temporary:
         new = temporary / "new"
         new.mkdir()
-        for extra in extras:
-            shutil.copyfile(extra, new / extra.name)
+        if copy_from is not None:
+            copy_side_files(extras, Path(copy_from), new)
         (new / CONFIG).write_text(text, encoding="utf-8")
         _write(new / WEIGHTS, tensors, {"format": "pt"})
         if before is None:

@@ -3,26 +3,23 @@
 import dataclasses
 import json
 import math
-import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxarith import hub
-from jaxarith.commands.merge import model_card
+from jaxarith import hub, tree
+from jaxarith.commands.merge import model_card, sides
 from jaxarith.commands.merge.model_card import Input
 from jaxarith.commands.merge.recipe import MergeRecipe
+from jaxarith.hub import config as config_of
 from jaxarith.hub import packed
 from jaxarith.stream import Opened, Plan, Report, tying
 from jaxarith.stream.opened import adapted, open_checkpoint
 
 FACTS = "jaxarith_merge.json"
 _DTYPE_KEYS = {"dtype", "torch_dtype"}
-_TOKENIZER = re.compile(
-    r"tokenizer|tekken|special_tokens|added_tokens|vocab|merges|chat_template|spiece|bpe|"
-    r".*\.model"
-)
+_QUANTISED = ("quantization_config", "compression_config")
 
 
 def planned(
@@ -56,12 +53,12 @@ class Beside:
 
     Attributes:
       config: the content of `config.json`.
-      files: files to copy, such as those of the tokenizer.
+      files: files to copy, such as those of the tokenizer, by their new names.
       notes: what the user should know of them.
     """
 
     config: dict[str, Any]
-    files: tuple[Path, ...]
+    files: Mapping[str, Path]
     notes: tuple[str, ...]
 
 
@@ -75,43 +72,43 @@ def beside(opened: Opened, dtype: str | None, tokenizer: Path | None) -> Beside:
 
     Raises:
       FileNotFoundError: the base has no configuration.
-      ValueError: it is no JSON, or `tokenizer` has no tokenizer.
+      ValueError: it is no JSON, `tokenizer` has no tokenizer, or tokens lie beyond
+        the rows of the merge.
     """
     folder = opened.folders[0]
     config = hub.read_json(folder)
     notes = []
     if dtype is not None:
-        config = _replaced(config, lambda key, _: key in _DTYPE_KEYS, dtype)
+        config = config_of.replaced(config, lambda key, _: key in _DTYPE_KEYS, dtype)
         if not _DTYPE_KEYS & config.keys():
             config["torch_dtype"] = dtype
     if opened.untied and tying.states(config) is not False:
-        config = _replaced(config, lambda key, _: key == tying.KEY, False)
+        config = config_of.replaced(config, lambda key, _: key == tying.KEY, False)
         config[tying.KEY] = False
         notes.append(f"config.json: {tying.KEY} is now false")
-    for old, new in _changed_rows(opened).items():
+    rows = _changed_rows(opened)
+    for old, new in rows.items():
         vocabulary = ("vocab_size", old)
         before = config
-        config = _replaced(config, lambda *item, of=vocabulary: item == of, new)
+        config = config_of.replaced(
+            config, lambda *item, of=vocabulary: item == of, new
+        )
         if config == before:
             notes.append(
                 f"config.json gives no vocab_size of {old} and is kept; the merge has "
                 f"{new} rows"
             )
     if (said := packed.stated_format(config)) is not None:
-        config = _without(config, "quantization_config", "compression_config")
+        config = config_of.without(config, _QUANTISED)
         notes.append(
             f"config.json says that the weights are quantised ({said}), which they are "
             "not; quantization_config is left out"
         )
-    files = hub.side_files(folder)
-    if tokenizer is not None:
-        found = [f for f in hub.side_files(tokenizer) if _TOKENIZER.match(f.name)]
-        if not found:
-            raise ValueError(
-                f"tokenizer_source: {tokenizer} has no files of a tokenizer."
-            )
-        files = [file for file in files if not _TOKENIZER.match(file.name)] + found
-    return Beside(config, tuple(files), tuple(notes))
+    files, more = sides.choose(opened.folders, tokenizer)
+    notes += more
+    if rows:
+        _check_tokens(config, files, min(rows.values()))
+    return Beside(config, files, tuple(notes))
 
 
 def write(folder: Path, found: Beside, name: str, facts: Mapping[str, Any]) -> None:
@@ -123,8 +120,10 @@ def write(folder: Path, found: Beside, name: str, facts: Mapping[str, Any]) -> N
       name: name of the new model.
       facts: what is known of the merge, as `model_card.data` returns it.
     """
-    for file in found.files:
-        shutil.copyfile(file, folder / file.name)
+    for relative, file in found.files.items():
+        place = folder / relative
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
     _write_json(folder / "config.json", found.config)
     _write_json(folder / FACTS, facts)
     card = model_card.render(name, facts)
@@ -152,29 +151,14 @@ def inputs(recipe: MergeRecipe, opened: Opened, report: Report) -> list[Input]:
     return [*base, *(of_model(model, "model") for model in recipe.models)]
 
 
-def _replaced(
-    config: dict[str, Any], chosen: Callable[[str, Any], bool], new: Any
-) -> dict[str, Any]:
-    """The configuration, and those in it, with another value of the chosen entries."""
-    return {
-        key: new
-        if chosen(key, value)
-        else _replaced(value, chosen, new)
-        if key.endswith("_config") and isinstance(value, dict)
-        else value
-        for key, value in config.items()
-    }
-
-
-def _without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """The configuration, and those in it, without these entries."""
-    return {
-        key: _without(value, *keys)
-        if key.endswith("_config") and isinstance(value, dict)
-        else value
-        for key, value in config.items()
-        if key not in keys
-    }
+def _check_tokens(config, files, rows):
+    """Raises a ValueError if tokens are beyond the rows that a merge keeps."""
+    if lines := sides.beyond(config, files, rows):
+        raise ValueError(
+            f"the merge would keep {rows} rows, and {len(lines)} special or added "
+            f"tokens lie beyond them: {'; '.join(tree.first_few(lines, most=4))}. "
+            'Choose vocabulary="base-rows" or "skip" (--vocabulary).'
+        )
 
 
 def _changed_rows(opened: Opened) -> dict[int, int]:

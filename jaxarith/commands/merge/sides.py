@@ -1,0 +1,195 @@
+"""Which files go beside the weights of a merge, and which stay behind."""
+
+import filecmp
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxarith import files, hub, tree
+from jaxarith.hub import folders, lora
+
+_TOKENIZER = re.compile(
+    r"tokenizer|tekken|special_tokens|added_tokens|vocab|merges|chat_template|spiece|bpe|"
+    r"additional_chat_templates/|.*\.(model|spm|tiktoken|codes|tokenizer|vocab)$"
+)
+_TEMPLATE = "chat_template.jinja"
+_SETTINGS = "tokenizer_config.json"
+_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
+
+
+def choose(
+    inputs: Sequence[Path], tokenizer: Path | None
+) -> tuple[dict[str, Path], list[str]]:
+    """The files to copy, by their names in the new folder, and notes.
+
+    They are the base's. The tokenizer is that of `tokenizer`, with its code; else files
+    of a tokenizer that an adapter has replace the base's.
+
+    Args:
+      inputs: the folders of the base, the models and the adapters.
+      tokenizer: the folder whose tokenizer is copied; None is as said.
+
+    Raises:
+      ValueError: `tokenizer` has no tokenizer, or other code of the same name.
+    """
+    base, *others = dict.fromkeys(inputs)
+    found, notes = _named(base), []
+    if tokenizer is not None:
+        found = _with_source(found, tokenizer)
+    else:
+        adapters = [folder for folder in others if lora.is_adapter(folder)]
+        found, notes = _with_adapters(found, adapters)
+    kept = set(found.values())
+    for folder in others:
+        theirs = _named(folder)
+        if lora.is_adapter(folder):
+            theirs = {n: f for n, f in theirs.items() if _TOKENIZER.match(n)}
+        notes += _differences(found, theirs, kept, folder)
+    if left := folders.left_behind(base):
+        notes.append(f"not copied: {', '.join(tree.first_few(left, most=12))}")
+    return found, notes
+
+
+def _named(folder: Path) -> dict[str, Path]:
+    return {str(f.relative_to(folder)): f for f in hub.side_files(folder)}
+
+
+def _tokenizer(found: Mapping[str, Path]) -> dict[str, Path]:
+    return {name: f for name, f in found.items() if _TOKENIZER.match(name)}
+
+
+def _with_source(found: Mapping[str, Path], source: Path) -> dict[str, Path]:
+    theirs = _named(source)
+    new = _tokenizer(theirs)
+    if not new:
+        raise ValueError(f"tokenizer_source: {source} has no files of a tokenizer.")
+    for name in _code(source):
+        if name in theirs:
+            new[name] = theirs[name]
+            if name in found and not _equal(found[name], theirs[name]):
+                raise ValueError(
+                    f"tokenizer_source: {theirs[name]} differs from {found[name]}, and "
+                    "the new folder needs both. Rename one, and in the configuration "
+                    "that names it."
+                )
+    rest = {name: file for name, file in found.items() if not _TOKENIZER.match(name)}
+    return rest | new
+
+
+def _code(folder: Path) -> Iterator[str]:
+    """The files of code that a tokenizer's configuration names, and their imports."""
+    if not (folder / _SETTINGS).is_file():
+        return
+    named = hub.read_json(folder, _SETTINGS).get("auto_map")
+    text = str(named.get("AutoTokenizer")) if isinstance(named, Mapping) else ""
+    waiting = re.findall(r"'(\w+)\.\w+'", text) or re.findall(r"^(\w+)\.\w+$", text)
+    seen = set()
+    while waiting:
+        if (name := waiting.pop()) in seen:
+            continue
+        seen.add(name)
+        if (file := folder / f"{name}.py").is_file():
+            waiting += _IMPORT.findall(files.read(file).decode("utf-8", "replace"))
+            yield file.name
+
+
+def _with_adapters(
+    found: Mapping[str, Path], adapters: Sequence[Path]
+) -> tuple[dict[str, Path], list[str]]:
+    named = {folder: _tokenizer(_named(folder)) for folder in adapters}
+    having = {folder: theirs for folder, theirs in named.items() if theirs}
+    if not having:
+        return dict(found), []
+    [(first, new), *more] = having.items()
+    if any(not _same(new, other) for _, other in more):
+        note = (
+            "the adapters have different tokenizers or chat templates, so the base's "
+            "are copied; tokenizer_source chooses another's"
+        )
+        return dict(found), [note]
+    result = {**found, **new}
+    if _TEMPLATE not in new and _states_template(first):
+        result.pop(_TEMPLATE, None)  # it would hide that of tokenizer_config.json
+    names = ", ".join(tree.first_few(sorted(new), most=6))
+    return result, [f"the tokenizer's files {names} are those of the adapter {first}"]
+
+
+def _states_template(folder):
+    settings = folder / _SETTINGS
+    return settings.is_file() and "chat_template" in hub.read_json(folder, _SETTINGS)
+
+
+def _same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(
+        _equal(file, theirs[name]) for name, file in ours.items()
+    )
+
+
+def _equal(a, b):
+    return filecmp.cmp(a, b, shallow=False)
+
+
+def _differences(
+    found: Mapping[str, Path], theirs: Mapping[str, Path], kept: set[Path], folder: Path
+) -> Iterator[str]:
+    """Notes on the files of a model that are not in the new folder."""
+    lost = {name: file for name, file in theirs.items() if file not in kept}
+    other = sorted(n for n, f in lost.items() if n in found and not _equal(f, found[n]))
+    alone = sorted(lost.keys() - found.keys())
+    for names, what in ((other, "differ and stay behind"), (alone, "are not copied")):
+        if names:
+            few = ", ".join(tree.first_few(names, most=6))
+            hint = " (tokenizer_source takes a tokenizer)"
+            is_tokenizer = any(map(_TOKENIZER.match, names))
+            yield f"of {folder} {few} {what}{hint * is_tokenizer}"
+
+
+def beyond(
+    config: Mapping[str, Any], found: Mapping[str, Path], rows: int
+) -> list[str]:
+    """Special and added tokens whose ids lie beyond the rows, with what names them.
+
+    Args:
+      config: the content of `config.json`.
+      found: files by their names, of which those of the tokenizer are looked through.
+      rows: the number of rows.
+    """
+    named = [("config.json", key, value) for key, value in _ids(config)]
+    if (file := found.get("generation_config.json")) is not None:
+        ids = _ids(_object(file))
+        named += [("generation_config.json", key, value) for key, value in ids]
+    if (file := found.get("added_tokens.json")) is not None:
+        named += [(file.name, key, value) for key, value in _object(file).items()]
+    if (file := found.get(_SETTINGS)) is not None:
+        tokens = _object(file).get("added_tokens_decoder")
+        for key, token in tokens.items() if isinstance(tokens, Mapping) else ():
+            content = token.get("content") if isinstance(token, Mapping) else token
+            named += [(file.name, content, int(key) if key.isdigit() else None)]
+    if (file := found.get("tokenizer.json")) is not None:
+        tokens = _object(file).get("added_tokens")
+        for token in filter(lambda token: isinstance(token, Mapping), tokens or ()):
+            named += [(file.name, token.get("content"), token.get("id"))]
+    return [
+        f"{key} is {value} in {file}"
+        for file, key, value in named
+        if isinstance(value, int) and value >= rows
+    ]
+
+
+def _object(file):
+    try:
+        content = files.read_json(file)
+    except ValueError:  # whoever loads the tokenizer will say so
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _ids(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    for key, value in config.items():
+        if key.endswith("_config") and isinstance(value, Mapping):
+            yield from ((f"{key}.{k}", x) for k, x in _ids(value))
+        elif key.endswith(("token_id", "token_ids", "token_index")):
+            yield from (
+                (key, x) for x in (value if isinstance(value, list) else [value])
+            )
