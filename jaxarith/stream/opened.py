@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from jaxarith import hub, lazy
+from jaxarith import hub, lazy, tree
 from jaxarith.hub import Stored, lora, packed
 from jaxarith.stream import configs, policies, tying
 
@@ -68,6 +69,8 @@ class Opened:
       has_base: whether there is a base.
       folders: the folder of `base`, then those of the models and adapters.
       notes: where the checkpoints differed, and what was done.
+      narrowed: names of float64 tensors that are merged in float32, since JAX's float64
+        is off (`jax_enable_x64`).
       untied: whether head and embedding differ though the base's configuration ties
         them.
       metadata: metadata of the base's weights.
@@ -79,6 +82,7 @@ class Opened:
     has_base: bool
     folders: list[Path]
     notes: tuple[str, ...]
+    narrowed: tuple[str, ...]
     untied: bool
     metadata: dict[str, str]
     progress: Progress
@@ -215,6 +219,19 @@ def open_models(
         name: tensor.rows(kept[name]) if name in kept else tensor
         for name, tensor in tensors.items()
     }
+    narrowed = []
+    if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        narrowed = [
+            name
+            for name in tensors
+            if any(_is_double(found.get(name)) for found in (tensors, *fitted.values()))
+        ]
+    if narrowed:
+        few = ", ".join(tree.first_few(narrowed, most=3))
+        more.append(
+            f"{len(narrowed)} tensors ({few}) are float64 and merged in float32; "
+            "jax_enable_x64 (JAX_ENABLE_X64=1) merges them in float64"
+        )
     progress = Progress()
     source = _sources(progress)
     taus = []
@@ -241,6 +258,7 @@ def open_models(
         has_base=base is not None,
         folders=[start, *(x for place in places for x in place if x is not None)],
         notes=(*notes, *more),
+        narrowed=tuple(narrowed),
         untied=bool(untied),
         metadata=first.metadata,
         progress=progress,
@@ -308,13 +326,27 @@ def _sources(progress: Progress) -> Callable[[Stored, str], lazy.Source]:
     @functools.cache
     def source(tensor: Stored, label: str) -> lazy.Source:
         def load() -> jax.Array:
-            array = jax.device_put(tensor.read(), may_alias=True)
+            numbers = tensor.read()
+            array = jax.device_put(numbers, may_alias=True)
+            if array.dtype != tensor.dtype and _overflows(numbers, array):
+                raise ValueError(
+                    f"{label} has float64 numbers that are beyond float32. Enable "
+                    "jax_enable_x64 (JAX_ENABLE_X64=1)."
+                )
             progress.add(tensor.nbytes)
             return array
 
         return lazy.Source(label, tensor.nbytes, load)
 
     return source
+
+
+def _is_double(tensor: Stored | None) -> bool:
+    return tensor is not None and tensor.dtype == np.float64
+
+
+def _overflows(numbers, array):
+    return np.isfinite(numbers).all() and not lazy.all_finite(array)
 
 
 def _move(

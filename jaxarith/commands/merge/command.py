@@ -38,6 +38,9 @@ def _run(args: argparse.Namespace) -> None:
         stack.enter_context(_device(args.device))
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         opened = _opened(recipe, args, temporary)
+        if opened.narrowed:
+            stack.enter_context(_float64())
+            opened = _opened(recipe, args, temporary)
         _check_apart(out, opened.folders)
         unused = [
             f"the filter {part!r} fits no tensor and has no effect"
@@ -133,8 +136,19 @@ def _in_safetensors(number: int, model: str, temporary: Path) -> str:
     if found != [hub.MSGPACK]:
         return model
     copy = temporary / f"{number}"
-    hub.write(copy, hub.read(folder), hub.read_json(folder), copy_from=folder)
+    if not copy.exists():
+        hub.write(copy, hub.read(folder), hub.read_json(folder), copy_from=folder)
     return str(copy)
+
+
+@contextlib.contextmanager
+def _float64() -> Iterator[None]:
+    """Computes with float64 where tensors have it, in all threads."""
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", False)
 
 
 @contextlib.contextmanager
