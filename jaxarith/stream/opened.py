@@ -220,7 +220,7 @@ def open_models(
         for name, tensor in tensors.items()
     }
     narrowed = []
-    if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+    if not _has_float64():
         narrowed = [
             name
             for name in tensors
@@ -327,12 +327,9 @@ def _sources(progress: Progress) -> Callable[[Stored, str], lazy.Source]:
     def source(tensor: Stored, label: str) -> lazy.Source:
         def load() -> jax.Array:
             numbers = tensor.read()
+            if _is_double(tensor) and not _has_float64():
+                numbers = _narrowed(numbers, label)
             array = jax.device_put(numbers, may_alias=True)
-            if array.dtype != tensor.dtype and _overflows(numbers, array):
-                raise ValueError(
-                    f"{label} has float64 numbers that are beyond float32. Enable "
-                    "jax_enable_x64 (JAX_ENABLE_X64=1)."
-                )
             progress.add(tensor.nbytes)
             return array
 
@@ -345,8 +342,19 @@ def _is_double(tensor: Stored | None) -> bool:
     return tensor is not None and tensor.dtype == np.float64
 
 
-def _overflows(numbers, array):
-    return np.isfinite(numbers).all() and not lazy.all_finite(array)
+def _has_float64():
+    return jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _narrowed(numbers, label):
+    with np.errstate(over="ignore"):
+        array = numbers.astype(np.float32)
+    if np.isfinite(numbers).all() and not np.isfinite(array).all():
+        raise ValueError(
+            f"{label} has float64 numbers that are beyond float32. Enable "
+            "jax_enable_x64 (JAX_ENABLE_X64=1)."
+        )
+    return array
 
 
 def _move(

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import shlex
 import sys
 import tempfile
@@ -42,6 +43,8 @@ def _run(args: argparse.Namespace) -> None:
             stack.enter_context(_float64())
             opened = _opened(recipe, args, temporary)
         _check_apart(out, opened.folders)
+        config = hub.read_json(opened.folders[0])
+        recipe = dataclasses.replace(recipe, config=config)
         unused = [
             f"the filter {part!r} fits no tensor and has no effect"
             for part in recipe.unused_filters(opened.base)

@@ -11,6 +11,12 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 _LAYER = re.compile(r"\.(\d+)\.")
+# Keys of configurations that count layers: of the language model, and of any stack.
+_MAIN = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+_COUNT = re.compile(
+    r"(num_)?(\w+_)?(hidden_)?layers?|n_layers?|depth|num_blocks|\w+_layers?"
+)
+_FURTHER = re.compile(r"(^|\.)(mtp|nextn)\b")
 
 Value: TypeAlias = float | bool | str
 
@@ -51,36 +57,88 @@ def plain(setting: Setting) -> Any:
     ]
 
 
-def depths(names: Iterable[str]) -> dict[str, float]:
+def depths(
+    names: Iterable[str], config: Mapping[str, Any] | None = None
+) -> dict[str, float]:
     """How deep each tensor lies: from 0 in the first layer of its stack to 1.
 
     The first number between dots in a name is the layer, and what stands before it the
     stack, so that an encoder and a decoder have depths of their own. Tensors outside of
     all layers, before them or after, have depth 0, and the only layer of a stack has 1.
+    So have layers beyond those of the configuration, which predict further tokens.
+
+    Args:
+      names: the names of all tensors.
+      config: the content of `config.json`, which tells layers from other numbers.
 
     Example:
       >>> depths(["h.0.w", "h.1.w", "h.2.w", "head.w"])
       {'h.0.w': 0.0, 'h.1.w': 0.5, 'h.2.w': 1.0, 'head.w': 0.0}
+      >>> depths(["h.0.w", "h.1.w", "head.0.w"], {"num_hidden_layers": 2})
+      {'h.0.w': 0.0, 'h.1.w': 1.0, 'head.0.w': 0.0}
     """
     names = list(names)
-    counts = stacks(names)
+    counts = stacks(names, config)
     return {name: _depth(_LAYER.search(name), counts) for name in names}
 
 
-def stacks(names: Iterable[str]) -> dict[str, int]:
-    """The number of layers of every stack, by what stands before their numbers."""
+def stacks(
+    names: Iterable[str], config: Mapping[str, Any] | None = None
+) -> dict[str, int]:
+    """The number of layers of every stack, by what stands before their numbers.
+
+    Args:
+      names: the names of all tensors.
+      config: the content of `config.json`. If it counts the layers of one of the
+        stacks, numbered modules that are no such stack are left out.
+    """
     counts: dict[str, int] = {}
     for found in filter(None, map(_LAYER.search, names)):
         stack = found.string[: found.start()]
         counts[stack] = max(counts.get(stack, 0), int(found[1]) + 1)
-    return counts
+    stated, further = _stated(config or {})
+    known = {}
+    for stack, count in counts.items():
+        trunk = [n for n in stated if n < count <= n + further]
+        if count in stated or _FURTHER.search(stack):
+            known[stack] = count
+        elif trunk:
+            known[stack] = trunk[0]
+    layers = [stack for stack in known if not _FURTHER.search(stack)]
+    return known if layers else counts
+
+
+def layers(names: Iterable[str], config: Mapping[str, Any] | None = None) -> int:
+    """The number of layers of a model, of the language model beside an encoder."""
+    counts = set(stacks(names, config).values())
+    text = (config or {}).get("text_config")
+    for part in (text if isinstance(text, Mapping) else {}, config or {}):
+        for key in _MAIN:
+            if part.get(key) in counts:
+                return part[key]
+    return max(counts, default=0)
+
+
+def _stated(config: Mapping[str, Any]) -> tuple[set[int], int]:
+    """All numbers of layers in a configuration, and of layers for further tokens."""
+    found, further = set(), 0
+    for key, value in config.items():
+        if key.endswith("_config") and isinstance(value, Mapping):
+            inner, more = _stated(value)
+            found, further = found | inner, max(further, more)
+        elif type(value) is int and key == "num_nextn_predict_layers":
+            further = max(further, value)
+        elif type(value) is int and value > 0 and _COUNT.fullmatch(key):
+            found.add(value)
+    return found, further
 
 
 def _depth(found: re.Match[str] | None, counts: Mapping[str, int]) -> float:
-    if found is None:
+    stack = found.string[: found.start()] if found else ""
+    if found is None or stack not in counts:
         return 0.0
-    last = counts[found.string[: found.start()]] - 1
-    return int(found[1]) / last if last else 1.0
+    last = counts[stack] - 1
+    return min(int(found[1]) / last, 1.0) if last else 1.0
 
 
 def value(setting: Setting, name: str, depth: float) -> Value | None:

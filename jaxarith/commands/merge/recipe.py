@@ -29,19 +29,21 @@ class MergeRecipe:
     Attributes:
       request: what was asked for.
       function: the method.
-      options: a function of the names of all tensors that returns the method's options
-        by keyword.
+      options: a function of the names of all tensors and of a configuration that
+        returns the method's options by keyword.
       base: the model from which task vectors are measured, if there is one.
       models: the other models, or all where the method merges models.
       notes: what the user should know.
+      config: the content of the base's `config.json`, which counts the layers.
     """
 
     request: MergeRequest
     function: Method
-    options: Callable[[Iterable[str]], dict[str, Any]]
+    options: Callable[[Iterable[str], Mapping[str, Any]], dict[str, Any]]
     base: str | None
     models: tuple[str, ...]
     notes: tuple[str, ...]
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def dtype(self) -> Dtype | None:
@@ -55,7 +57,8 @@ class MergeRecipe:
           params_0: the base, or zero if there is none.
           taus: task vectors; models if there is no base.
         """
-        options = self.options(tree.flatten(tree.floating(params_0)))
+        names = tree.flatten(tree.floating(params_0))
+        options = self.options(names, self.config)
         return self.function.merge(params_0, taus, **options)
 
     def check(self, params_0: Params, taus: Taus) -> None:
@@ -64,7 +67,7 @@ class MergeRecipe:
         The method goes over one leaf of every shape, since tracing takes time.
         """
         leaves = tree.flatten(tree.floating(params_0))
-        options = self.options(leaves)
+        options = self.options(leaves, self.config)
         if not self.function.by_shape:
             return
         of_shape = {
@@ -138,11 +141,11 @@ def build(request: MergeRequest, *, seed: int = 0) -> MergeRecipe:
         raise ValueError("there is no model to merge besides the base.")
     bound = _bound(name, method, models, shared)
 
-    def options(names: Iterable[str]) -> dict[str, Any]:
+    def options(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, Any]:
         names = list(names)
         if request.layers is not None:
-            _check_layers(request.layers, gradients.stacks(names))
-        depths = gradients.depths(names)
+            _check_layers(request.layers, gradients.layers(names, config))
+        depths = gradients.depths(names, config)
         found = {keyword: bind(depths) for keyword, bind in bound.items()}
         if method.random:
             found["key"] = jax.random.key(seed)
@@ -227,8 +230,7 @@ def _binding(labels: Sequence[str], settings: Sequence[Setting], same: bool) -> 
     return bind
 
 
-def _check_layers(expected: int, stacks: Mapping[str, int]) -> None:
-    found = max(stacks.values(), default=0)
+def _check_layers(expected: int, found: int) -> None:
     if found != expected:
         raise ValueError(
             f"the slice has {expected} layers and the models have {found}; slices that "
