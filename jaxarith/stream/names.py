@@ -1,5 +1,6 @@
 """Names of tensors that mean the same in two checkpoints, and names of buffers."""
 
+import collections
 import re
 from collections.abc import Iterable, Mapping
 
@@ -48,6 +49,8 @@ def match(
       For each name of the model that of the base, and notes on those that differ.
     """
     base, model = set(base), list(model)
+    if base.issuperset(model):
+        return {name: name for name in model}, []
     as_they_are = _fitted({n: n for n in base}, {n: n for n in model})
     fixed = base.intersection(model)
     spelled = _fitted(_spelled(base, fixed), _spelled(model, fixed))
@@ -86,9 +89,7 @@ def _spelled(names: Iterable[str], fixed: set[str]) -> dict[str, str]:
         for pattern, spelling in _SPELLINGS:
             new = new if name in fixed else pattern.sub(spelling, new)
         spelled[name] = new
-    counts: dict[str, int] = {}
-    for new in spelled.values():
-        counts[new] = counts.get(new, 0) + 1
+    counts = collections.Counter(spelled.values())
     return {n: new if counts[new] == 1 else n for n, new in spelled.items()}
 
 
@@ -100,7 +101,14 @@ def _without_prefix(
     `vision_model.`, `transformer.` or `bert.` is in front of all names, or of all but
     the head's, or of none, depending on the class and version that saved a file.
     """
-    heads = {name.split(".")[0] + "." for name in [*base, *model.values()]}
+    # A prefix is in front of many names; of flat names none is tried.
+    heads = {
+        f"{head}."
+        for names in (base, model.values())
+        for head, _ in collections.Counter(
+            name.split(".")[0] for name in names
+        ).most_common(8)
+    }
     renamings = {"": dict(model)}
     for prefix in sorted(heads):
         renamings["+" + prefix] = {
