@@ -54,6 +54,18 @@ def test_find_downloads_weights_in_one_format(monkeypatch, weights, wanted, unwa
     assert unwanted not in options["allow_patterns"]
 
 
+def test_find_downloads_what_belongs_to_a_model(monkeypatch):
+    wanted = ["source.spm", "LICENSE", "bpe.codes", "2_Dense/model.safetensors"]
+    unwanted = ["README.md", ".gitattributes", "optimizer.pt", "onnx/model.onnx"]
+    others = ["model.safetensors", "modules.json", "x.json"]
+    downloads = []
+    pretend_hub(monkeypatch, wanted + unwanted + others, downloads)
+    hub.find("a/b")
+    [(_, options)] = downloads
+    assert set(wanted) < set(options["allow_patterns"])
+    assert not set(unwanted) & set(options["allow_patterns"])
+
+
 def test_find_refuses_a_repository_of_pickles_before_any_download(monkeypatch):
     downloads = []
     pretend_hub(monkeypatch, ["config.json", "pytorch_model.bin"], downloads)
