@@ -135,6 +135,25 @@ def test_an_adapters_tokenizer_replaces_the_bases(models, tmp_path, capsys):
     assert "have different tokenizers" in capsys.readouterr().err
 
 
+def test_the_base_is_chosen_as_the_source_of_the_tokenizer(models, tmp_path):
+    write(tmp_path / "base" / "chat_template.jinja", "BASE")
+    first = adapter(tmp_path / "x", chat_template__jinja="NEW")
+    config = f"""
+merge_method: task_arithmetic
+base_model: {models[0]}
+models: [{{model: {models[0]}+{first}, parameters: {{weight: 1}}}}]
+tokenizer_source: base
+"""
+    path = write(tmp_path / "config.yaml", config)
+    assert cli.main(["merge", path, str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "BASE"
+    without = write(
+        tmp_path / "config.yaml", config.replace("tokenizer_source: base", "")
+    )
+    assert cli.main(["merge", without, str(tmp_path / "out2")]) == 0
+    assert (tmp_path / "out2" / "chat_template.jinja").read_text() == "NEW"
+
+
 def test_a_template_in_the_adapters_settings_is_not_hidden(models, tmp_path):
     write(tmp_path / "base" / "chat_template.jinja", "BASE")
     settings = '{"chat_template": "NEW"}'
@@ -178,6 +197,14 @@ TOKENS = {
     ),
     "tokenizer.json": ({"added_tokens": [{"id": 6, "content": "<x>"}]}, "<x> is 6"),
 }
+
+
+def test_tokens_without_rows_are_noted(tmp_path, capsys):
+    weight = {"model.embed_tokens.weight": np.ones((4, 3), "f4")}
+    places = [checkpoint(tmp_path / name, weight) for name in ("base", "m1")]
+    write(tmp_path / "base" / "added_tokens.json", '{"<x>": 4, "<y>": 3}')
+    assert run(places, tmp_path / "out", "--method", "average") == 0
+    assert "no rows for 1 tokens: <x> is 4 in added" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", TOKENS)

@@ -6,6 +6,7 @@ out is what PEFT's `merge_and_unload` makes, saved: a matrix of `modules_to_save
 new one, which unties; factors move the one matrix that both are.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -66,6 +67,12 @@ def stored_pair(tensors: Mapping[str, Stored]) -> Pair | None:
         return None
     same = tensors[embedding].shape == tensors[head].shape
     return Pair(embedding, head) if same else None
+
+
+def rows(tensors: Mapping[str, Stored]) -> float:
+    """The number of rows of the embedding; infinity if none is known."""
+    embedding = min(filter(_EMBEDDING.fullmatch, tensors), key=_outermost, default=None)
+    return math.inf if embedding is None else tensors[embedding].shape[0]
 
 
 def states(config: Mapping[str, Any]) -> bool | None:

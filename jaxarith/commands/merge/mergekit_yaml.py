@@ -104,7 +104,7 @@ def _request(root: Node, keys: Mapping[str, Node]) -> tuple[MergeRequest, list[s
         preset=preset,
         dtype=_dtype(keys, "dtype"),
         out_dtype=_dtype(keys, "out_dtype"),
-        tokenizer_source=None if source == "base" else source,
+        tokenizer_source=base if source == "base" else source,
         layers=layers,
     )
     return request, notes

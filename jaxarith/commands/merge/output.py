@@ -108,6 +108,9 @@ def beside(opened: Opened, dtype: str | None, tokenizer: Path | None) -> Beside:
     notes += more
     if rows:
         _check_tokens(config, files, min(rows.values()))
+    elif lines := sides.beyond({}, files, tying.rows(opened.base)):
+        few = "; ".join(tree.first_few(lines, most=3))
+        notes.append(f"the embeddings have no rows for {len(lines)} tokens: {few}")
     return Beside(config, files, tuple(notes))
 
 

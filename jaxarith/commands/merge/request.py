@@ -36,7 +36,8 @@ class MergeRequest:
       preset: the table of methods to use where both have one of that name.
       dtype: dtype of the new weights (mergekit computes in it as well).
       out_dtype: dtype of the new weights, if it differs from `dtype`.
-      tokenizer_source: the model whose tokenizer is copied; None is the base.
+      tokenizer_source: the model whose tokenizer is copied; None is the base, and what
+        adapters have of a tokenizer.
       layers: the number of layers that the largest stack must have; None is any.
     """
 

@@ -23,8 +23,8 @@ def choose(
 ) -> tuple[dict[str, Path], list[str]]:
     """The files to copy, by their names in the new folder, and notes.
 
-    They are the base's. The tokenizer is that of `tokenizer`, with its code; else files
-    of a tokenizer that an adapter has replace the base's.
+    They are the base's. The tokenizer is that of `tokenizer`, with its code; where none
+    is chosen, the files of a tokenizer that an adapter has replace the base's.
 
     Args:
       inputs: the folders of the base, the models and the adapters.
@@ -35,9 +35,9 @@ def choose(
     """
     base, *others = dict.fromkeys(inputs)
     found, notes = _named(base), []
-    if tokenizer is not None:
+    if tokenizer is not None and not tokenizer.samefile(base):
         found = _with_source(found, tokenizer)
-    else:
+    elif tokenizer is None:
         adapters = [folder for folder in others if lora.is_adapter(folder)]
         found, notes = _with_adapters(found, adapters)
     kept = set(found.values())
@@ -146,7 +146,7 @@ def _differences(
 
 
 def beyond(
-    config: Mapping[str, Any], found: Mapping[str, Path], rows: int
+    config: Mapping[str, Any], found: Mapping[str, Path], rows: float
 ) -> list[str]:
     """Special and added tokens whose ids lie beyond the rows, with what names them.
 
