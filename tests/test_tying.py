@@ -156,11 +156,12 @@ def test_a_head_that_differs_though_it_should_be_tied_unties_the_configuration(
     assert "tie_word_embeddings is true, but they differ" in str(facts["notes"])
 
 
-def test_a_tied_t5_is_not_untied(tmp_path):
-    config = TIED | {"model_type": "t5", "architectures": ["T5ForGeneration"]}
+@pytest.mark.parametrize("kind", [{"model_type": "t5"}, {"is_encoder_decoder": True}])
+def test_an_encoder_decoder_is_not_untied(kind, tmp_path):
+    config = TIED | kind | {"architectures": ["BartForConditionalGeneration"]}
     base = make(tmp_path / "base", {"shared.weight": np.ones((4, 2), "f4")}, config)
     head = {"base_model.model.lm_head.weight": np.zeros((4, 2), "f4")}
-    with pytest.raises(ValueError, match="a T5 whose head is untied scales"):
+    with pytest.raises(ValueError, match="an untied T5 scales its outputs"):
         stream.open_models(base, [adapter(tmp_path / "a", head)])
 
 

@@ -151,9 +151,10 @@ def differ(
 
 def check_untied(config: Mapping[str, Any], label: str) -> None:
     """Raises a ValueError if a model computes otherwise once it is untied."""
-    if "t5" in str(config.get("model_type")):
+    if config.get("is_encoder_decoder") or "t5" in str(config.get("model_type")):
         raise ValueError(
-            f"{label} gives the head or the embedding new values of its own, and a T5 "
-            "whose head is untied scales its outputs otherwise. Train the adapter with "
-            "ensure_weight_tying=True, or on a base that is not tied."
+            f"{label} gives the head or the embedding new values of its own. In an "
+            "encoder-decoder more than the two are tied, and an untied T5 scales its "
+            "outputs otherwise. Train the adapter with ensure_weight_tying=True, or on "
+            "a base that is not tied."
         )
