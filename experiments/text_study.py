@@ -13,7 +13,9 @@ figures, task vectors and a merged model.
                  'books={text} The book is {mask}.|bad:dull,good:exciting'
 
 A file is .tsv or .csv with a header, .jsonl, or, with any other suffix, `label text` on
-every line.
+every line. Its columns are `label` and the first that it has of: `text` and
+`text_pair`, `sentence1` and `sentence2`, `question1` and `question2`, `premise` and
+`hypothesis`, `question` and `sentence`, `text`, `sentence`, `question`.
 """
 
 import dataclasses

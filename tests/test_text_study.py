@@ -9,6 +9,7 @@ import pytest
 from experiments import text_study
 from experiments.common.studies import evaluation
 from jaxarith import hub, task_vectors, tree
+from jaxarith.data import labelled
 from jaxarith.models import bert
 
 WORDS = ["good", "bad", "fine", "poor", "film", "book", "cat", "dog", "a", "the", "is"]
@@ -279,3 +280,8 @@ def test_an_accuracy_of_zero_costs_the_normalised_accuracy_and_no_report(
     assert {row["normalized"] for row in rows} == {None}
     assert all(row["absolute"] > 0 for row in rows if row["merge"] != "none")
     assert (tmp_path / "report.md").is_file()
+
+
+def test_help_names_every_column_of_texts():
+    names = {name for columns in labelled.COLUMNS for name in columns}
+    assert names and all(f"`{name}`" in text_study.__doc__ for name in names)
