@@ -18,6 +18,7 @@ import pytest
 import training_run
 
 from jaxarith import fingerprint, sharding, train, tree
+from jaxarith.data import pipeline
 from jaxarith.train import interrupts
 
 ROOT = Path(training_run.__file__).parents[1]
@@ -176,17 +177,26 @@ def test_a_run_on_eight_devices_goes_on_on_others(mesh, tmp_path, monkeypatch):
             )
 
 
+def identified():
+    """Sources of which nothing was read but what tells them from others."""
+    whole = training_run.sources()
+    train.task_batches(whole, training_run.CONFIG, seeds=[0, 1]).identity()
+    assert all(0 < len(source.read) <= 3 for source in whole)
+    return whole
+
+
 def test_a_finished_run_is_not_run_again(tmp_path, uninterrupted):
     assert resumed(tmp_path) == uninterrupted[0]
     data = training_run.sources()
     assert resumed(tmp_path, data=data) == uninterrupted[0]
-    assert not any(source.read for source in data)
+    for source, expected in zip(data, identified(), strict=True):
+        assert source.read == expected.read
     assert losses(tmp_path) == uninterrupted[2]
 
 
 def test_a_resumed_run_reads_no_batch_before_its_step(tmp_path, monkeypatch):
     stopped(tmp_path, 117, monkeypatch)
-    data, whole = training_run.sources(), training_run.sources()
+    data, whole = training_run.sources(), identified()
     resumed(tmp_path, data=data)
     batches = train.task_batches(whole, training_run.CONFIG, seeds=[0, 1])
     for step in range(115, 120):
@@ -208,6 +218,23 @@ def test_other_options_in_the_folder_are_refused_by_name(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"configuration:\n  params_0: \d+ there"):
         training_run.run(tmp_path)
     assert steps_done(tmp_path) == 10 and len(losses(tmp_path)) >= 10
+
+
+def first_changes(data):
+    data[1][0] = data[1][0] | {"label": np.zeros(2, np.float32)}
+
+
+@pytest.mark.parametrize("change", [first_changes, lambda data: data[0].pop(5)])
+def test_other_data_in_the_folder_are_refused(tmp_path, monkeypatch, change):
+    stopped(tmp_path, 12, monkeypatch)
+    other = training_run.sources()
+    change(other)
+    with pytest.raises(ValueError, match=r"configuration:\n  data: "):
+        training_run.run(tmp_path, data=other)
+    batches = train.task_batches(other, training_run.CONFIG, seeds=[0, 1])
+    listed = [batches[i] for i in range(3)]  # of one's own making
+    changed = [*listed[:2], listed[0]]
+    assert pipeline.identity(listed) != pipeline.identity(changed)
 
 
 def test_checkpoints_without_a_place_are_an_error_before_training(

@@ -6,10 +6,12 @@ the samples. A batch is a dict of stacked arrays.
 """
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import grain
+import jax
 import numpy as np
 from absl import flags
 
@@ -83,6 +85,48 @@ def shuffled(source: Source, seed: int, augment: Augment | None = None) -> Sourc
         raise ValueError("cannot draw training samples from an empty source.")
     view: Any = grain.MapDataset.source(cast(Any, source)).seed(seed).shuffle().repeat()
     return view if augment is None else view.random_map(augment)
+
+
+def identity(source: Source) -> dict[str, int]:
+    """What tells samples from others: their number, and a checksum of some of them.
+
+    Example:
+      >>> identity({"x": np.zeros((3, 2))})
+      {'samples': 3, 'checksum': 288657186}
+    """
+    source = samples(source)
+    count, checksum = len(source), 0
+    for index in sorted({0, count // 2, count - 1} if count else ()):
+        for path, leaf in jax.tree.leaves_with_path(source[index]):
+            array = np.asarray(leaf)
+            content = repr(leaf).encode() if array.dtype.hasobject else array.tobytes()
+            place = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}"
+            checksum = zlib.crc32(content, zlib.crc32(place.encode(), checksum))
+    return {"samples": count, "checksum": checksum}
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """A source of batches that knows the samples that they are made of.
+
+    Attributes:
+      made: the batches.
+      identity: what tells the samples from others, as plain data. It does not depend on
+        the mesh.
+    """
+
+    made: Source
+    identity: Callable[[], Any]
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+    def __getitem__(self, index: Any, /) -> Any:
+        return self.made[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        # Not by rising indices, which grain takes modulo the length.
+        return (self.made[index] for index in range(len(self.made)))
 
 
 def lazy(make: Callable[[int], dict], count: int) -> Source:

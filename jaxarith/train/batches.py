@@ -1,5 +1,6 @@
 """The batches of a run: own samples of every task, and penalty samples of others."""
 
+import itertools
 import zlib
 from collections.abc import Mapping, Sequence
 
@@ -125,7 +126,11 @@ def task_batches(
             batches.append(batch)
         return _side_by_side(batches)
 
-    return pipeline.lazy(make_batch, config.steps)
+    penalised = [*itertools.chain.from_iterable(others)] if config.penalty else []
+    return pipeline.Batches(
+        pipeline.lazy(make_batch, config.steps),
+        lambda: _identities([*sources, *penalised]),
+    )
 
 
 def joint_batches(
@@ -169,7 +174,16 @@ def joint_batches(
         batch["task"] = np.array([task for _, task in pairs], np.int32)
         return {name: field[None] for name, field in batch.items()}
 
-    return pipeline.lazy(make_batch, config.steps)
+    return pipeline.Batches(
+        pipeline.lazy(make_batch, config.steps), lambda: _identities(sources)
+    )
+
+
+def _identities(sources):
+    """What tells the sources from others; one that comes twice is read once."""
+    different = {id(source): source for source in sources}
+    found = {key: pipeline.identity(source) for key, source in different.items()}
+    return [found[id(source)] for source in sources]
 
 
 def _seeds(sources, config, names, seeds):

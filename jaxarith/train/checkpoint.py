@@ -10,13 +10,14 @@ system that they share. Process 0 alone writes manifests and removes things.
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import os
 import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +51,8 @@ class Checkpoints:
 
     Args:
       folder: where they are kept; it is created.
-      config: what the run depends on, as plain data that JSON can hold.
+      config: what the run depends on, as plain data that JSON can hold; or a function
+        that returns it, which is called when there is a checkpoint to compare or save.
       keep: how many are kept. One more is on disk while it is written.
 
     Raises:
@@ -67,17 +69,28 @@ class Checkpoints:
       Restored(step=1, state={'w': Array([0., 1., 2.], dtype=float32)}, ended=False)
     """
 
-    def __init__(self, folder: str | os.PathLike, config: Mapping, *, keep: int = 2):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        config: Mapping | Callable[[], Mapping],
+        *,
+        keep: int = 2,
+    ):
         if keep < 1:
             raise ValueError(f"keep is {keep}; at least 1 checkpoint is kept.")
         self.folder, self.keep = Path(folder).absolute(), keep
-        self._config = json.loads(json.dumps(config, allow_nan=False))
+        self._given = config
         processes.on_first(self._prepare)
         self._steps, self._damaged = list(filter(self._complete, self._on_disk())), []
         self._check_config()
         processes.on_first(self._clean)
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, concurrent.futures.Future] | None = None
+
+    @functools.cached_property
+    def _config(self):
+        config = self._given() if callable(self._given) else self._given
+        return json.loads(json.dumps(config, allow_nan=False))
 
     def _prepare(self):
         try:

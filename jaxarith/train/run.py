@@ -113,7 +113,7 @@ def fine_tune(
       ValueError: `batches` is not `config.steps` long, the first batch lacks a field of
         `inputs` or is of another number of tasks than `names` or `constants`, `trained`
         matches no leaf, the mesh cannot share tasks or samples equally, or the
-        checkpoints are of another run.
+        checkpoints are of another run: of another recipe, start or other data.
 
     Example:
       >>> from jaxarith import losses, train
@@ -163,8 +163,13 @@ def fine_tune(
                 identity["start"] = fingerprint.combined(list(start))
             if optimizer is not None:
                 identity["optimizer"] = "given"
+            # Data are read only where a run goes on or is saved.
             saved = stack.enter_context(
-                checkpoint.Checkpoints(checkpoints, identity, keep=keep)
+                checkpoint.Checkpoints(
+                    checkpoints,
+                    lambda: identity | {"data": _data(batches)},
+                    keep=keep,
+                )
             )
             processes.on_first(lambda: saved.reserve(state))
             if restored := saved.restore(state):
@@ -288,6 +293,14 @@ def _identity(config, names, params_0, constants):
         "params_0": fingerprint.combined(params_0),
         "constants": fingerprint.combined(constants),
     }
+
+
+def _data(batches):
+    """What tells the data of a run from others."""
+    if isinstance(batches, pipeline.Batches):
+        return batches.identity()
+    # Of several processes, each has its own part of every batch.
+    return pipeline.identity(batches) if jax.process_count() == 1 else None
 
 
 def _keep_lines(log, steps):
