@@ -3,11 +3,11 @@
 import csv
 import functools
 import io
-import json
 import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from jaxarith import files, report
 from jaxarith.data import prompts, text
 
 
@@ -21,8 +21,8 @@ def task_files(option: str) -> tuple[str, list[Path]]:
       >>> task_files("trec=a.txt,b.txt")
       ('trec', [PosixPath('a.txt'), PosixPath('b.txt')])
     """
-    name, equals, files = option.partition("=")
-    paths = [Path(file) for file in files.split(",") if file]
+    name, equals, given = option.partition("=")
+    paths = [Path(file) for file in given.split(",") if file]
     if not (name and equals and 1 <= len(paths) <= 3):
         raise ValueError(
             f"task {option!r}: expected NAME=FILE, NAME=TRAIN,TEST or "
@@ -31,10 +31,19 @@ def task_files(option: str) -> tuple[str, list[Path]]:
     return name, paths
 
 
-def read_task(option: str) -> text.TextTask:
-    """A task with its files read; parts without a file come from the training file."""
+def read_task(
+    option: str, *, encoding: str = "utf-8-sig", skip_bad: bool = False
+) -> text.TextTask:
+    """A task with its files read; parts without a file come from the training file.
+
+    Args:
+      option: see `task_files`.
+      encoding, skip_bad: as for `text.read`.
+    """
     name, paths = task_files(option)
-    train, *others = [text.read(path) for path in paths]
+    train, *others = [
+        text.read(path, encoding=encoding, skip_bad=skip_bad) for path in paths
+    ]
     validation, test = [None] * (2 - len(others)) + others
     return text.task(name, train, validation, test)
 
@@ -68,12 +77,16 @@ def read(file: Path) -> str:
     Raises:
       ValueError: the file does not exist, or is not UTF-8.
     """
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(f"{file}: no such file.")
+    raw = files.read(file)
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in UTF-8: {error}.") from error
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{file} is not text in UTF-8: line {line}, {error.reason}. Convert it."
+        ) from error
 
 
 def read_table(file: Path, columns: Sequence[str] = ()) -> list[dict]:
@@ -88,7 +101,7 @@ def read_table(file: Path, columns: Sequence[str] = ()) -> list[dict]:
     """
     content = read(file)
     if file.suffix.lower() == ".csv":
-        rows = list(enumerate(csv.DictReader(io.StringIO(content, newline="")), 2))
+        rows = _csv(file, content)
     else:
         lines = [pair for pair in enumerate(content.split("\n"), 1) if pair[1].strip()]
         rows = [(number, _object(file, number, line)) for number, line in lines]
@@ -96,18 +109,42 @@ def read_table(file: Path, columns: Sequence[str] = ()) -> list[dict]:
         if missing := sorted(set(columns) - row.keys()):
             raise ValueError(
                 f"{file}, line {number} has no column {' and no '.join(missing)} as "
-                f"expected; the columns are {', '.join(map(str, row))}."
+                f"expected; the columns are {report.listed(list(row))}."
             )
     return [row for _, row in rows]
 
 
+def _csv(file, content) -> list[tuple[int, dict]]:
+    """Rows by their lines; cells may be of any length."""
+    before = csv.field_size_limit(max(len(content), 1))
+    reader = csv.DictReader(io.StringIO(content, newline=""))
+    try:
+        names = reader.fieldnames or []
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{file} has the column {report.listed(twice)} twice.")
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {reader.line_num}: {error}.") from error
+    finally:
+        csv.field_size_limit(before)
+    for line, row in rows:
+        if None in row or None in row.values():
+            raise ValueError(
+                f"{file}, line {line} has more or fewer cells than the header, "
+                f"{len(names)}."
+            )
+    return rows
+
+
 def _object(file, number, line) -> dict:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = files.parse_json(line, unique=True)
+    except ValueError as error:
         raise ValueError(f"{file}, line {number} is not JSON: {error}.") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{file}, line {number} is {row!r}; expected an object.")
+        raise ValueError(
+            f"{file}, line {number} is {report.cut(row)}; expected an object."
+        )
     return row
 
 
