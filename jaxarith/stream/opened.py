@@ -7,7 +7,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,38 +194,25 @@ def open_models(
             found = open_checkpoint(folder).tensors
             fitted[label], more = policies.fit(first.tensors, found, label, missing)
             notes += more
-    tensors = dict(first.tensors)
-    adapters = [adapter for _, adapter in places if adapter is not None]
-    tied = tying.pair(tensors, config) if adapters else None
-    changes, untied = {}, []
-    for (label, found), (folder, adapter) in zip(fitted.items(), places, strict=True):
-        changes[label] = lora.Adapter({}, {})
-        if adapter is not None:
-            under = tensors if folder is None else found
-            changes[label], parts, more = _adapter(adapter, under, tied, label)
-            untied += [label] * parts
-            notes += more
-    if untied and tied is not None:
-        tying.check_untied(config, untied[0])
-        notes.append(f"{untied[0]} moves {tied.embedding} and {tied.head} apart")
-        for found in (tensors, *fitted.values()):
-            if tied.embedding in found:
-                found.setdefault(tied.head, found[tied.embedding])
-    else:
-        untied = tying.differ(config, {"the base": tensors, **fitted})
-        notes += [f"{label}: {tying.KEY} is true, but they differ" for label in untied]
+    tensors = first.tensors
+    changes, parted, more = _changes(tensors, fitted, places, config)
+    notes += more
+    untied = parted is not None
+    if parted is not None:
+        tensors = tying.with_head(tensors, parted)
+        fitted = {x: tying.with_head(found, parted) for x, found in fitted.items()}
+    elif apart := tying.differ(config, {"the base": tensors, **fitted}):
+        untied = True
+        notes += [
+            f"{x}: {tying.KEY} is true, but its head and embedding differ"
+            for x in apart
+        ]
     kept, skipped, more = policies.rows(tensors, fitted, vocabulary)
     of_base = {
         name: tensor.rows(kept[name]) if name in kept else tensor
         for name, tensor in tensors.items()
     }
-    narrowed = []
-    if not _has_float64():
-        narrowed = [
-            name
-            for name in tensors
-            if any(_is_double(found.get(name)) for found in (tensors, *fitted.values()))
-        ]
+    narrowed = [] if _has_float64() else _double([tensors, *fitted.values()])
     if narrowed:
         few = ", ".join(tree.first_few(narrowed, most=3))
         more.append(
@@ -259,7 +246,7 @@ def open_models(
         folders=[start, *(x for place in places for x in place if x is not None)],
         notes=(*notes, *more),
         narrowed=tuple(narrowed),
-        untied=bool(untied),
+        untied=untied,
         metadata=first.metadata,
         progress=progress,
         _source=source,
@@ -297,6 +284,31 @@ def _find(model: str) -> tuple[Path | None, Path | None]:
 _QUANTISED = re.compile(r"bnb|gptq|awq|fp8|\dbit|int[48]", re.IGNORECASE)
 
 
+def _changes(
+    base: Mapping[str, Stored],
+    models: Mapping[str, Mapping[str, Stored]],
+    places: Sequence[tuple[Path | None, Path | None]],
+    config: Mapping[str, Any],
+) -> tuple[dict[str, lora.Adapter], tying.Pair | None, list[str]]:
+    """What adapters do to each model, the pair that one of them unties, and notes."""
+    changes = dict.fromkeys(models, lora.Adapter({}, {}))
+    if not any(adapter for _, adapter in places):
+        return changes, None, []
+    tied = tying.pair(base, config)
+    parted, notes = None, []
+    for (label, found), (folder, adapter) in zip(models.items(), places, strict=True):
+        if adapter is None:
+            continue
+        under = base if folder is None else found
+        changes[label], parts, more = _adapter(adapter, under, tied, label)
+        notes += more
+        if parts and tied is not None:
+            tying.check_untied(config, label)
+            notes.append(f"{label} moves {tied.embedding} and {tied.head} apart")
+            parted = tied
+    return changes, parted, notes
+
+
 def _adapter(
     folder: Path, base: Mapping[str, Stored], tied: tying.Pair | None, label: str
 ) -> tuple[lora.Adapter, bool, list[str]]:
@@ -327,7 +339,7 @@ def _sources(progress: Progress) -> Callable[[Stored, str], lazy.Source]:
     def source(tensor: Stored, label: str) -> lazy.Source:
         def load() -> jax.Array:
             numbers = tensor.read()
-            if _is_double(tensor) and not _has_float64():
+            if numbers.dtype == np.float64 and not _has_float64():
                 numbers = _narrowed(numbers, label)
             array = jax.device_put(numbers, may_alias=True)
             progress.add(tensor.nbytes)
@@ -338,8 +350,11 @@ def _sources(progress: Progress) -> Callable[[Stored, str], lazy.Source]:
     return source
 
 
-def _is_double(tensor: Stored | None) -> bool:
-    return tensor is not None and tensor.dtype == np.float64
+def _double(found: Iterable[Mapping[str, Stored]]) -> list[str]:
+    """The names of float64 tensors."""
+    return sorted(
+        {n for tensors in found for n, x in tensors.items() if x.dtype == np.float64}
+    )
 
 
 def _has_float64():

@@ -130,6 +130,13 @@ def _sum(a, b):
     return Stored.made(np.float32, a.shape, lambda: a.read() + b.read())
 
 
+def with_head(tensors: Mapping[str, Stored], names: Pair) -> dict[str, Stored]:
+    """The tensors of a model that is tied, with the head under its own name."""
+    if names.embedding not in tensors:  # an adapter alone
+        return dict(tensors)
+    return {**tensors, names.head: tensors.get(names.head, tensors[names.embedding])}
+
+
 def differ(
     config: Mapping[str, Any], found: Mapping[str, Mapping[str, Stored]]
 ) -> list[str]:
