@@ -47,6 +47,17 @@ def test_a_signal_ends_a_command_as_ctrl_c_does(
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_that_comes_where_exceptions_are_lost_is_raised_later():
+    class Dying:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.001)
+
+    with pytest.raises(signals.Stopped), signals.raised():
+        Dying()
+        time.sleep(10)
+
+
 def test_signals_that_are_ignored_stay_so():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -1,6 +1,7 @@
 """Signals that end a program, as exceptions, so that it cleans up as after Ctrl-C."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ def raised() -> Iterator[None]:
     ours = [x for x in _SIGNALS if signal.getsignal(x) is signal.SIG_DFL]
 
     def stop(number, frame):
+        if _is_swallowed(frame):
+            threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+            return
         for other in ours:
             signal.signal(other, signal.SIG_IGN)  # what is cleaned up takes a while
         raise Stopped(number)
@@ -44,3 +48,12 @@ def raised() -> Iterator[None]:
     finally:
         for number in ours:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _is_swallowed(frame):
+    """Whether an exception would only be reported, as while garbage is collected."""
+    while frame is not None:
+        if frame.f_code.co_name in ("__del__", "_give_back", "_xla_gc_callback"):
+            return True
+        frame = frame.f_back
+    return False
