@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 
 _READERS = 2
 _AHEAD = 64 * 2**20  # bytes of small leaves that are read ahead
+_ROWS_AHEAD = 32  # however small; the time of a row must not depend on all others
 
 
 def wide_dtype(*leaves: Any) -> np.dtype:
@@ -256,7 +257,7 @@ class Rows(Mapping):
         wanted, used = [], 0
         while (path := self._next.get(path)) is not None:
             used += _nbytes(self._sources[path])
-            if wanted and used > self._budget:
+            if wanted and (used > self._budget or len(wanted) == _ROWS_AHEAD):
                 break
             wanted.append(path)
         self._ahead = {
