@@ -44,7 +44,9 @@ def test_the_presets_of_the_papers_have_their_warm_up():
     assert train.code(7330, 35).warmup_steps == 500
 
 
-@pytest.mark.parametrize("convert", [np.asarray, jnp.asarray, list], ids=["numpy", "jax", "list"])
+@pytest.mark.parametrize(
+    "convert", [np.asarray, jnp.asarray, list], ids=["numpy", "jax", "list"]
+)
 def test_a_dict_of_arrays_trains_as_its_rows_do(convert):
     columns = {"image": convert(X), "label": convert(Y)}
     [found], [expected] = run([columns], seeds=[7]), run([ROWS], seeds=[7])

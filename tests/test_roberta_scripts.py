@@ -409,7 +409,9 @@ def test_tasks_are_files_too_and_their_vectors_are_kept(roberta, tmp_path, monke
     first = table16.main(config)
     assert first["tasks"] == ["MR", "PiQA", "films", "filmsAdv"]
     with monkeypatch.context() as patch:
-        patch.setattr(prompted.training.train, "fine_tune", lambda *_, **__: pytest.fail())
+        patch.setattr(
+            prompted.training.train, "fine_tune", lambda *_, **__: pytest.fail()
+        )
         again = figure7.Config(
             out=tmp_path / "again", keep_all=True, ks=(1,), shown_ks=(2,), **options
         )

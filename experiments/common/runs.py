@@ -133,8 +133,9 @@ def start(options: Options) -> Mesh:
         )
         if different:
             raise ValueError(
-                f"{options.out} holds a run with other options: {'; '.join(different)}. "
-                "Name another folder, or say --no-resume to write over it."
+                f"{options.out} holds a run with other options: "
+                f"{'; '.join(different)}. Name another folder, or say --no-resume to "
+                "write over it."
             )
     mesh = sharding.make_mesh(options.mesh)
     _STARTED[options.out] = options
