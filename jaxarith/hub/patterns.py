@@ -1,9 +1,8 @@
 """Regular expressions of foreign files, matched in a time that their size limits.
 
-The `re` module goes back and forth: `(a+)+b` takes it longer than anybody waits. Here
-the places that a part of a pattern may end at are kept as a set, so each is visited
-once. What is no regular expression in the strict sense (groups that are repeated by
-number, looking ahead) is refused.
+The `re` module tries one way after another: `(a+)+b` takes it longer than anybody
+waits. Here the places where a part of a pattern may end are a set, so that each is
+visited once. References to groups, looking ahead or back, and flags are refused.
 """
 
 import functools
@@ -13,7 +12,7 @@ from re import _parser as parser  # pyright: ignore[reportAttributeAccessIssue]
 
 _LONGEST = 1000  # characters of a pattern, and of a text
 
-_SPACES = {sre.AT_BEGINNING, sre.AT_BEGINNING_STRING}
+_STARTS = {sre.AT_BEGINNING, sre.AT_BEGINNING_STRING}
 _ENDS = {sre.AT_END, sre.AT_END_STRING}
 _CATEGORIES = {
     sre.CATEGORY_DIGIT: r"\d",
@@ -69,7 +68,7 @@ def _sequence(parts, text, places):
 
 
 def _part(kind, value, text, places):
-    if kind is sre.AT and value in _SPACES:
+    if kind is sre.AT and value in _STARTS:
         return places & {0}
     if kind is sre.AT and value in _ENDS:
         return places & {len(text)}
