@@ -9,6 +9,7 @@ import functools
 import re
 from re import _constants as sre  # pyright: ignore[reportAttributeAccessIssue]
 from re import _parser as parser  # pyright: ignore[reportAttributeAccessIssue]
+from typing import Any
 
 _LONGEST = 1000  # characters of a pattern, and of a text
 
@@ -67,7 +68,7 @@ def _sequence(parts, text, places):
     return places
 
 
-def _part(kind, value, text, places):
+def _part(kind: Any, value: Any, text: str, places: set[int]) -> set[int]:
     if kind is sre.AT and value in _STARTS:
         return places & {0}
     if kind is sre.AT and value in _ENDS:
@@ -77,7 +78,8 @@ def _part(kind, value, text, places):
     if kind is sre.BRANCH:
         return set().union(*(_sequence(parts, text, places) for parts in value[1]))
     if kind in (sre.MAX_REPEAT, sre.MIN_REPEAT):
-        return _repeated(*value, text, places)
+        least, most, parts = value
+        return _repeated(least, most, parts, text, places)
     if kind in (sre.LITERAL, sre.NOT_LITERAL, sre.ANY, sre.IN):
         inside = {place for place in places if place < len(text)}
         return {i + 1 for i in inside if _is_of(kind, value, text[i])}
@@ -97,7 +99,7 @@ def _repeated(least, most, parts, text, places):
     return ends
 
 
-def _is_of(kind, value, letter):
+def _is_of(kind: Any, value: Any, letter: str) -> bool:
     """Whether a character is a literal, or in a class."""
     match kind:
         case sre.ANY:
@@ -111,4 +113,4 @@ def _is_of(kind, value, letter):
         case sre.CATEGORY:
             return re.match(_CATEGORIES[value], letter) is not None
     negated = value[0][0] is sre.NEGATE
-    return negated != any(_is_of(*item, letter) for item in value[negated:])
+    return negated != any(_is_of(op, item, letter) for op, item in value[negated:])

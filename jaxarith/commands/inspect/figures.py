@@ -127,7 +127,7 @@ def _copies(
     for found, names in alike.items():
         if len(names) > 1:  # each is read once more, however many there are
             for name in names:
-                digest = hashlib.sha256(stored[name].read().view(np.uint8)).digest()
+                digest = hashlib.sha256(stored[name].read().tobytes()).digest()
                 same[found, digest].append(name)
     return [names for names in same.values() if len(names) > 1]
 
