@@ -34,7 +34,7 @@ every_method = pytest.mark.parametrize(
     ],
 )
 CLUSTERS = [[0, 2], [1]]  # what `bases` finds needs values, which `jit` does not know
-LAYERS = ("first", "second")
+LAYERS = ("first",)
 
 
 def run(name, params_0, taus, **options):
@@ -48,8 +48,8 @@ def run(name, params_0, taus, **options):
 
 
 def linen(dtype=jnp.float32, seed=0):
-    """Parameters of two Dense layers by the names of Linen."""
-    shapes = {"first": (6, 5), "second": (5, 4)}
+    """Parameters of a Dense layer by the names of Linen."""
+    shapes = {"first": (6, 5)}
     return {
         layer: {
             "kernel": jnp.asarray(normal((seed, i, 0), *shape), dtype),
@@ -76,7 +76,6 @@ def as_nnx(params):
     class MLP(nnx.Module):
         def __init__(self):
             self.first = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
-            self.second = nnx.Linear(5, 4, rngs=nnx.Rngs(0))
 
     state = nnx.split(MLP(), nnx.Param)[1]
     nnx.replace_by_pure_dict(state, params)
@@ -156,7 +155,7 @@ def test_any_pytree_gives_the_same_as_the_names_of_linen(name, kind):
         merged = run(name, *own, drop_rate=0.0, **window)
         params = run(name, params_0, taus, drop_rate=0.0, **window)
     elif kind == "tuple" and name in ("iso_cts", "wudi"):
-        with pytest.warns(UserWarning, match=f"{name} merges 0/0, 1/0 as .output, inp"):
+        with pytest.warns(UserWarning, match=f"{name} merges 0/0 as .output, inp"):
             run(name, *own)
         merged = run(name, *own, in_out=".*/0")
         params = run(name, params_0, taus)
@@ -199,10 +198,10 @@ def at_three_tenths(function):
     return {
         "jit": lambda: jax.jit(function)(0.3),
         "scan": lambda: first(jax.lax.scan(lambda s, c: (s, function(c)), 0, one)[1]),
+        "vmap": lambda: first(jax.vmap(function)(one)),
         "map": lambda: first(jax.lax.map(function, one)),
         "cond": lambda: jax.lax.cond(True, function, function, 0.3),
         "checkpoint": lambda: jax.checkpoint(function)(0.3),
-        "vmap": lambda: first(jax.vmap(function)(one)),
     }
 
 
@@ -216,7 +215,8 @@ def test_every_transformation_gives_the_same(name, known):
 
     expected = merged(0.3)
     if known:
-        for call in at_three_tenths(merged).values():
+        calls = list(at_three_tenths(merged).values())
+        for call in calls if name in FAST else calls[:3]:
             assert_close(call(), expected, 1e-5)
         return
 
