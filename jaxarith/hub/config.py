@@ -4,6 +4,15 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 
+def parts(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The configurations in a configuration, such as `text_config`, by their keys."""
+    return {
+        key: value
+        for key, value in config.items()
+        if key.endswith("_config") and isinstance(value, Mapping)
+    }
+
+
 def replaced(
     config: Mapping[str, Any], chosen: Callable[[str, Any], bool], new: Any
 ) -> dict[str, Any]:
@@ -13,22 +22,15 @@ def replaced(
       >>> replaced({"a": 1, "text_config": {"a": 2}}, lambda key, _: key == "a", 0)
       {'a': 0, 'text_config': {'a': 0}}
     """
+    inner = {k: replaced(part, chosen, new) for k, part in parts(config).items()}
     return {
-        key: new
-        if chosen(key, value)
-        else replaced(value, chosen, new)
-        if key.endswith("_config") and isinstance(value, Mapping)
-        else value
+        key: new if chosen(key, value) else inner.get(key, value)
         for key, value in config.items()
     }
 
 
 def without(config: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
     """The configuration, and those in it, without these keys."""
-    return {
-        key: without(value, keys)
-        if key.endswith("_config") and isinstance(value, Mapping)
-        else value
-        for key, value in config.items()
-        if key not in keys
-    }
+    inner = {key: without(part, keys) for key, part in parts(config).items()}
+    whole = {**config, **inner}
+    return {key: value for key, value in whole.items() if key not in keys}

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxarith.hub.config import parts
 from jaxarith.hub.stored import NUMERIC, Stored, short
 
 # How the names of packed tensors, or of their scales, end.
@@ -59,8 +60,7 @@ def check(
 
 def stated_format(config: Mapping[str, Any]) -> str | None:
     """The format of packed weights that a configuration or a part of it names."""
-    parts = [config, *(v for k, v in config.items() if k.endswith("_config"))]
-    for part in (part for part in parts if isinstance(part, Mapping)):
+    for part in (config, *parts(config).values()):
         for key in ("quantization_config", "compression_config"):
             if isinstance(found := part.get(key), Mapping):
                 method = found.get("quant_method") or found.get("format")

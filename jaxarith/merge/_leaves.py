@@ -80,7 +80,7 @@ def check_sum(merged: Tree, params_0: Params, taus: Taus) -> None:
     if tree.is_finite(merged):
         return
     check_values(params_0, taus)
-    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(merged)):
+    if not tree.is_traced(merged):
         raise ValueError(
             "the sum of the task vectors overflows the dtype of the parameters. Lower "
             "the coefficients, or merge in float32."
@@ -150,14 +150,7 @@ def fold(
       *args: statistics; of a dict, the entry of the leaf's path.
       **options: the static arguments of `merge_leaf`.
     """
-
-    def leaf(path, leaf_0, row):
-        if is_running(path):
-            return _mean(leaf_0, row)
-        of_leaf = (at(arg, path) for arg in args)
-        return merge_leaf(leaf_0, row, *of_leaf, **options)
-
-    return _each(leaf, params_0, taus)
+    return _fold(merge_leaf, params_0, taus, args, options, means=is_running)
 
 
 def fold_all(
@@ -167,22 +160,26 @@ def fold_all(
     *args: Any,
     **options: Any,
 ) -> Params:
-    """`fold` of a mean of models, in which running statistics need no exception."""
+    """`fold` with no exception for running statistics.
 
-    def leaf(path, leaf_0, row):
-        return merge_leaf(leaf_0, row, *(at(arg, path) for arg in args), **options)
+    It is for means of models, whose statistics it averages too, and for mergekit's
+    definitions, which have no exception.
+    """
+    return _fold(merge_leaf, params_0, taus, args, options, means=lambda path: False)
 
-    return _each(leaf, params_0, taus)
 
-
-def _each(function, params_0, taus):
+def _fold(merge_leaf, params_0, taus, args, options, means):
     rows = taus if isinstance(taus, Mapping) else tree.aligned(taus)
 
     def leaf(path, leaf_0):
         if path not in rows or not jnp.size(leaf_0):
             return leaf_0
         row = rows[path]  # a base in a file was read for the differences to it
-        merged = function(path, lazy.read(leaf_0), row)
+        start = lazy.read(leaf_0)
+        if means(path):
+            merged = _mean(start, row)
+        else:
+            merged = merge_leaf(start, row, *(at(arg, path) for arg in args), **options)
         return tree.sharded_like(tree.settled(merged), leaf_0)
 
     return tree.map_with_path(leaf, params_0)

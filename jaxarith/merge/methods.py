@@ -70,8 +70,7 @@ class Method:
       least: the fewest task vectors that it merges.
       most: the most of them; None for any number.
       coef: the published value of the coefficient, its default; None if it has none.
-      search: the coefficients that its authors try on validation data, or that of
-        `coef` alone.
+      grid: the coefficients that its authors try on validation data, if they do.
       returns: what it returns: "params" is a tree of the structure of `params_0`.
     """
 
@@ -83,8 +82,13 @@ class Method:
     least: int = 1
     most: int | None = None
     coef: float | None = 1.0
-    search: tuple[float, ...] = (1.0,)
+    grid: tuple[float, ...] = ()
     returns: Returns = "params"
+
+    @property
+    def search(self) -> tuple[float, ...]:
+        """The coefficients to try: the authors' grid, or the published value alone."""
+        return self.grid or (() if self.coef is None else (self.coef,))
 
 
 def _grid(first: float, last: float, step: float) -> tuple[float, ...]:
@@ -92,8 +96,6 @@ def _grid(first: float, last: float, step: float) -> tuple[float, ...]:
     return tuple(round(float(x), 4) for x in np.linspace(first, last, count))
 
 
-_TENTHS = _grid(0.1, 1.0, 0.1)
-_UNIT = _grid(0.0, 1.0, 0.05)
 _WANG = "Wang et al. 2024"
 _ZENG = "Zeng et al. 2025"
 _MARCZAK = "Marczak et al. 2025"
@@ -108,7 +110,6 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             cost="1 per candidate",
             data="a held-out score",
             coef=None,
-            search=(),
             returns="soup",
         ),
         "wise_ft": Method(
@@ -117,7 +118,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             cost="1",
             most=1,
             coef=0.5,
-            search=_grid(0.0, 1.0, 0.1),
+            grid=_grid(0.0, 1.0, 0.1),
         ),
         "slerp": Method(
             function=slerp,
@@ -136,20 +137,20 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             function=task_arithmetic,
             paper="Ilharco et al. 2023",
             cost="1",
-            search=_UNIT,
+            grid=_grid(0.0, 1.0, 0.05),
         ),
         "ties": Method(
             function=ties,
             paper="Yadav et al. 2023",
             cost="8 to 15; 4 of large models in bfloat16",
-            search=_grid(0.8, 2.5, 0.1),
+            grid=_grid(0.8, 2.5, 0.1),
         ),
         "dare": Method(
             function=dare,
             paper="Yu et al. 2024",
             cost="2, and random numbers",
             key=True,
-            search=(0.1, 0.3, 0.5, 0.7, 0.9, 1.0),
+            grid=(0.1, 0.3, 0.5, 0.7, 0.9, 1.0),
         ),
         "della": Method(
             function=della,
@@ -162,21 +163,19 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             paper="Davari, Belilovsky 2024",
             cost="16 to 24",
             coef=0.3,
-            search=(0.3,),
         ),
         "magmax": Method(
             function=magmax,
             paper="Marczak et al. 2024",
             cost="2",
             coef=0.5,
-            search=(0.5,),
         ),
         "topk": Method(function=topk, paper=_ZENG + ", appendix C.5", cost="7 to 14"),
         "pcb": Method(
             function=pcb,
             paper="Du et al. 2024",
             cost="24 to 46",
-            search=_grid(0.8, 1.3, 0.1),
+            grid=_grid(0.8, 1.3, 0.1),
         ),
         "emr": Method(
             function=emr, paper="Huang et al. 2024, the elected vector", cost="2"
@@ -186,7 +185,6 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             paper="Huang et al. 2024",
             cost="2",
             coef=None,
-            search=(),
             returns="masks",
         ),
         "tall_masks": Method(
@@ -194,7 +192,6 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             paper=_WANG,
             cost="2, or TIES'",
             coef=None,
-            search=(),
             returns="masks",
         ),
         "consensus": Method(
@@ -202,7 +199,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             paper=_WANG,
             cost="2, or TIES'",
             least=2,
-            search=_TENTHS,
+            grid=_grid(0.1, 1.0, 0.1),
         ),
         "awd": Method(
             function=awd,
@@ -210,7 +207,6 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             cost="3",
             least=2,
             coef=0.3,
-            search=(0.3,),
         ),
         "tsv": Method(
             function=tsv,
@@ -239,7 +235,6 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             cost="2, and the inner merges",
             least=3,
             coef=None,
-            search=(),
             returns="bases",
         ),
         "localize_and_stitch": Method(
@@ -253,7 +248,6 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             cost="2",
             data="masks of `localize`",
             coef=None,
-            search=(),
         ),
         "fisher": Method(
             function=fisher,
@@ -261,7 +255,6 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             cost="2; a backward pass per sample and class for `fisher_diagonal`",
             data="Fishers of unlabelled samples",
             coef=None,
-            search=(),
         ),
         "regmean": Method(
             function=regmean,
@@ -269,7 +262,6 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             cost="2; a forward pass per sample for `capture.input_grams`",
             data="Gram matrices of unlabelled samples",
             coef=None,
-            search=(),
         ),
         "regmean_plusplus": Method(
             function=regmean_plusplus,
@@ -277,7 +269,6 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             cost="half as many passes over the samples as layers",
             data="unlabelled samples",
             coef=None,
-            search=(),
         ),
         "adamerging": Method(
             function=adamerging,
@@ -285,7 +276,6 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             cost="500 training steps",
             data="unlabelled samples",
             coef=None,
-            search=(),
             returns="coefs",
         ),
         "adamerging_tangent": Method(
@@ -294,7 +284,6 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             cost="500 steps of the heads alone",
             data="cached tangents",
             coef=None,
-            search=(),
             returns="coefs",
         ),
         "surgery": Method(
@@ -303,7 +292,6 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             cost="a small layer per task",
             data="unlabelled features",
             coef=None,
-            search=(),
             returns="surgery",
         ),
     }

@@ -22,7 +22,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from jaxarith import tree
 from jaxarith.merge import _leaves, _order
@@ -189,7 +188,7 @@ def majority_sign(
         for path, row in rows.items()
     )
     signs = [tree.settled(sign) for sign in signs]
-    if any(isinstance(sign, Tracer) for sign in signs):
+    if tree.is_traced(signs):
         return jnp.sign(sum(signs))
     total = sum(map(int, signs))  # a model may have more entries than an int32 counts
     return jnp.asarray((total > 0) - (total < 0))

@@ -88,7 +88,7 @@ def init(
                 "[in, out] of a Dense layer. Choose others by select."
             )
         inputs, outputs = kernel.shape
-        dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+        dtype = tree.wide_dtype(kernel)
         key_of = task_vectors.leaf_key(key, path)
         bound = inputs**-0.5
         a = jax.random.uniform(key_of, (inputs, rank), dtype, -bound, bound)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxarith import tree
+from jaxarith.hub.config import parts
 
 # How a matrix is cut into heads: a mean over other cuts is of no model.
 _HEADS = re.compile(r"\w*heads?(_kv)?|\w*head_dim|kv_channels|multi_query|d_kv")
@@ -61,10 +62,10 @@ def _parts(base, model, label):
     kinds = base.get("model_type"), model.get("model_type")
     if None in kinds or kinds[0] == kinds[1]:
         return (base, model, []) if base and model else ({}, {}, [])
-    for name, part in _nested(base):
+    for name, part in parts(base).items():
         if part.get("model_type") == kinds[1]:
             return part, model, [f"{label}: compared with {name} of the base"]
-    for name, part in _nested(model):
+    for name, part in parts(model).items():
         if part.get("model_type") == kinds[0]:
             return base, part, [f"{label}: its {name} is compared with the base"]
     texts = [isinstance(c.get("text_config"), Mapping) for c in (base, model)]
@@ -77,12 +78,6 @@ def _parts(base, model, label):
         "compute differently, even with equal tensors. Give models of one base; if one "
         "config.json is wrong, correct it."
     )
-
-
-def _nested(config):
-    for key, value in config.items():
-        if key.endswith("_config") and isinstance(value, Mapping):
-            yield key, value
 
 
 def _entries(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

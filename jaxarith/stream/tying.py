@@ -48,7 +48,7 @@ def pair(tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> Pair | Non
       config: the content of `config.json`.
     """
     found = stored_pair(tensors)
-    embedding = min(filter(_EMBEDDING.fullmatch, tensors), key=_outermost, default=None)
+    embedding = _outermost(_EMBEDDING, tensors)
     if embedding is None or states(config) is False:
         return None
     if found is not None:
@@ -61,8 +61,8 @@ def pair(tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> Pair | Non
 
 def stored_pair(tensors: Mapping[str, Stored]) -> Pair | None:
     """The embedding and the head of equal shape that a file holds, tied or not."""
-    embedding = min(filter(_EMBEDDING.fullmatch, tensors), key=_outermost, default=None)
-    head = min(filter(_HEAD.fullmatch, tensors), key=_outermost, default=None)
+    embedding = _outermost(_EMBEDDING, tensors)
+    head = _outermost(_HEAD, tensors)
     if embedding is None or head is None:
         return None
     same = tensors[embedding].shape == tensors[head].shape
@@ -71,7 +71,7 @@ def stored_pair(tensors: Mapping[str, Stored]) -> Pair | None:
 
 def rows(tensors: Mapping[str, Stored]) -> float:
     """The number of rows of the embedding; infinity if none is known."""
-    embedding = min(filter(_EMBEDDING.fullmatch, tensors), key=_outermost, default=None)
+    embedding = _outermost(_EMBEDDING, tensors)
     return math.inf if embedding is None else tensors[embedding].shape[0]
 
 
@@ -82,8 +82,13 @@ def states(config: Mapping[str, Any]) -> bool | None:
     return config.get(KEY, inner)
 
 
-def _outermost(name):
-    return "shared" not in name, name.count("."), name
+def _outermost(pattern, names):
+    """The name that fits and stands the furthest out; None if none fits."""
+
+    def depth(name):
+        return "shared" not in name, name.count("."), name
+
+    return min(filter(pattern.fullmatch, names), key=depth, default=None)
 
 
 def _head_of(embedding, config):

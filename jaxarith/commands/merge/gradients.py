@@ -10,6 +10,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
+from jaxarith.hub.config import parts
+
 _LAYER = re.compile(r"\.(\d+)\.")
 # Keys of configurations that count layers: of the language model, and of any stack.
 _MAIN = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
@@ -122,11 +124,11 @@ def layers(names: Iterable[str], config: Mapping[str, Any] | None = None) -> int
 def _stated(config: Mapping[str, Any]) -> tuple[set[int], int]:
     """All numbers of layers in a configuration, and of layers for further tokens."""
     found, further = set(), 0
+    for part in parts(config).values():
+        inner, more = _stated(part)
+        found, further = found | inner, max(further, more)
     for key, value in config.items():
-        if key.endswith("_config") and isinstance(value, Mapping):
-            inner, more = _stated(value)
-            found, further = found | inner, max(further, more)
-        elif type(value) is int and key == "num_nextn_predict_layers":
+        if type(value) is int and key == "num_nextn_predict_layers":
             further = max(further, value)
         elif type(value) is int and value > 0 and _COUNT.fullmatch(key):
             found.add(value)

@@ -121,20 +121,18 @@ _PATTERN = Option(str)
 _COEF = Option(float, by_path=True)
 _COEFS = Option(float, each=True, by_path=True)
 _WEIGHTS = Option(float, each=True, keyword="weights")
-_INTO = Option(("task_arithmetic", "average", "ties"))
+# What merges the sparse vectors of DARE and DELLA.
+_INTO_MERGES: dict[str, Callable[..., Params]] = {
+    "task_arithmetic": merge.task_arithmetic,
+    "average": merge.average,
+    "ties": merge.ties,
+}
+_INTO = Option(tuple(_INTO_MERGES))
 _RESCALE = Option(("inverse", "l1", "none"))
 # The weights of the layers of a stack, which have a number in their names; T5 has a
 # table of positions among them.
 _LINEAR = r"(?!.*relative_attention_bias).*\.\d+\..*weight"
 _NONE = r"(?!)"
-
-
-_Merge = Callable[..., Params]
-_INTO_MERGES: dict[str, _Merge] = {
-    "task_arithmetic": merge.task_arithmetic,
-    "average": merge.average,
-    "ties": merge.ties,
-}
 
 
 def _merged_into(

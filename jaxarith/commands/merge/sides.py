@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxarith import files, hub, tree
 from jaxarith.hub import folders, lora
+from jaxarith.hub.config import parts
 
 _TOKENIZER = re.compile(
     r"tokenizer|tekken|special_tokens|added_tokens|vocab|merges|chat_template|spiece|bpe|"
@@ -186,9 +187,10 @@ def _object(file):
 
 
 def _ids(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    inner = parts(config)
     for key, value in config.items():
-        if key.endswith("_config") and isinstance(value, Mapping):
-            yield from ((f"{key}.{k}", x) for k, x in _ids(value))
+        if key in inner:
+            yield from ((f"{key}.{k}", x) for k, x in _ids(inner[key]))
         elif key.endswith(("token_id", "token_ids", "token_index")):
             yield from (
                 (key, x) for x in (value if isinstance(value, list) else [value])
