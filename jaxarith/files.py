@@ -3,14 +3,16 @@
 import errno
 import json
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-_JSON_BYTES = 2**26
+JSON_BYTES = 2**26  # the most that a file of JSON may have
 _JSON_DEPTH = 64
+_LONG_NUMBER = re.compile(r"\d{309}")  # as long as the largest float
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -93,7 +95,7 @@ def read_json(path: str | os.PathLike) -> Any:
       ValueError: it is no file, too large, no JSON in UTF-8, or nested too deeply, or
         has a number that is too large for a float.
     """
-    return parse_json(read(path, _JSON_BYTES).decode("utf-8"))
+    return parse_json(read(path, JSON_BYTES).decode("utf-8"))
 
 
 def parse_json(text: str, *, unique: bool = False) -> Any:
@@ -115,17 +117,33 @@ def parse_json(text: str, *, unique: bool = False) -> Any:
         value = json.loads(text, object_pairs_hook=_unique if unique else None)
     except RecursionError:
         raise ValueError(f"it is nested more than {_JSON_DEPTH} levels deep") from None
-    level: list[Any] = [value]
+    _check_depth(value)
+    if _LONG_NUMBER.search(text) is not None:  # seldom: the others are not looked at
+        _check_numbers(value)
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
     for _ in range(_JSON_DEPTH + 1):
-        for leaf in level:
-            if type(leaf) is int and abs(leaf) > sys.float_info.max:
-                raise ValueError(
-                    f"it has a whole number of {len(str(abs(leaf)))} digits"
-                )
-        level = [child for parent in level for child in _children(parent)]
+        level = [
+            child
+            for parent in level
+            for child in _children(parent)
+            if isinstance(child, dict | list)
+        ]
         if not level:
-            return value
+            return
     raise ValueError(f"it is nested more than {_JSON_DEPTH} levels deep")
+
+
+def _check_numbers(value: Any) -> None:
+    waiting = [value]
+    while waiting:
+        leaf = waiting.pop()
+        if type(leaf) is int and abs(leaf) > sys.float_info.max:
+            raise ValueError(f"it has a whole number of {len(str(abs(leaf)))} digits")
+        waiting += _children(leaf)
 
 
 def _unique(pairs):

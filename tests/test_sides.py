@@ -226,3 +226,18 @@ def test_truncation_refuses_while_tokens_lie_beyond(file, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     write(tmp_path / "base" / file, json.dumps(content).replace("6", "5"))
     assert run(places, tmp_path / "out", *options) == 0
+
+
+@pytest.mark.parametrize("at_the_top", [True, False])
+def test_of_a_large_tokenizer_only_the_added_tokens_are_parsed(at_the_top, tmp_path):
+    tokens = {"added_tokens": [{"id": 9, "content": "<x>"}, {"id": 3, "content": "é"}]}
+    vocab = {
+        "model": {"vocab": {"added_tokens": 12} | {f"é{i}": i for i in range(9000)}}
+    }
+    content = tokens | vocab if at_the_top else vocab | tokens
+    text = json.dumps(content, ensure_ascii=False, indent=2)
+    # A file that is cut behind them is read as far as them.
+    write(tmp_path / "tokenizer.json", text[:-20] if at_the_top else text)
+    found = {"tokenizer.json": tmp_path / "tokenizer.json"}
+    assert sides.beyond({}, found, 4) == ["<x> is 9 in tokenizer.json"]
+    assert sides.beyond({}, found, 10) == []

@@ -71,6 +71,7 @@ class Opened:
       notes: where the checkpoints differed, and what was done.
       narrowed: names of float64 tensors that are merged in float32, since JAX's float64
         is off (`jax_enable_x64`).
+      resized: numbers of rows of the base, with those of the merge where they differ.
       untied: whether head and embedding differ though the base's configuration ties
         them.
       metadata: metadata of the base's weights.
@@ -83,6 +84,7 @@ class Opened:
     folders: list[Path]
     notes: tuple[str, ...]
     narrowed: tuple[str, ...]
+    resized: dict[int, int]
     untied: bool
     metadata: dict[str, str]
     progress: Progress
@@ -246,6 +248,11 @@ def open_models(
         folders=[start, *(x for place in places for x in place if x is not None)],
         notes=(*notes, *more),
         narrowed=tuple(narrowed),
+        resized={
+            tensors[name].shape[0]: count
+            for name, count in kept.items()
+            if count != tensors[name].shape[0]
+        },
         untied=untied,
         metadata=first.metadata,
         progress=progress,

@@ -15,7 +15,7 @@ from jaxarith.commands.merge.recipe import MergeRecipe
 from jaxarith.hub import config as config_of
 from jaxarith.hub import packed
 from jaxarith.stream import Opened, Plan, Report, tying
-from jaxarith.stream.opened import adapted, open_checkpoint
+from jaxarith.stream.opened import adapted
 
 FACTS = "jaxarith_merge.json"
 _DTYPE_KEYS = {"dtype", "torch_dtype"}
@@ -86,7 +86,7 @@ def beside(opened: Opened, dtype: str | None, tokenizer: Path | None) -> Beside:
         config = config_of.replaced(config, lambda key, _: key == tying.KEY, False)
         config[tying.KEY] = False
         notes.append(f"config.json: {tying.KEY} is now false")
-    rows = _changed_rows(opened)
+    rows = opened.resized
     for old, new in rows.items():
         vocabulary = ("vocab_size", old)
         before = config
@@ -162,13 +162,3 @@ def _check_tokens(config, files, rows):
             f"tokens lie beyond them: {'; '.join(tree.first_few(lines, most=4))}. "
             'Choose vocabulary="base-rows" or "skip" (--vocabulary).'
         )
-
-
-def _changed_rows(opened: Opened) -> dict[int, int]:
-    """The number of tokens of the base and of the merge, where they differ."""
-    before = open_checkpoint(opened.folders[0]).tensors
-    return {
-        before[name].shape[0]: tensor.shape[0]
-        for name, tensor in opened.base.items()
-        if name in before and tensor.shape and before[name].shape[0] != tensor.shape[0]
-    }

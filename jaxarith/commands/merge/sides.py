@@ -1,6 +1,8 @@
 """Which files go beside the weights of a merge, and which stay behind."""
 
+import contextlib
 import filecmp
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,8 @@ _TOKENIZER = re.compile(
 )
 _TEMPLATE = "chat_template.jinja"
 _SETTINGS = "tokenizer_config.json"
+_ADDED_TOKENS = re.compile(rb'"added_tokens"\s*:\s*(?=\[)')
+_FIRST_BYTES = 2**16
 _IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 
 
@@ -168,14 +172,33 @@ def beyond(
             content = token.get("content") if isinstance(token, Mapping) else token
             named += [(file.name, content, int(key) if key.isdigit() else None)]
     if (file := found.get("tokenizer.json")) is not None:
-        tokens = _object(file).get("added_tokens")
-        for token in filter(lambda token: isinstance(token, Mapping), tokens or ()):
-            named += [(file.name, token.get("content"), token.get("id"))]
+        named += [(file.name, t.get("content"), t.get("id")) for t in _added(file)]
     return [
         f"{key} is {value} in {file}"
         for file, key, value in named
         if isinstance(value, int) and value >= rows
     ]
+
+
+def _added(file: Path) -> list[Mapping[str, Any]]:
+    """The added tokens of a `tokenizer.json`, of which no more is read and parsed.
+
+    They are a few at the top, above vocabularies of 100,000 entries. In those, a token
+    of this name has a number and no list.
+    """
+    content = b""
+    with files.opened(file) as source:
+        while more := source.read(max(len(content), _FIRST_BYTES)):
+            content += more
+            if (found := _ADDED_TOKENS.search(content)) is None:
+                continue
+            text = content[found.end() :].decode("utf-8", "replace")
+            with contextlib.suppress(ValueError, RecursionError):  # it may be cut
+                tokens, _ = json.JSONDecoder().raw_decode(text)
+                return [token for token in tokens if isinstance(token, Mapping)]
+            if len(content) > files.JSON_BYTES:
+                break
+    return []  # whoever loads the tokenizer will say what is wrong
 
 
 def _object(file):
