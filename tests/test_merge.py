@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import assert_close
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from oracles import normal
 
 from jaxarith import merge, task_vectors, tree
@@ -146,10 +144,8 @@ def merges_except(names):
     return pytest.mark.parametrize("method", rest.values(), ids=rest)
 
 
-SHAPES = {
-    **{"block/kernel": (4, 3), "block/bias": (3,), "head/kernel": (3, 2)},
-    **{"scale": (), "empty": (0, 2), "one": (1,)},
-}
+# Every distinct shape is one more program to compile, in every test of every method.
+SHAPES = {"block/kernel": (4, 3), "block/bias": (3,), "scale": (), "empty": (0, 2)}
 
 
 def model(dtype=jnp.float32):
@@ -171,7 +167,7 @@ def vector(seed, without=()):
     )
 
 
-PARTIAL = [vector(1), vector(2, without=["scale", "one"]), vector(3, ["head/kernel"])]
+PARTIAL = [vector(1), vector(2, without=["scale"]), vector(3, ["block/kernel"])]
 
 
 def changed(actual, params_0):
@@ -204,17 +200,25 @@ def test_absent_leaves_count_as_zeros(method):
 
 
 @every_merge
-def test_zero_task_vectors_give_params_0_and_finite_gradients(method):
+def test_zero_vectors_give_params_0_and_finite_gradients_and_jit_changes_nothing(
+    method,
+):
     params_0 = model()
     zeros = [jax.tree.map(jnp.zeros_like, tau) for tau in PARTIAL]
     assert_close(method(params_0, zeros), params_0)
 
-    def loss(taus):
-        leaves = tree.flatten(method(params_0, taus))
-        return sum(jnp.sum(leaves[path] ** 2) for path in SHAPES)
+    def loss(taus, params_0):
+        merged = method(params_0, taus)
+        leaves = tree.flatten(merged)
+        return sum(jnp.sum(leaves[path] ** 2) for path in SHAPES), merged
 
-    gradients = jax.jit(jax.grad(loss))(zeros)
+    # One program for both claims: its compilation is most of the time.
+    program = jax.jit(jax.grad(loss, has_aux=True))
+    gradients, merged = program(zeros, params_0)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    assert_close(merged, params_0)
+    _, merged = program(PARTIAL, params_0)
+    assert_close(merged, method(params_0, PARTIAL), 1e-6)
 
 
 @every_merge
@@ -236,12 +240,6 @@ def test_structure_and_dtypes_are_those_of_params_0(method):
 
 
 @every_merge
-def test_jit_changes_nothing(method):
-    params_0 = model()
-    assert_close(jax.jit(method)(params_0, PARTIAL), method(params_0, PARTIAL), 1e-6)
-
-
-@every_merge
 def test_nan_in_constants_of_a_jitted_function_is_found(method):
     params_0 = model()
     params_0["scale"] = jnp.nan
@@ -254,7 +252,7 @@ def test_second_call_compiles_nothing(method, caplog):
     def compilations(seed):
         # A shape of this test alone, so that the first call has something to compile.
         size = 37 + list(MERGES.values()).index(method)
-        shapes = {"w": (size,), "dense/kernel": (4, size)}
+        shapes = {"dense/kernel": (4, size)}
         params_0, *taus = (
             tree.unflatten({p: jnp.asarray(normal(s, *shapes[p])) for p in shapes})
             for s in [(seed,), *((seed, i) for i in range(3))]
@@ -268,24 +266,21 @@ def test_second_call_compiles_nothing(method, caplog):
     assert not compilations(1)
 
 
-ODD = st.sampled_from([(), (0,), (1,), (2, 3), (3, 0), (1, 1)])
-
-
 @merges_except(PER_LEAF)
-@example(shapes=[(), (0,), (1,), (2, 3)], seed=0)
-@settings(max_examples=5)
-@given(shapes=st.lists(ODD, min_size=1, max_size=4), seed=st.integers(0, 9))
-def test_it_does_not_matter_how_the_vector_is_cut_into_leaves(method, shapes, seed):
-    def leaves(*seeds):
+@pytest.mark.parametrize(
+    "shapes", [[(4, 3), (3,), (), (0, 2), (1, 1)], [(0, 2)]], ids=["odd", "empty"]
+)
+def test_it_does_not_matter_how_the_vector_is_cut_into_leaves(method, shapes):
+    def leaves(seed):
         return {
-            str(i): normal((*seeds, i), *shape).astype(np.float32)
+            str(i): normal((seed, i), *shape).astype(np.float32)
             for i, shape in enumerate(shapes)
         }
 
     def joined(leaves):
         return {"all": np.concatenate([leaf.ravel() for leaf in leaves.values()])}
 
-    params_0, taus = leaves(seed, 0), [leaves(seed, 1), leaves(seed, 2)]
+    params_0, *taus = (leaves(seed) for seed in range(4))
     merged = method(params_0, taus)
     assert all(merged[path].shape == leaf.shape for path, leaf in params_0.items())
     one_leaf = method(joined(params_0), [joined(tau) for tau in taus])

@@ -144,8 +144,21 @@ TREES = {
 }
 
 
-@every_method
-@pytest.mark.parametrize("kind", TREES)
+def cases(axis, values, of_every_method):
+    """Every method with some values; those of `FAST` with all: the rest is shared code.
+
+    What differs by method are the values `of_every_method`.
+    """
+    pairs = [
+        pytest.param(name, value, marks=() if name in FAST else pytest.mark.slow)
+        for name in FREE
+        for value in (values if name in FAST else of_every_method)
+    ]
+    return pytest.mark.parametrize(("name", axis), pairs)
+
+
+# Matrices of the other orientation, and paths that do not name them.
+@cases("kind", TREES, of_every_method=["dataclass", "tuple"])
 def test_any_pytree_gives_the_same_as_the_names_of_linen(name, kind):
     there, back = TREES[kind]
     params_0, taus = linen(), vectors()
@@ -171,8 +184,10 @@ def test_any_pytree_gives_the_same_as_the_names_of_linen(name, kind):
         assert_close(params, params_0, 1e-3)
 
 
-@every_method
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float64"])
+@cases(
+    *("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float64"]),
+    of_every_method=["bfloat16", "float64"],
+)
 def test_dtypes_are_kept_and_sums_are_taken_in_float32_or_better(name, dtype):
     with jax.enable_x64(dtype == "float64"):
         params_0, taus = linen(dtype), vectors(dtype)
@@ -205,20 +220,16 @@ def at_three_tenths(function):
     }
 
 
-@every_method
-@pytest.mark.parametrize("known", [True, False], ids=["closed over", "passed in"])
-def test_every_transformation_gives_the_same(name, known):
+@pytest.mark.parametrize("name", FAST)
+def test_every_transformation_gives_the_same(name):
     params_0, taus = linen(), vectors()
 
     def merged(coef, params_0=params_0, taus=taus):
         return run(name, params_0, taus, coef=coef)
 
     expected = merged(0.3)
-    if known:
-        calls = list(at_three_tenths(merged).values())
-        for call in calls if name in FAST else calls[:3]:
-            assert_close(call(), expected, 1e-5)
-        return
+    for call in at_three_tenths(merged).values():
+        assert_close(call(), expected, 1e-5)
 
     def step(carry, coef):
         return carry, merged(coef, *carry)
@@ -228,17 +239,21 @@ def test_every_transformation_gives_the_same(name, known):
 
 
 @every_method
-def test_the_derivative_by_the_coefficient_is_the_merged_vector(name):
-    params_0, taus = linen(), vectors()
+def test_values_and_derivatives_of_several_coefficients_in_one_program(name):
+    """The derivative by the coefficient is the merged vector."""
+    params_0, taus, target = linen(), vectors(), linen(seed=4)
 
-    def merged(coef):
-        return run(name, params_0, taus, coef=coef)
+    def along_target(coef):
+        merged = run(name, params_0, taus, coef=coef)
+        return tree.gram([merged, target])[0, 1], merged
 
-    target = linen(seed=4)
-    slope = jax.grad(lambda coef: tree.gram([merged(coef), target])[0, 1])(0.3)
-    move = jax.tree.map(jnp.subtract, merged(1.0), merged(0.0))
+    program = jax.jit(jax.vmap(jax.grad(along_target, has_aux=True)))
+    slopes, merged = program(jnp.array([0.3, 1.0, 0.0]))
+    expected = run(name, params_0, taus, coef=0.3)
+    assert_close(jax.tree.map(lambda x: x[0], merged), expected, 1e-5)
+    move = jax.tree.map(lambda x: x[1] - x[2], merged)
     # A difference of parameters ten times as large as what is tested.
-    np.testing.assert_allclose(slope, tree.gram([move, target])[0, 1], rtol=1e-4)
+    np.testing.assert_allclose(slopes[0], tree.gram([move, target])[0, 1], rtol=1e-4)
 
 
 @every_method
