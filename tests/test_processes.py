@@ -21,6 +21,7 @@ from jaxarith import evaluate, hub, tau_jp, train
 
 pytestmark = pytest.mark.devices
 ROOT = Path(training_run.__file__).parents[1]
+SAMPLES = len(training_run.NAMES) * (8 + 4)  # of a step: those of the penalty are 4
 
 # What each process runs: it trains with SGD, and measures the trained model.
 SCRIPT = """
@@ -90,31 +91,34 @@ def end(processes, status=0):
     return found
 
 
-@pytest.mark.parametrize("mesh", ["data=2,fsdp=2", "task=2,data=2"])
-def test_two_processes_are_one_run(mesh, tmp_path, monkeypatch):
+def check_what_was_read(reports):
+    """Each has read its part of every batch: of 8 samples and 4 of the penalty."""
+    whole = training_run.sources()
+    train.task_batches(whole, training_run.CONFIG, seeds=[0, 1])[3]
+    for task, source in enumerate(whole):
+        parts = [report["read"][task] for report in reports]
+        assert sorted(parts[0] + parts[1]) == sorted(source.read)
+    for report in reports:
+        assert sum(map(len, report["read"])) == SAMPLES / 2
+
+
+def reported(found):
+    return [json.loads(output.splitlines()[-1]) for output, _ in found]
+
+
+def test_two_processes_with_a_task_each_are_one_run(tmp_path, monkeypatch):
     monkeypatch.setattr(train.step, "optimizer", lambda config: optax.sgd(0.01))
     data = training_run.sources()
     expected = training_run.run(data=data)
-    reports = [
-        json.loads(output.splitlines()[-1])
-        for output, _ in end(start(tmp_path / "run", mesh))
-    ]
+    reports = reported(end(start(tmp_path / "run", "task=2,data=2")))
     for process in range(2):
         for name, tau in zip(training_run.NAMES, expected, strict=True):
             file = tmp_path / "run" / f"{name}_{process}.safetensors"
             assert_same_vector(hub.load_tree(file)[0], tau)
-    # Each has read its part of every batch: of 8 samples and 4 of the penalty.
-    samples = len(training_run.NAMES) * (8 + 4)
-    whole = training_run.sources()
-    train.task_batches(whole, training_run.CONFIG, seeds=[0, 1])[3]
-    for task, source in enumerate(whole):
-        parts = [reports[process]["read"][task] for process in range(2)]
-        assert sorted(parts[0] + parts[1]) == sorted(source.read)
-    for report in reports:
-        assert sum(map(len, report["read"])) == samples / 2
-        told_apart = 3 * len(whole)  # samples that tell these data from others
-        trained_on = training_run.CONFIG.steps * samples / 2
-        assert report["count"] == trained_on + told_apart
+    check_what_was_read(reports)
+    told_apart = 3 * len(data)  # samples that tell these data from others
+    trained_on = training_run.CONFIG.steps * SAMPLES / 2
+    assert {report["count"] for report in reports} == {trained_on + told_apart}
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert len(lines) == training_run.CONFIG.steps
     # What is measured on four devices of two processes is what one device finds.
@@ -138,9 +142,10 @@ def assert_same_vector(tau, expected):
     assert_close(tau, expected, rtol=0, atol=1e-6)
 
 
-def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path, monkeypatch):
+def test_a_signal_to_one_process_stops_both_at_one_step(tmp_path, monkeypatch):
+    mesh = "data=2,fsdp=2"  # both have a part of every batch
     monkeypatch.setattr(train.step, "optimizer", lambda config: optax.sgd(0.01))
-    processes = start(tmp_path, "data=4", seconds="0.02", save_every="5")
+    processes = start(tmp_path, mesh, seconds="0.02", save_every="5")
     while not list(tmp_path.glob("checkpoints/step_*/manifest.json")):
         time.sleep(0.01)
         assert all(process.poll() is None for process in processes)
@@ -150,7 +155,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path, monkeypatch):
     assert 5 <= step < training_run.CONFIG.steps
     newest = max(path.name for path in tmp_path.glob("checkpoints/step_*"))
     assert newest == f"step_{step:08d}"
-    end(start(tmp_path, "data=4"))
+    check_what_was_read(reported(end(start(tmp_path, mesh))))
     expected = training_run.run()
     for name, tau in zip(training_run.NAMES, expected, strict=True):
         assert_same_vector(hub.load_tree(tmp_path / f"{name}_0.safetensors")[0], tau)

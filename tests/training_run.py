@@ -19,7 +19,7 @@ import numpy as np
 from jaxarith import fingerprint, sharding, train
 
 CONFIG = train.TrainConfig(
-    steps=120,
+    steps=80,
     warmup_steps=10,
     batch_size=8,
     learning_rate=0.01,
