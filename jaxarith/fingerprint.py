@@ -8,6 +8,7 @@ import zlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxarith import tree as trees
 from jaxarith.typing import Tree
@@ -36,6 +37,11 @@ def of(tree: Tree) -> dict[str, int]:
         for path, leaf in leaves.items()
     }
     return {path: int(x) for path, x in jax.device_get(found).items()}
+
+
+def of_array(array: jax.Array | np.ndarray) -> int:
+    """The fingerprint of one array on one device, as `of` has it."""
+    return int(_fingerprint(array))
 
 
 def combined(tree: Tree) -> int:

@@ -21,7 +21,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 _READERS = 2
-_AHEAD = 64 * 2**20  # bytes of small leaves that are read ahead
+SMALL = 2**18  # bytes that are read, or written, in less time than a thread starts to
+_AHEAD = 64 * 2**20  # bytes of rows that are read ahead, or one row
 _ROWS_AHEAD = 32  # however small; the time of a row must not depend on all others
 
 
@@ -48,12 +49,12 @@ class Source:
       check: whether `read` looks for NaN and infinite values, the first time.
     """
 
-    def __init__(self, label: str, nbytes: int, load: Callable[[], jax.Array]):
+    def __init__(self, label: str, nbytes: int, load: Callable[[], Any]):
         self.label, self.nbytes, self.check = label, nbytes, False
         self._load, self._lock = load, threading.Lock()
-        self._held: Callable[[], jax.Array | None] = lambda: None
+        self._held: Callable[[], Any] = _nothing
 
-    def read(self) -> jax.Array:
+    def read(self) -> jax.Array | np.ndarray:
         """The tensor: read now, unless somebody still holds it.
 
         Raises:
@@ -64,11 +65,16 @@ class Source:
                 return held
             array = self._load()
             if self.check:
-                if not all_finite(array):
+                in_numpy = isinstance(array, np.ndarray)
+                if not (np.isfinite(array).all() if in_numpy else all_finite(array)):
                     raise ValueError(not_finite(self.label))
                 self.check = False
             self._held = weakref.ref(array)
             return array
+
+
+def _nothing():
+    return None
 
 
 @jax.jit
@@ -214,7 +220,8 @@ class Rows(Mapping):
     """By path, a leaf of every task, read when asked for.
 
     The sources of the next rows are read ahead, up to the bytes of the largest row, so
-    that whoever goes through the rows in order seldom waits.
+    that whoever goes through the rows in order seldom waits. Small rows are not: to
+    hand one to a thread takes longer than to read it.
 
     Args:
       leaves: by path, a tuple of `Leaf`s and arrays.
@@ -223,9 +230,14 @@ class Rows(Mapping):
     def __init__(self, leaves: Mapping[str, tuple]):
         self._leaves = leaves
         self._sources = {path: _sources(row) for path, row in leaves.items()}
-        self._next = dict(itertools.pairwise(leaves))
-        sizes = map(_nbytes, self._sources.values())
-        self._budget = max(max(sizes, default=0), _AHEAD)
+        sizes = {path: _nbytes(sources) for path, sources in self._sources.items()}
+        self._large = {path: n for path, n in sizes.items() if n >= SMALL}
+        self._next: dict[str, str | None] = {}  # the next large row
+        large = None
+        for path in reversed(leaves):
+            self._next[path] = large
+            large = path if path in self._large else large
+        self._budget = max(max(sizes.values(), default=0), _AHEAD)
         self._ahead: dict[str, list[Future]] = {}
 
     @property
@@ -234,6 +246,13 @@ class Rows(Mapping):
         return self._leaves
 
     def __getitem__(self, path: str) -> tuple:
+        if path not in self._large:
+            if not self._ahead:
+                self._read_ahead(path)
+            held = [source.read() for source in self._sources[path]]
+            row = tuple(map(read, self._leaves[path]))
+            del held  # what was read is not read again above
+            return row
         # Futures hold what they have read: it is not read again below.
         reading = self._ahead.pop(path, None) or self._start(path)
         self._read_ahead(path)
@@ -255,8 +274,8 @@ class Rows(Mapping):
 
     def _read_ahead(self, path):
         wanted, used = [], 0
-        while (path := self._next.get(path)) is not None:
-            used += _nbytes(self._sources[path])
+        while (path := self._next[path]) is not None:
+            used += self._large[path]
             if wanted and (used > self._budget or len(wanted) == _ROWS_AHEAD):
                 break
             wanted.append(path)

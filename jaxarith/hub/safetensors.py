@@ -63,13 +63,15 @@ def _read(path, stamp, start, dtype, count):
     left = taken.data
     # Files are opened for every tensor: models may have more shards than a process may
     # have open files.
-    with open(path, "rb", buffering=0) as file:
-        _check_same(path, stamp, files.stamp(file.fileno()))
-        file.seek(start)
+    file = os.open(path, os.O_RDONLY)
+    try:
+        _check_same(path, stamp, files.stamp(file))
         while left:
-            if not (read := file.readinto(left)):
+            if not (read := os.preadv(file, [left], start)):
                 raise ValueError(f"{path} was cut short while it was read.")
-            left = left[read:]
+            left, start = left[read:], start + read
+    finally:
+        os.close(file)
     return taken.view(dtype)
 
 

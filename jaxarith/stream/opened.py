@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from jaxarith import hub, lazy, tree
 from jaxarith.hub import Stored, lora, packed
-from jaxarith.stream import configs, policies, tying
+from jaxarith.stream import configs, leaves, policies, tying
 
 
 class Progress:
@@ -111,14 +111,14 @@ class Opened:
         }
 
     def _start_leaf(self, name, tensor, dtype, place):
-        wide = tensor.dtype
+        dtypes = [tensor.dtype]
         if dtype is not None and tensor.is_floating:
-            wide = jnp.promote_types(wide, dtype)
-        wide = jax.dtypes.canonicalize_dtype(wide)  # JAX may have no float64
+            dtypes.append(jnp.dtype(dtype))
+        wide = leaves.common_dtype(*dtypes)
         go = None if place is None else functools.partial(place, name)
         if self.has_base:
             sources = (self._source(tensor, f"{name} of the base"),)
-            as_wide = functools.partial(jnp.asarray, dtype=wide)
+            as_wide = functools.partial(leaves.widened, wide)
             return lazy.Leaf(tensor.shape, wide, sources, as_wide, go)
         zeros = functools.partial(jnp.zeros, tensor.shape, wide)
         return lazy.Leaf(tensor.shape, wide, (), zeros, go)
@@ -232,7 +232,7 @@ def open_models(
             if name in skipped or not (name in changed or name in change.deltas):
                 continue
             of_name = None if base is None else source(tensor, f"{name} of the base")
-            tau[name] = _move(
+            tau[name] = leaves.moved(
                 source,
                 f"{name} of {label}",
                 layout=tensor,
@@ -344,17 +344,21 @@ def _sources(progress: Progress) -> Callable[[Stored, str], lazy.Source]:
 
     @functools.cache
     def source(tensor: Stored, label: str) -> lazy.Source:
-        def load() -> jax.Array:
-            numbers = tensor.read()
-            if numbers.dtype == np.float64 and not _has_float64():
-                numbers = _narrowed(numbers, label)
-            array = jax.device_put(numbers, may_alias=True)
-            progress.add(tensor.nbytes)
-            return array
-
+        load = functools.partial(_loaded, progress, tensor, label)
         return lazy.Source(label, tensor.nbytes, load)
 
     return source
+
+
+def _loaded(progress: Progress, tensor: Stored, label: str) -> jax.Array | np.ndarray:
+    """The values; those of small tensors stay in NumPy until a program takes them."""
+    numbers = tensor.read()
+    if numbers.dtype == np.float64 and not _has_float64():
+        numbers = _narrowed(numbers, label)
+    progress.add(tensor.nbytes)
+    if tensor.nbytes < lazy.SMALL:
+        return numbers
+    return jax.device_put(numbers, may_alias=True)
 
 
 def _double(found: Iterable[Mapping[str, Stored]]) -> list[str]:
@@ -377,59 +381,3 @@ def _narrowed(numbers, label):
             "jax_enable_x64 (JAX_ENABLE_X64=1)."
         )
     return array
-
-
-def _move(
-    source: Callable[[Stored, str], lazy.Source],
-    label: str,
-    *,
-    layout: Stored,
-    base: lazy.Source | None,
-    model: Stored | None,
-    delta: Stored | None,
-) -> lazy.Leaf:
-    """A leaf of a task vector: `model + delta - base`, of those that exist."""
-    shape = layout.shape
-    wide = jnp.float32
-    found: dict[str, lazy.Source] = {}
-    if model is not None:
-        found["model"] = source(_cut(model, shape), label)
-        wide = jnp.promote_types(wide, model.dtype)
-    if base is not None:
-        wide = jnp.promote_types(wide, layout.dtype)
-        if model is not None:
-            found["base"] = base
-    if delta is not None:
-        found["delta"] = source(_cut(delta, shape), f"the adapter of {label}")
-    elif base is None and model is not None:
-        wide = model.dtype
-    combine = functools.partial(_combine, tuple(found), shape)
-    wide = jax.dtypes.canonicalize_dtype(wide)
-    return lazy.Leaf(shape, wide, found.values(), combine)
-
-
-def _cut(tensor: Stored, shape: tuple[int, ...]) -> Stored:
-    """The tensor without rows beyond those of a shape."""
-    if tensor.shape == shape:
-        return tensor
-    return tensor.rows(min(tensor.shape[0], shape[0]))
-
-
-def _combine(
-    names: Sequence[str], shape: tuple[int, ...], *arrays: jax.Array
-) -> jax.Array | lazy.Difference:
-    found: Mapping[str, jax.Array] = dict(zip(names, arrays, strict=True))
-    model, base, delta = (found.get(name) for name in ("model", "base", "delta"))
-    if delta is not None and delta.shape != shape:  # of a model with fewer rows
-        more = shape[0] - len(delta)
-        delta = jnp.pad(delta, [(0, more), *[(0, 0)] * (delta.ndim - 1)])
-    if model is None:
-        assert delta is not None  # a leaf of a task vector has one of the two
-        return delta
-    if base is None:
-        moved = model
-    elif model.shape == shape:
-        moved = lazy.Difference(model, base)
-    else:  # rows that the model lacks do not move
-        moved = lazy.Difference(jnp.concatenate([model, base[len(model) :]]), base)
-    return moved if delta is None else jnp.asarray(moved, jnp.float32) + delta

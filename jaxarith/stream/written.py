@@ -249,13 +249,18 @@ class _Places:
         tensor = self._opened.base[name]
         dtype = _written_dtype(tensor, self._dtype)
         # JAX may have no float64; NumPy does.
-        rounded = jnp.asarray(merged, jax.dtypes.canonicalize_dtype(dtype))
-        self._submit(tensor, self._put, name, rounded, dtype)
+        wanted = jax.dtypes.canonicalize_dtype(dtype)
+        if not isinstance(merged, jax.Array) or merged.dtype != wanted:
+            merged = jnp.asarray(merged, wanted)
+        self._submit(tensor, self._put, name, merged, dtype)
 
     def _put(self, name, rounded, dtype):
-        if not lazy.all_finite(rounded):
+        # For a small one, NumPy has the answer before XLA begins.
+        is_small = rounded.nbytes < lazy.SMALL
+        array = np.asarray(rounded)
+        if not (np.isfinite(array).all() if is_small else lazy.all_finite(rounded)):
             raise ValueError(self._blame(name))
-        self._writer.put(name, np.asarray(rounded).astype(dtype, copy=False))
+        self._writer.put(name, array.astype(dtype, copy=False))
 
     def copy(self, name: str) -> None:
         self.names.add(name)
@@ -272,6 +277,9 @@ class _Places:
         self._writer.put(name, array)
 
     def _submit(self, tensor, function, *args):
+        if tensor.nbytes < lazy.SMALL:
+            function(*args)
+            return
         while self._waiting and self._used + tensor.nbytes > _WAITING:
             self._wait()
         self._used += tensor.nbytes

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
@@ -95,8 +96,8 @@ def checkpoint(model: str) -> dict[str, Any]:
 
 
 def _measured(array):
-    leaf = jnp.asarray(array)
-    found = (leaf.shape, str(leaf.dtype), fingerprint.of({"": leaf})[""])
+    dtype = str(jax.dtypes.canonicalize_dtype(array.dtype))
+    found = (array.shape, dtype, fingerprint.of_array(array))
     if not jnp.issubdtype(array.dtype, jnp.floating):
         return _Measured(None, 0, array.nbytes, found)
     flat, squares, bad = array.reshape(-1), 0.0, 0
