@@ -4,10 +4,14 @@ import os
 import re
 
 import checkpoints
+import merge_command
+import numpy as np
 import pytest
 
 from jaxarith import hub, merge, stream
 from jaxarith.hub import places
+
+models = merge_command.models  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -107,17 +111,44 @@ def test_a_folder_with_something_that_no_model_has_is_not_replaced(tmp_path, nam
     ):
         (tmp_path / ours).parent.mkdir(exist_ok=True)
         (tmp_path / ours).write_text("{}")
-    hub.check_model(tmp_path)
+    hub.check_out(tmp_path, True)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
     with pytest.raises(ValueError, match=f"holds {re.escape(name.split('/')[0])}"):
-        hub.check_model(tmp_path)
+        hub.check_out(tmp_path, True)
 
 
 def test_code_that_a_configuration_names_belongs_to_a_model(tmp_path):
     (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "net.Net"}}')
     (tmp_path / "net.py").touch()
-    hub.check_model(tmp_path)
+    hub.check_out(tmp_path, True)
+
+
+def test_what_a_merge_copied_may_be_replaced_by_another_merge(models, tmp_path):
+    for name in (
+        "bpe.codes",
+        "tokenizer.model.v3",
+        "prophetnet.tokenizer",
+        "table.csv",
+    ):
+        (tmp_path / "base" / name).write_text(name)
+    out = tmp_path / "out"
+    options = ("--method", "average", "--quiet", "--overwrite")
+    assert merge_command.run(models, out, *options) == 0
+    assert (out / "table.csv").exists()
+    assert merge_command.run(models, out, *options) == 0
+    (out / "mine.csv").touch()
+    assert merge_command.run(models, out, *options) == 1
+
+
+def test_neither_a_merge_nor_save_replaces_what_is_no_models(family, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "thesis.c").touch()
+    with pytest.raises(ValueError, match=r"holds thesis\.c, which no model's folder"):
+        run(merge.average, family, tmp_path, overwrite=True)
+    with pytest.raises(ValueError, match=r"holds thesis\.c, which no model's folder"):
+        hub.save(tmp_path, {"a": np.ones(2)}, {}, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "thesis.c"]
 
 
 def test_folders_made_for_a_merge_that_fails_go(family, tmp_path):

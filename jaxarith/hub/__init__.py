@@ -17,7 +17,7 @@ from jaxarith.hub.folders import open_tensors as open_tensors
 from jaxarith.hub.folders import read_json as read_json
 from jaxarith.hub.folders import shards as shards
 from jaxarith.hub.folders import side_files as side_files
-from jaxarith.hub.places import check_model as check_model
+from jaxarith.hub.places import RECORD as RECORD
 from jaxarith.hub.places import check_out as check_out
 from jaxarith.hub.places import publish as publish
 from jaxarith.hub.places import staging as staging

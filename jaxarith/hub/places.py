@@ -14,13 +14,16 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from jaxarith import report
+from jaxarith import files, report
 
+# Beside the weights of a merge: how it was made, and which files were copied.
+RECORD = "jaxarith_merge.json"
 _PREFIX = ".jaxarith-"
 # Files of models, beside which a replaced folder may hold nothing of other kinds.
 _SUFFIXES = frozenset(
     ".safetensors .json .jsonl .txt .md .model .jinja .msgpack .bin .h5 .onnx .gguf "
-    ".ot .tiktoken .spm .bpe .vocab .yaml .yml .png .jpg .svg .pdf".split()
+    ".ot .tiktoken .spm .bpe .vocab .codes .tokenizer .v1 .v2 .v3 .v7 .v11 .yaml .yml "
+    ".png .jpg .svg .pdf".split()
 )
 _NAMES = frozenset(
     "license licence notice copying use_policy readme .gitattributes".split()
@@ -44,7 +47,7 @@ def check_out(
 
     Raises:
       FileExistsError: the folder exists, and is not to be replaced.
-      ValueError: it holds one of the inputs.
+      ValueError: it holds one of the inputs, or is neither empty nor a model's.
     """
     out = Path(out)
     if not os.path.lexists(out):
@@ -66,6 +69,7 @@ def check_out(
                 raise ValueError(
                     f"{out} holds {file}, which is read; name another folder."
                 )
+    _check_model(out)
     return real
 
 
@@ -76,21 +80,31 @@ def _holds_current(folder):
         return False
 
 
-def check_model(out: Path) -> None:
-    """Raises a ValueError if a folder exists that is neither empty nor a model's."""
-    if not out.is_dir():
-        return
+def _check_model(out):
+    """Raises a ValueError if a folder is neither empty nor a model's."""
     entries = list(out.iterdir())
     if entries and not _MODEL & {path.name for path in entries}:
         raise ValueError(
             f"{out} has files but no config.json or weights, so it is no model that "
             "could be replaced; name another folder."
         )
-    if unknown := [str(path.relative_to(out)) for path in _unknown(out)]:
+    written = _written(out)
+    unknown = [str(path.relative_to(out)) for path in _unknown(out)]
+    if unknown := [name for name in unknown if name not in written]:
         raise ValueError(
             f"{out} holds {report.listed(unknown, 3)}, which no model's folder has, so "
             "it is not replaced; move that elsewhere, or name another folder."
         )
+
+
+def _written(folder):
+    """The files that a merge wrote into the folder, by its own record."""
+    try:
+        record = files.read_json(folder / RECORD)
+    except (FileNotFoundError, ValueError):
+        return ()
+    names = record.get("files") if isinstance(record, dict) else None
+    return names if isinstance(names, list) else ()
 
 
 def _unknown(folder):

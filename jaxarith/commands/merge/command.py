@@ -28,7 +28,6 @@ def _run(args: argparse.Namespace) -> None:
     out = _out(args)
     recipes = [] if args.config is None else [args.config]
     stream.check_out(out, args.overwrite, recipes)
-    hub.check_model(out)
     if args.config is not None:
         flags.check_alone(args)
         recipe = mergekit_yaml.read(args.config, seed=args.seed)

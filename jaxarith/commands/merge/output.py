@@ -17,7 +17,6 @@ from jaxarith.hub import packed
 from jaxarith.stream import Opened, Plan, Report, tying
 from jaxarith.stream.opened import adapted
 
-FACTS = "jaxarith_merge.json"
 _DTYPE_KEYS = {"dtype", "torch_dtype"}
 _QUANTISED = ("quantization_config", "compression_config")
 
@@ -128,7 +127,7 @@ def write(folder: Path, found: Beside, name: str, facts: Mapping[str, Any]) -> N
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, place)
     _write_json(folder / "config.json", found.config)
-    _write_json(folder / FACTS, facts)
+    _write_json(folder / hub.RECORD, {**facts, "files": sorted(found.files)})
     card = model_card.render(name, facts)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
