@@ -232,8 +232,7 @@ def test_rematerialising_works_on_several_tasks_at_once(encoder):
     jax.tree.map(compare, gradients(True), gradients(False))
 
 
-@pytest.mark.parametrize("kind", ["ordinary", "linearised"])
-def test_rematerialising_takes_less_memory(kind):
+def test_rematerialising_takes_less_memory():
     vision = {"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 2}
     vision |= {"num_hidden_layers": 8, "image_size": 32, "patch_size": 8}
     config = clip.CLIPConfig.from_json(
@@ -246,8 +245,6 @@ def test_rematerialising_takes_less_memory(kind):
         apply_fn = clip.image_encoder(config, remat=remat)
 
         def loss(tau, images):
-            if kind == "ordinary":
-                return jnp.sum(apply_fn(tau, images) ** 2)
             return jnp.sum(tangent.jvp(apply_fn, params, tau, images)[1] ** 2)
 
         compiled = jax.jit(jax.grad(loss)).lower(tau, jnp.zeros((64, 32, 32, 3)))

@@ -65,9 +65,23 @@ def family(tmp_path_factory):
     return checkpoints.family(tmp_path_factory.mktemp("bf16"))
 
 
+@pytest.fixture(scope="module")
+def small_family(tmp_path_factory):
+    """A leaf of each kind: every shape is one more program of every method."""
+    kinds = ("layers.0.mlp.up_proj.weight", "layers.0.norm.weight", "scale", "empty")
+    names = [f"model.{kind}" for kind in kinds]
+    shapes = {name: checkpoints.SHAPES[name] for name in names}
+    folder = tmp_path_factory.mktemp("small")
+    base, *models = (
+        checkpoints.write(folder / f"{i}", checkpoints.tensors(i, shapes=shapes))
+        for i in range(4)
+    )
+    return base, models
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_streamed_merges_have_the_bits_of_those_in_memory(name, family, tmp_path):
-    base, models = family
+def test_streamed_merges_have_the_bits_of_those_in_memory(name, small_family, tmp_path):
+    base, models = small_family
     run(METHODS[name], base, models, tmp_path / "out")
     expected = in_memory(METHODS[name], base, models)
     moved = [n for n in expected if n not in (checkpoints.COUNTER, "model.empty")]
@@ -90,17 +104,15 @@ def test_any_type_and_shards_give_the_same_bits(name, dtype, tmp_path):
 def test_memory_that_is_used_again_changes_no_bit(tmp_path):
     # Smaller tensors are read into memory of their own.
     sizes = {"a": (1024, 600), "b": (900, 1100)}
-    layout = {f"h.{i}.{key}": sizes[key] for i in range(3) for key in sizes}
+    layout = {f"h.{i}.{key}": sizes[key] for i in range(2) for key in sizes}
     folders = [
         checkpoints.write(tmp_path / f"{i}", checkpoints.tensors(i, "bf16", layout))
         for i in range(4)
     ]
     for name in ("average", "ties_tensor"):
         expected = in_memory(METHODS[name], folders[0], folders[1:])
-        for attempt in range(2):
-            out = tmp_path / f"{name}-{attempt}"
-            run(METHODS[name], folders[0], folders[1:], out)
-            assert_same_bits(out, expected)
+        run(METHODS[name], folders[0], folders[1:], tmp_path / name)
+        assert_same_bits(tmp_path / name, expected)
 
 
 def test_models_of_several_types_are_merged_in_float32(tmp_path):

@@ -43,7 +43,7 @@ def start(folder):
     return process
 
 
-def test_after_ten_kills_the_output_is_absent_or_complete(tmp_path):
+def test_after_six_kills_the_output_is_absent_or_complete(tmp_path):
     for model in range(3):
         tensors = checkpoints.tensors(model, "f32", SHAPES)
         checkpoints.write(tmp_path / str(model), tensors)
@@ -54,7 +54,7 @@ def test_after_ten_kills_the_output_is_absent_or_complete(tmp_path):
     assert len(expected) == len(SHAPES) + 1
     random.seed(0)
     ends = []
-    for kill in range(10):
+    for kill in range(6):
         if kill % 2 and (tmp_path / "out").exists():  # nothing to replace
             (tmp_path / "out").rename(tmp_path / f"out-{kill}")
         process = start(tmp_path)
@@ -69,7 +69,7 @@ def test_after_ten_kills_the_output_is_absent_or_complete(tmp_path):
         assert found.keys() == expected.keys()
         for name, tensor in found.items():
             np.testing.assert_array_equal(tensor, expected[name])
-    assert ends.count(-signal.SIGKILL) >= 5
+    assert ends.count(-signal.SIGKILL) >= 3
     left = [p for p in tmp_path.iterdir() if p.name.startswith(".jaxarith-")]
     assert left  # some were killed while they wrote
 

@@ -158,7 +158,16 @@ def test_the_study_writes_everything_it_promises(bert_folder, files, tmp_path):
     assert json.loads(classes["thing"]) == ["book", "film", "none"]
 
 
-def test_prompts_and_label_words_run_the_same_study(roberta_folder, files, tmp_path):
+def test_prompts_and_label_words_run_the_same_study_of_any_accuracy(
+    roberta_folder, files, tmp_path, monkeypatch
+):
+    """An accuracy of zero costs the normalised accuracy and no report."""
+    for single in ("ordinary_single", "linearized_single"):
+        monkeypatch.setattr(
+            evaluation,
+            single,
+            lambda study, _: dict.fromkeys(("validation", "test"), [0.0, 0.5]),
+        )
     template = "{text} It is {mask}."
     prompt = (f"mood={template}|0:good,1:bad", f"animal={template}|0:bad,1:good")
     config = text_study.Config(
@@ -168,6 +177,9 @@ def test_prompts_and_label_words_run_the_same_study(roberta_folder, files, tmp_p
     )
     rows = text_study.main(config)["rows"]
     assert {row["method"] for row in rows} >= {"zero_shot", "nonlinear", "linear"}
+    assert {row["normalized"] for row in rows} == {None}
+    assert all(row["absolute"] > 0 for row in rows if row["merge"] != "none")
+    assert (tmp_path / "report.md").is_file()
     tau, _ = hub.load_tree(tmp_path / "task_vectors" / "linear" / "mood.safetensors")
     assert task_vectors.norm(tau) > 0
     assert all(path.startswith("roberta/encoder/") for path in tree.flatten(tau))
@@ -261,25 +273,6 @@ def test_a_model_of_another_architecture_is_refused(tmp_path, files):
     config = text_study.Config(out=tmp_path / "out", **options(files, folder))
     with pytest.raises(ValueError, match="describes a 'vit'; expected a BERT"):
         text_study.main(config)
-
-
-def test_an_accuracy_of_zero_costs_the_normalised_accuracy_and_no_report(
-    bert_folder, files, tmp_path, monkeypatch
-):
-    for single in ("ordinary_single", "linearized_single"):
-        monkeypatch.setattr(
-            evaluation,
-            single,
-            lambda study, _: dict.fromkeys(("validation", "test"), [0.0, 0.5]),
-        )
-    config = text_study.Config(
-        **dict(out=tmp_path, smoke=True, merges=(), modes=()),
-        **options(files, bert_folder, names=("mood", "animal")),
-    )
-    rows = text_study.main(config)["rows"]
-    assert {row["normalized"] for row in rows} == {None}
-    assert all(row["absolute"] > 0 for row in rows if row["merge"] != "none")
-    assert (tmp_path / "report.md").is_file()
 
 
 def test_help_names_every_column_of_texts():

@@ -267,8 +267,8 @@ def test_thresholds_of_leaves_are_exact_in_one_program_and_in_several(
 
 def test_models_of_more_than_2_to_the_31_entries_are_trimmed_exactly(monkeypatch):
     # One leaf under many names; its counts are taken once.
-    leaf = np.random.default_rng(0).normal(size=2**17).astype(np.float32)
-    rows = dict.fromkeys(range(2**14 + 1), (jnp.asarray(leaf),))
+    leaf = np.random.default_rng(0).normal(size=2**20).astype(np.float32)
+    rows = dict.fromkeys(range(2**11 + 1), (jnp.asarray(leaf),))
     assert sum(row[0].size for row in rows.values()) > 2**31
     count, known = _order._count_below, {}
 

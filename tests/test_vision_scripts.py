@@ -199,34 +199,9 @@ def test_the_bank_gives_a_vector_again_and_never_one_of_other_data_or_options(
             figure6(folders, tmp_path, "parts", tasks, batch_size=5, micro_batches=2)
     for out in ("swapped", "rate", "twice", "parts"):
         assert not (tmp_path / out).exists()
+    other = importlib.import_module("experiments.tau_jp.figure4_per_task")
+    with pytest.raises(ValueError, match="script: .*figure6_matrices there, .*figure4"):
+        other.main(other.Config(out=tmp_path / "first"))
     # Without a penalty its weight changes nothing, and the vector is taken.
     with pytest.raises(ValueError, match="tau_jp_cyclic.*(?s:.)*penalty_coef"):
         figure6(folders, tmp_path, "weight", tasks, penalty_coef=0.5)
-
-
-def test_a_vector_does_not_depend_on_what_is_trained_beside_it(folders, tmp_path):
-    tasks = {"a": "dots", "b": "lines"}
-    figure6(folders, tmp_path, "together", tasks)
-    name = str(vision.clip.TINY_CLIP)
-    files = [
-        bank.vector_file(tmp_path / "bank", name, method, "b")
-        for method in ("linear", "tau_jp_cyclic")
-    ]
-    together = [hub.load_tree(file)[0] for file in files]
-    for file in files:
-        file.unlink()  # the other vector is in the bank, and is not trained again
-    figure6(folders, tmp_path, "alone", tasks)
-    for file, expected in zip(files, together, strict=True):
-        alone = tree.flatten(hub.load_tree(file)[0])
-        for path, leaf in tree.flatten(expected).items():
-            # Adam's first steps divide by gradients of any size.
-            np.testing.assert_allclose(alone[path], leaf, atol=1e-7, err_msg=path)
-
-
-def test_two_scripts_do_not_share_an_output_folder(folders, tmp_path):
-    tasks = {"a": "dots", "b": "lines"}
-    figure6(folders, tmp_path, "out", tasks)
-    other = importlib.import_module("experiments.tau_jp.figure4_per_task")
-    config = other.Config(out=tmp_path / "out")
-    with pytest.raises(ValueError, match="script: .*figure6_matrices there, .*figure4"):
-        other.main(config)
