@@ -243,6 +243,35 @@ def test_names_fit_with_and_without_prefixes(tmp_path, rename, wrapped):
     assert found.deltas.keys() == {rename(f"{DOWN}.weight")}
 
 
+OUTER = ("model", "model.language_model", "language_model.model")
+
+
+@pytest.mark.parametrize("outer", OUTER)
+@pytest.mark.parametrize("trained", OUTER)
+def test_a_language_model_in_another_is_found(tmp_path, trained, outer):
+    layer = "layers.1.mlp.down_proj"
+    folder = adapter(tmp_path, linear(f"{trained}.{layer}", 6, 10))
+    tower = {f"model.visual.{layer}.weight": (6, 10)}
+    found = lora.read_adapter(
+        folder, base_of({f"{outer}.{layer}.weight": (6, 10)} | tower)
+    )
+    assert found.deltas.keys() == {f"{outer}.{layer}.weight"}
+    noted = " ".join(found.notes)
+    assert (f"{trained}.{layer}.weight and the like are taken" in noted) == (
+        not (f".{outer}".endswith(f".{trained}") or f".{trained}".endswith(f".{outer}"))
+    )
+
+
+def test_a_language_model_that_may_be_one_of_two_is_refused(tmp_path):
+    folder = adapter(tmp_path, linear("model.layers.1.fc", 6, 6))
+    outers = ("model.language_model", "language_model.model.language_model")
+    base = base_of({f"{outer}.layers.1.fc.weight": (6, 6) for outer in outers})
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.1\.fc\.weight: not in the base"
+    ):
+        lora.read_adapter(folder, base)
+
+
 def test_ambiguous_and_unknown_names_are_listed(tmp_path):
     tensors = linear("layers.0.fc", 6, 6) | linear("layers.9.fc", 6, 6)
     towers = {f"{top}.layers.0.fc.weight": (6, 6) for top in ("text", "vision")}

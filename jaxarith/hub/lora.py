@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxarith import tree
 from jaxarith.hub import (
+    adapter_names,
     download,
     folders,
     packed,
@@ -71,10 +72,12 @@ class Adapter(NamedTuple):
     Attributes:
       deltas: by name of the base's tensor, what is added to it, in float32.
       replaced: by name of the base's tensor, the tensor that takes its place.
+      notes: how its names were understood, where they are not the base's.
     """
 
     deltas: dict[str, Stored]
     replaced: dict[str, Stored]
+    notes: tuple[str, ...] = ()
 
 
 class _Factors(NamedTuple):
@@ -121,7 +124,7 @@ def read_adapter(folder: str | os.PathLike, base: Mapping[str, Stored]) -> Adapt
     _check_config(folder, config)
     factors, whole = _split(folder, _open(folder))
     wanted = {f"{module}.weight" for module in factors} | whole.keys()
-    names = _fit(folder, wanted, base)
+    names, notes = adapter_names.fit(folder, wanted, base)
     turned = _conv1d(base)
     deltas, lines = {}, []
     for module, pair in factors.items():
@@ -141,8 +144,8 @@ def read_adapter(folder: str | os.PathLike, base: Mapping[str, Stored]) -> Adapt
         if tensor.shape != base[name].shape or not tensor.is_floating
     ]
     if lines:
-        raise ValueError(_unfit(folder, lines))
-    return Adapter(deltas, replaced)
+        raise ValueError(adapter_names.unfit(folder, lines))
+    return Adapter(deltas, replaced, notes)
 
 
 def save_adapter(
@@ -181,7 +184,9 @@ def save_adapter(
         )
     base_folder = download.find(base)
     _, tensors = folders.open_tensors(base_folder)
-    names = _fit(folder, {f"{module}.weight" for module in pairs}, tensors)
+    names, _ = adapter_names.fit(
+        folder, {f"{module}.weight" for module in pairs}, tensors
+    )
     outer = _outer_name(folders.read_json(base_folder))
     targets, found = [], {}
     for module, pair in pairs.items():
@@ -317,35 +322,6 @@ def _split(folder, tensors):
     return factors, whole
 
 
-def _fit(folder, wanted, base):
-    """By name in the adapter, the name in the base."""
-    longer: dict[str, list[str]] = {}
-    for name in base:
-        for end in _ends(name):
-            longer.setdefault(end, []).append(name)
-    names: dict[str, str] = {}
-    lines = []
-    for name in sorted(wanted):
-        found = [name] if name in base else longer.get(name, [])
-        found = found or [end for end in _ends(name) if end in base]
-        if len(found) > 1:
-            lines.append(f"+ {name} may be {' or '.join(found[:3])}")
-        elif not found:
-            lines.append(f"+ {name}: not in the base")
-        elif found[0] in names.values():
-            lines.append(f"+ {name}: one more for {found[0]}")
-        else:
-            names[name] = found[0]
-    if lines:
-        raise ValueError(f"{_unfit(folder, lines)} The base has {_some(base)}.")
-    return names
-
-
-def _ends(name):
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in range(1, len(parts) - 1)]
-
-
 def _matching(values, module, default):
     """PEFT's rule: the first pattern that fits whole words at the end of the name."""
     for pattern, value in (values or {}).items():
@@ -413,14 +389,6 @@ def _is_conv1d(name, shape, known, flag):
 
 def _common(a, b):
     return len(os.path.commonprefix([a.split("."), b.split(".")]))
-
-
-def _unfit(folder, lines):
-    title = f"{folder} does not fit the base ({len(lines)} tensors):"
-    listed = "\n  ".join([title, *tree.first_few(lines)])
-    return (
-        f"{listed}\nGive the model that the adapter was trained on, with the same head."
-    )
 
 
 def _some(names):

@@ -327,8 +327,10 @@ def _adapter(
     )
     notes = [f"{label}: trained on {trained_on}, which is quantised"] * bool(quantised)
     if tied is None or tied.embedding not in base:
-        return lora.read_adapter(folder, base), False, notes
+        change = lora.read_adapter(folder, base)
+        return change, False, [*notes, *change.notes]
     change = lora.read_adapter(folder, {tied.head: base[tied.embedding], **base})
+    notes += change.notes
     ensured = bool(config.get("ensure_weight_tying"))
     change, untied = tying.apply(change, tied, ensured)
     if not untied and (tied.embedding in change.deltas):

@@ -1,0 +1,82 @@
+"""Names of tensors in adapters, and in the models that they were trained on."""
+
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from jaxarith import tree
+
+# What stands before the layers of a language model.
+_OUTER = re.compile(r"^((model|language_model)\.)+")
+
+
+def fit(
+    folder: Path, wanted: Collection[str], base: Collection[str]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """By name in an adapter, the name in its base; and notes on other spellings.
+
+    Args:
+      folder: the adapter, for messages.
+      wanted: names in the adapter.
+      base: names in the base.
+
+    Raises:
+      ValueError: a name has no place in the base, or several.
+    """
+    longer: dict[str, list[str]] = {}
+    for name in base:
+        for end in _ends(name):
+            longer.setdefault(end, []).append(name)
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    lines = []
+    for name in sorted(wanted):
+        found = [name] if name in base else longer.get(name, [])
+        found = found or [end for end in _ends(name) if end in base]
+        if len(found) > 1:
+            lines.append(f"+ {name} may be {' or '.join(found[:3])}")
+        elif not found:
+            lines.append(f"+ {name}: not in the base")
+        elif found[0] in taken:
+            lines.append(f"+ {name}: one more for {found[0]}")
+        else:
+            names[name] = found[0]
+            taken.add(found[0])
+    if not lines:
+        return names, ()
+    if (spelled := _spelled_otherwise(wanted, base)) is None:
+        few = ", ".join(tree.first_few(base, most=3))
+        raise ValueError(f"{unfit(folder, lines)} The base has {few}.")
+    first = min(wanted)
+    note = f"{folder}: {first} and the like are taken for {spelled[first]} of the base"
+    return spelled, (note,)
+
+
+def _spelled_otherwise(wanted, base):
+    """The base's names for those of a language model inside or outside another.
+
+    They begin with model, model.language_model or language_model.model, by the class
+    and version that saved them. None unless each has one place, and each its own.
+    """
+    inner: dict[str, list[str]] = {}
+    for name in base:
+        inner.setdefault(_OUTER.sub("", name), []).append(name)
+    found = {name: inner.get(_OUTER.sub("", name), []) for name in wanted}
+    if any(len(names) != 1 for names in found.values()):
+        return None
+    spelled = {name: names[0] for name, names in found.items()}
+    return spelled if len({*spelled.values()}) == len(spelled) else None
+
+
+def _ends(name):
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(1, len(parts) - 1)]
+
+
+def unfit(folder: Path, lines: Sequence[str]) -> str:
+    """What an error says about an adapter, with a line for each tensor."""
+    title = f"{folder} does not fit the base ({len(lines)} tensors):"
+    listed = "\n  ".join([title, *tree.first_few(lines)])
+    return (
+        f"{listed}\nGive the model that the adapter was trained on, with the same head."
+    )
