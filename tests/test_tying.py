@@ -31,9 +31,26 @@ KINDS = {
 }
 
 
+T5 = {"vocab_size": 32, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1}
+STACKS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+# The class, its sizes, a layer to adapt and the embedding.
+FAMILIES = {
+    "Llama": ("LlamaForCausalLM", LLAMA, "q_proj", "embed_tokens"),
+    "GPT2": ("GPT2LMHeadModel", GPT2, "c_attn", "wte"),
+    "T5": (
+        "T5ForConditionalGeneration",
+        T5 | {"num_heads": 2, "decoder_start_token_id": 0},
+        "q",
+        "shared",
+    ),
+}
+
+
 def logits(torch, model):
+    tokens = torch.arange(8)[None]
+    more = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        return model.eval()(torch.arange(8)[None]).logits.numpy()
+        return model.eval()(tokens, **more).logits.numpy()
 
 
 @pytest.mark.torch
@@ -44,17 +61,16 @@ def logits(torch, model):
         *(("Llama", kind, stored) for kind in KINDS for stored in (False, True)),
         ("GPT2", "embed", False),
         ("GPT2", "factors of both", True),
+        ("T5", "factors of the embedding", False),
+        ("T5", "factors of the head", True),
     ],
 )
 def test_the_logits_are_those_of_peft(family, kind, head_in_file, torch, tmp_path):
     peft = pytest.importorskip("peft", reason="the oracle: pip install peft==0.21.2")
     import transformers
 
-    is_llama = family == "Llama"
-    name = "LlamaForCausalLM" if is_llama else "GPT2LMHeadModel"
+    name, sizes, layer, embedding = FAMILIES[family]
     model_class = getattr(transformers, name)
-    sizes, layer = (LLAMA, "q_proj") if is_llama else (GPT2, "c_attn")
-    embedding = "embed_tokens" if is_llama else "wte"
     torch.manual_seed(0)
     config = model_class.config_class(**sizes, tie_word_embeddings=True)
     model_class(config).save_pretrained(tmp_path / "base")
@@ -62,7 +78,9 @@ def test_the_logits_are_those_of_peft(family, kind, head_in_file, torch, tmp_pat
         file = tmp_path / "base" / "model.safetensors"
         tensors = load_file(file)
         [full] = [key for key in tensors if key.endswith(f"{embedding}.weight")]
-        save_file(tensors | {HEAD: tensors[full].copy()}, file, {"format": "pt"})
+        more = (HEAD, *STACKS[1:]) if family == "T5" else (HEAD,)
+        tensors |= {name: tensors[full].copy() for name in more}
+        save_file(tensors, file, {"format": "pt"})
     options = {
         key: [embedding if name == "EMBED" else name for name in value]
         if isinstance(value, list)
@@ -168,6 +186,44 @@ def test_an_encoder_decoder_is_not_untied(kind, tmp_path):
     head = {"base_model.model.lm_head.weight": np.zeros((4, 2), "f4")}
     with pytest.raises(ValueError, match="an untied T5 scales its outputs"):
         stream.open_models(base, [adapter(tmp_path / "a", head)])
+
+
+ENCODER_DECODER = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
+
+
+def of_stacks(folder):
+    tensors = {name: np.ones((4, 2), "f4") for name in STACKS}
+    return make(folder, tensors, ENCODER_DECODER | {"tie_word_embeddings": True})
+
+
+@pytest.mark.parametrize("module", ["shared", "lm_head"])
+def test_factors_move_a_tied_matrix_under_all_of_its_names(module, tmp_path):
+    key = f"base_model.model.{module}.lora_"
+    ends = (
+        ("A.weight", "B.weight")
+        if module == "lm_head"
+        else ("embedding_A", "embedding_B")
+    )
+    a, b = np.ones((2, 2), "f4"), np.ones((4, 2), "f4")
+    if module == "shared":
+        a, b = b.T, a
+    factors = dict(zip((key + end for end in ends), (a.copy(), b), strict=True))
+    _, found = half(
+        of_stacks(tmp_path / "base"), adapter(tmp_path / "a", factors), tmp_path
+    )
+    for name in (*STACKS, HEAD):
+        if name in found:
+            np.testing.assert_array_equal(found[name], 3 * np.ones((4, 2)))
+
+
+def test_factors_of_one_stacks_embedding_are_refused_where_it_is_tied(tmp_path):
+    key = "base_model.model.encoder.embed_tokens.lora_embedding_"
+    factors = {f"{key}A": np.ones((2, 4), "f4"), f"{key}B": np.ones((2, 2), "f4")}
+    base = of_stacks(tmp_path / "base")
+    with pytest.raises(
+        ValueError, match=r"moves encoder\.embed_tokens.*tied to shared"
+    ):
+        stream.open_models(base, [adapter(tmp_path / "a", factors)])
 
 
 def test_pairs_are_known_from_configuration_and_files():

@@ -333,6 +333,8 @@ def _adapter(
     notes += change.notes
     ensured = bool(config.get("ensure_weight_tying"))
     change, untied = tying.apply(change, tied, ensured)
+    if not untied:
+        change = tying.spread(change, tied, base, label)
     if not untied and (tied.embedding in change.deltas):
         notes.append(
             f"{label}: {tied.embedding} and {tied.head} are one tied matrix, which its "

@@ -20,6 +20,7 @@ from jaxarith.stream.policies import same_values
 _EMBEDDING = re.compile(
     r"(.*\.)?(shared|embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight"
 )
+_OF_STACK = re.compile(r"(.*\.)?(encoder|decoder)\.embed_tokens\.weight")
 _HEAD = re.compile(
     r"(.*\.)?(lm_head|lm_head\.decoder|predictions\.decoder|proj_out|embed_out|"
     r"vocab_projector|output)\.weight"
@@ -131,6 +132,45 @@ def apply(change: Adapter, names: Pair, ensured: bool) -> tuple[Adapter, bool]:
     return Adapter(moved, change.replaced | both), False
 
 
+def spread(
+    change: Adapter, names: Pair, base: Mapping[str, Stored], label: str
+) -> Adapter:
+    """What an adapter does to a tied pair, for the same matrix under further names.
+
+    A file of an encoder-decoder may hold it once more for each of the two stacks.
+
+    Args:
+      change: the adapter, after `apply`, which did not untie the pair.
+      names: the pair.
+      base: the tensors of the base.
+      label: what errors call the adapter.
+
+    Raises:
+      ValueError: the adapter moves the embedding of one stack only.
+    """
+    copies = [
+        name
+        for name in base
+        if _OF_STACK.fullmatch(name)
+        and name not in names
+        and same_values(base[name], base[names.embedding])
+    ]
+    if own := [x for x in copies if x in change.deltas or x in change.replaced]:
+        raise ValueError(
+            f"{label} moves {own[0]}, which is tied to {names.embedding}: its factors "
+            "are those of one stack, and the matrix is that of both and of the head. "
+            f"Train the adapter with factors of {names.embedding}, or on a base that "
+            "is not tied."
+        )
+    deltas, replaced = (
+        found | {name: found[names.embedding] for name in copies}
+        if names.embedding in found
+        else found
+        for found in (change.deltas, change.replaced)
+    )
+    return change._replace(deltas=deltas, replaced=replaced)
+
+
 def _sum(a, b):
     return Stored.made(np.float32, a.shape, lambda: a.read() + b.read())
 
@@ -167,6 +207,6 @@ def check_untied(config: Mapping[str, Any], label: str) -> None:
         raise ValueError(
             f"{label} gives the head or the embedding new values of its own. In an "
             "encoder-decoder more than the two are tied, and an untied T5 scales its "
-            "outputs otherwise. Train the adapter with ensure_weight_tying=True, or on "
-            "a base that is not tied."
+            "outputs otherwise. Train the adapter with factors (target_modules) in "
+            "place of modules_to_save, or on a base that is not tied."
         )
