@@ -1,27 +1,41 @@
-"""Regular expressions of foreign files, matched in a time that their size limits.
+r"""Regular expressions of foreign files, matched in a time that their size limits.
 
 The `re` module tries one way after another: `(a+)+b` takes it longer than anybody
 waits. Here the places where a part of a pattern may end are a set, so that each is
-visited once. References to groups, looking ahead or back, and flags are refused.
+visited once. `re` only judges the pattern, and single characters such as `[a-z]` or
+`\d`. References to groups, looking ahead or back, and flags are refused.
 """
 
 import functools
+import math
 import re
-from re import _constants as sre  # pyright: ignore[reportAttributeAccessIssue]
-from re import _parser as parser  # pyright: ignore[reportAttributeAccessIssue]
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeAlias
 
 _LONGEST = 1000  # characters of a pattern, and of a text
 
-_STARTS = {sre.AT_BEGINNING, sre.AT_BEGINNING_STRING}
-_ENDS = {sre.AT_END, sre.AT_END_STRING}
-_CATEGORIES = {
-    sre.CATEGORY_DIGIT: r"\d",
-    sre.CATEGORY_NOT_DIGIT: r"\D",
-    sre.CATEGORY_SPACE: r"\s",
-    sre.CATEGORY_NOT_SPACE: r"\S",
-    sre.CATEGORY_WORD: r"\w",
-    sre.CATEGORY_NOT_WORD: r"\W",
+# From the places where a part of a pattern begins to those where it may end.
+_Step: TypeAlias = Callable[[str, set[int]], set[int]]
+
+_QUANTIFIER = re.compile(
+    r"(?:(?P<sign>[*+?])|\{(?!\})(?P<least>[0-9]*)(?P<most>,[0-9]*)?\})(?P<kind>[?+]?)"
+)
+_SIGNS = {"*": (0, math.inf), "+": (1, math.inf), "?": (0, 1)}
+_CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+_ESCAPE = re.compile(
+    r"\\(?:x..|u.{4}|U.{8}|N\{[^}]*\}|0[0-7]{0,2}|[0-3][0-7]{2}|.)", re.DOTALL
+)
+_GROUP = re.compile(r"\((?:\?:|\?P<\w+>|(?!\?))")
+# What else a group may be, by how it begins.
+_REFUSED = {
+    "(?=": "assert",
+    "(?!": "assert_not",
+    "(?<=": "assert",
+    "(?<!": "assert_not",
+    "(?P=": "groupref",
+    "(?(": "groupref_exists",
+    "(?>": "atomic_group",
+    "(?#": "comment",
 }
 
 
@@ -44,7 +58,7 @@ def fits_end(pattern: str, name: str) -> bool:
         )
     starts = {0, *(i + 1 for i, letter in enumerate(name) if letter == ".")}
     try:
-        return len(name) in _sequence(_parsed(pattern), name, starts)
+        return len(name) in _parsed(pattern)(name, starts)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{pattern[:60]!r} is no regular expression: {error}."
@@ -52,65 +66,129 @@ def fits_end(pattern: str, name: str) -> bool:
 
 
 @functools.cache
-def _parsed(pattern):
-    parsed = parser.parse(pattern)
-    if parsed.state.flags & ~re.UNICODE.value:
+def _parsed(pattern: str) -> _Step:
+    # It is sound where the functions below parse it.
+    if re.compile(pattern).flags & ~re.UNICODE.value:
         raise ValueError(f"the pattern {pattern[:60]!r} has flags; remove them.")
-    return parsed
+    step, _ = _branches(pattern, 0)
+    return step
 
 
-def _sequence(parts, text, places):
-    """The places where the parts may end that begin at one of some places."""
-    for kind, value in parts:
+# Each of these parses what begins at a place, and returns it with the place behind it.
+
+
+def _branches(pattern: str, place: int) -> tuple[_Step, int]:
+    step, place = _sequence(pattern, place)
+    steps = [step]
+    while pattern[place : place + 1] == "|":
+        step, place = _sequence(pattern, place + 1)
+        steps.append(step)
+    return functools.partial(_one_of, steps), place
+
+
+def _sequence(pattern: str, place: int) -> tuple[_Step, int]:
+    steps = []
+    while place < len(pattern) and pattern[place] not in "|)":
+        step, place = _part(pattern, place)
+        if found := _QUANTIFIER.match(pattern, place):
+            if found["kind"] == "+":
+                _refuse("possessive_repeat")
+            step, place = (
+                functools.partial(_repeated, *_counts(found), step),
+                found.end(),
+            )
+        steps.append(step)
+    return functools.partial(_in_turn, steps), place
+
+
+def _counts(found: re.Match) -> tuple[int, float]:
+    if found["sign"]:
+        return _SIGNS[found["sign"]]
+    least = int(found["least"] or 0)
+    match found["most"]:
+        case None:
+            return least, least
+        case ",":
+            return least, math.inf
+        case most:
+            return least, int(most[1:])
+
+
+def _part(pattern: str, place: int) -> tuple[_Step, int]:
+    letter = pattern[place]
+    if letter == "(":
+        return _group(pattern, place)
+    if letter in "^$":
+        return _at_start if letter == "^" else _at_end, place + 1
+    if found := {"[": _CLASS, "\\": _ESCAPE}.get(letter):
+        match = found.match(pattern, place)
+        assert match is not None  # `re` found it sound
+        return _special(match[0]), match.end()
+    one = letter if letter == "." else re.escape(letter)
+    return functools.partial(_letter, re.compile(one)), place + 1
+
+
+def _group(pattern: str, place: int) -> tuple[_Step, int]:
+    if (opening := _GROUP.match(pattern, place)) is None:
+        found = (x for begin, x in _REFUSED.items() if pattern.startswith(begin, place))
+        _refuse(next(found, "a group with flags"))
+    step, place = _branches(pattern, opening.end())
+    return step, place + 1  # behind its closing bracket
+
+
+def _special(text: str) -> _Step:
+    """A class of characters, or what an escape stands for."""
+    if text in (r"\A", r"\Z"):
+        return _at_start if text == r"\A" else _at_end
+    if text in (r"\b", r"\B"):
+        _refuse("at")
+    if re.fullmatch(r"\\[1-9]", text):
+        _refuse("groupref")
+    return functools.partial(_letter, re.compile(text))
+
+
+def _refuse(what: str) -> NoReturn:
+    raise ValueError(f"a pattern has {what}, which is not supported.")
+
+
+# These are the steps.
+
+
+def _one_of(steps: Sequence[_Step], text: str, places: set[int]) -> set[int]:
+    return set().union(*(step(text, places) for step in steps))
+
+
+def _in_turn(steps: Sequence[_Step], text: str, places: set[int]) -> set[int]:
+    for step in steps:
         if not places:
-            return places
-        places = _part(kind, value, text, places)
+            break
+        places = step(text, places)
     return places
 
 
-def _part(kind: Any, value: Any, text: str, places: set[int]) -> set[int]:
-    if kind is sre.AT and value in _STARTS:
-        return places & {0}
-    if kind is sre.AT and value in _ENDS:
-        return places & {len(text)}
-    if kind is sre.SUBPATTERN and not (value[1] or value[2]):
-        return _sequence(value[3], text, places)
-    if kind is sre.BRANCH:
-        return set().union(*(_sequence(parts, text, places) for parts in value[1]))
-    if kind in (sre.MAX_REPEAT, sre.MIN_REPEAT):
-        least, most, parts = value
-        return _repeated(least, most, parts, text, places)
-    if kind in (sre.LITERAL, sre.NOT_LITERAL, sre.ANY, sre.IN):
-        inside = {place for place in places if place < len(text)}
-        return {i + 1 for i in inside if _is_of(kind, value, text[i])}
-    raise ValueError(f"a pattern has {str(kind).lower()}, which is not supported.")
-
-
-def _repeated(least, most, parts, text, places):
+def _repeated(
+    least: int, most: float, step: _Step, text: str, places: set[int]
+) -> set[int]:
     for _ in range(least):
-        if (found := _sequence(parts, text, places)) == places:
+        if (found := step(text, places)) == places:
             break  # of nothing but empty matches, or of none
         places = found
     ends = new = places
-    for _ in range(least, min(int(most), least + len(text) + 1)):
-        if not (new := _sequence(parts, text, new) - ends):
+    for _ in range(least, int(min(most, least + len(text) + 1))):
+        if not (new := step(text, new) - ends):
             break
         ends = ends | new
     return ends
 
 
-def _is_of(kind: Any, value: Any, letter: str) -> bool:
-    """Whether a character is a literal, or in a class."""
-    match kind:
-        case sre.ANY:
-            return letter != "\n"
-        case sre.LITERAL:
-            return ord(letter) == value
-        case sre.NOT_LITERAL:
-            return ord(letter) != value
-        case sre.RANGE:
-            return value[0] <= ord(letter) <= value[1]
-        case sre.CATEGORY:
-            return re.match(_CATEGORIES[value], letter) is not None
-    negated = value[0][0] is sre.NEGATE
-    return negated != any(_is_of(op, item, letter) for op, item in value[negated:])
+def _letter(one: re.Pattern, text: str, places: set[int]) -> set[int]:
+    inside = (place for place in places if place < len(text))
+    return {i + 1 for i in inside if one.fullmatch(text, i, i + 1)}
+
+
+def _at_start(text: str, places: set[int]) -> set[int]:
+    return places & {0}
+
+
+def _at_end(text: str, places: set[int]) -> set[int]:
+    return places & {len(text)}
