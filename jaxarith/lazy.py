@@ -234,7 +234,7 @@ class Rows(Mapping):
         self._large = {path: n for path, n in sizes.items() if n >= SMALL}
         self._next: dict[str, str | None] = {}  # the next large row
         large = None
-        for path in reversed(leaves):
+        for path in reversed([*leaves]):
             self._next[path] = large
             large = path if path in self._large else large
         self._budget = max(max(sizes.values(), default=0), _AHEAD)

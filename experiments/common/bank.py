@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxarith import hub, report
+from jaxarith import files, hub, report
 from jaxarith.train import manifest
 from jaxarith.train.config import TrainConfig
 from jaxarith.typing import Params, Tree
@@ -106,7 +106,7 @@ def record(file: Path) -> dict:
     """
     described = file.with_suffix(".json")
     try:
-        content = json.loads(described.read_text(encoding="utf-8"))
+        content = files.read_json(described)
         return {name: content[name] for name in ("configuration", "metrics")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import Mesh
 
-from jaxarith import report, sharding
+from jaxarith import files, report, sharding
 from jaxarith.sharding import processes
 from jaxarith.train import manifest
 
@@ -129,7 +129,7 @@ def start(options: Options) -> Mesh:
         )
     if options.resume and there.exists():
         different = manifest.differences(
-            _what(json.loads(there.read_text())), _what(plain(options))
+            _what(files.read_json(there)), _what(plain(options))
         )
         if different:
             raise ValueError(
