@@ -59,7 +59,7 @@ COEFS = np.linspace(0, 1, 11)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(runs.Options):
+class Config(text_files.Options, runs.Options):
     """Fine-tune low-rank factors, merge, evaluate, and write adapters."""
 
     model: str = ""
@@ -115,7 +115,7 @@ class Work(NamedTuple):
 def prepare(config: Config, mesh: Mesh) -> Work:
     """Loads the model and the texts, and makes the factors and the heads."""
     if config.task:
-        tasks = [text_files.read_task(option) for option in config.task]
+        tasks = [text_files.read_task(option, config) for option in config.task]
     else:
         sizes = 40 * config.batch_size, config.samples // 2, config.samples
         tasks = docstrings.tasks(*sizes, files=20 if config.smoke else None)

@@ -36,7 +36,7 @@ _HEAD_TEXTS = 250  # of every class, the most that a class-mean head is made of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(studies.Config):
+class Config(text_files.Options, studies.Config):
     """Fine-tune, merge and evaluate on files of labelled texts."""
 
     model: str
@@ -44,10 +44,6 @@ class Config(studies.Config):
     task: tuple[str, ...]
     """The tasks, each NAME=FILE, NAME=TRAIN,TEST or NAME=TRAIN,VALIDATION,TEST. A part
     without a file is a tenth of the training file."""
-    encoding: str = "utf-8-sig"
-    """Encoding of the files, such as latin-1. No other is tried."""
-    skip_bad: bool = False
-    """Leave out lines that are wrong, and count them in a warning."""
     head: Literal["class-mean", "label-word"] = "class-mean"
     """The fixed head of a task: the mean features of its classes, of a model without a
     head; or the label words of a prompt, of a masked language model."""
@@ -161,10 +157,7 @@ def prepare(config: Config) -> studies.Study:
         raise ValueError(f"--samples {config.samples}: at least 3 are needed.")
     if config.prompt and config.head != "label-word":
         raise ValueError("--prompt is for --head label-word; the head is class means.")
-    tasks = [
-        text_files.read_task(option, encoding=config.encoding, skip_bad=config.skip_bad)
-        for option in config.task
-    ]
+    tasks = [text_files.read_task(option, config) for option in config.task]
     label_words = config.head == "label-word"
     model = bert.load(config.model, head="masked_lm" if label_words else None)
     tokenizer = text.load_tokenizer(model.folder)

@@ -35,6 +35,6 @@ def test_a_task_is_read_in_the_encoding_asked_for(tmp_path):
     (tmp_path / "a.txt").write_bytes("\n".join(lines).encode("latin-1"))
     option = f"mood={tmp_path / 'a.txt'}"
     with pytest.raises(ValueError, match="a.txt, line 1 is not in utf-8"):
-        text_files.read_task(option)
-    task = text_files.read_task(option, encoding="latin-1")
+        text_files.read_task(option, text_files.Options())
+    task = text_files.read_task(option, text_files.Options(encoding="latin-1"))
     assert all("caf\xe9" in record["text"] for record in task.train)

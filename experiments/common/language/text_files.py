@@ -1,6 +1,7 @@
 """Files of texts as the options of scripts name them: tasks, prompts, rows to keep."""
 
 import csv
+import dataclasses
 import functools
 import io
 import operator
@@ -9,6 +10,16 @@ from pathlib import Path
 
 from jaxarith import files, report
 from jaxarith.data import prompts, text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How files of texts are read: the options of all scripts that take some."""
+
+    encoding: str = "utf-8-sig"
+    """Encoding of the files, such as latin-1. No other is tried."""
+    skip_bad: bool = False
+    """Leave out lines that are wrong, and count them in a warning."""
 
 
 def task_files(option: str) -> tuple[str, list[Path]]:
@@ -31,18 +42,17 @@ def task_files(option: str) -> tuple[str, list[Path]]:
     return name, paths
 
 
-def read_task(
-    option: str, *, encoding: str = "utf-8-sig", skip_bad: bool = False
-) -> text.TextTask:
+def read_task(option: str, options: Options) -> text.TextTask:
     """A task with its files read; parts without a file come from the training file.
 
     Args:
       option: see `task_files`.
-      encoding, skip_bad: as for `text.read`.
+      options: how the files are read.
     """
     name, paths = task_files(option)
     train, *others = [
-        text.read(path, encoding=encoding, skip_bad=skip_bad) for path in paths
+        text.read(path, encoding=options.encoding, skip_bad=options.skip_bad)
+        for path in paths
     ]
     validation, test = [None] * (2 - len(others)) + others
     return text.task(name, train, validation, test)
