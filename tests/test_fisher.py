@@ -254,6 +254,16 @@ def test_fishers_that_do_not_fit_are_an_error(f, message):
         merge.fisher({"w": np.zeros(2)}, TAUS, f)
 
 
+@pytest.mark.parametrize("estimator", ["per_example", "batch_squared"])
+def test_without_a_mask_every_row_counts(estimator):
+    x = normal(0, 3, FEATURES)
+    whole, bare = (
+        merge.fisher_diagonal(linear, PARAMS, [batch], estimator=estimator)["w"]
+        for batch in ({"image": x, "mask": np.ones(3, bool)}, {"image": x})
+    )
+    np.testing.assert_array_equal(whole, bare)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -269,8 +279,8 @@ def test_fishers_that_do_not_fit_are_an_error(f, message):
         (dict(chunk=0), "chunk is 0"),
         (dict(batches=EMPTY), "no real sample"),
         (
-            dict(batches=[*DATA, {"image": np.ones((2, FEATURES))}]),
-            "batch 1 has no mask, only image",
+            dict(batches=[{**DATA[0], "mask": np.ones(3, bool)}]),
+            r"mask of a batch has shape \[3\]; expected \[2\]",
         ),
         (dict(part={"x": np.ones(2)}), r"\+ x \[2\]"),
         (dict(apply_fn=lambda params, x: x @ params["w"][:, 0]), "needs logits"),

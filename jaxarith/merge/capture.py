@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxarith import tree
+from jaxarith.batches import mask_of
 from jaxarith.typing import ApplyFn, Params
 
 
@@ -103,9 +104,9 @@ def input_grams(
     Args:
       apply_fn: `apply_fn(params, *inputs)`.
       params: its parameters.
-      batches: dicts of arrays `[B, ...]` with a `mask`, `bool[B]`, as
-        `data.pipeline.evaluation_batches` makes them. All tokens of a sample count, or
-        none.
+      batches: dicts of arrays `[B, ...]`, as `data.pipeline.evaluation_batches` makes
+        them. All tokens of a sample count, or none where its `mask`, `bool[B]`, is
+        False; without a mask every sample counts.
       inputs: the fields of a batch that are passed to `apply_fn`, in order.
       token_mask: a field `[B, S]` of the batches, such as `attention_mask`, that is
         true where a token counts, for layers whose input is `[B, S, in]`. Or a function
@@ -130,7 +131,8 @@ def input_grams(
       [[ 5.  7.]
        [ 7. 10.]]
     """
-    if not any(np.any(batch["mask"]) for batch in batches):
+    rows = [mask_of(batch) for batch in batches]
+    if not any(map(np.any, rows)):
         raise ValueError("the batches hold no real sample; give at least one.")
     paths = dense_paths(apply_fn, params, *(batches[0][name] for name in inputs))
     chosen = [path for path in paths if re.fullmatch(select, path)]
@@ -144,10 +146,10 @@ def input_grams(
     kernels = tree.flatten(params)
     sums = {path: _zeros(kernels[path]) for path in chosen}
     params = jax.device_put(params)  # once, not with every batch
-    for batch in batches:
+    for batch, mask in zip(batches, rows, strict=True):
         masks = {name: batch[name] for _, name in fields if name is not None}
         values = tuple(batch[name] for name in inputs)
-        args = sums, params, values, batch["mask"], masks, fields
+        args = sums, params, values, mask, masks, fields
         try:
             sums = _add_batch(apply_fn, *args)
         except jax.errors.UnexpectedTracerError as error:

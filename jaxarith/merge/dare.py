@@ -9,7 +9,7 @@ It is task arithmetic of what `merge.drop` leaves. DARE with TIES is
 
 import jax
 
-from jaxarith.merge.drop import Rescale, Strategy, drop
+from jaxarith.merge.drop import DROP_RATE, Rescale, Strategy, drop
 from jaxarith.merge.task_arithmetic import task_arithmetic
 from jaxarith.typing import Coef, Params, Taus
 
@@ -18,7 +18,7 @@ def dare(
     params_0: Params,
     taus: Taus,
     *,
-    drop_rate: float = 0.9,
+    drop_rate: float = DROP_RATE,
     strategy: Strategy = "random",
     rescale: Rescale = "inverse",
     coef: Coef = 1.0,

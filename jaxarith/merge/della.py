@@ -25,13 +25,16 @@ from jaxarith.merge.drop import Rescale, changed_at_random, draw, rescaled, whol
 from jaxarith.merge.ties import ties
 from jaxarith.typing import Coef, Params, Taus
 
+DROP_RATE = 0.3
+EPSILON = 0.07
+
 
 def della(
     params_0: Params,
     taus: Taus,
     *,
-    drop_rate: float = 0.3,
-    epsilon: float = 0.07,
+    drop_rate: float = DROP_RATE,
+    epsilon: float = EPSILON,
     rescale: Rescale = "inverse",
     coef: Coef = 1.0,
     density: float = 1.0,
@@ -79,8 +82,8 @@ def della(
 def magprune(
     taus: Taus,
     *,
-    drop_rate: float = 0.3,
-    epsilon: float = 0.07,
+    drop_rate: float = DROP_RATE,
+    epsilon: float = EPSILON,
     rescale: Rescale = "inverse",
     axis: Callable[[str], int] = input_axis,
     key: jax.Array,

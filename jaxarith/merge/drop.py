@@ -27,12 +27,13 @@ from jaxarith.typing import Params, Taus
 
 Strategy = Literal["random", "magnitude"]
 Rescale = Literal["inverse", "l1", "none"]
+DROP_RATE = 0.9
 
 
 def drop(
     taus: Taus,
     *,
-    drop_rate: float = 0.9,
+    drop_rate: float = DROP_RATE,
     strategy: Strategy = "random",
     rescale: Rescale = "inverse",
     key: jax.Array | None = None,

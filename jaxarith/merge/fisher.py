@@ -18,9 +18,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxarith import task_vectors, tree
+from jaxarith.batches import mask_of
 from jaxarith.merge import _leaves
 from jaxarith.typing import ApplyFn, Coef, Params, Taus, Tree
 
@@ -121,8 +121,9 @@ def fisher_diagonal(
     Args:
       apply_fn: `apply_fn(params, *inputs) -> logits[B, C]`.
       params: the parameters θ_i of the fine-tuned model.
-      batches: dicts of arrays `[B, ...]` with a `mask`, `bool[B]`, as
-        `data.pipeline.evaluation_batches` makes them. Padding may hold anything.
+      batches: dicts of arrays `[B, ...]`, as `data.pipeline.evaluation_batches` makes
+        them. Rows whose `mask`, `bool[B]`, is False may hold anything; without a mask
+        every row counts.
       estimator: `per_example`, the definition: the mean over samples of
         :math:`\sum_c p_c (\nabla\log p_c)^2`. `batch_squared`, of which public tables
         are made (MergeLM, FusionBench): per batch the square of the gradient of
@@ -142,7 +143,8 @@ def fisher_diagonal(
 
     Raises:
       ValueError: an unknown estimator, options that it lacks, draws without a key,
-        a batch without a mask, no real sample, or outputs that are not logits `[B, C]`.
+        a mask of another length, no real sample, or outputs that are not logits
+        `[B, C]`.
 
     Example:
       >>> apply_fn = lambda params, x: x @ params["w"]
@@ -158,13 +160,7 @@ def fisher_diagonal(
         )
     if min(chunk, 1 if samples is None else samples) < 1:
         raise ValueError(f"chunk is {chunk} and samples {samples}; at least 1 each.")
-    for i, batch in enumerate(batches):
-        if "mask" not in batch:
-            raise ValueError(
-                f"batch {i} has no mask, only {', '.join(batch)}; give it a `mask`, "
-                "`bool[B]`, that is False for padding."
-            )
-    masks = [np.asarray(batch["mask"], bool) for batch in batches]
+    masks = [mask_of(batch) for batch in batches]
     count = sum(int(mask.sum()) for mask in masks)
     if not count:
         raise ValueError("the batches hold no real sample; give at least one.")

@@ -16,6 +16,9 @@ import jax
 from jaxarith import merge, tree
 from jaxarith.commands.merge.gradients import Value
 from jaxarith.merge.bases import cluster
+from jaxarith.merge.della import DROP_RATE as DELLA_RATE
+from jaxarith.merge.della import EPSILON
+from jaxarith.merge.drop import DROP_RATE as DARE_RATE
 from jaxarith.merge.drop import Rescale, Strategy
 from jaxarith.typing import Params, Taus
 
@@ -149,7 +152,7 @@ def _dare(
     params_0: Params,
     taus: Taus,
     *,
-    drop_rate: float = 0.9,
+    drop_rate: float = DARE_RATE,
     strategy: Strategy = "random",
     rescale: Rescale = "inverse",
     into: str = "task_arithmetic",
@@ -167,8 +170,8 @@ def _della(
     params_0: Params,
     taus: Taus,
     *,
-    drop_rate: float = 0.3,
-    epsilon: float = 0.07,
+    drop_rate: float = DELLA_RATE,
+    epsilon: float = EPSILON,
     rescale: Rescale = "inverse",
     into: str = "ties",
     coef: Any = 1.0,
