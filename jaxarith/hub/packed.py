@@ -26,6 +26,7 @@ _ENDS = {
     "torchao": r"\._?weight_(qdata|scale)",
 }
 _FORMATS = {label: re.compile(rf".+({end})") for label, end in _ENDS.items()}
+_ANY_FORMAT = re.compile(rf".+({'|'.join(_ENDS.values())})")
 # Endings that say so only together: other models have tensors called scales.
 _PAIRS = {
     "MXFP4": ("_blocks", "_scales"),
@@ -72,8 +73,10 @@ def _signs(
     tensors: Mapping[str, Stored], said: str | None
 ) -> Iterator[tuple[str, str]]:
     """Names of tensors that are packed or belong to packed ones, and the formats."""
+    # One look at each name; of most checkpoints none is left.
+    ending = [name for name in tensors if _ANY_FORMAT.fullmatch(name)]
     for label, pattern in _FORMATS.items():
-        yield from ((name, label) for name in tensors if pattern.fullmatch(name))
+        yield from ((name, label) for name in ending if pattern.fullmatch(name))
     for label, (one, other) in _PAIRS.items():
         for name in tensors:
             if name.endswith(one) and name.removesuffix(one) + other in tensors:
