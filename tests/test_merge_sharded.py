@@ -73,7 +73,9 @@ def params_0():
 
 @pytest.fixture(scope="module")
 def taus():
-    return [leaves(seed, 0.1) for seed in (1, 2, 3)]
+    shared = leaves(4, 0.1)  # large vectors without a part in common are orthogonal
+    own = [leaves(seed, 0.1) for seed in (1, 2, 3)]
+    return [{path: tau[path] + shared[path] for path in shared} for tau in own]
 
 
 def mesh_of(*sizes):

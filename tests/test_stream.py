@@ -249,7 +249,7 @@ def test_an_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
     base, models = family
     out = tmp_path / "out"
     out.mkdir()
-    (out / "mine").touch()
+    (out / "config.json").touch()
     replace, renamed = os.replace, []
 
     def failing(source, target):
@@ -261,7 +261,7 @@ def test_an_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
     monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="no"):
         run(merge.average, base, models, out, overwrite=True)
-    assert len(renamed) == 3 and os.listdir(out) == ["mine"]
+    assert len(renamed) == 3 and os.listdir(out) == ["config.json"]
 
 
 def test_a_file_that_is_cut_short_meanwhile_is_an_error(tmp_path):
@@ -326,10 +326,10 @@ def test_an_existing_folder_is_refused_or_replaced_as_a_whole(family, tmp_path):
     base, models = family
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old.txt").touch()
+    (out / "config.json").touch()
     with pytest.raises(FileExistsError, match="--overwrite"):
         run(merge.average, base, models, out)
-    assert (out / "old.txt").exists()
+    assert (out / "config.json").exists()
     run(merge.average, base, models, out, overwrite=True)
     assert [p.name for p in out.iterdir()] == ["model.safetensors"]
 
