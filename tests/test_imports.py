@@ -21,6 +21,7 @@ FLOORS = [
     ["batches", "tangent", "task_vectors", "losses", "metrics", "precision", "report"],
     ["fingerprint", "sharding", "tau_jp"],
     ["merge", "models", "hub", "data", "plots"],
+    ["curvature"],
     ["train", "evaluate", "stream"],
     ["commands"],
     ["cli"],
@@ -33,6 +34,7 @@ ONLY_IN = {
     "flax": [
         "jaxarith.models",
         "jaxarith.merge.capture",
+        "jaxarith.curvature.layers",
         # Flax's own file format: they import `flax.serialization` alone.
         "jaxarith.hub",
         "jaxarith.commands.convert",

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +105,8 @@ def _times_transposed(x, kernel):
 
 class Conv1D(nn.Module):
     """A linear layer whose kernel is `[out, in]`, as Hugging Face's Flax stores it."""
+
+    out_first: ClassVar[bool] = True  # for `jaxarith.curvature`
 
     features: int
     kernel_init: Any = _normal

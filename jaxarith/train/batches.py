@@ -98,12 +98,12 @@ def task_batches(
         return tau_jp.draw(mode, step, views, size, seeds[task])
 
     penalty_rows = [
-        _local_samples(len(drawn(task, 0, config.penalty)), config, mesh)
-        for task in range(len(sources) if config.penalty else 0)
+        _local_samples(len(drawn(task, 0, config.tau_jp_mode)), config, mesh)
+        for task in range(len(sources) if config.tau_jp_mode else 0)
     ]
 
     def penalty_samples(task, step):
-        views, tasks = foreign[task], drawn(task, step, config.penalty)
+        views, tasks = foreign[task], drawn(task, step, config.tau_jp_mode)
         first = step * config.penalty_batch_size
         records = [
             views[tasks[i]][first + int(i) % config.penalty_batch_size]
@@ -121,12 +121,12 @@ def task_batches(
         for task in local_tasks:
             positions = step * config.batch_size + rows
             batch: dict = pipeline.collate([own[task][int(i)] for i in positions])
-            if config.penalty:
+            if config.tau_jp_mode:
                 batch["penalty"] = penalty_samples(task, step)
             batches.append(batch)
         return _side_by_side(batches)
 
-    penalised = [*itertools.chain.from_iterable(others)] if config.penalty else []
+    penalised = [*itertools.chain.from_iterable(others)] if config.tau_jp_mode else []
     return pipeline.Batches(
         pipeline.lazy(make_batch, config.steps),
         lambda: _identities([*sources, *penalised]),

@@ -7,7 +7,7 @@ cosine, gradients clipped to norm 1.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from jaxarith import tau_jp
 
 Decay = Literal["cosine", "linear", "constant"]
 ProductDtype = Literal["bfloat16", "float16", "float32"]
+# What `fine_tune(curvature=)` gets: Kronecker factors, EK-FAC, or a diagonal alone.
+Form = Literal["kronecker", "eigen", "diagonal"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +37,14 @@ class TrainConfig:
       weight_decay: AdamW's decay of all trained leaves towards zero.
       clip_norm: the largest Euclidean norm of a task's gradient; None for any.
       linearized: train the tangent-space model instead of the network.
-      penalty: the mode of the τJp penalty, see `tau_jp.draw`; None for no penalty.
+      penalty: the mode of the τJp penalty, see `tau_jp.draw`; or the form of the
+        curvature that stands for the other tasks' samples, see `jaxarith.curvature`,
+        which serves ordinary training too; None for no penalty.
       penalty_coef: the penalty's weight λ (Yoshida et al. 2025: 0.1 with power 1).
-      penalty_power: 1 (the code of Yoshida et al.) or 2 (as they print it).
-      penalty_batch_size: penalty samples per step; in strict mode per other task.
+      penalty_power: of τJp, 1 (the code of Yoshida et al.) or 2 (as they print it).
+      penalty_batch_size: samples of τJp per step; in strict mode per other task.
+      penalty_every: the penalty of curvature acts on every so many steps, so many times
+        as strong.
       trained: pattern of the paths that are trained; the rest is frozen.
       product_dtype: dtype that the operands of tangent products are rounded to, such
         as "bfloat16" on accelerators; None leaves them as they are.
@@ -59,10 +65,11 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
     linearized: bool = False
-    penalty: tau_jp.Mode | None = None
+    penalty: tau_jp.Mode | Form | None = None
     penalty_coef: float = 0.1
     penalty_power: tau_jp.Power = 1
     penalty_batch_size: int = 16
+    penalty_every: int = 1
     trained: str = ".*"
     product_dtype: ProductDtype | None = None
     tasks_at_once: int = 1
@@ -70,13 +77,22 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.penalty is not None and self.penalty not in tau_jp.MODES:
+        if self.penalty not in (None, *tau_jp.MODES, *get_args(Form)):
             raise ValueError(
-                f"unknown penalty mode {self.penalty!r}; the modes are "
-                f"{', '.join(tau_jp.MODES)}."
+                f"unknown penalty {self.penalty!r}; the modes of τJp are "
+                f"{', '.join(tau_jp.MODES)}, the forms of curvature "
+                f"{', '.join(get_args(Form))}."
             )
-        if self.penalty is not None and not self.linearized:
-            raise ValueError("the τJp penalty needs linearized=True.")
+        if self.tau_jp_mode is not None and not self.linearized:
+            raise ValueError(
+                "the τJp penalty needs linearized=True. The penalty of curvature, "
+                'penalty="kronecker", does not.'
+            )
+        if self.penalty_every > 1 and self.form is None:
+            raise ValueError(
+                f"penalty_every is {self.penalty_every}, and penalty {self.penalty!r}; "
+                f"it is for curvature: {', '.join(get_args(Form))}."
+            )
         if self.product_dtype is not None and not self.linearized:
             raise ValueError(
                 "product_dtype rounds tangent products; it needs linearized=True."
@@ -86,8 +102,8 @@ class TrainConfig:
                 f"product_dtype is {self.product_dtype!r}; it is "
                 f"{', '.join(get_args(ProductDtype))} or None."
             )
-        sizes = ("steps", "batch_size", "penalty_batch_size", "tasks_at_once")
-        for name in (*sizes, "micro_batches"):
+        sizes = ("steps", "batch_size", "penalty_batch_size", "penalty_every")
+        for name in (*sizes, "tasks_at_once", "micro_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; at least 1 is needed."
@@ -105,6 +121,16 @@ class TrainConfig:
                 "must be shorter than the training. Leave warmup_steps out for a tenth "
                 "of the steps."
             )
+
+    @property
+    def tau_jp_mode(self) -> tau_jp.Mode | None:
+        """The mode of the τJp penalty, which reads samples of other tasks, if any."""
+        return cast(tau_jp.Mode, self.penalty) if self.penalty in tau_jp.MODES else None
+
+    @property
+    def form(self) -> Form | None:
+        """The form of the penalty of curvature, if any."""
+        return cast(Form, self.penalty) if self.penalty in get_args(Form) else None
 
     @property
     def warmup(self) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from jaxarith import fingerprint, report, sharding, tree
 from jaxarith.batches import fields_of
+from jaxarith.curvature import Curvature, EigenFactors, check_base
 from jaxarith.data import pipeline
 from jaxarith.sharding import processes
 from jaxarith.train import checkpoint, interrupts
@@ -46,6 +48,7 @@ def fine_tune(
     constants: Tree = None,
     inputs: Sequence[str] = ("image",),
     penalty_mask: str | None = None,
+    curvature: Curvature | Sequence[Curvature] | None = None,
     log: Path | None = None,
     mesh: Mesh | None = None,
     checkpoints: Path | None = None,
@@ -76,6 +79,9 @@ def fine_tune(
         samples, `[B, S]`, that is 0 where a token is padding, such as
         "attention_mask". The penalty is the mean over the other tokens; without it,
         over all.
+      curvature: what the task vectors must not disturb, for a penalty that is a form of
+        curvature: what `curvature.merge` gives, the same for all tasks, or one for each
+        task, as `curvature.others` gives them.
       log: a file that gets one JSON line per step: step, learning rate, samples per
         second, and loss (and penalty) and norm of the gradient by task.
       mesh: the devices, see `sharding`; by default one.
@@ -112,8 +118,9 @@ def fine_tune(
         Of several processes only SIGTERM is noted.
       ValueError: `batches` is not `config.steps` long, the first batch lacks a field of
         `inputs` or is of another number of tasks than `names` or `constants`, `trained`
-        matches no leaf, the mesh cannot share tasks or samples equally, or the
-        checkpoints are of another run: of another recipe, start or other data.
+        matches no leaf, the mesh cannot share tasks or samples equally, the curvature
+        is not of `config.penalty`'s form or of other parameters, or the checkpoints
+        are of another run: of another recipe, start or other data.
 
     Example:
       >>> from jaxarith import losses, train
@@ -150,6 +157,7 @@ def fine_tune(
     state = init_state(params_0, config, len(names), mesh, start, optimizer)
     objective_fn = objective(apply_fn, loss_fn, config, inputs, penalty_mask, mesh)
     step = make_step(objective_fn, config, mesh, optimizer)
+    measured = _curvature(curvature, config, params_0, len(names), mesh)
     one_by_one = _one_by_one(mesh)
     leaves = list(tree.flatten(state[0]))
     learning_rate = schedule(config)
@@ -163,6 +171,9 @@ def fine_tune(
                 identity["start"] = fingerprint.combined(list(start))
             if optimizer is not None:
                 identity["optimizer"] = "given"
+            if curvature is not None:
+                parts = [jax.tree.leaves(part) for part in measured]
+                identity["curvature"] = fingerprint.combined(parts)
             # Data are read only where a run goes on or is saved.
             saved = stack.enter_context(
                 checkpoint.Checkpoints(
@@ -220,7 +231,8 @@ def fine_tune(
             if number == first:
                 _check_batch(batch, inputs, names, mesh)
             batch = sharding.from_local_rows(batch, mesh)
-            state, metrics = step(state, params_0, batch, constants)
+            now = measured if number % config.penalty_every == 0 else (None, None)
+            state, metrics = step(state, params_0, batch, constants, *now)
             if pending:  # read the step before while the device computes this one
                 record(*pending)
             pending, done = (number, metrics), number + 1
@@ -287,6 +299,8 @@ def _identity(config, names, params_0, constants):
     options = dataclasses.asdict(config) | {"warmup_steps": config.warmup}
     # How a step is computed, not what: other devices may want it otherwise.
     del options["tasks_at_once"], options["micro_batches"]
+    if config.penalty_every == 1:  # runs that are older than the option go on
+        del options["penalty_every"]
     return {
         "train": options,
         "tasks": list(names),
@@ -322,7 +336,49 @@ def _one_by_one(mesh):
 
 def _title(config):
     kind = "linearised" if config.linearized else "ordinary"
+    if config.form:
+        return f"{kind} + curvature ({config.form})"
     return f"{kind} + {config.penalty} τJp" if config.penalty else kind
+
+
+def _curvature(given, config, params_0, tasks, mesh):
+    """The curvature that all tasks share, and that of each with a task axis."""
+    if (given is None) != (config.form is None):
+        raise ValueError(
+            f"penalty is {config.penalty!r} and curvature is "
+            f"{'not ' if given is None else ''}given. A penalty of kronecker, eigen or "
+            "diagonal needs it, and no other reads it."
+        )
+    if given is None:
+        return None, None
+    parts = [given] if isinstance(given, Curvature) else list(given)
+    for number, part in enumerate(parts):
+        if number == 0 or part.base != parts[0].base:
+            check_base(part, params_0)
+        if (form := _form(part)) != config.form:
+            raise ValueError(
+                f"the curvature is of the form {form!r} and penalty is "
+                f"{config.penalty!r}; set penalty={form!r}."
+            )
+    if isinstance(given, Curvature):
+        return sharding.shard(given, mesh), None
+    if len(parts) != tasks:
+        raise ValueError(
+            f"{len(parts)} curvatures for {tasks} tasks; give one for each task, as "
+            "curvature.others does, or one for all."
+        )
+    return None, sharding.shard(_stacked(*parts), mesh, tasks=True)
+
+
+@jax.jit
+def _stacked(*parts):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+
+
+def _form(part):
+    if isinstance(part, EigenFactors):
+        return "eigen"
+    return "kronecker" if part.layers else "diagonal"
 
 
 def _check_finite(metrics, norms, number, names, leaves):

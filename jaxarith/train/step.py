@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxarith import sharding, tangent, task_vectors, tau_jp, tree
+from jaxarith import curvature, sharding, tangent, task_vectors, tau_jp, tree
 from jaxarith.train.config import TrainConfig, optimizer
 from jaxarith.typing import ApplyFn, LossFn, Params, Tree
 
@@ -47,7 +47,7 @@ def objective(
     def total(tau, params_0, batch, constants):
         task_inputs = tuple(batch[name] for name in inputs)
         penalty = 0.0
-        if config.penalty:
+        if config.tau_jp_mode:
             others = batch["penalty"]
             if penalty_mask is not None and penalty_mask not in others:
                 raise ValueError(
@@ -78,7 +78,7 @@ def objective(
             outputs = apply_fn(task_vectors.apply(params_0, tau), *task_inputs)
         loss = loss_fn(outputs, batch, constants)
         metrics: dict[str, Any] = {"loss": loss}
-        if config.penalty:
+        if config.tau_jp_mode:
             metrics["penalty"] = penalty
         return loss + config.penalty_coef * penalty, metrics
 
@@ -100,11 +100,14 @@ def make_step(
       optimizer: as for `fine_tune`.
 
     Returns:
-      `step(state, params_0, batch, constants) -> (state, metrics)`. `state` is
-      `(taus, opt_state)`; it, `batch` and `constants` have a leading task axis, and so
-      have the metrics: what the objective reports, `[T]`, and `"gradient_norms"`,
-      `[T, L]`, of the L trained leaves in the order of `tree.flatten`. The state that
-      is passed in is given up: its buffers are reused.
+      `step(state, params_0, batch, constants, shared, own) -> (state, metrics)`.
+      `state` is `(taus, opt_state)`; it, `batch` and `constants` have a leading task
+      axis, and so have the metrics: what the objective reports, `[T]`, and
+      `"gradient_norms"`, `[T, L]`, of the L trained leaves in the order of
+      `tree.flatten`. The state that is passed in is given up: its buffers are reused.
+      `shared` is the curvature that all tasks are penalised by, `own` that of each
+      task, with a task axis; by default there is none. Its penalty is computed once,
+      not with every micro-batch.
     """
     mesh = mesh or sharding.one_device()
     update = _given_or_papers(optimizer, config).update
@@ -128,9 +131,18 @@ def make_step(
         total, _ = jax.lax.scan(add, zeros, parts)
         return jax.tree.map(lambda leaf: leaf / config.micro_batches, total)
 
-    def task_step(params_0, state, batch, constants):
+    def penalised(tau, grads, metrics, measured):
+        value, slopes = jax.value_and_grad(curvature.penalty)(tau, measured)
+        weight = config.penalty_coef * config.penalty_every
+        grads = jax.tree.map(lambda g, slope: g + weight * slope, grads, slopes)
+        return sharding.pin(grads, mesh), metrics | {"penalty": value}
+
+    def task_step(params_0, shared, state, batch, constants, own):
         tau, opt_state = state
         grads, metrics = gradient(tau, params_0, batch, constants)
+        measured = own if shared is None else shared
+        if measured is not None:
+            grads, metrics = penalised(tau, grads, metrics, measured)
         norms = [optax.tree.norm(leaf) for leaf in jax.tree.leaves(grads)]
         metrics["gradient_norms"] = jnp.stack(norms)
         start = tree.restrict(params_0, tree.flatten(tau))
@@ -138,27 +150,27 @@ def make_step(
         updates, opt_state = update(grads, opt_state, params)
         return (optax.apply_updates(tau, updates), opt_state), metrics
 
-    def own_tasks(state, params_0, batch, constants):
+    def own_tasks(state, params_0, batch, constants, shared, own):
         return jax.lax.map(
-            lambda task: task_step(params_0, *task),
-            (state, batch, constants),
+            lambda task: task_step(params_0, shared, *task),
+            (state, batch, constants, own),
             # `map` of one at a time is a loop; in batches of one it would be a `vmap`.
             batch_size=config.tasks_at_once if config.tasks_at_once > 1 else None,
         )
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, params_0, batch, constants):
+    def step(state, params_0, batch, constants, shared=None, own=None):
         all_tasks = own_tasks
         if mesh.shape["task"] > 1:
             all_tasks = jax.shard_map(
                 own_tasks,
                 mesh=mesh,
-                in_specs=(P("task"), P(), P("task"), P("task")),
+                in_specs=(P("task"), P(), P("task"), P("task"), P(), P("task")),
                 out_specs=P("task"),
                 axis_names={"task"},
                 check_vma=False,
             )
-        state, metrics = all_tasks(state, params_0, batch, constants)
+        state, metrics = all_tasks(state, params_0, batch, constants, shared, own)
         # Not pinned, the state might come out elsewhere, and every step be compiled.
         return sharding.pin(state, mesh, tasks=True), sharding.constrain(
             metrics, mesh, P()

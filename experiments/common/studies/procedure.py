@@ -34,8 +34,8 @@ def run(
     """
     mesh = runs.start(config)
     recipes = {
-        method: training.recipe_of(config, method, mode)
-        for method, mode in methods(config).items()
+        method: training.recipe_of(config, method, penalty)
+        for method, penalty in methods(config).items()
     }
     _say(plan(config), estimate)
     seconds: dict[str, float] = {}
@@ -53,8 +53,12 @@ def run(
         for method, recipe in recipes.items():
             recipe = dataclasses.replace(recipe, trained=study.trained)
             new = not training.is_trained(study, method)
+            measured = None
+            if recipe.form and new:
+                with _timed(seconds, "curvature"):
+                    measured = training.curvature_of(study)
             with _timed(seconds, f"train_{method}"):
-                taus[method] = training.fine_tune(study, method, recipe)
+                taus[method] = training.fine_tune(study, method, recipe, measured)
             if method == "nonlinear" and new and not config.smoke:
                 left = seconds["train_nonlinear"] * work_left(study, recipes)
                 _say(f"At the pace of this training about {left:.0f} s are left.")
@@ -113,14 +117,14 @@ def work_left(study: Study, recipes: dict[str, train.TrainConfig]) -> float:
 
     Counted in samples that pass through the network forward: an ordinary step passes
     each once forward and once backward, at the price of three, and a linearised one
-    takes five. Merging and compilation are left out.
+    takes five. Merging, curvature and compilation are left out.
     """
     tasks = len(study.names)
 
     def training_passes(recipe):
         samples = recipe.batch_size
-        if recipe.penalty:
-            others = tasks - 1 if recipe.penalty == "strict" else 1
+        if recipe.tau_jp_mode:
+            others = tasks - 1 if recipe.tau_jp_mode == "strict" else 1
             samples += others * recipe.penalty_batch_size
         return tasks * recipe.steps * samples * (5 if recipe.linearized else 3)
 
@@ -139,9 +143,12 @@ def work_left(study: Study, recipes: dict[str, train.TrainConfig]) -> float:
     return (passes + sum(others)) / first
 
 
-def methods(config: Config) -> dict[str, tau_jp.Mode | None]:
-    """The ways to fine-tune, each with the mode of its τJp penalty."""
-    found: dict[str, tau_jp.Mode | None] = {"nonlinear": None, "linear": None}
+def methods(config: Config) -> dict[str, tau_jp.Mode | train.Form | None]:
+    """The ways to fine-tune, each with its penalty."""
+    found: dict[str, tau_jp.Mode | train.Form | None]
+    found = {"nonlinear": None, "linear": None}
+    if config.curvature:
+        found["curvature"] = "kronecker"
     found.update({f"tau_jp_{mode}": mode for mode in config.modes})
     return found
 

@@ -13,6 +13,7 @@ XI_COEFS = np.linspace(-2, 2, 15)
 NAMES = {
     "nonlinear": "ordinary",
     "linear": "linearised",
+    "curvature": "linearised + curvature",
     "tau_jp_cyclic": "cyclic τJp",
     "tau_jp_mixed": "mixed τJp",
     "tau_jp_strict": "strict τJp",
@@ -131,10 +132,10 @@ def table(rows: list[dict], names: list[str]) -> str:
 
 
 def summary(rows: list[dict]) -> list[str]:
-    """The three figures that matter, a sentence each.
+    """The figures that matter, a sentence each.
 
     Accuracies of the pre-trained model, and of that with the sum of the ordinary
-    vectors and of those of the last method, at coefficient 1 and the searched one.
+    vectors and of those with a penalty, at coefficient 1 and the searched one.
     """
     at = {(r["method"], r["merge"], r["searched"]): r for r in rows}
     normalized = all(r["normalized"] for r in rows)
@@ -146,8 +147,10 @@ def summary(rows: list[dict]) -> list[str]:
         if normalized
         else f"The pre-trained model has an accuracy of {start:.3f}."
     ]
-    last = [r["method"] for r in rows if r["merge"] == "task_arithmetic"][-1]
-    for method in ("nonlinear", last):
+    summed = [
+        r["method"] for r in rows if r["merge"] == "task_arithmetic" and r["searched"]
+    ]
+    for method in (name for name in summed if name != "linear"):
         one = at[method, "task_arithmetic", False]
         best = at[method, "task_arithmetic", True]
         lines.append(

@@ -29,6 +29,9 @@ class Config(runs.Options):
     """A checkpoint: a folder, or an id of the Hugging Face Hub."""
     modes: tuple[tau_jp.Mode, ...] = ("cyclic",)
     """Modes of the τJp penalty, each trained and reported."""
+    curvature: bool = True
+    """Train linearised models with the curvature of the other tasks as well, which
+    takes statistics of their samples in place of the samples."""
     merges: tuple[study_merges.Merge, ...] = study_merges.ALL
     """Merges of the ordinary vectors beside task arithmetic."""
     steps: int = 200
@@ -41,6 +44,13 @@ class Config(runs.Options):
     """Weight of the τJp penalty."""
     penalty_batch_size: int | None = None
     """Its samples per step; an eighth of the batch by default."""
+    curvature_coef: float = 0.05
+    """Weight of the penalty of curvature."""
+    curvature_samples: int = 256
+    """Training samples of a task, the most that its curvature is measured on."""
+    curvature_rank: int = 32
+    """Exact products that a task's curvature keeps of what is between layers; each has
+    the size of a task vector."""
     samples: int | None = None
     """The largest number of samples of a split; all by default."""
     seed: int = 0

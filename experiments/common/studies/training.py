@@ -1,30 +1,35 @@
 """Fine-tuning of all tasks of a study, and the files of their task vectors."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
+import jax
 from tqdm import tqdm
 
 from experiments.common import runs
 from experiments.common.studies.study import Config, Study
-from jaxarith import hub, sharding, tau_jp, train
+from jaxarith import curvature, hub, sharding, tau_jp, train
+from jaxarith.data import pipeline, splits
 from jaxarith.models import heads
 from jaxarith.sharding import processes
 from jaxarith.typing import Source, Tree
 
 
 def recipe_of(
-    config: Config, method: str, mode: tau_jp.Mode | None
+    config: Config, method: str, penalty: tau_jp.Mode | train.Form | None
 ) -> train.TrainConfig:
     """How the vectors of a method are trained; all but `nonlinear` are linearised."""
+    is_form = penalty in get_args(train.Form)
     return train.TrainConfig(
         steps=config.steps,
         warmup_steps=config.steps // 10,
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         linearized=method != "nonlinear",
-        penalty=mode,
-        penalty_coef=config.penalty_coef,
+        penalty=penalty,
+        penalty_coef=config.curvature_coef if is_form else config.penalty_coef,
         penalty_batch_size=config.penalty_batch_size or max(config.batch_size // 8, 1),
         seed=config.seed,
     )
@@ -50,11 +55,51 @@ def _files(study, method):
     return [folder / f"{name}.safetensors" for name in study.names]
 
 
-def fine_tune(study: Study, method: str, recipe: train.TrainConfig) -> list[Tree]:
+def curvature_of(study: Study) -> list[curvature.Factors]:
+    """For each task the curvature of all others, measured on their training samples."""
+    config, found = study.config, []
+    progress = tqdm(study.sources, desc="curvature", unit="task")
+    for number, source in enumerate(progress):
+        order = splits.torch_permutation(len(source), config.seed)
+        samples = [source[int(i)] for i in order[: config.curvature_samples]]
+        found.append(
+            curvature.collect(
+                study.apply_fn,
+                study.params_0,
+                pipeline.evaluation_batches(samples, 64),
+                inputs=study.inputs,
+                select=study.trained,
+                joint=True,
+                rank=config.curvature_rank,
+                key=jax.random.fold_in(jax.random.key(config.seed), number),
+                chunk=32,
+                mesh=study.mesh,
+            )
+        )
+    merged = curvature.others(found)
+    return (
+        [curvature.calibrate(one) for one in merged]
+        if config.curvature_rank
+        else merged
+    )
+
+
+def fine_tune(
+    study: Study,
+    method: str,
+    recipe: train.TrainConfig,
+    measured: Sequence[curvature.Curvature] | None = None,
+) -> list[Tree]:
     """Trains the task vectors of a method, all tasks at once, and saves them.
 
     With --resume those that a run has saved before are not trained again, and a run
     that was stopped goes on from its last checkpoint.
+
+    Args:
+      study: the study.
+      method: its name, which the files have.
+      recipe: how it is trained.
+      measured: for each task the curvature of the others, for a recipe that needs it.
     """
     config, files = study.config, _files(study, method)
     folder = runs.vectors(config) / method
@@ -72,6 +117,7 @@ def fine_tune(study: Study, method: str, recipe: train.TrainConfig) -> list[Tree
         names=study.names,
         constants=heads.pad([dataset.head for dataset in study.test]),
         inputs=study.inputs,
+        curvature=measured,
         log=config.out / f"train_{method}.jsonl",
         mesh=study.mesh,
         checkpoints=checkpoints if config.save_every else None,

@@ -23,7 +23,7 @@ class Config(studies.Config):
     """Folder of a CLIP checkpoint; the embedded tiny one by default."""
     tasks: tuple[str, ...] = small_tasks.NAMES
     """The tasks, in order; in a smoke run about three of them."""
-    steps: int = 150
+    steps: int = 120
     """Optimizer steps of every training."""
     save_every: int = 0
     """Steps from one checkpoint to the next; 0: none. A run that is stopped trains the

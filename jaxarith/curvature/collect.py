@@ -1,0 +1,260 @@
+r"""The curvature of a task from its inputs: one pass, no labels.
+
+With features f `[C]` of a sample and a probe v of :math:`E[vv^\top] = I`, the vector
+:math:`u = J^\top v` has :math:`E[uu^\top] = J^\top J`. Its part in a linear layer with
+inputs a `[R, in]` by token, and gradients g `[R, out]` in the outputs, is the matrix
+:math:`a^\top g`. `Sharing` says how Kronecker factors treat the tokens:
+
+`whole` (ours): A is the mean of :math:`a^\top g\,g^\top a`, B that of
+:math:`g^\top a\,a^\top g`, and d their common trace. No token is taken for independent
+of another, the trace is that of the exact block, and factors of the union of two sets
+are exactly the mean of theirs. It is a step of the power iteration to the nearest
+Kronecker product of the block, as in Morwani et al. A New Perspective on Shampoo's
+Preconditioner. 2024. arXiv:2406.17748.
+
+`expand`, `reduce`: Eschenhagen, Immer, Turner, Schneider, Hennig. Kronecker-Factored
+Approximate Curvature for Modern Neural Network Architectures. NeurIPS 2023.
+arXiv:2311.00636. Tokens are independent samples, or a sample is the mean of its tokens.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxarith import fingerprint, tree
+from jaxarith.curvature import layers as linear
+from jaxarith.curvature.factors import EigenFactors, Factors, check_base
+from jaxarith.curvature.passes import Plan, Statistics, averages, first_sample
+from jaxarith.typing import ApplyFn, Params
+
+Sharing = Literal["whole", "expand", "reduce"]
+
+
+def collect(
+    apply_fn: ApplyFn,
+    params_0: Params,
+    batches: Sequence[dict],
+    *,
+    inputs: Sequence[str] = ("image",),
+    sharing: Sharing | None = "whole",
+    probes: int | None = 1,
+    key: jax.Array | None = None,
+    select: str = ".*",
+    joint: bool = False,
+    full_up_to: int = 0,
+    rank: int = 0,
+    token_mask: str | Callable[[str], str | None] | None = None,
+    penalty_mask: str | None = None,
+    chunk: int = 8,
+    mesh: Mesh | None = None,
+) -> Factors:
+    r"""The factors of :math:`E_x[J(x)^\top J(x)]` at `params_0`, for the penalty.
+
+    One compiled pass, forward and backward, over unlabelled samples. A few hundred are
+    enough. Leaves of other than linear layers, and models that are no Linen modules,
+    have a diagonal.
+
+    Args:
+      apply_fn: `apply_fn(params, *inputs) -> features`, one array with the sample as
+        its first axis: what τJp would take the norm of. To measure normalised features,
+        pass a function that normalises them.
+      params_0: the parameters at which the model is linearised.
+      batches: dicts of arrays `[B, ...]`, with a `mask`, `bool[B]`, that is False for
+        padding; all rows count by default.
+      inputs: the fields of a batch that are passed to `apply_fn`, in order.
+      sharing: how the tokens of a sample share a layer, see above; None for the
+        diagonal of every leaf, without factors.
+      probes: random probes for each sample, averaged; None for the exact sum, with a
+        backward pass for each number in the features.
+      key: random key of the probes, which depend on it and on the place of the sample
+        alone. None is right only without probes.
+      select: pattern of the whole paths of leaves that are measured.
+      joint: measure layers that read the same array, as queries, keys and values do,
+        as one layer with the kernels side by side: what is between them counts too.
+      full_up_to: leaves of other than linear layers with at most so many entries get
+        their full block instead of a diagonal.
+      rank: how many exact products keep what is between layers, see `sketch`; each has
+        the size of a task vector.
+      token_mask: a field `[B, S]` of the batches, such as `attention_mask`, that is
+        true where a token counts, or a function from the path of a kernel to the
+        field's name or None. `expand` and `reduce` need it where batches have padding;
+        in `whole`, tokens that move no features count for nothing.
+      penalty_mask: for features by token, `[B, S, D]`: the field that is 0 where a
+        token is padding. G is the mean over the other tokens; without it, over all.
+      chunk: how many samples are differentiated at once. Each needs the memory of its
+        activations, and of a copy of the leaves that have no factors.
+      mesh: the devices that share every batch, see `sharding`; by default those that
+        the parameters are on.
+
+    Returns:
+      `Factors`, in float32 or better. Everything is a mean: over samples, probes, and
+      tokens of the features. They lie on all devices of the mesh.
+
+    Raises:
+      ValueError: no real sample, no leaf that matches, no key for probes, features that
+        are not one array by sample, or a linear layer inside `nn.remat`, `nn.scan` or a
+        `jit` of the model's own.
+
+    Example:
+      >>> apply_fn = lambda params, x: x @ params["w"]
+      >>> batch = {"image": np.float32([[3.0, 4.0]])}
+      >>> found = collect(
+      ...     apply_fn, {"w": np.zeros((2, 1), "f4")}, [batch], probes=None
+      ... )
+      >>> print(found.diagonal["w"].T)
+      [[ 9. 16.]]
+    """
+    if sharing not in (None, *get_args(Sharing)):
+        raise ValueError(
+            f"sharing is {sharing!r}; it is {', '.join(get_args(Sharing))} or None."
+        )
+    one = first_sample(batches, inputs)
+    leaves = _selected(params_0, select)
+    paths = [] if sharing is None else list(leaves)
+    seen_layers = linear.layers_of(apply_fn, params_0, one, paths, joint)
+    covered = {p for layer in seen_layers for p in (*layer.kernels, *layer.biases)}
+    others = [path for path in leaves if path not in covered]
+    field = token_mask if callable(token_mask) else lambda path: token_mask
+    named = [(layer.name, field(layer.kernels[0])) for layer in seen_layers]
+    plan = Plan(
+        layers=seen_layers,
+        full=tuple(p for p in others if np.size(leaves[p]) <= full_up_to),
+        diagonal=tuple(p for p in others if np.size(leaves[p]) > full_up_to),
+        statistics=_GRAMS[sharing or "whole"],
+        probes=probes,
+        chunk=chunk,
+        tokens=tuple((name, value) for name, value in named if value is not None),
+        penalty_mask=penalty_mask,
+        rank=rank,
+    )
+    means = averages(apply_fn, params_0, batches, plan, inputs, key, mesh)
+    layer_means = means["layers"]
+    names = [layer.name for layer in plan.layers]
+    return Factors(
+        layers=plan.layers,
+        base=fingerprint.combined(params_0),
+        inputs={name: layer_means[name]["inputs"][None] for name in names},
+        outputs={name: layer_means[name]["outputs"][None] for name in names},
+        divisors={name: layer_means[name]["divisors"][None] for name in names},
+        full=means["full"],
+        diagonal=means["diagonal"],
+        sketch=means["sketch"],
+        samples=means["samples"],
+    )
+
+
+def _selected(params_0, select):
+    leaves = tree.flatten(tree.select(tree.floating(params_0), select))
+    if not leaves:
+        raise ValueError(f"no floating-point leaf has a path that matches {select!r}.")
+    return leaves
+
+
+def _whole(basis, a, g, counted):
+    of_g, of_a = _products(g, g), _products(a, a)  # [B, R, R]
+    return {
+        "inputs": _gram(a, jnp.matmul(of_g, a, precision="highest")),
+        "outputs": _gram(g, jnp.matmul(of_a, g, precision="highest")),
+        "divisors": jnp.sum(of_g * of_a),
+    }
+
+
+def _expand(basis, a, g, counted):
+    return {
+        "inputs": _gram(a, a),
+        "outputs": _gram(g, g),
+        "divisors": jnp.sum(counted, dtype=a.dtype),
+    }
+
+
+def _reduce(basis, a, g, counted):
+    tokens = jnp.sum(counted, axis=1, dtype=a.dtype)
+    mean = a.sum(axis=1) / jnp.maximum(tokens, 1)[:, None]
+    total = g.sum(axis=1)
+    return {
+        "inputs": _gram(mean, mean),
+        "outputs": _gram(total, total),
+        "divisors": jnp.sum(tokens > 0, dtype=a.dtype),
+    }
+
+
+_GRAMS: dict[Sharing, Statistics] = {
+    "whole": _whole,
+    "expand": _expand,
+    "reduce": _reduce,
+}
+
+
+def _rotated(basis, a, g, counted):
+    """The squared entries of aᵀg in a basis, `[in, out]`."""
+    u_a, u_b = basis
+    a = jnp.matmul(a, u_a, precision="highest")
+    g = jnp.matmul(g, u_b, precision="highest")
+    moved = jnp.einsum("bri,bro->bio", a, g, precision="highest")
+    return {"eigenvalues": jnp.sum(moved**2, axis=0)}
+
+
+def _products(x, y):
+    """All inner products of the rows of x and y `[B, R, D]`: `[B, R, R]`."""
+    return jnp.einsum("bri,bsi->brs", x, y, precision="highest")
+
+
+def _gram(x, y):
+    """The sum of x yᵀ over all rows of `[..., D]` and `[..., E]`: `[D, E]`."""
+    rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    return jnp.matmul(rows[0].T, rows[1], precision="highest")
+
+
+def correct(
+    apply_fn: ApplyFn,
+    params_0: Params,
+    batches: Sequence[dict],
+    factors: EigenFactors,
+    *,
+    inputs: Sequence[str] = ("image",),
+    probes: int | None = 1,
+    key: jax.Array | None = None,
+    penalty_mask: str | None = None,
+    chunk: int = 8,
+    mesh: Mesh | None = None,
+) -> EigenFactors:
+    r"""The exact diagonal of the curvature in a given eigenbasis: EK-FAC.
+
+    :math:`S_{ij} = E\,(U_A^\top a^\top g\,U_B)_{ij}^2`. Tasks that are measured in one
+    basis, that of their merged factors, have eigenvalues that add exactly.
+
+    Args:
+      apply_fn, params_0, batches, inputs, probes, key, penalty_mask, chunk, mesh: as
+        for `collect`. A chunk needs a matrix of every layer for each sample.
+      factors: what `eigen` gives.
+
+    Returns:
+      `factors` with the eigenvalues of these samples; the rest stays.
+
+    Raises:
+      ValueError: as for `collect`; or the factors are of other parameters.
+    """
+    check_base(factors, params_0)
+
+    plan = Plan(
+        layers=factors.layers,
+        full=(),
+        diagonal=(),
+        statistics=_rotated,
+        probes=probes,
+        chunk=chunk,
+        tokens=(),
+        penalty_mask=penalty_mask,
+    )
+    bases = {
+        layer.name: (factors.inputs[layer.name], factors.outputs[layer.name])
+        for layer in factors.layers
+    }
+    means = averages(apply_fn, params_0, batches, plan, inputs, key, mesh, bases)
+    values = {name: found["eigenvalues"] for name, found in means["layers"].items()}
+    return dataclasses.replace(factors, eigenvalues=values, samples=means["samples"])

@@ -1,0 +1,335 @@
+"""One pass over samples that averages statistics of their Jacobians' products.
+
+A probe v makes of the Jacobian J of a sample the vector Jᵀv. `averages` computes it for
+every sample by one backward pass, in the parts that factors are made of, and adds up.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxarith import sharding, tree
+from jaxarith.batches import fields_of, mask_of
+from jaxarith.curvature import layers as linear
+from jaxarith.curvature import matrices, sketch
+from jaxarith.curvature.matrices import Layer
+from jaxarith.typing import ApplyFn, Params
+
+# Sums over samples, by name, of `(basis, a, g, counted)`: the inputs `[B, R, in (+ 1)]`
+# of a layer, the gradients `[B, R, out]` in its outputs, and which tokens count,
+# `bool[B, R]`. What does not count is zero in a and g.
+Statistics = Callable[[Any, jax.Array, jax.Array, jax.Array], dict[str, jax.Array]]
+
+
+class Plan(NamedTuple):
+    """What a pass measures; hashable, for `jit`.
+
+    Attributes:
+      layers: the layers that `statistics` are taken of.
+      full, diagonal: the paths of other leaves.
+      statistics: a function of one layer.
+      probes: random probes for each sample; None for one of each direction.
+      chunk: samples that are differentiated at once.
+      tokens: pairs of a layer's name and the field of a batch that is true where a
+        token counts.
+      penalty_mask: the field that is 0 where a token of the features is padding.
+      rank: how many rows the sketch of all leaves has; 0 for none.
+    """
+
+    layers: tuple[Layer, ...]
+    full: tuple[str, ...]
+    diagonal: tuple[str, ...]
+    statistics: Statistics
+    probes: int | None
+    chunk: int
+    tokens: tuple[tuple[str, str], ...]
+    penalty_mask: str | None
+    rank: int = 0
+
+
+def first_sample(batches: Sequence[dict], inputs: Sequence[str]) -> tuple:
+    """What a model is given of the first sample alone.
+
+    Raises:
+      ValueError: there is no batch, or it lacks a field.
+    """
+    if not len(batches):
+        raise ValueError("there is no batch to measure curvature on; give at least 1.")
+    return tuple(jnp.asarray(x)[:1] for x in fields_of(batches[0], inputs))
+
+
+def averages(
+    apply_fn: ApplyFn,
+    params_0: Params,
+    batches: Sequence[dict],
+    plan: Plan,
+    inputs: Sequence[str],
+    key: jax.Array | None,
+    mesh: Mesh | None,
+    bases: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Means over samples and probes; see `curvature.collect` for the arguments.
+
+    Args:
+      apply_fn, params_0, batches, inputs, key, mesh: as for `collect`.
+      plan: what is measured.
+      bases: what the statistics get for each layer, by its name.
+
+    Returns:
+      `{"layers": {name: statistics}, "full": …, "diagonal": …, "sketch": …,
+      "samples": N}`.
+    """
+    if plan.probes is not None and plan.probes < 1:
+        raise ValueError(f"probes is {plan.probes}; at least 1, or None for all.")
+    if plan.probes is not None and key is None:
+        raise ValueError("random probes need a key: key=jax.random.key(0).")
+    if plan.chunk < 1:
+        raise ValueError(f"chunk is {plan.chunk}; at least 1 is needed.")
+    masks = [mask_of(batch) for batch in batches]
+    count = sum(int(mask.sum()) for mask in masks)
+    if not count:
+        raise ValueError("the batches hold no real sample; give at least one.")
+    mesh = mesh or sharding.mesh_of(params_0)
+    params_0 = sharding.shard(params_0, mesh)  # once, not with every batch
+    fields = {field for _, field in plan.tokens}
+    if plan.penalty_mask is not None:
+        fields.add(plan.penalty_mask)
+    key = jax.random.key(0) if key is None else key
+    sums, rows_kept, place = None, None, 0
+    for batch, mask in zip(batches, masks, strict=True):
+        own = {name: np.asarray(fields_of(batch, [name])[0]) for name in fields}
+        rows = (fields_of(batch, inputs), own, mask, place + np.arange(len(mask)))
+        rows = _in_chunks(rows, plan.chunk, mesh)
+        place += len(mask)
+        try:
+            found, rows_kept = _sums(
+                apply_fn, plan, mesh, params_0, rows, key, bases, rows_kept
+            )
+        except jax.errors.UnexpectedTracerError as error:
+            raise ValueError(
+                "a linear layer is called inside nn.remat, nn.jit or nn.scan, and what "
+                "it computes cannot leave them. Build the model without remat."
+            ) from error
+        sums = found if sums is None else _added(sums, found)
+    means = jax.tree.map(lambda leaf: leaf / count, sums)
+    rows_kept = jax.tree.map(lambda leaf: leaf / count**0.5, rows_kept)
+    return {**means, "sketch": rows_kept, "samples": jnp.asarray(count, jnp.float32)}
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _added(sums, found):
+    return jax.tree.map(jnp.add, sums, found)
+
+
+def _in_chunks(rows, chunk, mesh):
+    """`[B, ...]` to `[n, chunk, ...]`, of every device its own samples.
+
+    The last are filled up with copies that the mask leaves out.
+    """
+    shards = sharding.batch_shards(mesh)
+    size = len(rows[2])
+    chunk = min(chunk, -(-size // shards)) * shards
+    padding = -size % chunk
+
+    def cut(leaf):
+        leaf = np.asarray(leaf)
+        filled = np.concatenate([leaf, np.repeat(leaf[-1:], padding, axis=0)])
+        return filled.reshape(-1, chunk, *leaf.shape[1:])
+
+    inputs, own, mask, places = rows
+    mask = np.concatenate([mask, np.zeros(padding, bool)])
+    return sharding.put(
+        (
+            tuple(map(cut, inputs)),
+            {name: cut(value) for name, value in own.items()},
+            mask.reshape(-1, chunk),
+            cut(places),
+        ),
+        jax.sharding.NamedSharding(mesh, P(None, sharding.BATCH)),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sums(apply_fn, plan, mesh, params_0, rows, key, bases, kept):
+    """The sums over a batch, and the sketch `kept` of the batches before and of it."""
+    chunk = functools.partial(_chunk, apply_fn, plan, params_0, key, bases)
+    first = jax.tree.map(lambda leaf: leaf[0], rows)
+    shapes, of_rows = jax.eval_shape(chunk, first)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    if kept is None:
+        kept = {
+            path: jnp.zeros((plan.rank, *leaf.shape[1:]), leaf.dtype)
+            for path, leaf in of_rows.items()
+        }
+
+    def add(carried, part):
+        total, kept = carried
+        found, new = chunk(part)
+        if plan.rank:
+            kept = sketch.compress(sketch.joined(kept, new), plan.rank)
+        return (jax.tree.map(jnp.add, total, found), kept), None
+
+    found, _ = jax.lax.scan(add, (zeros, kept), rows)
+    return sharding.constrain(found, mesh, P())
+
+
+def _chunk(apply_fn, plan, params_0, key, bases, rows):
+    """The sums over a chunk of samples, each an average over its probes; and Jᵀv.
+
+    The products, `[probes · chunk, ...]` by path, are divided by the root of the number
+    of probes. They are computed where a sketch is wanted.
+    """
+    inputs, fields, mask, places = rows
+    size = len(mask)
+    leaves = tree.flatten(params_0)
+    others = {path: leaves[path] for path in (*plan.full, *plan.diagonal)}
+    wanted = {path for layer in plan.layers for path in layer.kernels}
+
+    def one(taps, others, values):
+        params = tree.update(params_0, others) if others else params_0
+        features, seen = linear.tapped(
+            apply_fn, params, [x[None] for x in values], taps
+        )
+        _check_features(features)
+        return features[0], {p: c for p, c in seen.inputs.items() if p in wanted}
+
+    shapes = jax.eval_shape(
+        lambda p, x: linear.tapped(apply_fn, p, [v[None] for v in x])[1].outputs,
+        params_0,
+        jax.tree.map(lambda x: x[0], inputs),
+    )
+    taps = linear.taps_like({p: calls for p, calls in shapes.items() if p in wanted})
+    # Of every sample its own, so that one pullback has the gradients of each.
+    own = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (size, *jnp.shape(leaf))), (taps, others)
+    )
+    features, pullback, seen = jax.vjp(
+        lambda taps, others: jax.vmap(one)(taps, others, inputs), *own, has_aux=True
+    )
+    weights = _weights(plan, features, fields, mask)
+    layer_inputs = {
+        layer.name: _inputs(plan, layer, seen, leaves, fields, mask)
+        for layer in plan.layers
+    }
+
+    def of_probe(number):
+        found, of_others = pullback(
+            _probe(plan, key, places, number, features, weights)
+        )
+        wide = {p: x.astype(tree.wide_dtype(x)) for p, x in of_others.items()}
+        statistics, rows = {}, dict(wide) if plan.rank else {}
+        for layer in plan.layers:
+            g = _output_gradients(layer, found)
+            a, counted = layer_inputs[layer.name]
+            g = jnp.where(counted[..., None], g, 0).astype(a.dtype)
+            basis = None if bases is None else bases[layer.name]
+            statistics[layer.name] = plan.statistics(basis, a, g, counted)
+            if plan.rank:
+                moved = jnp.einsum("bri,bro->bio", a, g, precision="highest")
+                as_leaves = functools.partial(matrices.leaves, layer, like=leaves)
+                rows.update(jax.vmap(as_leaves)(moved))
+        sums = {
+            "layers": statistics,
+            "full": {path: _block(wide[path]) for path in plan.full},
+            "diagonal": {p: jnp.sum(wide[p] ** 2, axis=0) for p in plan.diagonal},
+        }
+        return sums, rows
+
+    directions = math.prod(features.shape[1:])
+    count = directions if plan.probes is None else plan.probes
+    if count == 1:
+        return of_probe(0)
+    sums, rows = jax.lax.map(of_probe, jnp.arange(count))
+    return (
+        jax.tree.map(lambda leaf: leaf.mean(axis=0), sums),
+        {p: leaf.reshape(-1, *leaf.shape[2:]) / count**0.5 for p, leaf in rows.items()},
+    )
+
+
+def _check_features(features):
+    if not isinstance(features, jax.Array) or features.ndim < 2:
+        raise ValueError(
+            "apply_fn gave outputs that are not one array of features [B, ..., D]. "
+            "Pass a function that returns the array alone."
+        )
+
+
+def _weights(plan, features, fields, mask):
+    """What probes are scaled by, `[B, ...]`: zero for padding, else a mean's root."""
+    positions = features.shape[1:-1]
+    counted = jnp.broadcast_to(
+        mask.reshape(-1, *(1,) * len(positions)), (len(mask), *positions)
+    )
+    if plan.penalty_mask is not None:
+        tokens = fields[plan.penalty_mask] != 0
+        if tokens.shape != counted.shape:
+            raise ValueError(
+                f"the penalty mask {plan.penalty_mask!r} has shape "
+                f"{list(tokens.shape)}; the features need {list(counted.shape)}."
+            )
+        counted = counted & tokens
+    axes = tuple(range(1, counted.ndim))
+    number = jnp.sum(counted, axis=axes, keepdims=True)
+    share = jnp.where(counted, 1 / jnp.maximum(number, 1), 0)
+    return jnp.sqrt(share.astype(jnp.result_type(features, jnp.float32)))[..., None]
+
+
+def _probe(plan, key, places, number, features, weights):
+    """The cotangents of a chunk's features: E[v vᵀ] = weights² over all numbers."""
+    shape = features.shape[1:]
+    if plan.probes is None:
+        size = math.prod(shape)
+        one = jnp.zeros(size, weights.dtype).at[number].set(size**0.5)
+        drawn = one.reshape(shape)[None]
+    else:
+        keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
+        draw = functools.partial(jax.random.normal, shape=shape, dtype=weights.dtype)
+        drawn = jax.vmap(lambda k: draw(jax.random.fold_in(k, number)))(keys)
+    return (drawn * weights).astype(features.dtype)
+
+
+def _inputs(plan, layer, seen, leaves, fields, mask):
+    """Inputs `[B, R, in (+ 1)]` of all calls of a layer, and which tokens count."""
+    dtype = tree.wide_dtype(leaves[layer.kernels[0]])
+    field = dict(plan.tokens).get(layer.name)
+    rows, counted = [], []
+    for call in seen[layer.kernels[0]]:  # [B, 1, ..., in]
+        x = call.reshape(len(mask), -1, call.shape[-1])
+        real = jnp.broadcast_to(mask[:, None], x.shape[:2])
+        if field is not None and call.ndim > 3:
+            tokens = fields[field]
+            if tokens.shape != real.shape:
+                raise ValueError(
+                    f"the input of {layer.name} has {x.shape[1]} tokens and its token "
+                    f"mask {field!r} {tokens.shape[1]}. Let token_mask be a function "
+                    "of the path."
+                )
+            real = real & (tokens != 0)
+        if layer.biases:
+            x = jnp.concatenate([x, jnp.ones((*x.shape[:2], 1), x.dtype)], axis=-1)
+        rows.append(jnp.where(real[..., None], x, 0).astype(dtype))
+        counted.append(real)
+    return jnp.concatenate(rows, axis=1), jnp.concatenate(counted, axis=1)
+
+
+def _output_gradients(layer, found):
+    """Gradients `[B, R, out]` in the outputs of all calls, of joint layers together."""
+
+    def of_kernel(path):
+        calls = [x.reshape(len(x), -1, x.shape[-1]) for x in found[path]]
+        return jnp.concatenate(calls, axis=1)
+
+    return jnp.concatenate([of_kernel(path) for path in layer.kernels], axis=-1)
+
+
+def _block(gradients):
+    """The sum of u uᵀ over samples of gradients `[B, ...]`: `[n, n]`."""
+    rows = gradients.reshape(len(gradients), -1)
+    return jnp.matmul(rows.T, rows, precision="highest")
