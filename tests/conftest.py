@@ -3,6 +3,8 @@
 And the fixtures that many files share.
 """
 
+import functools
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -23,6 +25,10 @@ else:
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 )
+# The default way from fusions to LLVM takes twice as long. Other versions may lack the
+# flag, and a flag that XLA does not know ends the process.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import hypothesis
 import jax
@@ -65,6 +71,30 @@ def _fewer_programs():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def default_emitters():
+    """Fusions compiled as XLA does by default, for programs whose bits are compared."""
+    if "xla_cpu_use_fusion_emitters" not in os.environ["XLA_FLAGS"]:
+        yield
+        return
+    from jax._src import compiler  # of the one version that has the flag
+
+    options = functools.partial(
+        compiler.get_compile_options,
+        env_options_overrides={"xla_cpu_use_fusion_emitters": True},
+    )
+
+    def with_default(*args, env_options_overrides=None, **others):
+        assert not env_options_overrides
+        return options(*args, **others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", with_default)
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
 
 
 @pytest.fixture

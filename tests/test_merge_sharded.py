@@ -15,7 +15,7 @@ from jaxarith import merge, task_vectors, tree
 from jaxarith.merge import _leaves, mergekit
 from jaxarith.merge.bases_arithmetic import similarities
 
-pytestmark = pytest.mark.devices
+pytestmark = [pytest.mark.devices, pytest.mark.usefixtures("default_emitters")]
 
 # Options that add up what the defaults of a method do not.
 OPTIONS = {

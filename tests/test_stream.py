@@ -11,6 +11,8 @@ import pytest
 
 from jaxarith import hub, merge, stream, task_vectors, tree
 
+pytestmark = pytest.mark.usefixtures("default_emitters")
+
 KEY = jax.random.key(3)
 METHODS = {
     "average": functools.partial(merge.average, weights=[1, 2, 3]),
