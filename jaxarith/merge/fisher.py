@@ -148,7 +148,7 @@ def fisher_diagonal(
 
     Example:
       >>> apply_fn = lambda params, x: x @ params["w"]
-      >>> batch = {"image": jnp.array([[2.0]]), "mask": np.array([True])}
+      >>> batch = {"image": jnp.array([[2.0]]), "mask": [True]}
       >>> print(fisher_diagonal(apply_fn, {"w": jnp.zeros((1, 2))}, [batch])["w"])
       [[1. 1.]]
     """
