@@ -53,3 +53,9 @@ class Source(Protocol):
 
 LossFn: TypeAlias = Callable[[Any, dict, Any], jax.Array]
 """`loss(outputs, batch, constants) -> scalar`; constants: what a task keeps fixed."""
+
+
+class Quadratic(Protocol):
+    """A quadratic form of a task vector, such as `jaxarith.curvature` measures."""
+
+    def product(self, tau: Params, /) -> Params: ...

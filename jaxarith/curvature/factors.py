@@ -68,7 +68,7 @@ class Factors:
     sketch: dict[str, jax.Array]
     samples: jax.Array
 
-    def product(self, tau: Params) -> Params:
+    def product(self, tau: Params, /) -> Params:
         """The product with a task vector; see `curvature.product`."""
 
         def of_layer(name, w):
@@ -124,7 +124,7 @@ class EigenFactors:
     sketch: dict[str, jax.Array]
     samples: jax.Array
 
-    def product(self, tau: Params) -> Params:
+    def product(self, tau: Params, /) -> Params:
         """The product with a task vector; see `curvature.product`."""
 
         def of_layer(name, w):

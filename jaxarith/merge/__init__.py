@@ -20,6 +20,7 @@ from jaxarith.merge.bases_arithmetic import bases_generalization as bases_genera
 from jaxarith.merge.bases_arithmetic import bases_negation as bases_negation
 from jaxarith.merge.breadcrumbs import breadcrumbs as breadcrumbs
 from jaxarith.merge.consensus import consensus as consensus
+from jaxarith.merge.curvature import curvature as curvature
 from jaxarith.merge.dare import dare as dare
 from jaxarith.merge.della import della as della
 from jaxarith.merge.della import magprune as magprune

@@ -28,6 +28,7 @@ from jaxarith.merge.awd import awd
 from jaxarith.merge.bases import bases, basis_vectors
 from jaxarith.merge.breadcrumbs import breadcrumbs
 from jaxarith.merge.consensus import consensus
+from jaxarith.merge.curvature import curvature
 from jaxarith.merge.dare import dare
 from jaxarith.merge.della import della
 from jaxarith.merge.emr import emr, emr_masks
@@ -269,6 +270,12 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             cost="half as many passes over the samples as layers",
             data="unlabelled samples",
             coef=None,
+        ),
+        "curvature": Method(
+            function=curvature,
+            paper="ours, after Tam et al. 2024",
+            cost="2; 100 products with T curvatures",
+            data="curvature of every task at the pre-trained model",
         ),
         "adamerging": Method(
             function=adamerging,
