@@ -151,6 +151,17 @@ def test_neither_a_merge_nor_save_replaces_what_is_no_models(family, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["config.json", "thesis.c"]
 
 
+def test_what_save_copied_may_be_replaced_by_save(models, tmp_path):
+    source = tmp_path / "base"
+    for name in ("table.csv", "additional_chat_templates/tool.jinja"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).touch()
+    for _ in range(2):
+        params = {"a": np.ones(2)}
+        hub.save(tmp_path / "out", params, {}, copy_from=source, overwrite=True)
+    assert (tmp_path / "out" / "table.csv").exists()
+
+
 def test_folders_made_for_a_merge_that_fails_go(family, tmp_path):
     def failing(params_0, taus):
         raise RuntimeError

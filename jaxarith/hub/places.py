@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from jaxarith import files, report
@@ -35,7 +35,10 @@ _MODEL = frozenset(
 
 
 def check_out(
-    out: str | os.PathLike, overwrite: bool, inputs: Iterable[str | os.PathLike] = ()
+    out: str | os.PathLike,
+    overwrite: bool,
+    inputs: Iterable[str | os.PathLike] = (),
+    copied: Collection[str] = (),
 ) -> Path:
     """The real path of a new folder.
 
@@ -44,6 +47,7 @@ def check_out(
       overwrite: whether it may replace one that exists.
       inputs: folders and files that are read and must stay, as must what their links
         lead to.
+      copied: names of files that are written there, which it may hold from before.
 
     Raises:
       FileExistsError: the folder exists, and is not to be replaced.
@@ -69,7 +73,7 @@ def check_out(
                 raise ValueError(
                     f"{out} holds {file}, which is read; name another folder."
                 )
-    _check_model(out)
+    _check_model(out, copied)
     return real
 
 
@@ -80,7 +84,7 @@ def _holds_current(folder):
         return False
 
 
-def _check_model(out):
+def _check_model(out, copied):
     """Raises a ValueError if a folder is neither empty nor a model's."""
     entries = list(out.iterdir())
     if entries and not _MODEL & {path.name for path in entries}:
@@ -88,7 +92,7 @@ def _check_model(out):
             f"{out} has files but no config.json or weights, so it is no model that "
             "could be replaced; name another folder."
         )
-    written = _written(out)
+    written = {*_written(out), *copied}
     unknown = [str(path.relative_to(out)) for path in _unknown(out)]
     if unknown := [name for name in unknown if name not in written]:
         raise ValueError(
@@ -104,7 +108,7 @@ def _written(folder):
     except (FileNotFoundError, ValueError):
         return ()
     names = record.get("files") if isinstance(record, dict) else None
-    return names if isinstance(names, list) else ()
+    return [x for x in names if isinstance(x, str)] if isinstance(names, list) else ()
 
 
 def _unknown(folder):

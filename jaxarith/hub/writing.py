@@ -54,7 +54,7 @@ def save(
       >>> save("merged", params, read_json(model.folder))  # doctest: +SKIP
       >>> save("merged", better, config, overwrite=True)  # doctest: +SKIP
     """
-    _check_folder(folder, overwrite)
+    _check_folder(folder, overwrite, copy_from)
     tensors = layouts.to_torch(_arrays(params, dtype))
     write(folder, tensors, config, copy_from=copy_from, overwrite=overwrite)
 
@@ -80,7 +80,7 @@ def write(
       FileExistsError: the folder exists, and `overwrite` does not allow it.
       ValueError: a tensor holds NaN or infinite values, or is no array.
     """
-    folder = _check_folder(folder, overwrite)
+    folder = _check_folder(folder, overwrite, copy_from)
     tensors = _arrays(dict(tensors), None)
     text = json.dumps(config, indent=2) + "\n"
     extras = [] if copy_from is None else side_files(existing(copy_from))
@@ -96,16 +96,23 @@ def write(
             places.publish(new, folder, before, temporary / "old")
             return
         places.sync(new)
-        for file in sorted(new.iterdir(), key=lambda file: file.name == WEIGHTS):
-            os.replace(file, folder / file.name)
+        files = [file for file in new.rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: file == new / WEIGHTS):
+            place = folder / file.relative_to(new)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
         places.sync_entries(folder)
 
 
-def _check_folder(folder, overwrite):
+def _check_folder(folder, overwrite, copy_from):
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"{folder} is a file; a checkpoint needs a folder.")
-    return places.check_out(folder, overwrite)
+    copied = []
+    if copy_from is not None:
+        sides = side_files(existing(copy_from))
+        copied = [str(file.relative_to(copy_from)) for file in sides]
+    return places.check_out(folder, overwrite, copied=copied)
 
 
 def save_tree(
