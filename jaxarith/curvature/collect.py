@@ -155,7 +155,7 @@ def _selected(params_0, select):
     return leaves
 
 
-def _whole(basis, a, g, counted):
+def whole_samples(basis, a, g, counted):
     of_g, of_a = _products(g, g), _products(a, a)  # [B, R, R]
     return {
         "inputs": _gram(a, jnp.matmul(of_g, a, precision="highest")),
@@ -184,7 +184,7 @@ def _reduce(basis, a, g, counted):
 
 
 _GRAMS: dict[Sharing, Statistics] = {
-    "whole": _whole,
+    "whole": whole_samples,
     "expand": _expand,
     "reduce": _reduce,
 }

@@ -159,7 +159,7 @@ def _in_chunks(rows, chunk, mesh):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _sums(apply_fn, plan, mesh, params_0, rows, key, bases, kept):
     """The sums over a batch, and the sketch `kept` of the batches before and of it."""
-    chunk = functools.partial(_chunk, apply_fn, plan, params_0, key, bases)
+    chunk = functools.partial(chunk_sums, apply_fn, plan, params_0, key, bases)
     first = jax.tree.map(lambda leaf: leaf[0], rows)
     shapes, of_rows = jax.eval_shape(chunk, first)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -180,7 +180,7 @@ def _sums(apply_fn, plan, mesh, params_0, rows, key, bases, kept):
     return sharding.constrain(found, mesh, P())
 
 
-def _chunk(apply_fn, plan, params_0, key, bases, rows):
+def chunk_sums(apply_fn, plan, params_0, key, bases, rows):
     """The sums over a chunk of samples, each an average over its probes; and Jᵀv.
 
     The products, `[probes · chunk, ...]` by path, are divided by the root of the number

@@ -1,0 +1,234 @@
+"""What the penalty of curvature costs: to collect, to compute, and in a step.
+
+XLA's counts of compiled programs of CLIP's image encoder; nothing is run, unless
+--repetitions asks for seconds. Steps are a loss and its gradient, without an optimizer.
+
+    python -m experiments.bench.curvature --out runs/curvature_cost --model vit-b-16
+    python -m experiments.bench.curvature --out runs/curvature_cost --repetitions 5
+
+The penalty is computed once in a step, whatever the batch, its tokens and the number of
+tasks. The code of Porrello et al. (2026) writes it as tr(B W A Wᵀ) for automatic
+differentiation, which takes about 3.5 times the products; with --repetitions that is
+timed in PyTorch on the same matrices.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from experiments.bench import encoders, measure
+from experiments.common import script
+from jaxarith import curvature, losses, tangent, tau_jp, tree
+from jaxarith.curvature import layers, matrices, passes
+from jaxarith.curvature.collect import whole_samples
+from jaxarith.typing import Tree
+
+CLASSES = 100
+LIMITS = {
+    "vit-b-32": 1.12,
+    "vit-b-16": 1.03,
+    "vit-l-14": 1.03,
+}  # over a linearised step
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Count what the penalty of curvature costs."""
+
+    out: Path
+    """Folder for report.json and report.md."""
+    model: encoders.Vision = "vit-b-32"
+    batch: int = 128
+    """Images of a step; cyclic τJp takes an eighth more."""
+    rank: int = 16
+    """Rows of the sketch."""
+    repetitions: int = 0
+    """Timed runs of each program; 0 for none."""
+    torch: bool = True
+    """Whether the released penalty is timed in PyTorch too."""
+    layers: int | None = None
+    """Fewer transformer blocks than the model has, to try the script."""
+
+
+def factors_of(encoder: encoders.Encoder, image: Tree, rank: int) -> curvature.Factors:
+    """The shapes of the factors of all linear layers, and of a sketch."""
+    leaves = tree.flatten(encoder.layout)
+    paths = list(leaves)
+    found = layers.layers_of(encoder.apply_fn, encoder.layout, image, paths, True)
+    covered = {p for layer in found for p in (*layer.kernels, *layer.biases)}
+
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+    def sides(layer):
+        return jax.eval_shape(functools.partial(matrices.matrix, layer), leaves).shape
+
+    of_layer = {layer.name: sides(layer) for layer in found}
+    return curvature.Factors(
+        layers=found,
+        base=0,
+        inputs={name: shape(1, i, i) for name, (i, _) in of_layer.items()},
+        outputs={name: shape(1, o, o) for name, (_, o) in of_layer.items()},
+        divisors={name: shape(1) for name in of_layer},
+        full={},
+        diagonal={p: shape(*leaves[p].shape) for p in paths if p not in covered},
+        sketch={p: shape(rank, *leaves[p].shape) for p in paths} if rank else {},
+        samples=shape(),
+    )
+
+
+def programs(config: Config, encoder: encoders.Encoder) -> dict[str, tuple]:
+    """Every row's function and the shapes of its arguments."""
+    layout = encoder.layout
+    [images] = encoder.make_inputs(np.random.default_rng(0), 1)
+
+    def batch(size):
+        return jax.ShapeDtypeStruct((size, *images.shape[1:]), jnp.float32)
+
+    own, others = batch(config.batch), batch(config.batch // 8)
+    width = jax.eval_shape(encoder.apply_fn, layout, own).shape[-1]
+    head = jax.ShapeDtypeStruct((CLASSES, width), jnp.float32)
+    labels = jax.ShapeDtypeStruct((config.batch,), jnp.int32)
+    measured = factors_of(encoder, [batch(1)], config.rank)
+    plain = dataclasses.replace(measured, sketch={})
+
+    def loss(features, head, labels):
+        features /= jnp.linalg.norm(features, axis=-1, keepdims=True)
+        return losses.cross_entropy(100 * features @ head.T, labels)
+
+    def linearized(tau, params, head, labels, images):
+        f0, moved = tangent.jvp(encoder.apply_fn, params, tau, images)
+        return loss(f0 + moved, head, labels)
+
+    def cyclic(tau, params, head, labels, images, others):
+        outputs, penalty = tau_jp.linearized_and_penalty(
+            encoder.apply_fn, params, tau, (images,), (others,)
+        )
+        return loss(outputs, head, labels) + 0.1 * penalty
+
+    def curved(tau, params, head, labels, images, measured):
+        task = jax.grad(linearized)(tau, params, head, labels, images)
+        slope = jax.grad(curvature.penalty)(tau, measured)
+        return jax.tree.map(lambda g, s: g + 0.1 * s, task, slope)
+
+    plan = passes.Plan(
+        layers=measured.layers,
+        full=(),
+        diagonal=tuple(measured.diagonal),
+        statistics=whole_samples,
+        probes=1,
+        chunk=1,
+        tokens=(),
+        penalty_mask=None,
+    )
+
+    def collected(params, images):
+        rows = (images,), {}, jnp.ones(1, bool), jnp.zeros(1, jnp.int32)
+        key = jax.random.key(0)
+        return passes.chunk_sums(encoder.apply_fn, plan, params, key, None, rows)[0]
+
+    step = layout, layout, head, labels, own
+    return {
+        "linearised step": (jax.grad(linearized), step),
+        "+ cyclic τJp": (jax.grad(cyclic), (*step, others)),
+        "+ factors": (curved, (*step, plain)),
+        f"+ factors and a sketch of {config.rank}": (curved, (*step, measured)),
+        "gradient of the penalty alone": (
+            jax.grad(curvature.penalty),
+            (layout, measured),
+        ),
+        "collection, one image": (collected, (layout, batch(1))),
+    }
+
+
+def filled(shapes: Tree) -> Tree:
+    """Random arrays of these shapes; what they hold costs no time."""
+    rng = np.random.default_rng(0)
+
+    def leaf(shape):
+        if jnp.issubdtype(shape.dtype, jnp.integer):
+            return jnp.zeros(shape.shape, shape.dtype)
+        values = rng.standard_normal(shape.shape, np.float32)
+        return jnp.asarray(0.02 * values)
+
+    return jax.tree.map(leaf, shapes)
+
+
+def released_penalty(tau: Tree, measured: curvature.Factors):
+    """tr(B W A Wᵀ) of all layers and its gradient by PyTorch's automatic one."""
+    import torch
+
+    def tensor(x):
+        return torch.tensor(np.asarray(x))
+
+    leaves = tree.flatten(tau)
+    parts = [
+        (
+            tensor(matrices.matrix(layer, leaves)).T.contiguous().requires_grad_(),
+            tensor(measured.inputs[layer.name][0]),
+            tensor(measured.outputs[layer.name][0]),
+        )
+        for layer in measured.layers
+    ]
+
+    def run():
+        total = sum(torch.trace(b @ w @ a @ w.T) for w, a, b in parts)
+        return torch.autograd.grad(total, [w for w, _, _ in parts])
+
+    return run
+
+
+@script.full_precision
+def main(config: Config) -> dict:
+    """Counts, prints and writes; returns what `report.json` holds."""
+    encoder = encoders.encoder(config.model, config.layers)
+    compiled, functions = {}, {}
+    for name, (function, shapes) in tqdm(
+        programs(config, encoder).items(), desc="compile", unit="program"
+    ):
+        compiled[name] = jax.jit(function).lower(*shapes).compile()
+        if config.repetitions:
+            functions[name] = functools.partial(compiled[name], *filled(shapes))
+    if config.repetitions and config.torch:
+        if importlib.util.find_spec("torch") is None:
+            raise ValueError("PyTorch is not installed; install it, or add --no-torch.")
+        _, (tau, measured) = programs(config, encoder)["gradient of the penalty alone"]
+        name = "released penalty, PyTorch"
+        functions[name] = released_penalty(filled(tau), filled(measured))
+    times = measure.alternated(functions, config.repetitions) if functions else {}
+    seconds = {name: float(np.median(each)) for name, each in times.items()}
+    counts = {name: row.cost_analysis()["flops"] for name, row in compiled.items()}
+    base = "linearised step"
+    rows = [
+        {
+            "program": name,
+            "GFLOP": counts[name] / 1e9 if name in counts else None,
+            "over a linearised step": (
+                counts[name] / counts[base] if name in counts else None
+            ),
+            "seconds": seconds.get(name),
+        }
+        for name in {**counts, **seconds}
+    ]
+    sketched = f"+ factors and a sketch of {config.rank}"
+    ratio = counts[sketched] / counts[base]
+    limit = LIMITS[config.model]
+    what = f"{sketched[2:]}, over a linearised step, FLOPs"
+    goal = measure.goal(what, ratio, limit, least=False)
+    where = measure.machine() | {"model": config.model, "batch": config.batch}
+    return measure.write(
+        config.out,
+        "What the penalty of curvature costs",
+        [measure.named(where), measure.table(rows), measure.table([goal])],
+        {"machine": where, "rows": rows, "goals": [goal]},
+    )
+
+
+if __name__ == "__main__":
+    script.run(Config, main)
