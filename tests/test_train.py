@@ -250,7 +250,10 @@ def test_optimizer_state_is_optaxs_own():
     ("options", "message"),
     [
         ({"penalty": "cyclic"}, "linearized=True"),
-        ({"penalty": "sometimes", "linearized": True}, "unknown penalty mode"),
+        (
+            {"penalty": "sometimes", "linearized": True},
+            "unknown penalty 'sometimes'; the modes of τJp are",
+        ),
         ({"steps": 3, "warmup_steps": 3}, "shorter than the training"),
         ({"tasks_at_once": 0}, "tasks_at_once is 0"),
         ({"penalty_power": 3}, "penalty_power is 3"),
