@@ -19,7 +19,7 @@ arXiv:2311.00636. Tokens are independent samples, or a sample is the mean of its
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +155,10 @@ def _selected(params_0, select):
     return leaves
 
 
-def whole_samples(basis, a, g, counted):
+def whole_samples(
+    basis: Any, a: jax.Array, g: jax.Array, counted: jax.Array
+) -> dict[str, jax.Array]:
+    """The statistics of `sharing="whole"`; see `passes.Statistics`."""
     of_g, of_a = _products(g, g), _products(a, a)  # [B, R, R]
     return {
         "inputs": _gram(a, jnp.matmul(of_g, a, precision="highest")),

@@ -180,11 +180,22 @@ def _sums(apply_fn, plan, mesh, params_0, rows, key, bases, kept):
     return sharding.constrain(found, mesh, P())
 
 
-def chunk_sums(apply_fn, plan, params_0, key, bases, rows):
+def chunk_sums(
+    apply_fn: ApplyFn,
+    plan: Plan,
+    params_0: Params,
+    key: jax.Array,
+    bases: Mapping[str, Any] | None,
+    rows: Any,
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     """The sums over a chunk of samples, each an average over its probes; and Jᵀv.
 
     The products, `[probes · chunk, ...]` by path, are divided by the root of the number
     of probes. They are computed where a sketch is wanted.
+
+    Args:
+      apply_fn, plan, params_0, key, bases: as for `averages`.
+      rows: inputs `[B, ...]`, other fields by name, the mask and the samples' places.
     """
     inputs, fields, mask, places = rows
     size = len(mask)
