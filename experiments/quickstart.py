@@ -1,8 +1,9 @@
 """From a checkpoint to a merged model, on six small tasks, in a few minutes.
 
-Loads a CLIP, fine-tunes its image encoder on every task in three ways (ordinary,
-linearised, linearised with the τJp penalty), turns the results into task vectors,
-merges them, evaluates, and writes a table, figures, task vectors and a merged model.
+Loads a CLIP, fine-tunes its image encoder on every task in four ways (ordinary,
+linearised, linearised with the curvature of the other tasks, linearised with the τJp
+penalty on their samples), turns the results into task vectors, merges them, evaluates,
+and writes a table, figures, task vectors and a merged model.
 
     python -m experiments.quickstart --out runs/quickstart
     python -m experiments.quickstart --out runs/modes --modes cyclic mixed strict
@@ -17,7 +18,7 @@ from experiments.common import script, studies
 from experiments.common.vision import small_study
 
 # Measured with the default options, after installation.
-TIME = "With the default options that takes about 165 s on 2 cores of an AMD EPYC."
+TIME = "With the default options that takes about 200 s on 2 cores of an AMD EPYC."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

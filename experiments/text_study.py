@@ -1,7 +1,7 @@
 """The quickstart's study on texts: any BERT or RoBERTa, any files of labelled texts.
 
-Fine-tunes the encoder on every task in three ways (ordinary, linearised, linearised
-with the τJp penalty) below a head that is made from the pre-trained model and stays
+Fine-tunes the encoder on every task in four ways (ordinary, linearised, linearised
+with the curvature of the other tasks, or with the τJp penalty) below a head that is made from the pre-trained model and stays
 fixed, turns the results into task vectors, merges them, evaluates, and writes a table,
 figures, task vectors and a merged model.
 
@@ -60,6 +60,7 @@ class Config(text_files.Options, studies.Config):
     penalty_coef: float = 0.02
     """Weight of the τJp penalty. The papers' 0.1 for CLIP costs more accuracy of single
     tasks than it saves in their sum, where tasks have much in common."""
+    curvature_rank: int = 8
     samples: int = 600
     """The largest number of texts in a test split, drawn at random; in a validation
     split, on which coefficients are chosen, a third of it."""

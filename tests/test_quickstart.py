@@ -80,7 +80,7 @@ def test_unknown_and_missing_tasks_are_refused_and_nothing_is_written(tmp_path):
     assert not out.exists()
 
 
-METHODS = ["nonlinear", "linear", "tau_jp_cyclic"]
+METHODS = ["nonlinear", "linear", "curvature", "tau_jp_cyclic"]
 # A few merges; the smoke form, which is run on its own, has all of them.
 SEARCHED = ["task_arithmetic", "ties"]
 FITTED = ["fisher"]
@@ -100,7 +100,7 @@ def test_the_quickstart_writes_everything_it_promises(tmp_path, shallow_clip):
     content = json.loads((tmp_path / "report.json").read_text())
     assert content == result
     assert content["tasks"] == list(tasks)
-    assert set(content["tau_jp"]) == {"linear", "tau_jp_cyclic"}
+    assert set(content["tau_jp"]) == {"linear", "curvature", "tau_jp_cyclic"}
     assert np.shape(content["tau_jp"]["linear"]) == (2, 2)
     assert content["seconds"]["total"] > 0
     rows = {(r["method"], r["merge"], r["searched"]): r for r in content["rows"]}

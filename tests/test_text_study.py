@@ -123,7 +123,7 @@ def test_the_study_writes_everything_it_promises(bert_folder, files, tmp_path):
     assert content == result
     names = ["mood", "thing", "animal"]
     assert content["tasks"] == names
-    methods = {"nonlinear", "linear", "tau_jp_cyclic"}
+    methods = {"nonlinear", "linear", "curvature", "tau_jp_cyclic"}
     assert content["tau_jp"].keys() == methods - {"nonlinear"}
     assert content["cosine"].keys() == methods
     np.testing.assert_allclose(np.diag(content["cosine"]["linear"]), 1, rtol=1e-5)
@@ -173,7 +173,7 @@ def test_prompts_and_label_words_run_the_same_study_of_any_accuracy(
     config = text_study.Config(
         **options(files, roberta_folder, names=("mood", "animal")),
         **dict(out=tmp_path, smoke=True, head="label-word", prompt=prompt),
-        **dict(merges=(), modes=()),
+        **dict(merges=(), modes=(), curvature=False),
     )
     rows = text_study.main(config)["rows"]
     assert {row["method"] for row in rows} >= {"zero_shot", "nonlinear", "linear"}

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from experiments.common import runs
 from experiments.common.studies.study import Config, Study
-from jaxarith import curvature, hub, sharding, tau_jp, train
+from jaxarith import curvature, hub, sharding, tau_jp, train, tree
 from jaxarith.data import pipeline, splits
 from jaxarith.models import heads
 from jaxarith.sharding import processes
@@ -58,6 +58,9 @@ def _files(study, method):
 def curvature_of(study: Study) -> list[curvature.Factors]:
     """For each task the curvature of all others, measured on their training samples."""
     config, found = study.config, []
+    size = tree.size(tree.select(study.params_0, study.trained))
+    # A chunk holds that many gradients: 256 MB.
+    chunk = min(max(2**26 // size, 1), 32)
     progress = tqdm(study.sources, desc="curvature", unit="task")
     for number, source in enumerate(progress):
         order = splits.torch_permutation(len(source), config.seed)
@@ -72,7 +75,7 @@ def curvature_of(study: Study) -> list[curvature.Factors]:
                 joint=True,
                 rank=config.curvature_rank,
                 key=jax.random.fold_in(jax.random.key(config.seed), number),
-                chunk=32,
+                chunk=chunk,
                 mesh=study.mesh,
             )
         )
