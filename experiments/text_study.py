@@ -1,9 +1,9 @@
 """The quickstart's study on texts: any BERT or RoBERTa, any files of labelled texts.
 
 Fine-tunes the encoder on every task in four ways (ordinary, linearised, linearised
-with the curvature of the other tasks, or with the τJp penalty) below a head that is made from the pre-trained model and stays
-fixed, turns the results into task vectors, merges them, evaluates, and writes a table,
-figures, task vectors and a merged model.
+with the curvature of the other tasks, or with the τJp penalty) below a head that is
+made from the pre-trained model and stays fixed, turns the results into task vectors,
+merges them, evaluates, and writes a table, figures, task vectors and a merged model.
 
     python -m experiments.text_study --model MODEL --out runs/text \\
         --task reviews=reviews.csv sst2=train.tsv,dev.tsv trec=trec.jsonl

@@ -27,6 +27,7 @@ def test_the_form_is_that_of_a_kronecker_product():
     factors = curvature.Factors(
         layers=(curvature.Layer(("kernel",), ("bias",), False),),
         base=0,
+        sharing="whole",
         inputs={"kernel": jnp.asarray(a)},
         outputs={"kernel": jnp.asarray(b)},
         divisors={"kernel": jnp.asarray([1.0, 2.0])},

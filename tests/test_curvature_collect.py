@@ -189,6 +189,27 @@ def test_curvature_of_other_parameters_is_refused(setting, tmp_path):
         curvature.load(tmp_path / "one.safetensors", other)
     with pytest.raises(ValueError, match="other fingerprints"):
         curvature.merge([one, dataclasses.replace(one, base=1)])
+    with pytest.raises(ValueError, match="same select, joint, sharing"):
+        curvature.merge([one, collected(setting, sharing="expand")])
+
+
+def test_padding_may_hold_anything_beside_leaves_without_factors():
+    params = {"w": np.ones((3, 2), np.float32)}
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    padded = {
+        "image": np.concatenate([np.full((1, 3), np.nan, np.float32), x]),
+        "mask": np.arange(5) > 0,
+    }
+    empty = {"image": padded["image"], "mask": np.zeros(5, bool)}
+
+    def apply_fn(params, x):
+        return jnp.tanh(x @ params["w"])
+
+    options = dict(probes=None, rank=2)
+    found = curvature.collect(apply_fn, params, [empty, padded], **options)
+    plain = curvature.collect(apply_fn, params, [{"image": x}], **options)
+    same(found.diagonal, plain.diagonal)
+    assert float(found.samples) == 4
 
 
 def test_damaged_files_are_refused(setting, tmp_path):

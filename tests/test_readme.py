@@ -1,5 +1,6 @@
 """The README's examples run as they stand."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_networks
 
-from jaxarith import hub, merge, train
+from jaxarith import curvature, hub, losses, merge, train
 from jaxarith.models import clip
 
 README = Path(__file__).parent.parent / "README.md"
@@ -55,6 +57,32 @@ def test_the_sweep_tries_every_method(capsys):
     assert np.isfinite([float(found[2]) for found in tried]).all()
 
 
+def test_the_example_of_curvature_trains_without_samples_of_others():
+    encode, params_0, x = tiny_networks.network()
+    rng = np.random.default_rng(0)
+    x = np.asarray(x, np.float32)
+    labels = [rng.integers(3, size=len(x)) for _ in range(2)]
+    scope = {
+        "curvature": curvature,
+        "dataclasses": dataclasses,
+        "train": train,
+        "encode": encode,
+        "params_0": params_0,
+        "unlabelled": [[{"image": x}], [{"image": -x}]],
+        "key": jax.random.key(0),
+        "recipe": train.TrainConfig(steps=3, batch_size=4, learning_rate=0.1),
+        "sources": [
+            {"image": sign * x, "label": of_task}
+            for sign, of_task in zip((1, -1), labels, strict=True)
+        ],
+        "names": ["plain", "mirrored"],
+        "loss": lambda f, batch, _: losses.cross_entropy(f, batch["label"]),
+    }
+    exec(compile(examples()[2], "README.md", "exec"), scope)
+    for tau, others in zip(scope["taus"], scope["others"], strict=True):
+        assert float(curvature.penalty(tau, others)) > 0
+
+
 def test_the_example_of_folders_merges_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base, models = checkpoints.family(tmp_path / "in", models=2)
@@ -62,7 +90,7 @@ def test_the_example_of_folders_merges_them(tmp_path, monkeypatch):
         (base, *models), ("BASE", "TUNED_1", "TUNED_2"), strict=True
     ):
         place.rename(tmp_path / name)
-    exec(compile(examples()[2], "README.md", "exec"), {})
+    exec(compile(examples()[3], "README.md", "exec"), {})
     assert hub.read("MERGED").keys() == hub.read("BASE").keys()
 
 
@@ -84,7 +112,7 @@ def test_the_example_of_many_devices_trains_and_saves_checkpoints(
         "loss": lambda features, batch, constants: (features**2).mean(),
         "test_batches": [{"image": image[None], "mask": np.ones(1, bool)}],
     }
-    exec(compile(examples()[3], "README.md", "exec"), scope)
+    exec(compile(examples()[4], "README.md", "exec"), scope)
     assert scope["mesh"].shape == {"task": 1, "data": 4, "fsdp": 2}
     moved = scope["outputs"]([1.0, 0.0]) - scope["outputs"]([0.0, 0.0])
     assert np.abs(moved).max() > 1e-6

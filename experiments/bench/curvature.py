@@ -73,6 +73,7 @@ def factors_of(encoder: encoders.Encoder, image: Tree, rank: int) -> curvature.F
     return curvature.Factors(
         layers=found,
         base=0,
+        sharing="whole",
         inputs={name: shape(1, i, i) for name, (i, _) in of_layer.items()},
         outputs={name: shape(1, o, o) for name, (_, o) in of_layer.items()},
         divisors={name: shape(1) for name in of_layer},

@@ -4,7 +4,6 @@
 their quadratic form, `eigen` and `correct` sharpen it, `save` and `load` keep it.
 """
 
-from jaxarith.curvature.collect import Sharing as Sharing
 from jaxarith.curvature.collect import collect as collect
 from jaxarith.curvature.collect import correct as correct
 from jaxarith.curvature.compression import block_diagonal as block_diagonal
@@ -13,6 +12,7 @@ from jaxarith.curvature.compression import eigen as eigen
 from jaxarith.curvature.factors import Curvature as Curvature
 from jaxarith.curvature.factors import EigenFactors as EigenFactors
 from jaxarith.curvature.factors import Factors as Factors
+from jaxarith.curvature.factors import Sharing as Sharing
 from jaxarith.curvature.factors import check_base as check_base
 from jaxarith.curvature.factors import penalty as penalty
 from jaxarith.curvature.factors import product as product

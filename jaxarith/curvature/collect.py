@@ -19,7 +19,7 @@ arXiv:2311.00636. Tokens are independent samples, or a sample is the mean of its
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +28,9 @@ from jax.sharding import Mesh
 
 from jaxarith import fingerprint, tree
 from jaxarith.curvature import layers as linear
-from jaxarith.curvature.factors import EigenFactors, Factors, check_base
+from jaxarith.curvature.factors import EigenFactors, Factors, Sharing, check_base
 from jaxarith.curvature.passes import Plan, Statistics, averages, first_sample
 from jaxarith.typing import ApplyFn, Params
-
-Sharing = Literal["whole", "expand", "reduce"]
 
 
 def collect(
@@ -138,6 +136,7 @@ def collect(
     return Factors(
         layers=plan.layers,
         base=fingerprint.combined(params_0),
+        sharing=sharing,
         inputs={name: layer_means[name]["inputs"][None] for name in names},
         outputs={name: layer_means[name]["outputs"][None] for name in names},
         divisors={name: layer_means[name]["divisors"][None] for name in names},

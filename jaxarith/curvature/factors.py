@@ -13,6 +13,7 @@ Approximate Curvature. ICLR 2026. arXiv:2602.17385.
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from jaxarith import fingerprint, tree
 from jaxarith.curvature import matrices, sketch
 from jaxarith.curvature.matrices import Layer
 from jaxarith.typing import Params
+
+Sharing = Literal["whole", "expand", "reduce"]
 
 
 @functools.partial(
@@ -34,7 +37,7 @@ from jaxarith.typing import Params
         "sketch",
         "samples",
     ],
-    meta_fields=["layers", "base"],
+    meta_fields=["layers", "base", "sharing"],
 )
 @dataclasses.dataclass(frozen=True)
 class Factors:
@@ -47,6 +50,7 @@ class Factors:
     Attributes:
       layers: the layers that have factors.
       base: `fingerprint.combined` of the parameters θ0 that were differentiated.
+      sharing: how tokens shared the layers, see `collect`.
       inputs: A by the name of the layer, `[K, in (+ 1), in (+ 1)]`; or its n blocks
         `[K, n, s, s]`, see `block_diagonal`.
       outputs: B, `[K, out, out]`, or its blocks.
@@ -60,6 +64,7 @@ class Factors:
 
     layers: tuple[Layer, ...]
     base: int
+    sharing: Sharing | None
     inputs: dict[str, jax.Array]
     outputs: dict[str, jax.Array]
     divisors: dict[str, jax.Array]

@@ -19,6 +19,7 @@ _KINDS: dict[str, type[Factors] | type[EigenFactors]] = {
     "eigenfactors": EigenFactors,
 }
 _FORMAT = "jaxarith.curvature 1"
+_STATIC = ("layers", "base", "sharing")
 
 
 def save(
@@ -46,13 +47,14 @@ def save(
         "kind": kind,
         "base": f"{curvature.base:08x}",
         "layers": json.dumps(curvature.layers),
+        "sharing": json.dumps(getattr(curvature, "sharing", None)),
     }
     if clash := sorted(own.keys() & (metadata or {}).keys()):
         raise ValueError(
             f"the metadata have the key {clash[0]!r}, which the format uses itself; "
             "give it another name."
         )
-    arrays = {k: v for k, v in vars(curvature).items() if k not in ("layers", "base")}
+    arrays = {k: v for k, v in vars(curvature).items() if k not in _STATIC}
     hub.save_tree(path, arrays, {**own, **(metadata or {})})
 
 
@@ -72,14 +74,14 @@ def load(path: str | os.PathLike, params_0: Params) -> tuple[Curvature, dict[str
         symmetric or fit no layer; or it is of other parameters.
     """
     nested, metadata = hub.load_tree(path)
-    own = {key: metadata.pop(key, "") for key in ("format", "kind", "base", "layers")}
+    own = {key: metadata.pop(key, "") for key in ("format", "kind", *_STATIC)}
     if own["format"] != _FORMAT or own["kind"] not in _KINDS:
         raise ValueError(
             f"{path} is of the format {own['format']!r}; expected {_FORMAT!r}. Write "
             "it with curvature.save."
         )
     kind = _KINDS[own["kind"]]
-    names = [f.name for f in dataclasses.fields(kind)]
+    names = {field.name for field in dataclasses.fields(kind)}
     try:
         layers = [
             Layer(tuple(kernels), tuple(biases), bool(out_first))
@@ -92,7 +94,12 @@ def load(path: str | os.PathLike, params_0: Params) -> tuple[Curvature, dict[str
                 parts[field][place] = leaf
             else:
                 parts[field] = leaf
-        found = kind(**parts | {"layers": tuple(layers), "base": int(own["base"], 16)})
+        static = {
+            "layers": tuple(layers),
+            "base": int(own["base"], 16),
+            "sharing": json.loads(own["sharing"]),
+        }
+        found = kind(**parts | {k: v for k, v in static.items() if k in names})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged: its layers are not what curvature.save writes "

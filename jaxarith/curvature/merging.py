@@ -123,6 +123,7 @@ def _check_alike(factors):
             for f in (first, other)
         ]
         # Sketches of other ranks can be joined, but all must have one.
+        # The shapes are in `Factors`, and equal only with the same layers and sharing.
         if shapes[0] != shapes[1] or other.sketch.keys() != first.sketch.keys():
             raise ValueError(
                 f"factors 0 and {number} are of other layers or leaves. Collect all "

@@ -104,10 +104,15 @@ def averages(
     key = jax.random.key(0) if key is None else key
     sums, rows_kept, place = None, None, 0
     for batch, mask in zip(batches, masks, strict=True):
-        own = {name: np.asarray(fields_of(batch, [name])[0]) for name in fields}
-        rows = (fields_of(batch, inputs), own, mask, place + np.arange(len(mask)))
-        rows = _in_chunks(rows, plan.chunk, mesh)
+        places = place + np.arange(len(mask))
         place += len(mask)
+        if not mask.any():
+            continue  # there is no real sample to stand in for the padding
+        # Padding may hold anything, and NaN times zero is NaN.
+        real = np.where(mask, np.arange(len(mask)), np.argmax(mask))
+        values = tuple(np.asarray(x)[real] for x in fields_of(batch, inputs))
+        own = {name: np.asarray(fields_of(batch, [name])[0]) for name in fields}
+        rows = _in_chunks((values, own, mask, places), plan.chunk, mesh)
         try:
             found, rows_kept = _sums(
                 apply_fn, plan, mesh, params_0, rows, key, bases, rows_kept

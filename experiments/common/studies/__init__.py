@@ -1,8 +1,9 @@
 """What a study of merging does with its task vectors, whatever the model and data are.
 
 Fine-tunes on every task in several ways (ordinary, linearised, linearised with the
-curvature of the other tasks, or with the τJp penalty), merges, searches coefficients, evaluates, and writes a table, figures, task
-vectors and a merged checkpoint. `quickstart` and `text_study` bring model and tasks.
+curvature of the other tasks, or with the τJp penalty), merges, searches coefficients,
+evaluates, and writes a table, figures, task vectors and a merged checkpoint.
+`quickstart` and `text_study` bring model and tasks.
 
 Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
 Disentanglement. ICLR 2025: its Tables 1 and 6 and Figure 6 on other data.
