@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,18 +71,16 @@ def factors_of(encoder: encoders.Encoder, image: Tree, rank: int) -> curvature.F
         return jax.eval_shape(functools.partial(matrices.matrix, layer), leaves).shape
 
     of_layer = {layer.name: sides(layer) for layer in found}
-    return curvature.Factors(
-        layers=found,
-        base=0,
-        sharing="whole",
-        inputs={name: shape(1, i, i) for name, (i, _) in of_layer.items()},
-        outputs={name: shape(1, o, o) for name, (_, o) in of_layer.items()},
-        divisors={name: shape(1) for name in of_layer},
-        full={},
-        diagonal={p: shape(*leaves[p].shape) for p in paths if p not in covered},
-        sketch={p: shape(rank, *leaves[p].shape) for p in paths} if rank else {},
-        samples=shape(),
-    )
+    shapes: dict[str, Any] = {  # in the place of arrays
+        "inputs": {name: shape(1, i, i) for name, (i, _) in of_layer.items()},
+        "outputs": {name: shape(1, o, o) for name, (_, o) in of_layer.items()},
+        "divisors": {name: shape(1) for name in of_layer},
+        "full": {},
+        "diagonal": {p: shape(*leaves[p].shape) for p in paths if p not in covered},
+        "sketch": {p: shape(rank, *leaves[p].shape) for p in paths} if rank else {},
+        "samples": shape(),
+    }
+    return curvature.Factors(layers=found, base=0, sharing="whole", **shapes)
 
 
 def programs(config: Config, encoder: encoders.Encoder) -> dict[str, tuple]:
@@ -179,8 +178,8 @@ def released_penalty(tau: Tree, measured: curvature.Factors):
     ]
 
     def run():
-        total = sum(torch.trace(b @ w @ a @ w.T) for w, a, b in parts)
-        return torch.autograd.grad(total, [w for w, _, _ in parts])
+        terms = [torch.trace(b @ w @ a @ w.T) for w, a, b in parts]
+        return torch.autograd.grad(torch.stack(terms).sum(), [w for w, _, _ in parts])
 
     return run
 
