@@ -239,6 +239,7 @@ def test_damaged_files_are_refused(setting, tmp_path):
         ({"probes": 0}, "at least 1, or None"),
         ({"key": None}, "random probes need a key"),
         ({"chunk": 0}, "chunk is 0"),
+        ({"rank": -1}, "rank is -1"),
         ({"select": "third/.*"}, "matches 'third"),
         ({"sharing": "wide"}, "sharing is 'wide'"),
         ({"penalty_mask": "valid"}, "no field 'valid'"),

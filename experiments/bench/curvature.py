@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +44,9 @@ class Config:
 
     out: Path
     """Folder for report.json and report.md."""
-    model: encoders.Vision = "vit-b-32"
+    model: Literal["vit-b-32", "vit-b-16", "vit-l-14"] = "vit-b-32"
     batch: int = 128
-    """Images of a step; cyclic τJp takes an eighth more."""
+    """Images of a step; at least 8, of which cyclic τJp takes an eighth more."""
     rank: int = 16
     """Rows of the sketch."""
     repetitions: int = 0
@@ -187,6 +187,11 @@ def released_penalty(tau: Tree, measured: curvature.Factors):
 @script.full_precision
 def main(config: Config) -> dict:
     """Counts, prints and writes; returns what `report.json` holds."""
+    if config.batch < 8 or config.rank < 0:
+        raise ValueError(
+            f"--batch {config.batch} --rank {config.rank}; a batch of at least 8 and a "
+            "rank of at least 0 are needed."
+        )
     encoder = encoders.encoder(config.model, config.layers)
     compiled, functions = {}, {}
     for name, (function, shapes) in tqdm(

@@ -24,7 +24,8 @@ from jaxarith.train import manifest
 # Options that many scripts have: sizes above 0, and lists with an entry.
 _SIZES = ("batch_size", "epochs", "evaluation_batch", "max_length")
 _SIZES += ("learning_rate", "micro_batches", "penalty_batch_size", "samples", "steps")
-_COUNTS = ("save_every", "workers")
+_SIZES += ("curvature_samples",)
+_COUNTS = ("curvature_coef", "curvature_rank", "save_every", "workers")
 _LISTS = ("alphas", "coefs", "models", "seeds")
 
 

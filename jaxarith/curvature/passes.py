@@ -92,6 +92,8 @@ def averages(
         raise ValueError("random probes need a key: key=jax.random.key(0).")
     if plan.chunk < 1:
         raise ValueError(f"chunk is {plan.chunk}; at least 1 is needed.")
+    if plan.rank < 0:
+        raise ValueError(f"rank is {plan.rank}; at least 0, for no sketch, is needed.")
     masks = [mask_of(batch) for batch in batches]
     count = sum(int(mask.sum()) for mask in masks)
     if not count:
