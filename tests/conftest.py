@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -102,6 +103,14 @@ def x64():
     """The test computes in float64."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def heard_hangup():
+    """SIGHUP acts as it does in a terminal, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")

@@ -317,6 +317,7 @@ def test_a_signal_that_nobody_was_told_of_acts_at_the_end():
     assert ended
 
 
+@pytest.mark.usefixtures("heard_hangup")
 @pytest.mark.parametrize("number", interrupts.SIGNALS)
 def test_every_signal_is_noted(number):
     with interrupts.noted() as came:

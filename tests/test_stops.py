@@ -20,6 +20,7 @@ from jaxarith.train import interrupts
 LARGE = {f"layers.{i}.weight": (64, 64) for i in range(300)}
 
 
+@pytest.mark.usefixtures("heard_hangup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_command_as_ctrl_c_does(
     models,  # noqa: F811
