@@ -147,6 +147,8 @@ def test_others_leave_out_a_task_s_own(setting):
     same_bits(curvature.others(parts)[1], curvature.merge([parts[0], parts[2]]))
     weighted = curvature.others(parts, weights=[1, 2, 3])[0]
     same_bits(weighted, curvature.merge(parts[1:], weights=[2, 3]))
+    with pytest.raises(ValueError, match="expected 3 numbers"):
+        curvature.others(parts, weights=[1, 2, 3, 4])
     with pytest.raises(ValueError, match="1 task has no others"):
         curvature.others(parts[:1])
 

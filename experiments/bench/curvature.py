@@ -119,13 +119,10 @@ def programs(config: Config, encoder: encoders.Encoder) -> dict[str, tuple]:
 
     plan = passes.Plan(
         layers=measured.layers,
-        full=(),
         diagonal=tuple(measured.diagonal),
         statistics=whole_samples,
         probes=1,
         chunk=1,
-        tokens=(),
-        penalty_mask=None,
     )
 
     def collected(params, images):

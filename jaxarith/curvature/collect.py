@@ -245,12 +245,9 @@ def correct(
 
     plan = Plan(
         layers=factors.layers,
-        full=(),
-        diagonal=(),
         statistics=_rotated,
         probes=probes,
         chunk=chunk,
-        tokens=(),
         penalty_mask=penalty_mask,
     )
     bases = {

@@ -3,7 +3,8 @@ r"""Kronecker factors of the Gram matrix of a Jacobian, and their quadratic form
 The mean squared τJp of a task, :math:`E_x\|J(x)\tau\|^2 = \tau^\top G\tau`, needs the
 task's inputs only through :math:`G = E_x[J(x)^\top J(x)]`. `Factors` keep of G a
 Kronecker product for each linear layer and the diagonal, or small full blocks, of what
-else is trained. Blocks between layers are dropped.
+else is trained. Blocks between layers are dropped; a sketch, if there is one, stands
+for them.
 
 Martens, Grosse. Optimizing Neural Networks with Kronecker-factored Approximate
 Curvature. ICML 2015. arXiv:1503.05671. As a penalty for task arithmetic: Porrello et
@@ -12,7 +13,6 @@ Approximate Curvature. ICLR 2026. arXiv:2602.17385.
 """
 
 import dataclasses
-import functools
 from typing import Literal
 
 import jax
@@ -24,21 +24,10 @@ from jaxarith.curvature.matrices import Layer
 from jaxarith.typing import Params
 
 Sharing = Literal["whole", "expand", "reduce"]
+_STATIC = {"static": True}  # what `jit` compiles for, and no array
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "inputs",
-        "outputs",
-        "divisors",
-        "full",
-        "diagonal",
-        "sketch",
-        "samples",
-    ],
-    meta_fields=["layers", "base", "sharing"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factors:
     r"""What `collect` keeps of the curvature of one task, or `merge` of several.
@@ -62,9 +51,9 @@ class Factors:
       samples: the number of samples, `f32[]`.
     """
 
-    layers: tuple[Layer, ...]
-    base: int
-    sharing: Sharing | None
+    layers: tuple[Layer, ...] = dataclasses.field(metadata=_STATIC)
+    base: int = dataclasses.field(metadata=_STATIC)
+    sharing: Sharing | None = dataclasses.field(metadata=_STATIC)
     inputs: dict[str, jax.Array]
     outputs: dict[str, jax.Array]
     divisors: dict[str, jax.Array]
@@ -89,19 +78,7 @@ class Factors:
         return _product(self, tau, of_layer)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "inputs",
-        "outputs",
-        "eigenvalues",
-        "full",
-        "diagonal",
-        "sketch",
-        "samples",
-    ],
-    meta_fields=["layers", "base"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EigenFactors:
     r"""Factors with the exact diagonal in their eigenbasis: EK-FAC.
@@ -119,8 +96,8 @@ class EigenFactors:
       eigenvalues: S, `[in (+ 1), out]`, at least 0.
     """
 
-    layers: tuple[Layer, ...]
-    base: int
+    layers: tuple[Layer, ...] = dataclasses.field(metadata=_STATIC)
+    base: int = dataclasses.field(metadata=_STATIC)
     inputs: dict[str, jax.Array]
     outputs: dict[str, jax.Array]
     eigenvalues: dict[str, jax.Array]

@@ -54,9 +54,7 @@ def merge(
       >>> print(merge([one, one], how="sum").diagonal["w"].T)
       [[18. 32.]]
     """
-    if how not in get_args(How):
-        raise ValueError(f"how is {how!r}; it is {', '.join(get_args(How))}.")
-    _check_alike(factors)
+    _check(factors, how)
     shares = _shares(weights, len(factors))
     return _merged(factors, shares, how, _ranks(factors))
 
@@ -73,22 +71,19 @@ def others(
     Raises:
       ValueError: as for `merge`, or there is only one task.
     """
-    if how not in get_args(How):
-        raise ValueError(f"how is {how!r}; it is {', '.join(get_args(How))}.")
+    _check(factors, how)
     if len(factors) < 2:
         raise ValueError(
             f"{len(factors)} task has no others; curvature of at least 2 is needed."
         )
-    _check_alike(factors)
+    shares = _shares(weights, len(factors))
     ranks = _ranks(factors)
     parts = []
     for left_out in range(len(factors)):
         rest = [i for i in range(len(factors)) if i != left_out]
-        shares = _shares(
-            None if weights is None else np.asarray(weights)[rest], len(rest)
-        )
         own = [factors[i] for i in rest]
-        parts.append(_merged(own, shares, how, [ranks[i] for i in rest]))
+        of_rest = _shares(shares[rest], len(rest))
+        parts.append(_merged(own, of_rest, how, [ranks[i] for i in rest]))
     return parts
 
 
@@ -107,7 +102,9 @@ def _merged(factors, shares, how, ranks):
     return mean if how == "mean" else scaled(mean, len(factors))
 
 
-def _check_alike(factors):
+def _check(factors, how):
+    if how not in get_args(How):
+        raise ValueError(f"how is {how!r}; it is {', '.join(get_args(How))}.")
     if not factors:
         raise ValueError("there are no factors to merge; give those of each task.")
     first = factors[0]

@@ -33,10 +33,10 @@ class Plan(NamedTuple):
 
     Attributes:
       layers: the layers that `statistics` are taken of.
-      full, diagonal: the paths of other leaves.
       statistics: a function of one layer.
       probes: random probes for each sample; None for one of each direction.
       chunk: samples that are differentiated at once.
+      full, diagonal: the paths of other leaves.
       tokens: pairs of a layer's name and the field of a batch that is true where a
         token counts.
       penalty_mask: the field that is 0 where a token of the features is padding.
@@ -44,13 +44,13 @@ class Plan(NamedTuple):
     """
 
     layers: tuple[Layer, ...]
-    full: tuple[str, ...]
-    diagonal: tuple[str, ...]
     statistics: Statistics
     probes: int | None
     chunk: int
-    tokens: tuple[tuple[str, str], ...]
-    penalty_mask: str | None
+    full: tuple[str, ...] = ()
+    diagonal: tuple[str, ...] = ()
+    tokens: tuple[tuple[str, str], ...] = ()
+    penalty_mask: str | None = None
     rank: int = 0
 
 
