@@ -8,11 +8,15 @@ the disk and the page cache allow is told by `cat` of all inputs and `dd` of the
     python -m experiments.bench.stream_merge --models /tmp/models --out runs/stream
     python -m experiments.bench.stream_merge --models /tmp/models --out runs/stream \
         --mergekit other/bin/mergekit-yaml
+    git worktree add ../earlier COMMIT
+    python -m experiments.bench.stream_merge --models /tmp/models --out runs/stream \
+        --earlier ../earlier
 
 Seconds are those of whole commands, with the start of Python and compilation; merging
 is the part from opened models to complete weights. Memory is the peak of what was
-resident. The bandwidth counts every input once, and the output. Before every run the
-inputs are read once, so that they are in memory as far as there is room.
+resident; CPU seconds are those of all threads. The bandwidth counts every input once,
+and the output. Before every run the inputs are read once, so that they are in memory
+as far as there is room, and what waits to be written is.
 """
 
 import dataclasses
@@ -68,6 +72,7 @@ class Config:
       out: folder of the report.
       methods: those that are timed.
       mergekit: the command `mergekit-yaml` of an environment that has it.
+      earlier: a checkout of another commit, whose merges are timed in turn.
       repetitions: runs of each.
       layers: of the models; fewer make a quicker, smaller measurement.
       hashes: also time the average with hashes of its inputs.
@@ -77,6 +82,7 @@ class Config:
     out: Path
     methods: tuple[str, ...] = tuple(METHODS)
     mergekit: Path | None = None
+    earlier: Path | None = None
     repetitions: int = 3
     layers: int = 22
     hashes: bool = True
@@ -163,15 +169,20 @@ def make(folder: Path, layers: int) -> list[Path]:
 
 class Run(NamedTuple):
     seconds: float
+    cpu: float
     merging: float | None
     peak: int
 
 
-def timed(command: list[str], merged: Path) -> Run:
+def timed(command: list[str], merged: Path, checkout: Path | None = None) -> Run:
     """Runs a command that makes a folder, which is then removed."""
     begin = time.perf_counter()
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=checkout,  # `python -m` imports from there first
     )
     assert process.stdout and process.stderr
     output, errors = process.stdout.read(), process.stderr.read()
@@ -183,7 +194,9 @@ def timed(command: list[str], merged: Path) -> Run:
         raise RuntimeError(f"{' '.join(command)} failed:\n{errors[-2000:]}")
     merging = re.search(r", ([\d.]+) s\)", output)
     shutil.rmtree(merged)
-    return Run(seconds, float(merging[1]) if merging else None, usage.ru_maxrss * 1024)
+    cpu = usage.ru_utime + usage.ru_stime
+    merging = float(merging[1]) if merging else None
+    return Run(seconds, cpu, merging, usage.ru_maxrss * 1024)
 
 
 def jaxarith_command(method: str, folders: list[Path], merged: Path) -> list[str]:
@@ -214,7 +227,8 @@ def mergekit_command(
 
 
 def read_all(files: list[str]):
-    """Brings the files into memory, as far as there is room."""
+    """Brings the files into memory, as far as there is room; writes what waits."""
+    os.sync()
     subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
 
 
@@ -237,13 +251,13 @@ def disk(files: list[str], scratch: Path, size: int) -> float:
 def main(config: Config):
     """Measures, and writes report.md and report.json."""
     config.out.mkdir(parents=True, exist_ok=True)
-    folders = make(config.models, config.layers)
+    folders = [folder.resolve() for folder in make(config.models, config.layers)]
     size = sum(
         int(np.prod(x.shape)) * x.dtype.itemsize for x in layout(config.layers).values()
     )
     largest = max(np.prod(x.shape) * x.dtype.itemsize for x in layout(1).values())
     files = [str(f) for folder in folders for f in sorted(folder.glob("*.safetensors"))]
-    merged = config.models / "merged"
+    merged = config.models.resolve() / "merged"
     shutil.rmtree(merged, ignore_errors=True)
 
     commands = {}
@@ -251,6 +265,8 @@ def main(config: Config):
         ours, theirs = METHODS[name]
         command = jaxarith_command(ours, folders, merged)
         commands[name, "jaxarith"] = [*command, "--no-hashes"]
+        if config.earlier:
+            commands[name, "earlier"] = commands[name, "jaxarith"]
         if name == "average" and config.hashes:
             commands[name, "jaxarith, hashes"] = command
         if config.mergekit and theirs:
@@ -258,18 +274,20 @@ def main(config: Config):
     runs: dict[tuple[str, str], list[Run]] = {key: [] for key in commands}
     limit = []
     with tqdm(total=config.repetitions * (1 + len(commands))) as bar:
-        for _ in range(config.repetitions):
+        for repetition in range(config.repetitions):
             read_all(files)
             limit.append(disk(files, config.models, size))
             bar.update()
-            for (name, program), command in commands.items():
+            in_turn = list(commands.items())[:: -1 if repetition % 2 else 1]
+            for (name, program), command in in_turn:
                 bar.set_description(f"{name}, {program}")
                 read_all(files)
                 if config.mergekit and program == "mergekit":
                     command = mergekit_command(
                         config.mergekit, command, folders, merged
                     )
-                runs[name, program].append(timed(command, merged))
+                checkout = config.earlier if program == "earlier" else None
+                runs[name, program].append(timed(command, merged, checkout))
                 bar.update()
 
     cat = statistics.median(limit)
@@ -283,17 +301,22 @@ def main(config: Config):
             "method": name,
             "program": program,
             "seconds": seconds,
+            "CPU s": statistics.median(run.cpu for run in of_program),
             "GB/s": (read + size) / seconds / 1e9,
             "peak GB": max(run.peak for run in of_program) / 1e9,
         }
         if merging:
             row["merging s"] = statistics.median(merging)
             row["of cat and dd"] = cat / row["merging s"]
-        if (name, "mergekit") in runs and program != "mergekit":
-            pairs = zip(runs[name, "mergekit"], of_program, strict=True)
-            row["mergekit / it"] = statistics.median(
-                theirs.seconds / ours.seconds for theirs, ours in pairs
-            )
+        for other in ("mergekit", "earlier"):
+            if (name, other) in runs and program.startswith("jaxarith"):
+                pairs = list(zip(runs[name, other], of_program, strict=True))
+                row[f"{other} / it"] = statistics.median(
+                    theirs.seconds / ours.seconds for theirs, ours in pairs
+                )
+                row[f"{other} / it, CPU"] = statistics.median(
+                    theirs.cpu / ours.cpu for theirs, ours in pairs
+                )
         rows.append(row)
     bound = (1.5e9 + 3 * largest * TASKS) / 1e9
     title = (
