@@ -273,13 +273,15 @@ def main(config: Config):
             commands[name, "mergekit"] = theirs
     runs: dict[tuple[str, str], list[Run]] = {key: [] for key in commands}
     limit = []
+    order = np.random.default_rng(0)  # the place in a round shows in the seconds
     with tqdm(total=config.repetitions * (1 + len(commands))) as bar:
-        for repetition in range(config.repetitions):
+        for _ in range(config.repetitions):
             read_all(files)
             limit.append(disk(files, config.models, size))
             bar.update()
-            in_turn = list(commands.items())[:: -1 if repetition % 2 else 1]
-            for (name, program), command in in_turn:
+        for _ in range(config.repetitions):
+            for name, program in order.permutation(list(commands)).tolist():
+                command = commands[name, program]
                 bar.set_description(f"{name}, {program}")
                 read_all(files)
                 if config.mergekit and program == "mergekit":
