@@ -40,6 +40,8 @@ def plain_recipe(config: TrainConfig) -> dict:
     del options["tasks_at_once"], options["micro_batches"]
     if config.penalty_every == 1:  # vectors that are older than the option stay
         del options["penalty_every"]
+    if config.distill is None:  # as are those that are older than this one
+        del options["distill"]
     if config.penalty is None:  # whose options then change nothing
         options = {k: v for k, v in options.items() if not k.startswith("penalty_")}
     return options

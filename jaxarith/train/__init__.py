@@ -8,6 +8,7 @@ metrics.
 from jaxarith.train.batches import joint_batches as joint_batches
 from jaxarith.train.batches import seed_of as seed_of
 from jaxarith.train.batches import task_batches as task_batches
+from jaxarith.train.config import Distill as Distill
 from jaxarith.train.config import Form as Form
 from jaxarith.train.config import TrainConfig as TrainConfig
 from jaxarith.train.config import code as code

@@ -64,8 +64,9 @@ def task_batches(
 
     Returns:
       `config.steps` dicts of arrays `[T, config.batch_size, ...]`; with a penalty also
-      `"penalty"`, a dict of input fields `[T, P, ...]`. In one of several processes
-      the `sharding.local_rows` of both axes.
+      `"penalty"`, a dict of input fields `[T, P, ...]`, and with `config.distill`
+      `"alpha"`, the step's coefficient of each task, `[T, B]`, the same for all samples
+      of a task. In one of several processes the `sharding.local_rows` of both axes.
 
     Raises:
       ValueError: no task, an empty source, no other task for the penalty, another
@@ -121,6 +122,8 @@ def task_batches(
         for task in local_tasks:
             positions = step * config.batch_size + rows
             batch: dict = pipeline.collate([own[task][int(i)] for i in positions])
+            if config.distill:
+                batch["alpha"] = _alphas(config.distill, seeds[task], step, len(rows))
             if config.tau_jp_mode:
                 batch["penalty"] = penalty_samples(task, step)
             batches.append(batch)
@@ -172,11 +175,19 @@ def joint_batches(
         pairs = [divmod(int(row), len(views)) for row in rows]
         batch = pipeline.collate([views[task][first + i] for i, task in pairs])
         batch["task"] = np.array([task for _, task in pairs], np.int32)
+        if config.distill:
+            batch["alpha"] = _alphas(config.distill, config.seed, step, len(rows))
         return {name: field[None] for name, field in batch.items()}
 
     return pipeline.Batches(
         pipeline.lazy(make_batch, config.steps), lambda: _identities(sources)
     )
+
+
+def _alphas(distill, seed, step, rows):
+    """The coefficient of a step, for every row: a function of seed and step alone."""
+    rng = np.random.default_rng((seed, step))
+    return np.full(rows, rng.uniform(distill.low, distill.high), np.float32)
 
 
 def _identities(sources):

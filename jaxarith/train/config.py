@@ -23,6 +23,28 @@ Form = Literal["kronecker", "eigen", "diagonal"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Distill:
+    """Trains an ordinary model to behave as a linearised one; see `train.delta`.
+
+    Attributes:
+      coef: weight of the distillation.
+      low, high: range of the coefficient α of both task vectors, at which the student
+        is compared with the teacher; one number a step, drawn uniformly.
+    """
+
+    coef: float = 1.0
+    low: float = 0.5
+    high: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.low <= self.high:
+            raise ValueError(
+                f"distillation draws α from {self.low} to {self.high}; expected "
+                "0 <= low <= high."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How task vectors are trained; the defaults are the papers' for CLIP.
 
@@ -37,6 +59,7 @@ class TrainConfig:
       weight_decay: AdamW's decay of all trained leaves towards zero.
       clip_norm: the largest Euclidean norm of a task's gradient; None for any.
       linearized: train the tangent-space model instead of the network.
+      distill: train both, the network to behave as the tangent-space model (DELTA).
       penalty: the mode of the τJp penalty, see `tau_jp.draw`; or the form of the
         curvature that stands for the other tasks' samples, see `jaxarith.curvature`,
         which serves ordinary training too; None for no penalty.
@@ -65,6 +88,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
     linearized: bool = False
+    distill: Distill | None = None
     penalty: tau_jp.Mode | Form | None = None
     penalty_coef: float = 0.1
     penalty_power: tau_jp.Power = 1
@@ -83,6 +107,12 @@ class TrainConfig:
                 f"{', '.join(tau_jp.MODES)}, the forms of curvature "
                 f"{', '.join(get_args(Form))}."
             )
+        if self.distill and (self.linearized or self.tau_jp_mode):
+            raise ValueError(
+                "distill trains an ordinary and a linearised model together; leave "
+                "linearized=False, and penalty None or a form of curvature: "
+                f"{', '.join(get_args(Form))}."
+            )
         if self.tau_jp_mode is not None and not self.linearized:
             raise ValueError(
                 "the τJp penalty needs linearized=True. The penalty of curvature, "
@@ -93,9 +123,10 @@ class TrainConfig:
                 f"penalty_every is {self.penalty_every}, and penalty {self.penalty!r}; "
                 f"it is for curvature: {', '.join(get_args(Form))}."
             )
-        if self.product_dtype is not None and not self.linearized:
+        if self.product_dtype and not (self.linearized or self.distill):
             raise ValueError(
-                "product_dtype rounds tangent products; it needs linearized=True."
+                "product_dtype rounds tangent products; it needs linearized=True or "
+                "distill."
             )
         if self.product_dtype not in (None, *get_args(ProductDtype)):
             raise ValueError(

@@ -108,7 +108,9 @@ def fine_tune(
         tell two optimizers with states of one form apart.
 
     Returns:
-      T task vectors in float32, with the leaves that `config.trained` matches.
+      T task vectors in float32, with the leaves that `config.trained` matches. With
+      `config.distill` each of them is `{"student": τ, "teacher": τ}`, here and wherever
+      task vectors are named above.
 
     Raises:
       FloatingPointError: a loss or gradient is not finite; the message names the step,
@@ -301,6 +303,8 @@ def _identity(config, names, params_0, constants):
     del options["tasks_at_once"], options["micro_batches"]
     if config.penalty_every == 1:  # runs that are older than the option go on
         del options["penalty_every"]
+    if config.distill is None:
+        del options["distill"]
     return {
         "train": options,
         "tasks": list(names),
@@ -336,6 +340,8 @@ def _one_by_one(mesh):
 
 def _title(config):
     kind = "linearised" if config.linearized else "ordinary"
+    if config.distill:
+        kind = "distilled"
     if config.form:
         return f"{kind} + curvature ({config.form})"
     return f"{kind} + {config.penalty} τJp" if config.penalty else kind

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxarith import curvature, sharding, tangent, task_vectors, tau_jp, tree
+from jaxarith.train import delta
 from jaxarith.train.config import TrainConfig, optimizer
 from jaxarith.typing import ApplyFn, LossFn, Params, Tree
 
@@ -42,6 +43,8 @@ def objective(
     one, share the samples.
     """
     mesh = mesh or sharding.one_device()
+    if config.distill:
+        return delta.objective(apply_fn, loss_fn, config, inputs, mesh)
     apply_fn = sharding.on_mesh(apply_fn, mesh)
 
     def total(tau, params_0, batch, constants):
@@ -110,7 +113,7 @@ def make_step(
       not with every micro-batch.
     """
     mesh = mesh or sharding.one_device()
-    update = _given_or_papers(optimizer, config).update
+    update = _transform(optimizer, config).update
 
     def part(*args):
         grads, metrics = jax.grad(objective_fn, has_aux=True)(*args)
@@ -132,10 +135,14 @@ def make_step(
         return jax.tree.map(lambda leaf: leaf / config.micro_batches, total)
 
     def penalised(tau, grads, metrics, measured):
-        value, slopes = jax.value_and_grad(curvature.penalty)(tau, measured)
+        value, slopes = jax.value_and_grad(penalty)(tau, measured)
         weight = config.penalty_coef * config.penalty_every
         grads = jax.tree.map(lambda g, slope: g + weight * slope, grads, slopes)
         return sharding.pin(grads, mesh), metrics | {"penalty": value}
+
+    def penalty(tau, measured):
+        models = tau.values() if config.distill else [tau]
+        return tree.total(curvature.penalty(model, measured) for model in models)
 
     def task_step(params_0, shared, state, batch, constants, own):
         tau, opt_state = state
@@ -145,7 +152,7 @@ def make_step(
             grads, metrics = penalised(tau, grads, metrics, measured)
         norms = [optax.tree.norm(leaf) for leaf in jax.tree.leaves(grads)]
         metrics["gradient_norms"] = jnp.stack(norms)
-        start = tree.restrict(params_0, tree.flatten(tau))
+        start = tree.restrict(_models(params_0, config), tree.flatten(tau))
         params = jax.tree.map(jnp.add, start, tau)
         updates, opt_state = update(grads, opt_state, params)
         return (optax.apply_updates(tau, updates), opt_state), metrics
@@ -177,6 +184,15 @@ def make_step(
         )
 
     return step
+
+
+def _models(params, config):
+    return delta.pair(params) if config.distill else params
+
+
+def _transform(given, config):
+    transform = _given_or_papers(given, config)
+    return delta.each(transform) if config.distill else transform
 
 
 def _given_or_papers(given, config):
@@ -226,14 +242,16 @@ def init_state(
       ValueError: `start` is not one task vector for each task, of the trained leaves.
     """
     mesh = mesh or sharding.one_device()
-    trained = tree.select(tree.floating(params_0), config.trained)
+    trained = _models(
+        tree.select(tree.floating(params_0), config.trained), config
+    )
     if start is not None and len(start) != tasks:
         raise ValueError(f"{len(start)} task vectors to start from for {tasks} tasks.")
     for tau in start or ():
         tree.check_part(tau, trained, "task vector to start from", "trained part")
         tree.check_part(trained, tau, "trained part", "task vector to start from")
 
-    transform = _given_or_papers(optimizer, config)
+    transform = _transform(optimizer, config)
 
     def init(start, trained):
         if start is None:
