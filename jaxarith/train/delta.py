@@ -1,0 +1,106 @@
+r"""DELTA: a linearised model trains beside an ordinary one, which learns to be like it.
+
+The teacher :math:`f_0 + J\tau_T` and the student :math:`f(\theta_0 + \tau_S)` both
+learn the task; the student also learns the teacher's outputs along the way from
+:math:`\theta_0`, so that it moves as a linear model would, and its task vectors add.
+With the penalty of curvature neither disturbs other tasks.
+
+Sommariva, Morandi, Calderara, Porrello. Distilling Linearized Behavior into Non-Linear
+Fine-Tuning for Effective Task Arithmetic. ICML 2026. arXiv:2605.18993.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxarith import sharding, tangent, task_vectors, tree
+from jaxarith.train.config import TrainConfig
+from jaxarith.typing import ApplyFn, LossFn, Tree
+
+
+def pair(model: Tree) -> dict[str, Tree]:
+    """The same tree for both models; nothing is copied."""
+    return {"student": model, "teacher": model}
+
+
+def objective(
+    apply_fn: ApplyFn,
+    loss_fn: LossFn,
+    config: TrainConfig,
+    inputs: Sequence[str],
+    mesh: Mesh,
+) -> Callable[..., tuple[jax.Array, dict[str, Any]]]:
+    r"""The two losses and the distillation, of a pair of task vectors.
+
+    .. math::
+       L(f(\theta_0 + \tau_S)) + L(f_0 + J\tau_T) + c\,\frac1B \sum_i
+       \|f(x_i; \theta_0 + \alpha\tau_S) - (f_0 + \alpha J\tau_T)(x_i)\|^2
+
+    In the last term the teacher counts as a constant. α is the field `"alpha"` of a
+    batch, one number for all its samples.
+
+    Args: as for `train.objective`.
+    """
+    apply_fn = sharding.on_mesh(apply_fn, mesh)
+
+    def total(taus, params_0, batch, constants):
+        if "alpha" not in batch:
+            raise ValueError(
+                f"a batch has the fields {', '.join(batch)}; distillation needs "
+                "`alpha` too, which task_batches adds for this recipe."
+            )
+        samples = tuple(batch[name] for name in inputs)
+        alpha = jnp.max(batch["alpha"])  # all are equal; a mean would round
+        f0, moved = tangent.jvp(
+            apply_fn,
+            params_0,
+            taus["teacher"],
+            *samples,
+            product_dtype=config.product_dtype,
+        )
+
+        def teacher(coef):
+            return jax.tree.map(lambda f, d: f + coef * d, f0, moved)
+
+        def student(coef):
+            params = task_vectors.apply(params_0, taus["student"], coef)
+            return apply_fn(params, *samples)
+
+        distance = squared_distance(
+            student(alpha), jax.lax.stop_gradient(teacher(alpha))
+        )
+        metrics = {
+            "loss": loss_fn(student(1.0), batch, constants),
+            "teacher_loss": loss_fn(teacher(1.0), batch, constants),
+            "distillation": distance,
+        }
+        losses = metrics["loss"] + metrics["teacher_loss"]
+        return losses + config.distill.coef * distance, metrics
+
+    return total
+
+
+def squared_distance(outputs: Tree, others: Tree) -> jax.Array:
+    """The squared distance of two outputs `[B, ...]`, summed; its mean over samples."""
+    pairs = zip(jax.tree.leaves(outputs), jax.tree.leaves(others), strict=True)
+    return tree.total(jnp.sum((a - b) ** 2) / len(a) for a, b in pairs)
+
+
+def each(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimizer of two models, each by itself, as if it were trained alone."""
+
+    def init(params):
+        return {name: transform.init(part) for name, part in params.items()}
+
+    def update(grads, states, params=None):
+        updates, after = {}, {}
+        for name, grad in grads.items():
+            part = None if params is None else params[name]
+            updates[name], after[name] = transform.update(grad, states[name], part)
+        return updates, after
+
+    return optax.GradientTransformation(init, update)
