@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.bench import encoders, jvp_cost
-from jaxarith import tree
+from jaxarith import curvature, tree
 
 CONFIG = jvp_cost.Config("unused", model="tiny", batch=8, layers=1, torch=False)
 
@@ -59,6 +59,23 @@ def test_the_linearised_gradient_is_the_same_in_every_form(work):
             *(other, results[0]),
         )
     assert all(np.any(leaf) for leaf in jax.tree.leaves(results[0]))
+
+
+def test_curvature_adds_the_gradient_of_its_form(work):
+    rows = jvp_cost.steps(work)
+    factors = work.factors
+    plain, curved = [
+        jax.jit(rows[name][0])(*rows[name][1])
+        for name in ("linearised step", "+ curvature")
+    ]
+    moved = curvature.product(work.taus[0], factors)
+    jax.tree.map(
+        lambda a, b, m: np.testing.assert_allclose(
+            a, b + 2 * jvp_cost.PENALTY_COEF * m, rtol=1e-5, atol=1e-6
+        ),
+        *(curved, plain, moved),
+    )
+    assert factors.layers and not factors.sketch
 
 
 def test_many_tangents_are_those_of_single_calls(work):

@@ -15,6 +15,7 @@ timed in PyTorch on the same matrices.
 import dataclasses
 import functools
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,11 +58,13 @@ class Config:
     """Fewer transformer blocks than the model has, to try the script."""
 
 
-def factors_of(encoder: encoders.Encoder, image: Tree, rank: int) -> curvature.Factors:
+def factors_of(
+    encoder: encoders.Encoder, inputs: Sequence, rank: int
+) -> curvature.Factors:
     """The shapes of the factors of all linear layers, and of a sketch."""
     leaves = tree.flatten(encoder.layout)
     paths = list(leaves)
-    found = layers.layers_of(encoder.apply_fn, encoder.layout, image, paths, True)
+    found = layers.layers_of(encoder.apply_fn, encoder.layout, inputs, paths, True)
     covered = {p for layer in found for p in (*layer.kernels, *layer.biases)}
 
     def shape(*sizes):

@@ -14,7 +14,9 @@ Needs the `bench` extra, or `--no-torch`.
 
 Ortiz-Jimenez et al. (2023) for the linearised step; Yoshida et al. (2025) for the
 penalty, whose cyclic, mixed and strict forms take batch/8, batch/8 and batch samples of
-8 other tasks; Jin et al. (2025) for the parts that partial fine-tuning trains.
+8 other tasks; Porrello et al. (2026) for the penalty of curvature, by Kronecker factors
+without a sketch, which costs the same at every batch; Jin et al. (2025) for the parts
+that partial fine-tuning trains.
 """
 
 import dataclasses
@@ -29,9 +31,19 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from experiments.bench import curvature as curvature_cost
 from experiments.bench import encoders, measure
 from experiments.common import script
-from jaxarith import losses, plots, report, tangent, task_vectors, tau_jp, tree
+from jaxarith import (
+    curvature,
+    losses,
+    plots,
+    report,
+    tangent,
+    task_vectors,
+    tau_jp,
+    tree,
+)
 from jaxarith.typing import Params, Tree
 
 CLASSES = 100
@@ -71,6 +83,7 @@ class Work(NamedTuple):
       inputs: arrays `[B, ...]`.
       parts: for every paradigm of partial fine-tuning, its part of a direction.
       penalties: for every kind of penalty, arrays `[P, ...]` of other tasks.
+      factors: of the curvature of other tasks, in float32.
       labels: `[B]`.
       head: `[classes, D]`, rows of length 1.
     """
@@ -81,6 +94,7 @@ class Work(NamedTuple):
     inputs: tuple
     parts: dict[str, Tree]
     penalties: dict[str, tuple]
+    factors: curvature.Factors
     labels: jax.Array
     head: jax.Array
 
@@ -118,6 +132,7 @@ def prepare(config: Config) -> Work:
         inputs,
         {part_name(p): tree.select(taus[0], w) for p, w in encoder.paradigms.items()},
         {f"+ {mode} τJp": samples(count) for mode, count in penalties.items()},
+        curvature_cost.filled(curvature_cost.factors_of(encoder, inputs, 0)),
         jnp.asarray(rng.integers(CLASSES, size=config.batch)),
         jnp.asarray(head / np.linalg.norm(head, axis=-1, keepdims=True)),
     )
@@ -168,6 +183,21 @@ def penalized_step(work: Work) -> Callable:
     return step
 
 
+def curved_step(work: Work) -> Callable:
+    """`step(params, tau, factors, *inputs)`: the gradient with that of a penalty."""
+    task = linearized_step(work)
+
+    def step(params, tau, factors, *inputs):
+        slope = jax.grad(curvature.penalty)(tau, factors)
+        return jax.tree.map(
+            lambda g, s: g + (PENALTY_COEF * s).astype(g.dtype),
+            task(params, tau, *inputs),
+            slope,
+        )
+
+    return step
+
+
 def ordinary_step(work: Work, apply_fn: Callable) -> Callable:
     def step(params, *inputs):
         return jax.grad(lambda params: work.loss(apply_fn(params, *inputs)))(params)
@@ -204,6 +234,7 @@ def steps(work: Work) -> dict[str, tuple[Callable, tuple]]:
         rows[name] = linearized_step(work), (params, part, *inputs)
     for name, penalty_inputs in work.penalties.items():
         rows[name] = penalized_step(work), (params, tau, inputs, penalty_inputs)
+    rows["+ curvature"] = curved_step(work), (params, tau, work.factors, *inputs)
     rows[f"{TASKS} tangents by jvps"] = jvps, (params, work.taus, *inputs)
     rows[f"{TASKS} JVPs"] = one_by_one, (params, work.taus, *inputs)
     if remat := encoder.rematerialized:
