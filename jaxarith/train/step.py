@@ -242,9 +242,7 @@ def init_state(
       ValueError: `start` is not one task vector for each task, of the trained leaves.
     """
     mesh = mesh or sharding.one_device()
-    trained = _models(
-        tree.select(tree.floating(params_0), config.trained), config
-    )
+    trained = _models(tree.select(tree.floating(params_0), config.trained), config)
     if start is not None and len(start) != tasks:
         raise ValueError(f"{len(start)} task vectors to start from for {tasks} tasks.")
     for tau in start or ():
