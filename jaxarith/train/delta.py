@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from jaxarith import sharding, tangent, task_vectors, tree
-from jaxarith.train.config import TrainConfig
 from jaxarith.typing import ApplyFn, LossFn, Tree
 
 
@@ -30,9 +30,10 @@ def pair(model: Tree) -> dict[str, Tree]:
 def objective(
     apply_fn: ApplyFn,
     loss_fn: LossFn,
-    config: TrainConfig,
+    coef: float,
     inputs: Sequence[str],
     mesh: Mesh,
+    product_dtype: DTypeLike | None = None,
 ) -> Callable[..., tuple[jax.Array, dict[str, Any]]]:
     r"""The two losses and the distillation, of a pair of task vectors.
 
@@ -43,7 +44,10 @@ def objective(
     In the last term the teacher counts as a constant. α is the field `"alpha"` of a
     batch, one number for all its samples.
 
-    Args: as for `train.objective`.
+    Args:
+      apply_fn, loss_fn, inputs, mesh: as for `train.objective`.
+      coef: the weight c of the distillation.
+      product_dtype: as for `tangent.jvp`.
     """
     apply_fn = sharding.on_mesh(apply_fn, mesh)
 
@@ -60,14 +64,14 @@ def objective(
             params_0,
             taus["teacher"],
             *samples,
-            product_dtype=config.product_dtype,
+            product_dtype=product_dtype,
         )
 
-        def teacher(coef):
-            return jax.tree.map(lambda f, d: f + coef * d, f0, moved)
+        def teacher(scale):
+            return jax.tree.map(lambda f, d: f + scale * d, f0, moved)
 
-        def student(coef):
-            params = task_vectors.apply(params_0, taus["student"], coef)
+        def student(scale):
+            params = task_vectors.apply(params_0, taus["student"], scale)
             return apply_fn(params, *samples)
 
         distance = squared_distance(
@@ -79,7 +83,7 @@ def objective(
             "distillation": distance,
         }
         losses = metrics["loss"] + metrics["teacher_loss"]
-        return losses + config.distill.coef * distance, metrics
+        return losses + coef * distance, metrics
 
     return total
 
@@ -93,14 +97,5 @@ def squared_distance(outputs: Tree, others: Tree) -> jax.Array:
 def each(transform: optax.GradientTransformation) -> optax.GradientTransformation:
     """An optimizer of two models, each by itself, as if it were trained alone."""
 
-    def init(params):
-        return {name: transform.init(part) for name, part in params.items()}
-
-    def update(grads, states, params=None):
-        updates, after = {}, {}
-        for name, grad in grads.items():
-            part = None if params is None else params[name]
-            updates[name], after[name] = transform.update(grad, states[name], part)
-        return updates, after
-
-    return optax.GradientTransformation(init, update)
+    labels = {"student": "student", "teacher": "teacher"}
+    return optax.partition({label: transform for label in labels}, labels)

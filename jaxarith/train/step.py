@@ -44,7 +44,14 @@ def objective(
     """
     mesh = mesh or sharding.one_device()
     if config.distill:
-        return delta.objective(apply_fn, loss_fn, config, inputs, mesh)
+        return delta.objective(
+            apply_fn,
+            loss_fn,
+            config.distill.coef,
+            inputs,
+            mesh,
+            config.product_dtype,
+        )
     apply_fn = sharding.on_mesh(apply_fn, mesh)
 
     def total(tau, params_0, batch, constants):
