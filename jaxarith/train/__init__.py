@@ -15,6 +15,9 @@ from jaxarith.train.config import code as code
 from jaxarith.train.config import optimizer as optimizer
 from jaxarith.train.config import paper as paper
 from jaxarith.train.config import schedule as schedule
+from jaxarith.train.config import tak as tak
+from jaxarith.train.distac import distac as distac
+from jaxarith.train.distac import with_targets as with_targets
 from jaxarith.train.observers import tensorboard as tensorboard
 from jaxarith.train.run import Observe as Observe
 from jaxarith.train.run import fine_tune as fine_tune

@@ -201,10 +201,69 @@ def code(samples: int, epochs: int, batch_size: int = 128) -> TrainConfig:
       >>> code(7330, 35).steps  # Cars
       2030
     """
-    steps = epochs * math.ceil(samples / batch_size)
-    warmup_steps = min(500, steps - 1)
+    steps, warmup_steps = _length(samples, epochs, batch_size)
     return TrainConfig(
         steps=steps, warmup_steps=warmup_steps, batch_size=batch_size, penalty_power=1
+    )
+
+
+def _length(samples, epochs, batch_size):
+    """The steps of these epochs, and how many of them are warm-up."""
+    steps = epochs * math.ceil(samples / batch_size)
+    return steps, min(500, steps - 1)
+
+
+def tak(
+    samples: int,
+    epochs: int,
+    batch_size: int = 128,
+    *,
+    tokens: int = 50,
+    tasks: int = 8,
+) -> TrainConfig:
+    r"""TAK for CLIP's image encoder: linearised, with the curvature of other tasks.
+
+    Porrello et al. (2026), with the optimizer of their public code. Patch and position
+    embeddings are frozen, as there.
+
+    `penalty_coef` is the code's β = 100 in the unit of `curvature.penalty`, the mean
+    over the other tasks of the mean squared change of features. For layers of matrices
+    that is :math:`100\,(T-1)/R`, of T tasks and R tokens: the code sums the factors B
+    of the others, and divides both A and B by R where one would do. So it is 14 for
+    ViT-B/32, 3.6 for ViT-B/16 and 2.7 for ViT-L/14. Three things have no counterpart
+    here:
+
+    - The code's factors are those of features of norm 1. Factors of features as they
+      are, which `tau_jp` penalises too, are larger by about their squared norm; divide
+      `penalty_coef` by that, or let `apply_fn` normalise.
+    - It weighs the parts of the form apart: LayerNorm and class token by 1000 and the
+      projection by 7 in this unit, whatever R is.
+    - Its weight decay pulls τ towards zero, here θ0 + τ. The pull sums to 3 % of what
+      it acts on in 2000 steps, so `weight_decay=0` is nearer to the code.
+
+    The code's factors are those that `curvature.collect` gives with
+    `sharing="expand"`, merged by `curvature.others`.
+
+    Args:
+      samples, epochs, batch_size: as for `code`.
+      tokens: R, of an image: 50 for ViT-B/32, 197 for ViT-B/16, 257 for ViT-L/14.
+      tasks: T, which the code's weight grows with.
+
+    Example:
+      >>> tak(7330, 35).penalty_coef, round(tak(7330, 35, tokens=197).penalty_coef, 2)
+      (14.0, 3.55)
+    """
+    steps, warmup_steps = _length(samples, epochs, batch_size)
+    return TrainConfig(
+        steps=steps,
+        warmup_steps=warmup_steps,
+        batch_size=batch_size,
+        learning_rate=3e-4,
+        clip_norm=None,
+        linearized=True,
+        penalty="kronecker",
+        penalty_coef=100 * (tasks - 1) / tokens,
+        trained=r"(?!vision_model/embeddings/(patch|position)_embedding/).*",
     )
 
 

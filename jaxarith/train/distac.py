@@ -1,0 +1,189 @@
+r"""DisTaC: a ready task vector repaired by distillation, from unlabelled samples.
+
+Vectors of unlike norms, or of models that are sure of nothing, merge badly. The model
+:math:`\theta_0 + \tau` is the teacher of a student that starts at :math:`\theta_0 +
+\kappa\tau`, where the norm is as wanted, and is kept near there.
+
+Yoshida, Naraki, Horie et al. DisTaC: Conditioning Task Vectors via Distillation for
+Robust Model Merging. ICLR 2026. arXiv:2508.01148.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxarith import curvature, evaluate, fingerprint, task_vectors, tree
+from jaxarith.data import pipeline
+from jaxarith.train.batches import task_batches
+from jaxarith.train.config import TrainConfig
+from jaxarith.train.run import fine_tune
+from jaxarith.typing import ApplyFn, Params, Source, Tree
+
+TARGET = "target"  # the field of a sample that holds what the teacher says
+
+
+def distac(
+    apply_fn: ApplyFn,
+    params_0: Params,
+    tau: Params,
+    samples: Source,
+    config: TrainConfig,
+    *,
+    scale: float = 1.0,
+    temperatures: tuple[float, float] = (10.0, 10.0),
+    anchor: float = 0.1,
+    logits: Callable[[Tree], jax.Array] = lambda outputs: outputs,
+    name: str = "task",
+    inputs: Sequence[str] = ("image",),
+    log: Path | None = None,
+    mesh: Mesh | None = None,
+) -> Tree:
+    r"""Another vector of the same task, of another norm or less sure of itself.
+
+    .. math:: \min_\theta\ T_t T_s\,\mathrm{KL}\left(\mathrm{softmax}(z_t / T_t)\,\|\,
+       \mathrm{softmax}(z_s(\theta) / T_s)\right)
+       + \beta\,\|\theta - \theta_0 - \kappa\tau\|^2
+
+    Shrinking a vector is safe; a stretched one (κ = 3) can end below the pre-trained
+    model, as the paper shows.
+
+    Args:
+      apply_fn: `apply_fn(params, *inputs) -> outputs[B, ...]`.
+      params_0: pre-trained parameters.
+      tau: a task vector of ordinary fine-tuning; its leaves are trained.
+      samples: unlabelled samples of the task. The teacher sees each once.
+      config: the recipe, such as `train.code_distac()`.
+      scale: κ; for a vector of norm n, `n / optax.tree.norm(tau)`.
+      temperatures: Tₜ of the teacher and Tₛ of the student. The paper takes (10, 10)
+        against unlike norms, and (1, 10) with κ = 1 for models of low confidence.
+      anchor: β.
+      logits: from the model's outputs to logits `[B, classes]`, such as a frozen head.
+      name: name of the task, for messages and the order of samples.
+      inputs, log, mesh: as for `fine_tune`.
+
+    Returns:
+      A task vector like `tau`, in float32.
+
+    Raises:
+      ValueError: the recipe is linearised, distils or has a penalty; or as for
+        `fine_tune`.
+    """
+    if config.linearized or config.distill or config.penalty:
+        raise ValueError(
+            "distac trains an ordinary model with a penalty of its own; leave "
+            "linearized, distill and penalty of its recipe out."
+        )
+    paths = list(tree.flatten(tau))
+    config = dataclasses.replace(
+        config,
+        trained="|".join(map(re.escape, paths)),
+        penalty="diagonal",
+        penalty_coef=anchor,
+    )
+    start = task_vectors.apply(params_0, tau, scale)
+    taught = with_targets(
+        apply_fn, task_vectors.apply(params_0, tau), samples, inputs, mesh=mesh
+    )
+
+    def loss(outputs, batch, _):
+        return divergence(logits(outputs), logits(batch[TARGET]), temperatures)
+
+    [moved] = fine_tune(
+        apply_fn,
+        start,
+        loss,
+        task_batches([taught], config, names=[name], mesh=mesh),
+        config,
+        names=[name],
+        inputs=inputs,
+        curvature=_squared_norm(start, paths),
+        log=log,
+        mesh=mesh,
+    )
+    return jax.tree.map(lambda old, new: scale * old + new, tau, moved)
+
+
+def divergence(
+    student: jax.Array, teacher: jax.Array, temperatures: tuple[float, float]
+) -> jax.Array:
+    """The mean divergence of softened predictions, times both temperatures.
+
+    Args:
+      student, teacher: logits `[B, classes]`; -inf where both have no class.
+      temperatures: of the teacher and of the student.
+
+    Example:
+      >>> logits = jnp.array([[0.0, jnp.log(3.0)]])
+      >>> print(divergence(logits, logits, (2.0, 2.0)))
+      0.0
+    """
+    of_teacher, of_student = temperatures
+    log_p = jax.nn.log_softmax(teacher / of_teacher)
+    log_q = jax.nn.log_softmax(student / of_student)
+    difference = jnp.where(log_p == -jnp.inf, 0, log_p - log_q)  # 0 · NaN is NaN
+    sums = jnp.sum(jnp.exp(log_p) * difference, axis=-1)
+    return of_teacher * of_student * jnp.mean(sums)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Taught:
+    """Samples, and for each what a teacher says of it."""
+
+    samples: Source
+    targets: np.ndarray
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return dict(self.samples[index]) | {TARGET: self.targets[index]}
+
+
+def with_targets(
+    apply_fn: ApplyFn,
+    params: Params,
+    samples: Source,
+    inputs: Sequence[str] = ("image",),
+    *,
+    batch_size: int = 128,
+    mesh: Mesh | None = None,
+) -> Source:
+    """The samples with a teacher's outputs as their field "target".
+
+    Every sample is run once; in training it costs nothing more. The samples must be
+    what is trained on: an augmentation would show the student other inputs.
+
+    Args:
+      apply_fn: `apply_fn(params, *inputs) -> outputs[B, ...]`.
+      params: the teacher's parameters.
+      samples: a source of samples.
+      inputs: the fields that are passed to `apply_fn`, in order.
+      batch_size: samples that are run at a time.
+      mesh: the devices, see `sharding`; by default one.
+    """
+    samples = pipeline.samples(samples)
+    batches = pipeline.evaluation_batches(samples, batch_size)
+    found = evaluate.outputs(apply_fn, params, batches, inputs, mesh=mesh)
+    return _Taught(samples, found)
+
+
+def _squared_norm(params, paths):
+    """The curvature whose form is the squared norm, of leaves with these paths."""
+    return curvature.Factors(
+        layers=(),
+        base=fingerprint.combined(params),
+        sharing=None,
+        inputs={},
+        outputs={},
+        divisors={},
+        full={},
+        diagonal={path: jnp.ones(()) for path in paths},
+        sketch={},
+        samples=jnp.ones(()),
+    )
