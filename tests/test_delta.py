@@ -58,10 +58,11 @@ def test_the_objective_and_its_gradient_are_the_papers(x64):
     def teacher(tau):
         return squared(sum(moved(tau)), batch)
 
-    (want, distance), slope = jax.value_and_grad(student, has_aux=True)(taus["student"])
-    (value, metrics), slopes = jax.value_and_grad(objective, has_aux=True)(
-        taus, params_0, batch, None
-    )
+    def gradient(function):
+        return jax.jit(jax.value_and_grad(function, has_aux=True))
+
+    (want, distance), slope = gradient(student)(taus["student"])
+    (value, metrics), slopes = gradient(objective)(taus, params_0, batch, None)
     assert_close(value, want + teacher(taus["teacher"]), 1e-12)
     assert_close(slopes["student"], slope, 1e-11)
     assert_close(slopes["teacher"], jax.grad(teacher)(taus["teacher"]), 1e-11)
@@ -176,14 +177,14 @@ def test_devices_share_tasks_and_samples(sizes, whole):
 
 def test_alpha_is_drawn_once_a_step_and_task_within_its_range():
     config = dataclasses.replace(
-        CONFIG, steps=60, distill=train.Distill(low=0.2, high=0.6)
+        CONFIG, steps=30, distill=train.Distill(low=0.2, high=0.6)
     )
     batches = train.task_batches(training_run.sources(), config, seeds=[0, 1])
     alphas = np.stack([batch["alpha"] for batch in batches])
-    assert alphas.shape == (60, 2, 8) and alphas.dtype == np.float32
+    assert alphas.shape == (30, 2, 8) and alphas.dtype == np.float32
     assert (alphas == alphas[..., :1]).all()
-    assert 0.2 <= alphas.min() < 0.22 and 0.58 < alphas.max() <= 0.6
-    assert_close(alphas.mean(), 0.4, 0.03)
+    assert 0.2 <= alphas.min() < 0.25 and 0.55 < alphas.max() <= 0.6
+    assert_close(alphas.mean(), 0.4, 0.05)
     assert (alphas[:, 0] != alphas[:, 1]).all()
     again = train.task_batches(training_run.sources(), config, seeds=[0, 1])
     assert (again[7]["alpha"] == alphas[7]).all()
