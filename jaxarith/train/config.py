@@ -26,6 +26,9 @@ Form = Literal["kronecker", "eigen", "diagonal"]
 class Distill:
     """Trains an ordinary model to behave as a linearised one; see `train.delta`.
 
+    The metrics of a step are `loss`, the student's, `teacher_loss`, `distillation`, and
+    `penalty`, the sum of both models'.
+
     Attributes:
       coef: weight of the distillation.
       low, high: range of the coefficient α of both task vectors, at which the student

@@ -168,7 +168,7 @@ def with_targets(
       mesh: the devices, see `sharding`; by default one.
     """
     samples = pipeline.samples(samples)
-    batches = pipeline.evaluation_batches(samples, batch_size)
+    batches = pipeline.evaluation_stream(samples, batch_size, preprocess=dict)
     found = evaluate.outputs(apply_fn, params, batches, inputs, mesh=mesh)
     return _Taught(samples, found)
 
