@@ -16,6 +16,11 @@ The methods:
                            linear, with the τJp penalty on images of the other tasks
                            (Yoshida et al. 2025, Eq. 11 and Eq. 10; mixed is ours)
     tau_jp_incremental     cyclic, on the tasks that come before in --tasks
+    curvature, _nearest, _each, _shared, _diagonal
+                           linear, with the curvature of the other tasks in place of
+                           their images: merged by the mean, to the nearest Kronecker
+                           product, or not; of all tasks together; its diagonal alone
+                           (Porrello et al. 2026; the factors are ours)
     tau_jp_continued       cyclic, from an existing vector, --start
     linear_layers_1 … _4   only the linear layers of the blocks (Jin et al. 2025): the
                            weights of attention, with biases, with those of the MLP, all
@@ -47,9 +52,9 @@ class Config(options.OneModel):
     """What is trained on; multi_task trains on all --tasks."""
     method: Literal[vectors.Method, "tau_jp_continued"]
     """How: ordinary (nonlinear), in the tangent space (linear), there with the τJp
-    penalty (tau_jp_…), linear layers alone (linear_layers_1 to _4), away from the
-    optimum (gradient_ascent), all --tasks at once (multi_task), or not at all
-    (random)."""
+    penalty (tau_jp_…) or with the curvature of the others (curvature…), linear layers
+    alone (linear_layers_1 to _4), away from the optimum (gradient_ascent), all --tasks
+    at once (multi_task), or not at all (random)."""
     others: tuple[str, ...] | None = None
     """The tasks that tau_jp_continued keeps as they were; by default the other --tasks
     and the control."""
@@ -126,13 +131,13 @@ def needed(config: Config) -> tuple[Config, bool]:
     wanted = names
     if config.others is not None:
         wanted = [own, *config.others]
-    elif config.method != "multi_task" and not config.method.startswith("tau_jp"):
+    elif config.method != "multi_task" and not vectors.is_penalised(config.method):
         wanted = [own]
     if missing := set(wanted) - set(names):
         raise ValueError(f"--others: {', '.join(missing)} not among --tasks.")
     specs = dict(zip(names, config.tasks, strict=True))
     place = "_".join([Path(config.model).name, config.method, own])
-    control = config.method.startswith("tau_jp") and config.others is None
+    control = vectors.is_penalised(config.method) and config.others is None
     options = {
         "tasks": tuple(specs[name] for name in wanted),
         "out": config.out / place,

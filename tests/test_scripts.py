@@ -159,6 +159,6 @@ def test_a_missing_package_is_named_by_its_extra_before_any_work():
 def test_the_readme_names_every_script_of_a_paper_and_no_other():
     text = (FOLDER / "README.md").read_text()
     named = set(re.findall(r"^\|[^|]*\| `(\w+)", text, re.MULTILINE))
-    papers = ("tau_jp", "linear_layers", "bases", "awd", "editing")
+    papers = ("tau_jp", "curvature", "linear_layers", "bases", "awd", "editing")
     scripts = {name.split("/")[1] for name in SCRIPTS if name.startswith(papers)}
     assert named == scripts

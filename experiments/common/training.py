@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from experiments.common import bank, runs
 from jaxarith import sharding, train
+from jaxarith.curvature import Curvature
 from jaxarith.data import pipeline
 from jaxarith.sharding import processes
 from jaxarith.typing import ApplyFn, LossFn, Params, Tree
@@ -67,6 +68,9 @@ class Wanted(NamedTuple):
       kind: vectors train side by side if their recipes and kinds are equal; a kind may
         be the length of texts.
       observed: the numbers of steps after which `observe` is called.
+      curvature: gives what the task must not disturb, for a penalty of curvature; it is
+        called only where the vector is trained. Vectors that train side by side with
+        the same function share its result, which the devices then hold once.
     """
 
     name: str
@@ -79,6 +83,7 @@ class Wanted(NamedTuple):
     start: Tree | None = None
     kind: Any = None
     observed: Collection[int] = ()
+    curvature: Callable[[], Curvature] | None = None
 
 
 def recipe(options: Any, samples: int, **changes: Any) -> train.TrainConfig:
@@ -140,6 +145,7 @@ def vectors(
             _batches(network, group),
             recipe,
             [one.head for one in group],
+            curvature=_curvature(group),
             start=None if group[0].start is None else [one.start for one in group],
             observe=observed,
             observe_every=set().union(*(one.observed for one in group)),
@@ -238,15 +244,25 @@ def checkpoints(options: runs.Options, network: Network, names: Sequence[str]) -
     return runs.checkpoints(options) / f"{network.title}_{runs.joined(names)}"
 
 
+def _curvature(group):
+    """What `fine_tune` takes: nothing, one for all vectors, or one for each."""
+    given = [one.curvature for one in group]
+    if given[0] is None:
+        return None
+    return given[0]() if len(set(given)) == 1 else [measured() for measured in given]
+
+
 def _batches(network, group):
     recipe, fields = group[0].recipe, list(network.inputs)
-    if recipe.penalty and network.penalty_mask not in (None, *fields):
+    if recipe.tau_jp_mode and network.penalty_mask not in (None, *fields):
         fields.append(network.penalty_mask)
     return train.task_batches(
         [one.source for one in group],
         recipe,
         names=[one.name for one in group],
-        others=[list(one.others.values()) if recipe.penalty else [] for one in group],
+        others=[
+            list(one.others.values()) if recipe.tau_jp_mode else [] for one in group
+        ],
         inputs=fields,
         augment=network.augment,
         mesh=network.mesh,
@@ -261,6 +277,7 @@ def _run(
     recipe,
     heads,
     *,
+    curvature=None,
     start=None,
     observe=None,
     observe_every=(),
@@ -279,7 +296,8 @@ def _run(
         names=names,
         constants=network.stacked and network.stacked(heads),
         inputs=network.inputs,
-        penalty_mask=network.penalty_mask if recipe.penalty else None,
+        penalty_mask=network.penalty_mask if recipe.tau_jp_mode else None,
+        curvature=curvature,
         log=log,
         mesh=network.mesh,
         checkpoints=folder if options.save_every else None,

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.common import runs, study_merges
+from experiments.common import curvatures, runs, study_merges
 from jaxarith import evaluate, losses, sharding, tau_jp
 from jaxarith.data import pipeline
 from jaxarith.models import heads
@@ -22,7 +22,7 @@ Logits = Callable[..., jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(runs.Options):
+class Config(runs.Options, curvatures.Options):
     """The options that all studies have."""
 
     model: Path | str
@@ -44,13 +44,6 @@ class Config(runs.Options):
     """Weight of the τJp penalty."""
     penalty_batch_size: int | None = None
     """Its samples per step; an eighth of the batch by default."""
-    curvature_coef: float = 0.05
-    """Weight of the penalty of curvature."""
-    curvature_samples: int = 256
-    """Training samples of a task, the most that its curvature is measured on."""
-    curvature_rank: int = 32
-    """Exact products that a task's curvature keeps of what is between layers; each has
-    the size of a task vector."""
     samples: int | None = None
     """The largest number of samples of a split; all by default."""
     seed: int = 0

@@ -8,10 +8,9 @@ from typing import get_args
 import jax
 from tqdm import tqdm
 
-from experiments.common import runs
+from experiments.common import curvatures, runs
 from experiments.common.studies.study import Config, Study
-from jaxarith import curvature, hub, sharding, tau_jp, train, tree
-from jaxarith.data import pipeline, splits
+from jaxarith import curvature, hub, sharding, tau_jp, train
 from jaxarith.models import heads
 from jaxarith.sharding import processes
 from jaxarith.typing import Source, Tree
@@ -58,25 +57,18 @@ def _files(study, method):
 def curvature_of(study: Study) -> list[curvature.Factors]:
     """For each task the curvature of all others, measured on their training samples."""
     config, found = study.config, []
-    size = tree.size(tree.select(study.params_0, study.trained))
-    # A chunk holds that many gradients: 256 MB.
-    chunk = min(max(2**26 // size, 1), 32)
     progress = tqdm(study.sources, desc="curvature", unit="task")
     for number, source in enumerate(progress):
-        order = splits.torch_permutation(len(source), config.seed)
-        samples = [source[int(i)] for i in order[: config.curvature_samples]]
         found.append(
-            curvature.collect(
+            curvatures.collected(
                 study.apply_fn,
                 study.params_0,
-                pipeline.evaluation_batches(samples, 64),
+                curvatures.drawn(source, config.curvature_samples, config.seed),
                 inputs=study.inputs,
-                select=study.trained,
-                joint=True,
-                rank=config.curvature_rank,
                 key=jax.random.fold_in(jax.random.key(config.seed), number),
-                chunk=chunk,
                 mesh=study.mesh,
+                rank=config.curvature_rank,
+                select=study.trained,
             )
         )
     merged = curvature.others(found)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.common import bank, runs, script
+from experiments.common import bank, curvatures, runs, script
 from experiments.common.vision import small_tasks, sources
 from jaxarith import fingerprint, hub, metrics, sharding, train, tree
 from jaxarith.data import images, pipeline, vision
@@ -34,7 +34,7 @@ SMOKE = ("mnist", "mnist_rotated", "uci_digits", "inverted_digits")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(runs.Banked):
+class Options(runs.Banked, curvatures.Options):
     """The options that all scripts on CLIP have."""
 
     tasks: tuple[str, ...] = vision.EIGHT
@@ -57,6 +57,8 @@ class Options(runs.Banked):
     """Weight λ of the τJp penalty."""
     penalty_power: Literal[1, 2] | None = None
     """Of the τJp norm; that of the protocol by default."""
+    diagonal_coef: float = 1.0
+    """Weight of the penalty of the diagonal of curvature alone."""
     micro_batches: int = 1
     """Parts of a batch that are computed one after another, where memory is short."""
     tasks_together: bool = True
@@ -103,6 +105,7 @@ def smoke(options: C, **small: Any) -> C:
     common: dict[str, Any] = {"tasks": SMOKE[:-1], "control": SMOKE[-1], "steps": 3}
     common |= {"protocol": "paper", "learning_rate": 1e-3, "batch_size": 8}
     common |= {"samples": 32, "evaluation_batch": 32, "workers": 0}
+    common |= {"curvature_samples": 8, "curvature_rank": 2}
     return runs.smaller(options, **common | small)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.common import bank, runs, training
-from experiments.common.vision import options
+from experiments.common.vision import curved, options
 from jaxarith import fingerprint, losses, task_vectors, tau_jp, train
 from jaxarith.models import clip, heads
 from jaxarith.typing import Tree
@@ -27,6 +27,11 @@ Method = Literal[
     "tau_jp_mixed",
     "tau_jp_incremental",
     "tau_jp_incremental_no_control",
+    "curvature",
+    "curvature_nearest",
+    "curvature_each",
+    "curvature_shared",
+    "curvature_diagonal",
     "linear_layers_1",
     "linear_layers_2",
     "linear_layers_3",
@@ -48,34 +53,57 @@ LINEAR_LAYERS = {
 
 def is_linearized(method: str) -> bool:
     """Whether the vectors of a method belong to the tangent-space model."""
-    return method in ("linear", "multi_task_linear") or method.startswith("tau_jp")
+    return method in ("linear", "multi_task_linear") or is_penalised(method)
+
+
+def is_penalised(method: str) -> bool:
+    """Whether a method looks at the other tasks, by samples or by curvature."""
+    return method.startswith("tau_jp") or method in curved.KINDS
+
+
+def coef_option(method: str) -> str:
+    """The option that is the weight λ of a method's penalty."""
+    if method == "curvature_diagonal":
+        return "diagonal_coef"
+    return "curvature_coef" if method in curved.KINDS else "penalty_coef"
 
 
 def recipe_of(setup: options.Setup, method: str, task: options.Task):
     """How a method trains on a task: a `TrainConfig`."""
-    mode = None
+    penalty: dict[str, Any] = {"penalty": None}
     if method.startswith("tau_jp"):
         mode = method.removeprefix("tau_jp_")
-        mode = mode if mode in tau_jp.MODES else "cyclic"
+        penalty["penalty"] = mode if mode in tau_jp.MODES else "cyclic"
+    elif kind := curved.KINDS.get(method):
+        penalty = {
+            "penalty": "kronecker" if kind.sharing else "diagonal",
+            "penalty_coef": getattr(setup.options, coef_option(method)),
+            # They are τJp's, and not to tell vectors with curvature apart.
+            "penalty_power": 1,
+            "penalty_batch_size": 1,
+        }
     return dataclasses.replace(
         options.recipe_of(setup.options, task),
         linearized=is_linearized(method),
-        penalty=mode,
         trained=LINEAR_LAYERS.get(method, ".*"),
+        **penalty,
     )
 
 
 def others_of(
     setup: options.Setup, method: str, task: options.Task
 ) -> list[options.Task]:
-    """T_orth: the tasks that the τJp penalty keeps as they were, the control last.
+    """T_orth: the tasks that the penalty keeps as they were, the control last.
 
-    The incremental variants know of the tasks that come before.
+    The incremental variants know of the tasks that come before. A curvature that all
+    tasks share is that of all of them.
     """
     index = setup.names.index(task.name)
     before, after = setup.tasks[:index], setup.tasks[index + 1 :]
     incremental = method.startswith("tau_jp_incremental")
     known = before + ([] if incremental else after)
+    if method in curved.KINDS and curved.KINDS[method].shared:
+        known = list(setup.tasks)
     if setup.control is None or method.endswith("no_control"):
         return known
     return [*known, setup.control]
@@ -96,18 +124,62 @@ def vectors(setup: options.Setup, method: Method) -> list[Tree]:
 
 
 def of_tasks(
-    setup: options.Setup, method: str, tasks: Sequence[options.Task]
+    setup: options.Setup,
+    method: str,
+    tasks: Sequence[options.Task],
+    *,
+    folder: str | None = None,
+    kind: curved.Kind | None = None,
 ) -> list[Tree]:
-    """The vectors of some of the tasks."""
+    """The vectors of some of the tasks.
+
+    Args:
+      setup: the model.
+      method: how they are trained.
+      tasks: what they are trained on.
+      folder: the folder in the bank; by default that of the method, or, of a method
+        with a penalty, that of its candidate of the same weight where the bank has it.
+      kind: of a method with curvature, how that is measured and merged.
+    """
+    kind = kind or curved.KINDS.get(method)
+    penalised = is_penalised(method)
+    known = [others_of(setup, method, task) if penalised else [] for task in tasks]
+    given = curved.functions(setup, kind, known) if kind else [None] * len(tasks)
     wanted = []
-    for task in tasks:
+    for task, others, curvature in zip(tasks, known, given, strict=True):
         recipe = recipe_of(setup, method, task)
-        others = others_of(setup, method, task) if recipe.penalty else []
         if not others:
             # The first task of an increment without a control has nothing to keep.
             recipe = dataclasses.replace(recipe, penalty=None)
-        wanted.append(wanted_of(setup, method, task, recipe, others))
+        one = wanted_of(
+            setup, folder or folder_of(setup, method, task), task, recipe, others
+        )
+        if kind and others:
+            measured = {"curvature": curved.identity(setup, kind)}
+            one = one._replace(
+                others={}, identity=one.identity | measured, curvature=curvature
+            )
+        wanted.append(one)
     return trained(setup, method, wanted)
+
+
+def candidate(method: str, coef: float) -> str:
+    """The folder in the bank of a method's vectors at a weight of the penalty.
+
+    Example:
+      >>> candidate("tau_jp_cyclic", 0.01)
+      'tau_jp_cyclic_coef_0.01'
+    """
+    return f"{method}_coef_{coef:g}"
+
+
+def folder_of(setup: options.Setup, method: str, task: options.Task) -> str:
+    """Where the bank has a method's vectors, of those of a choice of λ too."""
+    if is_penalised(method):
+        own = candidate(method, getattr(setup.options, coef_option(method)))
+        if file_of(setup, own, task.name).exists():
+            return own
+    return method
 
 
 def wanted_of(
@@ -161,7 +233,11 @@ def trained(
         file = snapshot_file(one, done)
         training.add(file, tau, training.identity(one), {"steps": done})
 
-    own, together = network(setup, method), None if setup.options.tasks_together else 1
+    own, together = network(setup, method), None
+    if not setup.options.tasks_together:
+        together = 1
+    elif len({one.curvature for one in wanted}) > 1:
+        together = curved.room(setup, curved.KINDS[method])
     training.check(own, wanted, together)
     runs.claim(setup.options)  # nothing is written before all mistakes are found
     return training.vectors(

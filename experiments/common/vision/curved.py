@@ -1,0 +1,178 @@
+"""Curvature of the tasks on images: measured once, kept in the bank, merged.
+
+    BANK/<model>/factors_<how they are measured>/<task>.safetensors
+
+Each file has the factors of one task, and whoever has it needs none of its images. Of a
+model with P parameters, about P · (15 + 4 · rank) bytes: with the default rank of 32
+13 GB of ViT-B-32 and 44 GB of ViT-L-14, without a sketch (rank 0) 1.3 and 4.7 GB. They
+are merged on the host, which holds those of all tasks; a device holds one merged
+curvature for each task that it trains at a time, see `room`, or one in all if the tasks
+share it.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+from tqdm import tqdm
+
+from experiments.common import bank, curvatures, runs
+from experiments.common.vision import options, sources
+from jaxarith import curvature, sharding, tree
+from jaxarith.sharding import processes
+from jaxarith.train import manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """How curvature is measured, and which tasks' is merged in which way.
+
+    Attributes:
+      how: see `curvature.merge`.
+      sharing: see `curvature.collect`; None for the diagonal alone, without a sketch.
+      probes: random probes for each image.
+      shared: one curvature for all tasks, that of all of them and of the control, in
+        place of that of all others for each.
+    """
+
+    how: curvature.How = "mean"
+    sharing: curvature.Sharing | None = "whole"
+    probes: int = 1
+    shared: bool = False
+
+
+KINDS = {
+    "curvature": Kind(),
+    "curvature_nearest": Kind(how="nearest"),
+    "curvature_each": Kind(how="each"),
+    "curvature_shared": Kind(shared=True),
+    "curvature_diagonal": Kind(sharing=None),
+}
+
+
+def identity(setup: options.Setup, kind: Kind) -> dict[str, Any]:
+    """What a merged curvature depends on besides the tasks, as plain data."""
+    return _measured(setup, kind) | {"how": kind.how, "shared": kind.shared}
+
+
+def functions(
+    setup: options.Setup, kind: Kind, groups: Sequence[Sequence[options.Task]]
+) -> list[Callable[[], curvature.Factors]]:
+    """For each group of tasks a function that gives their curvature.
+
+    Equal groups have the same function. The factors of a task are read or measured when
+    they are first asked for, and held on the host as long as the functions are.
+    """
+    tasks = {task.name: task for group in groups for task in group}
+    factors = functools.cache(lambda name: factors_of(setup, kind, tasks[name]))
+
+    @functools.cache
+    def of_names(names):
+        return lambda: merged([factors(name) for name in names], kind)
+
+    return [of_names(tuple(task.name for task in group)) for group in groups]
+
+
+def room(setup: options.Setup, kind: Kind) -> int | None:
+    """How many tasks may train side by side with a curvature of their own.
+
+    All, None, where the mesh has a task axis or a device does not say what it holds.
+    Otherwise as many as a quarter of its memory holds: while curvature is put there, it
+    is there twice.
+    """
+    stats = setup.mesh.local_devices[0].memory_stats() or {}
+    if setup.mesh.shape["task"] > 1 or "bytes_limit" not in stats:
+        return None
+    own = tree.size(setup.params_0) * (15 + 4 * _measured(setup, kind)["rank"])
+    if kind.how == "each":
+        own *= len(setup.tasks)
+    return max(stats["bytes_limit"] // (4 * own), 1)
+
+
+def merged(factors: Sequence[curvature.Factors], kind: Kind) -> curvature.Factors:
+    """The curvature of several tasks, on the host; with a sketch it is calibrated."""
+    # The factors of all tasks may be more than a device holds.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        found = curvature.merge(factors, kind.how)
+        if found.sketch:
+            found = curvature.calibrate(found)
+        return cast(curvature.Factors, jax.device_get(found))
+
+
+def factors_of(
+    setup: options.Setup, kind: Kind, task: options.Task
+) -> curvature.Factors:
+    """The factors of one task on the host, from the bank or measured.
+
+    Raises:
+      ValueError: the bank holds factors of other data or of another model.
+    """
+    file = file_of(setup, kind, task)
+    wanted = _measured(setup, kind) | {"task": task.identity, "model": setup.identity}
+    # Unanimous: one process may have looked before another has saved.
+    if processes.anywhere(not file.exists()):
+        return _collected(setup, kind, task, file, wanted)
+    found, metadata = curvature.load(file, setup.params_0)
+    different = manifest.differences(
+        json.loads(metadata.get("identity", "{}")), json.loads(json.dumps(wanted))
+    )
+    if different:
+        lines = "\n  ".join(different)
+        raise ValueError(
+            f"{file} was measured otherwise:\n  {lines}\nName another --bank, or "
+            "remove the file to measure it again."
+        )
+    return cast(curvature.Factors, found)
+
+
+def file_of(setup: options.Setup, kind: Kind, task: options.Task) -> Path:
+    """Where the bank has the factors of a task."""
+    measured = _measured(setup, kind)
+    folder = "factors_{sharing}_samples_{samples}_probes_{probes}_rank_{rank}"
+    return bank.vector_file(
+        setup.options.bank, setup.model, folder.format(**measured), task.name
+    )
+
+
+def _measured(setup, kind):
+    config = setup.options
+    return {
+        "sharing": kind.sharing or "diagonal",
+        "samples": config.curvature_samples,
+        "probes": kind.probes,
+        "rank": config.curvature_rank if kind.sharing else 0,
+        "seed": config.seed,
+    }
+
+
+def _collected(setup, kind, task, file, wanted):
+    if runs.is_first():
+        tqdm.write(f"{setup.title}: curvature of {task.name}", file=sys.stderr)
+    count, seed = wanted["samples"], wanted["seed"]
+    prepare = sources.Preprocessed(setup.preprocess)
+    found = curvatures.collected(
+        setup.apply_fn,
+        setup.params_0,
+        [prepare(sample) for sample in curvatures.drawn(task.train, count, seed)],
+        inputs=("image",),
+        key=jax.random.fold_in(jax.random.key(seed), zlib.crc32(task.name.encode())),
+        mesh=setup.mesh,
+        rank=wanted["rank"],
+        sharing=kind.sharing,
+        probes=kind.probes,
+    )
+    found = sharding.to_host(found)
+
+    def save():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"task": task.name, "identity": json.dumps(wanted)}
+        curvature.save(file, found, metadata)
+
+    processes.on_first(save)
+    return found

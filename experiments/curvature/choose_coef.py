@@ -1,0 +1,169 @@
+"""Chooses the weight λ of a penalty by the validation accuracy of the sum.
+
+    python -m experiments.curvature.choose_coef --method curvature --data-dir DATA
+    python -m experiments.curvature.choose_coef --method tau_jp_cyclic \\
+        --coefs 0.001 0.01 0.1 --choose-on stanford_cars --data-dir DATA
+
+Every candidate trains a vector of every task; all are added at coefficient 1, which is
+what the penalty is for, and the λ whose sum has the best mean accuracy on validation
+data is chosen; of equals the first. With --choose-on the accuracy of that one task
+decides: Yoshida et al. (2025) chose among 0.001, 0.01 and 0.1 on Cars. No test data are
+used. The report has the accuracy of the vectors alone too, which falls as λ grows.
+
+What does not depend on λ is done once: factors are measured once for all candidates,
+and validation images are read, and pass through the pre-trained model, once. The
+devices hold two vectors of each candidate while they are evaluated.
+
+The bank keeps the vectors of each candidate, as BANK/<model>/<method>_coef_<λ>, and the
+other scripts take them from there when they are given the same λ. report.json has
+`chosen`: the option to give, and its value.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments.common import runs, script, tables
+from experiments.common.vision import options, scores, vectors
+from jaxarith import plots, task_vectors
+from jaxarith.typing import Taus
+
+Method = Literal[
+    "curvature",
+    "curvature_nearest",
+    "curvature_each",
+    "curvature_shared",
+    "curvature_diagonal",
+    "tau_jp_cyclic",
+    "tau_jp_mixed",
+    "tau_jp_strict",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(options.OneModel):
+    method: Method = "curvature"
+    """The method whose penalty is weighed."""
+    coefs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    """The candidates of λ."""
+    choose_on: str | None = None
+    """The task whose accuracy decides; by default the mean over all tasks does."""
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for candidates or a task that do not exist."""
+    if min(config.coefs) <= 0 or len(set(config.coefs)) < len(config.coefs):
+        raise ValueError(
+            f"--coefs {config.coefs}: expected numbers above 0, each once. Without a "
+            "penalty the method is linear."
+        )
+    names = [spec.partition("=")[0] for spec in config.tasks]
+    if config.choose_on not in (None, *names):
+        raise ValueError(
+            f"--choose-on {config.choose_on} is not among --tasks {', '.join(names)}."
+        )
+
+
+def candidates(
+    setup: options.Setup, method: vectors.Method, coefs: Sequence[float]
+) -> list[list]:
+    """For each λ the vectors of all tasks."""
+    found = []
+    for coef in coefs:
+        changed: Any = {vectors.coef_option(method): coef}
+        own = setup._replace(options=dataclasses.replace(setup.options, **changed))
+        folder = vectors.candidate(method, coef)
+        found.append(vectors.of_tasks(own, method, setup.tasks, folder=folder))
+    return found
+
+
+def validation_accuracies(
+    setup: options.Setup, found: Sequence[Taus], chosen: Sequence[options.Task]
+) -> np.ndarray:
+    """Accuracies on some of the tasks of the sums and of the vectors alone.
+
+    Args:
+      setup: the model.
+      found: for each of n candidates the vectors of all tasks.
+      chosen: k of the tasks.
+
+    Returns:
+      `[2, n, k]`.
+    """
+    sums = [task_vectors.add(taus) for taus in found]
+    columns = []
+    for task in tqdm(chosen, desc="validation", unit="task"):
+        number = setup.names.index(task.name)
+        alone = [taus[number] for taus in found]
+        rows = np.eye(2 * len(found))
+        both = scores.accuracies(setup, [*sums, *alone], task.validation, True, rows)
+        columns.append(both.reshape(2, -1))
+    return np.stack(columns, axis=-1)
+
+
+def rows_of(coefs: Sequence[float], accuracies: np.ndarray) -> list[dict]:
+    """A row for each λ, from what `validation_accuracies` gives."""
+    return [
+        {
+            "λ": coef,
+            "sum": options.means(total),
+            "normalised": scores.normalized(total, alone),
+            "alone": options.means(alone),
+        }
+        for coef, total, alone in zip(coefs, *accuracies, strict=True)
+    ]
+
+
+def draw(config: Config, rows: Sequence[dict]) -> None:
+    """Both accuracies by the logarithm of λ."""
+    rows = sorted(rows, key=lambda row: row["λ"])
+    places = [float(np.log10(row["λ"])) for row in rows]
+    labels = {"sum": "sum at coefficient 1", "alone": "each vector alone"}
+    plots.curves(
+        config.out / "choose_coef.png",
+        {
+            label: (places, [row[name] for row in rows])
+            for name, label in labels.items()
+        },
+        x="log10 of the weight λ",
+        y="mean validation accuracy, %",
+    )
+
+
+@script.full_precision
+def main(config: Config) -> dict:
+    config = options.smoke(config, coefs=config.coefs[:2])
+    check(config)
+    runs.start(config)
+    setup = options.load(config, config.model)
+    decides = (config.choose_on,) if config.choose_on else setup.names
+    chosen = [task for task in setup.tasks if task.name in decides]
+    found = candidates(setup, config.method, config.coefs)
+    rows = rows_of(config.coefs, validation_accuracies(setup, found, chosen))
+    best = max(rows, key=lambda row: row["sum"])  # of equals the first
+    option = vectors.coef_option(config.method)
+    if runs.is_first():
+        draw(config, rows)
+    on = ", ".join(task.title for task in chosen)
+    return tables.write(
+        config.out,
+        f"The weight of the penalty of {config.method}",
+        {f"{setup.title}: validation accuracy on {on}, percent.": with_lambda(rows)},
+        {
+            "rows": rows,
+            "chosen": {"method": config.method, "option": option, "coef": best["λ"]},
+        },
+        f"Chosen: --{option.replace('_', '-')} {best['λ']:g}",
+    )
+
+
+def with_lambda(rows: Sequence[dict]) -> list[dict]:
+    """The rows with λ as text, which no rounding changes."""
+    return [row | {"λ": f"{row['λ']:g}"} for row in rows]
+
+
+if __name__ == "__main__":
+    script.run(Config, main)

@@ -1,0 +1,107 @@
+"""Figure: accuracy of the sum by its coefficient, from 0 to 2.
+
+Porrello et al. Dataless Weight Disentanglement in Task Arithmetic via
+Kronecker-Factored Approximate Curvature (TAK). ICLR 2026. arXiv:2602.17385.
+
+    python -m experiments.curvature.figure_rescaling --data-dir DATA
+
+Data: those of table1_addition, whose task vectors it takes from the bank.
+
+The sums of linearised vectors, without a penalty, with τJp and with curvature, beside
+ordinary vectors merged by TSV-M, Iso-C and TIES; all on test data, of which nothing is
+chosen. "Lowest from 0.5" is the lowest accuracy at a coefficient from 0.5 to 2, over
+the accuracy of the best coefficient.
+
+Published, as a plot only, and known from secondary texts: with TAK the curve is flat
+from about 0.25 to 2, while TIES, TSV-M and Iso-C have sharp peaks.
+"""
+
+import numpy as np
+
+from experiments.common import runs, script, tables
+from experiments.common.vision import options, scores, vectors
+from jaxarith import merge, plots, task_vectors
+from jaxarith.typing import Tree
+
+COEFS = np.linspace(0, 2, 21)
+LINEARIZED: dict[str, vectors.Method] = {
+    "linearised": "linear",
+    "linearised + τJp": "tau_jp_cyclic",
+    "linearised + curvature": "curvature",
+}
+
+
+class Config(options.OneModel): ...
+
+
+def merged_vectors(setup: options.Setup) -> dict[str, Tree]:
+    """Merges of the ordinary vectors, at coefficient 1."""
+    params_0, taus = setup.params_0, vectors.vectors(setup, "nonlinear")
+    models = {
+        "TSV-M": merge.tsv(params_0, taus, coef=1.0),
+        "Iso-C": merge.iso_c(params_0, taus, coef=1.0),
+        "TIES": merge.ties(params_0, taus, coef=1.0),
+    }
+    return {
+        name: task_vectors.difference(params, params_0)
+        for name, params in models.items()
+    }
+
+
+def curves_of(setup: options.Setup, coefs: np.ndarray) -> dict[str, np.ndarray]:
+    """By method, mean test accuracy in percent at each coefficient."""
+
+    def means(merged, linearized):
+        units = np.eye(len(merged))
+        rows = np.concatenate([np.outer(coefs, unit) for unit in units])
+        taus = list(merged.values())
+        found = scores.on_all(setup, taus, "test", rows, linearized=linearized)
+        return dict(
+            zip(merged, 100 * found.mean(axis=1).reshape(len(taus), -1), strict=True)
+        )
+
+    sums = {
+        name: task_vectors.add(vectors.vectors(setup, method))
+        for name, method in LINEARIZED.items()
+    }
+    return means(sums, True) | means(merged_vectors(setup), False)
+
+
+def row_of(name: str, coefs: np.ndarray, curve: np.ndarray) -> dict:
+    """A method's best coefficient, and what it keeps of that at other ones."""
+    best, one = int(curve.argmax()), int(np.abs(coefs - 1).argmin())
+    return {
+        "method": name,
+        "best coefficient": float(coefs[best]),
+        "best": float(curve[best]),
+        "at 1.0": float(curve[one]),
+        "at 2.0": float(curve[-1]),
+        "lowest from 0.5, % of best": 100
+        * float(curve[coefs >= 0.5].min())
+        / float(curve[best]),
+    }
+
+
+@script.full_precision
+def main(config: Config) -> dict:
+    config = options.started(config)
+    setup = options.load(config, config.model)
+    coefs = scores.coefs_of(config, COEFS)
+    curves = curves_of(setup, coefs)
+    rows = [row_of(name, coefs, curve) for name, curve in curves.items()]
+    if runs.is_first():
+        plots.curves(
+            config.out / "figure_rescaling.png",
+            {name: (coefs, curve) for name, curve in curves.items()},
+            x="coefficient α",
+            y="mean test accuracy, %",
+        )
+    results = {"coefs": coefs.tolist()}
+    results |= {"curves": {name: curve.tolist() for name, curve in curves.items()}}
+    caption = f"{setup.title}: mean test accuracy of the sum, percent."
+    title = "Accuracy by the coefficient of the sum (TAK)"
+    return tables.write(config.out, title, {caption: rows}, {"rows": rows} | results)
+
+
+if __name__ == "__main__":
+    script.run(Config, main)
