@@ -1,6 +1,6 @@
 r"""DisTaC: a ready task vector repaired by distillation, from unlabelled samples.
 
-Vectors of unlike norms, or of models that are sure of nothing, merge badly. The model
+Task vectors of unlike norms, and those of unsure models, merge badly. The model
 :math:`\theta_0 + \tau` is the teacher of a student that starts at :math:`\theta_0 +
 \kappa\tau`, where the norm is as wanted, and is kept near there.
 
@@ -44,25 +44,26 @@ def distac(
     log: Path | None = None,
     mesh: Mesh | None = None,
 ) -> Tree:
-    r"""Another vector of the same task, of another norm or less sure of itself.
+    r"""Another vector of the same task, of another norm or surer of its predictions.
 
     .. math:: \min_\theta\ T_t T_s\,\mathrm{KL}\left(\mathrm{softmax}(z_t / T_t)\,\|\,
        \mathrm{softmax}(z_s(\theta) / T_s)\right)
        + \beta\,\|\theta - \theta_0 - \kappa\tau\|^2
 
-    Shrinking a vector is safe; a stretched one (κ = 3) can end below the pre-trained
-    model, as the paper shows.
+    In the paper shrinking a vector is safe; one that is stretched, κ = 3, can end below
+    the pre-trained model.
 
     Args:
       apply_fn: `apply_fn(params, *inputs) -> outputs[B, ...]`.
       params_0: pre-trained parameters.
       tau: a task vector of ordinary fine-tuning; its leaves are trained.
       samples: unlabelled samples of the task. The teacher sees each once.
-      config: the recipe, such as `train.code_distac()`.
+      config: the recipe. That of the paper's code is
+        `TrainConfig(steps=500, weight_decay=0.0)`.
       scale: κ; for a vector of norm n, `n / optax.tree.norm(tau)`.
       temperatures: Tₜ of the teacher and Tₛ of the student. The paper takes (10, 10)
         against unlike norms, and (1, 10) with κ = 1 for models of low confidence.
-      anchor: β.
+      anchor: β, as in the code, which adds 2β(θ - θ0 - κτ) to the gradient.
       logits: from the model's outputs to logits `[B, classes]`, such as a frozen head.
       name: name of the task, for messages and the order of samples.
       inputs, log, mesh: as for `fine_tune`.
@@ -73,6 +74,11 @@ def distac(
     Raises:
       ValueError: the recipe is linearised, distils or has a penalty; or as for
         `fine_tune`.
+
+    Example:
+      >>> shorter = distac(  # doctest: +SKIP
+      ...     encode, params_0, tau, images, config, scale=0.5, logits=head
+      ... )
     """
     if config.linearized or config.distill or config.penalty:
         raise ValueError(
