@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
-from jaxarith import train
+from jaxarith import train, tree
 from jaxarith.data import vision
+from jaxarith.models import clip
 
 SHORT = {"steps": 50, "warmup_steps": 7, "learning_rate": 3e-3}
 
@@ -99,6 +101,20 @@ def test_the_code_trains_for_about_2000_steps_and_warms_up_500():
     }
     eurosat = train.code(vision.TASKS["eurosat"].train, vision.TASKS["eurosat"].epochs)
     assert (eurosat.steps, eurosat.warmup_steps) == (2028, 500)
+
+
+def test_tak_is_linearised_and_leaves_embeddings_of_patches_and_positions():
+    config = train.tak(7330, 35, tokens=257, tasks=8)
+    assert (config.steps, config.warmup_steps) == (2030, 500)
+    assert config.linearized and config.form == "kronecker"
+    assert config.clip_norm is None and config.learning_rate == 3e-4
+    assert config.penalty_coef == pytest.approx(2.72, abs=0.01)
+    encoder = tree.select(clip.layout(tiny.tiny_clip()), clip.IMAGE_ENCODER)
+    trained = tree.flatten(tree.select(encoder, config.trained))
+    assert sorted(set(tree.flatten(encoder)) - set(trained)) == [
+        f"vision_model/embeddings/{name}"
+        for name in ("patch_embedding/kernel", "position_embedding/embedding")
+    ]
 
 
 def test_an_unknown_decay_is_refused():
