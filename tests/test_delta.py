@@ -1,6 +1,7 @@
 """A linearised teacher and an ordinary student, trained in one step."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import tiny_networks
 import training_run
 from checks import assert_close, assert_same
 
+from experiments.common import bank
 from jaxarith import curvature, sharding, train, tree
 
 CONFIG = train.TrainConfig(
@@ -147,6 +149,19 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(whole, tmp_path):
     again = run(folder=tmp_path, observe=lambda n, *_: done.append(n), observe_every=1)
     assert done == [3, 4]  # it went on after step 2
     assert_same(again, whole)
+
+
+def test_a_recipe_without_distillation_has_the_identity_that_it_had(tmp_path):
+    plain = dataclasses.replace(CONFIG, distill=None, steps=1)
+    run(plain, folder=tmp_path)
+    [manifest] = (tmp_path / "checkpoints").glob("*/manifest.json")
+    assert "distill" not in json.loads(manifest.read_text())["config"]["train"]
+    assert "distill" not in bank.plain_recipe(plain)
+    assert bank.plain_recipe(CONFIG)["distill"] == {
+        "coef": 0.3,
+        "low": 0.5,
+        "high": 1.0,
+    }
 
 
 def test_micro_batches_make_the_same_step(whole):
