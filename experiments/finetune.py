@@ -21,6 +21,9 @@ The methods:
                            their images: merged by the mean, to the nearest Kronecker
                            product, or not; of all tasks together; its diagonal alone
                            (Porrello et al. 2026; the factors are ours)
+    delta                  nonlinear, and distilled from a linear model that is trained
+                           beside it; both with the curvature of the control
+                           (Sommariva et al. 2026)
     tau_jp_continued       cyclic, from an existing vector, --start
     linear_layers_1 … _4   only the linear layers of the blocks (Jin et al. 2025): the
                            weights of attention, with biases, with those of the MLP, all
@@ -52,9 +55,10 @@ class Config(options.OneModel):
     """What is trained on; multi_task trains on all --tasks."""
     method: Literal[vectors.Method, "tau_jp_continued"]
     """How: ordinary (nonlinear), in the tangent space (linear), there with the τJp
-    penalty (tau_jp_…) or with the curvature of the others (curvature…), linear layers
-    alone (linear_layers_1 to _4), away from the optimum (gradient_ascent), all --tasks
-    at once (multi_task), or not at all (random)."""
+    penalty (tau_jp_…) or with the curvature of the others (curvature…), ordinary and
+    distilled from there (delta), linear layers alone (linear_layers_1 to _4), away from
+    the optimum (gradient_ascent), all --tasks at once (multi_task), or not at all
+    (random)."""
     others: tuple[str, ...] | None = None
     """The tasks that tau_jp_continued keeps as they were; by default the other --tasks
     and the control."""

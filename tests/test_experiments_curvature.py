@@ -18,6 +18,7 @@ from experiments.curvature import (
     table1_addition,
     table2_negation,
     table3_merged,
+    table_delta,
 )
 from jaxarith import curvature, task_vectors, tree
 
@@ -64,6 +65,35 @@ def test_all_forms_of_merged_curvature_have_rows(shared_bank, tmp_path):
     found = smoke.run("curvature.table3_merged", tmp_path / "out", bank=shared_bank)
     expected = [name for name in table3_merged.METHODS for _ in range(2)]
     assert [row["curvature"] for row in found["rows"]] == expected
+
+
+def test_distilled_models_are_added_as_ordinary_ones(
+    shared_bank, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(vision.TITLES, str(vision.clip.TINY_CLIP), "ViT-B-32")
+    out = tmp_path / "out"
+    found = smoke.run("curvature.table_delta", out, bank=shared_bank)
+    rows = [(row["method"], row["coefficient"]) for row in found["rows"]]
+    published = [key[1:] for key in table_delta.PUBLISHED]
+    assert [row for row in rows if row in published] == published
+    assert {"TSV-M", "Iso-C", "TIES"} <= {method for method, _ in rows}
+    assert " 88.3 |" in (out / "report.md").read_text()
+
+
+def test_distillation_knows_the_curvature_of_the_control_alone(setup):
+    assert not vectors.is_linearized("delta") and vectors.is_penalised("delta")
+    others = vectors.others_of(setup, "delta", setup.tasks[0])
+    assert [task.name for task in others] == [vision.SMOKE[-1]]
+    recipe = vectors.recipe_of(setup, "delta", setup.tasks[0])
+    assert recipe.distill and recipe.penalty == "kronecker" and not recipe.linearized
+
+
+def test_small_tasks_need_no_data():
+    names = {"tasks": ("uci_digits",), "control": "mnist"}
+    config = vision.Options(source="small", samples=4, **names)
+    found = vision.image_tasks(config, control=True)
+    assert [task.name for task in found] == ["uci_digits", "mnist"]
+    assert [len(task.test) for task in found] == [4, 4]
 
 
 def test_rescaling_has_a_curve_for_every_method(shared_bank, tmp_path):

@@ -307,6 +307,8 @@ def _run(
         observe=observe,
         observe_every=observe_every,
     )
+    if recipe.distill:  # the ordinary model is what the training is for
+        taus = [tau["student"] for tau in taus]
     metrics = [{} for _ in names]
     if runs.is_first():  # which has written the log
         last = json.loads(log.read_text().splitlines()[-1])

@@ -11,8 +11,9 @@ decides: Yoshida et al. (2025) chose among 0.001, 0.01 and 0.1 on Cars. No test 
 used. The report has the accuracy of the vectors alone too, which falls as λ grows.
 
 What does not depend on λ is done once: factors are measured once for all candidates,
-and validation images are read, and pass through the pre-trained model, once. The
-devices hold two vectors of each candidate while they are evaluated.
+and validation images are read once. Of linearised models they pass through the
+pre-trained model once too. The devices hold two vectors of each candidate while they
+are evaluated.
 
 The bank keeps the vectors of each candidate, as BANK/<model>/<method>_coef_<λ>, and the
 other scripts take them from there when they are given the same λ. report.json has
@@ -37,6 +38,7 @@ Method = Literal[
     "curvature_each",
     "curvature_shared",
     "curvature_diagonal",
+    "delta",
     "tau_jp_cyclic",
     "tau_jp_mixed",
     "tau_jp_strict",
@@ -81,7 +83,11 @@ def candidates(
 
 
 def validation_accuracies(
-    setup: options.Setup, found: Sequence[Taus], chosen: Sequence[options.Task]
+    setup: options.Setup,
+    found: Sequence[Taus],
+    chosen: Sequence[options.Task],
+    *,
+    linearized: bool,
 ) -> np.ndarray:
     """Accuracies on some of the tasks of the sums and of the vectors alone.
 
@@ -89,6 +95,7 @@ def validation_accuracies(
       setup: the model.
       found: for each of n candidates the vectors of all tasks.
       chosen: k of the tasks.
+      linearized: whether the vectors belong to the tangent-space model.
 
     Returns:
       `[2, n, k]`.
@@ -99,7 +106,8 @@ def validation_accuracies(
         number = setup.names.index(task.name)
         alone = [taus[number] for taus in found]
         rows = np.eye(2 * len(found))
-        both = scores.accuracies(setup, [*sums, *alone], task.validation, True, rows)
+        taus, split = [*sums, *alone], task.validation
+        both = scores.accuracies(setup, taus, split, linearized, rows)
         columns.append(both.reshape(2, -1))
     return np.stack(columns, axis=-1)
 
@@ -142,7 +150,9 @@ def main(config: Config) -> dict:
     decides = (config.choose_on,) if config.choose_on else setup.names
     chosen = [task for task in setup.tasks if task.name in decides]
     found = candidates(setup, config.method, config.coefs)
-    rows = rows_of(config.coefs, validation_accuracies(setup, found, chosen))
+    linearized = vectors.is_linearized(config.method)
+    accuracies = validation_accuracies(setup, found, chosen, linearized=linearized)
+    rows = rows_of(config.coefs, accuracies)
     best = max(rows, key=lambda row: row["sum"])  # of equals the first
     option = vectors.coef_option(config.method)
     if runs.is_first():

@@ -19,9 +19,8 @@ from about 0.25 to 2, while TIES, TSV-M and Iso-C have sharp peaks.
 import numpy as np
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
-from jaxarith import merge, plots, task_vectors
-from jaxarith.typing import Tree
+from experiments.common.vision import data_free, options, scores, vectors
+from jaxarith import plots, task_vectors
 
 COEFS = np.linspace(0, 2, 21)
 LINEARIZED: dict[str, vectors.Method] = {
@@ -32,20 +31,6 @@ LINEARIZED: dict[str, vectors.Method] = {
 
 
 class Config(options.OneModel): ...
-
-
-def merged_vectors(setup: options.Setup) -> dict[str, Tree]:
-    """Merges of the ordinary vectors, at coefficient 1."""
-    params_0, taus = setup.params_0, vectors.vectors(setup, "nonlinear")
-    models = {
-        "TSV-M": merge.tsv(params_0, taus, coef=1.0),
-        "Iso-C": merge.iso_c(params_0, taus, coef=1.0),
-        "TIES": merge.ties(params_0, taus, coef=1.0),
-    }
-    return {
-        name: task_vectors.difference(params, params_0)
-        for name, params in models.items()
-    }
 
 
 def curves_of(setup: options.Setup, coefs: np.ndarray) -> dict[str, np.ndarray]:
@@ -64,7 +49,8 @@ def curves_of(setup: options.Setup, coefs: np.ndarray) -> dict[str, np.ndarray]:
         name: task_vectors.add(vectors.vectors(setup, method))
         for name, method in LINEARIZED.items()
     }
-    return means(sums, True) | means(merged_vectors(setup), False)
+    ordinary = data_free.merged(setup, vectors.vectors(setup, "nonlinear"))
+    return means(sums, True) | means(ordinary, False)
 
 
 def row_of(name: str, coefs: np.ndarray, curve: np.ndarray) -> dict:

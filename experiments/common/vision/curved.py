@@ -17,7 +17,7 @@ import sys
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 from tqdm import tqdm
@@ -37,28 +37,29 @@ class Kind:
       how: see `curvature.merge`.
       sharing: see `curvature.collect`; None for the diagonal alone, without a sketch.
       probes: random probes for each image.
-      shared: one curvature for all tasks, that of all of them and of the control, in
-        place of that of all others for each.
+      of: whose curvature it is: that of the other tasks and the control for each task;
+        of all tasks and the control, or of the control alone, the same for all tasks.
     """
 
     how: curvature.How = "mean"
     sharing: curvature.Sharing | None = "whole"
     probes: int = 1
-    shared: bool = False
+    of: Literal["others", "all", "control"] = "others"
 
 
 KINDS = {
     "curvature": Kind(),
     "curvature_nearest": Kind(how="nearest"),
     "curvature_each": Kind(how="each"),
-    "curvature_shared": Kind(shared=True),
+    "curvature_shared": Kind(of="all"),
     "curvature_diagonal": Kind(sharing=None),
+    "delta": Kind(of="control"),
 }
 
 
 def identity(setup: options.Setup, kind: Kind) -> dict[str, Any]:
     """What a merged curvature depends on besides the tasks, as plain data."""
-    return _measured(setup, kind) | {"how": kind.how, "shared": kind.shared}
+    return _measured(setup, kind) | {"how": kind.how}
 
 
 def functions(

@@ -44,8 +44,10 @@ class Options(runs.Banked, curvatures.Options):
     """The control task; it is among those that the τJp penalty keeps as they were."""
     data_dir: Path | None = None
     """Folder of prepared TFDS data sets and of plain image folders."""
-    source: Literal["tfds", "hub", "folder"] | None = None
-    """Where the tasks come from; the first that is found by default."""
+    source: Literal["tfds", "hub", "folder", "small"] | None = None
+    """Where the tasks come from; the first that is found by default. `small` are the
+    small tasks of the quickstart, which need no data; they have names of their own, as
+    in --tasks mnist uci_digits --control small_letters."""
     protocol: Literal["paper", "code"] = "paper"
     """The recipe as the papers print it (2000 steps, squared τJp) or as their public
     code has it (epochs, longer warm-up, τJp not squared)."""
@@ -310,6 +312,8 @@ def image_task(spec: str, options: Options) -> images.ImageTask:
         task = small_tasks.load(name, np.asarray)
     elif equals:
         task = vision.load_folder(name, Path(folder))
+    elif options.source == "small":
+        task = small_tasks.load(name, np.asarray)
     else:
         task = vision.load(name, options.data_dir, source=options.source)
     if options.samples is None:

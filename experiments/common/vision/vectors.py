@@ -32,6 +32,7 @@ Method = Literal[
     "curvature_each",
     "curvature_shared",
     "curvature_diagonal",
+    "delta",
     "linear_layers_1",
     "linear_layers_2",
     "linear_layers_3",
@@ -53,11 +54,13 @@ LINEAR_LAYERS = {
 
 def is_linearized(method: str) -> bool:
     """Whether the vectors of a method belong to the tangent-space model."""
+    if method == "delta":  # of whose two models the ordinary one is kept
+        return False
     return method in ("linear", "multi_task_linear") or is_penalised(method)
 
 
 def is_penalised(method: str) -> bool:
-    """Whether a method looks at the other tasks, by samples or by curvature."""
+    """Whether a method looks at other tasks, by samples or by curvature."""
     return method.startswith("tau_jp") or method in curved.KINDS
 
 
@@ -85,6 +88,7 @@ def recipe_of(setup: options.Setup, method: str, task: options.Task):
     return dataclasses.replace(
         options.recipe_of(setup.options, task),
         linearized=is_linearized(method),
+        distill=train.Distill() if method == "delta" else None,
         trained=LINEAR_LAYERS.get(method, ".*"),
         **penalty,
     )
@@ -96,14 +100,14 @@ def others_of(
     """T_orth: the tasks that the penalty keeps as they were, the control last.
 
     The incremental variants know of the tasks that come before. A curvature that all
-    tasks share is that of all of them.
+    tasks share is that of all of them or, for DELTA, of the control alone.
     """
     index = setup.names.index(task.name)
     before, after = setup.tasks[:index], setup.tasks[index + 1 :]
     incremental = method.startswith("tau_jp_incremental")
     known = before + ([] if incremental else after)
-    if method in curved.KINDS and curved.KINDS[method].shared:
-        known = list(setup.tasks)
+    if kind := curved.KINDS.get(method):
+        known = {"others": known, "all": list(setup.tasks), "control": []}[kind.of]
     if setup.control is None or method.endswith("no_control"):
         return known
     return [*known, setup.control]
