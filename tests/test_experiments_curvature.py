@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import optax
 import pytest
 import smoke
 
@@ -251,6 +252,21 @@ def test_tasks_with_their_own_curvature_train_side_by_side_where_there_is_room(
         vectors.of_tasks(setup._replace(mesh=mesh), method, setup.tasks, folder=method)
     assert groups.pop("curvature") == expected
     assert list(groups.values()) == [[3], [3], [3]]
+
+
+def test_eight_devices_give_the_vectors_of_one(setup, tmp_path):
+    found = []
+    for mesh in ("data=1", "data=4,task=2"):
+        place = {"bank": tmp_path / mesh / "bank", "out": tmp_path / mesh / "out"}
+        config = dataclasses.replace(
+            setup.options, tasks=vision.SMOKE[:2], batch_size=32, mesh=mesh, **place
+        )
+        own = vision.load(config, setup.model)
+        found.append(vectors.vectors(own, "curvature"))
+    for one, eight in zip(*found, strict=True):
+        # Adam divides by the size of a gradient, however small it is.
+        distance = optax.tree.norm(task_vectors.difference(eight, one))
+        assert distance < 0.02 * optax.tree.norm(one)
 
 
 def test_options_of_τjp_do_not_tell_vectors_with_curvature_apart(setup):

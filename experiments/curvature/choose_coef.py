@@ -149,25 +149,40 @@ def main(config: Config) -> dict:
     setup = options.load(config, config.model)
     decides = (config.choose_on,) if config.choose_on else setup.names
     chosen = [task for task in setup.tasks if task.name in decides]
-    found = candidates(setup, config.method, config.coefs)
-    linearized = vectors.is_linearized(config.method)
+    method, coefs = config.method, config.coefs
+    found = candidates(setup, method, coefs)
+    linearized = vectors.is_linearized(method)
     accuracies = validation_accuracies(setup, found, chosen, linearized=linearized)
-    rows = rows_of(config.coefs, accuracies)
-    best = max(rows, key=lambda row: row["sum"])  # of equals the first
-    option = vectors.coef_option(config.method)
+    rows = rows_of(coefs, accuracies)
+    best = max(rows, key=lambda row: row["sum"])["λ"]  # of equals the first
+    option = vectors.coef_option(method)
     if runs.is_first():
         draw(config, rows)
     on = ", ".join(task.title for task in chosen)
     return tables.write(
         config.out,
-        f"The weight of the penalty of {config.method}",
+        f"The weight of the penalty of {method}",
         {f"{setup.title}: validation accuracy on {on}, percent.": with_lambda(rows)},
         {
             "rows": rows,
-            "chosen": {"method": config.method, "option": option, "coef": best["λ"]},
+            "chosen": {"method": method, "option": option, "coef": best},
         },
-        f"Chosen: --{option.replace('_', '-')} {best['λ']:g}",
+        f"Chosen: --{option.replace('_', '-')} {best:g}{at_the_end(coefs, best)}.",
     )
+
+
+def at_the_end(coefs: Sequence[float], best: float) -> str:
+    """Says so where the best λ may lie outside of the candidates.
+
+    Example:
+      >>> at_the_end([0.1, 1.0, 10.0], 0.1)
+      ', the smallest candidate: try smaller ones'
+    """
+    if best == min(coefs):
+        return ", the smallest candidate: try smaller ones"
+    if best == max(coefs):
+        return ", the largest candidate: try larger ones"
+    return ""
 
 
 def with_lambda(rows: Sequence[dict]) -> list[dict]:

@@ -278,8 +278,10 @@ def check_recipe(options: Options, task: images.ImageTask, *, penalty: bool, mes
         linearized=penalty,
         penalty="cyclic" if penalty else None,
     )
-    own = [task.train]
-    train.task_batches(own, config, seeds=[0], others=[own], mesh=mesh)
+    # As many as a task axis asks for; `training.check` sees which train side by side.
+    count = mesh.shape["task"]
+    own, others = [task.train] * count, [[task.train]] * count
+    train.task_batches(own, config, seeds=[0] * count, others=others, mesh=mesh)
 
 
 def setups(
