@@ -15,10 +15,10 @@ another text:
     merged     searched     86.0      88.3
     un-merged  searched     86.6      88.0
 
-For each task a device holds, over the factors of one task: merged and nearest 1 time as
-much; un-merged, the sum itself, T - 1 times, and T with the control; shared once for
-all tasks, whose curvature it is with the task's own. Nearest, the Kronecker product
-that is nearest to the sum, and shared are ours.
+Memory of a device, in units of the factors of one task: merged and nearest 1 for each
+task that it trains, un-merged T (T - 1 other tasks and the control), shared 1 for all
+tasks. `nearest`, the Kronecker product that is nearest to the sum, and `shared`, the
+curvature of all tasks together, are ours.
 """
 
 from experiments.common import script, tables

@@ -22,7 +22,7 @@ Logits = Callable[..., jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(runs.Options, curvatures.Options):
+class Config(curvatures.Options, runs.Options):
     """The options that all studies have."""
 
     model: Path | str

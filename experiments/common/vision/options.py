@@ -34,7 +34,7 @@ SMOKE = ("mnist", "mnist_rotated", "uci_digits", "inverted_digits")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(runs.Banked, curvatures.Options):
+class Options(curvatures.Options, runs.Banked):
     """The options that all scripts on CLIP have."""
 
     tasks: tuple[str, ...] = vision.EIGHT
