@@ -5,10 +5,14 @@ learn the task; the student also learns the teacher's outputs along the way from
 :math:`\theta_0`, so that it moves as a linear model would, and its task vectors add.
 With the penalty of curvature neither disturbs other tasks.
 
+On the quickstart's tasks (120 steps; λ = 0.1 and c = 0.03, chosen on validation data of
+seed 0) the students have 0.884, 0.886 and 0.880 at coefficient 1 with three seeds; with
+seed 0 and c = 0, ordinary training with curvature, 0.854; linearised vectors with
+curvature have 0.862.
+
 A step costs two forward passes of the student and one tangent. The authors' code takes
-the losses too at :math:`\alpha`, with one forward pass less; on the quickstart's tasks
-(120 steps, seed 0, λ = 0.05, c = 1) the sum of the students then has 0.723 at
-coefficient 1, and 0.789 with the losses at 1, as the paper has them.
+the losses too at :math:`\alpha`, with one forward pass less: 0.723 in place of 0.789
+(seed 0, λ = 0.05, c = 1).
 
 Sommariva, Morandi, Calderara, Porrello. Distilling Linearized Behavior into Non-Linear
 Fine-Tuning for Effective Task Arithmetic. ICML 2026. arXiv:2605.18993.
