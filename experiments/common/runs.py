@@ -25,7 +25,8 @@ from jaxarith.train import manifest
 _SIZES = ("batch_size", "epochs", "evaluation_batch", "max_length")
 _SIZES += ("learning_rate", "micro_batches", "penalty_batch_size", "samples", "steps")
 _SIZES += ("curvature_samples",)
-_COUNTS = ("curvature_coef", "curvature_rank", "save_every", "workers")
+_COUNTS = ("curvature_coef", "curvature_rank", "delta_coef")
+_COUNTS += ("diagonal_coef", "distill_coef", "save_every", "workers")
 _LISTS = ("alphas", "coefs", "models", "seeds")
 
 

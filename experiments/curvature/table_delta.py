@@ -23,8 +23,8 @@ secondary texts and are to be checked against the PDF:
 
 "Individual" is that of ordinary vectors; normalised accuracies are relative to the
 single models of each method itself. TSV-M, Iso-C and TIES merge ordinary vectors. The
-weight of DELTA's curvature is --curvature-coef, that of its distillation 1, and α is
-drawn from 0.5 to 1.
+weight of DELTA's curvature is --delta-coef, which `choose_coef --method delta` chooses,
+that of its distillation --distill-coef, and α is drawn from 0.5 to 1.
 """
 
 from experiments.common import script, tables

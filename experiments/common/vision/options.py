@@ -61,6 +61,11 @@ class Options(curvatures.Options, runs.Banked):
     """Of the τJp norm; that of the protocol by default."""
     diagonal_coef: float = 1.0
     """Weight of the penalty of the diagonal of curvature alone."""
+    delta_coef: float = 0.05
+    """Weight of the penalty of curvature of DELTA."""
+    distill_coef: float = 0.01
+    """Weight of the distillation of DELTA. The 1 of the authors' code, whose features
+    have norm 1, is 1 / n here, of features of squared norm n."""
     micro_batches: int = 1
     """Parts of a batch that are computed one after another, where memory is short."""
     tasks_together: bool = True

@@ -66,13 +66,14 @@ def is_penalised(method: str) -> bool:
 
 def coef_option(method: str) -> str:
     """The option that is the weight λ of a method's penalty."""
-    if method == "curvature_diagonal":
-        return "diagonal_coef"
-    return "curvature_coef" if method in curved.KINDS else "penalty_coef"
+    own = {"curvature_diagonal": "diagonal_coef", "delta": "delta_coef"}
+    default = "curvature_coef" if method in curved.KINDS else "penalty_coef"
+    return own.get(method, default)
 
 
 def recipe_of(setup: options.Setup, method: str, task: options.Task):
     """How a method trains on a task: a `TrainConfig`."""
+    distill = train.Distill(coef=setup.options.distill_coef)
     penalty: dict[str, Any] = {"penalty": None}
     if method.startswith("tau_jp"):
         mode = method.removeprefix("tau_jp_")
@@ -88,7 +89,7 @@ def recipe_of(setup: options.Setup, method: str, task: options.Task):
     return dataclasses.replace(
         options.recipe_of(setup.options, task),
         linearized=is_linearized(method),
-        distill=train.Distill() if method == "delta" else None,
+        distill=distill if method == "delta" else None,
         trained=LINEAR_LAYERS.get(method, ".*"),
         **penalty,
     )
