@@ -2,7 +2,8 @@
 
 `config` states what is trained, `batches` on which samples, `step` is one optimizer
 step, `run` the loop with progress, log and checkpoints, and `observers` show its
-metrics.
+metrics. `delta` is the objective of a linearised teacher and an ordinary student,
+`distac` the repair of a ready task vector.
 """
 
 from jaxarith.train.batches import joint_batches as joint_batches
