@@ -30,10 +30,10 @@ class Distill:
     `penalty`, the sum of both models'.
 
     Attributes:
-      coef: weight of the distillation. The paper's code takes 1, of outputs that have
-        norm 1; for outputs of squared norm n, 1 / n is the same.
+      coef: weight of the distillation. The paper's code takes 1, for outputs of norm 1;
+        for outputs of squared norm n, 1 / n is the same.
       low, high: range of the coefficient α of both task vectors, at which the student
-        is compared with the teacher; one number a step, drawn uniformly.
+        is compared with the teacher; drawn uniformly, once for each step and task.
     """
 
     coef: float = 1.0
