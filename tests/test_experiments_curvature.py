@@ -269,7 +269,7 @@ def test_eight_devices_give_the_vectors_of_one(setup, tmp_path):
         assert distance < 0.02 * optax.tree.norm(one)
 
 
-def test_options_of_τjp_do_not_tell_vectors_with_curvature_apart(setup):
+def test_options_of_tau_jp_do_not_tell_vectors_with_curvature_apart(setup):
     config = dataclasses.replace(setup.options, penalty_power=1, penalty_coef=7.0)
     recipes = [
         vectors.recipe_of(setup._replace(options=c), "curvature", setup.tasks[0])
