@@ -15,19 +15,18 @@ timed in PyTorch on the same matrices.
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments.bench import encoders, measure
+from experiments.bench import encoders, factors, measure
 from experiments.common import script
 from jaxarith import curvature, losses, tangent, tau_jp, tree
-from jaxarith.curvature import layers, matrices, passes
+from jaxarith.curvature import matrices, passes
 from jaxarith.curvature.collect import whole_samples
 from jaxarith.typing import Tree
 
@@ -58,34 +57,6 @@ class Config:
     """Fewer transformer blocks than the model has, to try the script."""
 
 
-def factors_of(
-    encoder: encoders.Encoder, inputs: Sequence, rank: int
-) -> curvature.Factors:
-    """The shapes of the factors of all linear layers, and of a sketch."""
-    leaves = tree.flatten(encoder.layout)
-    paths = list(leaves)
-    found = layers.layers_of(encoder.apply_fn, encoder.layout, inputs, paths, True)
-    covered = {p for layer in found for p in (*layer.kernels, *layer.biases)}
-
-    def shape(*sizes):
-        return jax.ShapeDtypeStruct(sizes, jnp.float32)
-
-    def sides(layer):
-        return jax.eval_shape(functools.partial(matrices.matrix, layer), leaves).shape
-
-    of_layer = {layer.name: sides(layer) for layer in found}
-    shapes: dict[str, Any] = {  # in the place of arrays
-        "inputs": {name: shape(1, i, i) for name, (i, _) in of_layer.items()},
-        "outputs": {name: shape(1, o, o) for name, (_, o) in of_layer.items()},
-        "divisors": {name: shape(1) for name in of_layer},
-        "full": {},
-        "diagonal": {p: shape(*leaves[p].shape) for p in paths if p not in covered},
-        "sketch": {p: shape(rank, *leaves[p].shape) for p in paths} if rank else {},
-        "samples": shape(),
-    }
-    return curvature.Factors(layers=found, base=0, sharing="whole", **shapes)
-
-
 def programs(config: Config, encoder: encoders.Encoder) -> dict[str, tuple]:
     """Every row's function and the shapes of its arguments."""
     layout = encoder.layout
@@ -98,7 +69,7 @@ def programs(config: Config, encoder: encoders.Encoder) -> dict[str, tuple]:
     width = jax.eval_shape(encoder.apply_fn, layout, own).shape[-1]
     head = jax.ShapeDtypeStruct((CLASSES, width), jnp.float32)
     labels = jax.ShapeDtypeStruct((config.batch,), jnp.int32)
-    measured = factors_of(encoder, [batch(1)], config.rank)
+    measured = factors.shapes(encoder, [batch(1)], config.rank)
     plain = dataclasses.replace(measured, sketch={})
 
     def loss(features, head, labels):
@@ -147,19 +118,6 @@ def programs(config: Config, encoder: encoders.Encoder) -> dict[str, tuple]:
     }
 
 
-def filled(shapes: Tree) -> Tree:
-    """Random arrays of these shapes; what they hold costs no time."""
-    rng = np.random.default_rng(0)
-
-    def leaf(shape):
-        if jnp.issubdtype(shape.dtype, jnp.integer):
-            return jnp.zeros(shape.shape, shape.dtype)
-        values = rng.standard_normal(shape.shape, np.float32)
-        return jnp.asarray(0.02 * values)
-
-    return jax.tree.map(leaf, shapes)
-
-
 def released_penalty(tau: Tree, measured: curvature.Factors):
     """tr(B W A Wᵀ) of all layers and its gradient by PyTorch's automatic one."""
     import torch
@@ -199,13 +157,15 @@ def main(config: Config) -> dict:
     ):
         compiled[name] = jax.jit(function).lower(*shapes).compile()
         if config.repetitions:
-            functions[name] = functools.partial(compiled[name], *filled(shapes))
+            functions[name] = functools.partial(compiled[name], *factors.filled(shapes))
     if config.repetitions and config.torch:
         if importlib.util.find_spec("torch") is None:
             raise ValueError("PyTorch is not installed; install it, or add --no-torch.")
         _, (tau, measured) = programs(config, encoder)["gradient of the penalty alone"]
         name = "released penalty, PyTorch"
-        functions[name] = released_penalty(filled(tau), filled(measured))
+        functions[name] = released_penalty(
+            factors.filled(tau), factors.filled(measured)
+        )
     times = measure.alternated(functions, config.repetitions) if functions else {}
     seconds = {name: float(np.median(each)) for name, each in times.items()}
     counts = {name: row.cost_analysis()["flops"] for name, row in compiled.items()}

@@ -31,8 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments.bench import curvature as curvature_cost
-from experiments.bench import encoders, measure
+from experiments.bench import encoders, factors, measure
 from experiments.common import script
 from jaxarith import (
     curvature,
@@ -132,7 +131,7 @@ def prepare(config: Config) -> Work:
         inputs,
         {part_name(p): tree.select(taus[0], w) for p, w in encoder.paradigms.items()},
         {f"+ {mode} τJp": samples(count) for mode, count in penalties.items()},
-        curvature_cost.filled(curvature_cost.factors_of(encoder, inputs, 0)),
+        factors.filled(factors.shapes(encoder, inputs, 0)),
         jnp.asarray(rng.integers(CLASSES, size=config.batch)),
         jnp.asarray(head / np.linalg.norm(head, axis=-1, keepdims=True)),
     )
@@ -184,11 +183,11 @@ def penalized_step(work: Work) -> Callable:
 
 
 def curved_step(work: Work) -> Callable:
-    """`step(params, tau, factors, *inputs)`: the gradient with that of a penalty."""
+    """`step(params, tau, measured, *inputs)`: the gradient with that of a penalty."""
     task = linearized_step(work)
 
-    def step(params, tau, factors, *inputs):
-        slope = jax.grad(curvature.penalty)(tau, factors)
+    def step(params, tau, measured, *inputs):
+        slope = jax.grad(curvature.penalty)(tau, measured)
         return jax.tree.map(
             lambda g, s: g + (PENALTY_COEF * s).astype(g.dtype),
             task(params, tau, *inputs),

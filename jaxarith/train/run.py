@@ -7,6 +7,7 @@ stopped, to the same bits.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -373,12 +374,17 @@ def _curvature(given, config, params_0, tasks, mesh):
             f"{len(parts)} curvatures for {tasks} tasks; give one for each task, as "
             "curvature.others does, or one for all."
         )
-    return None, sharding.shard(_stacked(*parts), mesh, tasks=True)
+    on_host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(parts))
+    # What is on the host does not have to fit on one device together.
+    stacked = _stacked(np, parts) if on_host else _stacked_on_device(parts)
+    return None, sharding.shard(stacked, mesh, tasks=True)
 
 
-@jax.jit
-def _stacked(*parts):
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+def _stacked(library, parts):
+    return jax.tree.map(lambda *leaves: library.stack(leaves), *parts)
+
+
+_stacked_on_device = jax.jit(functools.partial(_stacked, jnp))
 
 
 def _form(part):

@@ -98,12 +98,22 @@ def room(setup: options.Setup, kind: Kind) -> int | None:
 
 def merged(factors: Sequence[curvature.Factors], kind: Kind) -> curvature.Factors:
     """The curvature of several tasks, on the host; with a sketch it is calibrated."""
-    # The factors of all tasks may be more than a device holds.
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.default_device(_host()):
         found = curvature.merge(factors, kind.how)
         if found.sketch:
             found = curvature.calibrate(found)
         return cast(curvature.Factors, jax.device_get(found))
+
+
+def _host():
+    """The host, for the factors of all tasks may be more than a device holds.
+
+    Where JAX_PLATFORMS leaves the host out, it is the default device, None.
+    """
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def factors_of(
