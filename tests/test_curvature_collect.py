@@ -264,6 +264,48 @@ def test_what_was_not_measured_is_not_free(setting):
         curvature.penalty({"first": {"bias": tau["first"]["bias"]}}, part)
 
 
+def test_values_that_are_not_finite_are_refused(setting):
+    apply_fn, params, x = setting
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        collected((apply_fn, params, x.at[3].set(jnp.nan)), rank=2)
+
+
+def test_a_first_batch_without_rows_counts_for_nothing(setting):
+    apply_fn, params, x = setting
+    batches = [{"image": x[:0]}, {"image": x}]
+    found = curvature.collect(apply_fn, params, batches, probes=2, key=KEY)
+    same_bits(found, collected(setting))
+    with pytest.raises(ValueError, match="no real sample"):
+        curvature.collect(apply_fn, params, batches[:1], probes=2, key=KEY)
+
+
+def test_factors_and_those_in_an_eigenbasis_are_told_apart(setting):
+    apply_fn, params, x = setting
+    one = collected(setting, rank=2)
+    turned = curvature.eigen(one)
+    for function in (
+        lambda given: curvature.merge([given, given]),
+        lambda given: curvature.block_diagonal(given, 2),
+        curvature.calibrate,
+        curvature.eigen,
+    ):
+        with pytest.raises(ValueError, match="found EigenFactors; expected Factors"):
+            function(turned)
+    with pytest.raises(ValueError, match="curvature.eigen"):
+        curvature.correct(apply_fn, params, [{"image": x}], one, key=KEY)
+
+
+def test_a_leaf_of_another_shape_is_not_broadcast():
+    found = curvature.collect(
+        lambda params, x: x @ params["w"],
+        {"w": jnp.ones((3, 2))},
+        [{"image": jnp.ones((1, 3))}],
+        probes=None,
+    )
+    with pytest.raises(ValueError, match=r"shape \[3, 2\], and the task vector \[1"):
+        curvature.penalty({"w": jnp.ones((1, 2))}, found)
+
+
 @pytest.mark.parametrize(
     "batches", [[], [{"image": jnp.ones((1, 3)), "mask": [False]}]]
 )

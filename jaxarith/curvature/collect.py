@@ -95,8 +95,8 @@ def collect(
 
     Raises:
       ValueError: no real sample, no leaf that matches, no key for probes, features that
-        are not one array by sample, or a linear layer inside `nn.remat`, `nn.scan` or a
-        `jit` of the model's own.
+        are not one array by sample, values that are not finite, or a linear layer
+        inside `nn.remat`, `nn.scan` or a `jit` of the model's own.
 
     Example:
       >>> apply_fn = lambda params, x: x @ params["w"]
@@ -239,8 +239,14 @@ def correct(
       `factors` with the eigenvalues of these samples; the rest stays.
 
     Raises:
-      ValueError: as for `collect`; or the factors are of other parameters.
+      ValueError: as for `collect`; or the factors are of other parameters, or not what
+        `eigen` gives.
     """
+    if not isinstance(factors, EigenFactors):
+        raise ValueError(
+            f"correct got {type(factors).__name__} and needs EigenFactors; give it "
+            "curvature.eigen(factors)."
+        )
     check_base(factors, params_0)
 
     plan = Plan(

@@ -5,7 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxarith.curvature.factors import EigenFactors, Factors, penalty, scaled
+from jaxarith.curvature.factors import (
+    EigenFactors,
+    Factors,
+    check_kronecker,
+    penalty,
+    scaled,
+)
 
 
 def block_diagonal(factors: Factors, blocks: int) -> Factors:
@@ -22,11 +28,13 @@ def block_diagonal(factors: Factors, blocks: int) -> Factors:
       `Factors` whose matrices are `[K, blocks, s, s]`. Merge factors before.
 
     Raises:
-      ValueError: `blocks` is less than 1, or the factors have blocks already.
+      ValueError: `blocks` is less than 1, or the factors have blocks already or are in
+        an eigenbasis.
 
     Example:
       >>> block_diagonal(factors, 8)  # doctest: +SKIP
     """
+    check_kronecker(factors)
     if blocks < 1:
         raise ValueError(f"blocks is {blocks}; at least 1 is needed.")
 
@@ -62,8 +70,9 @@ def calibrate(factors: Factors) -> Factors:
       factors: with a sketch; those of several tasks merged.
 
     Raises:
-      ValueError: the factors have no sketch.
+      ValueError: the factors have no sketch, or are in an eigenbasis.
     """
+    check_kronecker(factors)
     if not factors.sketch:
         raise ValueError(
             "these factors have no sketch to calibrate them by; give collect a rank, "
@@ -94,8 +103,9 @@ def eigen(factors: Factors) -> EigenFactors:
       `EigenFactors`. Until it is corrected, the form is that of `factors`.
 
     Raises:
-      ValueError: the factors have several terms, or blocks.
+      ValueError: the factors have several terms, or blocks, or are in an eigenbasis.
     """
+    check_kronecker(factors)
     parts = {"inputs": {}, "outputs": {}, "eigenvalues": {}}
     for name, a in factors.inputs.items():
         b = factors.outputs[name]

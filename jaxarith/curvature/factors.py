@@ -129,6 +129,16 @@ def check_base(curvature: Curvature, params_0: Params) -> None:
         )
 
 
+def check_kronecker(found: object) -> None:
+    """Raises a ValueError unless these are `Factors`, in no eigenbasis."""
+    if not isinstance(found, Factors):
+        raise ValueError(
+            f"found {type(found).__name__}; expected Factors, as curvature.collect "
+            "gives them. Merge, calibrate and cut them before curvature.eigen; "
+            "curvature.load gives them with metadata."
+        )
+
+
 def scaled(factors: Factors, by: float | jax.Array) -> Factors:
     """The factors of a form that is `by` times as large, `by` ≥ 0."""
 
@@ -171,7 +181,13 @@ def _product(curvature, tau, of_layer):
             found[path] = (block @ leaf.reshape(-1)).reshape(leaf.shape)
     for path, squares in curvature.diagonal.items():
         if path in vector:
-            found[path] = squares * vector[path]
+            leaf = vector[path]
+            if squares.shape not in ((), leaf.shape):  # others might be broadcast
+                raise ValueError(
+                    f"the curvature of {path} has shape {list(squares.shape)}, and the "
+                    f"task vector {list(leaf.shape)}. They are of other models."
+                )
+            found[path] = squares * leaf
     if missing := [path for path in vector if path not in found]:
         raise ValueError(
             f"no curvature was measured for {', '.join(tree.first_few(missing, 3))}: "

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxarith import fingerprint, tree
 from jaxarith.curvature import sketch
-from jaxarith.curvature.factors import Factors, scaled
+from jaxarith.curvature.factors import Factors, check_kronecker, scaled
 from jaxarith.typing import Numbers
 
 How = Literal["mean", "sum", "nearest", "each"]
@@ -39,8 +39,8 @@ def merge(
       `Factors`; `samples` are the sum of the tasks'.
 
     Raises:
-      ValueError: no factors, factors of other parameters or other leaves, or weights
-        that are not T numbers ≥ 0 with a positive sum.
+      ValueError: no factors, factors of other parameters or other leaves or in an
+        eigenbasis, or weights that are not T numbers ≥ 0 with a positive sum.
 
     Example:
       >>> from jaxarith.curvature import collect
@@ -107,6 +107,8 @@ def _check(factors, how):
         raise ValueError(f"how is {how!r}; it is {', '.join(get_args(How))}.")
     if not factors:
         raise ValueError("there are no factors to merge; give those of each task.")
+    for one in factors:
+        check_kronecker(one)
     first = factors[0]
     for number, other in enumerate(factors[1:], 1):
         if other.base != first.base:

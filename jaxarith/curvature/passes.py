@@ -58,11 +58,15 @@ def first_sample(batches: Sequence[dict], inputs: Sequence[str]) -> tuple:
     """What a model is given of the first sample alone.
 
     Raises:
-      ValueError: there is no batch, or it lacks a field.
+      ValueError: there is no batch, or none with a row, or it lacks a field.
     """
     if not len(batches):
         raise ValueError("there is no batch to measure curvature on; give at least 1.")
-    return tuple(jnp.asarray(x)[:1] for x in fields_of(batches[0], inputs))
+    for batch in batches:
+        values = fields_of(batch, inputs)
+        if len(mask_of(batch)):
+            return tuple(jnp.asarray(x)[:1] for x in values)
+    raise ValueError("the batches hold no real sample; give at least one.")
 
 
 def averages(
@@ -127,7 +131,17 @@ def averages(
         sums = found if sums is None else _added(sums, found)
     means = jax.tree.map(lambda leaf: leaf / count, sums)
     rows_kept = jax.tree.map(lambda leaf: leaf / count**0.5, rows_kept)
+    if not _all_finite((means, rows_kept)):
+        raise ValueError(
+            "the curvature has NaN or infinite values. Look for bad samples or "
+            "parameters."
+        )
     return {**means, "sketch": rows_kept, "samples": jnp.asarray(count, jnp.float32)}
+
+
+@jax.jit
+def _all_finite(arrays):
+    return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(arrays)]))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
