@@ -229,6 +229,19 @@ def test_a_range_that_is_none_is_refused():
         train.Distill(low=1.0, high=0.5)
 
 
+@pytest.mark.parametrize("coef", [-1.0, float("nan")])
+def test_weights_below_zero_are_refused(coef):
+    with pytest.raises(ValueError, match="at least 0 is needed"):
+        train.Distill(coef=coef)
+    with pytest.raises(ValueError, match="penalty_coef is"):
+        train.TrainConfig(penalty_coef=coef)
+
+
+def test_true_is_no_distillation():
+    with pytest.raises(ValueError, match=r"expected train.Distill\(\)"):
+        train.TrainConfig(distill=True)  # pyright: ignore[reportArgumentType]
+
+
 def test_batches_without_alpha_are_refused():
     plain = dataclasses.replace(CONFIG, distill=None)
     batches = train.task_batches(training_run.sources(), plain)

@@ -41,6 +41,11 @@ class Distill:
     high: float = 1.0
 
     def __post_init__(self):
+        if not self.coef >= 0:
+            raise ValueError(
+                f"the weight of distillation, coef, is {self.coef}; at least 0 is "
+                "needed."
+            )
         if not 0 <= self.low <= self.high:
             raise ValueError(
                 f"distillation draws α from {self.low} to {self.high}; expected "
@@ -110,6 +115,14 @@ class TrainConfig:
                 f"unknown penalty {self.penalty!r}; the modes of τJp are "
                 f"{', '.join(tau_jp.MODES)}, the forms of curvature "
                 f"{', '.join(get_args(Form))}."
+            )
+        if not isinstance(self.distill, Distill | None):
+            raise ValueError(
+                f"distill is {self.distill!r}; expected train.Distill() or None."
+            )
+        if not self.penalty_coef >= 0:
+            raise ValueError(
+                f"penalty_coef is {self.penalty_coef}; at least 0 is needed."
             )
         if self.distill and (self.linearized or self.tau_jp_mode):
             raise ValueError(

@@ -360,6 +360,12 @@ def _curvature(given, config, params_0, tasks, mesh):
         return None, None
     parts = [given] if isinstance(given, Curvature) else list(given)
     for number, part in enumerate(parts):
+        if not isinstance(part, Curvature):
+            raise ValueError(
+                f"curvature {number} is a {type(part).__name__}; expected what "
+                "curvature.merge gives, or a list as of curvature.others, in the order "
+                "of the tasks. curvature.load gives it with metadata."
+            )
         if number == 0 or part.base != parts[0].base:
             check_base(part, params_0)
         if (form := _form(part)) != config.form:
@@ -374,6 +380,13 @@ def _curvature(given, config, params_0, tasks, mesh):
             f"{len(parts)} curvatures for {tasks} tasks; give one for each task, as "
             "curvature.others does, or one for all."
         )
+    shapes = [jax.tree.map(jnp.shape, part) for part in parts]
+    for number, other in enumerate(shapes):
+        if other != shapes[0]:
+            raise ValueError(
+                f"curvatures 0 and {number} are of other layers, leaves or ranks. "
+                "Collect and merge all in the same way, or train the tasks apart."
+            )
     on_host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(parts))
     # What is on the host does not have to fit on one device together.
     stacked = _stacked(np, parts) if on_host else _stacked_on_device(parts)
