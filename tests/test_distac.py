@@ -129,3 +129,12 @@ def test_only_the_leaves_of_the_vector_move(case):
 def test_other_recipes_are_refused(case, options):
     with pytest.raises(ValueError, match="a penalty of its own"):
         repaired(case, dataclasses.replace(CONFIG, **options))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [({"temperatures": (0.0, 1.0)}, "two above 0"), ({"anchor": -1.0}, "anchor is -1")],
+)
+def test_a_temperature_and_an_anchor_that_are_none_are_refused(case, options, message):
+    with pytest.raises(ValueError, match=message):
+        repaired(case, **options)

@@ -72,8 +72,8 @@ def distac(
       A task vector like `tau`, in float32.
 
     Raises:
-      ValueError: the recipe is linearised, distils or has a penalty; or as for
-        `fine_tune`.
+      ValueError: the recipe is linearised, distils or has a penalty, a temperature is
+        not above 0 or the anchor below 0; or as for `fine_tune`.
 
     Example:
       >>> shorter = distac(  # doctest: +SKIP
@@ -85,6 +85,10 @@ def distac(
             "distac trains an ordinary model with a penalty of its own; leave "
             "linearized, distill and penalty of its recipe out."
         )
+    if not min(temperatures) > 0:
+        raise ValueError(f"temperatures are {temperatures}; expected two above 0.")
+    if not anchor >= 0:
+        raise ValueError(f"anchor is {anchor}; at least 0 is needed.")
     paths = list(tree.flatten(tau))
     config = dataclasses.replace(
         config,
