@@ -22,6 +22,7 @@ from experiments.curvature import (
     table_delta,
 )
 from jaxarith import curvature, task_vectors, tree
+from jaxarith.models import clip
 
 pytestmark = pytest.mark.usefixtures("shallow_clip")
 
@@ -79,6 +80,15 @@ def test_distilled_models_are_added_as_ordinary_ones(
     assert [row for row in rows if row in published] == published
     assert {"TSV-M", "Iso-C", "TIES"} <= {method for method, _ in rows}
     assert " 88.3 |" in (out / "report.md").read_text()
+
+
+def test_attention_with_curvature_is_ordinary_training_of_its_weights(setup):
+    recipe = vectors.recipe_of(setup, "attention_curvature", setup.tasks[0])
+    assert recipe.penalty == "kronecker" and not recipe.linearized
+    trained = vectors.vectors(setup, "attention_curvature")[0]
+    expected = tree.select(setup.params_0, clip.ATTENTION_WEIGHTS)
+    assert tree.flatten(trained).keys() == tree.flatten(expected).keys()
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(trained))
 
 
 def test_distillation_knows_the_curvature_of_the_control_alone(setup):
@@ -175,6 +185,8 @@ def test_of_equal_weights_the_first_is_chosen():
     ("options", "message"),
     [
         ({"coefs": (0.0, 1.0)}, "above 0"),
+        ({"coefs": (1.0, float("nan"))}, "above 0"),
+        ({"coefs": (1.0, float("inf"))}, "above 0"),
         ({"coefs": (1.0, 1.0)}, "each once"),
         ({"choose_on": "cars"}, "--choose-on cars is not among --tasks"),
     ],

@@ -57,7 +57,8 @@ class Config(options.OneModel):
 
 def check(config: Config) -> None:
     """Raises ValueError for candidates or a task that do not exist."""
-    if min(config.coefs) <= 0 or len(set(config.coefs)) < len(config.coefs):
+    possible = all(0 < coef < float("inf") for coef in config.coefs)  # NaN is not
+    if not possible or len(set(config.coefs)) < len(config.coefs):
         raise ValueError(
             f"--coefs {config.coefs}: expected numbers above 0, each once. Without a "
             "penalty the method is linear."
