@@ -21,6 +21,8 @@ The methods:
                            their images: merged by the mean, to the nearest Kronecker
                            product, or not; of all tasks together; its diagonal alone
                            (Porrello et al. 2026; the factors are ours)
+    attention_curvature    nonlinear, the weights of attention alone, with the curvature
+                           of the other tasks (Jin et al. 2025 with Porrello et al.)
     delta                  nonlinear, and distilled from a linear model that is trained
                            beside it; both with the curvature of the control
                            (Sommariva et al. 2026)

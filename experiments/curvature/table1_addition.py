@@ -25,6 +25,9 @@ from secondary texts and are to be checked against the PDF:
     TAK          1.0          85.8 / 97.6  88.3 / 97.9  91.6 / 99.3
     TAK          searched     86.0 / -     88.3 / 98.1  91.6 / -
 
+"Attention, TAK" are ordinary models of which the weights of attention alone are
+trained, as TAK is combined with Jin et al. (2025).
+
 The row TAK is trained with our factors, which see the tokens of an image together and
 have a sketch of what is between layers; with the recipe of the τJp paper, where TAK has
 a learning rate of 3e-4; and with the curvature of the control task too, as τJp has its
@@ -40,6 +43,7 @@ METHODS: dict[str, vectors.Method] = {
     "Diag. GGN": "curvature_diagonal",
     "τJp": "tau_jp_cyclic",
     "TAK": "curvature",
+    "Attention, TAK": "attention_curvature",
 }
 PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
 

@@ -53,6 +53,7 @@ KINDS = {
     "curvature_each": Kind(how="each"),
     "curvature_shared": Kind(of="all"),
     "curvature_diagonal": Kind(sharing=None),
+    "attention_curvature": Kind(),
     "delta": Kind(of="control"),
 }
 

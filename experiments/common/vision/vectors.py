@@ -32,6 +32,7 @@ Method = Literal[
     "curvature_each",
     "curvature_shared",
     "curvature_diagonal",
+    "attention_curvature",
     "delta",
     "linear_layers_1",
     "linear_layers_2",
@@ -50,11 +51,13 @@ LINEAR_LAYERS = {
     "linear_layers_3": clip.BLOCK_LINEAR_WEIGHTS,
     "linear_layers_4": r"vision_model/encoder/layers/\d+/(self_attn|mlp)/.*",
 }
+# What a method trains, where it is not everything.
+TRAINED = LINEAR_LAYERS | {"attention_curvature": clip.ATTENTION_WEIGHTS}
 
 
 def is_linearized(method: str) -> bool:
     """Whether the vectors of a method belong to the tangent-space model."""
-    if method == "delta":  # of whose two models the ordinary one is kept
+    if method in ("attention_curvature", "delta"):  # of delta the student is kept
         return False
     return method in ("linear", "multi_task_linear") or is_penalised(method)
 
@@ -90,7 +93,7 @@ def recipe_of(setup: options.Setup, method: str, task: options.Task):
         options.recipe_of(setup.options, task),
         linearized=is_linearized(method),
         distill=distill if method == "delta" else None,
-        trained=LINEAR_LAYERS.get(method, ".*"),
+        trained=TRAINED.get(method, ".*"),
         **penalty,
     )
 
