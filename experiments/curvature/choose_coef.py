@@ -38,6 +38,7 @@ Method = Literal[
     "curvature_each",
     "curvature_shared",
     "curvature_diagonal",
+    "attention_curvature",
     "delta",
     "tau_jp_cyclic",
     "tau_jp_mixed",
