@@ -236,6 +236,51 @@ def test_damaged_files_are_refused(setting, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: {"divisors": {}}, "divisors of first/kernel are missing"),
+        (lambda f: {"divisors": double(f.divisors)}, r"kernel have shape \[2\]"),
+        (lambda f: {"outputs": double(f.outputs)}, "other numbers of terms"),
+        (lambda f: {"sketch": dict([*f.sketch.items()][1:])}, "not of the leaves"),
+        (lambda f: {"layers": (curvature.Layer(("x",), (), False),)}, "a layer of x"),
+        (lambda f: {"layers": f.layers[:1]}, "not of the leaves"),
+        (lambda f: {"sharing": "wide"}, "sharing is 'wide'"),
+        (lambda f: {"samples": jnp.ones(2)}, "number of samples"),
+    ],
+)
+def test_parts_that_do_not_fit_are_found_as_a_file_is_read(
+    setting, tmp_path, damage, message
+):
+    _, params, _ = setting
+    file, one = tmp_path / "one.safetensors", collected(setting, rank=2)
+    curvature.save(file, dataclasses.replace(one, **damage(one)))
+    with pytest.raises(ValueError, match=message):
+        curvature.load(file, params)
+
+
+def double(parts):
+    return {name: jnp.concatenate([part, part]) for name, part in parts.items()}
+
+
+def test_a_bias_that_the_layers_leave_out_is_missed(setting, tmp_path):
+    _, params, _ = setting
+    file, one = tmp_path / "one.safetensors", collected(setting)
+    layers = tuple(layer._replace(biases=()) for layer in one.layers)
+    curvature.save(file, dataclasses.replace(one, layers=layers))
+    with pytest.raises(ValueError, match="for a side of 4|for a side of 3"):
+        curvature.load(file, params)
+    with pytest.raises(ValueError, match="found dict"):
+        curvature.save(file, {})
+
+
+def test_a_newer_format_is_named(setting, tmp_path):
+    file = tmp_path / "one.safetensors"
+    hub.save_tree(file, {"w": np.ones(2)}, {"format": "jaxarith.curvature 2"})
+    with pytest.raises(ValueError, match="or update jaxarith"):
+        curvature.load(file, setting[1])
+
+
+@pytest.mark.parametrize(
     "options, message",
     [
         ({"probes": 0}, "at least 1, or None"),

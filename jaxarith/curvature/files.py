@@ -3,14 +3,20 @@
 import dataclasses
 import json
 import os
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
 
 from jaxarith import hub, tree
 from jaxarith.curvature import matrices
-from jaxarith.curvature.factors import Curvature, EigenFactors, Factors, check_base
+from jaxarith.curvature.factors import (
+    Curvature,
+    EigenFactors,
+    Factors,
+    Sharing,
+    check_base,
+)
 from jaxarith.curvature.matrices import Layer
 from jaxarith.typing import Params
 
@@ -38,9 +44,14 @@ def save(
       metadata: more of what the file says about itself, such as the task's name.
 
     Raises:
-      ValueError: it holds NaN or infinite values, or `metadata` has a key that the
-        format uses.
+      ValueError: it is no curvature, holds NaN or infinite values, or `metadata` has a
+        key that the format uses.
     """
+    if not isinstance(curvature, Curvature):
+        raise ValueError(
+            f"found {type(curvature).__name__}; expected what curvature.collect, merge "
+            "or eigen gives."
+        )
     kind = next(name for name, c in _KINDS.items() if isinstance(curvature, c))
     own = {
         "format": _FORMAT,
@@ -77,8 +88,9 @@ def load(path: str | os.PathLike, params_0: Params) -> tuple[Curvature, dict[str
     own = {key: metadata.pop(key, "") for key in ("format", "kind", *_STATIC)}
     if own["format"] != _FORMAT or own["kind"] not in _KINDS:
         raise ValueError(
-            f"{path} is of the format {own['format']!r}; expected {_FORMAT!r}. Write "
-            "it with curvature.save."
+            f"{path} is of the format {own['format']!r} and of the kind "
+            f"{own['kind']!r}; expected {_FORMAT!r} and {' or '.join(_KINDS)}. Write "
+            "it with curvature.save of this version of jaxarith, or update jaxarith."
         )
     kind = _KINDS[own["kind"]]
     names = {field.name for field in dataclasses.fields(kind)}
@@ -117,7 +129,20 @@ def _check_shapes(path, curvature, params_0):
     def refuse(name, why):
         raise ValueError(f"{path} is damaged: {name} {why}. Collect it again.")
 
+    if isinstance(curvature, Factors) and curvature.sharing not in (
+        None,
+        *get_args(Sharing),
+    ):
+        refuse("sharing", f"is {curvature.sharing!r}")
+    if np.shape(curvature.samples) != () or isinstance(curvature.samples, dict):
+        refuse("the number of samples", "is missing or no scalar")
+    measured = {*curvature.full, *curvature.diagonal}
     for layer in curvature.layers:
+        paths = {*layer.kernels, *layer.biases}
+        if unknown := paths - leaves.keys():
+            names = ", ".join(map(str, unknown))
+            refuse(f"a layer of {names}", "is none of the parameters")
+        measured |= paths
         w = jax.eval_shape(lambda x, la=layer: matrices.matrix(la, x), leaves)
         for field, size in zip(("inputs", "outputs"), w.shape, strict=True):
             name = f"{field} of {layer.name}"
@@ -126,19 +151,44 @@ def _check_shapes(path, curvature, params_0):
             found = getattr(curvature, field)[layer.name]
             width = found.shape[-1]
             blocks = found.shape[-3] if found.ndim == 4 else 1
-            if not size <= width * blocks < size + width:
+            padding = width * blocks - size  # of the last of several blocks
+            if not 0 <= padding < (width if blocks > 1 else 1):
                 refuse(name, f"has shape {list(found.shape)} for a side of {size}")
             if isinstance(curvature, Factors) and not _is_symmetric(found):
                 refuse(name, "is not symmetric")
+        _check_values(curvature, layer.name, w.shape, refuse)
     for name, block in curvature.full.items():
         if block.shape != (np.size(leaves.get(name, ())),) * 2:
             refuse(f"the block of {name}", f"has shape {list(block.shape)}")
     for name, squares in curvature.diagonal.items():
         if squares.shape != np.shape(leaves.get(name, ())):
             refuse(f"the diagonal of {name}", f"has shape {list(squares.shape)}")
+    if curvature.sketch and curvature.sketch.keys() != measured:
+        missing = sorted(measured ^ curvature.sketch.keys())
+        refuse("the sketch", f"is not of the leaves measured, as for {missing[0]}")
+    if len({len(rows) for rows in curvature.sketch.values()}) > 1:
+        refuse("the sketch", "has other numbers of rows by leaf")
     for name, rows in curvature.sketch.items():
         if rows.shape[1:] != np.shape(leaves.get(name, ())):
             refuse(f"the sketch of {name}", f"has shape {list(rows.shape)}")
+
+
+def _check_values(curvature, name, shape, refuse):
+    """Finds divisors that are not those of all terms, or eigenvalues of another matrix.
+
+    The matrix of the layer has this shape.
+    """
+    if isinstance(curvature, EigenFactors):
+        field, expected = "eigenvalues", tuple(shape)
+    else:
+        field, expected = "divisors", curvature.inputs[name].shape[:1]
+        if curvature.outputs[name].shape[:1] != expected:
+            refuse(f"inputs and outputs of {name}", "have other numbers of terms")
+    found = getattr(curvature, field).get(name)
+    if found is None:
+        refuse(f"{field} of {name}", "are missing")
+    if found.shape != expected:
+        refuse(f"{field} of {name}", f"have shape {list(found.shape)}")
 
 
 def _is_symmetric(matrices):
