@@ -77,7 +77,8 @@ def collect(
       full_up_to: leaves of other than linear layers with at most so many entries get
         their full block instead of a diagonal.
       rank: how many exact products keep what is between layers, see `sketch`; each has
-        the size of a task vector.
+        the size of a task vector. With fewer of them than samples, what they keep
+        depends a little on `chunk`, and so on the number of devices.
       token_mask: a field `[B, S]` of the batches, such as `attention_mask`, that is
         true where a token counts, or a function from the path of a kernel to the
         field's name or None. `expand` and `reduce` need it where batches have padding;

@@ -184,11 +184,11 @@ def _check_values(curvature, name, shape, refuse):
         field, expected = "divisors", curvature.inputs[name].shape[:1]
         if curvature.outputs[name].shape[:1] != expected:
             refuse(f"inputs and outputs of {name}", "have other numbers of terms")
-    found = getattr(curvature, field).get(name)
-    if found is None:
+    values = getattr(curvature, field)
+    if name not in values:
         refuse(f"{field} of {name}", "are missing")
-    if found.shape != expected:
-        refuse(f"{field} of {name}", f"have shape {list(found.shape)}")
+    if values[name].shape != expected:
+        refuse(f"{field} of {name}", f"have shape {list(values[name].shape)}")
 
 
 def _is_symmetric(matrices):
