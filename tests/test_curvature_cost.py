@@ -21,3 +21,11 @@ def test_the_rows_are_counted_and_timed(tmp_path):
     assert factors["GFLOP"] == pytest.approx(step["GFLOP"] + alone["GFLOP"], rel=0.01)
     assert rows["released penalty, PyTorch"]["GFLOP"] is None
     assert (tmp_path / "report.md").is_file()
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch": 7}, {"rank": -1}, {"repetitions": -1}, {"layers": 0}]
+)
+def test_sizes_that_are_none_are_refused(options, tmp_path):
+    with pytest.raises(ValueError, match="at least"):
+        curvature.main(curvature.Config(out=tmp_path, **options))

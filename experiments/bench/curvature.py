@@ -145,11 +145,14 @@ def released_penalty(tau: Tree, measured: curvature.Factors):
 @script.full_precision
 def main(config: Config) -> dict:
     """Counts, prints and writes; returns what `report.json` holds."""
-    if config.batch < 8 or config.rank < 0:
+    if config.batch < 8 or min(config.rank, config.repetitions) < 0:
         raise ValueError(
-            f"--batch {config.batch} --rank {config.rank}; a batch of at least 8 and a "
-            "rank of at least 0 are needed."
+            f"--batch {config.batch} --rank {config.rank} --repetitions "
+            f"{config.repetitions}; a batch of at least 8, and a rank and repetitions "
+            "of at least 0 are needed."
         )
+    if config.layers is not None and config.layers < 1:
+        raise ValueError(f"--layers {config.layers}; at least 1 is needed.")
     encoder = encoders.encoder(config.model, config.layers)
     compiled, functions = {}, {}
     for name, (function, shapes) in tqdm(
@@ -185,13 +188,15 @@ def main(config: Config) -> dict:
     ratio = counts[sketched] / counts[base]
     limit = LIMITS[config.model]
     what = f"{sketched[2:]}, over a linearised step, FLOPs"
-    goal = measure.goal(what, ratio, limit, least=False)
+    # The limits are those of whole models.
+    whole = config.layers is None
+    goals = [measure.goal(what, ratio, limit, least=False)] if whole else []
     where = measure.machine() | {"model": config.model, "batch": config.batch}
     return measure.write(
         config.out,
         "What the penalty of curvature costs",
-        [measure.named(where), measure.table(rows), measure.table([goal])],
-        {"machine": where, "rows": rows, "goals": [goal]},
+        [measure.named(where), measure.table(rows), measure.table(goals)],
+        {"machine": where, "rows": rows, "goals": goals},
     )
 
 
