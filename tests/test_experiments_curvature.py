@@ -300,3 +300,12 @@ def test_every_method_is_one_that_finetune_takes():
     config = finetune.Config(task="dtd", method="curvature")
     needed, control = finetune.needed(config)
     assert control and needed.tasks == config.tasks
+
+
+@pytest.mark.parametrize(
+    "option", ["curvature_coef", "diagonal_coef", "distill_coef", "penalty_coef"]
+)
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_none_is_named(option, value, tmp_path):
+    with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} .*0 or more"):
+        choose_coef.Config(out=tmp_path, **{option: value})

@@ -26,7 +26,7 @@ _SIZES = ("batch_size", "epochs", "evaluation_batch", "max_length")
 _SIZES += ("learning_rate", "micro_batches", "penalty_batch_size", "samples", "steps")
 _SIZES += ("curvature_samples",)
 _COUNTS = ("curvature_coef", "curvature_rank", "delta_coef")
-_COUNTS += ("diagonal_coef", "distill_coef", "save_every", "workers")
+_COUNTS += ("diagonal_coef", "distill_coef", "penalty_coef", "save_every", "workers")
 _LISTS = ("alphas", "coefs", "models", "seeds")
 
 
@@ -69,7 +69,7 @@ class Options:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} {value}: expected more than 0.")
         for name in _COUNTS:
-            if (value := getattr(self, name, 0)) < 0:
+            if not 0 <= (value := getattr(self, name, 0)) < math.inf:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} {value}: expected 0 or more.")
         for name in _LISTS:
