@@ -138,3 +138,11 @@ def test_other_recipes_are_refused(case, options):
 def test_a_temperature_and_an_anchor_that_are_none_are_refused(case, options, message):
     with pytest.raises(ValueError, match=message):
         repaired(case, **options)
+
+
+def test_outputs_that_are_no_array_are_refused(case):
+    apply_fn, params_0, _, samples = case
+    with pytest.raises(ValueError, match="gave a dict; expected one array"):
+        train.with_targets(lambda p, x: {"logits": apply_fn(p, x)}, params_0, samples)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        train.with_targets(apply_fn, params_0, samples, batch_size=0)

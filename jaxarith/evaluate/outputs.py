@@ -52,7 +52,8 @@ def outputs(
       `[N, ...]`, N being the number of True entries of all masks.
 
     Raises:
-      ValueError: there is no batch, or a batch is no dict or lacks a field.
+      ValueError: there is no batch, a batch is no dict or lacks a field, or the model
+        gives no single array.
     """
     mesh = mesh or sharding.mesh_of(params)
     params = sharding.shard(params, mesh)  # once, not with every batch
@@ -80,6 +81,11 @@ def _inputs(batch, inputs, mesh):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _apply(apply_fn, mesh, params, *inputs):
     found = sharding.on_mesh(apply_fn, mesh)(params, *inputs)
+    if not isinstance(found, jax.Array | np.ndarray):
+        raise ValueError(
+            f"apply_fn gave a {type(found).__name__}; expected one array [B, ...]. "
+            "Pass a function that returns the outputs alone."
+        )
     return sharding.constrain(found, mesh, P())  # every process reads all of it
 
 

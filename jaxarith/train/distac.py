@@ -176,7 +176,13 @@ def with_targets(
       inputs: the fields that are passed to `apply_fn`, in order.
       batch_size: samples that are run at a time.
       mesh: the devices, see `sharding`; by default one.
+
+    Raises:
+      ValueError: there is no sample, one lacks a field, `batch_size` is less than 1, or
+        the outputs are not one array.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; at least 1 is needed.")
     samples = pipeline.samples(samples)
     batches = pipeline.evaluation_stream(samples, batch_size, preprocess=dict)
     found = evaluate.outputs(apply_fn, params, batches, inputs, mesh=mesh)
