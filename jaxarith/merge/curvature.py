@@ -1,4 +1,4 @@
-r"""The merge that disturbs every task's own model least, by curvature at θ0.
+r"""The merge that disturbs every task's own model least, by curvature.
 
 .. math:: \arg\min_\tau \sum_t (\tau - \tau_t)^\top G_t\,(\tau - \tau_t)
 
@@ -38,8 +38,9 @@ def curvature(
     Args:
       params_0: pre-trained parameters.
       taus: T task vectors. A leaf that one lacks counts as zero.
-      curvatures: for every task its curvature at `params_0`, such as
-        `jaxarith.curvature.collect` measures; those of its own inputs.
+      curvatures: for every task its curvature on its own inputs, such as
+        `jaxarith.curvature.collect` measures: at `params_0` or, which was better where
+        it was tried, at the task's own fine-tuned model.
       coef: scaling coefficient of the merged vector.
       steps: steps of conjugate gradients, each T products.
 
