@@ -128,7 +128,7 @@ def test_a_vector_is_continued_from_a_file(shared_bank, tmp_path):
         ({"tasks": ("mnist", "cats")}, r"(?s)no data of mnist.*no task 'cats'"),
         ({"tasks": ("mnist", "mnist")}, "once"),
         ({}, r"(?s)no data of mnist.*to prepare.*no data of imagenet.*to prepare"),
-        ({"control": "letters=/nowhere/at/all"}, "no folder"),
+        ({"control": "letters=/nowhere/at/all"}, "(?s)no folder.*--control none does"),
         ({"control": "mnist=/nowhere/at/all"}, "control included, once"),
     ],
 )
@@ -146,6 +146,52 @@ def test_what_is_missing_is_found_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         script.main(config)
     assert not list(tmp_path.iterdir())
+
+
+CONTROLLED = (
+    "tau_jp.table2_negation",
+    "curvature.table2_negation",
+    "curvature.table_delta",
+    "bases.table6_negation",
+    "editing.table1_forgetting",
+    "editing.table8_class_overlap",
+    "editing.figure9_forgetting_curves",
+    "editing.figure12_more_tasks",
+    "editing.figure17_imagenet",
+    "editing.table11_kings_and_queens",
+)
+
+
+@pytest.mark.parametrize("name", CONTROLLED)
+def test_scripts_that_measure_a_control_refuse_none(name, tmp_path):
+    script = importlib.import_module(f"experiments.{name}")
+    config = script.Config(control="none", out=tmp_path / "out", bank=tmp_path / "bank")
+    with pytest.raises(ValueError, match="--control none: this needs"):
+        script.main(config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_control_the_other_tasks_are_kept_alone(folders, tmp_path):
+    tasks = {"a": "dots", "b": "lines"}
+    config = vision.OneModel(
+        model=str(vision.clip.TINY_CLIP),
+        tasks=tuple(f"{name}={folders / path}" for name, path in tasks.items()),
+        control="none",
+        workers=0,
+        mesh="data=1",
+        bank=tmp_path / "bank",
+        out=tmp_path / "out",
+    )
+    setup = vision.load(config, config.model)
+    assert setup.control is None
+    known = vectors.others_of(setup, "tau_jp_cyclic", setup.tasks[0])
+    assert [task.name for task in known] == ["b"]
+    with pytest.raises(ValueError, match="--control none: this needs"):
+        vectors.others_of(setup, "delta", setup.tasks[0])
+    alone = setup._replace(tasks=setup.tasks[:1])
+    with pytest.raises(ValueError, match="and a has none. Name more --tasks"):
+        vectors.others_of(alone, "tau_jp_cyclic", alone.tasks[0])
+    assert not vectors.others_of(alone, "tau_jp_incremental", alone.tasks[0])
 
 
 @pytest.fixture(scope="module")

@@ -96,6 +96,7 @@ def rows_of(setup: options.Setup, config: Config) -> list[dict]:
 
 @script.full_precision
 def main(config: Config) -> dict:
+    options.check_control(config)
     config = options.smoke(config, inner=("MTL", "Tangent", "Mean"))
     names = config.names
     if config.target not in names:

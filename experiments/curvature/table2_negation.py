@@ -58,6 +58,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
 
 @script.full_precision
 def main(config: Config) -> dict:
+    options.check_control(config)
     config = options.started(config)
     rows = options.rows(config, rows_of)
     return tables.compared(

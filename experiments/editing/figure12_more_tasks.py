@@ -60,6 +60,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
 
 @script.full_precision
 def main(config: Config) -> dict:
+    options.check_control(config)
     config = options.smoke(  # where persons are a task like every other
         config, tasks=("inverted_digits",), control="uci_digits", persons="mnist"
     )

@@ -47,6 +47,7 @@ def large_vector(setup: options.Setup, epochs: int) -> Tree:
 
 @script.full_precision
 def main(config: Config) -> dict:
+    options.check_control(config)
     config = options.started(config)
     setup = options.load(config, config.model)
     large = large_vector(setup, config.epochs)

@@ -30,6 +30,7 @@ class Config(options.LargeModel): ...
 
 @script.full_precision
 def main(config: Config) -> dict:
+    options.check_control(config)
     config = options.started(config)
     setup = options.load(config, config.model)
     nonlinear = vectors.vectors(setup, "nonlinear")

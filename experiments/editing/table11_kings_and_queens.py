@@ -157,6 +157,7 @@ def rows_of(setup: options.Setup, config: Config) -> list[dict]:
 
 @script.full_precision
 def main(config: Config) -> dict:
+    options.check_control(config)
     config = options.smoke(  # four digits, of which there must be some in every split
         config, people="mnist", classes=tuple("0123"), samples=100
     )

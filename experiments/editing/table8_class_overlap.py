@@ -168,6 +168,7 @@ def rows_of(setup: options.Setup, excluded: Mapping[str, set[int]]) -> list[dict
 
 @script.full_precision
 def main(config: Config) -> dict:
+    options.check_control(config)
     config = options.started(config, tasks=options.SMOKE[:2])
     raw = options.image_task(config.control, config)
     excluded = excluded_classes(config, list(raw.classes))

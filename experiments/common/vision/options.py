@@ -29,6 +29,8 @@ B16 = "openai/clip-vit-base-patch16"
 L14 = "openai/clip-vit-large-patch14"
 TITLES = {B32: "ViT-B-32", B16: "ViT-B-16", L14: "ViT-L-14"}
 MODELS = tuple(TITLES)
+# What --control says for no control task.
+NO_CONTROL = "none"
 # Of a smoke run; the last is its control task.
 SMOKE = ("mnist", "mnist_rotated", "uci_digits", "inverted_digits")
 
@@ -41,7 +43,8 @@ class Options(curvatures.Options, runs.Banked):
     """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
     FOLDER/<split>/<class>/."""
     control: str = "imagenet"
-    """The control task; it is among those that the τJp penalty keeps as they were."""
+    """The control task, which the penalty keeps as it was besides the other tasks: a
+    name or NAME=FOLDER, as for --tasks; none for no control."""
     data_dir: Path | None = None
     """Folder of prepared TFDS data sets and of plain image folders."""
     source: Literal["tfds", "hub", "folder", "small"] | None = None
@@ -201,8 +204,9 @@ class Setup(NamedTuple):
 
     @property
     def required_control(self) -> Task:
-        """The control task of a script that has loaded it."""
-        assert self.control is not None
+        """The control task of a script that measures it, see `check_control`."""
+        check_control(self.options)
+        assert self.control is not None  # the script has loaded it
         return self.control
 
     @property
@@ -221,6 +225,15 @@ class Setup(NamedTuple):
         return [task.title for task in self.tasks]
 
 
+def check_control(options: Options) -> None:
+    """Raises a ValueError without a control task, for a script that measures it."""
+    if options.control == NO_CONTROL:
+        raise ValueError(
+            f"--control {NO_CONTROL}: this needs the accuracy or the curvature of a "
+            "control task. Name one, such as imagenet or NAME=FOLDER."
+        )
+
+
 def load(options: Options, model: str, *, control: bool = True) -> Setup:
     """Loads a CLIP and the tasks, and makes or reads the heads.
 
@@ -229,8 +242,8 @@ def load(options: Options, model: str, *, control: bool = True) -> Setup:
     Args:
       options: the script's options.
       model: a folder, or an id of the Hugging Face Hub.
-      control: whether the script needs the control task; without it the setup's is
-        None.
+      control: whether the script has a use for the control task; without it, and with
+        `--control none`, the setup's is None.
 
     Raises:
       ValueError: tasks are missing or wrong, and the message says of each how to get
@@ -261,19 +274,32 @@ def load(options: Options, model: str, *, control: bool = True) -> Setup:
             images.Augmentation(preprocess.size, preprocess.mean, preprocess.std)
         ),
         tasks=tasks[: len(options.tasks)],
-        control=tasks[-1] if control else None,
+        control=tasks[-1] if len(tasks) > len(options.tasks) else None,
         mesh=mesh,
     )
 
 
 def image_tasks(options: Options, control: bool) -> list[images.ImageTask]:
     """The tasks as raw images, the control last; all problems are one error."""
+    control = control and options.control != NO_CONTROL
     specs = [*options.tasks, *([options.control] if control else [])]
     names = [spec.partition("=")[0] for spec in specs]
     if len(set(names)) < len(names):
         raise ValueError(f"every task, control included, once; got {specs}.")
     errors = (FileNotFoundError, ValueError)
-    return script.collected(specs, lambda s: image_task(s, options), errors=errors)
+
+    def read(spec):
+        try:
+            return image_task(spec, options)
+        except errors as error:
+            if not control or spec != options.control:
+                raise
+            raise ValueError(
+                f"{error}\nIt is the control task: --control names another one, and "
+                f"--control {NO_CONTROL} does without."
+            ) from error
+
+    return script.collected(specs, read, errors=errors)
 
 
 def check_recipe(options: Options, task: images.ImageTask, *, penalty: bool, mesh):

@@ -111,10 +111,17 @@ def others_of(
     incremental = method.startswith("tau_jp_incremental")
     known = before + ([] if incremental else after)
     if kind := curved.KINDS.get(method):
-        known = {"others": known, "all": list(setup.tasks), "control": []}[kind.of]
-    if setup.control is None or method.endswith("no_control"):
-        return known
-    return [*known, setup.control]
+        if kind.of == "control":
+            return [setup.required_control]
+        known = known if kind.of == "others" else list(setup.tasks)
+    if setup.control is not None and not method.endswith("no_control"):
+        known = [*known, setup.control]
+    if not known and not incremental:
+        raise ValueError(
+            f"{method} keeps other tasks as they were, and {task.name} has none. Name "
+            "more --tasks, or a --control."
+        )
+    return known
 
 
 def vectors(setup: options.Setup, method: Method) -> list[Tree]:
