@@ -272,6 +272,25 @@ def test_the_gradient_is_twice_the_product_and_the_form_is_never_negative():
         assert all(not np.any(leaf) for leaf in jax.tree.leaves(at_zero))
 
 
+def test_weighted_factors_weigh_each_part_of_the_form():
+    apply_fn, params, x = tiny.network("tanh", True, 5)
+    factors, tau = collected(apply_fn, params, x), tiny.vector(params)
+    weights = {path: 1.0 + i for i, path in enumerate(tree.flatten(tau))}
+    layers = {p: la.kernels[0] for la in factors.layers for p in la.biases}
+    found = curvature.weighted(factors, weights.__getitem__)
+    for path in weights:
+        alone = tree.map_with_path(
+            lambda p, leaf, path=path: leaf if p == path else jnp.zeros_like(leaf), tau
+        )
+        np.testing.assert_allclose(
+            curvature.penalty(alone, found),
+            weights[layers.get(path, path)] * curvature.penalty(alone, factors),
+            rtol=1e-12,
+        )
+    with pytest.raises(ValueError, match="cannot be weighed by path"):
+        curvature.weighted(collected(apply_fn, params, x, rank=2), lambda path: 1.0)
+
+
 def test_one_block_is_the_whole_matrix_and_more_are_its_diagonal():
     apply_fn, params, x = tiny.network()
     found, tau = collected(apply_fn, params, x), tiny.vector(params)

@@ -117,6 +117,22 @@ def test_tak_is_linearised_and_leaves_embeddings_of_patches_and_positions():
     ]
 
 
+def test_the_released_weights_of_tak_are_those_of_its_code():
+    config = train.tak_released(7330, 35)
+    weights = {
+        path: config.penalty_coef * train.tak_released_weight(path, tokens=197, tasks=8)
+        for path in (
+            "vision_model/encoder/layers/0/mlp/fc1/kernel",
+            "vision_model/encoder/layers/0/layer_norm1/scale",
+            "vision_model/embeddings/class_embedding",
+            "visual_projection/kernel",
+        )
+    }
+    assert list(weights.values()) == pytest.approx([700 / 197, 1000, 1000, 7])
+    encoder = tree.select(clip.layout(tiny.tiny_clip()), clip.IMAGE_ENCODER)
+    assert weights.keys() <= tree.flatten(encoder).keys()
+
+
 def test_an_unknown_decay_is_refused():
     with pytest.raises(ValueError, match="linear or constant"):
         train.TrainConfig(decay="steps")

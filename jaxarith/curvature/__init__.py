@@ -16,6 +16,7 @@ from jaxarith.curvature.factors import Sharing as Sharing
 from jaxarith.curvature.factors import check_base as check_base
 from jaxarith.curvature.factors import penalty as penalty
 from jaxarith.curvature.factors import product as product
+from jaxarith.curvature.factors import weighted as weighted
 from jaxarith.curvature.files import load as load
 from jaxarith.curvature.files import save as save
 from jaxarith.curvature.matrices import Layer as Layer

@@ -13,6 +13,7 @@ Approximate Curvature. ICLR 2026. arXiv:2602.17385.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -151,6 +152,39 @@ def scaled(factors: Factors, by: float | jax.Array) -> Factors:
         full=times(factors.full),
         diagonal=times(factors.diagonal),
         sketch={name: by**0.5 * rows for name, rows in factors.sketch.items()},
+    )
+
+
+def weighted(factors: Factors, weight: Callable[[str], float]) -> Factors:
+    """The factors of a form whose parts weigh differently.
+
+    Args:
+      factors: without a sketch, which is of all leaves together.
+      weight: from the path of a leaf to its weight, at least 0. A layer has that of its
+        kernel, or of the first of several.
+
+    Raises:
+      ValueError: the factors have a sketch.
+
+    Example:
+      >>> weighted(factors, lambda path: 10.0 if "norm" in path else 1.0)
+      ... # doctest: +SKIP
+    """
+    if factors.sketch:
+        raise ValueError(
+            "these factors have a sketch, which is of all leaves together and cannot "
+            "be weighed by path. Collect without a rank."
+        )
+    of_layer = {layer.name: weight(layer.kernels[0]) for layer in factors.layers}
+
+    def times(part):
+        return {path: weight(path) * leaf for path, leaf in part.items()}
+
+    return dataclasses.replace(
+        factors,
+        outputs={name: of_layer[name] * b for name, b in factors.outputs.items()},
+        full=times(factors.full),
+        diagonal=times(factors.diagonal),
     )
 
 

@@ -17,6 +17,8 @@ from jaxarith.train.config import optimizer as optimizer
 from jaxarith.train.config import paper as paper
 from jaxarith.train.config import schedule as schedule
 from jaxarith.train.config import tak as tak
+from jaxarith.train.config import tak_released as tak_released
+from jaxarith.train.config import tak_released_weight as tak_released_weight
 from jaxarith.train.distac import distac as distac
 from jaxarith.train.distac import with_targets as with_targets
 from jaxarith.train.observers import tensorboard as tensorboard

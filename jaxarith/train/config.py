@@ -247,8 +247,8 @@ def tak(
     over the other tasks of the mean squared change of features. For layers of matrices
     that is :math:`100\,(T-1)/R`, of T tasks and R tokens: the code sums the factors B
     of the others, and divides both A and B by R where one would do. So it is 14 for
-    ViT-B/32, 3.6 for ViT-B/16 and 2.7 for ViT-L/14. Three things have no counterpart
-    here:
+    ViT-B/32, 3.6 for ViT-B/16 and 2.7 for ViT-L/14. Three things differ, see
+    `tak_released`:
 
     - The code's factors are those of features of norm 1. Factors of features as they
       are, which `tau_jp` penalises too, are larger by about their squared norm; divide
@@ -282,6 +282,54 @@ def tak(
         penalty_coef=100 * (tasks - 1) / tokens,
         trained=r"(?!vision_model/embeddings/(patch|position)_embedding/).*",
     )
+
+
+def tak_released(samples: int, epochs: int, batch_size: int = 128) -> TrainConfig:
+    """TAK as its public code weighs it, part by part.
+
+    For factors of normalised features, with tokens apart, of which every part has its
+    `tak_released_weight`. Weight decay, which pulls τ there, is left out.
+
+    Args:
+      samples, epochs, batch_size: as for `code`.
+
+    Example:
+      >>> encode = lambda p, x: clip.normalize(f(p, x))  # doctest: +SKIP
+      >>> factors = [
+      ...     curvature.collect(
+      ...         encode, params_0, b, sharing="expand", full_up_to=1024, key=key
+      ...     )
+      ...     for b in batches
+      ... ]  # doctest: +SKIP
+      >>> others = [
+      ...     curvature.weighted(one, tak_released_weight)
+      ...     for one in curvature.others(factors)
+      ... ]  # doctest: +SKIP
+      >>> tak_released(7330, 35).penalty_coef
+      100.0
+    """
+    config = tak(samples, epochs, batch_size)
+    return dataclasses.replace(config, penalty_coef=100.0, weight_decay=0.0)
+
+
+def tak_released_weight(path: str, *, tokens: int = 50, tasks: int = 8) -> float:
+    """What the public code of TAK multiplies a part of the mean curvature by.
+
+    It sums B over the other tasks where A and the blocks of LayerNorm and of the class
+    token are means, divides matrices by the number of tokens once too often, and weighs
+    the blocks by 10 and the projection by 0.01.
+
+    Args:
+      path: path of a leaf of CLIP's image encoder.
+      tokens, tasks: as for `tak`.
+
+    Example:
+      >>> tak_released_weight("visual_projection/kernel")
+      0.07
+    """
+    if path.startswith("visual_projection/"):
+        return 0.01 * (tasks - 1)
+    return (tasks - 1) / tokens if path.endswith("/kernel") else 10.0
 
 
 def schedule(config: TrainConfig) -> Callable[[ArrayLike], jax.Array]:
