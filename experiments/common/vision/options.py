@@ -205,8 +205,9 @@ class Setup(NamedTuple):
     @property
     def required_control(self) -> Task:
         """The control task of a script that measures it, see `check_control`."""
-        check_control(self.options)
-        assert self.control is not None  # the script has loaded it
+        if self.control is None:
+            check_control(self.options)
+            raise ValueError("this script has loaded no control task.")
         return self.control
 
     @property
