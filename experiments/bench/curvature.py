@@ -195,7 +195,7 @@ def main(config: Config) -> dict:
     return measure.write(
         config.out,
         "What the penalty of curvature costs",
-        [measure.named(where), measure.table(rows), measure.table(goals)],
+        [measure.named(where), *(measure.table(part) for part in (rows, goals) if part)],
         {"machine": where, "rows": rows, "goals": goals},
     )
 
