@@ -195,7 +195,7 @@ def main(config: Config) -> dict:
     return measure.write(
         config.out,
         "What the penalty of curvature costs",
-        [measure.named(where), *(measure.table(part) for part in (rows, goals) if part)],
+        [measure.named(where), *map(measure.table, filter(None, (rows, goals)))],
         {"machine": where, "rows": rows, "goals": goals},
     )
 
