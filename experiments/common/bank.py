@@ -6,7 +6,6 @@
 A vector is taken only where its configuration is the one that is asked for.
 """
 
-import dataclasses
 import json
 import zlib
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import numpy as np
 
 from jaxarith import files, hub, report
 from jaxarith.train import manifest
-from jaxarith.train.config import TrainConfig
+from jaxarith.train.config import TrainConfig, identity_of
 from jaxarith.typing import Params, Tree
 
 
@@ -35,13 +34,7 @@ def vector_file(bank: Path, model: str, method: str, task: str) -> Path:
 
 def plain_recipe(config: TrainConfig) -> dict:
     """What of a recipe decides on a vector, as plain data."""
-    options = dataclasses.asdict(config) | {"warmup_steps": config.warmup}
-    # How a step is computed, not what.
-    del options["tasks_at_once"], options["micro_batches"]
-    if config.penalty_every == 1:  # vectors that are older than the option stay
-        del options["penalty_every"]
-    if config.distill is None:  # as are those that are older than this one
-        del options["distill"]
+    options = identity_of(config)
     if config.penalty is None:  # whose options then change nothing
         options = {k: v for k, v in options.items() if not k.startswith("penalty_")}
     return options

@@ -33,13 +33,7 @@ from jaxarith import plots, task_vectors
 from jaxarith.typing import Taus
 
 Method = Literal[
-    "curvature",
-    "curvature_nearest",
-    "curvature_each",
-    "curvature_shared",
-    "curvature_diagonal",
-    "attention_curvature",
-    "delta",
+    vectors.Curved,
     "tau_jp_cyclic",
     "tau_jp_mixed",
     "tau_jp_strict",

@@ -17,7 +17,7 @@ These figures are taken from secondary texts and are to be checked against the P
 """
 
 from experiments.common import script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import negations, options, scores, vectors
 
 METHODS: dict[str, vectors.Method] = {
     "Linear FT": "linear",
@@ -32,28 +32,11 @@ class Config(options.Models): ...
 
 def rows_of(setup: options.Setup) -> list[dict]:
     """The rows of one model."""
-
-    def row(method, coef, pair, kept=True, coefs=None):
-        return {
-            "model": setup.title,
-            "method": method,
-            "coefficient": coef,
-            "target": pair[0],
-            "control": pair[1],
-            "control kept": "yes" if kept else "no",
-            "coefs": coefs,
-        }
-
-    rows = []
-    for name, method in METHODS.items():
-        taus = vectors.vectors(setup, method)
-        found = scores.negation(setup, taus, linearized=True)
-        if not rows:
-            rows.append(row("Pre-trained", "", found.pretrained))
-        ones = [1.0] * len(taus)
-        rows.append(row(name, "1.0", found.at_one, found.kept[0], ones))
-        rows.append(row(name, "searched", found.searched, found.kept[1], found.coefs))
-    return rows
+    found = {
+        name: scores.negation(setup, vectors.vectors(setup, method), linearized=True)
+        for name, method in METHODS.items()
+    }
+    return negations.rows(setup, found)
 
 
 @script.full_precision
@@ -61,18 +44,8 @@ def main(config: Config) -> dict:
     options.check_control(config)
     config = options.started(config)
     rows = options.rows(config, rows_of)
-    return tables.compared(
-        config.out,
-        "Task negation with curvature (TAK, Table 2)",
-        "Mean test accuracy on the task that is subtracted, to be low, and on the "
-        "control, percent. Kept is 95 % of the pre-trained test accuracy; coefficients "
-        "are chosen by that of validation data.",
-        rows,
-        PUBLISHED,
-        keys=["model", "method", "coefficient", "control kept"],
-        published_keys=["model", "method", "coefficient"],
-        values=["target", "control"],
-    )
+    title = "Task negation with curvature (TAK, Table 2)"
+    return negations.report(config.out, title, rows, PUBLISHED)
 
 
 if __name__ == "__main__":

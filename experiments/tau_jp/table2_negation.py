@@ -28,7 +28,7 @@ the entries of each ordinary vector.
 """
 
 from experiments.common import script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import negations, options, scores, vectors
 from jaxarith import merge, task_vectors
 
 PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
@@ -55,24 +55,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
         "Ours": scores.negation(setup, ours, linearized=True),
     }
 
-    def row(method, coef, pair, kept=True, coefs=None):
-        return {
-            "model": setup.title,
-            "method": method,
-            "coefficient": coef,
-            "target": pair[0],
-            "control": pair[1],
-            "control kept": "yes" if kept else "no",
-            "coefs": coefs,
-        }
-
-    rows = [row("Pre-trained", "", found["Non-lin. FT"].pretrained)]
-    for method, result in found.items():
-        ones = [1.0] * len(result.coefs)
-        rows.append(row(method, "1.0", result.at_one, result.kept[0], ones))
-        searched = (result.searched, result.kept[1], result.coefs)
-        rows.append(row(method, "searched", *searched))
-    return rows
+    return negations.rows(setup, found)
 
 
 @script.full_precision
@@ -80,18 +63,8 @@ def main(config: Config) -> dict:
     options.check_control(config)
     config = options.started(config)
     rows = options.rows(config, rows_of)
-    return tables.compared(
-        config.out,
-        "Task negation (τJp paper, Table 2)",
-        "Mean test accuracy on the task that is subtracted, to be low, and on the "
-        "control, percent. Kept is 95 % of the pre-trained test accuracy; coefficients "
-        "are chosen by that of validation data.",
-        rows,
-        PUBLISHED,
-        keys=["model", "method", "coefficient", "control kept"],
-        published_keys=["model", "method", "coefficient"],
-        values=["target", "control"],
-    )
+    title = "Task negation (τJp paper, Table 2)"
+    return negations.report(config.out, title, rows, PUBLISHED)
 
 
 if __name__ == "__main__":

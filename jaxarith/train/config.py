@@ -7,7 +7,7 @@ cosine, gradients clipped to norm 1.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +189,22 @@ class TrainConfig:
           10
         """
         return self.steps // 10 if self.warmup_steps is None else self.warmup_steps
+
+
+def identity_of(config: TrainConfig) -> dict[str, Any]:
+    """What of a recipe decides on the vectors, as plain data.
+
+    A run goes on, and a vector is taken again, only where this is equal.
+    """
+    options = dataclasses.asdict(config) | {"warmup_steps": config.warmup}
+    # How a step is computed, not what: other devices may want it otherwise.
+    del options["tasks_at_once"], options["micro_batches"]
+    # Runs and vectors that are older than an option keep their identity.
+    if config.penalty_every == 1:
+        del options["penalty_every"]
+    if config.distill is None:
+        del options["distill"]
+    return options
 
 
 def paper() -> TrainConfig:

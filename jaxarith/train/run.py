@@ -6,7 +6,6 @@ stopped, to the same bits.
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import os
@@ -30,7 +29,7 @@ from jaxarith.curvature import Curvature, EigenFactors, check_base
 from jaxarith.data import pipeline
 from jaxarith.sharding import processes
 from jaxarith.train import checkpoint, interrupts
-from jaxarith.train.config import TrainConfig, schedule
+from jaxarith.train.config import TrainConfig, identity_of, schedule
 from jaxarith.train.step import init_state, make_step, objective
 from jaxarith.typing import ApplyFn, LossFn, Params, Source, Tree
 
@@ -299,15 +298,8 @@ def _check_constants(constants, names):
 
 def _identity(config, names, params_0, constants):
     """What must be the same where a run goes on."""
-    options = dataclasses.asdict(config) | {"warmup_steps": config.warmup}
-    # How a step is computed, not what: other devices may want it otherwise.
-    del options["tasks_at_once"], options["micro_batches"]
-    if config.penalty_every == 1:  # runs that are older than the option go on
-        del options["penalty_every"]
-    if config.distill is None:
-        del options["distill"]
     return {
-        "train": options,
+        "train": identity_of(config),
         "tasks": list(names),
         "params_0": fingerprint.combined(params_0),
         "constants": fingerprint.combined(constants),

@@ -19,6 +19,16 @@ from jaxarith import fingerprint, losses, task_vectors, tau_jp, train
 from jaxarith.models import clip, heads
 from jaxarith.typing import Tree
 
+# The keys of `curved.KINDS`.
+Curved = Literal[
+    "curvature",
+    "curvature_nearest",
+    "curvature_each",
+    "curvature_shared",
+    "curvature_diagonal",
+    "attention_curvature",
+    "delta",
+]
 Method = Literal[
     "nonlinear",
     "linear",
@@ -27,13 +37,7 @@ Method = Literal[
     "tau_jp_mixed",
     "tau_jp_incremental",
     "tau_jp_incremental_no_control",
-    "curvature",
-    "curvature_nearest",
-    "curvature_each",
-    "curvature_shared",
-    "curvature_diagonal",
-    "attention_curvature",
-    "delta",
+    Curved,
     "linear_layers_1",
     "linear_layers_2",
     "linear_layers_3",
