@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Literal
 
 from experiments.common import bank, runs, script
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import hub, report
 
 
@@ -79,7 +79,7 @@ def main(config: Config) -> dict:
     start = config.start and hub.load_tree(config.start)[0]
     config, control = needed(options.smoke(config))
     runs.start(config)
-    setup = options.load(config, config.model, control=control)
+    setup = setups.load(config, config.model, control=control)
     by_name = {task.name: task for task in setup.tasks}
     task = by_name[config.task]
     if config.method == "tau_jp_continued":

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.common import tables
-from experiments.common.vision import options, scores, sources, vectors
+from experiments.common.vision import scores, setups, sources, vectors
 from jaxarith import losses, sharding, task_vectors, tree
 from jaxarith.data import images, pipeline
 from jaxarith.models import heads
@@ -60,15 +60,15 @@ def task_of(seed, samples=40, classes=5):
         batches = pipeline.evaluation_stream(
             source, 16, preprocess=sources.Preprocessed(identity)
         )
-        return options.Dataset(source, batches, sources.labels(source), head)
+        return setups.Dataset(source, batches, sources.labels(source), head)
 
     test = dataset(samples)
-    return options.Task(f"task{seed}", f"Task {seed}", [], {}, dataset(samples), test)
+    return setups.Task(f"task{seed}", f"Task {seed}", [], {}, dataset(samples), test)
 
 
 @pytest.fixture(scope="module")
 def setup():
-    return options.Setup(
+    return setups.Setup(
         options=SimpleNamespace(smoke=False, evaluation_batch=16, workers=0),
         model="model",
         apply_fn=apply_fn,

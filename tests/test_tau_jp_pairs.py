@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.common.vision import options, scores
+from experiments.common.vision import scores, setups
 from experiments.tau_jp import figure1_disentanglement, pairs
 from jaxarith import evaluate, metrics, plots, sharding, task_vectors, tau_jp
 
@@ -29,19 +29,19 @@ def model():
             for image, own in zip(images, mask, strict=True)
         ]
         labels = rng.integers(3, size=21).astype("int32")
-        return options.Dataset(None, batches, labels, head)
+        return setups.Dataset(None, batches, labels, head)
 
     tasks = []
     for name in "abc":
         head = jnp.asarray(rng.normal(size=(3, 5)), "float32")
         tasks.append(
-            options.Task(name, name.upper(), None, {}, dataset(head), dataset(head))
+            setups.Task(name, name.upper(), None, {}, dataset(head), dataset(head))
         )
-    fields = dict.fromkeys(options.Setup._fields)
+    fields = dict.fromkeys(setups.Setup._fields)
     fields["params_0"] = {"w": jnp.asarray(rng.normal(size=(4, 5)), "float32")}
     fields |= {"apply_fn": features, "tasks": tasks, "mesh": sharding.one_device()}
     taus = [{"w": jnp.asarray(rng.normal(size=(4, 5)), "float32")} for _ in tasks]
-    return options.Setup(**fields), taus
+    return setups.Setup(**fields), taus
 
 
 @pytest.fixture(scope="module")

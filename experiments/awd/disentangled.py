@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.common import tables
-from experiments.common.vision import options, scores
+from experiments.common.vision import options, scores, setups
 from jaxarith import merge, task_vectors, tree
 from jaxarith.models import clip
 from jaxarith.typing import Numbers, Taus, Tree
@@ -43,7 +43,7 @@ def coefs(config: options.Options) -> np.ndarray:
 
 
 def disentangled(
-    setup: options.Setup,
+    setup: setups.Setup,
     taus: Taus,
     *,
     alpha: float = 1e-4,
@@ -69,7 +69,7 @@ def disentangled(
     return [task_vectors.apply(part, lacking, -1 / len(parts)) for part in parts]
 
 
-def sums(setup: options.Setup, taus: Taus) -> dict[str, Tree]:
+def sums(setup: setups.Setup, taus: Taus) -> dict[str, Tree]:
     """By α, one after the other, the sum of the disentangled vectors."""
     progress = tqdm(alphas(setup.options), desc="AWD", unit="α")
     return {
@@ -78,7 +78,7 @@ def sums(setup: options.Setup, taus: Taus) -> dict[str, Tree]:
     }
 
 
-def ties(setup: options.Setup, taus: Taus) -> Tree:
+def ties(setup: setups.Setup, taus: Taus) -> Tree:
     """The vector of TIES at λ = 1, with the sum of the entries of the elected sign.
 
     So AdaMerging and FusionBench have it, at λ = 0.3; the authors of TIES take the mean
@@ -105,7 +105,7 @@ class Chosen(NamedTuple):
 
 
 def searched(
-    setup: options.Setup,
+    setup: setups.Setup,
     candidates: Mapping[str, Tree],
     coefs: Numbers,
 ) -> Chosen:
@@ -134,7 +134,7 @@ def mean_cosine(taus: Taus) -> float:
 
 
 def shown(
-    setup: options.Setup,
+    setup: setups.Setup,
     rows: Sequence[Mapping[str, Any]],
     published: Mapping[str, Mapping[Any, Sequence[float | None]]],
     keys: Sequence[str],

@@ -22,7 +22,7 @@ import numpy as np
 
 from experiments.awd import disentangled
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import plots
 
 COEFS = np.linspace(0, 1, 11)
@@ -41,7 +41,7 @@ def main(config: Config) -> dict:
     config = options.started(config)
     coefs = list(map(float, scores.coefs_of(config, COEFS)))
     rows, curves = [], []
-    for setup in options.setups(config, config.models, control=False):
+    for setup in setups.each(config, config.models, control=False):
         taus = vectors.vectors(setup, "nonlinear")
         curve = 100 * scores.on_own(setup, taus, "test", coefs)
         parts = disentangled.linear_weights(taus)

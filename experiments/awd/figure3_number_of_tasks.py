@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from experiments.awd import disentangled
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import plots, task_vectors
 from jaxarith.typing import Taus
 
@@ -113,7 +113,7 @@ def interval(values: Sequence[float]) -> float:
     return float(stats.t.ppf(0.975, count - 1) * stats.sem(values))
 
 
-def sums_of(setup: options.Setup, taus: Taus) -> dict[str, dict]:
+def sums_of(setup: setups.Setup, taus: Taus) -> dict[str, dict]:
     """By method, the candidates for a merged vector at λ = 1."""
     return {
         "Task Arithmetic": {"": task_vectors.add(taus)},
@@ -122,7 +122,7 @@ def sums_of(setup: options.Setup, taus: Taus) -> dict[str, dict]:
     }
 
 
-def measured(setup: options.Setup, taus, singles: dict[str, float]) -> list[dict]:
+def measured(setup: setups.Setup, taus, singles: dict[str, float]) -> list[dict]:
     """The rows of one subset: those of `setup`."""
     tasks = {"tasks": setup.names, "number": len(setup.tasks)}
     mean = 100 * float(np.mean([singles[name] for name in setup.names]))
@@ -130,7 +130,7 @@ def measured(setup: options.Setup, taus, singles: dict[str, float]) -> list[dict
     coefs = scores.coefs_of(setup.options, COEFS)
     for method, sums in sums_of(setup, taus).items():
         found = disentangled.searched(setup, sums, coefs)
-        row = tasks | {"method": method, "mean": options.means(found.test)}
+        row = tasks | {"method": method, "mean": scores.means(found.test)}
         alpha = float(found.name) if len(sums) > 1 else None
         rows.append(row | {"coef": found.coef, "alpha": alpha})
     return rows
@@ -151,7 +151,7 @@ def by_number(rows: Sequence[dict]) -> list[dict]:
     return found
 
 
-def by_coef(setup: options.Setup, taus, alpha: float) -> dict[str, list[float]]:
+def by_coef(setup: setups.Setup, taus, alpha: float) -> dict[str, list[float]]:
     """Figure 3b: by method, mean test accuracy of all tasks at each λ."""
     coefs = scores.coefs_of(setup.options, COEFS)
     sums = sums_of(setup, taus)
@@ -186,7 +186,7 @@ def main(config: Config) -> dict:
     if len(config.tasks) < 2:
         raise ValueError(f"two tasks at least are merged; got {config.tasks}.")
     runs.start(config)
-    setup = options.load(config, config.model, control=False)
+    setup = setups.load(config, config.model, control=False)
     taus = dict(zip(setup.names, vectors.vectors(setup, "nonlinear"), strict=True))
     tasks = {task.name: task for task in setup.tasks}
     singles = {

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from experiments.awd import disentangled
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import plots, task_vectors
 
 ALPHAS = np.logspace(-6, 0, 13)
@@ -40,7 +40,7 @@ class Config(options.Models):
     """λ of Figure 6."""
 
 
-def sweep(setup: options.Setup, taus, coef: float) -> list[dict]:
+def sweep(setup: setups.Setup, taus, coef: float) -> list[dict]:
     """Rows of Figure 6: at each α, the cosines that are left and the accuracy."""
     alphas = ALPHAS[::6] if setup.options.smoke else ALPHAS
     before = disentangled.mean_cosine(disentangled.linear_weights(taus))
@@ -67,7 +67,7 @@ def sweep(setup: options.Setup, taus, coef: float) -> list[dict]:
 def main(config: Config) -> dict:
     config = options.started(config)
     matrices, rows = [], []
-    for setup in options.setups(config, config.models, control=False):
+    for setup in setups.each(config, config.models, control=False):
         taus = vectors.vectors(setup, "nonlinear")
         both = {
             "task vectors": disentangled.linear_weights(taus),

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from experiments.awd import disentangled
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, vectors
+from experiments.common.vision import options, setups, vectors
 from jaxarith import plots
 from jaxarith.evaluate import landscape
 from jaxarith.models import heads
@@ -57,9 +57,7 @@ def check(config: Config):
             raise ValueError(f"--pairs {pair} is not two of the tasks {names}.")
 
 
-def joint_loss(
-    setup: options.Setup, taus, grid: np.ndarray, samples: int
-) -> np.ndarray:
+def joint_loss(setup: setups.Setup, taus, grid: np.ndarray, samples: int) -> np.ndarray:
     """The sum of the mean losses of both tasks at coefficients `[n, m, 2]`."""
     total = np.zeros(grid.shape[:-1])
     for task in setup.tasks:
@@ -68,7 +66,7 @@ def joint_loss(
             logits = heads.logits(head, features)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
-        batches = options.drawn(setup, task.test, samples).batches
+        batches = setups.drawn(setup, task.test, samples).batches
         model = (setup.apply_fn, loss, setup.params_0, taus, batches, grid)
         total += landscape.losses(*model, mesh=setup.mesh)
     return total
@@ -79,7 +77,7 @@ def main(config: Config) -> dict:
     config = options.smoke(config, pairs=("mnist,uci_digits",), points=3)
     check(config)
     runs.start(config)
-    setup = options.load(config, config.model, control=False)
+    setup = setups.load(config, config.model, control=False)
     taus = vectors.vectors(setup, "nonlinear")
     both = {
         "task vectors": taus,

@@ -27,7 +27,7 @@ import dataclasses
 
 from experiments.awd import disentangled
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import task_vectors
 
 # By the tasks that are unseen, those that are seen, in the order of the paper.
@@ -61,7 +61,7 @@ def check(config: Config):
             raise ValueError(f"--unseen {split} leaves fewer than two tasks to merge.")
 
 
-def rows_of(setup: options.Setup, split: str) -> list[dict]:
+def rows_of(setup: setups.Setup, split: str) -> list[dict]:
     """The two rows of one split."""
     tasks = {task.name: task for task in setup.tasks}
     unseen = split.split(",")
@@ -85,7 +85,7 @@ def rows_of(setup: options.Setup, split: str) -> list[dict]:
         ):
             pairs = zip(group, values, strict=True)
             row |= {name: 100 * float(value) for name, value in pairs}
-            row[f"mean of the {part}"] = options.means(values)
+            row[f"mean of the {part}"] = scores.means(values)
         alpha = float(found.name) if len(sums) > 1 else None
         rows.append(row | {"coef": found.coef, "alpha": alpha})
     return rows
@@ -96,7 +96,7 @@ def main(config: Config) -> dict:
     config = options.smoke(config, unseen=options.SMOKE[2:3])
     check(config)
     runs.start(config)
-    setup = options.load(config, config.model, control=False)
+    setup = setups.load(config, config.model, control=False)
     # All at once, for training side by side is faster.
     vectors.vectors(setup, "nonlinear")
     rows, shown = [], {}

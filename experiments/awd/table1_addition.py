@@ -80,7 +80,7 @@ from tqdm import tqdm
 
 from experiments.awd import disentangled
 from experiments.common import script, tables
-from experiments.common.vision import fitted, options, scores, vectors
+from experiments.common.vision import fitted, options, scores, setups, vectors
 from jaxarith import merge, task_vectors
 
 PUBLISHED = {
@@ -93,14 +93,14 @@ class Config(options.Models):
     tasks: tuple[str, ...] = disentangled.TASKS
 
 
-def rows_of(setup: options.Setup) -> list[dict]:
+def rows_of(setup: setups.Setup) -> list[dict]:
     """The rows of one model, in the order of the paper."""
     taus = vectors.vectors(setup, "nonlinear")
     config, rows = setup.options, []
 
     def add(method, accuracies, **found):
         row = {"model": setup.title, "method": method, **setup.by_task(accuracies)}
-        row["mean"] = options.means(accuracies)
+        row["mean"] = scores.means(accuracies)
         rows.append(row | {"coef": None, "alpha": None} | found)
 
     def add_searched(method, candidates, coefs):
@@ -146,7 +146,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
     return rows
 
 
-def surgery(setup: options.Setup, taus, total, coef: float) -> np.ndarray:
+def surgery(setup: setups.Setup, taus, total, coef: float) -> np.ndarray:
     """Test accuracies of Task Arithmetic with features corrected task by task.
 
     Yang et al. (2024, arXiv:2402.02705): a layer of width 16 learns from unlabelled
@@ -172,7 +172,7 @@ def surgery(setup: options.Setup, taus, total, coef: float) -> np.ndarray:
 def main(config: Config) -> dict:
     config = options.started(config)
     rows, shown = [], {}
-    for setup in options.setups(config, config.models, control=False):
+    for setup in setups.each(config, config.models, control=False):
         found = rows_of(setup)
         rows += found
         searched = [

@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from experiments.awd import disentangled
 from experiments.common import script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import task_vectors
 
 OURS, REVERSED = "increased orthogonality", "decreased orthogonality"
@@ -70,7 +70,7 @@ class Config(options.Models):
     tasks: tuple[str, ...] = disentangled.TASKS
 
 
-def rows_of(setup: options.Setup) -> list[dict]:
+def rows_of(setup: setups.Setup) -> list[dict]:
     """The rows of one model, in the order of the paper."""
     taus, rows = vectors.vectors(setup, "nonlinear"), []
     alphas = disentangled.alphas(setup.options)
@@ -78,7 +78,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
 
     def add(objective, method, accuracies, parts=None, **found):
         row = {"model": setup.title, "objective": objective, "method": method}
-        row |= setup.by_task(accuracies) | {"mean": options.means(accuracies)}
+        row |= setup.by_task(accuracies) | {"mean": scores.means(accuracies)}
         row["cosine"] = None if parts is None else disentangled.mean_cosine(parts)
         rows.append(row | {"coef": None, "alpha": None} | found)
 
@@ -119,7 +119,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
 def main(config: Config) -> dict:
     config = options.started(config)
     rows, shown = [], {}
-    for setup in options.setups(config, config.models, control=False):
+    for setup in setups.each(config, config.models, control=False):
         found = rows_of(setup)
         rows += found
         keys = ["objective", "method"]

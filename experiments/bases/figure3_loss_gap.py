@@ -28,7 +28,7 @@ import optax
 
 from experiments.bases import two_models
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, vectors
+from experiments.common.vision import options, setups, vectors
 from jaxarith import plots, task_vectors
 from jaxarith.evaluate import smoothness as hessian
 from jaxarith.models import heads
@@ -47,7 +47,7 @@ class Config(two_models.Options):
     """The largest number of power iterations, each a pass over those images."""
 
 
-def gaps(setup: options.Setup, taus, target: int, share: float) -> dict[int, float]:
+def gaps(setup: setups.Setup, taus, target: int, share: float) -> dict[int, float]:
     """The loss gap of a task with every other task merged in, by their index."""
     unit = np.eye(len(taus))
     others = [i for i in range(len(taus)) if i != target]
@@ -58,10 +58,10 @@ def gaps(setup: options.Setup, taus, target: int, share: float) -> dict[int, flo
 
 
 def smoothness(
-    setup: options.Setup, task: options.Task, tau: Params, config: Config
+    setup: setups.Setup, task: setups.Task, tau: Params, config: Config
 ) -> hessian.Eigenvalue:
     """The local smoothness L of a task's loss at its fine-tuned model."""
-    dataset = options.drawn(setup, task.test, config.smoothness_samples)
+    dataset = setups.drawn(setup, task.test, config.smoothness_samples)
 
     def loss(features, labels):
         scores = heads.logits(dataset.head, features)
@@ -89,7 +89,7 @@ def main(config: Config) -> dict:
             f"more, which are {', '.join(names)}."
         )
     runs.start(config)
-    setups = two_models.setups(config)
+    setups = two_models.both(config)
     models = two_models.titles(setups)
     rows, smooth = [], []
     for model, setup in zip(models, setups, strict=True):

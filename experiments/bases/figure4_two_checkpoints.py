@@ -86,7 +86,7 @@ def blocks(cosines: np.ndarray) -> dict[str, float]:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    found = two_models.setups(config)
+    found = two_models.both(config)
     names = two_models.titles(found)
     all_taus = [vectors.vectors(setup, "nonlinear") for setup in found]
     starts = sharding.to_host([setup.params_0 for setup in found])

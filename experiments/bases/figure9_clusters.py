@@ -35,7 +35,7 @@ import numpy as np
 
 from experiments.bases import partitions
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import task_vectors
 from jaxarith.merge.bases import eigengap
 from jaxarith.typing import Tree
@@ -49,7 +49,7 @@ class Config(options.OneModel):
     model: str = partitions.LAION_B32
 
 
-def moments(setup: options.Setup, task: options.Task) -> dict[str, int]:
+def moments(setup: setups.Setup, task: setups.Task) -> dict[str, int]:
     """After how many steps a task is looked at.
 
     Raises:
@@ -65,7 +65,7 @@ def moments(setup: options.Setup, task: options.Task) -> dict[str, int]:
     return {"step 0": 1, "step 1": 2, "epoch 0": epoch, "epoch 1": 2 * epoch}
 
 
-def early_vectors(setup: options.Setup) -> dict[str, list[Tree]]:
+def early_vectors(setup: setups.Setup) -> dict[str, list[Tree]]:
     """The task vectors at each of the moments, and at the end of that training."""
     steps = [moments(setup, task) for task in setup.tasks]  # errors before training
     wanted = [
@@ -100,7 +100,7 @@ def written(partition: partitions.Partition, titles) -> str:
     return " ".join(f"({group})" for group in groups)
 
 
-def published(name: str, setup: options.Setup) -> str | None:
+def published(name: str, setup: setups.Setup) -> str | None:
     """The paper's clusters of its eight tasks, in the order of the first members."""
     [clusters] = PUBLISHED[name]
     if sorted(",".join(clusters).split(",")) != sorted(setup.names):
@@ -115,7 +115,7 @@ def main(config: Config) -> dict:
     if len(config.tasks) < 3:
         raise ValueError(f"{len(config.tasks)} tasks; at least 3 have an eigengap.")
     runs.start(config)
-    setup = options.load(config, config.model, control=False)
+    setup = setups.load(config, config.model, control=False)
     longer = dataclasses.replace(config, steps=8)  # two epochs of a smoke run
     by_moment = early_vectors(setup._replace(options=longer) if config.smoke else setup)
     by_moment["tangent"] = vectors.vectors(setup, "linear")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common.vision import fitted, options, vectors
+from experiments.common.vision import fitted, options, setups, vectors
 from jaxarith import merge, sharding, task_vectors
 from jaxarith.merge.bases import checked_partition, cluster
 from jaxarith.typing import Params, Taus, Tree
@@ -49,7 +49,7 @@ class Options(options.Options):
         return [spec.partition("=")[0] for spec in self.tasks]
 
 
-def architecture(setup: options.Setup) -> str:
+def architecture(setup: setups.Setup) -> str:
     """What the paper calls a model: by its architecture alone."""
     return LAION.get(setup.model, setup.title)
 
@@ -220,7 +220,7 @@ DATALESS: Mapping[str, Callable] = {
 
 
 def merged_clusters(
-    setup: options.Setup, inner: str, clusters: Sequence[tuple[int, ...]]
+    setup: setups.Setup, inner: str, clusters: Sequence[tuple[int, ...]]
 ) -> list[Tree]:
     """The basis vector of every cluster, on the host.
 
@@ -250,7 +250,7 @@ def merged_clusters(
     return [sharding.to_host(merged(members)) for members in bar]
 
 
-def merged_vector(setup: options.Setup, method: str, taus: Taus) -> Tree:
+def merged_vector(setup: setups.Setup, method: str, taus: Taus) -> Tree:
     """What one of the merges without data makes of some vectors, as a task vector."""
     found = DATALESS[method](setup.params_0, taus)
     return task_vectors.difference(found, setup.params_0)

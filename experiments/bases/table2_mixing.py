@@ -29,7 +29,7 @@ import numpy as np
 
 from experiments.bases import two_models
 from experiments.common import script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import task_vectors
 
 PUBLISHED = tables.published(__doc__, "vectors")
@@ -38,7 +38,7 @@ PUBLISHED = tables.published(__doc__, "vectors")
 class Config(two_models.Options): ...
 
 
-def cells(setup: options.Setup, own, other, apart) -> dict[str, list[dict]]:
+def cells(setup: setups.Setup, own, other, apart) -> dict[str, list[dict]]:
     """The cells of one column, by the reading of the caption.
 
     Args:
@@ -70,7 +70,7 @@ def cells(setup: options.Setup, own, other, apart) -> dict[str, list[dict]]:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    found = two_models.setups(config)
+    found = two_models.both(config)
     one, two = (vectors.vectors(setup, "nonlinear") for setup in found)
     apart = task_vectors.difference(found[1].params_0, found[0].params_0)
     columns = [

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from experiments.bases import two_models
 from experiments.common import script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import task_vectors
 
 # In the order of the paper's rows.
@@ -46,7 +46,7 @@ class Config(options.OneModel):
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    setup = options.load(config, config.model, control=False)
+    setup = setups.load(config, config.model, control=False)
     taus = vectors.vectors(setup, "nonlinear")
     found = scores.addition(setup, taus, linearized=False)
     total, coef = task_vectors.add(taus), found.search.coef

@@ -115,7 +115,7 @@ from tqdm import tqdm
 
 from experiments.bases import partitions
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from jaxarith.typing import Tree
 
 TABLE_4 = tables.published(__doc__, "Table 4")
@@ -155,7 +155,7 @@ class Config(partitions.Options):
 
 
 def added(
-    setup: options.Setup,
+    setup: setups.Setup,
     bases: Sequence[Tree],
     clusters: Sequence[tuple[int, ...]],
     several: Sequence[partitions.Partition],
@@ -170,7 +170,7 @@ def added(
 
 
 def merged_twice(
-    setup: options.Setup,
+    setup: setups.Setup,
     bases: Sequence[Tree],
     clusters: Sequence[tuple[int, ...]],
     several: Sequence[partitions.Partition],
@@ -206,7 +206,7 @@ def several_of(config: Config, count: int, chosen) -> list[partitions.Partition]
 
 
 def rows_of(
-    setup: options.Setup, config: Config, several: Sequence, is_first: bool
+    setup: setups.Setup, config: Config, several: Sequence, is_first: bool
 ) -> list[dict]:
     """The rows of one model, in the order of the tables and of their columns."""
     clusters = partitions.clusters_of(several)
@@ -303,7 +303,7 @@ def main(config: Config) -> dict:
     rows: list[dict] = []
     chosen: partitions.Partition = []
     setup = None
-    for setup in options.setups(config, config.models, control=False):
+    for setup in setups.each(config, config.models, control=False):
         # Of the first model, so that one partition is compared over all.
         is_first = not chosen
         taus = vectors.vectors(setup, "nonlinear")

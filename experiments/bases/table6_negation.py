@@ -41,7 +41,7 @@ import numpy as np
 
 from experiments.bases import partitions
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from jaxarith.merge.bases_arithmetic import similarities
 
 PUBLISHED = tables.published(__doc__, "inner", "basis")
@@ -54,7 +54,7 @@ class Config(partitions.Options, options.OneModel):
     """The task that is unlearned."""
 
 
-def rows_of(setup: options.Setup, config: Config) -> list[dict]:
+def rows_of(setup: setups.Setup, config: Config) -> list[dict]:
     """The rows of the table, and those of the task vector itself."""
     index = setup.names.index(config.target)
     names = partitions.letters(setup.titles)
@@ -105,7 +105,7 @@ def main(config: Config) -> dict:
         )
     partitions.check(config)
     runs.start(config)
-    setup = options.load(config, config.model)
+    setup = setups.load(config, config.model)
     rows = rows_of(setup, config)
     are_theirs = tuple(names) == partitions.FOUR and config.target == "mnist"
     return tables.compared(

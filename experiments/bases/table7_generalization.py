@@ -50,7 +50,7 @@ import numpy as np
 
 from experiments.bases import partitions
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import plots
 from jaxarith.merge.bases_arithmetic import similarities
 
@@ -89,7 +89,7 @@ def nearest_clusters(
 
 
 def row_of(
-    task: options.Task, inner: str, nearest, several, cosines, accuracies, chosen
+    task: setups.Task, inner: str, nearest, several, cosines, accuracies, chosen
 ) -> dict:
     """A row of Tables 13 and 14.
 
@@ -140,7 +140,7 @@ def main(config: Config) -> dict:
     partitions.check_count(len(names))
     runs.start(config)
     both = dataclasses.replace(config, tasks=(*config.tasks, *config.held_out))
-    whole = options.load(both, config.model, control=False)
+    whole = setups.load(both, config.model, control=False)
     count = len(names)
     setup = whole._replace(options=config, tasks=whole.tasks[:count])
     targets = whole.tasks[count:]

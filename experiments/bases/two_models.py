@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from experiments.bases import partitions
-from experiments.common.vision import options, scores
+from experiments.common.vision import options, raw_tasks, scores, setups
 from jaxarith import fingerprint, hub, sharding, task_vectors, tree
 from jaxarith.models import clip, heads
 from jaxarith.sharding import processes
@@ -45,7 +45,7 @@ class Options(options.Options):
     experiments/bases/two_models.py."""
 
 
-def setups(config: Options) -> list[options.Setup]:
+def both(config: Options) -> list[setups.Setup]:
     """The setup of each of the two models; of a smoke run of tiny_clip, and of a copy
     with noise, saved in the output folder.
 
@@ -56,11 +56,11 @@ def setups(config: Options) -> list[options.Setup]:
     names = [Path(model).name for model in config.models]
     if len(set(names)) < 2 and not config.smoke:
         raise ValueError(f"--models {config.models}: the folders have one name.")
-    first = options.load(config, config.models[0], control=False)
+    first = setups.load(config, config.models[0], control=False)
     if config.smoke:
         found = [first, noisy(first)]
     else:
-        found = [first, options.load(config, config.models[1], control=False)]
+        found = [first, setups.load(config, config.models[1], control=False)]
     shapes = [
         {path: np.shape(leaf) for path, leaf in tree.flatten(setup.params_0).items()}
         for setup in found
@@ -75,7 +75,7 @@ def setups(config: Options) -> list[options.Setup]:
     return found
 
 
-def noisy(setup: options.Setup, share: float = 0.05) -> options.Setup:
+def noisy(setup: setups.Setup, share: float = 0.05) -> setups.Setup:
     """The setup of the same model with Gaussian noise, as of another pre-training.
 
     Args:
@@ -99,10 +99,10 @@ def noisy(setup: options.Setup, share: float = 0.05) -> options.Setup:
     params_0 = tree.select(checkpoint.params, clip.IMAGE_ENCODER)
 
     def task_of(spec):
-        raw = options.image_task(spec, setup.options)
+        raw = raw_tasks.named(spec, setup.options)
         file = folder / "heads" / f"{raw.name}.safetensors"
-        head = options.head_of(raw, checkpoint, file)
-        return options.prepared(raw, head, setup.preprocess, setup.options)
+        head = setups.head_of(raw, checkpoint, file)
+        return setups.prepared(raw, head, setup.preprocess, setup.options)
 
     return setup._replace(
         model=str(folder),
@@ -112,14 +112,14 @@ def noisy(setup: options.Setup, share: float = 0.05) -> options.Setup:
     )
 
 
-def titles(found: Sequence[options.Setup]) -> list[str]:
+def titles(found: Sequence[setups.Setup]) -> list[str]:
     """What the two models are called: as in the paper, where they are its own."""
     known = {FIRST: TITLES[0], Path(partitions.LAION_B32).name: TITLES[1]}
     names = [Path(setup.model).name for setup in found]
     return [known.get(name, name) for name in names]
 
 
-def losses(setup: options.Setup, task: options.Task, taus: Taus, coefs) -> np.ndarray:
+def losses(setup: setups.Setup, task: setups.Task, taus: Taus, coefs) -> np.ndarray:
     """The mean cross-entropy of the ordinary model on a task's test data, `[n]`, at
     each of n sets of coefficients `[n, T]`."""
     at = scores.outputs(setup, taus, task.test, False)
@@ -128,7 +128,7 @@ def losses(setup: options.Setup, task: options.Task, taus: Taus, coefs) -> np.nd
     )
 
 
-def loss(dataset: options.Dataset, features) -> float:
+def loss(dataset: setups.Dataset, features) -> float:
     """The mean cross-entropy of features `[N, D]` under the frozen head, in float64."""
     logits = np.asarray(heads.logits(dataset.head, features), np.float64)
     return cross_entropy(logits, dataset.labels)

@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import plots, task_vectors
 from jaxarith.typing import Taus
 
@@ -66,7 +66,7 @@ def check(config: Config) -> None:
 
 
 def candidates(
-    setup: options.Setup, method: vectors.Method, coefs: Sequence[float]
+    setup: setups.Setup, method: vectors.Method, coefs: Sequence[float]
 ) -> list[list]:
     """For each λ the vectors of all tasks."""
     found = []
@@ -79,9 +79,9 @@ def candidates(
 
 
 def validation_accuracies(
-    setup: options.Setup,
+    setup: setups.Setup,
     found: Sequence[Taus],
-    chosen: Sequence[options.Task],
+    chosen: Sequence[setups.Task],
     *,
     linearized: bool,
 ) -> np.ndarray:
@@ -113,9 +113,9 @@ def rows_of(coefs: Sequence[float], accuracies: np.ndarray) -> list[dict]:
     return [
         {
             "λ": coef,
-            "sum": options.means(total),
+            "sum": scores.means(total),
             "normalised": scores.normalized(total, alone),
-            "alone": options.means(alone),
+            "alone": scores.means(alone),
         }
         for coef, total, alone in zip(coefs, *accuracies, strict=True)
     ]
@@ -142,7 +142,7 @@ def main(config: Config) -> dict:
     config = options.smoke(config, coefs=config.coefs[:2])
     check(config)
     runs.start(config)
-    setup = options.load(config, config.model)
+    setup = setups.load(config, config.model)
     decides = (config.choose_on,) if config.choose_on else setup.names
     chosen = [task for task in setup.tasks if task.name in decides]
     method, coefs = config.method, config.coefs

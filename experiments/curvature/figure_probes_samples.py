@@ -20,7 +20,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import curved, options, scores, vectors
+from experiments.common.vision import curved, options, scores, setups, vectors
 from jaxarith import plots
 
 
@@ -32,7 +32,7 @@ class Config(options.OneModel):
     """Images of each task."""
 
 
-def measured(setup: options.Setup, probes: int, images: int) -> dict:
+def measured(setup: setups.Setup, probes: int, images: int) -> dict:
     """The accuracies with curvature that is measured so."""
     config = dataclasses.replace(setup.options, curvature_samples=images)
     own, default = setup._replace(options=config), setup.options.curvature_samples
@@ -49,7 +49,7 @@ def measured(setup: options.Setup, probes: int, images: int) -> dict:
     return {
         "probes": probes,
         "images": images,
-        "single": options.means(found.single),
+        "single": scores.means(found.single),
         "abs": found.row(searched=False)["abs"],
         "norm": found.row(searched=False)["norm"],
         "best coefficient": found.search.coef,
@@ -72,7 +72,7 @@ def draw(config: Config, rows: Sequence[dict], varied: str) -> None:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config, probes=(1, 2), images=(4, 8))
-    setup = options.load(config, config.model)
+    setup = setups.load(config, config.model)
     default = config.curvature_samples
     pairs = [(probes, default) for probes in config.probes]
     pairs += [(1, images) for images in config.images]

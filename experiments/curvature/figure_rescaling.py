@@ -19,7 +19,7 @@ from about 0.25 to 2, while TIES, TSV-M and Iso-C have sharp peaks.
 import numpy as np
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import data_free, options, scores, vectors
+from experiments.common.vision import data_free, options, scores, setups, vectors
 from jaxarith import plots, task_vectors
 
 COEFS = np.linspace(0, 2, 21)
@@ -33,7 +33,7 @@ LINEARIZED: dict[str, vectors.Method] = {
 class Config(options.OneModel): ...
 
 
-def curves_of(setup: options.Setup, coefs: np.ndarray) -> dict[str, np.ndarray]:
+def curves_of(setup: setups.Setup, coefs: np.ndarray) -> dict[str, np.ndarray]:
     """By method, mean test accuracy in percent at each coefficient."""
 
     def means(merged, linearized):
@@ -71,7 +71,7 @@ def row_of(name: str, coefs: np.ndarray, curve: np.ndarray) -> dict:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    setup = options.load(config, config.model)
+    setup = setups.load(config, config.model)
     coefs = scores.coefs_of(config, COEFS)
     curves = curves_of(setup, coefs)
     rows = [row_of(name, coefs, curve) for name, curve in curves.items()]

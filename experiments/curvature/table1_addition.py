@@ -36,7 +36,7 @@ images. Each penalty has its own weight, --penalty-coef, --curvature-coef and
 """
 
 from experiments.common import script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 
 METHODS: dict[str, vectors.Method] = {
     "Linear FT": "linear",
@@ -51,13 +51,13 @@ PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
 class Config(options.Models): ...
 
 
-def rows_of(setup: options.Setup) -> list[dict]:
+def rows_of(setup: setups.Setup) -> list[dict]:
     """The rows of one model."""
     rows = []
     for name, method in METHODS.items():
         found = scores.of_method(setup, method)
         if not rows:
-            mean = options.means(found.zero_shot)
+            mean = scores.means(found.zero_shot)
             rows.append(row_of(setup, "Pre-trained", "", {"abs": mean, "norm": None}))
         for coef in ("1.0", "searched"):
             searched = coef == "searched"
@@ -73,7 +73,7 @@ def row_of(setup, method, coef, values) -> dict:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    rows = options.rows(config, rows_of)
+    rows = setups.rows(config, rows_of)
     return tables.compared(
         config.out,
         "Task addition with curvature (TAK, Table 1)",

@@ -22,7 +22,7 @@ curvature of all tasks together, are ours.
 """
 
 from experiments.common import script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 
 METHODS: dict[str, vectors.Method] = {
     "merged": "curvature",
@@ -36,7 +36,7 @@ PUBLISHED = tables.published_by_column(__doc__, "curvature", "coefficient")
 class Config(options.Models): ...
 
 
-def rows_of(setup: options.Setup) -> list[dict]:
+def rows_of(setup: setups.Setup) -> list[dict]:
     """The rows of one model."""
     rows = scores.linearized_rows(setup, METHODS)
     return [{**row, "curvature": row.pop("method")} for row in rows]
@@ -45,7 +45,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    rows = options.rows(config, rows_of)
+    rows = setups.rows(config, rows_of)
     return tables.compared(
         config.out,
         "Merged and un-merged curvature (TAK, Table 3)",

@@ -28,7 +28,7 @@ that of its distillation --distill-coef, and α is drawn from 0.5 to 1.
 """
 
 from experiments.common import script, tables
-from experiments.common.vision import data_free, options, scores, vectors
+from experiments.common.vision import data_free, options, scores, setups, vectors
 
 METHODS: dict[str, vectors.Method] = {
     "Non-lin. FT": "nonlinear",
@@ -43,7 +43,7 @@ PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
 class Config(options.Models): ...
 
 
-def rows_of(setup: options.Setup) -> list[dict]:
+def rows_of(setup: setups.Setup) -> list[dict]:
     """The rows of one model."""
     ordinary = vectors.vectors(setup, "nonlinear")
     found = {name: scores.of_method(setup, method) for name, method in METHODS.items()}
@@ -56,9 +56,9 @@ def rows_of(setup: options.Setup) -> list[dict]:
         return {"model": setup.title, "method": method, "coefficient": coef} | values
 
     first = found["Non-lin. FT"]
-    rows = [row("Individual", "", {"abs": options.means(first.single), "norm": None})]
+    rows = [row("Individual", "", {"abs": scores.means(first.single), "norm": None})]
     for name, result in found.items():
-        single = {"single": options.means(result.single)}
+        single = {"single": scores.means(result.single)}
         for coef in ("1.0", "searched"):
             values = result.row(coef == "searched")
             rows.append(row(name, coef, values | single))
@@ -69,7 +69,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
 def main(config: Config) -> dict:
     options.check_control(config)
     config = options.started(config)
-    rows = options.rows(config, rows_of)
+    rows = setups.rows(config, rows_of)
     return tables.compared(
         config.out,
         "Addition of distilled models (DELTA)",

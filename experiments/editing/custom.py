@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments.common import bank
-from experiments.common.vision import options, sources
+from experiments.common.vision import setups, sources
 from jaxarith import task_vectors
 from jaxarith.data import images
 from jaxarith.models import clip
@@ -80,13 +80,13 @@ def of_classes(
 
 
 def prepared(
-    setup: options.Setup, checkpoint: clip.CLIP, task: images.ImageTask
-) -> options.Task:
+    setup: setups.Setup, checkpoint: clip.CLIP, task: images.ImageTask
+) -> setups.Task:
     """A task that is ready to be trained and evaluated; its head is in the bank."""
     config = setup.options
     file = bank.vector_file(config.bank, setup.model, "heads", task.name)
-    head = options.head_of(task, checkpoint, file)
-    return options.prepared(task, head, setup.preprocess, config)
+    head = setups.head_of(task, checkpoint, file)
+    return setups.prepared(task, head, setup.preprocess, config)
 
 
 def analogy(taus: Taus, target: int) -> Tree:

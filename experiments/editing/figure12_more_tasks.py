@@ -21,7 +21,7 @@ of persons "forgetting is less effective".
 import dataclasses
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, vectors
+from experiments.common.vision import options, raw_tasks, setups, vectors
 from experiments.editing import custom, forgetting, ocr
 from jaxarith import plots
 from jaxarith.models import clip
@@ -35,17 +35,17 @@ class Config(options.Models):
     """A task of persons, as NAME=FOLDER."""
 
 
-def with_tasks(setup: options.Setup, config: Config) -> options.Setup:
+def with_tasks(setup: setups.Setup, config: Config) -> setups.Setup:
     """The setup with the OCR tasks and the persons in place of its own tasks."""
     checkpoint = clip.load(setup.model)
-    raw = [ocr.reading(options.image_task(spec, config)) for spec in config.tasks]
+    raw = [ocr.reading(raw_tasks.named(spec, config)) for spec in config.tasks]
     if config.persons:
-        raw.append(options.image_task(config.persons, config))
+        raw.append(raw_tasks.named(config.persons, config))
     tasks = [custom.prepared(setup, checkpoint, task) for task in raw]
     return setup._replace(tasks=tasks)
 
 
-def rows_of(setup: options.Setup) -> list[dict]:
+def rows_of(setup: setups.Setup) -> list[dict]:
     """The rows of one model."""
     models = forgetting.models(setup, vectors.vectors(setup, "nonlinear"))
     rows = []
@@ -65,9 +65,9 @@ def main(config: Config) -> dict:
         config, tasks=("inverted_digits",), control="uci_digits", persons="mnist"
     )
     if config.persons:  # whether it is there, before anything is written
-        options.image_task(config.persons, config)
+        raw_tasks.named(config.persons, config)
     runs.start(config)
-    rows = options.rows(config, lambda setup: rows_of(with_tasks(setup, config)))
+    rows = setups.rows(config, lambda setup: rows_of(with_tasks(setup, config)))
     if runs.is_first():
         for task in dict.fromkeys(row["task"] for row in rows):
             own = [row for row in rows if row["task"] == task]

@@ -19,7 +19,7 @@ import math
 from tqdm import tqdm
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import plots
 from jaxarith.typing import Tree
 
@@ -30,7 +30,7 @@ class Config(options.LargeModel):
     """Of the training on ImageNet, unless --steps is given."""
 
 
-def large_vector(setup: options.Setup, epochs: int) -> Tree:
+def large_vector(setup: setups.Setup, epochs: int) -> Tree:
     """The vector of the control task, trained for so many epochs."""
     own = setup.options
     control = setup.required_control
@@ -49,7 +49,7 @@ def large_vector(setup: options.Setup, epochs: int) -> Tree:
 def main(config: Config) -> dict:
     options.check_control(config)
     config = options.started(config)
-    setup = options.load(config, config.model)
+    setup = setups.load(config, config.model)
     large = large_vector(setup, config.epochs)
     taus = vectors.vectors(setup, "nonlinear")
     rows = []

@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import plots
 from jaxarith.typing import Tree
 
@@ -47,14 +47,14 @@ class Config(options.LargeModel):
 
 
 def accuracies(
-    setup: options.Setup, taus: list[Tree], rows: np.ndarray, config, split: str
+    setup: setups.Setup, taus: list[Tree], rows: np.ndarray, config, split: str
 ) -> np.ndarray:
     """Accuracy `[n, T]` on every task at n sets of coefficients `[n, T]`."""
     columns = []
     for task in tqdm(setup.tasks, desc=f"subsets, {split}", unit="task"):
         dataset = getattr(task, split)
         if split == "validation" and config.validate is not None:
-            dataset = options.drawn(setup, dataset, config.validate)
+            dataset = setups.drawn(setup, dataset, config.validate)
         linearized = config.method == "linear"
         columns.append(scores.accuracies(setup, taus, dataset, linearized, rows))
     return np.array(columns).T
@@ -84,7 +84,7 @@ def choose(curves: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.einsum("snt,st->sn", curves, weights.astype(float)).argmax(-1)
 
 
-def subset_rows(setup: options.Setup, config: Config) -> tuple[list[dict], np.ndarray]:
+def subset_rows(setup: setups.Setup, config: Config) -> tuple[list[dict], np.ndarray]:
     """A row of every subset, and its mean validation accuracies, `[S, n]`."""
     taus = vectors.vectors(setup, config.method)
     coefs = scores.coefs_of(config, scores.COEFS)
@@ -122,7 +122,7 @@ def subset_rows(setup: options.Setup, config: Config) -> tuple[list[dict], np.nd
     return plain, curves.mean(-1)
 
 
-def draw(setup: options.Setup, config: Config, rows: list[dict], curves: np.ndarray):
+def draw(setup: setups.Setup, config: Config, rows: list[dict], curves: np.ndarray):
     """The four figures."""
     sizes = np.array([row["size"] for row in rows])
     every = range(1, len(setup.tasks) + 1)
@@ -186,7 +186,7 @@ def main(config: Config) -> dict:
     if len(config.tasks) < 2:
         raise ValueError(f"pairs need two tasks; --tasks names {config.tasks}.")
     runs.start(config)
-    setup = options.load(config, config.model, control=False)
+    setup = setups.load(config, config.model, control=False)
     subsets, curves = subset_rows(setup, config)
     # Of ordinary models, whatever the vectors are.
     alone = scores.single_accuracies(setup, "nonlinear")[1] / 100

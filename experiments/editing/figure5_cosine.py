@@ -14,7 +14,7 @@ paper does not name the CLIP; we take ViT-L-14.
 import numpy as np
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import task_vectors
 
 
@@ -24,7 +24,7 @@ class Config(options.LargeModel): ...
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    setup = options.load(config, config.model, control=False)
+    setup = setups.load(config, config.model, control=False)
     taus = vectors.vectors(setup, "nonlinear")
     found = np.asarray(task_vectors.cosine_matrix(taus), float)
     if runs.is_first():

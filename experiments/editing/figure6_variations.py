@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options
+from experiments.common.vision import options, setups
 from experiments.editing import variations
 from jaxarith import plots
 
@@ -40,7 +40,7 @@ class Config(options.LargeModel):
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
-def by_rate(setup: options.Setup, config: Config) -> list[dict]:
+def by_rate(setup: setups.Setup, config: Config) -> list[dict]:
     """Figure 6: a row for every learning rate."""
     rows = []
     for rate in tqdm(config.learning_rates, desc="learning rates"):
@@ -59,7 +59,7 @@ def by_rate(setup: options.Setup, config: Config) -> list[dict]:
     return rows
 
 
-def by_seed(setup: options.Setup, config: Config) -> list[dict]:
+def by_seed(setup: setups.Setup, config: Config) -> list[dict]:
     """Figure 14: a row for every two seeds."""
     taus = {
         seed: variations.trained(setup, f"seed_{seed}", seed=seed)
@@ -87,7 +87,7 @@ def by_seed(setup: options.Setup, config: Config) -> list[dict]:
     return rows
 
 
-def of_seeds(setup: options.Setup, rows: list[dict]) -> list[dict]:
+def of_seeds(setup: setups.Setup, rows: list[dict]) -> list[dict]:
     """How the accuracies of the sums of several seeds spread, for both tasks."""
     return [
         {
@@ -109,7 +109,7 @@ def main(config: Config) -> dict:
     config = options.smoke(config, tasks=pair, learning_rates=rates, seeds=(0, 1))
     variations.check_pair(config.tasks)
     runs.start(config)
-    setup = options.load(config, config.model, control=False)
+    setup = setups.load(config, config.model, control=False)
     rates = by_rate(setup, config) if 6 in config.figures else []
     seeds = by_seed(setup, config) if 14 in config.figures else []
     shown = {}

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, vectors
+from experiments.common.vision import options, setups, vectors
 from experiments.editing import variations
 from jaxarith import plots, task_vectors
 from jaxarith.typing import Tree
@@ -34,7 +34,7 @@ class Config(options.LargeModel):
     """Every so many steps the vectors are measured."""
 
 
-def followed(setup: options.Setup, config: Config) -> dict[int, list[Tree]]:
+def followed(setup: setups.Setup, config: Config) -> dict[int, list[Tree]]:
     """The task vectors after every so many steps, the last among them.
 
     Raises:
@@ -74,7 +74,7 @@ def main(config: Config) -> dict:
     config = options.smoke(config, tasks=options.SMOKE[:2], snapshots=1)
     variations.check_pair(config.tasks)
     runs.start(config)
-    setup = options.load(config, config.model, control=False)
+    setup = setups.load(config, config.model, control=False)
     found = followed(setup, config)
     final = found[max(found)]
     rows = []

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import metrics, plots
 from jaxarith.models import heads
 
@@ -33,7 +33,7 @@ PUBLISHED = tables.published(__doc__, "result")
 class Config(options.LargeModel): ...
 
 
-def accuracies(setup: options.Setup) -> tuple[np.ndarray, np.ndarray]:
+def accuracies(setup: setups.Setup) -> tuple[np.ndarray, np.ndarray]:
     """Test accuracies `[P, 2]` of every pair's weights, and of its ensemble."""
     taus = vectors.vectors(setup, "nonlinear")
     couples = scores.pairs(len(taus))
@@ -62,7 +62,7 @@ def main(config: Config) -> dict:
     if len(config.tasks) < 2:
         raise ValueError(f"pairs need two tasks; --tasks names {config.tasks}.")
     runs.start(config)
-    setup = options.load(config, config.model, control=False)
+    setup = setups.load(config, config.model, control=False)
     weights, ensembles = (100 * found for found in accuracies(setup))
     pairs = [
         {

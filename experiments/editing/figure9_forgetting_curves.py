@@ -20,7 +20,7 @@ have "a positive correlation". The paper does not name the CLIP; we take ViT-L-1
 import numpy as np
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from experiments.editing import forgetting
 from jaxarith import metrics, plots
 
@@ -32,7 +32,7 @@ class Config(options.LargeModel): ...
 def main(config: Config) -> dict:
     options.check_control(config)
     config = options.started(config)
-    setup = options.load(config, config.model)
+    setup = setups.load(config, config.model)
     nonlinear = vectors.vectors(setup, "nonlinear")
     negative = forgetting.negation(setup, nonlinear)
     coefs = scores.coefs_of(config, scores.COEFS)
@@ -81,7 +81,7 @@ def main(config: Config) -> dict:
     return tables.write(config.out, title, shown, results, digits=2)
 
 
-def draw(setup: options.Setup, curves: dict[str, np.ndarray], points):
+def draw(setup: setups.Setup, curves: dict[str, np.ndarray], points):
     """The three figures."""
     out = setup.options.out
     axes = {"x": "control accuracy, percent", "y": "target accuracy, percent"}

@@ -6,11 +6,11 @@ In `[T, 2, ...]`, 2 are the task that is forgotten and the control.
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common.vision import options, scores
+from experiments.common.vision import scores, setups
 from jaxarith.typing import Numbers, Taus
 
 
-def negation(setup: options.Setup, taus: Taus) -> scores.Negation:
+def negation(setup: setups.Setup, taus: Taus) -> scores.Negation:
     """Subtracts each vector; the coefficient is the largest of 0, 0.05, …, 1 that keeps
     95 % of the control accuracy on validation data (B.1)."""
     return scores.negation(
@@ -18,7 +18,7 @@ def negation(setup: options.Setup, taus: Taus) -> scores.Negation:
     )
 
 
-def models(setup: options.Setup, taus: Taus) -> dict[str, tuple[np.ndarray, list]]:
+def models(setup: setups.Setup, taus: Taus) -> dict[str, tuple[np.ndarray, list]]:
     """By model, test accuracies `[T, 2]` in percent and the coefficients of its tasks:
     the pre-trained, the fine-tuned, and that with a vector subtracted."""
     found, none = negation(setup, taus), [None] * len(taus)
@@ -30,7 +30,7 @@ def models(setup: options.Setup, taus: Taus) -> dict[str, tuple[np.ndarray, list
     }
 
 
-def curves(setup: options.Setup, taus: Taus, coefs: Numbers) -> np.ndarray:
+def curves(setup: setups.Setup, taus: Taus, coefs: Numbers) -> np.ndarray:
     """Test accuracies `[T, 2, n]` with each vector alone at every coefficient."""
     rows = np.asarray(coefs)[:, None]
     progress = tqdm(setup.tasks, desc="target and control", unit="task")

@@ -36,7 +36,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.common import bank, runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, raw_tasks, scores, setups, vectors
 from experiments.editing import custom
 from jaxarith.data import images
 from jaxarith.models import clip
@@ -71,7 +71,7 @@ def people_of(config: Config) -> images.ImageTask:
     Raises:
       ValueError: it lacks one.
     """
-    people = options.image_task(config.people, config)
+    people = raw_tasks.named(config.people, config)
     if missing := [name for name in config.classes if name not in people.classes]:
         raise ValueError(
             f"{config.people} has no class {missing[0]!r}; it has "
@@ -81,17 +81,17 @@ def people_of(config: Config) -> images.ImageTask:
 
 
 def concepts(
-    setup: options.Setup, config: Config
-) -> tuple[list[options.Task], options.Setup]:
+    setup: setups.Setup, config: Config
+) -> tuple[list[setups.Task], setups.Setup]:
     """A task of each class, of images of that class alone, and the setup with a control
     that has "something" among its options."""
     people = people_of(config)
-    known = options.image_task(config.control, config)
+    known = raw_tasks.named(config.control, config)
     known_and_more = dataclasses.replace(
         known, name=f"{known.name}_something", classes=(*known.classes, "something")
     )
     file = bank.vector_file(config.bank, setup.model, "heads", known_and_more.name)
-    head = options.head_of(known_and_more, clip.load(setup.model), file)
+    head = setups.head_of(known_and_more, clip.load(setup.model), file)
     tasks = []
     for name in config.classes:
         own = custom.of_classes(
@@ -105,7 +105,7 @@ def concepts(
             for part in [getattr(own, split)]
         }
         own = dataclasses.replace(own, classes=known_and_more.classes, **parts)
-        task = options.prepared(own, head, setup.preprocess, config)
+        task = setups.prepared(own, head, setup.preprocess, config)
         tasks.append(task._replace(title=name))
     control = setup.required_control
     control = control._replace(
@@ -115,7 +115,7 @@ def concepts(
     return tasks, setup._replace(tasks=tasks, control=control)
 
 
-def rows_of(setup: options.Setup, config: Config) -> list[dict]:
+def rows_of(setup: setups.Setup, config: Config) -> list[dict]:
     """The rows of one model, with both accuracies in percent."""
     tasks, setup = concepts(setup, config)
     trained = vectors.vectors(setup, "nonlinear")
@@ -164,7 +164,7 @@ def main(config: Config) -> dict:
     config = dataclasses.replace(config, tasks=())
     people_of(config)  # before anything is written
     runs.start(config)
-    rows = options.rows(config, lambda setup: rows_of(setup, config))
+    rows = setups.rows(config, lambda setup: rows_of(setup, config))
     beside = tables.beside(
         rows,
         PUBLISHED,

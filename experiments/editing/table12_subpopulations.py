@@ -62,7 +62,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, raw_tasks, scores, setups, vectors
 from experiments.editing import custom
 from jaxarith import plots
 from jaxarith.data import images
@@ -100,7 +100,7 @@ def styles(config: Config) -> list[images.ImageTask]:
     Raises:
       ValueError: they have other classes, or too few.
     """
-    raw = [options.image_task(spec, config) for spec in (config.sketch, config.photo)]
+    raw = [raw_tasks.named(spec, config) for spec in (config.sketch, config.photo)]
     first, second = (task.classes for task in raw)
     if len(first) < 4 or set(first) != set(second):
         raise ValueError(
@@ -110,7 +110,7 @@ def styles(config: Config) -> list[images.ImageTask]:
     return raw
 
 
-def subpopulations(setup: options.Setup, config: Config) -> list[options.Task]:
+def subpopulations(setup: setups.Setup, config: Config) -> list[setups.Task]:
     """The four tasks: halves A and B of the first style, and of the second."""
     raw = styles(config)
     classes = list(raw[0].classes)
@@ -127,7 +127,7 @@ def subpopulations(setup: options.Setup, config: Config) -> list[options.Task]:
 
 
 def fine_tuned(
-    setup: options.Setup, shots: int, starts: Sequence[Tree] | None
+    setup: setups.Setup, shots: int, starts: Sequence[Tree] | None
 ) -> list[Tree]:
     """Vectors of the targets, trained on few samples, from the start or from others."""
     tasks = []
@@ -149,7 +149,7 @@ def fine_tuned(
     return vectors.trained(setup, name, wanted)
 
 
-def best(setup, taus, rows, task: options.Task) -> tuple[np.ndarray, float]:
+def best(setup, taus, rows, task: setups.Task) -> tuple[np.ndarray, float]:
     """The coefficients that are best on validation data, the first of equals, and their
     test accuracy."""
     found = scores.accuracies(setup, taus, task.validation, False, rows)
@@ -158,7 +158,7 @@ def best(setup, taus, rows, task: options.Task) -> tuple[np.ndarray, float]:
     return chosen, float(test)
 
 
-def results_of(setup: options.Setup, config: Config) -> tuple[list[dict], list[dict]]:
+def results_of(setup: setups.Setup, config: Config) -> tuple[list[dict], list[dict]]:
     """The rows of one model, and what coefficients were found for each target."""
     setup = setup._replace(tasks=subpopulations(setup, config))
     trained = vectors.vectors(setup, "nonlinear")
@@ -210,7 +210,7 @@ def main(config: Config) -> dict:
     runs.start(config)
     rows, coefficients = [], []
     # The two styles may not be among the tasks that have a control.
-    for setup in options.setups(config, config.models, control=False):
+    for setup in setups.each(config, config.models, control=False):
         own, found = results_of(setup, config)
         rows += own
         coefficients += found

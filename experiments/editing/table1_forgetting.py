@@ -57,7 +57,7 @@ the rows of the pre-trained model and of gradient ascent by task are unknown to 
 import numpy as np
 
 from experiments.common import script, tables
-from experiments.common.vision import options, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from experiments.editing import forgetting
 
 PUBLISHED = tables.published_by_column(__doc__, "method")
@@ -76,7 +76,7 @@ PUBLISHED_TASKS = {
 class Config(options.Models): ...
 
 
-def rows_of(setup: options.Setup) -> list[dict]:
+def rows_of(setup: setups.Setup) -> list[dict]:
     """The rows of one model; each has its accuracies of every task, `[T, 2]`."""
     nonlinear = vectors.vectors(setup, "nonlinear")
     negative = forgetting.negation(setup, nonlinear)
@@ -94,8 +94,8 @@ def rows_of(setup: options.Setup) -> list[dict]:
         {
             "model": setup.title,
             "method": method,
-            "target": options.means(accuracies[:, 0]),
-            "control": options.means(accuracies[:, 1]),
+            "target": scores.means(accuracies[:, 0]),
+            "control": scores.means(accuracies[:, 1]),
             "coefs": coefs,
             "tasks": dict(
                 zip(setup.names, (100 * np.array(accuracies)).tolist(), strict=True)
@@ -109,7 +109,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
 def main(config: Config) -> dict:
     options.check_control(config)
     config = options.started(config)
-    rows = options.rows(config, rows_of)
+    rows = setups.rows(config, rows_of)
     values = ["target", "control"]
     of_tasks = [
         {"model": row["model"], "method": row["method"], "task": task}

@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 
 from experiments.common import script, tables
-from experiments.common.vision import options, vectors
+from experiments.common.vision import options, raw_tasks, setups, vectors
 from experiments.editing import custom, forgetting
 from jaxarith.data import task_info
 
@@ -134,16 +134,16 @@ def excluded_classes(config: Config, classes: Sequence[str]) -> dict[str, set[in
 
 
 def filtered(
-    setup: options.Setup, split: options.Dataset, excluded: set[int]
-) -> options.Dataset:
+    setup: setups.Setup, split: setups.Dataset, excluded: set[int]
+) -> setups.Dataset:
     """A split without some of its classes, neither among its images nor its options."""
     kept = [i for i in range(len(split.head)) if i not in excluded]
     source = custom.some_classes(split.source, kept)
     head = split.head[np.array(kept)]
-    return options.dataset(source, head, setup.preprocess, setup.options)
+    return setups.dataset(source, head, setup.preprocess, setup.options)
 
 
-def rows_of(setup: options.Setup, excluded: Mapping[str, set[int]]) -> list[dict]:
+def rows_of(setup: setups.Setup, excluded: Mapping[str, set[int]]) -> list[dict]:
     """The rows, without filtering first."""
     taus = vectors.vectors(setup, "nonlinear")
     rows = []
@@ -170,9 +170,9 @@ def rows_of(setup: options.Setup, excluded: Mapping[str, set[int]]) -> list[dict
 def main(config: Config) -> dict:
     options.check_control(config)
     config = options.started(config, tasks=options.SMOKE[:2])
-    raw = options.image_task(config.control, config)
+    raw = raw_tasks.named(config.control, config)
     excluded = excluded_classes(config, list(raw.classes))
-    setup = options.load(config, config.model)
+    setup = setups.load(config, config.model)
     rows = rows_of(setup, excluded)
     return tables.compared(
         config.out,

@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import scores, setups, vectors
 from jaxarith.typing import Taus, Tree
 
 
-def trained(setup: options.Setup, name: str, **changes) -> list[Tree]:
+def trained(setup: setups.Setup, name: str, **changes) -> list[Tree]:
     """Ordinary vectors of all tasks, trained with some options changed.
 
     Args:
@@ -29,12 +29,12 @@ def trained(setup: options.Setup, name: str, **changes) -> list[Tree]:
     return vectors.trained(changed, name, wanted)
 
 
-def added(setup: options.Setup, taus: Taus) -> dict:
+def added(setup: setups.Setup, taus: Taus) -> dict:
     """Accuracies in percent of the pair of vectors: alone and added, and as a row."""
     found = scores.addition(setup, taus, linearized=False)
     return {
         "coefficient": found.search.coef,
-        "single": options.means(found.single),
+        "single": scores.means(found.single),
         **found.row(searched=True),
         "accuracies": (100 * found.searched).tolist(),
         "single accuracies": (100 * found.single).tolist(),

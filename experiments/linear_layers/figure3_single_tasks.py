@@ -16,7 +16,7 @@ The one number in the text is that of Table 2, the mean in percent:
 """
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import plots
 
 METHODS: dict[str, vectors.Method] = {
@@ -34,7 +34,7 @@ class Config(options.Models): ...
 def main(config: Config) -> dict:
     config = options.started(config)
     rows = []
-    for setup in options.setups(config, config.models, control=False):
+    for setup in setups.each(config, config.models, control=False):
         found = {
             label: scores.single_accuracies(setup, method)[1]
             for label, method in METHODS.items()

@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import plots
 
 METHODS: dict[str, vectors.Method] = {
@@ -85,7 +85,7 @@ def main(config: Config) -> dict:
     if len(config.tasks) != 2:
         raise ValueError(f"ξ compares two tasks; --tasks names {list(config.tasks)}.")
     config = options.started(config, points=3, test_samples=48)
-    setup = options.load(config, config.model, control=False)
+    setup = setups.load(config, config.model, control=False)
     setup = scores.pair_setup(setup, (0, 1))  # a smoke run has three
     coefs = np.linspace(-config.limit, config.limit, config.points)
     maps = {

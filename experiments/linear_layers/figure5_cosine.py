@@ -16,7 +16,7 @@ than the vectors.
 import numpy as np
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import task_vectors
 
 METHODS: dict[str, vectors.Method] = {
@@ -32,7 +32,7 @@ class Config(options.OneModel): ...
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    setup = options.load(config, config.model, control=False)
+    setup = setups.load(config, config.model, control=False)
     cosines = {
         label: np.asarray(task_vectors.cosine_matrix(vectors.vectors(setup, method)))
         for label, method in METHODS.items()

@@ -25,7 +25,7 @@ through a ReLU, and the point of linearisation moves along with training.
 """
 
 from experiments.common import script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 
 METHODS: dict[str, vectors.Method] = {
     "Non-linear": "nonlinear",
@@ -38,13 +38,13 @@ PUBLISHED = tables.published_by_column(__doc__, "method")
 class Config(options.Models): ...
 
 
-def rows_of(setup: options.Setup) -> list[dict]:
+def rows_of(setup: setups.Setup) -> list[dict]:
     """The rows of one model."""
     found = {
         label: scores.of_method(setup, method) for label, method in METHODS.items()
     }
     zero_shot = found["Ours"].zero_shot
-    before = {"abs": options.means(zero_shot), "norm": None, "coefficient": None}
+    before = {"abs": scores.means(zero_shot), "norm": None, "coefficient": None}
     rows = [row(setup, "Pre-trained", zero_shot, before)]
     for label, one in found.items():
         means = one.row(searched=True) | {"coefficient": one.search.coef}
@@ -60,7 +60,7 @@ def row(setup, label, accuracies, means) -> dict:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    rows = options.rows(config, rows_of, control=False)
+    rows = setups.rows(config, rows_of, control=False)
     return tables.compared(
         config.out,
         "Task addition (linear-layers paper, Table 1)",

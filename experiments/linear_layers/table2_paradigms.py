@@ -22,7 +22,7 @@ attention alone were meant; here they are those of the residual block, with its 
 import dataclasses
 
 from experiments.common import script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 
 METHODS: dict[str, vectors.Method] = {
     "(1) weights of Q, K, V and output": "linear_layers_1",
@@ -38,7 +38,7 @@ class Config(options.Models):
     models: tuple[str, ...] = (options.B32,)
 
 
-def rows_of(setup: options.Setup) -> list[dict]:
+def rows_of(setup: setups.Setup) -> list[dict]:
     """The rows of one model."""
     rows = []
     for paradigm, method in METHODS.items():
@@ -47,7 +47,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
             {
                 "model": setup.title,
                 "paradigm": paradigm,
-                "single": options.means(found.single),
+                "single": scores.means(found.single),
                 **found.row(searched=True),
                 "coefficient": found.search.coef,
                 "per_task_single": [float(x) for x in found.single],
@@ -60,7 +60,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    rows = options.rows(config, rows_of, control=False)
+    rows = setups.rows(config, rows_of, control=False)
     return tables.compared(
         config.out,
         "Paradigms (linear-layers paper, Table 2)",

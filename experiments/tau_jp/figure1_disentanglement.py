@@ -23,7 +23,7 @@ import dataclasses
 import numpy as np
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from experiments.tau_jp import pairs
 from jaxarith import plots
 
@@ -68,7 +68,7 @@ def main(config: Config) -> dict:
     wanted = named(config.pairs, [task.partition("=")[0] for task in config.tasks])
     runs.start(config)
     coefs = np.linspace(-3, 3, 3 if config.smoke else 21)
-    setup = options.load(config, config.model)
+    setup = setups.load(config, config.model)
     taus = {name: vectors.vectors(setup, m) for name, m in pairs.METHODS.items()}
     measured = {name: pairs.tau_jp(setup, own).of_pairs() for name, own in taus.items()}
     values = [pair["tau_jp"] for pair in measured["Linear FT"]]

@@ -22,7 +22,7 @@ correlation is printed.
 import numpy as np
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from experiments.tau_jp import pairs
 from jaxarith import plots, task_vectors
 
@@ -36,7 +36,7 @@ FIGURES = {
 class Config(options.Models): ...
 
 
-def points_of(setup: options.Setup, method: vectors.Method, coefs) -> list[dict]:
+def points_of(setup: setups.Setup, method: vectors.Method, coefs) -> list[dict]:
     """τJp, accuracies and cosine of every pair."""
     taus = vectors.vectors(setup, method)
     cosines = np.asarray(task_vectors.cosine_matrix(taus))
@@ -52,7 +52,7 @@ def main(config: Config) -> dict:
     config = options.started(config)
     coefs = scores.coefs_of(config, scores.COEFS)
     points = []
-    for setup in options.setups(config, config.models):
+    for setup in setups.each(config, config.models):
         for name, method in pairs.METHODS.items():
             found = points_of(setup, method, coefs)
             points += [{"method": name} | point for point in found]

@@ -21,7 +21,7 @@ gradual."
 import dataclasses
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from experiments.tau_jp import pairs
 from jaxarith import plots, sharding
 
@@ -36,7 +36,7 @@ class Config(options.OneModel):
     """Every so many of them the vectors are measured."""
 
 
-def continued(setup: options.Setup, config: Config) -> dict[int, list]:
+def continued(setup: setups.Setup, config: Config) -> dict[int, list]:
     """The task vectors after every so many steps, 0 included."""
     method = "tau_jp_continued"
     # T_orth is the pair's, so the pair has a folder of its own.
@@ -79,7 +79,7 @@ def main(config: Config) -> dict:
     runs.start(config)
     coefs = scores.coefs_of(config, scores.COEFS)
     # T_orth is the other task alone.
-    setup = options.load(config, config.model, control=False)
+    setup = setups.load(config, config.model, control=False)
     rows = []
     for step, taus in continued(setup, config).items():
         [row] = pairs.additions(setup, taus, coefs)

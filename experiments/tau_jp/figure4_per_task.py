@@ -21,7 +21,7 @@ not say; report.json has coefficient 1 too.
 import numpy as np
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from experiments.tau_jp import pairs
 from jaxarith import plots
 
@@ -31,18 +31,18 @@ METHODS: dict[str, vectors.Method] = {"Non-lin. FT": "nonlinear", **pairs.METHOD
 class Config(options.Models): ...
 
 
-def single_rows(setup: options.Setup, found: dict[str, scores.Addition]) -> list[dict]:
+def single_rows(setup: setups.Setup, found: dict[str, scores.Addition]) -> list[dict]:
     """Figure 4: the pre-trained model, and every method's models of single tasks."""
     groups = {"Pre-trained": found["Non-lin. FT"].zero_shot}
     groups |= {name: result.single for name, result in found.items()}
     return [
         {"model": setup.title, "method": name, **setup.by_task(own)}
-        | {"mean": options.means(own)}
+        | {"mean": scores.means(own)}
         for name, own in groups.items()
     ]
 
 
-def added_rows(setup: options.Setup, found: dict[str, scores.Addition]) -> list[dict]:
+def added_rows(setup: setups.Setup, found: dict[str, scores.Addition]) -> list[dict]:
     """Figure 5: every method at both coefficients, absolute and normalised."""
     rows = []
     for name, result in found.items():
@@ -61,7 +61,7 @@ def added_rows(setup: options.Setup, found: dict[str, scores.Addition]) -> list[
     return rows
 
 
-def draw(config: Config, setup: options.Setup, figure: str, rows: list[dict], y: str):
+def draw(config: Config, setup: setups.Setup, figure: str, rows: list[dict], y: str):
     """Bars of every task and method; a missing value is none."""
     groups = {
         row["method"]: np.array([row[n] for n in setup.names], float).tolist()
@@ -75,7 +75,7 @@ def draw(config: Config, setup: options.Setup, figure: str, rows: list[dict], y:
 def main(config: Config) -> dict:
     config = options.started(config)
     single, rows = [], []
-    for setup in options.setups(config, config.models):
+    for setup in setups.each(config, config.models):
         found = {
             name: scores.of_method(setup, method) for name, method in METHODS.items()
         }

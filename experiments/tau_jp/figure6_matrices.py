@@ -17,7 +17,7 @@ Cars and SVHN is higher in Linear FT than in Ours.
 import numpy as np
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from experiments.tau_jp import pairs
 from jaxarith import task_vectors
 
@@ -25,7 +25,7 @@ from jaxarith import task_vectors
 class Config(options.Models): ...
 
 
-def row_of(setup: options.Setup, lengths: pairs.TauJp, cosines: np.ndarray) -> dict:
+def row_of(setup: setups.Setup, lengths: pairs.TauJp, cosines: np.ndarray) -> dict:
     """Mean τJp on the own and on other tasks; mean and largest cosine of two tasks."""
     row, others = {}, ~np.eye(len(setup.tasks), dtype=bool)
     for measure, matrix in lengths._asdict().items():
@@ -41,7 +41,7 @@ def row_of(setup: options.Setup, lengths: pairs.TauJp, cosines: np.ndarray) -> d
 def main(config: Config) -> dict:
     config = options.started(config)
     matrices, rows = [], []
-    for setup in options.setups(config, config.models):
+    for setup in setups.each(config, config.models):
         lengths, cosines = {}, {}
         for name, method in reversed(pairs.METHODS.items()):  # Ours is on the left
             taus = vectors.vectors(setup, method)

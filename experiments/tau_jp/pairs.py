@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import scores, setups, vectors
 from jaxarith import evaluate, metrics
 from jaxarith.typing import Numbers, Taus
 
@@ -45,12 +45,12 @@ class TauJp(NamedTuple):
         ]
 
 
-def tau_jp(setup: options.Setup, taus: Taus) -> TauJp:
+def tau_jp(setup: setups.Setup, taus: Taus) -> TauJp:
     """τJp of every vector on the test data of every task, both measures in one pass."""
     return _matrices([norms(at.moves) for _, at in outputs(setup, taus, "test")])
 
 
-def additions(setup: options.Setup, taus: Taus, coefs: Numbers) -> list[dict]:
+def additions(setup: setups.Setup, taus: Taus, coefs: Numbers) -> list[dict]:
     """Adds every two task vectors, with a coefficient searched for each pair.
 
     Args:
@@ -88,7 +88,7 @@ def additions(setup: options.Setup, taus: Taus, coefs: Numbers) -> list[dict]:
                 **measures,
                 "coefficient": chosen[pair],
                 "accuracies": both.tolist(),
-                "abs": options.means(both),
+                "abs": scores.means(both),
                 "norm": scores.normalized(both, single[list(pair)]),
             }
         )
@@ -141,14 +141,14 @@ def correlations(points: Sequence[dict], y: str) -> list[dict]:
     return rows
 
 
-def title(setup: options.Setup, pair: Sequence[int]) -> str:
+def title(setup: setups.Setup, pair: Sequence[int]) -> str:
     """The two tasks as the paper prints them."""
     return " – ".join(setup.titles[i] for i in pair)
 
 
 def outputs(
-    setup: options.Setup, taus: Taus, split: str
-) -> Iterator[tuple[options.Dataset, evaluate.TangentOutputs]]:
+    setup: setups.Setup, taus: Taus, split: str
+) -> Iterator[tuple[setups.Dataset, evaluate.TangentOutputs]]:
     """The dataset of every task in turn, and its outputs in terms of all vectors."""
     for task in tqdm(setup.tasks, desc=f"tangents, {split}", unit="task"):
         dataset = getattr(task, split)

@@ -34,7 +34,7 @@ there is a row of each.
 """
 
 from experiments.common import script, tables
-from experiments.common.vision import fitted, options, scores, vectors
+from experiments.common.vision import fitted, options, scores, setups, vectors
 from jaxarith import merge, task_vectors
 from jaxarith.typing import Taus
 
@@ -44,14 +44,14 @@ PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
 class Config(options.Models): ...
 
 
-def ties(setup: options.Setup, taus: Taus, *, linearized: bool) -> scores.Addition:
+def ties(setup: setups.Setup, taus: Taus, *, linearized: bool) -> scores.Addition:
     """Addition of what TIES makes of the vectors."""
     merged = merge.ties(setup.params_0, taus, density=0.1, coef=1.0)
     moved = task_vectors.difference(merged, setup.params_0)
     return scores.addition(setup, taus, linearized=linearized, merged=moved)
 
 
-def rows_of(setup: options.Setup) -> list[dict]:
+def rows_of(setup: setups.Setup) -> list[dict]:
     """The rows of one model."""
     nonlinear = vectors.vectors(setup, "nonlinear")
     ordinary = scores.addition(setup, nonlinear, linearized=False)
@@ -72,7 +72,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
             "model": setup.title,
             "method": method,
             "coefficient": coef,
-            "abs": options.means(accuracies),
+            "abs": scores.means(accuracies),
             "norm": norm if normalized else None,
             "per_task": dict(zip(setup.names, map(float, accuracies), strict=True)),
         }
@@ -95,7 +95,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    rows = options.rows(config, rows_of)
+    rows = setups.rows(config, rows_of)
     return tables.compared(
         config.out,
         "Task addition (τJp paper, Table 1)",

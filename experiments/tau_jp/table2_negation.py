@@ -28,7 +28,7 @@ the entries of each ordinary vector.
 """
 
 from experiments.common import script, tables
-from experiments.common.vision import negations, options, scores, vectors
+from experiments.common.vision import negations, options, scores, setups, vectors
 from jaxarith import merge, task_vectors
 
 PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
@@ -37,7 +37,7 @@ PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
 class Config(options.Models): ...
 
 
-def rows_of(setup: options.Setup) -> list[dict]:
+def rows_of(setup: setups.Setup) -> list[dict]:
     """The rows of one model."""
     nonlinear = vectors.vectors(setup, "nonlinear")
     trimmed = [
@@ -62,7 +62,7 @@ def rows_of(setup: options.Setup) -> list[dict]:
 def main(config: Config) -> dict:
     options.check_control(config)
     config = options.started(config)
-    rows = options.rows(config, rows_of)
+    rows = setups.rows(config, rows_of)
     title = "Task negation (τJp paper, Table 2)"
     return negations.report(config.out, title, rows, PUBLISHED)
 

@@ -20,7 +20,7 @@ published figures are those at searched coefficients.
 """
 
 from experiments.common import script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 
 METHODS: dict[str, vectors.Method] = {
     "No reg.": "linear",
@@ -37,7 +37,7 @@ class Config(options.OneModel): ...
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    setup = options.load(config, config.model)
+    setup = setups.load(config, config.model)
     return tables.compared(
         config.out,
         "Incremental regularisation (τJp paper, Table 5)",

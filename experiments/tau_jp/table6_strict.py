@@ -34,7 +34,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.bench import measure
 from experiments.common import script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import sharding, train
 from jaxarith.models import heads
 
@@ -54,7 +54,7 @@ class Config(options.OneModel):
     """Steps of every method that are timed."""
 
 
-def step_of(setup: options.Setup, method: str):
+def step_of(setup: setups.Setup, method: str):
     """A training step of the first task on its first batch.
 
     Returns:
@@ -87,7 +87,7 @@ def step_of(setup: options.Setup, method: str):
     return once, compiled.cost_analysis()["flops"]
 
 
-def timed(setup: options.Setup, repetitions: int) -> list[dict]:
+def timed(setup: setups.Setup, repetitions: int) -> list[dict]:
     """Seconds and FLOPs per step of every method, and their ratios."""
     steps = {name: step_of(setup, method) for name, method in METHODS.items()}
     times = measure.alternated({n: step for n, (step, _) in steps.items()}, repetitions)
@@ -111,7 +111,7 @@ def timed(setup: options.Setup, repetitions: int) -> list[dict]:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    setup = options.load(config, config.model)
+    setup = setups.load(config, config.model)
     rows = scores.linearized_rows(setup, METHODS)
     seconds = timed(setup, 3 if config.smoke else config.repetitions)
     beside = tables.beside(

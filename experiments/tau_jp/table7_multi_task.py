@@ -20,7 +20,7 @@ changed after training. Linear FT of ViT-L-14 has 85.8 in the paper's Table 1.
 """
 
 from experiments.common import script, tables
-from experiments.common.vision import options, scores, vectors
+from experiments.common.vision import options, scores, setups, vectors
 from experiments.tau_jp import pairs
 
 NEEDS = {
@@ -40,7 +40,7 @@ class Config(options.Models): ...
 def main(config: Config) -> dict:
     config = options.started(config)
     rows = []
-    for setup in options.setups(config, config.models):
+    for setup in setups.each(config, config.models):
         found = {
             name: scores.of_method(setup, method).searched
             for name, method in METHODS.items()
@@ -49,7 +49,7 @@ def main(config: Config) -> dict:
         for method, accuracies in found.items():
             needs, flexible = NEEDS[method]
             row = {"model": setup.title, "method": method}
-            row |= {"abs": options.means(accuracies)}
+            row |= {"abs": scores.means(accuracies)}
             rows.append(row | {"needs": needs, "flexible": flexible})
     return tables.compared(
         config.out,

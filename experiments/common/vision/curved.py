@@ -23,7 +23,7 @@ import jax
 from tqdm import tqdm
 
 from experiments.common import bank, curvatures, runs
-from experiments.common.vision import options, sources
+from experiments.common.vision import setups, sources
 from jaxarith import curvature, sharding, tree
 from jaxarith.sharding import processes
 from jaxarith.train import manifest
@@ -58,13 +58,13 @@ KINDS = {
 }
 
 
-def identity(setup: options.Setup, kind: Kind) -> dict[str, Any]:
+def identity(setup: setups.Setup, kind: Kind) -> dict[str, Any]:
     """What a merged curvature depends on besides the tasks, as plain data."""
     return _measured(setup, kind) | {"how": kind.how}
 
 
 def functions(
-    setup: options.Setup, kind: Kind, groups: Sequence[Sequence[options.Task]]
+    setup: setups.Setup, kind: Kind, groups: Sequence[Sequence[setups.Task]]
 ) -> list[Callable[[], curvature.Factors]]:
     """For each group of tasks a function that gives their curvature.
 
@@ -81,7 +81,7 @@ def functions(
     return [of_names(tuple(task.name for task in group)) for group in groups]
 
 
-def room(setup: options.Setup, kind: Kind) -> int | None:
+def room(setup: setups.Setup, kind: Kind) -> int | None:
     """How many tasks may train side by side with a curvature of their own.
 
     All, None, where the mesh has a task axis or a device does not say what it holds.
@@ -117,9 +117,7 @@ def _host():
         return None
 
 
-def factors_of(
-    setup: options.Setup, kind: Kind, task: options.Task
-) -> curvature.Factors:
+def factors_of(setup: setups.Setup, kind: Kind, task: setups.Task) -> curvature.Factors:
     """The factors of one task on the host, from the bank or measured.
 
     Raises:
@@ -143,7 +141,7 @@ def factors_of(
     return cast(curvature.Factors, found)
 
 
-def file_of(setup: options.Setup, kind: Kind, task: options.Task) -> Path:
+def file_of(setup: setups.Setup, kind: Kind, task: setups.Task) -> Path:
     """Where the bank has the factors of a task."""
     measured = _measured(setup, kind)
     folder = "factors_{sharing}_samples_{samples}_probes_{probes}_rank_{rank}"

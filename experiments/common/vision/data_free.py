@@ -1,11 +1,11 @@
 """Data-free merges of ordinary vectors that scripts compare with trained sums."""
 
-from experiments.common.vision import options
+from experiments.common.vision import setups
 from jaxarith import merge, task_vectors
 from jaxarith.typing import Taus, Tree
 
 
-def merged(setup: options.Setup, taus: Taus) -> dict[str, Tree]:
+def merged(setup: setups.Setup, taus: Taus) -> dict[str, Tree]:
     """Merged vectors at coefficient 1, with the defaults of the library."""
     params_0 = setup.params_0
     models = {

@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 
 from experiments.common import study_merges
-from experiments.common.vision import options, sources
+from experiments.common.vision import setups, sources
 from jaxarith import merge, sharding, task_vectors
 from jaxarith.data import pipeline
 from jaxarith.models import heads
@@ -19,7 +19,7 @@ from jaxarith.typing import Taus, Tree
 SAMPLES = 256  # of every task; so many have the public tables of FusionBench
 
 
-def fisher(setup: options.Setup, taus: Taus) -> Tree:
+def fisher(setup: setups.Setup, taus: Taus) -> Tree:
     """The Fisher merge on 256 validation images of every task (Matena and Raffel 2022).
 
     Args:
@@ -45,7 +45,7 @@ def fisher(setup: options.Setup, taus: Taus) -> Tree:
     return task_vectors.difference(merged, params_0)
 
 
-def regmean(setup: options.Setup, taus: Taus) -> Tree:
+def regmean(setup: setups.Setup, taus: Taus) -> Tree:
     """The RegMean merge on 256 validation images of every task (Jin et al. 2023)."""
     params_0, taus = sharding.to_host((setup.params_0, list(taus)))
     samples = validation_samples(setup)
@@ -55,16 +55,16 @@ def regmean(setup: options.Setup, taus: Taus) -> Tree:
     return task_vectors.difference(merged, params_0)
 
 
-def validation_samples(setup: options.Setup) -> list[list[dict]]:
+def validation_samples(setup: setups.Setup) -> list[list[dict]]:
     """Batches of 256 validation images of every task, drawn with a fixed seed."""
     return [
-        list(options.drawn(setup, task.validation, SAMPLES).batches)
+        list(setups.drawn(setup, task.validation, SAMPLES).batches)
         for task in setup.tasks
     ]
 
 
 def adamerging(
-    setup: options.Setup,
+    setup: setups.Setup,
     taus: Taus,
     *,
     scope: Literal["layer", "task"] = "layer",

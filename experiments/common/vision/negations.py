@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from experiments.common import tables
-from experiments.common.vision import options, scores
+from experiments.common.vision import scores, setups
 
 
-def rows(setup: options.Setup, found: Mapping[str, scores.Negation]) -> list[dict]:
+def rows(setup: setups.Setup, found: Mapping[str, scores.Negation]) -> list[dict]:
     """The rows of one model: pre-trained, and each method at 1 and as searched.
 
     Args:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common.vision import options, vectors
+from experiments.common.vision import setups, vectors
 from jaxarith import evaluate, metrics, plots, task_vectors
 from jaxarith.typing import Numbers, Taus, Tree
 
@@ -42,7 +42,7 @@ class Addition(NamedTuple):
     def row(self, searched: bool) -> dict[str, float | None]:
         """Mean absolute and normalised accuracy in percent."""
         found = self.searched if searched else self.at_one
-        return {"abs": options.means(found), "norm": normalized(found, self.single)}
+        return {"abs": means(found), "norm": normalized(found, self.single)}
 
 
 def normalized(found: Numbers, single: Numbers) -> float | None:
@@ -56,9 +56,9 @@ def coefs_of(config, coefs: np.ndarray) -> np.ndarray:
 
 
 def outputs(
-    setup: options.Setup,
+    setup: setups.Setup,
     taus: Taus,
-    dataset: options.Dataset,
+    dataset: setups.Dataset,
     linearized: bool,
 ) -> Callable[[np.ndarray], Sequence[np.ndarray] | np.ndarray]:
     """Features `[N, D]` at each of n sets of coefficients `[n, T]`.
@@ -82,7 +82,7 @@ def accuracies(setup, taus, dataset, linearized, coefs) -> np.ndarray:
 
 
 def on_all(
-    setup: options.Setup, taus: Taus, split: str, rows, *, linearized: bool = False
+    setup: setups.Setup, taus: Taus, split: str, rows, *, linearized: bool = False
 ) -> np.ndarray:
     """Accuracies on every task at each of n rows of coefficients, `[n, T]`.
 
@@ -102,7 +102,7 @@ def on_all(
 
 
 def on_own(
-    setup: options.Setup,
+    setup: setups.Setup,
     taus: Taus,
     split: str,
     coefs: Numbers = (1.0,),
@@ -126,7 +126,7 @@ def on_own(
 
 
 def addition(
-    setup: options.Setup,
+    setup: setups.Setup,
     taus: Taus,
     *,
     linearized: bool,
@@ -163,14 +163,14 @@ def addition(
     return Addition(zero_shot, alone, at_one, searched, search)
 
 
-def of_method(setup: options.Setup, method: vectors.Method) -> Addition:
+def of_method(setup: setups.Setup, method: vectors.Method) -> Addition:
     """Addition of the vectors of a method."""
     taus = vectors.vectors(setup, method)
     return addition(setup, taus, linearized=vectors.is_linearized(method))
 
 
 def linearized_rows(
-    setup: options.Setup, names: Mapping[str, vectors.Method]
+    setup: setups.Setup, names: Mapping[str, vectors.Method]
 ) -> list[dict]:
     """Addition with methods of the tangent-space model: plain rows of a table.
 
@@ -190,14 +190,14 @@ def linearized_rows(
     return rows
 
 
-def single_accuracies(setup: options.Setup, method: vectors.Method) -> np.ndarray:
+def single_accuracies(setup: setups.Setup, method: vectors.Method) -> np.ndarray:
     """Test accuracy before and after fine-tuning on one task, in percent: `[2, T]`."""
     taus = vectors.vectors(setup, method)
     linearized = vectors.is_linearized(method)
     return 100 * on_own(setup, taus, "test", (0.0, 1.0), linearized=linearized)
 
 
-def joint_accuracies(setup: options.Setup) -> np.ndarray:
+def joint_accuracies(setup: setups.Setup) -> np.ndarray:
     """Test accuracies of the model of multi-task learning, `[T]`."""
     return on_all(setup, vectors.vectors(setup, "multi_task"), "test", [[1.0]])[0]
 
@@ -224,7 +224,7 @@ class Negation(NamedTuple):
 
 
 def negation(
-    setup: options.Setup,
+    setup: setups.Setup,
     taus: Taus,
     *,
     linearized: bool,
@@ -283,7 +283,7 @@ def negation(
 
 
 def on_control_alone(
-    setup: options.Setup,
+    setup: setups.Setup,
     taus: Taus,
     split: str,
     coefs: Sequence[Numbers],
@@ -306,7 +306,7 @@ def on_control_alone(
 
 
 def searched(
-    setup: options.Setup,
+    setup: setups.Setup,
     taus: Taus,
     rows: np.ndarray,
     coefs: np.ndarray,
@@ -336,7 +336,7 @@ def searched(
 
 
 def draw_cosines(
-    setup: options.Setup, file: str, panels: Mapping[str, np.ndarray], **more: Any
+    setup: setups.Setup, file: str, panels: Mapping[str, np.ndarray], **more: Any
 ):
     """Draws cosines `[T, T]` of the tasks' vectors, by the title of a panel."""
     labels: dict[str, Any] = {"rows": "task vector", "columns": "task vector"}
@@ -377,13 +377,13 @@ def pair_values(matrix: np.ndarray) -> list[float]:
     return [float(matrix[i, j] + matrix[j, i]) / 2 for i, j in pairs(len(matrix))]
 
 
-def pair_setup(setup: options.Setup, pair: tuple[int, int]) -> options.Setup:
+def pair_setup(setup: setups.Setup, pair: tuple[int, int]) -> setups.Setup:
     """The same model with two of the tasks."""
     return setup._replace(tasks=[setup.tasks[i] for i in pair])
 
 
 def disentanglement_error(
-    setup: options.Setup,
+    setup: setups.Setup,
     taus: Taus,
     *,
     linearized: bool,
@@ -411,7 +411,7 @@ def disentanglement_error(
     shape = (len(coefs), len(coefs))
     total = np.zeros((len(distances), *shape))
     for axis, task in enumerate(setup.tasks):
-        dataset = options.drawn(setup, task.test, samples)
+        dataset = setups.drawn(setup, task.test, samples)
         at = outputs(setup, taus, dataset, linearized)
         found = at(np.array(grid + alone[axis]))
         both, own = found[: len(grid)], found[len(grid) :]
@@ -424,12 +424,12 @@ def disentanglement_error(
     return total
 
 
-def labels_differ(dataset: options.Dataset, first, second) -> float:
+def labels_differ(dataset: setups.Dataset, first, second) -> float:
     """For ξ of classification (τJp paper, Eq. 2): the share of labels that differ."""
     return float(np.mean(dataset.predict(first) != dataset.predict(second)))
 
 
-def symmetric_kl(dataset: options.Dataset, first, second) -> float:
+def symmetric_kl(dataset: setups.Dataset, first, second) -> float:
     """Of representations: the symmetric KL divergence of their softmax.
 
     Half the sum of both directions, the mean over samples (linear-layers paper,
@@ -438,3 +438,8 @@ def symmetric_kl(dataset: options.Dataset, first, second) -> float:
     del dataset
     p, q = (jax.nn.log_softmax(np.asarray(x), axis=-1) for x in (first, second))
     return float(0.5 * np.mean(np.sum((np.exp(p) - np.exp(q)) * (p - q), axis=-1)))
+
+
+def means(values: Numbers) -> float:
+    """The mean in percent, as the papers print it."""
+    return 100 * float(np.mean(values))

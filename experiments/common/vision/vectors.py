@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.common import bank, runs, training
-from experiments.common.vision import curved, options
+from experiments.common.vision import curved, options, setups
 from jaxarith import fingerprint, losses, task_vectors, tau_jp, train
 from jaxarith.models import clip, heads
 from jaxarith.typing import Tree
@@ -78,7 +78,7 @@ def coef_option(method: str) -> str:
     return own.get(method, default)
 
 
-def recipe_of(setup: options.Setup, method: str, task: options.Task):
+def recipe_of(setup: setups.Setup, method: str, task: setups.Task):
     """How a method trains on a task: a `TrainConfig`."""
     distill = train.Distill(coef=setup.options.distill_coef)
     penalty: dict[str, Any] = {"penalty": None}
@@ -94,7 +94,7 @@ def recipe_of(setup: options.Setup, method: str, task: options.Task):
             "penalty_batch_size": 1,
         }
     return dataclasses.replace(
-        options.recipe_of(setup.options, task),
+        options.recipe_of(setup.options, task.name, len(task.train)),
         linearized=is_linearized(method),
         distill=distill if method == "delta" else None,
         trained=TRAINED.get(method, ".*"),
@@ -102,9 +102,7 @@ def recipe_of(setup: options.Setup, method: str, task: options.Task):
     )
 
 
-def others_of(
-    setup: options.Setup, method: str, task: options.Task
-) -> list[options.Task]:
+def others_of(setup: setups.Setup, method: str, task: setups.Task) -> list[setups.Task]:
     """T_orth: the tasks that the penalty keeps as they were, the control last.
 
     The incremental variants know of the tasks that come before. A curvature that all
@@ -128,7 +126,7 @@ def others_of(
     return known
 
 
-def vectors(setup: options.Setup, method: Method) -> list[Tree]:
+def vectors(setup: setups.Setup, method: Method) -> list[Tree]:
     """The task vectors of a method, in the order of the tasks; of multi-task learning
     one.
 
@@ -143,9 +141,9 @@ def vectors(setup: options.Setup, method: Method) -> list[Tree]:
 
 
 def of_tasks(
-    setup: options.Setup,
+    setup: setups.Setup,
     method: str,
-    tasks: Sequence[options.Task],
+    tasks: Sequence[setups.Task],
     *,
     folder: str | None = None,
     kind: curved.Kind | None = None,
@@ -192,7 +190,7 @@ def candidate(method: str, coef: float) -> str:
     return f"{method}_coef_{coef:g}"
 
 
-def folder_of(setup: options.Setup, method: str, task: options.Task) -> str:
+def folder_of(setup: setups.Setup, method: str, task: setups.Task) -> str:
     """Where the bank has a method's vectors, of those of a choice of λ too."""
     if is_penalised(method):
         own = candidate(method, getattr(setup.options, coef_option(method)))
@@ -202,11 +200,11 @@ def folder_of(setup: options.Setup, method: str, task: options.Task) -> str:
 
 
 def wanted_of(
-    setup: options.Setup,
+    setup: setups.Setup,
     method: str,
-    task: options.Task,
+    task: setups.Task,
     recipe: train.TrainConfig,
-    others: Sequence[options.Task] = (),
+    others: Sequence[setups.Task] = (),
     *,
     start: Tree | None = None,
     observed: Collection[int] = (),
@@ -238,7 +236,7 @@ def wanted_of(
 
 
 def trained(
-    setup: options.Setup, method: str, wanted: Sequence[training.Wanted]
+    setup: setups.Setup, method: str, wanted: Sequence[training.Wanted]
 ) -> list[Tree]:
     """Task vectors from the bank, on the host; those that are missing are trained.
 
@@ -286,7 +284,7 @@ def snapshot(wanted: training.Wanted, steps: int) -> Tree:
     return tau
 
 
-def network(setup: options.Setup, method: str) -> training.Network:
+def network(setup: setups.Setup, method: str) -> training.Network:
     """The image encoder below frozen heads, with the loss of a method."""
     return training.Network(
         title=f"{setup.title}_{method}",
@@ -300,7 +298,7 @@ def network(setup: options.Setup, method: str) -> training.Network:
     )
 
 
-def joint_vector(setup: options.Setup) -> Tree:
+def joint_vector(setup: setups.Setup) -> Tree:
     """The vector of multi-task learning: one encoder, all tasks, their own heads.
 
     A step takes a batch of every task, as the code of Yoshida et al. (2025) does with
@@ -314,7 +312,7 @@ def joint_vector(setup: options.Setup) -> Tree:
 
 
 def cluster_vector(
-    setup: options.Setup, tasks: Sequence[options.Task], *, linearized: bool = False
+    setup: setups.Setup, tasks: Sequence[setups.Task], *, linearized: bool = False
 ) -> Tree:
     """The vector of joint training on a cluster of tasks; of one task its own vector.
 
@@ -337,24 +335,25 @@ def cluster_vector(
     return trained_jointly(setup, method, name, tasks, config)
 
 
-def joint_recipe(setup: options.Setup) -> train.TrainConfig:
+def joint_recipe(setup: setups.Setup) -> train.TrainConfig:
     """The recipe of training on several tasks at once.
 
     The number of steps is that of the papers with all protocols, for the epochs of the
     code protocol are those of one task.
     """
     config = dataclasses.replace(setup.options, protocol="paper")
-    config = options.recipe_of(config, setup.tasks[0])
+    first = setup.tasks[0]
+    config = options.recipe_of(config, first.name, len(first.train))
     if setup.options.protocol == "code":  # 500 of 2000
         config = dataclasses.replace(config, warmup_steps=config.steps // 4)
     return config
 
 
 def trained_jointly(
-    setup: options.Setup,
+    setup: setups.Setup,
     method: str,
     name: str,
-    tasks: Sequence[options.Task],
+    tasks: Sequence[setups.Task],
     recipe: train.TrainConfig,
 ) -> Tree:
     """One vector of several tasks, from the bank or trained."""
@@ -368,7 +367,7 @@ def trained_jointly(
     return training.joint_vector(setup.options, network(setup, method), wanted, members)
 
 
-def random_vectors(setup: options.Setup) -> list[Tree]:
+def random_vectors(setup: setups.Setup) -> list[Tree]:
     """Gaussian directions with the norms of the ordinary vectors in every leaf."""
     key = jax.random.key(setup.options.seed)
     return [
@@ -406,10 +405,10 @@ LOSSES: dict[str, Callable] = {
 
 
 def identity(
-    setup: options.Setup,
+    setup: setups.Setup,
     method: str,
-    tasks: Sequence[options.Task],
-    others: Sequence[options.Task] = (),
+    tasks: Sequence[setups.Task],
+    others: Sequence[setups.Task] = (),
 ) -> dict[str, Any]:
     """What a vector depends on besides its recipe, as plain data."""
     return {
@@ -421,6 +420,6 @@ def identity(
     }
 
 
-def file_of(setup: options.Setup, method: str, task: str) -> Path:
+def file_of(setup: setups.Setup, method: str, task: str) -> Path:
     """Where the bank has the vector of a task."""
     return bank.vector_file(setup.options.bank, setup.model, method, task)

@@ -1,0 +1,70 @@
+"""Tasks as raw images.
+
+They are those of `jaxarith.data.vision`, with the splits and prompts of the papers, or
+plain image folders. A smoke run takes three tasks of the quickstart.
+"""
+
+import dataclasses
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from experiments.common import script
+from experiments.common.vision import small_tasks, sources
+from experiments.common.vision.options import NO_CONTROL, Options
+from jaxarith.data import images, vision
+
+
+def of_options(options: Options, control: bool) -> list[images.ImageTask]:
+    """The tasks as raw images, the control last; all problems are one error."""
+    control = control and options.control != NO_CONTROL
+    specs = [*options.tasks, *([options.control] if control else [])]
+    names = [spec.partition("=")[0] for spec in specs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"every task, control included, once; got {specs}.")
+    errors = (FileNotFoundError, ValueError)
+
+    def read(spec):
+        try:
+            return named(spec, options)
+        except errors as error:
+            if not control or spec != options.control:
+                raise
+            raise ValueError(
+                f"{error}\nIt is the control task: --control names another one, and "
+                f"--control {NO_CONTROL} does without."
+            ) from error
+
+    return script.collected(specs, read, errors=errors)
+
+
+def named(spec: str, options: Options) -> images.ImageTask:
+    """A task of raw images by its name, or by `NAME=FOLDER`."""
+    name, equals, folder = spec.partition("=")
+    if options.smoke:
+        task = small_tasks.load(name, np.asarray)
+    elif equals:
+        task = vision.load_folder(name, Path(folder))
+    elif options.source == "small":
+        task = small_tasks.load(name, np.asarray)
+    else:
+        task = vision.load(name, options.data_dir, source=options.source)
+    if options.samples is None:
+        return task
+    splits = {
+        split: sources.limited(getattr(task, split), options.samples)
+        for split in ("train", "validation", "test")
+    }
+    return dataclasses.replace(task, **splits)
+
+
+def identity_of(task: images.ImageTask) -> dict:
+    """The number and origin of a task's training samples, a checksum of their labels.
+
+    TFDS reads whole samples to find their labels, and has one set of each name.
+    """
+    identity = {"samples": len(task.train), "source": task.origin}
+    if task.origin != "tfds":
+        identity["labels"] = zlib.crc32(sources.labels(task.train).tobytes())
+    return identity
