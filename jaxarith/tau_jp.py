@@ -35,7 +35,10 @@ MODES = get_args(Mode)
 
 
 def penalty(
-    tangents: Tree, mask: jax.Array | None = None, power: Power = 1
+    tangents: Tree,
+    mask: jax.Array | None = None,
+    power: Power = 1,
+    weight: jax.Array | None = None,
 ) -> jax.Array:
     r"""Mean over samples of :math:`\|J(x)\tau\|_2^\text{power}`.
 
@@ -44,6 +47,9 @@ def penalty(
         over the last axis, the mean over all others.
       mask: `[B, ...]`, True where an entry counts; all do by default.
       power: 1 (the paper's code) or 2 (as printed).
+      weight: `[B]`, 0 for a copy that fills up a batch and the same number for every
+        other sample, see `train.padding`; the mean is multiplied by its mean. By
+        default no sample is a copy.
 
     Returns:
       A scalar. Its gradient at `tau = 0` is zero, not NaN.
@@ -59,8 +65,15 @@ def penalty(
         raise ValueError(f"power is {power!r}; it must be 1 or 2.")
     squares = tree.total(jnp.sum(x**2, axis=-1) for x in jax.tree.leaves(tangents))
     values = tree.safe_sqrt(squares) if power == 1 else squares
-    if mask is None:
-        return values.mean()
+    if weight is not None:
+        real = jnp.reshape(weight > 0, (-1,) + (1,) * (values.ndim - 1))
+        real = real if mask is None else real & mask
+        return weight.mean() * _masked_mean(values, real)
+    return values.mean() if mask is None else _masked_mean(values, mask)
+
+
+def _masked_mean(values, mask):
+    mask = jnp.broadcast_to(mask, values.shape)
     return jnp.sum(values, where=mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
@@ -73,6 +86,7 @@ def linearized_and_penalty(
     *,
     mask: jax.Array | None = None,
     power: Power = 1,
+    weight: jax.Array | None = None,
     product_dtype: DTypeLike | None = None,
     shards: int = 1,
 ) -> tuple[Any, jax.Array]:
@@ -85,7 +99,7 @@ def linearized_and_penalty(
       apply_fn, params_0, tau: as for `tangent.jvp`.
       inputs: arrays `[B, ...]` of the task that is trained.
       penalty_inputs: arrays `[P, ...]` of the other tasks.
-      mask, power: as for `penalty`, over the P samples.
+      mask, power, weight: as for `penalty`, over the P samples.
       product_dtype: as for `tangent.jvp`.
       shards: the number of devices that each batch is cut into equal parts for; it
         divides B and P. The batches are joined part by part, and no sample moves.
@@ -112,7 +126,7 @@ def linearized_and_penalty(
         lambda f, df: whole(parts(f + df)[:, :count]), outputs, tangents
     )
     others = jax.tree.map(lambda df: whole(parts(df)[:, count:]), tangents)
-    return linearized, penalty(others, mask, power)
+    return linearized, penalty(others, mask, power, weight)
 
 
 def draw(mode: Mode, step: int, tasks: int, batch: int, seed: int = 0) -> np.ndarray:
@@ -197,7 +211,7 @@ def matrix(
     """
     if not datasets:
         raise ValueError("the τJp matrix needs at least one dataset; found 0.")
-    mesh = mesh or sharding.mesh_of((params_0, tuple(taus)))
+    mesh = sharding.for_tasks(mesh or sharding.mesh_of((params_0, tuple(taus))), 1)
     params_0, taus = sharding.shard((params_0, tuple(taus)), mesh)  # once
     columns = []
     for number, batches in enumerate(datasets):

@@ -105,8 +105,8 @@ def test_seed_and_order_of_the_others_are_part_of_the_identity(tmp_path):
         training.check(network(), [wanted(tmp_path, "a", recipe=seeded)])
 
 
-def test_a_batch_that_the_mesh_cannot_share_is_found_by_check(tmp_path):
-    recipe = dataclasses.replace(RECIPE, micro_batches=3)
+def test_more_micro_batches_than_samples_are_found_by_check(tmp_path):
+    recipe = dataclasses.replace(RECIPE, micro_batches=100)
     with pytest.raises(ValueError, match="micro-batches"):
         training.check(network(), [wanted(tmp_path, "a", recipe=recipe)])
     assert not list(tmp_path.iterdir())

@@ -116,6 +116,9 @@ def vectors(
 ) -> list[Tree]:
     """Task vectors from the bank, on the host; those that are missing are trained.
 
+    Where the axis `task` of the mesh does not divide them, they share it as far as it
+    does, and its other devices share the batches.
+
     Args:
       options: the folder of checkpoints and logs, and how often to save.
       network: what the vectors are trained from.
@@ -180,7 +183,7 @@ def joint_vector(
         wanted.recipe,
         seeds=seeds,
         augment=network.augment,
-        mesh=network.mesh,
+        mesh=sharding.for_tasks(network.mesh, 1),
     )
     [tau], [metrics] = _run(
         options,
@@ -265,7 +268,7 @@ def _batches(network, group):
         ],
         inputs=fields,
         augment=network.augment,
-        mesh=network.mesh,
+        mesh=sharding.for_tasks(network.mesh, len(group)),
     )
 
 
@@ -286,7 +289,12 @@ def _run(
     folder = checkpoints(options, network, names)
     place = folder.relative_to(runs.checkpoints(options)).as_posix()
     log = options.out / f"train_{place.replace('/', '_')}.jsonl"
-    tqdm.write(f"{network.title}: {', '.join(names)}", file=sys.stderr)
+    mesh = sharding.for_tasks(network.mesh, len(names))
+    shared = ""
+    if mesh is not network.mesh:
+        sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        shared = f" (a mesh of {sizes}, for {len(names)} of them)"
+    tqdm.write(f"{network.title}: {', '.join(names)}{shared}", file=sys.stderr)
     taus = train.fine_tune(
         network.apply_fn,
         network.params_0,
@@ -299,7 +307,7 @@ def _run(
         penalty_mask=network.penalty_mask if recipe.tau_jp_mode else None,
         curvature=curvature,
         log=log,
-        mesh=network.mesh,
+        mesh=mesh,
         checkpoints=folder if options.save_every else None,
         save_every=options.save_every,
         workers=network.workers,

@@ -102,7 +102,7 @@ def averages(
     count = sum(int(mask.sum()) for mask in masks)
     if not count:
         raise ValueError("the batches hold no real sample; give at least one.")
-    mesh = mesh or sharding.mesh_of(params_0)
+    mesh = sharding.for_tasks(mesh or sharding.mesh_of(params_0), 1)
     params_0 = sharding.shard(params_0, mesh)  # once, not with every batch
     fields = {field for _, field in plan.tokens}
     if plan.penalty_mask is not None:

@@ -118,7 +118,7 @@ def _of_tangents(
             f"{coefs.shape[1]} coefficients for {len(taus)} task vectors; give one for "
             "each."
         )
-    mesh = mesh or sharding.mesh_of((params_0, tuple(taus)))
+    mesh = sharding.for_tasks(mesh or sharding.mesh_of((params_0, tuple(taus))), 1)
     params_0, taus = sharding.shard((params_0, tuple(taus)), mesh)  # once
     rows = []
     for batch in batches:

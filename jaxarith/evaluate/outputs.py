@@ -55,7 +55,7 @@ def outputs(
       ValueError: there is no batch, a batch is no dict or lacks a field, or the model
         gives no single array.
     """
-    mesh = mesh or sharding.mesh_of(params)
+    mesh = sharding.for_tasks(mesh or sharding.mesh_of(params), 1)
     params = sharding.shard(params, mesh)  # once, not with every batch
     rows = [
         (settled(_apply(apply_fn, mesh, params, *_inputs(b, inputs, mesh))), mask_of(b))
@@ -123,7 +123,7 @@ def forward(
     mesh: Mesh | None = None,
 ) -> OutputsAt:
     r"""Outputs of :math:`f(x; \theta_0 + \sum_t \lambda_t\tau_t)`; a pass per call."""
-    mesh = mesh or sharding.mesh_of((params_0, tuple(taus)))
+    mesh = sharding.for_tasks(mesh or sharding.mesh_of((params_0, tuple(taus))), 1)
     params_0, taus = sharding.shard((params_0, tuple(taus)), mesh)
 
     def at(coefs):
@@ -146,17 +146,19 @@ def sweep(
 ) -> np.ndarray:
     r"""Outputs of :math:`f(x; \theta_0 + \sum_t \lambda_t\tau_t)` at many coefficients.
 
-    Every device computes other coefficients, on all samples: n passes take the time of
-    n over the number of devices. Each holds the whole model and all task vectors, and
-    no device waits for another, whatever axes the mesh has. Where all coefficients of a
-    point are equal, pass the sum of the task vectors as the only one.
+    Every device computes other coefficients, on all samples; of fewer coefficients than
+    devices, several share the samples. So n passes take the time of n over the number
+    of devices. Each holds the whole model and all task vectors, and no device waits for
+    another, whatever axes the mesh has. Where all coefficients of a point are equal,
+    pass the sum of the task vectors as the only one.
 
     Args:
       apply_fn, params_0, taus, batches, inputs: as for `forward`.
       coefs: n sets of coefficients, `[n, T]`, such as the points of a ξ grid.
       mesh: the devices; by default all.
-      readout: what is kept of the outputs `[B, ...]` of a batch, such as the predicted
-        labels; all outputs of all coefficients may be more than the host can hold.
+      readout: what is kept of the outputs `[B, ...]` of a batch, or of the part of one
+        that a device has, such as the predicted labels; all outputs of all coefficients
+        may be more than the host can hold.
 
     Returns:
       `[n, N, ...]`.
@@ -177,16 +179,16 @@ def sweep(
             f"coefficients of shape {list(points.shape)} for {len(taus)} task vectors; "
             "expected [n, T]."
         )
-    mesh = mesh or sharding.make_mesh()
+    mesh = _shared_by(mesh or sharding.make_mesh(), len(points))
     whole = NamedSharding(mesh, P())
     params_0, taus = sharding.put((params_0, tuple(taus)), whole)
     # Few programs serve sweeps of all lengths: each has room for eight points on every
     # device, and a longer sweep is several calls.
-    parts = np.array_split(points, -(-len(points) // (_ROOM * mesh.size)))
+    parts = np.array_split(points, -(-len(points) // (_ROOM * mesh.shape["task"])))
     placed = [_placed(part, mesh) for part in parts]
     rows = []
     for batch in batches:
-        fields = sharding.put(fields_of(batch, inputs), whole)
+        fields = sharding.spread(fields_of(batch, inputs), mesh)
         at_batch = []
         for each, room, places in placed:
             model = (apply_fn, readout, mesh, params_0, taus)
@@ -200,14 +202,21 @@ def sweep(
 _ROOM = 8
 
 
+def _shared_by(mesh, points):
+    """The devices of a mesh, with the axis `task` for points and `data` for samples."""
+    size = max(n for n in range(1, min(points, mesh.size) + 1) if mesh.size % n == 0)
+    devices = mesh.devices.reshape(size, mesh.size // size, 1)
+    return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
+
+
 def _placed(coefs, mesh):
     """Points shared by the devices: how many each computes, the room, their places."""
-    each = -(-len(coefs) // mesh.size)
+    each = -(-len(coefs) // mesh.shape["task"])
     number = np.arange(len(coefs))
     places = number // each * _ROOM + number % each
-    room = np.zeros((_ROOM * mesh.size, coefs.shape[1]), np.float32)
+    room = np.zeros((_ROOM * mesh.shape["task"], coefs.shape[1]), np.float32)
     room[places] = coefs
-    return each, sharding.put(room, NamedSharding(mesh, P(mesh.axis_names))), places
+    return each, sharding.put(room, NamedSharding(mesh, P("task"))), places
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -227,8 +236,8 @@ def _at_all(apply_fn, readout, mesh, params_0, taus, each, coefs, *inputs):
     found = jax.shard_map(
         own,
         mesh=mesh,
-        in_specs=(P(mesh.axis_names), *[P()] * (3 + len(inputs))),
-        out_specs=P(mesh.axis_names),
+        in_specs=(P("task"), *[P()] * 3, *[P(sharding.BATCH)] * len(inputs)),
+        out_specs=P("task", sharding.BATCH),
         check_vma=False,
     )(coefs, params_0, taus, each, *inputs)
     return sharding.constrain(found, mesh, P())
@@ -278,7 +287,7 @@ def tangent(
     forward passes of the network. Where all vectors share one coefficient, their sum
     (`task_vectors.add`) is all that is asked for, at 3 forward passes.
     """
-    mesh = mesh or sharding.mesh_of((params_0, tuple(taus)))
+    mesh = sharding.for_tasks(mesh or sharding.mesh_of((params_0, tuple(taus))), 1)
     params_0, taus = sharding.shard((params_0, tuple(taus)), mesh)
     rows = [
         (

@@ -124,7 +124,7 @@ def largest_eigenvalue(
         raise ValueError(f"max_iterations is {max_iterations}; at least 1 is needed.")
     part = tree.floating(params) if part is None else part
     tree.check_part(part, params)
-    mesh = mesh or sharding.mesh_of(params)
+    mesh = sharding.for_tasks(mesh or sharding.mesh_of(params), 1)
     params = sharding.shard(params, mesh)  # once, not with every batch
     v = _unit(_normal(key, tree.restrict(params, tree.flatten(part))))
     v = sharding.shard(v, mesh)

@@ -2,7 +2,7 @@
 
 `download` finds the folder of a checkpoint, `folders` its tensors, `reading` and
 `writing` do what they say. `safetensors` knows the files, `layouts` the names of
-tensors, and `lora` adapters.
+tensors, `lora` adapters, and `vectors` files of task vectors.
 """
 
 from jaxarith.hub.download import find as find
@@ -26,6 +26,9 @@ from jaxarith.hub.reading import load as load
 from jaxarith.hub.reading import load_tree as load_tree
 from jaxarith.hub.reading import read as read
 from jaxarith.hub.stored import Stored as Stored
+from jaxarith.hub.vectors import Vector as Vector
+from jaxarith.hub.vectors import is_vector as is_vector
+from jaxarith.hub.vectors import open_vector as open_vector
 from jaxarith.hub.writing import save as save
 from jaxarith.hub.writing import save_tree as save_tree
 from jaxarith.hub.writing import write as write

@@ -121,7 +121,12 @@ def _flax_path(name, paths):
 def _transposed(leaf):
     if len(leaf.shape) < 2:
         return leaf  # of a wrong shape, which `check` reports
-    axes = (*range(2, len(leaf.shape)), 1, 0)
+    return _turned(leaf, (*range(2, len(leaf.shape)), 1, 0))
+
+
+def _turned(leaf, axes):
+    if axes is None:
+        return leaf
     shape = tuple(leaf.shape[axis] for axis in axes)
     return Stored.made(leaf.dtype, shape, lambda: leaf.read().transpose(axes))
 
@@ -133,16 +138,38 @@ def to_torch(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
       ValueError: one module has, say, both a kernel and a scale, which would both be
         its weight.
     """
-    tensors: dict[str, np.ndarray] = {}
-    for path, array in leaves.items():
+    names = _torch_names(leaves)
+    axes = {path: _torch_axes(path, array.ndim) for path, array in leaves.items()}
+    return {
+        names[path]: array if axes[path] is None else array.transpose(axes[path])
+        for path, array in leaves.items()
+    }
+
+
+def stored_to_torch(leaves: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The same of tensors that are not read yet; errors as for `to_torch`."""
+    names = _torch_names(leaves)
+    return {
+        names[path]: _turned(leaf, _torch_axes(path, len(leaf.shape)))
+        for path, leaf in leaves.items()
+    }
+
+
+def _torch_names(paths):
+    owners: dict[str, str] = {}
+    for path in paths:
         name = re.sub(r"/(kernel|scale|embedding)$", "/weight", path).replace("/", ".")
-        if name in tensors:
+        if name in owners:
             raise ValueError(f"{path} and another leaf would both be saved as {name}.")
-        if path.endswith("/kernel") and array.ndim >= 2:
-            window = range(array.ndim - 2)
-            array = array.transpose(array.ndim - 1, array.ndim - 2, *window)
-        tensors[name] = array
-    return tensors
+        owners[name] = path
+    return {path: name for name, path in owners.items()}
+
+
+def _torch_axes(path, ndim):
+    """How a kernel is transposed; None of other leaves."""
+    if not path.endswith("/kernel") or ndim < 2:
+        return None
+    return (ndim - 1, ndim - 2, *range(ndim - 2))
 
 
 def check(file: Path, layout: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:

@@ -216,7 +216,7 @@ def draw_products(
 
 @jax.jit
 def _draw_products(row, key):
-    row = _widened(row)
+    row = widened(row)
     noise = draw(key, row[0].shape).astype(row[0].dtype)
     *inner, square = tree.sums([*(noise * leaf for leaf in row), noise * noise])
     return jnp.stack(inner), square
@@ -283,7 +283,7 @@ def adam(
         # Wide in every step, leaf by leaf, not once: that would be a copy of them all.
         # XLA would move it out of the loop if it did not depend on the state.
         held, delta = jax.lax.optimization_barrier((part, delta))
-        rows = {path: _widened(row) for path, row in held.items()}
+        rows = {path: widened(row) for path, row in held.items()}
         *cross, square = tree.total(
             tree.sums([x * delta[path] for x in (*row, delta[path])])
             for path, row in rows.items()
@@ -318,5 +318,6 @@ def _wide(row):
     return tree.wide_dtype(*row)
 
 
-def _widened(row):
+def widened(row: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """A leaf of every task in one dtype, float32 or wider."""
     return tuple(jnp.asarray(leaf, _wide(row)) for leaf in row)

@@ -10,10 +10,19 @@ The redundant vector δ starts at zero and descends (Algorithm 1, Eq. 14)
 
 and the disentangled vectors τ_i - δ are merged by task arithmetic.
 
-Every gradient is a combination of the τ_i and δ, so plain gradient descent from zero
-never leaves the span of the task vectors. With δ = Σ_k c_k τ_k all that it needs is the
-K×K Gram matrix: one pass over the model, then steps in K variables. These are the same
-iterates as in the full space, not an approximation.
+Every gradient is a combination of the τ_i and δ, so gradient descent from zero, with or
+without momentum, never leaves the span of the task vectors. With δ = Σ_k c_k τ_k all
+that it needs is the K×K Gram matrix: one pass over the model, then steps in K
+variables. These are the same iterates as in the full space, not an approximation.
+
+It follows that one δ for whole vectors gives no new direction. With a coefficient λ_k
+for every task, the merged vector is
+
+.. math:: \sum_i\lambda_i(\tau_i-\delta)
+          = \sum_k\big(\lambda_k - c_k\textstyle\sum_i\lambda_i\big)\,\tau_k,
+
+and λ Σ_k (1 - K c_k) τ_k if all are λ: task arithmetic with K scalars. A δ for every
+leaf gives K scalars a leaf, a δ for every row K a row. Adam alone leaves the span.
 """
 
 from typing import Literal
@@ -22,12 +31,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxarith import tree
-from jaxarith.merge import _awd_solvers, _leaves
+from jaxarith.merge import _awd_rows, _awd_solvers, _leaves
 from jaxarith.typing import Coef, Params, Taus
 
-Scope = Literal["global", "layer"]
+Scope = Literal["global", "layer", "row"]
 Objective = Literal["reduce", "reverse"]
-Solver = Literal["gradient_descent", "direct", "adam"]
+Solver = Literal["gradient_descent", "momentum", "direct", "adam"]
+MOMENTUM = 0.9
 
 
 def awd(
@@ -62,27 +72,33 @@ def awd(
         step, which must be far below 1 for it to settle. The paper states no β. For
         "adam", in units of their root mean square entry.
       steps: the number of gradient steps (the paper times 1000).
-      scope: "global", one δ for whole vectors, or "layer", Eq. 14 for every leaf by
-        itself: with α Σ_l ‖δ_l‖ for the norm the leaves are separate problems. A leaf's
-        norms are smaller than the model's, so the same α weighs less there.
+      scope: "global", one δ for whole vectors; "layer", Eq. 14 for every leaf by
+        itself: with α Σ_l ‖δ_l‖ for the norm the leaves are separate problems; "row",
+        Eq. 14 for every row of a matrix by itself: the weights of one output of a
+        layer, as `merge.input_axis` knows them by name. Leaves that are not 2-D are one
+        row. Norms of leaves and rows are smaller than the model's, so the same α weighs
+        less there. Rows are what the authors' later code has (`decompose.py` of WUDI,
+        Cheng et al. 2025); it takes the mean over a matrix's rows, so its α and its
+        learning rate compare with those here times, and over, the number of rows.
       pattern: a regular expression of whole slash paths. Leaves that do not match stay
         at `params_0`. `None` takes every leaf.
       objective: "reduce" the absolute cosines, or "reverse": maximise them, as in
         Tables 6 and 7.
-      solver: "gradient_descent", Algorithm 1; "direct", a minimum of Eq. 14 by Newton's
-        method in K variables, from where gradient descent ends and from zero: never
-        above the former, though others may be lower, for the problem is not convex;
-        "adam", Adam on δ in the full space, which holds δ and two moments besides the
-        task vectors, and gathers sharded ones on one device. Reversed, minima lie far
-        out for a small α.
-      key: a random key lets the direct solver leave the span as well. A part of δ
-        orthogonal to all task vectors acts only through its length, a (K+1)-th
-        variable; its direction is drawn from the key.
+      solver: "gradient_descent", Algorithm 1; "momentum", the same with a momentum of
+        0.9, as the authors' later code, which makes steps ten times as long in the end;
+        "direct", a minimum of Eq. 14 by Newton's method in K variables, from where
+        gradient descent ends and from zero: never above the former, though others may
+        be lower, for the problem is not convex; "adam", Adam on δ in the full space,
+        which holds δ and two moments besides the task vectors, and gathers sharded ones
+        on one device. Reversed, minima lie far out for a small α.
+      key: a random key lets the direct solver leave the span as well, of whole vectors
+        or leaves. A part of δ orthogonal to all task vectors acts only through its
+        length, a (K+1)-th variable; its direction is drawn from the key.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`. Derivatives with respect
-      to the task vectors go through δ for "gradient_descent"; the other solvers' δ is
-      a constant to them.
+      to the task vectors go through δ for "gradient_descent" and "momentum"; the
+      other solvers' δ is a constant to them.
 
     Raises:
       ValueError: an unknown option, fewer than two task vectors, one that does not fit,
@@ -99,29 +115,50 @@ def awd(
     _leaves.one_of(solver, Solver, "solver")
     if key is not None and solver != "direct":
         raise ValueError(f'key is for solver="direct"; found solver={solver!r}.')
+    if key is not None and scope == "row":
+        raise ValueError('key is for scope="global" and "layer"; found scope="row".')
     _leaves.check(params_0, taus)
     if len(taus) < 2:
         raise ValueError("AWD disentangles at least two task vectors; found one.")
     if pattern is not None:
         taus = [tree.select(tau, pattern) for tau in taus]
     coefs = _leaves.task_coefs(coef, taus)
-    rows = tree.aligned(taus)
+    rows, reverse = tree.aligned(taus), objective == "reverse"
     # The parts of the vector that share one δ, each as the paths of its leaves.
     parts = [list(rows)] if scope == "global" else [[path] for path in rows]
-    reverse = objective == "reverse"
 
     if solver == "adam":
         delta = {}
-        for part in parts:
-            part = {
-                path: [jnp.asarray(tau) for tau in tree.gathered(rows[path])]
-                for path in part
-            }
-            delta |= _awd_solvers.adam(part, alpha, step_size, steps, reverse)
+        for paths in parts:
+            part = {path: _on_device(rows[path]) for path in paths}
+            if scope == "row":
+                [(path, row)] = part.items()
+                axis = _awd_rows.axis_of(path, row[0])
+                found = _awd_rows.adam(row, axis, alpha, step_size, steps, reverse)
+                delta[path] = found
+            else:
+                delta |= _awd_solvers.adam(part, alpha, step_size, steps, reverse)
         return _leaves.fold(_subtract, params_0, taus, coefs, delta)
 
+    momentum = MOMENTUM if solver == "momentum" else 0.0
+
+    def descended(grams):
+        return _redundant_of_parts(grams, alpha, step_size, steps, reverse, momentum)
+
+    if scope == "row":
+
+        def solve(grams):
+            redundant, room = descended(grams), jnp.zeros(len(grams), bool)
+            if solver == "direct":
+                given = (alpha, redundant, room, reverse)
+                redundant, _ = _awd_solvers.direct(grams, *given)
+            return redundant
+
+        redundant = {path: _awd_rows.coefs(path, rows[path], solve) for path in rows}
+        return _leaves.fold(_subtract_combination, params_0, taus, coefs, redundant)
+
     grams = jnp.stack([tree.gram_of(rows[path] for path in part) for part in parts])
-    redundant = _redundant_of_parts(grams, alpha, step_size, steps, reverse)
+    redundant = descended(grams)
     if solver == "direct":
         # Only more entries than vectors leave room for an orthogonal direction.
         leaves = _leaves.unmapped(rows)
@@ -151,6 +188,7 @@ def redundant_coefs(
     step_size: float | jax.Array,
     steps: int,
     reverse: bool | jax.Array = False,
+    momentum: float | jax.Array = 0.0,
 ) -> jax.Array:
     r"""The coefficients c of the redundant vector, :math:`\delta = \sum_k c_k\tau_k`.
 
@@ -158,6 +196,7 @@ def redundant_coefs(
       gram: inner products of K ≥ 2 task vectors, `[K, K]`.
       alpha, step_size, steps: as for `awd`.
       reverse: whether the absolute cosines are maximised.
+      momentum: the share of the last step's direction that is kept: 0 for Algorithm 1.
 
     Returns:
       `[K]`.
@@ -177,23 +216,30 @@ def redundant_coefs(
         along = jnp.dot(zeros, along, precision="highest")
         return c - _awd_solvers.inverse(norms) * along
 
-    def step(_, c):
+    def step(_, state):
+        c, direction = state
         # Row i of a = 1 - 1cᵀ is τ_i - δ in terms of the τ_k; products = a G aᵀ.
         cross = jnp.dot(gram, c, precision="highest")
         square = c @ cross
         products = _awd_solvers.rest_products(gram, cross, square)
         weights, shrink = _awd_solvers.gradient(products, square, alpha, reverse)
-        return without_zeros(c - learning_rate * (weights + shrink * c))
+        direction = momentum * direction + (weights + shrink * c)
+        return without_zeros(c - learning_rate * direction), direction
 
-    return jax.lax.fori_loop(0, steps, step, jnp.zeros(len(gram), gram.dtype))
+    zero = jnp.zeros(len(gram), gram.dtype)
+    return jax.lax.fori_loop(0, steps, step, (zero, zero))[0]
 
 
 @jax.jit(static_argnames="steps")
-def _redundant_of_parts(grams, alpha, step_size, steps, reverse):
+def _redundant_of_parts(grams, alpha, step_size, steps, reverse, momentum):
     def solve(gram):
-        return redundant_coefs(gram, alpha, step_size, steps, reverse)
+        return redundant_coefs(gram, alpha, step_size, steps, reverse, momentum)
 
     return jax.vmap(solve)(grams)
+
+
+def _on_device(row):
+    return tuple(jnp.asarray(tau) for tau in tree.gathered(row))
 
 
 def _by_path(values, parts):
@@ -204,6 +250,8 @@ def _by_path(values, parts):
 @_leaves.leaf_function
 def _subtract_combination(leaf_0, taus, coefs, redundant):
     # Σ_i λ_i (τ_i - Σ_k c_k τ_k) = Σ_k (λ_k - c_k Σ_i λ_i) τ_k: task arithmetic.
+    # In rows, c is [K, 1, n] or [K, m, 1].
+    coefs = coefs.reshape(-1, *(1 for _ in redundant.shape[1:]))
     weights = coefs - redundant * coefs.sum()
     return leaf_0 + sum(w * tau for w, tau in zip(weights, taus, strict=True))
 

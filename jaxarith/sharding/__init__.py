@@ -5,6 +5,7 @@ from jaxarith.sharding.mesh import BATCH as BATCH
 from jaxarith.sharding.mesh import SMALLEST_SHARDED as SMALLEST_SHARDED
 from jaxarith.sharding.mesh import batch_shards as batch_shards
 from jaxarith.sharding.mesh import constrain as constrain
+from jaxarith.sharding.mesh import for_tasks as for_tasks
 from jaxarith.sharding.mesh import from_local_rows as from_local_rows
 from jaxarith.sharding.mesh import initialize as initialize
 from jaxarith.sharding.mesh import local_rows as local_rows

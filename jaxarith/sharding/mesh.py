@@ -13,6 +13,7 @@ The compiler partitions the program (`jax.jit` of sharded arguments); `on_mesh` 
 to gather parameters where a model reads them and to leave samples where they are.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -92,6 +93,29 @@ def mesh_of(tree: Tree) -> Mesh:
         if placed.mesh.axis_names == AXES:
             return placed.mesh
     return one_device()
+
+
+def for_tasks(mesh: Mesh, tasks: int) -> Mesh:
+    """The mesh, or one that shares batches where it cannot share so many tasks.
+
+    The axis `task` keeps the largest size that divides both, and `data` takes the rest:
+    eight devices for tasks of their own share the batches of multi-task training.
+
+    Args:
+      mesh: from `make_mesh`.
+      tasks: the number of tasks that train side by side.
+
+    Example:
+      >>> mesh = make_mesh("task=1", jax.devices()[:1])
+      >>> for_tasks(mesh, 3) is mesh
+      True
+    """
+    own, data, fsdp = mesh.devices.shape
+    size = math.gcd(own, tasks)
+    if size == own:
+        return mesh
+    devices = mesh.devices.reshape(size, own * data // size, fsdp)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -111,6 +111,68 @@ def fit(
     return dict(sorted(found.items())), notes
 
 
+def fit_vector(
+    base: Mapping[str, Stored],
+    vector: Mapping[str, Stored],
+    label: str,
+    missing: Missing = "error",
+) -> tuple[dict[str, Stored], list[str]]:
+    """Finds the tensor of the base for each one of a task vector.
+
+    A task vector may be of a part of the model, such as the image encoder: the other
+    tensors of the base do not move, but for those that are tied to one that does.
+
+    Args:
+      base, vector: tensors by name.
+      label: what errors and notes call the task vector.
+      missing: what to do with tensors that the base lacks. "error": refuse the vector;
+        "base": leave them out.
+
+    Returns:
+      The tensors of the vector by the base's names, and notes on what was done.
+
+    Raises:
+      ValueError: a tensor has no place in the base, or another shape there.
+    """
+    of_base, notes = names.match(base, vector, label)
+    ours = {of_base[name]: tensor for name, tensor in sorted(vector.items())}
+    found = {
+        name: tensor
+        for name, tensor in ours.items()
+        if name in base and base[name].is_floating and tensor.is_floating
+    }
+    strange = sorted(ours.keys() - found.keys())
+    lines = [f"+ {name} {ours[name]}: no such weight in the base" for name in strange]
+    lines *= missing == "error"
+    lines += [
+        f"! {name}: {list(tensor.shape)}, and {list(base[name].shape)} in the base"
+        for name, tensor in found.items()
+        if tensor.shape != base[name].shape
+    ]
+    if lines:
+        raise ValueError(
+            _listed(f"{label} does not fit the base ({len(lines)} tensors):", lines)
+            + "\nGive the base that the task vector was trained from. "
+            'missing="base" (--missing base) leaves out tensors that the base lacks.'
+        )
+    if not found:
+        raise ValueError(f"{label} has no tensor of the base.")
+    if strange:
+        notes.append(f"{label}: {_some(strange)} left out")
+    still = sorted(n for n, x in base.items() if _is_merged(n, x) and n not in found)
+    for name in filter(_may_be_tied, still):
+        twins = (x for x in found if _may_be_tied(x) and same_values(base[name], base[x]))
+        if (twin := next(twins, None)) is not None and not _is_constant(base[name]):
+            found[name] = found[twin]
+            notes.append(f"{label}: {name} is tied to {twin} and moves with it")
+    if rest := [name for name in still if name not in found]:
+        notes.append(
+            f"{label}: a task vector of {len(found)} tensors; {_some(rest)} are not in "
+            "it: the base's stay"
+        )
+    return found, notes
+
+
 def _is_merged(name, tensor):
     return tensor.is_floating and not names.is_buffer(name, tensor)
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxarith import sharding, tau_jp
 from jaxarith.batches import fields_of
 from jaxarith.data import pipeline
+from jaxarith.train import padding
 from jaxarith.train.config import TrainConfig
 from jaxarith.typing import Source
 
@@ -67,12 +68,15 @@ def task_batches(
       `"penalty"`, a dict of input fields `[T, P, ...]`, and with `config.distill`
       `"alpha"`, the step's coefficient of each task, `[T, B]`, the same for all samples
       of a task. In one of several processes the `sharding.local_rows` of both axes.
+      Where devices and micro-batches do not divide B or P, copies fill them up, and the
+      field `train.padding.WEIGHT` says which samples they are; the objectives here look
+      at it, so that copies count for nothing.
 
     Raises:
       ValueError: no task, an empty source, no other task for the penalty, another
-        number of names or seeds, or both of them, or tasks or samples that the mesh
-        cannot share equally; when a batch is made, samples that are not dicts, or lack
-        a field or have one of another shape.
+        number of names or seeds, or both of them, tasks that the mesh cannot share
+        equally, or more micro-batches than samples on a device; when a batch is made,
+        samples that are not dicts, or lack a field or have one of another shape.
     """
     seeds = _seeds(sources, config, names, seeds)
     if others is None:
@@ -92,36 +96,40 @@ def task_batches(
     foreign = [shuffled(*pair) for pair in zip(others, other_seeds, strict=True)]
     local_tasks = sharding.local_rows(len(sources), mesh, "task")
 
-    rows = _local_samples(config.batch_size, config, mesh)
+    size = config.batch_size
+    total = padding.filled(size, mesh, config.micro_batches)
+    rows = sharding.local_rows(total, mesh, sharding.BATCH)
 
     def drawn(task, step, mode):
         views, size = len(foreign[task]), config.penalty_batch_size
         return tau_jp.draw(mode, step, views, size, seeds[task])
 
-    penalty_rows = [
-        _local_samples(len(drawn(task, 0, config.tau_jp_mode)), config, mesh)
-        for task in range(len(sources) if config.tau_jp_mode else 0)
-    ]
+    for task in range(len(sources) if config.tau_jp_mode else 0):
+        drawn(task, 0, config.tau_jp_mode)  # an error where there is no other task
 
     def penalty_samples(task, step):
         views, tasks = foreign[task], drawn(task, step, config.tau_jp_mode)
-        first = step * config.penalty_batch_size
+        first, count = step * config.penalty_batch_size, len(tasks)
+        total = padding.copied(count, mesh, config.micro_batches)
+        rows = sharding.local_rows(total, mesh, sharding.BATCH)
         records = [
             views[tasks[i]][first + int(i) % config.penalty_batch_size]
-            for i in penalty_rows[task]
+            for i in rows % count
         ]
-        return pipeline.collate(
+        samples = pipeline.collate(
             [
                 dict(zip(inputs, fields_of(r, inputs, "penalty sample"), strict=True))
                 for r in records
             ]
         )
+        return samples | padding.weights(rows, count, total)
 
     def make_batch(step):
         batches = []
         for task in local_tasks:
-            positions = step * config.batch_size + rows
+            positions = step * size + rows % size
             batch: dict = pipeline.collate([own[task][int(i)] for i in positions])
+            batch |= padding.weights(rows, size, total)
             if config.distill:
                 batch["alpha"] = _alphas(config.distill, seeds[task], step, len(rows))
             if config.tau_jp_mode:
@@ -155,7 +163,7 @@ def joint_batches(
 
     Returns:
       `config.steps` dicts of arrays `[1, T * config.batch_size, ...]`, with the number
-      of each sample's task as the field "task", `i32`.
+      of each sample's task as the field "task", `i32`. Copies as in `task_batches`.
 
     Raises:
       ValueError: as for `task_batches`; the devices cannot train different tasks, for
@@ -168,12 +176,15 @@ def joint_batches(
         for source, seed in zip(sources, seeds, strict=True)
     ]
     sharding.local_rows(1, mesh, "task")  # an error where there are several
-    rows = _local_samples(len(views) * config.batch_size, config, mesh)
+    size = len(views) * config.batch_size
+    total = padding.filled(size, mesh, config.micro_batches)
+    rows = sharding.local_rows(total, mesh, sharding.BATCH)
 
     def make_batch(step):
         first = step * config.batch_size
-        pairs = [divmod(int(row), len(views)) for row in rows]
+        pairs = [divmod(int(row), len(views)) for row in rows % size]
         batch = pipeline.collate([views[task][first + i] for i, task in pairs])
+        batch |= padding.weights(rows, size, total)
         batch["task"] = np.array([task for _, task in pairs], np.int32)
         if config.distill:
             batch["alpha"] = _alphas(config.distill, config.seed, step, len(rows))
@@ -231,15 +242,3 @@ def _side_by_side(batches):
                 f"{other}. Give them one shape, or train them one after another."
             )
     return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
-
-
-def _local_samples(count, config, mesh):
-    """Which samples of a step this process reads."""
-    parts = sharding.batch_shards(mesh) * config.micro_batches
-    if count % parts:
-        raise ValueError(
-            f"{count} samples of a step cannot be cut into equal parts for "
-            f"{sharding.batch_shards(mesh)} devices and {config.micro_batches} "
-            f"micro-batches; give a multiple of {parts}, or another mesh."
-        )
-    return sharding.local_rows(count, mesh, sharding.BATCH)

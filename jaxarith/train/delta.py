@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxarith import sharding, tangent, task_vectors, tree
+from jaxarith.train import padding
 from jaxarith.typing import ApplyFn, LossFn, Tree
 
 
@@ -84,11 +85,13 @@ def objective(
             return apply_fn(params, *samples)
 
         distance = squared_distance(
-            student(alpha), jax.lax.stop_gradient(teacher(alpha))
+            student(alpha),
+            jax.lax.stop_gradient(teacher(alpha)),
+            batch.get(padding.WEIGHT),
         )
         metrics = {
-            "loss": loss_fn(student(1.0), batch, constants),
-            "teacher_loss": loss_fn(teacher(1.0), batch, constants),
+            "loss": padding.loss(loss_fn, student(1.0), batch, constants),
+            "teacher_loss": padding.loss(loss_fn, teacher(1.0), batch, constants),
             "distillation": distance,
         }
         losses = metrics["loss"] + metrics["teacher_loss"]
@@ -97,10 +100,24 @@ def objective(
     return total
 
 
-def squared_distance(outputs: Tree, others: Tree) -> jax.Array:
-    """The squared distance of two outputs `[B, ...]`, summed; its mean over samples."""
+def squared_distance(
+    outputs: Tree, others: Tree, weight: jax.Array | None = None
+) -> jax.Array:
+    """The squared distance of two outputs `[B, ...]`, summed; its mean over samples.
+
+    Args:
+      outputs, others: trees of arrays `[B, ...]`.
+      weight: `[B]`, what each sample counts for, see `train.padding`; 1 by default.
+    """
+
+    def mean(a, b):
+        squares = (a - b) ** 2
+        if weight is not None:
+            squares *= weight.reshape(-1, *(1,) * (squares.ndim - 1))
+        return jnp.sum(squares) / len(squares)
+
     pairs = zip(jax.tree.leaves(outputs), jax.tree.leaves(others), strict=True)
-    return tree.total(jnp.sum((a - b) ** 2) / len(a) for a, b in pairs)
+    return tree.total(mean(a, b) for a, b in pairs)
 
 
 def each(transform: optax.GradientTransformation) -> optax.GradientTransformation:

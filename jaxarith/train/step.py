@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxarith import curvature, sharding, tangent, task_vectors, tau_jp, tree
-from jaxarith.train import delta
+from jaxarith.train import delta, padding
 from jaxarith.train.config import TrainConfig, optimizer
 from jaxarith.typing import ApplyFn, LossFn, Params, Tree
 
@@ -72,6 +72,7 @@ def objective(
                 tuple(others[name] for name in inputs),
                 mask=None if penalty_mask is None else others[penalty_mask] != 0,
                 power=config.penalty_power,
+                weight=others.get(padding.WEIGHT),
                 product_dtype=config.product_dtype,
                 shards=sharding.batch_shards(mesh),
             )
@@ -86,7 +87,7 @@ def objective(
             outputs = jax.tree.map(jnp.add, f0, moved)
         else:
             outputs = apply_fn(task_vectors.apply(params_0, tau), *task_inputs)
-        loss = loss_fn(outputs, batch, constants)
+        loss = padding.loss(loss_fn, outputs, batch, constants)
         metrics: dict[str, Any] = {"loss": loss}
         if config.tau_jp_mode:
             metrics["penalty"] = penalty

@@ -40,7 +40,7 @@ def batches_of(study: Study, recipe: train.TrainConfig) -> Source:
         recipe,
         names=study.names,
         inputs=study.inputs,
-        mesh=study.mesh,
+        mesh=sharding.for_tasks(study.mesh, len(study.sources)),
     )
 
 
@@ -114,7 +114,7 @@ def fine_tune(
         inputs=study.inputs,
         curvature=measured,
         log=config.out / f"train_{method}.jsonl",
-        mesh=study.mesh,
+        mesh=sharding.for_tasks(study.mesh, len(study.sources)),
         checkpoints=checkpoints if config.save_every else None,
         save_every=config.save_every,
     )
