@@ -1,0 +1,77 @@
+"""Batches that devices and micro-batches do not divide: filled up, and weighed.
+
+A batch of B samples is filled up to B' with copies of its first ones. The weight of a
+sample is B' / B, that of a copy 0, so that the mean of weight times value over B', over
+the devices and over the micro-batches is the mean of the values over B.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxarith import sharding
+from jaxarith.typing import LossFn, Tree
+
+# The field of a batch that is there where samples are copies.
+WEIGHT = "padding_weight"
+
+
+def filled(count: int, mesh: Mesh, micro_batches: int) -> int:
+    """The number of samples, copies included, that devices and micro-batches divide.
+
+    Raises:
+      ValueError: there are more micro-batches than samples on a device, so that some
+        would be nothing but copies.
+    """
+    shards = sharding.batch_shards(mesh)
+    if micro_batches > max(count // shards, 1):
+        raise ValueError(
+            f"{micro_batches} micro-batches of {count} samples of a step on {shards} "
+            f"devices; a device has {max(count // shards, 1)}. Give no more "
+            "micro-batches than that."
+        )
+    return copied(count, mesh, micro_batches)
+
+
+def copied(count: int, mesh: Mesh, micro_batches: int) -> int:
+    """As `filled`, also of fewer samples than there are parts."""
+    parts = sharding.batch_shards(mesh) * micro_batches
+    return -(-count // parts) * parts
+
+
+def weights(rows: np.ndarray, count: int, total: int) -> dict[str, np.ndarray]:
+    """The field of weights of some rows; nothing where no sample is a copy.
+
+    Args:
+      rows: numbers of the rows, of `total`.
+      count: the number of samples.
+      total: the number with copies.
+
+    Example:
+      >>> weights(np.arange(4), 3, 4)[WEIGHT].round(3).tolist()
+      [1.333, 1.333, 1.333, 0.0]
+      >>> weights(np.arange(4), 4, 4)
+      {}
+    """
+    if count == total:
+        return {}
+    return {WEIGHT: np.where(rows < count, total / count, 0).astype(np.float32)}
+
+
+def loss(loss_fn: LossFn, outputs: Tree, batch: dict, constants: Tree) -> jax.Array:
+    """The loss of a batch without its copies.
+
+    Where there are some, the loss is taken of every sample by itself, and is the mean
+    of those: of a mean over samples the same, of a mean over tokens one that weighs
+    every text alike.
+    """
+    if WEIGHT not in batch:
+        return loss_fn(outputs, batch, constants)
+    samples = {k: v for k, v in batch.items() if k not in (WEIGHT, "penalty")}
+
+    def alone(outputs, sample):
+        rows = jax.tree.map(lambda leaf: leaf[None], (outputs, sample))
+        return loss_fn(*rows, constants)
+
+    return jnp.mean(batch[WEIGHT] * jax.vmap(alone)(outputs, samples))
