@@ -29,7 +29,8 @@ def find(model: str | os.PathLike, *, revision: str | None = None) -> Path:
 
     Raises:
       FileNotFoundError: there is neither a folder nor a model that can be downloaded.
-      ValueError: the model's weights are in no format that jaxarith reads.
+      ValueError: the model's weights are in no format that jaxarith reads, or `model`
+        is a file.
 
     Example:
       >>> find("google-t5/t5-small")  # doctest: +SKIP
@@ -38,6 +39,8 @@ def find(model: str | os.PathLike, *, revision: str | None = None) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; expected the folder of a checkpoint.")
     import huggingface_hub  # here: local folders do not need it
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 

@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,8 @@ class Opened:
         base, those of the first model; its shapes, dtypes and buffers are used.
       taus: the task vectors, trees of `lazy.Leaf`s; the models if there is no base.
       has_base: whether there is a base.
-      folders: the folder of `base`, then those of the models and adapters.
+      folders: the folder of `base`, then those of the models and adapters; of a task
+        vector its file.
       notes: where the checkpoints differed, and what was done.
       narrowed: names of float64 tensors that are merged in float32, since JAX's float64
         is off (`jax_enable_x64`).
@@ -157,7 +158,8 @@ def open_models(
     """Opens checkpoints as a base and its task vectors, without reading them.
 
     Each is a folder or the id of a model on the Hub with safetensors, in one file or
-    several; a folder of a PEFT adapter, on the base; or `model+adapter`.
+    several; a folder of a PEFT adapter, on the base; or `model+adapter`. A model may
+    also be a file of a task vector of the base, see `hub.open_vector`.
 
     Args:
       base: the pre-trained checkpoint. None makes the base zero, for methods that merge
@@ -178,7 +180,13 @@ def open_models(
     if not models:
         raise ValueError("there are no models to merge; give at least one.")
     places = [_find(str(model)) for model in models]
-    start = places[0][0] if base is None else hub.find(base)
+    start = places[0].folder if base is None else hub.find(base)
+    for model, place in zip(models, places, strict=True):
+        if place.vector is not None and base is None:
+            raise ValueError(
+                f"{model} is a task vector, which needs the base that it moves: give a "
+                "base, and a method that merges task vectors."
+            )
     if start is None:
         raise ValueError(
             f"{models[0]} is an adapter, which needs a model: give a base, or "
@@ -189,15 +197,15 @@ def open_models(
     config = read_config(start)
     notes: list[str] = []
     fitted: dict[str, dict[str, Stored]] = {}
-    for label, (folder, _) in zip(labels, places, strict=True):
+    for label, place in zip(labels, places, strict=True):
         fitted[label] = {}
-        if folder is not None:
-            notes += configs.compare(config, read_config(folder), label)
-            found = open_checkpoint(folder).tensors
+        if place.folder is not None:
+            notes += configs.compare(config, read_config(place.folder), label)
+            found = open_checkpoint(place.folder).tensors
             fitted[label], more = policies.fit(first.tensors, found, label, missing)
             notes += more
     tensors = first.tensors
-    changes, parted, more = _changes(tensors, fitted, places, config)
+    changes, parted, more = _changes(tensors, fitted, places, config, missing)
     notes += more
     untied = parted is not None
     if parted is not None:
@@ -214,7 +222,8 @@ def open_models(
         name: tensor.rows(kept[name]) if name in kept else tensor
         for name, tensor in tensors.items()
     }
-    narrowed = [] if _has_float64() else _double([tensors, *fitted.values()])
+    deltas = [change.deltas for change in changes.values()]
+    narrowed = [] if _has_float64() else _double([tensors, *fitted.values(), *deltas])
     if narrowed:
         few = ", ".join(tree.first_few(narrowed, most=3))
         more.append(
@@ -266,7 +275,7 @@ def adapted(model: str) -> list[str]:
     Raises:
       ValueError: a part is empty.
     """
-    if "+" not in model or Path(model).expanduser().is_dir():
+    if "+" not in model or Path(model).expanduser().exists():
         return [model]
     parts = list(model.rpartition("+")[::2])
     if "" in parts:
@@ -274,8 +283,18 @@ def adapted(model: str) -> list[str]:
     return parts
 
 
-def _find(model: str) -> tuple[Path | None, Path | None]:
-    """The folders of a model and of an adapter; one of them may be None."""
+class _Place(NamedTuple):
+    """Where a model is: its folder, that of an adapter, and a task vector's file.
+
+    A model has the first, the second or both, or the third.
+    """
+
+    folder: Path | None = None
+    adapter: Path | None = None
+    vector: Path | None = None
+
+
+def _find(model: str) -> _Place:
     if len(parts := adapted(model)) == 2:
         folder, adapter = map(hub.find, parts)
         if not lora.is_adapter(adapter):
@@ -283,9 +302,11 @@ def _find(model: str) -> tuple[Path | None, Path | None]:
                 f"{adapter} is no PEFT adapter: it has no {lora.CONFIG}. What follows "
                 "the + in `model+adapter` must be one."
             )
-        return folder, adapter
+        return _Place(folder, adapter)
+    if hub.is_vector(model):
+        return _Place(vector=Path(model).expanduser())
     folder = hub.find(model)
-    return (None, folder) if lora.is_adapter(folder) else (folder, None)
+    return _Place(adapter=folder) if lora.is_adapter(folder) else _Place(folder)
 
 
 _QUANTISED = re.compile(r"bnb|gptq|awq|fp8|\dbit|int[48]", re.IGNORECASE)
@@ -294,26 +315,47 @@ _QUANTISED = re.compile(r"bnb|gptq|awq|fp8|\dbit|int[48]", re.IGNORECASE)
 def _changes(
     base: Mapping[str, Stored],
     models: Mapping[str, Mapping[str, Stored]],
-    places: Sequence[tuple[Path | None, Path | None]],
+    places: Sequence[_Place],
     config: Mapping[str, Any],
+    missing: policies.Missing,
 ) -> tuple[dict[str, lora.Adapter], tying.Pair | None, list[str]]:
-    """What adapters do to each model, the pair that one of them unties, and notes."""
+    """What adapters and task vectors add to each model or to the base.
+
+    Returns:
+      The changes by label, the pair that one of them unties, and notes.
+    """
     changes = dict.fromkeys(models, lora.Adapter({}, {}))
-    if not any(adapter for _, adapter in places):
-        return changes, None, []
-    tied = tying.pair(base, config)
     parted, notes = None, []
-    for (label, found), (folder, adapter) in zip(models.items(), places, strict=True):
-        if adapter is None:
+    tied = None
+    if any(place.adapter for place in places):
+        tied = tying.pair(base, config)
+    for (label, found), place in zip(models.items(), places, strict=True):
+        if place.vector is not None:
+            changes[label], more = _vector(place.vector, base, label, missing)
+            notes += more
+        if place.adapter is None:
             continue
-        under = base if folder is None else found
-        changes[label], parts, more = _adapter(adapter, under, tied, label)
+        under = base if place.folder is None else found
+        changes[label], parts, more = _adapter(place.adapter, under, tied, label)
         notes += more
         if parts and tied is not None:
             tying.check_untied(config, label)
             notes.append(f"{label} moves {tied.embedding} and {tied.head} apart")
             parted = tied
     return changes, parted, notes
+
+
+def _vector(
+    file: Path, base: Mapping[str, Stored], label: str, missing: policies.Missing
+) -> tuple[lora.Adapter, list[str]]:
+    """What the task vector in a file adds to the base, and notes."""
+    vector = hub.open_vector(file)
+    method = "" if vector.method is None else f" by the method {vector.method}"
+    deltas, notes = policies.fit_vector(base, vector.tensors, label, missing)
+    return lora.Adapter(deltas, {}), [
+        f"{label}: the task vector of {vector.task}{method}",
+        *notes,
+    ]
 
 
 def _adapter(

@@ -155,13 +155,14 @@ def fit_vector(
             + "\nGive the base that the task vector was trained from. "
             'missing="base" (--missing base) leaves out tensors that the base lacks.'
         )
-    if not found:
-        raise ValueError(f"{label} has no tensor of the base.")
     if strange:
+        _check_share(found, strange, ours, label)
         notes.append(f"{label}: {_some(strange)} left out")
     still = sorted(n for n, x in base.items() if _is_merged(n, x) and n not in found)
     for name in filter(_may_be_tied, still):
-        twins = (x for x in found if _may_be_tied(x) and same_values(base[name], base[x]))
+        twins = (
+            x for x in found if _may_be_tied(x) and same_values(base[name], base[x])
+        )
         if (twin := next(twins, None)) is not None and not _is_constant(base[name]):
             found[name] = found[twin]
             notes.append(f"{label}: {name} is tied to {twin} and moves with it")

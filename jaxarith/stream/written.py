@@ -315,7 +315,9 @@ def _sha256(
 
 
 def weights(folder: Path) -> list[Path]:
-    """The files of a checkpoint's or an adapter's weights."""
+    """The files of weights: of a checkpoint, an adapter or, as it is, a task vector."""
+    if folder.is_file():
+        return [folder]
     if (file := folder / hub.WEIGHTS).is_file():
         return [file]
     if (index := folder / hub.INDEX).is_file():

@@ -18,7 +18,8 @@ by layer, copies of tied tensors, NaN and infinite values, and a fingerprint, wh
 the same for the same tensors in other files or shards.
 
 With --base, the task vectors of one or several models: their norms, and the cosines
-between them, over all and by layer. The models may be PEFT adapters.
+between them, over all and by layer. The models may be PEFT adapters, and files of task
+vectors such as those of the bank of the experiments.
 
 Several models without --base are compared: names, shapes, types, equal tensors.
 
@@ -28,6 +29,7 @@ _EXAMPLES = """\
 examples:
   jaxarith inspect ./model --tensors
   jaxarith inspect ./math ./code ./my-lora --base ./llama --out ./report
+  jaxarith inspect bank/clip/nonlinear/*.safetensors --base ./clip
   jaxarith inspect ./before ./after"""
 
 
@@ -41,7 +43,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(run=_run)
-    command.add_argument("models", nargs="+", metavar="MODEL", help="folder or hub id")
+    command.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="folder, hub id, or file of a task vector",
+    )
     command.add_argument("--base", help="the checkpoint that the models started from")
     command.add_argument(
         "--out",

@@ -35,19 +35,13 @@ def checkpoint(model: str) -> dict[str, Any]:
     """What is known of a checkpoint after reading it once, as plain data.
 
     Args:
-      model: a folder, or the id of a model on the Hub.
+      model: a folder, the id of a model on the Hub, or a file of a task vector.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
       ValueError: a file is corrupt, or it is an adapter, which needs a base.
     """
-    folder = hub.find(model)
-    if lora.is_adapter(folder):
-        raise ValueError(
-            f"{folder} is an adapter. Give the model that it belongs to by --base, to "
-            "see what it adds."
-        )
-    file, stored = hub.open_tensors(folder)
+    folder, file, stored = _opened(model)
     stored = {name: stored[name] for name in sorted(stored, key=_in_order)}
     measured = {
         name: _measured(leaf.read())
@@ -93,6 +87,20 @@ def checkpoint(model: str) -> dict[str, Any]:
         ],
         "tensors": table,
     }
+
+
+def _opened(model: str) -> tuple[Path, Path, Mapping[str, Stored]]:
+    """The folder, the file that holds or lists the tensors, and these."""
+    if hub.is_vector(model):
+        file = Path(model).expanduser()
+        return file.parent, file, hub.open_vector(file).tensors
+    folder = hub.find(model)
+    if lora.is_adapter(folder):
+        raise ValueError(
+            f"{folder} is an adapter. Give the model that it belongs to by --base, to "
+            "see what it adds."
+        )
+    return folder, *hub.open_tensors(folder)
 
 
 def _measured(array):

@@ -14,8 +14,10 @@ from jaxarith.stream import SHARD_BYTES, policies
 _DESCRIPTION = """
 Merges fine-tuned checkpoints of one model into a new folder that transformers loads.
 Models are folders or hub ids with safetensors weights, of any architecture; PEFT
-adapters (on the base, or as MODEL+ADAPTER) count as the models that they make. Weights
-are streamed: memory is a few tensors of every model, whatever their size.
+adapters (on the base, or as MODEL+ADAPTER) count as the models that they make, and a
+file of a task vector, such as the experiments keep in their bank, as the base plus the
+vector. Weights are streamed: memory is a few tensors of every model, whatever their
+size.
 
 The merge is described in a YAML file of mergekit's form, or by flags.
 """
@@ -31,6 +33,8 @@ examples:
     --coef 0.3 0.5 --dtype bfloat16 --out M --dry-run
   jaxarith merge --preset mergekit --method ties --base B --model M1 --model M2 \\
     --weight 0.3 0.5 --density 0.5 --out M
+  jaxarith merge --method task_arithmetic --coef 0.3 --base ./clip --out M \\
+    --model bank/clip/nonlinear/dtd.safetensors --model ./clip-svhn
 
 methods and their options:
 """
@@ -61,7 +65,8 @@ def add(
         action="append",
         dest="models",
         metavar="MODEL",
-        help="a fine-tuned checkpoint; give it once for each",
+        help="a fine-tuned checkpoint, or the file of a task vector; give it once for "
+        "each",
     )
     command.add_argument(
         "--preset",

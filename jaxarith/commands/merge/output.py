@@ -103,7 +103,7 @@ def beside(opened: Opened, dtype: str | None, tokenizer: Path | None) -> Beside:
             f"config.json says that the weights are quantised ({said}), which they are "
             "not; quantization_config is left out"
         )
-    files, more = sides.choose(opened.folders, tokenizer)
+    files, more = sides.choose([x for x in opened.folders if x.is_dir()], tokenizer)
     notes += more
     if rows:
         _check_tokens(config, files, min(rows.values()))
@@ -143,7 +143,7 @@ def inputs(recipe: MergeRecipe, opened: Opened, report: Report) -> list[Input]:
 
     def of_model(model: str, role: Literal["base", "model"]) -> Input:
         parts = adapted(model)
-        local = any(Path(part).expanduser().is_dir() for part in parts)
+        local = any(Path(part).expanduser().exists() for part in parts)
         hashes: dict[str, str] = {}
         for _ in parts:
             hashes |= report.sha256.get(str(next(folders)), {})
