@@ -17,10 +17,11 @@ from experiments.awd import (
     table10_unseen,
 )
 from experiments.common.vision import options as vision
+from experiments.common.vision import setups
 from jaxarith import merge, task_vectors, tree
 from jaxarith.models import clip
 
-MODEL = str(vision.clip.TINY_CLIP)
+MODEL = str(clip.TINY_CLIP)
 
 
 @pytest.fixture
@@ -249,7 +250,7 @@ class TestDisentangled:
 def test_wrong_options_are_one_error_before_anything_is_written(
     script, options, message, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(vision, "load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(setups, "load", lambda *_, **__: pytest.fail("loaded"))
     config = script.Config(out=tmp_path / "out", bank=tmp_path / "bank", **options)
     with pytest.raises(ValueError, match=message):
         script.main(config)

@@ -18,6 +18,7 @@ from experiments.bases import (
     two_models,
 )
 from experiments.common.vision import options as vision
+from experiments.common.vision import setups
 
 SCRIPTS = (
     *("table2_mixing", "table3_loss_gap", "table4_partitions", "table6_negation"),
@@ -159,7 +160,7 @@ def test_a_partition_that_does_not_cover_the_tasks_is_one_clear_error(
 def test_bad_options_are_found_before_anything_is_loaded(
     script, options, message, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(vision, "load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(setups, "load", lambda *_, **__: pytest.fail("loaded"))
     config = script.Config(out=tmp_path / "out", bank=tmp_path / "bank", **options)
     with pytest.raises(ValueError, match=message):
         script.main(config)

@@ -20,6 +20,7 @@ from experiments.editing import (
     table8_class_overlap,
     table12_subpopulations,
 )
+from jaxarith.models import clip
 
 TABLES = {  # and which fields of a row are a key of PUBLISHED
     "table1_forgetting": ("method",),
@@ -43,7 +44,7 @@ def test_a_table_has_the_rows_of_the_paper_in_its_order(
 ):
     script = importlib.import_module(f"experiments.editing.{name}")
     # As one of the paper's models, so that its figures stand beside.
-    monkeypatch.setitem(options.TITLES, str(options.clip.TINY_CLIP), "ViT-B-32")
+    monkeypatch.setitem(options.TITLES, str(clip.TINY_CLIP), "ViT-B-32")
     out = tmp_path / "out"
     found = smoke.run(f"editing.{name}", out, bank=shared_bank)
     printed = [tuple(row[key] for key in TABLES[name]) for row in found["rows"]]

@@ -11,7 +11,7 @@ import pytest
 import smoke
 
 from experiments.common import training
-from experiments.common.vision import curved, scores, vectors
+from experiments.common.vision import curved, raw_tasks, scores, setups, vectors
 from experiments.common.vision import options as vision
 from experiments.curvature import (
     choose_coef,
@@ -31,13 +31,13 @@ pytestmark = pytest.mark.usefixtures("shallow_clip")
 def setup(shared_bank, tmp_path):
     """The setup of a smoke run."""
     config = vision.OneModel(smoke=True, bank=shared_bank, out=tmp_path / "out")
-    return vision.load(vision.started(config), config.model)
+    return setups.load(vision.started(config), config.model)
 
 
 def test_addition_has_the_rows_of_the_paper_and_its_values(
     shared_bank, tmp_path, monkeypatch
 ):
-    monkeypatch.setitem(vision.TITLES, str(vision.clip.TINY_CLIP), "ViT-B-32")
+    monkeypatch.setitem(vision.TITLES, str(clip.TINY_CLIP), "ViT-B-32")
     out = tmp_path / "out"
     found = smoke.run("curvature.table1_addition", out, bank=shared_bank)
     rows = {(row["method"], row["coefficient"]): row for row in found["rows"]}
@@ -72,7 +72,7 @@ def test_all_forms_of_merged_curvature_have_rows(shared_bank, tmp_path):
 def test_distilled_models_are_added_as_ordinary_ones(
     shared_bank, tmp_path, monkeypatch
 ):
-    monkeypatch.setitem(vision.TITLES, str(vision.clip.TINY_CLIP), "ViT-B-32")
+    monkeypatch.setitem(vision.TITLES, str(clip.TINY_CLIP), "ViT-B-32")
     out = tmp_path / "out"
     found = smoke.run("curvature.table_delta", out, bank=shared_bank)
     rows = [(row["method"], row["coefficient"]) for row in found["rows"]]
@@ -102,7 +102,7 @@ def test_distillation_knows_the_curvature_of_the_control_alone(setup):
 def test_small_tasks_need_no_data():
     names = {"tasks": ("uci_digits",), "control": "mnist"}
     config = vision.Options(source="small", samples=4, **names)
-    found = vision.image_tasks(config, control=True)
+    found = raw_tasks.of_options(config, control=True)
     assert [task.name for task in found] == ["uci_digits", "mnist"]
     assert [len(task.test) for task in found] == [4, 4]
 
@@ -160,7 +160,7 @@ def test_the_weight_with_the_best_sum_is_chosen_and_its_vectors_are_kept(
             scores.on_all(setup, total, "validation", [[1.0]], linearized=True)[0],
             scores.on_own(setup, taus, "validation", linearized=True)[0],
         ]
-        expected = {"sum": vision.means(both[0]), "alone": vision.means(both[1])}
+        expected = {"sum": scores.means(both[0]), "alone": scores.means(both[1])}
         for name, value in expected.items():
             np.testing.assert_allclose(row[name], value, atol=1e-4)
 
@@ -273,7 +273,7 @@ def test_eight_devices_give_the_vectors_of_one(setup, tmp_path):
         config = dataclasses.replace(
             setup.options, tasks=vision.SMOKE[:2], batch_size=32, mesh=mesh, **place
         )
-        own = vision.load(config, setup.model)
+        own = setups.load(config, setup.model)
         found.append(vectors.vectors(own, "curvature"))
     for one, eight in zip(*found, strict=True):
         # Adam divides by the size of a gradient, however small it is.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from experiments.common.vision import options, scores
+from experiments.common.vision import scores, setups
 from experiments.linear_layers import figure4_disentanglement
 from jaxarith import plots
 
@@ -28,7 +28,7 @@ def setup(monkeypatch):
     def outputs(setup, taus, dataset, linearized):
         return lambda coefs: [np.tanh(np.tensordot(c, dataset.moves, 1)) for c in coefs]
 
-    monkeypatch.setattr(options, "drawn", lambda setup, split, samples: split)
+    monkeypatch.setattr(setups, "drawn", lambda setup, split, samples: split)
     monkeypatch.setattr(scores, "outputs", outputs)
     return SimpleNamespace(tasks=tasks)
 

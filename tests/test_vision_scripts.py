@@ -11,8 +11,9 @@ import smoke
 from experiments import finetune
 from experiments.common import bank
 from experiments.common.vision import options as vision
-from experiments.common.vision import vectors
+from experiments.common.vision import setups, vectors
 from jaxarith import hub, tree
+from jaxarith.models import clip
 
 pytestmark = pytest.mark.usefixtures("shallow_clip")
 
@@ -34,7 +35,7 @@ def test_a_smoke_run_has_the_rows_that_the_paper_prints(
     script = importlib.import_module(f"experiments.{name}")
     out = tmp_path / "out"
     # As one of the papers' models, so that their figures stand beside.
-    monkeypatch.setitem(vision.TITLES, str(vision.clip.TINY_CLIP), "ViT-B-32")
+    monkeypatch.setitem(vision.TITLES, str(clip.TINY_CLIP), "ViT-B-32")
     found = smoke.run(name, out, bank=shared_bank)
     if not name.split(".")[1].startswith("figure"):
         text = (out / "report.md").read_text()
@@ -92,7 +93,7 @@ def test_fine_tuning_adds_a_vector_with_its_accuracies(method, shared_bank, tmp_
     assert set(found) >= {"mnist, validation", "mnist, test"}
     assert all(0 <= x <= 1 for x in smoke.plain_numbers(found))
     name = "joint" if method == "multi_task" else "mnist"
-    file = bank.vector_file(shared_bank, str(vision.clip.TINY_CLIP), method, name)
+    file = bank.vector_file(shared_bank, str(clip.TINY_CLIP), method, name)
     tau, metadata = hub.load_tree(file)
     assert metadata == {"task": name, "method": method}
     assert bank.record(file)["metrics"]["accuracy"] == found
@@ -104,7 +105,7 @@ def test_fine_tuning_adds_a_vector_with_its_accuracies(method, shared_bank, tmp_
 def test_a_vector_is_continued_from_a_file(shared_bank, tmp_path):
     options = {"task": "mnist", "smoke": True, "bank": shared_bank}
     finetune.main(finetune.Config(method="linear", out=tmp_path / "a", **options))
-    model = str(vision.clip.TINY_CLIP)
+    model = str(clip.TINY_CLIP)
     start = bank.vector_file(shared_bank, model, "linear", "mnist")
     method = "tau_jp_continued"
     config = finetune.Config(
@@ -136,9 +137,7 @@ def test_what_is_missing_is_found_before_anything_is_written(
     options, message, tmp_path, monkeypatch
 ):
     script = importlib.import_module("experiments.tau_jp.table1_addition")
-    monkeypatch.setattr(
-        vision.clip, "load", lambda *_: pytest.fail("weights before data")
-    )
+    monkeypatch.setattr(clip, "load", lambda *_: pytest.fail("weights before data"))
     given = {"tasks": ("mnist",), "data_dir": tmp_path / "data", "source": "folder"}
     config = script.Config(
         out=tmp_path / "out", bank=tmp_path / "bank", **(given | options)
@@ -174,7 +173,7 @@ def test_scripts_that_measure_a_control_refuse_none(name, tmp_path):
 def test_without_a_control_the_other_tasks_are_kept_alone(folders, tmp_path):
     tasks = {"a": "dots", "b": "lines"}
     config = vision.OneModel(
-        model=str(vision.clip.TINY_CLIP),
+        model=str(clip.TINY_CLIP),
         tasks=tuple(f"{name}={folders / path}" for name, path in tasks.items()),
         control="none",
         workers=0,
@@ -182,7 +181,7 @@ def test_without_a_control_the_other_tasks_are_kept_alone(folders, tmp_path):
         bank=tmp_path / "bank",
         out=tmp_path / "out",
     )
-    setup = vision.load(config, config.model)
+    setup = setups.load(config, config.model)
     assert setup.control is None
     known = vectors.others_of(setup, "tau_jp_cyclic", setup.tasks[0])
     assert [task.name for task in known] == ["b"]
@@ -217,7 +216,7 @@ def figure6(folders, tmp_path, out, tasks, **options):
     given = dict(steps=2, batch_size=4, workers=0, save_every=0, mesh="data=1")
     return script.main(
         script.Config(
-            models=(str(vision.clip.TINY_CLIP),),
+            models=(str(clip.TINY_CLIP),),
             tasks=tuple(f"{name}={folders / path}" for name, path in tasks.items()),
             control=f"control={folders / 'dots'}",
             bank=tmp_path / "bank",

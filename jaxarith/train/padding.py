@@ -71,7 +71,7 @@ def loss(loss_fn: LossFn, outputs: Tree, batch: dict, constants: Tree) -> jax.Ar
     samples = {k: v for k, v in batch.items() if k not in (WEIGHT, "penalty")}
 
     def alone(outputs, sample):
-        rows = jax.tree.map(lambda leaf: leaf[None], (outputs, sample))
-        return loss_fn(*rows, constants)
+        outputs, sample = jax.tree.map(lambda leaf: leaf[None], (outputs, sample))
+        return loss_fn(outputs, sample, constants)
 
     return jnp.mean(batch[WEIGHT] * jax.vmap(alone)(outputs, samples))
