@@ -56,6 +56,30 @@ def awd_descent(taus, alpha, learning_rate, steps):
     return delta
 
 
+def awd_momentum(taus, alpha, learning_rate, steps, momentum=0.9, sign=1.0):
+    """PyTorch's SGD with momentum in the full space, with the gradient in NumPy."""
+    taus, tasks = np.asarray(taus), len(taus)
+    delta = velocity = np.zeros_like(taus[0])
+    for _ in range(steps):
+        rest = taus - delta
+        norms = np.linalg.norm(rest, axis=1)
+        gradient = np.zeros_like(delta)
+        for i in range(tasks):
+            for j in range(tasks):
+                if i != j:
+                    cosine = rest[i] @ rest[j] / (norms[i] * norms[j])
+                    slope = -(rest[i] + rest[j]) / (norms[i] * norms[j])
+                    slope += cosine * (
+                        rest[i] / norms[i] ** 2 + rest[j] / norms[j] ** 2
+                    )
+                    gradient += sign * np.sign(cosine) * slope / (tasks * (tasks - 1))
+        if delta.any():
+            gradient += alpha * delta / np.linalg.norm(delta)
+        velocity = momentum * velocity + gradient
+        delta = delta - float(learning_rate) * velocity
+    return delta
+
+
 def central_difference(function, point, direction, h=1e-4):
     """The derivative of `function` at a pytree, along a pytree, to O(h⁴)."""
 

@@ -1,4 +1,4 @@
-"""AWD: the iterates in Gram space are those of gradient descent on whole vectors."""
+"""AWD: the iterates in Gram space are those of descent in the space of the weights."""
 
 import functools
 
@@ -396,8 +396,27 @@ def test_coefficients_may_depend_on_the_path():
 
 def test_unknown_options_are_errors():
     taus = trees(correlated(2))
-    for name, value in [("scope", "row"), ("objective", "up"), ("solver", "sgd")]:
+    for name, value in [("scope", "column"), ("objective", "up"), ("solver", "sgd")]:
         with pytest.raises(ValueError, match=f"unknown {name} '{value}'; known are"):
             merge.awd(ZERO, taus, **{name: value})
     with pytest.raises(ValueError, match='key is for solver="direct"'):
         merge.awd(ZERO, taus, key=jax.random.key(0))
+    with pytest.raises(ValueError, match='found scope="row"'):
+        options = dict(scope="row", solver="direct", key=jax.random.key(0))
+        merge.awd(ZERO, taus, **options)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("tasks", [2, 4])
+def test_momentum_in_gram_space_is_that_of_the_full_space(tasks, reverse):
+    taus, rate = correlated(tasks), learning_rate(correlated(tasks), 0.01)
+    sign = -1.0 if reverse else 1.0
+    expected = oracles.awd_momentum(taus, 0.02, rate, 40, sign=sign)
+    plain = oracles.awd_momentum(taus, 0.02, rate, 40, momentum=0.0, sign=sign)
+    c = redundant_coefs(taus @ taus.T, 0.02, 0.01, 40, reverse, momentum=0.9)
+    assert np.linalg.norm(expected - plain) > 0.1
+    np.testing.assert_allclose(c @ taus, expected, rtol=1e-9, atol=1e-10)
+    objective = "reverse" if reverse else "reduce"
+    options = dict(coef=1.0, alpha=0.02, steps=40, solver="momentum")
+    merged = merge.awd(ZERO, trees(taus), objective=objective, **options)
+    np.testing.assert_allclose(delta_of(merged, taus), expected, rtol=1e-9, atol=1e-10)

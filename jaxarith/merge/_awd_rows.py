@@ -1,0 +1,75 @@
+"""AWD of every row of a matrix by itself: a leaf as rows, their Gram matrices, Adam."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxarith import tree
+from jaxarith.merge import _awd_solvers
+from jaxarith.merge._matrices import input_axis
+
+# Entries of the Gram matrices that are solved at a time: 2^14 rows of eight tasks.
+ENTRIES = 2**20
+
+
+def axis_of(path: str, leaf: jax.Array) -> int | None:
+    """The axis along which a leaf's rows run; None for one row with all its entries."""
+    return input_axis(path) if jnp.ndim(leaf) == 2 and jnp.size(leaf) else None
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def grams(leaves: Sequence[jax.Array], axis: int | None) -> jax.Array:
+    """The inner products of every row: `[row, K, K]`.
+
+    Args:
+      leaves: a leaf of K task vectors.
+      axis: as of `axis_of`.
+    """
+    rows = jnp.stack([_rows(leaf, axis) for leaf in _awd_solvers.widened(leaves)])
+    return jnp.einsum("irn,jrn->rij", rows, rows, precision="highest")
+
+
+def coefs(path: str, leaves: tuple, solve: Callable) -> jax.Array:
+    """The coefficients c of every row of a leaf, in a shape that multiplies the leaf.
+
+    Args:
+      path: the leaf's path.
+      leaves: the leaf of K task vectors.
+      solve: `solve(grams[row, K, K]) -> c[row, K]`.
+
+    Returns:
+      `[K]` for a leaf of one row; `[K, 1, n]` or `[K, m, 1]` for a matrix.
+    """
+    leaves = tree.gathered(leaves)
+    axis = axis_of(path, leaves[0])
+    of_rows = tree.settled(grams(leaves, axis))
+    step = max(1, ENTRIES // of_rows[0].size)
+    parts = [solve(of_rows[i : i + step]) for i in range(0, len(of_rows), step)]
+    found = jnp.concatenate(parts)
+    return found[0] if axis is None else jnp.expand_dims(found.T, axis)
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "steps"))
+def adam(
+    leaves: Sequence[jax.Array],
+    axis: int | None,
+    alpha: float | jax.Array,
+    step_size: float | jax.Array,
+    steps: int,
+    reverse: float | jax.Array,
+) -> jax.Array:
+    """`_awd_solvers.adam` of every row of a leaf; arguments as there and in `grams`."""
+
+    def of_row(row):
+        return _awd_solvers.adam({"": row}, alpha, step_size, steps, reverse)[""]
+
+    delta = jax.vmap(of_row)(tuple(_rows(leaf, axis) for leaf in leaves))
+    return delta.T if axis == -2 else delta.reshape(leaves[0].shape)
+
+
+def _rows(leaf, axis):
+    if axis is None:
+        return leaf.reshape(1, -1)
+    return leaf.T if axis == -2 else leaf
