@@ -68,6 +68,7 @@ MERGES = {
     "awd_layer": functools.partial(
         merge.awd, scope="layer", objective="reverse", step_size=0.05, steps=20
     ),
+    "awd_row": functools.partial(merge.awd, scope="row", solver="momentum", steps=10),
     "awd_adam": functools.partial(merge.awd, solver="adam", steps=5),
     "bases": mean_of_bases,
     "localize_and_stitch": functools.partial(merge.localize_and_stitch, density=0.5),
@@ -130,7 +131,7 @@ ORDERED = {
 }
 # Something is measured per leaf, so cutting the vector otherwise changes the result.
 PER_LEAF = {
-    "awd_layer",
+    *("awd_layer", "awd_row"),
     *("slerp", "karcher", "model_stock"),  # angles
     "breadcrumbs",  # quantiles
     *("dare", "dare_ties", "della"),  # a leaf's draws are keyed by its path

@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.devices, pytest.mark.usefixtures("default_emitters")]
 
 # Options that add up what the defaults of a method do not.
 OPTIONS = {
+    "awd_row_adam": functools.partial(merge.awd, scope="row", solver="adam", steps=5),
     "awd_direct": functools.partial(merge.awd, solver="direct", key=KEY, steps=5),
     "dare_l1": functools.partial(merge.dare, drop_rate=0.5, rescale="l1", key=KEY),
     "dare_magnitude_l1": functools.partial(

@@ -21,6 +21,7 @@ METHODS = {
     "ties_tensor": functools.partial(merge.ties, trim="tensor", density=0.3),
     "awd": functools.partial(merge.awd, steps=30),
     "awd_layer": functools.partial(merge.awd, steps=30, scope="layer"),
+    "awd_row": functools.partial(merge.awd, steps=10, scope="row"),
     "awd_adam": functools.partial(merge.awd, steps=5, solver="adam"),
     "dare": functools.partial(merge.dare, key=KEY),
     "dare_l1": lambda params_0, taus: merge.ties(
