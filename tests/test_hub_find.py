@@ -6,6 +6,7 @@ import huggingface_hub
 import pytest
 
 from jaxarith import hub
+from jaxarith.hub import open_clip
 
 # Finding a checkpoint. The Hub's client is replaced: no test uses the network.
 
@@ -52,6 +53,17 @@ def test_find_downloads_weights_in_one_format(monkeypatch, weights, wanted, unwa
     )
     assert len(options["allow_patterns"]) == 6
     assert unwanted not in options["allow_patterns"]
+
+
+@pytest.mark.parametrize("weights", open_clip.WEIGHTS)
+def test_find_downloads_weights_of_openclip_where_there_are_no_others(
+    monkeypatch, weights
+):
+    downloads = []
+    pretend_hub(monkeypatch, [open_clip.CONFIG, "timm.png", weights], downloads)
+    hub.find("timm/vit_base_patch32_clip_224.laion2b_e16")
+    [(_, options)] = downloads
+    assert weights in options["allow_patterns"]
 
 
 def test_find_downloads_what_belongs_to_a_model(monkeypatch):

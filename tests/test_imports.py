@@ -46,7 +46,7 @@ ONLY_IN = {
     "tensorboardX": ["jaxarith.train.observers"],
     "matplotlib": ["jaxarith.plots"],
     "transformers": ["jaxarith.data", "jaxarith.models"],
-    "torch": [],
+    "torch": ["jaxarith.hub.pickles"],
     "tyro": [],
 }
 

@@ -3,7 +3,7 @@
 import argparse
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxarith import hub, lazy, tree
-from jaxarith.hub import Stored, folders, layouts, packed
+from jaxarith.hub import Stored, folders, layouts, open_clip, packed
 from jaxarith.hub import config as config_of
 from jaxarith.report import printable
 
@@ -20,6 +20,7 @@ _DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+_PREPROCESSOR = "preprocessor_config.json"
 # The model that knows Flax's names, by `model_type` in config.json.
 _PORTS = {"bert": "bert", "clip": "clip", "gpt2": "gpt2", "roberta": "bert", "t5": "t5"}
 
@@ -33,13 +34,20 @@ Names and orientations become those of Hugging Face's models in the other framew
 such as a/kernel, [in, out], for a.weight, [out, in]. To Flax, this works for the
 architectures {", ".join(_PORTS)}; from Flax, for all. With --names keep,
 names are only cut at their dots into nested dicts, or joined again, and nothing is
-transposed: for all architectures, and for readers that expect that."""
+transposed: for all architectures, and for readers that expect that.
+
+A CLIP in OpenCLIP's format, a folder with {open_clip.WEIGHTS[0]} or
+{open_clip.WEIGHTS[1]}, or one file of safetensors or PyTorch (.pt, .bin),
+becomes a folder of transformers with {hub.WEIGHTS}. PyTorch's files are read
+as data (weights_only), where PyTorch is installed."""
 
 _EXAMPLES = """\
 examples:
   jaxarith convert ./bert ./bert-flax
   jaxarith convert google-t5/t5-small ./t5-flax --dtype bfloat16
-  jaxarith convert ./llama ./llama-msgpack --names keep"""
+  jaxarith convert ./llama ./llama-msgpack --names keep
+  jaxarith convert timm/vit_base_patch32_clip_224.laion2b_e16 ./laion2b_e16
+  jaxarith convert ./ViT-B-32.pt ./clip --hidden-act quick_gelu"""
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -52,7 +60,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(run=_run)
-    command.add_argument("model", metavar="IN", help="a folder or a hub id")
+    command.add_argument(
+        "model", metavar="IN", help="a folder, a hub id, or a file of OpenCLIP"
+    )
     command.add_argument("out", metavar="OUT", type=Path, help="the new folder")
     command.add_argument(
         "--names",
@@ -65,35 +75,95 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         choices=_DTYPES,
         help="dtype of the new floating-point tensors (default: that of IN)",
     )
+    command.add_argument(
+        "--hidden-act",
+        choices=open_clip.HIDDEN_ACTS,
+        help=f"activation of a model of OpenCLIP whose {open_clip.CONFIG} is missing",
+    )
 
 
 def _run(args: argparse.Namespace) -> None:
     if args.out.exists():
         raise ValueError(f"{args.out} exists; name a new folder, or remove it first.")
-    folder = hub.find(args.model)
+    path = Path(args.model).expanduser()
+    place = path if path.is_file() else hub.find(args.model)
+    if (file := open_clip.weights_of(place)) is not None:
+        if args.names == "keep":
+            raise ValueError(f"{file} is OpenCLIP's, whose names are always converted.")
+        _from_open_clip(file, place, args.out, args.dtype, args.hidden_act)
+        return
+    if args.hidden_act is not None:
+        raise ValueError(f"--hidden-act is for models of OpenCLIP; {place} is none.")
+    _between(place, args.out, args.dtype, keep=args.names == "keep")
+
+
+def _between(folder: Path, out: Path, dtype: str | None, *, keep: bool) -> None:
+    """Converts from safetensors to msgpack, or the other way round."""
     file, stored = hub.open_tensors(folder)
-    if args.dtype is not None:  # packed numbers would be rounded
+    if dtype is not None:  # packed numbers would be rounded
         packed.check(folder, stored, hub.read_json(folder))
-    keep = args.names == "keep"
     to_flax = file.name != hub.MSGPACK
     left_out: list[str] = []
     if to_flax:
         stored, left_out = (_nested(stored), []) if keep else _flax(folder, stored)
-    leaves = {path: _array(path, leaf, args.dtype) for path, leaf in stored.items()}
+    leaves = {path: _array(path, leaf, dtype) for path, leaf in stored.items()}
     if keep and not to_flax:
         leaves = {path.replace("/", "."): leaf for path, leaf in leaves.items()}
     elif not to_flax:
         leaves = layouts.to_torch(leaves)
-    _write(folder, args.out.absolute(), leaves, to_flax, args.dtype)
-    size = sum(leaf.nbytes for leaf in leaves.values())
-    print(f"{args.out}: {len(leaves)} tensors, {size:,} bytes")
-    if left := folders.left_behind(folder):
-        print(f"not copied: {', '.join(tree.first_few(left, most=12))}")
+    contents = {hub.CONFIG: _config(hub.read_json(folder), dtype)}
+    _write(out.absolute(), leaves, to_flax, contents, folder, hub.side_files(folder))
+    _report(out, leaves, folders.left_behind(folder))
     if left_out:
         print(
             "left out, since jaxarith's model has no place for it: "
             f"{printable(', '.join(tree.first_few(left_out)))}. --names keep keeps all."
         )
+
+
+def _from_open_clip(
+    file: Path, place: Path, out: Path, dtype: str | None, hidden_act: Any
+) -> None:
+    """Converts a CLIP of OpenCLIP to a folder of transformers."""
+    from jaxarith.models import clip  # here: flax is slow to import
+
+    config = open_clip.read_config(file, hidden_act)
+    stored = open_clip.open_file(file)
+    layout = clip.layout(clip.CLIPConfig.from_json(config))
+    expected = tree.flatten(layout)
+    layouts.check(file, expected, layouts.to_flax(stored, set(expected)))
+    leaves = {name: _array(name, leaf, dtype) for name, leaf in stored.items()}
+    image_size = config["vision_config"]["image_size"]
+    contents = {
+        hub.CONFIG: _config(config, dtype),
+        _PREPROCESSOR: open_clip.preprocessing(file.parent, image_size),
+    }
+    # What lies beside a lone file may be of other models.
+    sides = hub.side_files(place) if place.is_dir() else []
+    sides = [x for x in sides if x.name not in (open_clip.CONFIG, _PREPROCESSOR)]
+    _write(out.absolute(), leaves, False, contents, place, sides)
+    left = folders.left_behind(place) if place.is_dir() else []
+    left = [name for name in left if name != file.name]
+    _report(out, leaves, left)
+    if not any((out / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        print(
+            "no tokenizer: copy the files of one, such as that of "
+            "openai/clip-vit-base-patch32, into the new folder"
+        )
+
+
+def _config(config: Mapping[str, Any], dtype: str | None) -> Mapping[str, Any]:
+    if dtype is None:
+        return config
+    keys = ("dtype", "torch_dtype")
+    return config_of.replaced(config, lambda key, _: key in keys, dtype)
+
+
+def _report(out: Path, leaves: Mapping[str, np.ndarray], left: list[str]) -> None:
+    size = sum(leaf.nbytes for leaf in leaves.values())
+    print(f"{out}: {len(leaves)} tensors, {size:,} bytes")
+    if left:
+        print(f"not copied: {', '.join(tree.first_few(left, most=12))}")
 
 
 def _nested(stored: Mapping[str, Stored]) -> dict[str, Stored]:
@@ -147,18 +217,30 @@ def _array(path: str, leaf: Stored, dtype: str | None) -> np.ndarray:
 
 
 def _write(
-    folder: Path, out: Path, leaves: dict[str, Any], to_flax: bool, dtype: str | None
+    out: Path,
+    leaves: dict[str, Any],
+    to_flax: bool,
+    contents: Mapping[str, Any],
+    folder: Path,
+    sides: Sequence[Path],
 ) -> None:
-    config = hub.read_json(folder)
-    if dtype is not None:
-        keys = ("dtype", "torch_dtype")
-        config = config_of.replaced(config, lambda key, _: key in keys, dtype)
+    """Writes the new folder.
+
+    Args:
+      out: its path.
+      leaves: arrays by name.
+      to_flax: whether they go into msgpack.
+      contents: the content of the files of JSON, by their names.
+      folder: the old folder.
+      sides: files of it that are copied.
+    """
     with hub.staging(out.parent) as temporary:
         new = temporary / "new"
         new.mkdir()
-        folders.copy_side_files(hub.side_files(folder), folder, new)
-        text = json.dumps(config, indent=2) + "\n"
-        (new / "config.json").write_text(text, encoding="utf-8")
+        folders.copy_side_files(sides, folder, new)
+        for name, content in contents.items():
+            text = json.dumps(content, indent=2) + "\n"
+            (new / name).write_text(text, encoding="utf-8")
         if to_flax:
             from flax import serialization  # here: no other command needs it
 

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from jaxarith import files
+from jaxarith.hub import open_clip
 
 # Pillow's names of the formats that are read.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -52,14 +53,21 @@ class Preprocessing:
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike) -> "Preprocessing":
-        """Reads a Hugging Face `preprocessor_config.json`.
+        """Reads a Hugging Face `preprocessor_config.json`, or else OpenCLIP's.
 
         Raises:
           ValueError: the file is missing or has no size, mean or std.
         """
         path = Path(folder) / "preprocessor_config.json"
         try:
-            raw = files.read_json(path)
+            of_open_clip = (
+                not path.exists() and (path.parent / open_clip.CONFIG).exists()
+            )
+            raw = (
+                open_clip.preprocessing(path.parent)
+                if of_open_clip
+                else files.read_json(path)
+            )
             size = raw["size"]
             size = size if isinstance(size, int) else min(size.values())
             return cls(size, tuple(raw["image_mean"]), tuple(raw["image_std"]))

@@ -2,11 +2,13 @@
 
 `download` finds the folder of a checkpoint, `folders` its tensors, `reading` and
 `writing` do what they say. `safetensors` knows the files, `layouts` the names of
-tensors, `lora` adapters, and `vectors` files of task vectors.
+tensors, `lora` adapters, `vectors` files of task vectors, and `open_clip` the files of
+OpenCLIP, where `pickles` reads PyTorch's.
 """
 
 from jaxarith.hub.download import find as find
 from jaxarith.hub.folders import ADAPTER as ADAPTER
+from jaxarith.hub.folders import CONFIG as CONFIG
 from jaxarith.hub.folders import INDEX as INDEX
 from jaxarith.hub.folders import MSGPACK as MSGPACK
 from jaxarith.hub.folders import WEIGHTS as WEIGHTS
@@ -22,6 +24,7 @@ from jaxarith.hub.places import check_out as check_out
 from jaxarith.hub.places import publish as publish
 from jaxarith.hub.places import staging as staging
 from jaxarith.hub.places import state as state
+from jaxarith.hub.reading import filled as filled
 from jaxarith.hub.reading import load as load
 from jaxarith.hub.reading import load_tree as load_tree
 from jaxarith.hub.reading import read as read

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from jaxarith.hub import open_clip
 from jaxarith.hub.folders import (
     ADAPTER,
     CONFIG,
@@ -20,8 +21,8 @@ def find(model: str | os.PathLike, *, revision: str | None = None) -> Path:
     """The folder of a checkpoint: a local one, or one downloaded from the Hub.
 
     Configuration, tokenizer and weights are downloaded, the weights in one format:
-    safetensors where the repository has them, else msgpack. Where the Hub cannot be
-    reached, a copy that was downloaded before is used.
+    safetensors where the repository has them, else msgpack, else OpenCLIP's. Where the
+    Hub cannot be reached, a copy that was downloaded before is used.
 
     Args:
       model: a folder, or the id of a model such as `openai/clip-vit-base-patch32`.
@@ -73,6 +74,8 @@ def find(model: str | os.PathLike, *, revision: str | None = None) -> Path:
         weights = MSGPACK
     elif ADAPTER in names:
         weights = ADAPTER
+    elif found := [name for name in open_clip.WEIGHTS if name in names]:
+        weights = found[0]
     else:
         raise ValueError(no_weights(f"{model}{at}", names))
     patterns = [*(f"*{suffix}" for suffix in SIDE_SUFFIXES), weights]

@@ -1,7 +1,7 @@
 """Folders of checkpoints: which files they hold, and which tensors, none of them read.
 
 The weights are in `model.safetensors`, in shards of it, or in `flax_model.msgpack`. No
-pickle is ever opened.
+pickle is opened here; only `open_clip` reads some, as data.
 """
 
 import os
@@ -233,6 +233,11 @@ def no_weights(place: str, names: Iterable[str]) -> str:
         f"no checkpoint in {place}.\n  looked for {WEIGHTS}, {INDEX}, {MSGPACK}\n"
         f"  found {found}"
     )
+    if any(name.startswith("open_clip_") for name in names):
+        return (
+            f"{text}\nThat is OpenCLIP's format, from which `jaxarith convert IN OUT` "
+            "makes a folder of transformers."
+        )
     pickles = any(Path(name).suffix in _PICKLES for name in names)
     return f"{text}\n{_CONVERT}" if pickles else text
 

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxarith import tree
 from jaxarith.hub import checks, folders, layouts, safetensors
+from jaxarith.hub.stored import Stored
 from jaxarith.typing import Tree
 
 
@@ -62,15 +63,46 @@ def load(
       >>> params = load(folder, clip.layout(config))  # doctest: +SKIP
     """
     found = folders.open_checkpoint(folder)
+    return filled(
+        layout,
+        found.tensors,
+        found.file,
+        select=select,
+        ignore=ignore,
+        copies=copies,
+        dtype=dtype,
+    )
+
+
+def filled(
+    layout: Tree,
+    tensors: Mapping[str, Stored],
+    file: Path,
+    *,
+    select: str | None = None,
+    ignore: str | None = None,
+    copies: Mapping[str, str] | None = None,
+    dtype: DTypeLike | None = np.float32,
+) -> dict[str, Any]:
+    """The parameters of a model from tensors that are not read yet.
+
+    Args:
+      layout, select, ignore, copies, dtype: as for `load`.
+      tensors: by PyTorch's or Flax's names.
+      file: named in errors.
+
+    Raises:
+      ValueError: as for `load`.
+    """
     expected = tree.flatten(layout)
-    stored = layouts.to_flax(found.tensors, set(expected))
+    stored = layouts.to_flax(tensors, set(expected))
     stored = layouts.without_extras(stored, set(expected), ignore, copies or {})
     if select is not None:
         expected = tree.flatten(tree.select(layout, select))
         stored = {path: leaf for path, leaf in stored.items() if path in expected}
-    layouts.check(found.file, expected, stored)
+    layouts.check(file, expected, stored)
     leaves = {path: converted(stored[path].read(), dtype) for path in expected}
-    checks.check_finite(leaves, str(found.file))
+    checks.check_finite(leaves, str(file))
     return tree.unflatten(leaves)
 
 

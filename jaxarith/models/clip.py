@@ -27,6 +27,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxarith import hub
+from jaxarith.hub import open_clip
 from jaxarith.models import heads
 from jaxarith.models.layers import (
     Dense,
@@ -364,23 +365,30 @@ def layout(config: CLIPConfig) -> dict:
 
 
 class CLIP(NamedTuple):
-    """A checkpoint in memory: its configuration, parameters and folder."""
+    """A checkpoint in memory: configuration, parameters, the folder of its files."""
 
     config: CLIPConfig
     params: dict
     folder: Path
 
 
-def load(model: str | os.PathLike = TINY_CLIP, *, revision: str | None = None) -> CLIP:
-    """Loads a CLIP in Hugging Face format.
+def load(
+    model: str | os.PathLike = TINY_CLIP,
+    *,
+    revision: str | None = None,
+    hidden_act: open_clip.HiddenAct | None = None,
+) -> CLIP:
+    """Loads a CLIP in the format of transformers or of OpenCLIP.
 
     Args:
       model: a local folder, or a hub id such as `openai/clip-vit-base-patch32`; the
-        embedded tiny CLIP by default.
+        embedded tiny CLIP by default. A file is OpenCLIP's, see `hub.open_clip`.
       revision: a branch, tag or commit on the hub.
+      hidden_act: the activation of an OpenCLIP file that nothing states.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
+      ImportError: its file is PyTorch's, which is not installed.
       ValueError: its files are broken, or are not those of a CLIP.
 
     Example:
@@ -388,9 +396,14 @@ def load(model: str | os.PathLike = TINY_CLIP, *, revision: str | None = None) -
       >>> image_encoder(model.config)(model.params, jnp.zeros((1, 28, 28, 3))).shape
       (1, 64)
     """
-    folder = hub.find(model, revision=revision)
-    config = CLIPConfig.from_json(hub.read_json(folder))
-    return CLIP(config, hub.load(folder, layout(config)), folder)
+    path = Path(model).expanduser()
+    place = path if path.is_file() else hub.find(model, revision=revision)
+    if (file := open_clip.weights_of(place)) is None:
+        config = CLIPConfig.from_json(hub.read_json(place))
+        return CLIP(config, hub.load(place, layout(config)), place)
+    config = CLIPConfig.from_json(open_clip.read_config(file, hidden_act))
+    params = hub.filled(layout(config), open_clip.open_file(file), file)
+    return CLIP(config, params, file.parent)
 
 
 def zero_shot_head(
@@ -399,10 +412,11 @@ def zero_shot_head(
     """The head `[len(classes), projection_dim]` of class names; see `heads.zero_shot`.
 
     The tokenizer is the one in the checkpoint's folder, read by transformers.
-    """
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model.folder)
+    Raises:
+      FileNotFoundError: the folder has no tokenizer.
+    """
+    tokenizer = _tokenizer(model.folder)
     apply = jax.jit(text_encoder(model.config))
 
     def encode(texts, chunk=256):
@@ -420,3 +434,17 @@ def zero_shot_head(
         return jnp.concatenate(features)[: len(ids)]
 
     return heads.zero_shot(encode, classes, templates, model.params["logit_scale"])
+
+
+def _tokenizer(folder: Path):
+    import transformers  # here: it is slow to import, and image encoders need none
+
+    if (folder / hub.CONFIG).is_file():
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        return transformers.CLIPTokenizer.from_pretrained(folder)
+    raise FileNotFoundError(
+        f"{folder} has no tokenizer: neither tokenizer.json, nor vocab.json and "
+        "merges.txt. OpenAI's and OpenCLIP's models share one: copy these files from a "
+        "folder of transformers, such as that of openai/clip-vit-base-patch32."
+    )

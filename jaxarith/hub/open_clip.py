@@ -1,0 +1,305 @@
+"""OpenCLIP's checkpoints, whose tensors are named as in OpenAI's code.
+
+They come under the names and in the orientations of transformers' `CLIPModel`, with the
+content of its `config.json`. Ilharco et al. OpenCLIP. 2021.
+doi:10.5281/zenodo.5143773.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+from jaxarith.hub import checks, folders, pickles, safetensors
+from jaxarith.hub.stored import Stored
+
+HiddenAct: TypeAlias = Literal["quick_gelu", "gelu"]
+HIDDEN_ACTS: tuple[HiddenAct, ...] = get_args(HiddenAct)
+
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+CONFIG = "open_clip_config.json"
+
+# By OpenCLIP's names those of transformers: of modules, and of lone parameters.
+_MODULES = {
+    "visual.conv1": "vision_model.embeddings.patch_embedding",
+    "visual.ln_pre": "vision_model.pre_layrnorm",
+    "visual.ln_post": "vision_model.post_layernorm",
+    "token_embedding": "text_model.embeddings.token_embedding",
+    "ln_final": "text_model.final_layer_norm",
+}
+_PARAMETERS = {
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "logit_scale": "logit_scale",
+}
+# Matrices [in, out]; transformers has linear layers in their place.
+_PROJECTIONS = {
+    "visual.proj": "visual_projection.weight",
+    "text_projection": "text_projection.weight",
+}
+_IN_BLOCKS = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)")
+_FUSED = "attn.in_proj"  # rows of queries, keys and values
+_FIRST = "visual.conv1.weight"
+# OpenAI's files state these three as tensors; no other does.
+_OF_OPENAI = {"input_resolution", "context_length", "vocab_size"}
+_NOT_WEIGHTS = {"attn_mask", *_OF_OPENAI}
+
+# What a configuration may state without changing the architecture beyond sizes.
+_KNOWN = {
+    "model_cfg": {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"},
+    "vision_cfg": {
+        *("image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size")
+    },
+    "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers"},
+}
+# Widths of which all published CLIPs have heads of 64. Those of ViT-H, g and G differ.
+_HEADS_OF_64 = (512, 768, 1024)
+
+
+def weights_of(place: Path) -> Path | None:
+    """The file of OpenCLIP's weights in a folder; a file itself.
+
+    None of a folder that has none, or that holds transformers' format too.
+    """
+    if place.is_file():
+        return place
+    held = {path.name for path in place.iterdir() if path.is_file()}
+    file = next((place / name for name in WEIGHTS if name in held), None)
+    if file is None or not held & {folders.WEIGHTS, folders.INDEX, folders.MSGPACK}:
+        return file
+    # A model.safetensors without it is timm's, of the image tower.
+    of_transformers = folders.CONFIG in held and "model_type" in folders.read_json(
+        place
+    )
+    return None if of_transformers else file
+
+
+def open_file(file: Path) -> dict[str, Stored]:
+    """The tensors of a file under transformers' names, none of them read.
+
+    A file may be of the image tower alone, and all names may have `model.` or `module.`
+    in front. Names that OpenCLIP has not stay.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ImportError: the file is PyTorch's, which is not installed.
+      ValueError: the file cannot be read as tensors, or is of another architecture.
+    """
+    return _renamed(_opened(file), file)
+
+
+def read_config(file: Path, hidden_act: HiddenAct | None = None) -> dict[str, Any]:
+    """The content of transformers' `config.json` for the model in a file.
+
+    Sizes are those of its tensors. Numbers of heads and the activation leave no trace
+    in tensors: they are those of `open_clip_config.json` beside the file, where the
+    activation is `gelu` unless `quick_gelu` is true, as in OpenCLIP. Without it heads
+    are 64 wide, in widths where all are, and OpenAI's own files, which state their
+    sizes as tensors, have `quick_gelu`; for others `hidden_act` must be given.
+
+    Args:
+      file: OpenCLIP's weights.
+      hidden_act: the activation, where nothing states it.
+
+    Raises:
+      FileNotFoundError, ImportError: as for `open_file`.
+      ValueError: as for `open_file`, or nothing states the activation or the number of
+        heads, or what is stated contradicts `hidden_act` or is not supported.
+    """
+    stored = _opened(file)
+    tensors = _renamed(stored, file)
+    stated = _stated(file)
+    act = _activation(stored, stated, file, hidden_act)
+    vision, text = stated.get("vision_cfg", {}), stated.get("text_cfg", {})
+
+    def shape(name):
+        if name not in tensors:
+            raise ValueError(f"{file} has no {name}, so it is no whole CLIP.")
+        return tensors[name].shape
+
+    def tower(name, heads):
+        width, layers = len_of(f"{name}.embeddings.position_embedding.weight", 1), 0
+        while f"{name}.encoder.layers.{layers}.mlp.fc1.weight" in tensors:
+            layers += 1
+        return {
+            "hidden_act": act,
+            "hidden_size": width,
+            "intermediate_size": len_of(f"{name}.encoder.layers.0.mlp.fc1.weight", 0),
+            "num_attention_heads": heads or _heads_of(width, file),
+            "num_hidden_layers": layers,
+            "projection_dim": shared,
+        }
+
+    def len_of(name, axis):
+        return shape(name)[axis]
+
+    shared = len_of("visual_projection.weight", 0)
+    patches = len_of("vision_model.embeddings.position_embedding.weight", 0) - 1
+    patch = len_of("vision_model.embeddings.patch_embedding.weight", 2)
+    width = len_of("vision_model.embeddings.class_embedding", 0)
+    heads = width // vision.get("head_width", 64) if vision else None
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": shared,
+        "text_config": {
+            **tower("text_model", text.get("heads", 8) if text else None),
+            "max_position_embeddings": len_of(
+                "text_model.embeddings.position_embedding.weight", 0
+            ),
+            "vocab_size": len_of("text_model.embeddings.token_embedding.weight", 0),
+            # transformers' word for what OpenCLIP does: the largest id ends a text.
+            "eos_token_id": 2,
+        },
+        "vision_config": {
+            **tower("vision_model", heads),
+            "image_size": math.isqrt(patches) * patch,
+            "patch_size": patch,
+        },
+    }
+
+
+def preprocessing(folder: Path, image_size: int | None = None) -> dict[str, Any]:
+    """The content of transformers' `preprocessor_config.json` for a model.
+
+    Means and deviations are those of `open_clip_config.json`, or else OpenAI's.
+
+    Args:
+      folder: the folder of the model.
+      image_size: pixels of an edge; by default what `open_clip_config.json` states.
+
+    Raises:
+      KeyError: nothing states the size.
+      ValueError: images are resized in another way than jaxarith does.
+    """
+    config = folder / CONFIG
+    raw = folders.read_json(folder, CONFIG) if config.is_file() else {}
+    if image_size is None:
+        image_size = raw["model_cfg"]["vision_cfg"]["image_size"]
+    stated = raw.get("preprocess_cfg", {})
+    ways = {"interpolation": "bicubic", "resize_mode": "shortest"}
+    for key, value in ways.items():
+        if stated.get(key, value) != value:
+            raise ValueError(
+                f"{config} states {key} {stated[key]!r}; jaxarith has {value!r} alone."
+            )
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": image_size},
+        "crop_size": {"height": image_size, "width": image_size},
+        "resample": 3,  # bicubic
+        "image_mean": stated.get("mean", [0.48145466, 0.4578275, 0.40821073]),
+        "image_std": stated.get("std", [0.26862954, 0.26130258, 0.27577711]),
+    }
+
+
+def _opened(file):
+    pickled = file.suffix in pickles.SUFFIXES
+    stored = pickles.open_file(file) if pickled else safetensors.open_file(file)[0]
+    checks.check_numeric(stored)
+    first = min((name for name in stored if name.endswith(_FIRST)), key=len, default="")
+    if not first:
+        raise ValueError(
+            f"{file} has no {_FIRST}: it is not of a CLIP with a vision transformer in "
+            "OpenCLIP's format. Models of transformers are named by their folder."
+        )
+    prefix = first.removesuffix(_FIRST)
+    return {name.removeprefix(prefix): leaf for name, leaf in stored.items()}
+
+
+def _renamed(stored: Mapping[str, Stored], file: Path) -> dict[str, Stored]:
+    found: dict[str, Stored] = {}
+    for name, leaf in stored.items():
+        if name in _NOT_WEIGHTS:
+            continue
+        for new, part in _parts(name, leaf):
+            if new in found:
+                raise ValueError(f"{file} has two tensors that are {new}.")
+            found[new] = part
+    return found
+
+
+def _parts(name, leaf):
+    """A tensor under its new name, or those that it is made of."""
+    module, _, last = name.rpartition(".")
+    if name in _PARAMETERS:
+        return [(_PARAMETERS[name], leaf)]
+    if name in _PROJECTIONS and len(leaf.shape) == 2:
+        return [(_PROJECTIONS[name], _transposed(leaf))]
+    if module in _MODULES:
+        return [(f"{_MODULES[module]}.{last}", leaf)]
+    if block := _BLOCK.fullmatch(name):
+        tower = "vision_model" if block[1] else "text_model"
+        place, inner, last = f"{tower}.encoder.layers.{block[2]}", block[3], block[4]
+        if inner in _IN_BLOCKS:
+            return [(f"{place}.{_IN_BLOCKS[inner]}.{last}", leaf)]
+        if inner == _FUSED and leaf.shape and leaf.shape[0] % 3 == 0:
+            return [
+                (f"{place}.self_attn.{role}_proj.{last}", _third(leaf, i))
+                for i, role in enumerate("qkv")
+            ]
+    return [(name, leaf)]
+
+
+def _transposed(leaf):
+    return Stored.made(leaf.dtype, leaf.shape[::-1], lambda: leaf.read().T)
+
+
+def _third(leaf, i):
+    rows = leaf.shape[0] // 3
+    part = slice(i * rows, (i + 1) * rows)
+    return Stored.made(leaf.dtype, (rows, *leaf.shape[1:]), lambda: leaf.read()[part])
+
+
+def _stated(file):
+    """What `open_clip_config.json` says of the model; empty without one."""
+    place = file.parent / CONFIG
+    if not place.is_file():
+        return {}
+    model = folders.read_json(file.parent, CONFIG).get("model_cfg", {})
+    for part, known in _KNOWN.items():
+        stated = model if part == "model_cfg" else model.get(part, {})
+        other = sorted(key for key, value in stated.items() if value)
+        if other := [key for key in other if key not in known]:
+            raise ValueError(
+                f"{place} states {', '.join(other)} in {part}, of which jaxarith's "
+                "CLIP knows nothing."
+            )
+    return model
+
+
+def _activation(stored, stated, file, given: HiddenAct | None) -> HiddenAct:
+    if stated:
+        found, where = "quick_gelu" if stated.get("quick_gelu") else "gelu", CONFIG
+    elif stored.keys() >= _OF_OPENAI:
+        found, where = "quick_gelu", "its tensors, as all of OpenAI's,"
+    elif given is None:
+        raise ValueError(
+            f"nothing says which activation the model in {file} has: OpenAI's and "
+            "those that OpenCLIP calls quickgelu have quick_gelu, its others gelu, and "
+            "the wrong one costs accuracy without an error. Put the model's "
+            f"{CONFIG} beside it, or give hidden_act (jaxarith convert --hidden-act)."
+        )
+    else:
+        return given
+    if given not in (None, found):
+        raise ValueError(f"{file} has {found} by {where}, and {given} is asked for.")
+    return found
+
+
+def _heads_of(width, file):
+    if width not in _HEADS_OF_64:
+        raise ValueError(
+            f"nothing says how many heads the model in {file} has, of width {width}. "
+            f"Put the model's {CONFIG} beside it."
+        )
+    return width // 64

@@ -1,0 +1,81 @@
+"""Tensors of PyTorch's own files, which are pickles: read by PyTorch, as data only.
+
+A pickle may run any code. `torch.load(weights_only=True)` builds tensors and plain
+containers of them and refuses everything else.
+"""
+
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxarith.hub.stored import Stored
+
+SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def open_file(path: Path) -> dict[str, Stored]:
+    """The tensors of a state dict by name; all are in memory from then on.
+
+    A dict that has the state dict as its entry "state_dict", as OpenCLIP's training
+    writes, is looked into.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ImportError: PyTorch is not installed.
+      ValueError: the file is no state dict, or PyTorch refuses to read it as data.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    try:
+        import torch  # here: nothing else needs it
+    except ImportError as error:
+        raise ImportError(
+            f"{path} is a file of PyTorch, which is missing: pip install torch."
+        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of TorchScript; the error below says it
+        content = _loaded(torch, path)
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    strange = not isinstance(content, Mapping) or any(
+        not isinstance(leaf, torch.Tensor) for leaf in content.values()
+    )
+    if strange or not content:
+        raise ValueError(f"{path} holds no state dict, which is a dict of tensors.")
+    return {str(name): _stored(torch, leaf) for name, leaf in content.items()}
+
+
+def _loaded(torch: Any, path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        if "TorchScript" in str(error):
+            how = "It is a TorchScript archive, as OpenAI's are: torch.jit.load(FILE)"
+        else:
+            how = (
+                "A file of whole objects, such as the image encoders that papers "
+                "publish, runs code when it is opened. Load it once, where its classes "
+                "are and if you trust it: torch.load(FILE, weights_only=False)"
+            )
+        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        [reason, *_] = str(error).splitlines() or [repr(error)]
+        reason = f"it holds an object of {found[1]}." if found else reason
+        raise ValueError(
+            f"PyTorch does not read {path} as tensors alone: {reason}\n{how}; then "
+            "torch.save(_.state_dict(), NEW)."
+        ) from error
+
+
+def _stored(torch: Any, leaf: Any) -> Stored:
+    """The tensor as NumPy's; of bfloat16, which NumPy lacks, the bits."""
+    if leaf.dtype == torch.bfloat16:
+        array = leaf.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    else:
+        array = leaf.detach().numpy()
+    return Stored.made(array.dtype, array.shape, lambda: np.asarray(array))
