@@ -11,6 +11,7 @@ from experiments.awd import (
     disentangled,
     figure3_number_of_tasks,
     figure5_landscape,
+    solving,
     table1_addition,
     table5_cost,
     table6_reversed,
@@ -21,6 +22,7 @@ from experiments.common.vision import setups
 from jaxarith import merge, task_vectors, tree
 from jaxarith.models import clip
 
+HOW = solving.Options()
 MODEL = str(clip.TINY_CLIP)
 
 
@@ -208,7 +210,7 @@ class TestDisentangled:
         self,
     ):
         setup, taus, paths = self.setup_and_vectors()
-        found = disentangled.disentangled(setup, taus, alpha=1e-3)
+        found = disentangled.disentangled(setup, taus, HOW, alpha=1e-3)
         for own in found:
             assert list(tree.flatten(own)) == paths[:1]
         deltas = [
@@ -225,7 +227,7 @@ class TestDisentangled:
         setup, taus, paths = self.setup_and_vectors()
         parts = disentangled.linear_weights(taus)
         expected = merge.awd(setup.params_0, parts, coef=0.3, alpha=1e-3, steps=1000)
-        own = disentangled.disentangled(setup, taus, alpha=1e-3)
+        own = disentangled.disentangled(setup, taus, HOW, alpha=1e-3)
         found = task_vectors.apply(setup.params_0, task_vectors.add(own), 0.3)
         for path, leaf in tree.flatten(expected).items():
             np.testing.assert_allclose(tree.flatten(found)[path], leaf, atol=1e-5)
@@ -233,7 +235,9 @@ class TestDisentangled:
     def test_reversed_they_are_less_orthogonal(self):
         setup, taus, _ = self.setup_and_vectors()
         parts = disentangled.linear_weights(taus)
-        found = disentangled.disentangled(setup, taus, alpha=1e-2, objective="reverse")
+        found = disentangled.disentangled(
+            setup, taus, HOW, alpha=1e-2, objective="reverse"
+        )
         assert disentangled.mean_cosine(found) > disentangled.mean_cosine(parts)
 
 

@@ -6,6 +6,7 @@ coefficient λ of 0.3, 0.4, …, 1 is chosen by the mean accuracy on validation 
 so is the weight α of AWD of 1e-2, 1e-3, …, 1e-6.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from experiments.awd import solving
 from experiments.common import tables
 from experiments.common.vision import options, scores, setups
 from jaxarith import merge, task_vectors, tree
@@ -24,7 +26,6 @@ _TASKS = "sun397 cars resisc45 eurosat svhn gtsrb mnist dtd"
 TASKS: tuple[str, ...] = tuple(_TASKS.split())
 COEFS = np.linspace(0.3, 1.0, 8)
 ALPHAS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-STEPS = 1000
 
 
 def linear_weights(taus: Taus) -> list[Tree]:
@@ -45,6 +46,7 @@ def coefs(config: options.Options) -> np.ndarray:
 def disentangled(
     setup: setups.Setup,
     taus: Taus,
+    how: solving.Options,
     *,
     alpha: float = 1e-4,
     objective: Literal["reduce", "reverse"] = "reduce",
@@ -54,28 +56,30 @@ def disentangled(
     Args:
       setup: the model.
       taus: whole task vectors, or their linear weights.
+      how: options of the script.
       alpha: the weight of the norm of δ.
       objective: "reduce" the cosines, or "reverse".
     """
     parts = linear_weights(taus)
-    found = merge.awd(
-        setup.params_0, parts, coef=1.0, alpha=alpha, steps=STEPS, objective=objective
-    )
-    total = tree.restrict(
-        task_vectors.difference(found, setup.params_0), tree.flatten(parts[0])
-    )
+    total = solving.merged(setup.params_0, parts, how, alpha=alpha, objective=objective)
     # Σ(τ_i - δ) is given, so K δ is what it lacks of the sum.
     lacking = task_vectors.difference(task_vectors.add(parts), total)
     return [task_vectors.apply(part, lacking, -1 / len(parts)) for part in parts]
 
 
-def sums(setup: setups.Setup, taus: Taus) -> dict[str, Tree]:
+def sums(setup: setups.Setup, taus: Taus, how: solving.Options) -> dict[str, Tree]:
     """By α, one after the other, the sum of the disentangled vectors."""
+    parts = linear_weights(taus)
     progress = tqdm(alphas(setup.options), desc="AWD", unit="α")
     return {
-        f"{alpha:g}": task_vectors.add(disentangled(setup, taus, alpha=alpha))
+        f"{alpha:g}": solving.merged(setup.params_0, parts, how, alpha=alpha)
         for alpha in progress
     }
+
+
+def beside_sum(taus: Taus, vector: Tree, coef: float = 1.0) -> dict[str, float]:
+    """`solving.beside_sum`, with the plain sum of the linear weights."""
+    return solving.beside_sum(vector, task_vectors.add(linear_weights(taus)), coef)
 
 
 def ties(setup: setups.Setup, taus: Taus) -> Tree:
@@ -108,6 +112,8 @@ def searched(
     setup: setups.Setup,
     candidates: Mapping[str, Tree],
     coefs: Numbers,
+    *,
+    linearized: bool = False,
 ) -> Chosen:
     """The candidate and the coefficient with the best mean validation accuracy.
 
@@ -116,14 +122,16 @@ def searched(
       candidates: merged vectors at λ = 1 by name; of equals the first is taken, at the
         smallest coefficient.
       coefs: the candidates of λ.
+      linearized: whether they belong to the tangent-space model.
     """
     vectors = list(candidates.values())
     units = np.eye(len(vectors))
     rows = np.concatenate([np.outer(coefs, unit) for unit in units])
-    curves = scores.on_all(setup, vectors, "validation", rows).mean(axis=1)
+    measured = functools.partial(scores.on_all, setup, linearized=linearized)
+    curves = measured(vectors, "validation", rows).mean(axis=1)
     best = int(np.argmax(curves))
     index, coef = best // len(coefs), float(coefs[best % len(coefs)])
-    test = scores.on_all(setup, vectors[index : index + 1], "test", [[coef]])[0]
+    test = measured(vectors[index : index + 1], "test", [[coef]])[0]
     return Chosen(list(candidates)[index], coef, float(curves[best]), test)
 
 

@@ -20,16 +20,16 @@ import dataclasses
 
 import numpy as np
 
-from experiments.awd import disentangled
+from experiments.awd import disentangled, solving
 from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, setups, vectors
-from jaxarith import plots
+from jaxarith import plots, task_vectors
 
 COEFS = np.linspace(0, 1, 11)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.Models):
+class Config(solving.Options, options.Models):
     models: tuple[str, ...] = (options.B32, options.L14)
     tasks: tuple[str, ...] = disentangled.TASKS
     alpha: float = 1e-4
@@ -40,7 +40,7 @@ class Config(options.Models):
 def main(config: Config) -> dict:
     config = options.started(config)
     coefs = list(map(float, scores.coefs_of(config, COEFS)))
-    rows, curves = [], []
+    rows, curves, merged = [], [], []
     for setup in setups.each(config, config.models, control=False):
         taus = vectors.vectors(setup, "nonlinear")
         curve = 100 * scores.on_own(setup, taus, "test", coefs)
@@ -49,9 +49,10 @@ def main(config: Config) -> dict:
             "fine-tuned": curve[-1] / 100,
             "linear weights": scores.on_own(setup, parts, "test")[0],
         }
-        parts = disentangled.disentangled(setup, taus, alpha=config.alpha)
-        own = scores.on_own(setup, parts, "test")[0]
-        found["reconstructed by AWD"] = own
+        parts = disentangled.disentangled(setup, taus, config, alpha=config.alpha)
+        found["reconstructed by AWD"] = scores.on_own(setup, parts, "test")[0]
+        beside = disentangled.beside_sum(taus, task_vectors.add(parts))
+        merged.append({"model": setup.title, "λ": 1.0, "alpha": config.alpha} | beside)
         groups = {name: (100 * own).tolist() for name, own in found.items()}
         for name, own in groups.items():
             row = {"model": setup.title, "vector": name}
@@ -69,10 +70,13 @@ def main(config: Config) -> dict:
             }
             file = config.out / f"figure7_{setup.title}.png"
             plots.curves(file, drawn, x="coefficient λ", y="test accuracy, %")
-    results = {"rows": rows, "curves": curves}
-    caption = "Test accuracy of the models of one task each, percent."
+    results = {"rows": rows, "curves": curves, "merged": merged}
+    shown = {
+        "Test accuracy of the models of one task each, percent.": rows,
+        "AWD's merged vector beside the plain sum.": tables.markdown(merged, digits=6),
+    }
     title = "Models of one task (AWD paper, Figures 2 and 7)"
-    return tables.write(config.out, title, {caption: rows}, results)
+    return tables.write(config.out, title, shown, results)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
-from experiments.awd import disentangled
+from experiments.awd import disentangled, solving
 from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import plots, task_vectors
@@ -44,6 +44,7 @@ from jaxarith.typing import Taus
 
 COEFS = np.linspace(0, 1, 11)
 METHODS = ("Individual", "Task Arithmetic", "Ties-Merging", "AWD Task Arithmetic")
+BESIDE = ("cosine with sum", "effective λ")  # means over the subsets
 PUBLISHED = tables.published_by_column(__doc__, "method")
 # Of two to seven tasks, as Appendix 8.6 lists them.
 SUBSETS = """
@@ -76,7 +77,7 @@ mnist gtsrb dtd resisc45 svhn sun397
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.OneModel):
+class Config(solving.Options, options.OneModel):
     tasks: tuple[str, ...] = disentangled.TASKS
 
 
@@ -113,26 +114,32 @@ def interval(values: Sequence[float]) -> float:
     return float(stats.t.ppf(0.975, count - 1) * stats.sem(values))
 
 
-def sums_of(setup: setups.Setup, taus: Taus) -> dict[str, dict]:
+def sums_of(setup: setups.Setup, taus: Taus, how: solving.Options) -> dict[str, dict]:
     """By method, the candidates for a merged vector at λ = 1."""
     return {
         "Task Arithmetic": {"": task_vectors.add(taus)},
         "Ties-Merging": {"": disentangled.ties(setup, taus)},
-        "AWD Task Arithmetic": disentangled.sums(setup, taus),
+        "AWD Task Arithmetic": disentangled.sums(setup, taus, how),
     }
 
 
-def measured(setup: setups.Setup, taus, singles: dict[str, float]) -> list[dict]:
+def measured(
+    setup: setups.Setup, taus, how: solving.Options, singles: dict[str, float]
+) -> list[dict]:
     """The rows of one subset: those of `setup`."""
     tasks = {"tasks": setup.names, "number": len(setup.tasks)}
     mean = 100 * float(np.mean([singles[name] for name in setup.names]))
-    rows = [tasks | {"method": "Individual", "mean": mean}]
+    none = dict.fromkeys(("alpha", *BESIDE))
+    rows = [tasks | {"method": "Individual", "mean": mean} | none]
     coefs = scores.coefs_of(setup.options, COEFS)
-    for method, sums in sums_of(setup, taus).items():
+    for method, sums in sums_of(setup, taus, how).items():
         found = disentangled.searched(setup, sums, coefs)
         row = tasks | {"method": method, "mean": scores.means(found.test)}
-        alpha = float(found.name) if len(sums) > 1 else None
-        rows.append(row | {"coef": found.coef, "alpha": alpha})
+        row |= {"coef": found.coef} | none
+        if len(sums) > 1:
+            row["alpha"] = float(found.name)
+            row |= disentangled.beside_sum(taus, sums[found.name], found.coef)
+        rows.append(row)
     return rows
 
 
@@ -141,20 +148,25 @@ def by_number(rows: Sequence[dict]) -> list[dict]:
     found = []
     numbers = sorted({row["number"] for row in rows})
     for number, method in itertools.product(numbers, METHODS):
-        own = [
-            row["mean"]
-            for row in rows
-            if (row["number"], row["method"]) == (number, method)
+        chosen = [
+            row for row in rows if (row["number"], row["method"]) == (number, method)
         ]
+        own = [row["mean"] for row in chosen]
         row = {"number": number, "method": method, "mean": float(np.mean(own))}
-        found.append(row | {"± 95 %": interval(own), "subsets": len(own)})
+        row |= {"± 95 %": interval(own), "subsets": len(own)}
+        for name in BESIDE:
+            values = [own[name] for own in chosen]
+            row[name] = None if None in values else float(np.mean(values))
+        found.append(row)
     return found
 
 
-def by_coef(setup: setups.Setup, taus, alpha: float) -> dict[str, list[float]]:
+def by_coef(
+    setup: setups.Setup, taus, how: solving.Options, alpha: float
+) -> dict[str, list[float]]:
     """Figure 3b: by method, mean test accuracy of all tasks at each λ."""
     coefs = scores.coefs_of(setup.options, COEFS)
-    sums = sums_of(setup, taus)
+    sums = sums_of(setup, taus, how)
     merged = [own.get(f"{alpha:g}") or own[""] for own in sums.values()]
     units = np.eye(len(merged))
     rows = np.concatenate([np.outer(coefs, unit) for unit in units])
@@ -198,11 +210,13 @@ def main(config: Config) -> dict:
         names = frozenset(subset)
         if names not in once:
             own = setup._replace(tasks=[tasks[name] for name in subset])
-            once[names] = measured(own, [taus[name] for name in subset], singles)
+            once[names] = measured(
+                own, [taus[name] for name in subset], config, singles
+            )
         rows += once[names]
     means = by_number(rows)
     alpha = rows[-1]["alpha"]  # of all tasks
-    curves = by_coef(setup, list(taus.values()), alpha)
+    curves = by_coef(setup, list(taus.values()), config, alpha)
     if runs.is_first():
         draw(config, means, curves)
     is_paper = setup.title == "ViT-B-32" and (
@@ -223,7 +237,13 @@ def main(config: Config) -> dict:
         "curves": curves,
     }
     caption = f"{setup.title}: mean test accuracy over subsets of the tasks, percent."
-    table = {caption: beside}
+    names = ("number", "method", *BESIDE)
+    compared = [{name: row[name] for name in names} for row in means if row[BESIDE[0]]]
+    table = {
+        caption: beside,
+        "AWD's merged vector beside the plain sum of the same weights, means over "
+        "subsets.": tables.markdown(compared, digits=6),
+    }
     title = "Accuracy by the number of tasks (AWD paper, Table 11 and Figure 3)"
     note = f"figure3a.png is this table. figure3b.png is of all tasks, α = {alpha:g}."
     return tables.write(config.out, title, table, results, note)

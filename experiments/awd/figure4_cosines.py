@@ -22,7 +22,7 @@ import dataclasses
 import numpy as np
 from tqdm import tqdm
 
-from experiments.awd import disentangled
+from experiments.awd import disentangled, solving
 from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import plots, task_vectors
@@ -31,7 +31,7 @@ ALPHAS = np.logspace(-6, 0, 13)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.Models):
+class Config(solving.Options, options.Models):
     models: tuple[str, ...] = (options.B32, options.L14)
     tasks: tuple[str, ...] = disentangled.TASKS
     alpha: float = 1e-4
@@ -40,16 +40,16 @@ class Config(options.Models):
     """λ of Figure 6."""
 
 
-def sweep(setup: setups.Setup, taus, coef: float) -> list[dict]:
+def sweep(setup: setups.Setup, taus, config: Config) -> list[dict]:
     """Rows of Figure 6: at each α, the cosines that are left and the accuracy."""
     alphas = ALPHAS[::6] if setup.options.smoke else ALPHAS
     before = disentangled.mean_cosine(disentangled.linear_weights(taus))
     cosines, sums = [], []
     for alpha in tqdm(alphas, desc="AWD", unit="α"):
-        parts = disentangled.disentangled(setup, taus, alpha=float(alpha))
+        parts = disentangled.disentangled(setup, taus, config, alpha=float(alpha))
         cosines.append(disentangled.mean_cosine(parts))
         sums.append(task_vectors.add(parts))
-    rows = coef * np.eye(len(sums))
+    rows = config.coef * np.eye(len(sums))
     means = 100 * scores.on_all(setup, sums, "test", rows).mean(axis=1)
     return [
         {
@@ -58,8 +58,11 @@ def sweep(setup: setups.Setup, taus, coef: float) -> list[dict]:
             "cosine": cosine,
             "normalised cosine": cosine / before,
             "mean": float(mean),
+            **disentangled.beside_sum(taus, total, config.coef),
         }
-        for alpha, cosine, mean in zip(alphas, cosines, means, strict=True)
+        for alpha, cosine, mean, total in zip(
+            *(alphas, cosines, means, sums), strict=True
+        )
     ]
 
 
@@ -71,7 +74,9 @@ def main(config: Config) -> dict:
         taus = vectors.vectors(setup, "nonlinear")
         both = {
             "task vectors": disentangled.linear_weights(taus),
-            "disentangled": disentangled.disentangled(setup, taus, alpha=config.alpha),
+            "disentangled": disentangled.disentangled(
+                setup, taus, config, alpha=config.alpha
+            ),
         }
         panels = {
             name: np.asarray(task_vectors.cosine_matrix(own), float)
@@ -79,7 +84,7 @@ def main(config: Config) -> dict:
         }
         own = {name: panel.tolist() for name, panel in panels.items()}
         matrices.append({"model": setup.title, "tasks": setup.names} | own)
-        found = sweep(setup, taus, config.coef)
+        found = sweep(setup, taus, config)
         rows += found
         if runs.is_first():
             more = {"rows": "task", "columns": "task", "digits": 3}

@@ -21,10 +21,10 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments.awd import disentangled
+from experiments.awd import disentangled, solving
 from experiments.common import runs, script, tables
 from experiments.common.vision import options, setups, vectors
-from jaxarith import plots
+from jaxarith import plots, task_vectors
 from jaxarith.evaluate import landscape
 from jaxarith.models import heads
 
@@ -32,7 +32,7 @@ PAIRS = ("resisc45,cars", "sun397,dtd")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.OneModel):
+class Config(solving.Options, options.OneModel):
     tasks: tuple[str, ...] = disentangled.TASKS
     pairs: tuple[str, ...] = PAIRS
     """Pairs of the tasks, with a comma between them."""
@@ -79,10 +79,8 @@ def main(config: Config) -> dict:
     runs.start(config)
     setup = setups.load(config, config.model, control=False)
     taus = vectors.vectors(setup, "nonlinear")
-    both = {
-        "task vectors": taus,
-        "disentangled": disentangled.disentangled(setup, taus, alpha=config.alpha),
-    }
+    parts = disentangled.disentangled(setup, taus, config, alpha=config.alpha)
+    both = {"task vectors": taus, "disentangled": parts}
     coefs = np.linspace(config.low, config.high, config.points)
     grid = np.stack(np.meshgrid(coefs, coefs, indexing="ij"), axis=-1)
     grids, rows = [], []
@@ -116,10 +114,15 @@ def main(config: Config) -> dict:
                 y=f"coefficient of {second}",
                 value=f"loss of {first} + loss of {second}",
             )
-    results = {"grids": grids, "rows": rows}
+    beside = disentangled.beside_sum(taus, task_vectors.add(parts))
+    results = {"grids": grids, "rows": rows, "merged": beside}
     caption = f"{setup.title}: the lowest joint loss on the grid, and where."
     title = "Joint losses of two tasks (AWD paper, Figure 5)"
-    return tables.write(config.out, title, {caption: rows}, results, digits=3)
+    shown = {
+        caption: rows,
+        "AWD's vector of all tasks at λ = 1 beside the plain sum.": [beside],
+    }
+    return tables.write(config.out, title, shown, results, digits=3)
 
 
 if __name__ == "__main__":

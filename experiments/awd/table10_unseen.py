@@ -25,7 +25,7 @@ the second split AWD's 76.7 on DTD is at odds with the mean 81.1, which implies 
 
 import dataclasses
 
-from experiments.awd import disentangled
+from experiments.awd import disentangled, solving
 from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import task_vectors
@@ -43,7 +43,7 @@ PUBLISHED = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.OneModel):
+class Config(solving.Options, options.OneModel):
     model: str = options.B16
     tasks: tuple[str, ...] = disentangled.TASKS
     unseen: tuple[str, ...] = tuple(SEEN)
@@ -61,7 +61,7 @@ def check(config: Config):
             raise ValueError(f"--unseen {split} leaves fewer than two tasks to merge.")
 
 
-def rows_of(setup: setups.Setup, split: str) -> list[dict]:
+def rows_of(setup: setups.Setup, split: str, how: solving.Options) -> list[dict]:
     """The two rows of one split."""
     tasks = {task.name: task for task in setup.tasks}
     unseen = split.split(",")
@@ -72,7 +72,7 @@ def rows_of(setup: setups.Setup, split: str) -> list[dict]:
     others = setup._replace(tasks=[tasks[name] for name in unseen])
     taus = vectors.vectors(seen, "nonlinear")
     candidates = {"Task Arithmetic": {"0": task_vectors.add(taus)}}
-    candidates["AWD Task Arithmetic"] = disentangled.sums(setup, taus)
+    candidates["AWD Task Arithmetic"] = disentangled.sums(setup, taus, how)
     rows = []
     for method, sums in candidates.items():
         found = disentangled.searched(seen, sums, disentangled.coefs(setup.options))
@@ -86,8 +86,12 @@ def rows_of(setup: setups.Setup, split: str) -> list[dict]:
             pairs = zip(group, values, strict=True)
             row |= {name: 100 * float(value) for name, value in pairs}
             row[f"mean of the {part}"] = scores.means(values)
-        alpha = float(found.name) if len(sums) > 1 else None
-        rows.append(row | {"coef": found.coef, "alpha": alpha})
+        row |= {"coef": found.coef, "alpha": None}
+        row |= {"cosine with sum": None, "effective λ": None}
+        if method == "AWD Task Arithmetic":
+            row["alpha"] = float(found.name)
+            row |= disentangled.beside_sum(taus, merged[0], found.coef)
+        rows.append(row)
     return rows
 
 
@@ -101,7 +105,7 @@ def main(config: Config) -> dict:
     vectors.vectors(setup, "nonlinear")
     rows, shown = [], {}
     for split in config.unseen:
-        found = rows_of(setup, split)
+        found = rows_of(setup, split, config)
         rows += found
         # The order of the fields is that of the published values.
         values = [name for name in found[0] if isinstance(found[0][name], float)]
@@ -115,10 +119,8 @@ def main(config: Config) -> dict:
         )
         caption = f"Unseen: {split}. Test accuracy of {setup.title}, percent."
         shown[caption] = tables.markdown(beside)
-    searched = [
-        {name: row[name] for name in ("unseen", "method", "coef", "alpha")}
-        for row in rows
-    ]
+    names = ("unseen", "method", "coef", "alpha", "cosine with sum", "effective λ")
+    searched = [{name: row[name] for name in names} for row in rows]
     shown["What was searched."] = tables.markdown(searched, digits=6)
     title = "Tasks that are not merged (AWD paper, Table 10)"
     return tables.write(config.out, title, shown, {"rows": rows})

@@ -69,6 +69,12 @@ The paper takes its baselines from others' papers. Here all start from the same 
 their papers do. TIES sums the entries of the elected sign. Surgery is of Task
 Arithmetic. The paper does not say which α AWD AdaMerging has; it has that of AWD Task
 Arithmetic here. Nor does it say which of its two starts, 0.3 or 0.4: here 0.3.
+
+"Cosine with sum" and "effective λ" compare AWD's vector with the plain sum of the same
+weights, see `experiments.awd.solving`. Below the paper's rows are others, which its
+tables lack (`--no-beyond-paper` leaves them out), see `experiments.awd.beyond`: TSV-M,
+Iso-C, Iso-CTS, WUDI and PCB-Merging, the plain sum of the linear weights, a search of K
+weights, and AWD of vectors that are trained otherwise.
 """
 
 import dataclasses
@@ -78,7 +84,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments.awd import disentangled
+from experiments.awd import beyond, disentangled, solving
 from experiments.common import script, tables
 from experiments.common.vision import fitted, options, scores, setups, vectors
 from jaxarith import merge, task_vectors
@@ -89,19 +95,24 @@ PUBLISHED = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.Models):
+class Config(solving.Options, options.Models):
     tasks: tuple[str, ...] = disentangled.TASKS
+    beyond_paper: bool = True
+    """Also measure what the paper's tables lack, see above."""
+    others: tuple[beyond.Other, ...] = ("linear_layers_1",)
+    """Methods that train other vectors, which AWD merges too. tau_jp_cyclic needs a
+    control task, or --control none."""
 
 
-def rows_of(setup: setups.Setup) -> list[dict]:
+def rows_of(setup: setups.Setup, config: Config) -> list[dict]:
     """The rows of one model, in the order of the paper."""
-    taus = vectors.vectors(setup, "nonlinear")
-    config, rows = setup.options, []
+    taus, rows = vectors.vectors(setup, "nonlinear"), []
 
     def add(method, accuracies, **found):
         row = {"model": setup.title, "method": method, **setup.by_task(accuracies)}
         row["mean"] = scores.means(accuracies)
-        rows.append(row | {"coef": None, "alpha": None} | found)
+        row |= {"coef": None, "alpha": None}
+        rows.append(row | {"cosine with sum": None, "effective λ": None} | found)
 
     def add_searched(method, candidates, coefs):
         found = disentangled.searched(setup, candidates, coefs)
@@ -128,9 +139,10 @@ def rows_of(setup: setups.Setup) -> list[dict]:
     tenths = scores.coefs_of(config, np.linspace(0.1, 1.0, 10))
     consensus = difference(merge.consensus, coef=1.0)
     add_searched("Consensus Merging", {"": consensus}, tenths)
-    sums = disentangled.sums(setup, taus)
+    sums = disentangled.sums(setup, taus, config)
     best = add_searched("AWD Task Arithmetic", sums, coefs)
     alpha = rows[-1]["alpha"] = float(best.name)
+    rows[-1] |= disentangled.beside_sum(taus, sums[best.name], best.coef)
     for method, scope, density in (
         ("TW AdaMerging", "task", None),
         ("TW AdaMerging++", "task", 0.2),
@@ -140,7 +152,7 @@ def rows_of(setup: setups.Setup) -> list[dict]:
         given = {"scope": scope, "density": density}
         add_fitted(method, fitted.adamerging(setup, taus, **given))
     add("Representation Surgery", surgery(setup, taus, total, added.coef))
-    parts = disentangled.disentangled(setup, taus, alpha=alpha)
+    parts = disentangled.disentangled(setup, taus, config, alpha=alpha)
     add_fitted("AWD AdaMerging", fitted.adamerging(setup, parts))
     rows[-1]["alpha"] = alpha
     return rows
@@ -171,20 +183,27 @@ def surgery(setup: setups.Setup, taus, total, coef: float) -> np.ndarray:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    rows, shown = [], {}
-    for setup in setups.each(config, config.models, control=False):
-        found = rows_of(setup)
+    rows, more, shown = [], [], {}
+    control = config.beyond_paper and "tau_jp_cyclic" in config.others
+    names = ("method", "mean", "coef", "alpha", "cosine with sum", "effective λ")
+    for setup in setups.each(config, config.models, control=control):
+        found = rows_of(setup, config)
         rows += found
         searched = [
-            {name: row[name] for name in ("method", "mean", "coef", "alpha")}
+            {name: row[name] for name in names}
             for row in found
             if row["coef"] is not None
         ]
         shown |= disentangled.shown(setup, found, PUBLISHED, keys=["method"])
         caption = f"{setup.title}: what was searched."
         shown[caption] = tables.markdown(searched, digits=6)
+        if config.beyond_paper:
+            taus = vectors.vectors(setup, "nonlinear")
+            found = beyond.rows_of(setup, taus, config, config.others)
+            more += found
+            shown |= beyond.shown(setup, found)
     title = "Merging image models (AWD paper, Tables 1, 2 and 4)"
-    return tables.write(config.out, title, shown, {"rows": rows})
+    return tables.write(config.out, title, shown, {"rows": rows, "beyond": more})
 
 
 if __name__ == "__main__":

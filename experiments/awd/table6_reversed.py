@@ -44,7 +44,7 @@ import dataclasses
 
 from tqdm import tqdm
 
-from experiments.awd import disentangled
+from experiments.awd import disentangled, solving
 from experiments.common import script, tables
 from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import task_vectors
@@ -65,12 +65,12 @@ PUBLISHED = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.Models):
+class Config(solving.Options, options.Models):
     models: tuple[str, ...] = (options.B32, options.L14)
     tasks: tuple[str, ...] = disentangled.TASKS
 
 
-def rows_of(setup: setups.Setup) -> list[dict]:
+def rows_of(setup: setups.Setup, how: solving.Options) -> list[dict]:
     """The rows of one model, in the order of the paper."""
     taus, rows = vectors.vectors(setup, "nonlinear"), []
     alphas = disentangled.alphas(setup.options)
@@ -80,11 +80,13 @@ def rows_of(setup: setups.Setup) -> list[dict]:
         row = {"model": setup.title, "objective": objective, "method": method}
         row |= setup.by_task(accuracies) | {"mean": scores.means(accuracies)}
         row["cosine"] = None if parts is None else disentangled.mean_cosine(parts)
-        rows.append(row | {"coef": None, "alpha": None} | found)
+        row |= {"coef": None, "alpha": None}
+        rows.append(row | {"cosine with sum": None, "effective λ": None} | found)
 
     # Those of one α at a time: of all α they would not fit into memory.
     def vectors_at(alpha, objective):
-        return disentangled.disentangled(setup, taus, alpha=alpha, objective=objective)
+        given = {"alpha": alpha, "objective": objective}
+        return disentangled.disentangled(setup, taus, how, **given)
 
     zero_shot, single = scores.on_own(setup, taus, "test", (0.0, 1.0))
     add("", "Pretrained", zero_shot)
@@ -93,12 +95,13 @@ def rows_of(setup: setups.Setup) -> list[dict]:
     found = disentangled.searched(setup, total, coefs)
     add("", "Task Arithmetic", found.test, coef=found.coef)
 
-    found = disentangled.searched(setup, disentangled.sums(setup, taus), coefs)
+    found = disentangled.searched(setup, disentangled.sums(setup, taus, how), coefs)
     alpha = float(found.name)
     own = vectors_at(alpha, "reduce")
     single = scores.on_own(setup, own, "test")[0]
     add(OURS, "Individual Reconstructed", single, own, alpha=alpha)
     given = {"coef": found.coef, "alpha": alpha}
+    given |= disentangled.beside_sum(taus, task_vectors.add(own), found.coef)
     add(OURS, "AWD Task Arithmetic", found.test, **given)
 
     kept = {
@@ -111,7 +114,9 @@ def rows_of(setup: setups.Setup) -> list[dict]:
     add(REVERSED, "Individual Reconstructed", single, own, alpha=alpha)
     total, coef = task_vectors.add(own), found.coef
     merged = scores.on_all(setup, [total], "test", [[coef]])[0]
-    add(REVERSED, "AWD Task Arithmetic", merged, coef=coef, alpha=alpha)
+    given = {"coef": coef, "alpha": alpha}
+    given |= disentangled.beside_sum(taus, total, coef)
+    add(REVERSED, "AWD Task Arithmetic", merged, **given)
     return rows
 
 
@@ -120,11 +125,12 @@ def main(config: Config) -> dict:
     config = options.started(config)
     rows, shown = [], {}
     for setup in setups.each(config, config.models, control=False):
-        found = rows_of(setup)
+        found = rows_of(setup, config)
         rows += found
         keys = ["objective", "method"]
         shown |= disentangled.shown(setup, found, PUBLISHED, keys=keys)
         names = ("objective", "method", "cosine", "coef", "alpha")
+        names += ("cosine with sum", "effective λ")
         caption = f"{setup.title}: mean |cosine| of different vectors, λ and α."
         chosen = [{name: row[name] for name in names} for row in found]
         shown[caption] = tables.markdown(chosen, digits=6)
