@@ -1,8 +1,9 @@
 """What the AWD paper's tables lack: later merges, and the simplest rivals of AWD.
 
-Merges without data, at coefficients of their authors' ranges (TSV-M, Iso-C, Iso-CTS and
-WUDI at 1, PCB-Merging at the best of 0.8, 0.9, …, 1.3 on validation data), with the
-library's defaults. Published, mean test accuracy in percent on the same eight tasks:
+Merges without data, with the library's defaults, at the coefficients of their papers:
+TSV-M and WUDI at 1, Iso-C and Iso-CTS at the best of 0.1, 0.2, …, 3 on validation data,
+PCB-Merging at that of 0.8, 0.9, …, 1.3. Published, mean test accuracy in percent on the
+same eight tasks:
 
     merge        source            ViT-B-32  ViT-B-16  ViT-L-14
     TSV-M        arXiv:2606.19164  85.9      89.0      93.0
@@ -40,19 +41,19 @@ from experiments.awd import disentangled, solving
 from experiments.common import tables
 from experiments.common.vision import scores, setups, vectors
 from jaxarith import merge, task_vectors
-from jaxarith.typing import Numbers, Taus, Tree
+from jaxarith.typing import Numbers, Taus
 
 Other = Literal["linear_layers_1", "tau_jp_cyclic"]
 NAMES: dict[Other, str] = {
     "linear_layers_1": "attention weights",
     "tau_jp_cyclic": "linearised, τJp",
 }
-MERGES = {
-    "TSV-M": "tsv",
-    "Iso-C": "iso_c",
-    "Iso-CTS": "iso_cts",
-    "WUDI": "wudi",
-    "PCB-Merging": "pcb",
+MERGES = {  # with the coefficients to try
+    "TSV-M": (merge.tsv, (1.0,)),
+    "Iso-C": (merge.iso_c, np.linspace(0.1, 3, 30)),
+    "Iso-CTS": (merge.iso_cts, np.linspace(0.1, 3, 30)),
+    "WUDI": (merge.wudi, (1.0,)),
+    "PCB-Merging": (merge.pcb, np.linspace(0.8, 1.3, 6)),
 }
 PUBLISHED = tables.published_by_column(__doc__, "merge", "source")
 PLAIN, SEARCHED = "Task Arithmetic, linear weights", "K weights searched"
@@ -67,13 +68,6 @@ def published(title: str) -> dict[str, tuple[float, str]]:
         for (model, name, source), (value,) in PUBLISHED.items()
         if model == title
     }
-
-
-def data_free(params_0: Tree, taus: Taus, name: str) -> tuple[Tree, tuple[float, ...]]:
-    """The vector of one of `MERGES` at coefficient 1, and the coefficients to try."""
-    method = merge.METHODS[MERGES[name]]
-    model = method.function(params_0, taus, coef=1.0)
-    return task_vectors.difference(model, params_0), method.search
 
 
 def ascent(
@@ -128,9 +122,11 @@ def rows_of(
         row |= {"weights": None} | found
         rows.append(row | (beside or {"cosine with sum": None, "effective λ": None}))
 
-    for name in tqdm(MERGES, desc="merges", unit="merge"):
-        vector, candidates = data_free(setup.params_0, taus, name)
-        found = disentangled.searched(setup, {"": vector}, np.array(candidates))
+    progress = tqdm(MERGES.items(), desc="merges", unit="merge")
+    for name, (method, candidates) in progress:
+        model = method(setup.params_0, taus, coef=1.0)
+        vector = task_vectors.difference(model, setup.params_0)
+        found = disentangled.searched(setup, {"": vector}, candidates)
         add(name, found.test, coef=found.coef)
     parts = disentangled.linear_weights(taus)
     total = task_vectors.add(parts)

@@ -44,8 +44,18 @@ What the paper leaves open, and what we take:
 - λ is searched in 0.3, 0.4, …, 1 and AWD's α in 1e-2 to 1e-6, as for its image models,
   by the mean normalised score on validation samples; the other methods have the same
   λ. AWD's β and number of steps are those of `jaxarith.merge.awd`.
-- TIES keeps a fifth of the entries, DARE a tenth.
+- TIES keeps a fifth of the entries, DARE a tenth. TIES sums the entries of the elected
+  sign, as for image models (`table1_addition`), since λ is at most 1; with the mean, as
+  its authors have it, they search λ from 0.8 to 2.5.
 - A score that is not above 0 normalises nothing, and its task has no normalised score.
+
+"Cosine with sum" and "effective λ" compare AWD's vector with the plain sum of the same
+weights, see `experiments.awd.solving`. A second table (`--no-beyond-paper` leaves it
+out) has what the paper's lacks: TSV-M, Iso-C, Iso-CTS, WUDI and PCB-Merging at the
+coefficients of `experiments.awd.beyond`, with scores normalised in the same way; the
+plain sum of the linear weights; and a coefficient for every task on these weights, by
+coordinate ascent over the same candidates from their best common one
+(`evaluate.search_per_task`). No published scores are known of these on these models.
 """
 
 import dataclasses
@@ -56,6 +66,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from experiments.awd import beyond, solving
 from experiments.common import runs, script, tables
 from experiments.common.language import roberta_glue
 from jaxarith import evaluate, merge, plots, task_vectors, tree
@@ -74,7 +85,7 @@ VARIANTS = ("full", "linear weights only", "AWD, linear weights only")  # of Fig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(roberta_glue.Options):
+class Config(solving.Options, roberta_glue.Options):
     """Tables 3, 8 and 9 (AWD paper), Figure 2 of RoBERTa: merge eight GLUE tasks."""
 
     coefs: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -85,13 +96,15 @@ class Config(roberta_glue.Options):
     """The share of the entries that DARE drops."""
     density: float = 0.2
     """The share of the entries that TIES keeps."""
+    beyond_paper: bool = True
+    """Also measure what the paper's tables lack, see above."""
 
 
 @script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = roberta_glue.smoke(config, coefs=(0.3, 1.0), alphas=(1e-2, 1e-4))
-    rows, variants = [], []
+    rows, variants, more = [], [], []
     for setup in roberta_glue.setups(config):
         taus = roberta_glue.vectors(setup)
         encoders = roberta_glue.encoders(taus)
@@ -110,12 +123,16 @@ def main(config: Config) -> dict:
             rows.append(row(setup, name, found, single) | {"coefficient": coef})
         alpha, coef, vector = disentangled(setup, taus, own, config)
         found = scores_at(setup, taus, vector, "test")(coef)
+        total = task_vectors.add(linear_weights(taus))
         chosen = {"coefficient": coef, "alpha": alpha}
+        chosen |= solving.beside_sum(vector, total, coef)
         rows.append(row(setup, AWD, found, single) | chosen)
-        variants += single_models(setup, taus, alpha, single)
+        variants += single_models(setup, taus, config, alpha, single)
+        if config.beyond_paper:
+            more += beyond_rows(setup, taus, config, own, single)
         if runs.is_first():
             figure(config.out, setup, variants)
-    return write(config, {"rows": rows, "figure 2": variants})
+    return write(config, {"rows": rows, "beyond": more, "figure 2": variants})
 
 
 def scores_at(
@@ -139,7 +156,8 @@ def row(setup: roberta_glue.Setup, method: str, found, single) -> dict:
     line = {"model": setup.title, "method": method}
     line |= dict(zip(named, normalized, strict=True)) | {"Avg": average}
     scores = {f"{n}, score": 100 * s for n, s in zip(named, found, strict=True)}
-    return line | scores | {"coefficient": None, "alpha": None}
+    line |= scores | {"coefficient": None, "alpha": None}
+    return line | {"cosine with sum": None, "effective λ": None}
 
 
 def merged(setup: roberta_glue.Setup, taus, config: Config) -> dict[str, tuple]:
@@ -147,13 +165,16 @@ def merged(setup: roberta_glue.Setup, taus, config: Config) -> dict[str, tuple]:
     params_0, parts = setup.params_0, roberta_glue.encoders(taus)
     key = jax.random.key(config.seed)
     dropped = merge.drop(parts, drop_rate=config.drop_rate, key=key)
+
+    def ties(parts):
+        given = {"density": config.density, "preset": "adamerging"}
+        return merge.ties(params_0, parts, coef=1.0, **given)
+
     models = {
         "Weight Averaging": merge.average(params_0, parts),
-        "Ties-Merging": merge.ties(params_0, parts, density=config.density, coef=1.0),
+        "Ties-Merging": ties(parts),
         "Task Arithmetic (w/ DARE)": merge.task_arithmetic(params_0, dropped),
-        "Ties-Merging (w/ DARE)": merge.ties(
-            params_0, dropped, density=config.density, coef=1.0
-        ),
+        "Ties-Merging (w/ DARE)": ties(dropped),
     }
     paths = [path for part in parts[:1] for path in tree.flatten(part)]
     vectors = {
@@ -188,7 +209,7 @@ def disentangled(
     """AWD's best α and λ on validation data, and its vector."""
     found = []
     for alpha in tqdm(config.alphas, desc="AWD", unit="α"):
-        vector = awd(setup, taus, np.ones(len(taus)), alpha)
+        vector = awd(setup, taus, config, np.ones(len(taus)), alpha)
         coef, value = search(setup, taus, vector, single, config.coefs)
         found.append((value, alpha, coef, vector))
     _, alpha, coef, vector = max(found, key=lambda entry: entry[0])
@@ -200,19 +221,55 @@ def linear_weights(taus) -> list[Tree]:
     return [tree.select(tau, bert.BLOCK_LINEAR_WEIGHTS) for tau in taus.values()]
 
 
-def awd(setup: roberta_glue.Setup, taus, weights: np.ndarray, alpha: float) -> Tree:
+def awd(
+    setup: roberta_glue.Setup, taus, how: solving.Options, weights, alpha: float
+) -> Tree:
     """The weighted sum of the disentangled vectors."""
+    parts, coef = linear_weights(taus), np.asarray(weights, np.float32)
+    return solving.merged(setup.params_0, parts, how, alpha=alpha, coef=coef)
+
+
+def beyond_rows(
+    setup: roberta_glue.Setup, taus, config: Config, own, single
+) -> list[dict]:
+    """What the paper's tables lack, see the module's docstring."""
+    encoders, rows = roberta_glue.encoders(taus), []
+
+    def add(name, vector, coefs):
+        coef = coefs[0]
+        if len(coefs) > 1:
+            coef, _ = search(setup, taus, vector, own, coefs)
+        found = scores_at(setup, taus, vector, "test")(coef)
+        rows.append(row(setup, name, found, single) | {"coefficient": coef})
+
+    for name, (method, coefs) in beyond.MERGES.items():
+        model = method(setup.params_0, encoders, coef=1.0)
+        difference = task_vectors.difference(model, setup.params_0)
+        add(name, tree.restrict(difference, tree.flatten(encoders[0])), coefs)
     parts = linear_weights(taus)
-    coef = np.asarray(weights, np.float32)
-    model = merge.awd(setup.params_0, parts, coef=coef, alpha=alpha)
-    difference = task_vectors.difference(model, setup.params_0)
-    return tree.restrict(difference, list(tree.flatten(parts[0])))
+    total = task_vectors.add(parts)
+    add(beyond.PLAIN, total, config.coefs)
+    rows[-1] |= solving.beside_sum(total, total, rows[-1]["coefficient"])
+
+    def scores(weights):
+        vector = solving.weighted_sum(parts, weights)
+        return scores_at(setup, taus, vector, "validation")(1.0)
+
+    norms = own if min(own) > 0 else np.ones(len(taus))
+    chosen = evaluate.search_per_task(scores, norms, config.coefs, sweeps=beyond.SWEEPS)
+    vector = solving.weighted_sum(parts, chosen.coefs)
+    add(beyond.SEARCHED, vector, (1.0,))
+    weights = " ".join(f"{weight:g}" for weight in chosen.coefs)
+    rows[-1] |= solving.beside_sum(vector, total) | {"coefficient": weights}
+    return rows
 
 
-def single_models(setup: roberta_glue.Setup, taus, alpha: float, full) -> list[dict]:
+def single_models(
+    setup: roberta_glue.Setup, taus, how: solving.Options, alpha: float, full
+) -> list[dict]:
     """Figure 2: scores of the single models and of what is left of them."""
     units = np.eye(len(taus))
-    rebuilt = [awd(setup, taus, unit, alpha) for unit in units]
+    rebuilt = [awd(setup, taus, how, unit, alpha) for unit in units]
     found = (
         full,
         roberta_glue.scores_at(setup, taus, linear_weights(taus), "test")(1.0),
@@ -260,10 +317,27 @@ def write(config: Config, results: dict) -> dict:
     scores = [
         {"model": line["model"], "method": line["method"]}
         | {name: line[f"{name}, score"] for name in columns[:-1]}
-        | {"λ": line["coefficient"], "α": line["alpha"] and f"{line['alpha']:.0e}"}
-        for line in results["rows"]
+        for line in results["rows"] + results["beyond"]
     ]
-    captions["Scores in percent, and the coefficients."] = scores
+    if results["beyond"]:
+        names = ("model", "method", *columns)
+        lines = [{name: line[name] for name in names} for line in results["beyond"]]
+        captions["Not in the AWD paper: normalised score, percent."] = lines
+    captions["Scores in percent."] = scores
+    names = (
+        "model",
+        "method",
+        "coefficient",
+        "alpha",
+        "cosine with sum",
+        "effective λ",
+    )
+    chosen = [
+        {name: line[name] for name in names}
+        for line in results["rows"] + results["beyond"]
+        if line["coefficient"] is not None
+    ]
+    captions["What was searched."] = tables.markdown(chosen, digits=6)
     captions["Figure 2: scores of single models, percent."] = results["figure 2"]
     title = "Eight GLUE tasks with RoBERTa (AWD, Tables 3, 8 and 9, Figure 2)"
     note = "Table 3 is the column Avg."

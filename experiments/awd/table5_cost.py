@@ -16,8 +16,9 @@ Published, eight tasks on an NVIDIA A100 40GB:
 
 The paper states neither its optimizer nor what its memory holds; eight float32 vectors
 of ViT-L/14 alone are 9.7 GB. "gradient_descent" is Algorithm 1 by the Gram matrix, the
-same steps in eight variables; "adam" steps in the space of the weights, as automatic
-differentiation does.
+same steps in eight variables, and so is "momentum"; "adam" steps in the space of the
+weights, as automatic differentiation does. With `--scope row` there are eight variables
+for every row of a weight.
 
 Seconds are those of the second of two calls, the whole merge included; that of
 compilation is a column of its own. Memory is what XLA plans for the merge as one
@@ -27,7 +28,7 @@ program: its arguments (the vectors and the model), results and temporaries.
 import dataclasses
 import functools
 import time
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 from tqdm import tqdm
@@ -35,21 +36,24 @@ from tqdm import tqdm
 from experiments.bench import measure
 from experiments.common import runs, script, tables
 from jaxarith import merge, tree
+from jaxarith.merge.awd import Scope
 from jaxarith.typing import Tree
 
 # Layers, width, and width of the MLP.
 SHAPES = {"ViT-B-32": (12, 768, 3072), "ViT-L-14": (24, 1024, 4096)}
 PUBLISHED = tables.published(__doc__, "model")
 SMOKE = (2, 16, 32)
-Solver = Literal["gradient_descent", "adam"]
+Solver = Literal["gradient_descent", "momentum", "adam"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(runs.Options):
     models: tuple[Literal["ViT-B-32", "ViT-L-14"], ...] = ("ViT-B-32", "ViT-L-14")
     """Whose shapes."""
-    solvers: tuple[Solver, ...] = get_args(Solver)
+    solvers: tuple[Solver, ...] = ("gradient_descent", "adam")
     """By the Gram matrix, or in the space of the weights."""
+    scope: Scope = "global"
+    """What shares a redundant vector, see `jaxarith.merge.awd`."""
     vectors: int = 8
     """How many task vectors."""
     steps: int = 1000
@@ -85,11 +89,12 @@ def measured(shape, solver: str, config: Config) -> dict:
     taus = vectors_of(shape, config.vectors)
     params_0 = drawn(shape, jax.random.key(1000))
     # The step of each in its own units; it changes no cost.
-    step_size = {"gradient_descent": 0.01, "adam": 1e-3}[solver]
+    step_size = 1e-3 if solver == "adam" else 0.01
 
     @jax.jit
     def merged(params_0, taus):
-        options = {"steps": config.steps, "step_size": step_size, "solver": solver}
+        options = {"steps": config.steps, "step_size": step_size}
+        options |= {"solver": solver, "scope": config.scope}
         return merge.awd(params_0, taus, **options)
 
     started = time.perf_counter()
