@@ -2,12 +2,14 @@
 
 import importlib
 
+import jax
 import numpy as np
 import pytest
 import smoke
 from scipy import stats
 
 from experiments.awd import (
+    beyond,
     disentangled,
     figure3_number_of_tasks,
     figure5_landscape,
@@ -16,10 +18,11 @@ from experiments.awd import (
     table5_cost,
     table6_reversed,
     table10_unseen,
+    table_scopes,
 )
 from experiments.common.vision import options as vision
 from experiments.common.vision import setups
-from jaxarith import merge, task_vectors, tree
+from jaxarith import evaluate, merge, task_vectors, tree
 from jaxarith.models import clip
 
 HOW = solving.Options()
@@ -41,6 +44,9 @@ def test_the_rows_of_every_method_are_the_papers_in_its_order(
 ):
     name = script.__name__.removeprefix("experiments.")
     found = smoke.run(name, tmp_path / "out", bank=shared_bank)
+    beside = [row for row in found["rows"] if row["cosine with sum"] is not None]
+    assert {row["method"] for row in beside} == {"AWD Task Arithmetic"}
+    assert all(0 < abs(row["effective λ"]) < row["coef"] for row in beside)
     rows = [tuple(row[key] for key in keys) for row in found["rows"]]
     published = script.PUBLISHED["ViT-B-32"]
     expected = [key if isinstance(key, tuple) else (key,) for key in published]
@@ -69,6 +75,7 @@ def test_the_tasks_that_are_not_merged_stand_beside_those_that_are(
         "Task Arithmetic",
         "AWD Task Arithmetic",
     ]
+    assert [row["cosine with sum"] is None for row in found["rows"]] == [True, False]
     for row in found["rows"]:
         seen = [row["mnist"], row["mnist_rotated"]]
         np.testing.assert_allclose(row["mean of the seen"], np.mean(seen))
@@ -106,6 +113,7 @@ def test_accuracy_by_the_number_of_tasks_is_the_mean_over_their_subsets(
     assert [(row["number"], row["method"]) for row in found["rows"]] == expected
     assert [row["subsets"] for row in found["rows"]] == 4 * [3] + 4 * [1]
     for row in found["rows"]:
+        assert (row["effective λ"] is None) == (row["method"] != "AWD Task Arithmetic")
         own = [
             subset["mean"]
             for subset in found["subsets"]
@@ -150,6 +158,9 @@ def test_a_smoke_run_draws_the_figures(name, as_b32, shared_bank, tmp_path):
     found = smoke.run(f"awd.{name}", tmp_path / "out", bank=shared_bank)
     drawn = len(list((tmp_path / "out").glob("*.png")))
     assert drawn == (1 if name == "figure5_landscape" else 2)
+    beside = found["rows" if name == "figure4_cosines" else "merged"]
+    for row in [beside] if isinstance(beside, dict) else beside:
+        assert 0 < row["cosine with sum"] < 1.0001
     if name == "figure4_cosines":
         [matrices] = found["matrices"]
         assert np.allclose(np.diag(matrices["disentangled"]), 1, atol=1e-5)
@@ -239,6 +250,114 @@ class TestDisentangled:
             setup, taus, HOW, alpha=1e-2, objective="reverse"
         )
         assert disentangled.mean_cosine(found) > disentangled.mean_cosine(parts)
+
+
+class TestBesideTheSum:
+    """How far AWD's merged vector is from the plain sum."""
+
+    taus = [
+        {"block": {"kernel": row.reshape(3, 4)}, "head": row[:2]}
+        for row in np.random.default_rng(0).normal(size=(3, 12)).astype("f4")
+    ]
+
+    def flat(self, vector):
+        return np.concatenate([vector["block"]["kernel"].ravel(), vector["head"]])
+
+    def test_the_cosine_and_the_projection_are_those_of_flat_vectors(self):
+        weights = [0.5, -1.0, 2.0]
+        vector = solving.weighted_sum(self.taus, weights)
+        flat = np.stack([self.flat(tau) for tau in self.taus])
+        merged, total = weights @ flat, flat.sum(0)
+        np.testing.assert_allclose(self.flat(vector), merged, rtol=1e-5)
+        found = solving.beside_sum(vector, task_vectors.add(self.taus), 0.3)
+        norms = np.linalg.norm(merged) * np.linalg.norm(total)
+        expected = [merged @ total / norms, 0.3 * merged @ total / (total @ total)]
+        np.testing.assert_allclose(list(found.values()), expected, rtol=1e-5)
+
+    @pytest.mark.parametrize("scope", ["global", "layer", "row"])
+    def test_the_options_are_those_of_the_merge(self, scope):
+        params_0 = jax.tree.map(np.ones_like, self.taus[0])
+        given = {"scope": scope, "solver": "momentum", "step_size": 0.02}
+        how = solving.Options(**given, awd_steps=7)
+        found = solving.merged(params_0, self.taus, how, alpha=0.1, coef=0.5)
+        expected = merge.awd(params_0, self.taus, alpha=0.1, coef=0.5, steps=7, **given)
+        np.testing.assert_allclose(self.flat(found), self.flat(expected) - 1, atol=1e-6)
+
+
+class TestBeyondThePaper:
+    """Rows that the paper's tables lack."""
+
+    def test_the_ascent_is_that_of_the_library_with_fewer_calls(self):
+        rng, calls = np.random.default_rng(0), []
+        scale, centre = rng.normal(size=(4, 4)), rng.uniform(size=4)
+
+        def accuracies_at(coefs):
+            return 1 - (scale @ (coefs - centre)) ** 2 / 9
+
+        def means(rows):
+            calls.append(len(rows))
+            return np.array([accuracies_at(row).mean() for row in rows])
+
+        expected = evaluate.search_per_task(
+            accuracies_at, np.ones(4), beyond.TENTHS, sweeps=beyond.SWEEPS
+        )
+        shared = evaluate.search(
+            lambda c: accuracies_at(np.full(4, c)), np.ones(4), beyond.TENTHS
+        )
+        found = beyond.ascent(means, 4, shared.coef)
+        np.testing.assert_array_equal(found, expected.coefs)
+        assert len(set(found)) > 1
+        assert set(calls) == {12} and len(calls) <= 4 * beyond.SWEEPS
+
+    def test_published_rows_name_their_source(self):
+        assert list(beyond.published("ViT-B-32")) == list(beyond.MERGES)
+        assert beyond.published("ViT-L-14")["WUDI"] == (92.6, "WUDI's README")
+        assert beyond.published("ViT-B-16")["Iso-CTS"] == (91.1, "arXiv:2606.19164")
+        assert "WUDI" not in beyond.published("ViT-B-16")
+
+    def test_gains_are_those_over_task_arithmetic_with_the_same_seed(self):
+        columns = ("coef", "cosine left", "cosine with sum", "effective λ")
+        none = dict.fromkeys(columns)
+        rows = [
+            {"method": method, "seed": seed, "mean": mean} | none
+            for method, means in (
+                (table_scopes.PLAIN, (70.0, 72.0)),
+                ("AWD", (73.0, 71.0)),
+            )
+            for seed, mean in enumerate(means)
+        ]
+        plain, awd = table_scopes.over_seeds(rows)
+        assert (plain["mean"], plain["spread"], plain["gain"]) == (71.0, 2.0, 0.0)
+        assert (awd["mean"], awd["spread"], awd["gain"]) == (72.0, 2.0, 1.0)
+        assert awd["smallest gain"] == -1.0
+
+    def test_a_smoke_run_has_them_below_the_papers(self, as_b32, shared_bank, tmp_path):
+        options = {"others": ("linear_layers_1", "tau_jp_cyclic"), "scope": "layer"}
+        out = tmp_path / "out"
+        found = smoke.run("awd.table1_addition", out, bank=shared_bank, **options)
+        rows = {row["method"]: row for row in found["beyond"]}
+        others = [
+            f"{method}, {name}"
+            for name in beyond.NAMES.values()
+            for method in ("Task Arithmetic", "AWD")
+        ]
+        assert list(rows) == [*beyond.MERGES, beyond.PLAIN, beyond.SEARCHED, *others]
+        plain = rows[beyond.PLAIN]
+        np.testing.assert_allclose(plain["cosine with sum"], 1, rtol=1e-5)
+        np.testing.assert_allclose(plain["effective λ"], plain["coef"], rtol=1e-5)
+        assert len(rows[beyond.SEARCHED]["weights"].split()) == 3
+        text = (out / "report.md").read_text()
+        assert "arXiv:2606.19164" in text and " 85.9 " in text
+
+    def test_the_table_of_scopes_has_a_row_of_each_seed(self, tmp_path):
+        found = smoke.run("awd.table_scopes", tmp_path / "out", bank=tmp_path / "bank")
+        methods = [row["method"] for row in found["means"]]
+        assert methods == [
+            *(table_scopes.PLAIN, beyond.PLAIN, beyond.SEARCHED),
+            "AWD, row, momentum",
+        ]
+        assert len(found["rows"]) == 2 * len(methods)
+        assert found["means"][-1]["cosine left"] < 1
 
 
 @pytest.mark.parametrize(

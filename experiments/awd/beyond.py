@@ -103,6 +103,25 @@ def ascent(
     return chosen
 
 
+def weights_searched(
+    setup: setups.Setup, parts: Taus, start: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Coefficients that `ascent` finds on validation data, and test accuracies, `[T]`.
+
+    Args:
+      setup: the model and the tasks.
+      parts: a vector of every task.
+      start: the coefficient of all tasks at first.
+    """
+
+    def means(rows):
+        return scores.on_all(setup, parts, "validation", rows).mean(axis=1)
+
+    candidates = scores.coefs_of(setup.options, TENTHS)
+    weights = ascent(means, len(parts), start, candidates)
+    return weights, scores.on_all(setup, parts, "test", weights[None])[0]
+
+
 def rows_of(
     setup: setups.Setup, taus: Taus, how: solving.Options, others: Sequence[Other]
 ) -> list[dict]:
@@ -133,12 +152,7 @@ def rows_of(
     plain = disentangled.searched(setup, {"": total}, coefs)
     beside = solving.beside_sum(total, total, plain.coef)
     add(PLAIN, plain.test, beside, coef=plain.coef)
-    weights = ascent(
-        lambda rows: scores.on_all(setup, parts, "validation", rows).mean(axis=1),
-        *(len(parts), plain.coef),
-        scores.coefs_of(setup.options, TENTHS),
-    )
-    [test] = scores.on_all(setup, parts, "test", weights[None])
+    weights, test = weights_searched(setup, parts, plain.coef)
     beside = solving.beside_sum(solving.weighted_sum(parts, weights), total)
     add(SEARCHED, test, beside, weights=" ".join(f"{w:g}" for w in weights))
     for method in others:
