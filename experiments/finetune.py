@@ -33,17 +33,26 @@ The methods:
     multi_task             one vector of all --tasks, trained together
     random                 Gaussian, with the norms of the nonlinear vector
 
+    python -m experiments.finetune --from tanganke/clip-vit-base-patch32_dtd --task dtd
+
+trains nothing: the vector is that fine-tuned checkpoint minus --model, as `nonlinear`.
+It may be in the format of transformers, of the image tower alone too, or in OpenCLIP's.
+All scripts take it from the bank where they would train one, and their tables name it.
+
 It prints the accuracies of the pre-trained and of the fine-tuned model on validation
 and test data, which go into the bank beside the configuration.
 """
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from experiments.common import bank, runs, script
-from experiments.common.vision import options, scores, setups, vectors
+import tyro
+
+from experiments.common import bank, runs, script, training
+from experiments.common.vision import external, options, scores, setups, vectors
 from jaxarith import hub, report
+from jaxarith.typing import Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +64,7 @@ class Config(options.OneModel):
     --bank."""
     task: str
     """What is trained on; multi_task trains on all --tasks."""
-    method: Literal[vectors.Method, "tau_jp_continued"]
+    method: Literal[vectors.Method, "tau_jp_continued"] = "nonlinear"
     """How: ordinary (nonlinear), in the tangent space (linear), there with the τJp
     penalty (tau_jp_…) or with the curvature of the others (curvature…), ordinary and
     distilled from there (delta), linear layers alone (linear_layers_1 to _4), away from
@@ -66,6 +75,9 @@ class Config(options.OneModel):
     and the control."""
     start: Path | None = None
     """The task vector that tau_jp_continued starts from."""
+    checkpoint: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """A checkpoint that others have fine-tuned on --task, in place of training: a
+    folder, an id of the Hugging Face Hub, or a file of OpenCLIP."""
 
 
 @script.full_precision
@@ -75,6 +87,11 @@ def main(config: Config) -> dict:
         raise ValueError("--start and --method tau_jp_continued need each other.")
     if config.others is not None and config.start is None:
         raise ValueError("--others is an option of --method tau_jp_continued.")
+    if config.checkpoint is not None and config.method != external.METHOD:
+        raise ValueError(
+            f"--from adds a vector of --method {external.METHOD}, and not of "
+            f"{config.method}."
+        )
     # Read first: nothing is written for a vector that cannot be read.
     start = config.start and hub.load_tree(config.start)[0]
     config, control = needed(options.smoke(config))
@@ -82,7 +99,9 @@ def main(config: Config) -> dict:
     setup = setups.load(config, config.model, control=control)
     by_name = {task.name: task for task in setup.tasks}
     task = by_name[config.task]
-    if config.method == "tau_jp_continued":
+    if config.checkpoint is not None:
+        tau = from_outside(setup, task, config.checkpoint)
+    elif config.method == "tau_jp_continued":
         if config.others is None:
             others = vectors.others_of(setup, config.method, task)
         else:
@@ -120,8 +139,29 @@ def main(config: Config) -> dict:
         bank.add_metrics(file, {"accuracy": accuracies})
         rows = [[where, *found.values()] for where, found in accuracies.items()]
         header = ["accuracy", "pre-trained", "fine-tuned"]
-        print(f"\n{report.markdown_table(header, rows)}\n\n{file}")
+        parts = [report.markdown_table(header, rows), runs.external(config.out), file]
+        print("\n" + "\n\n".join(str(part) for part in parts if part))
     return accuracies
+
+
+def from_outside(setup: setups.Setup, task: setups.Task, model: str) -> Tree:
+    """Adds the task vector of a checkpoint that others have fine-tuned to the bank.
+
+    Raises:
+      ValueError: see `external.load`, or the bank has another vector there.
+    """
+    found = external.load(setup, task, model)
+    file = vectors.file_of(setup, external.METHOD, task.name)
+    if file.exists() and bank.record(file)["configuration"] != found.configuration:
+        raise ValueError(
+            f"the bank has another vector in {file}. Name another --bank, or remove "
+            "that file."
+        )
+    runs.claim(setup.options)
+    if runs.is_first():
+        for note in found.notes:
+            print(f"note: {note}")
+    return training.add(file, found.tau, found.configuration, {})
 
 
 def needed(config: Config) -> tuple[Config, bool]:
@@ -142,7 +182,8 @@ def needed(config: Config) -> tuple[Config, bool]:
     if missing := set(wanted) - set(names):
         raise ValueError(f"--others: {', '.join(missing)} not among --tasks.")
     specs = dict(zip(names, config.tasks, strict=True))
-    place = "_".join([Path(config.model).name, config.method, own])
+    how = config.method if config.checkpoint is None else bank.EXTERNAL
+    place = "_".join([Path(config.model).name, how, own])
     control = vectors.is_penalised(config.method) and config.others is None
     options = {
         "tasks": tuple(specs[name] for name in wanted),

@@ -3,7 +3,9 @@
     BANK/<model>/<method>/<task>.safetensors    the task vector
     BANK/<model>/<method>/<task>.json           its configuration and its metrics
 
-A vector is taken only where its configuration is the one that is asked for.
+A vector is taken only where its configuration is the one that is asked for. One from
+outside (`origin` is "external") was not trained here and so has no recipe: it is taken
+wherever the pre-trained model and the method are those that are asked for.
 """
 
 import json
@@ -18,6 +20,9 @@ from jaxarith import files, hub, report
 from jaxarith.train import manifest
 from jaxarith.train.config import TrainConfig, identity_of
 from jaxarith.typing import Params, Tree
+
+EXTERNAL = "external"  # the origin of vectors that were not trained here
+_OF_EXTERNAL = ("method", "params_0")  # what of a configuration they have
 
 
 def vector_file(bank: Path, model: str, method: str, task: str) -> Path:
@@ -66,15 +71,23 @@ def has(file: Path, configuration: dict[str, Any]) -> bool:
     """Whether the bank has a task vector; arguments and errors as for `read`."""
     if not file.exists():
         return False
-    there = record(file)["configuration"]
-    different = manifest.differences(there, _plain(configuration))
-    if different:
+    there, asked = record(file)["configuration"], _plain(configuration)
+    if there.get("origin") == EXTERNAL:
+        there, asked = (
+            {key: values.get(key) for key in _OF_EXTERNAL} for values in (there, asked)
+        )
+    if different := manifest.differences(there, asked):
         lines = "\n  ".join(different)
         raise ValueError(
             f"{file} was trained with another configuration:\n  {lines}\nName another "
             "--bank, or remove the file to train it again."
         )
     return True
+
+
+def is_external(file: Path) -> bool:
+    """Whether a vector that is in the bank comes from outside."""
+    return record(file)["configuration"].get("origin") == EXTERNAL
 
 
 def write(file: Path, tau: Params, configuration: dict, metrics: dict):

@@ -180,6 +180,34 @@ def joined(names: Sequence[str]) -> str:
     return f"{whole[:100]}-{zlib.crc32(whole.encode()):08x}"
 
 
+# By folder, the vectors from outside that a script has taken from the bank, and whether
+# the task had another head when they were added.
+_EXTERNAL: dict[Path, dict[Path, bool]] = {}
+
+
+def note_external(options: Options, file: Path, *, other_head: bool) -> None:
+    """Notes a task vector from the bank that was not trained here."""
+    _EXTERNAL.setdefault(options.out, {})[file] = other_head
+
+
+def external(out: Path) -> str:
+    """A line on the task vectors of a run that were not trained here, or nothing.
+
+    Example:
+      >>> options = Options(out=Path("out"))
+      >>> for task in ("mnist", "svhn"):
+      ...     note_external(options, Path(f"b/clip/nonlinear/{task}"), other_head=False)
+      >>> external(Path("out"))
+      'From outside, not trained here: mnist, svhn (clip, nonlinear).'
+    """
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for file, other_head in _EXTERNAL.get(out, {}).items():
+        task = f"{file.stem} (with another head then)" if other_head else file.stem
+        groups.setdefault(file.parts[-3:-1], []).append(task)
+    found = [f"{', '.join(tasks)} ({', '.join(of)})" for of, tasks in groups.items()]
+    return f"From outside, not trained here: {'; '.join(found)}." if found else ""
+
+
 def remove_checkpoints(options: Options, folder: Path):
     """Removes one of the folders of checkpoints, and `checkpoints` with the last."""
 

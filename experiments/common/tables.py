@@ -193,7 +193,7 @@ def write(
     digits: int = 1,
 ) -> dict:
     """Writes report.json and report.md, and prints the latter; of several processes the
-    first does.
+    first does. A last line names task vectors that were not trained here.
 
     Args:
       out: the folder.
@@ -211,7 +211,8 @@ def write(
     parts = [f"# {title}"]
     for caption, table in tables.items():
         parts += [caption, table if isinstance(table, str) else markdown(table, digits)]
-    text = "\n\n".join([*parts, *([note] if note else [])]) + "\n"
+    parts += filter(None, [note, runs.external(out)])
+    text = "\n\n".join(parts) + "\n"
     report.write_json(out / "report.json", results)
     report.write_text(out / "report.md", text)
     print(f"\n{text}\n{out}")

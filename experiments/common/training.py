@@ -131,6 +131,7 @@ def vectors(
       ValueError: the bank holds a vector of another configuration.
     """
     found = [bank.read(one.file, identity(one)) for one in wanted]
+    _note_external(options, wanted)
     missing = [one for one, tau in zip(wanted, found, strict=True) if tau is None]
     trained = {}
     for group in alike(missing, together):
@@ -160,6 +161,15 @@ def vectors(
         trained[one.file] if tau is None else tau
         for one, tau in zip(wanted, found, strict=True)
     ]
+
+
+def _note_external(options: runs.Options, wanted: Sequence[Wanted]) -> None:
+    """Lets the tables of a run name the vectors that come from outside."""
+    for one in wanted:
+        if one.file.exists() and bank.is_external(one.file):
+            heads = bank.record(one.file)["configuration"].get("heads")
+            same = heads == one.identity.get("heads")
+            runs.note_external(options, one.file, other_head=not same)
 
 
 def joint_vector(

@@ -1,0 +1,131 @@
+"""Image encoders that others have fine-tuned, as task vectors in the bank.
+
+They are checkpoints of transformers, `CLIPModel` or, as in the pools of fusion_bench,
+`CLIPVisionModel` with or without its projection, and OpenCLIP's. What a checkpoint
+lacks stays the base's. Nothing in a checkpoint says which base it was trained from:
+sizes, heads and activation must be the base's, and the task vector must be shorter than
+the base, which it is by far where the base is the right one.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.common import bank
+from experiments.common.vision import setups, vectors
+from jaxarith import fingerprint, hub, sharding, task_vectors, tree
+from jaxarith.hub import layouts, open_clip
+from jaxarith.models import clip
+from jaxarith.typing import Params, Tree
+
+METHOD = "nonlinear"
+_PROJECTION = "visual_projection/kernel"
+_TOWER = r"vision_model/.*"
+
+
+class External(NamedTuple):
+    """A task vector from outside.
+
+    Attributes:
+      tau: of the whole image encoder, on the host.
+      configuration: what the bank records of it.
+      notes: what the user should know.
+    """
+
+    tau: Tree
+    configuration: dict[str, Any]
+    notes: list[str]
+
+
+def load(setup: setups.Setup, task: setups.Task, model: str) -> External:
+    """A fine-tuned checkpoint minus the pre-trained model.
+
+    Args:
+      setup: the pre-trained model.
+      task: what the checkpoint was fine-tuned on.
+      model: a folder, a hub id, or a file of OpenCLIP.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      ImportError: its file is PyTorch's, which is not installed.
+      ValueError: it is pickled as a whole, is of another architecture, or is no
+        fine-tuned copy of this pre-trained model.
+    """
+    place = _place(model)
+    _check_config(_place(setup.model), place, model)
+    params_0 = sharding.to_host(setup.params_0)
+    params, lacks = _image_encoder(place, params_0)
+    tau = task_vectors.difference({**params_0, **params}, params_0)
+    _check_near(tau, params_0, f"{model} and {setup.model}")
+    notes = [f"{model} has no {path}: that of {setup.model} stays" for path in lacks]
+    configuration = {
+        "origin": bank.EXTERNAL,
+        "method": METHOD,
+        "checkpoint": Path(model).name if Path(model).exists() else model,
+        "fingerprint": fingerprint.combined(params),
+        "from the base": lacks,
+        "heads": vectors.identity(setup, METHOD, [task])["heads"],
+        "params_0": setup.identity,
+    }
+    return External(tau, configuration, notes)
+
+
+def _place(model: str) -> Path:
+    path = Path(model).expanduser()
+    return path if path.is_file() else hub.find(model)
+
+
+def _image_encoder(place: Path, params_0: Params) -> tuple[dict, list[str]]:
+    """The image encoder of a checkpoint, and the paths that it lacks."""
+    if (file := open_clip.weights_of(place)) is not None:
+        tensors = open_clip.open_file(file)
+    else:
+        found = hub.open_checkpoint(place)
+        tensors, file = found.tensors, found.file
+    paths = set(tree.flatten(params_0))
+    has_projection = _PROJECTION in layouts.to_flax(tensors, paths)
+    select = clip.IMAGE_ENCODER if has_projection else _TOWER
+    params = hub.filled(params_0, tensors, file, select=select)
+    return params, [] if has_projection else [_PROJECTION]
+
+
+def _check_config(base: Path, own: Path, model: str) -> None:
+    """Raises a ValueError if the image towers differ in more than their weights."""
+    if open_clip.weights_of(own) is not None:
+        return  # its sizes are all that is known, and those the tensors tell
+    ours, theirs = (dataclasses.asdict(_vision_config(x)) for x in (base, own))
+    different = [
+        f"{key} is {theirs[key]}, there {ours[key]}"
+        for key in ours
+        if theirs[key] != ours[key]
+    ]
+    if different:
+        raise ValueError(
+            f"{model} is no fine-tuned copy of the pre-trained model: "
+            f"{'; '.join(different)}. Name by --model the one that it started from."
+        )
+
+
+def _vision_config(place: Path) -> clip.VisionConfig:
+    if (file := open_clip.weights_of(place)) is not None:
+        config = open_clip.read_config(file)
+    else:
+        config = hub.read_json(place)
+    if "vision_config" not in config:  # of the image tower alone
+        config = {"vision_config": config, "text_config": {}}
+    return clip.CLIPConfig.from_json(config).vision
+
+
+def _check_near(tau, params_0, models):
+    norms = [
+        np.sqrt(sum(float(np.sum(np.square(x, dtype=np.float64))) for x in leaves))
+        for leaves in (tree.flatten(tau).values(), tree.flatten(params_0).values())
+    ]
+    if norms[0] >= norms[1]:
+        raise ValueError(
+            f"{models} are {norms[0]:.3g} apart, and the second has norm "
+            f"{norms[1]:.3g}: one is no fine-tuned copy of the other. Name by --model "
+            "the pre-trained model that it started from."
+        )
