@@ -61,9 +61,14 @@ def disentangled(
       objective: "reduce" the cosines, or "reverse".
     """
     parts = linear_weights(taus)
-    total = solving.merged(setup.params_0, parts, how, alpha=alpha, objective=objective)
-    # Σ(τ_i - δ) is given, so K δ is what it lacks of the sum.
-    lacking = task_vectors.difference(task_vectors.add(parts), total)
+    given = {"alpha": alpha, "objective": objective}
+    return apart(parts, solving.merged(setup.params_0, parts, how, **given))
+
+
+def apart(parts: Taus, merged: Tree) -> list[Tree]:
+    """The vectors τ_i - δ, from the τ_i and the sum of the τ_i - δ."""
+    # K δ is what that sum lacks of the plain one.
+    lacking = task_vectors.difference(task_vectors.add(parts), merged)
     return [task_vectors.apply(part, lacking, -1 / len(parts)) for part in parts]
 
 

@@ -22,7 +22,8 @@ for every task, the merged vector is
           = \sum_k\big(\lambda_k - c_k\textstyle\sum_i\lambda_i\big)\,\tau_k,
 
 and λ Σ_k (1 - K c_k) τ_k if all are λ: task arithmetic with K scalars. A δ for every
-leaf gives K scalars a leaf, a δ for every row K a row. Adam alone leaves the span.
+leaf gives K scalars a leaf, a δ for every row K a row. Only Adam, and the direct solver
+with a key, leave the span.
 """
 
 from typing import Literal
@@ -78,14 +79,14 @@ def awd(
         layer, as `merge.input_axis` knows them by name. Leaves that are not 2-D are one
         row. Norms of leaves and rows are smaller than the model's, so the same α weighs
         less there. Rows are what the authors' later code has (`decompose.py` of WUDI,
-        Cheng et al. 2025); it takes the mean over a matrix's rows, so its α and its
-        learning rate compare with those here times, and over, the number of rows.
+        Cheng et al. 2025). It takes the mean of the cosines over the R rows of a
+        matrix, so its α and learning rate β are α/R and βR in the terms used here.
       pattern: a regular expression of whole slash paths. Leaves that do not match stay
         at `params_0`. `None` takes every leaf.
       objective: "reduce" the absolute cosines, or "reverse": maximise them, as in
         Tables 6 and 7.
       solver: "gradient_descent", Algorithm 1; "momentum", the same with a momentum of
-        0.9, as the authors' later code, which makes steps ten times as long in the end;
+        0.9, as in the authors' later code: its steps grow to ten times the length;
         "direct", a minimum of Eq. 14 by Newton's method in K variables, from where
         gradient descent ends and from zero: never above the former, though others may
         be lower, for the problem is not convex; "adam", Adam on δ in the full space,
