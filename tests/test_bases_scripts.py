@@ -213,3 +213,13 @@ def test_the_help_of_every_script_begins_with_its_tables_and_figures():
         script = importlib.import_module(f"experiments.bases.{name}")
         assert script.__doc__.startswith(("Table", "Figure"))
         assert "arXiv:2502.01015" in script.__doc__
+
+
+def test_a_line_says_where_another_model_stands_beside_published_numbers():
+    theirs = [*partitions.LAION, "models/vit_base_patch32_clip_224.laion2b_e16"]
+    assert partitions.other_models(theirs) == ""
+    others = [partitions.LAION_B32, "openai/clip-vit-base-patch32", two_models.SECOND]
+    said = partitions.other_models(others)
+    assert said.endswith(
+        "ours of clip-vit-base-patch32, CLIP-ViT-B-32-laion2B-s34B-b79K."
+    )

@@ -2,11 +2,10 @@
 
 Zeng et al. Task Vector Bases. arXiv:2502.01015: section 6.2.
 
-    python -m experiments.bases.figure3_loss_gap --data-dir DATA \\
-        --models CONVERTED_E16 laion/CLIP-ViT-B-32-laion2B-s34B-b79K
+    python -m experiments.bases.figure3_loss_gap --data-dir DATA
 
-Data: the eight image tasks. The models are two checkpoints of LAION-2B, of which one
-must be converted: see `two_models`.
+Data: the eight image tasks. The models are two checkpoints of LAION-2B, see
+`two_models`.
 
 Of a task i and every other task j the gap is L_i(θ_0 + 0.5 τ_i + 0.5 τ_j) - L_i(θ_i),
 where L_i is the mean cross-entropy on test data; the paper does not name the split.

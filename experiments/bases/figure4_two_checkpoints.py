@@ -2,11 +2,10 @@
 
 Zeng et al. Task Vector Bases. arXiv:2502.01015: section 6.2, C.1.
 
-    python -m experiments.bases.figure4_two_checkpoints --data-dir DATA \\
-        --models CONVERTED_E16 laion/CLIP-ViT-B-32-laion2B-s34B-b79K
+    python -m experiments.bases.figure4_two_checkpoints --data-dir DATA
 
-Data: the eight image tasks. The models are two checkpoints of LAION-2B, of which one
-must be converted: see `two_models`.
+Data: the eight image tasks. The models are two checkpoints of LAION-2B, see
+`two_models`.
 
 Published, the norm of task vectors / its percentage of the pre-trained model's norm:
 

@@ -24,8 +24,9 @@ all its steps, which the bank keeps as `nonlinear_early`. The tangent vectors ar
 trained as in Table 1 of `tau_jp`.
 
 The number of clusters is that of the eigengap, and the clustering that of scikit-learn
-with a fixed seed; the paper does not say with which seed or implementation. `gap` is
-the number that the eigengap gives.
+with a fixed seed; the paper does not say with which seed or implementation, nor which
+model it has: ours is `laion2b_e16`, see `table4_partitions`. `gap` is the number that
+the eigengap gives.
 """
 
 import dataclasses
@@ -145,7 +146,9 @@ def main(config: Config) -> dict:
     shown = [{k: v for k, v in row.items() if k != "indices"} for row in rows]
     table = {"Clusters, and the mean norm of the vectors.": shown}
     title = "Clusters of task vectors (bases paper, Algorithm 1, Figures 9 and 11)"
-    return tables.write(config.out, title, table, results, digits=3)
+    has_theirs = any(row["published"] for row in rows)
+    note = partitions.other_models([setup.model]) if has_theirs else ""
+    return tables.write(config.out, title, table, results, note, digits=3)
 
 
 def mean_norm(taus) -> float:

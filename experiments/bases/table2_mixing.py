@@ -2,11 +2,10 @@
 
 Zeng et al. Task Vector Bases. arXiv:2502.01015: section 6.2.
 
-    python -m experiments.bases.table2_mixing --data-dir DATA \\
-        --models CONVERTED_E16 laion/CLIP-ViT-B-32-laion2B-s34B-b79K
+    python -m experiments.bases.table2_mixing --data-dir DATA
 
-Data: the eight image tasks. The models are two checkpoints of LAION-2B, of which one
-must be converted: see `two_models`.
+Data: the eight image tasks. The models are two checkpoints of LAION-2B, see
+`two_models`.
 
 Published, mean test accuracy in percent over eight tasks:
 

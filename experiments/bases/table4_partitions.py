@@ -88,9 +88,8 @@ Table 12, the same merge twice, Mean / TIES / Topk, by model:
     M-S-E-R   89.23 / 91.55 / 70.75  87.42 / 90.70 / 68.04  92.98 / 95.18 / 79.05
 
 The paper does not say which checkpoints these are. Its zero-shot accuracies of Tables 6
-and 7 fit ViT-B/32 of LAION-2B (`laion2b_e16`), which is there in OpenCLIP's format
-only; we take the LAION-2B models that are in the format of transformers. What else is
-not stated, and what we take:
+and 7 fit ViT-B/32 of LAION-2B, `laion2b_e16`, which is the default; of the two others
+we take the models of LAION-2B too. What else is not stated, and what we take:
 
 - Bases are added with one coefficient of 0, 0.05, …, 1, the one with the best mean
   validation accuracy; with more than 1, k = 1 of Mean (87.41) would exceed k = 4.
@@ -301,6 +300,7 @@ def main(config: Config) -> dict:
         config = dataclasses.replace(config, all_partitions=False)
     runs.start(config)
     rows: list[dict] = []
+    models: list[str] = []
     chosen: partitions.Partition = []
     setup = None
     for setup in setups.each(config, config.models, control=False):
@@ -310,6 +310,7 @@ def main(config: Config) -> dict:
         chosen = chosen or partitions.chosen_partition(config, taus)
         several = several_of(config, len(setup.tasks), chosen)
         rows += rows_of(setup, config, several, is_first)
+        models.append(setup.model)
     assert setup is not None  # there is a model
     letters = partitions.letters(setup.titles)
     natural = partitions.label(chosen, letters)
@@ -344,7 +345,8 @@ def main(config: Config) -> dict:
     for table, model in dict.fromkeys((row["table"], row["model"]) for row in rows):
         shown[f"{CAPTIONS[table]}; {model}."] = beside(rows, model, table)
     title = "Addition of bases, all partitions (bases paper, Tables 4, 5, 10, 11, 12)"
-    return tables.write(config.out, title, shown, results, digits=2)
+    note = partitions.other_models(models) if tuple(names) == partitions.FOUR else ""
+    return tables.write(config.out, title, shown, results, note, digits=2)
 
 
 if __name__ == "__main__":

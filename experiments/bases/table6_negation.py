@@ -28,7 +28,7 @@ MNIST itself:
     τ, Tangent   M      0.11 / -
 
 All controls are at least 62.44, which is 95 % of 65.7: ViT-B/32 of LAION-2B,
-`laion2b_e16`. It exists in OpenCLIP's format only; we take `laion2b_s34b_b79k`.
+`laion2b_e16`, which is the default model. The paper does not name it.
 
 The coefficient is one of 0, 0.1, …, 3, that with the lowest accuracy on the target
 among those that keep 95 % of the control accuracy, on validation data. The paper states
@@ -118,6 +118,7 @@ def main(config: Config) -> dict:
         keys=["inner", "basis"],
         values=["target", "control"],
         digits=2,
+        note=partitions.other_models([setup.model]) if are_theirs else "",
     )
 
 

@@ -203,7 +203,8 @@ def main(config: Config) -> dict:
         for task in targets
     }
     title = "Generalization with bases (bases paper, Tables 7, 13, 14, Figure 10)"
-    return tables.write(config.out, title, shown, results, digits=2)
+    note = partitions.other_models([setup.model]) if are_theirs else ""
+    return tables.write(config.out, title, shown, results, note, digits=2)
 
 
 def accuracies_of(setup, bases, linearized, task, coefs):

@@ -2,15 +2,13 @@
 
 The paper's are two checkpoints of OpenCLIP, ViT-B/32 on LAION-2B:
 
-1. `laion2b_e16`, 16 epochs. It is there in OpenCLIP's format only, on the Hugging Face
-   Hub as `timm/vit_base_patch32_clip_224.laion2b_e16`, and `jaxarith convert` does not
-   read that format. Its tensors are named as OpenAI's, so that the converter in the
-   repository of transformers (models/clip/convert_clip_original_pytorch_to_hf.py) makes
-   a folder of them, with `"hidden_act": "gelu"` in config.json; tokenizer and
-   preprocessing files are those of the second model. Where the folder is called
-   `clip-vit-base-patch32-laion2b_e16`, the paper's numbers stand beside ours.
+1. `laion2b_e16`, 16 epochs: `timm/vit_base_patch32_clip_224.laion2b_e16` on the Hugging
+   Face Hub, in OpenCLIP's format, which is read as it is.
 2. `laion2b_s34b_b79k`, with a larger batch and learning rate, in the format of
    transformers: `laion/CLIP-ViT-B-32-laion2B-s34B-b79K`.
+
+Folders with the same last part of their names count as the same models: the paper's
+numbers stand beside theirs.
 
 Both have the same widths, so that parameters of one can be subtracted from those of the
 other.
@@ -30,7 +28,8 @@ from jaxarith.models import clip, heads
 from jaxarith.sharding import processes
 from jaxarith.typing import Taus
 
-FIRST = "clip-vit-base-patch32-laion2b_e16"
+FIRST = partitions.LAION_B32
+SECOND = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 # In the order of the paper's tables, as they are printed there.
 TITLES = ("laion2b_e16", "laion2b_s34b_b79k")
 
@@ -39,10 +38,8 @@ TITLES = ("laion2b_e16", "laion2b_s34b_b79k")
 class Options(options.Options):
     """The options of scripts on two CLIPs."""
 
-    models: tuple[str, str] = (FIRST, partitions.LAION_B32)
-    """Two CLIPs of the same architecture: folders, or ids of the Hugging Face Hub. The
-    first is by default a folder that must be converted, see
-    experiments/bases/two_models.py."""
+    models: tuple[str, str] = (FIRST, SECOND)
+    """Two CLIPs of the same architecture: folders, or ids of the Hugging Face Hub."""
 
 
 def both(config: Options) -> list[setups.Setup]:
@@ -114,7 +111,8 @@ def noisy(setup: setups.Setup, share: float = 0.05) -> setups.Setup:
 
 def titles(found: Sequence[setups.Setup]) -> list[str]:
     """What the two models are called: as in the paper, where they are its own."""
-    known = {FIRST: TITLES[0], Path(partitions.LAION_B32).name: TITLES[1]}
+    papers = zip((FIRST, SECOND), TITLES, strict=True)
+    known = {Path(model).name: title for model, title in papers}
     names = [Path(setup.model).name for setup in found]
     return [known.get(name, name) for name in names]
 

@@ -163,6 +163,7 @@ def compared(
     published_keys: Sequence[str] | None = None,
     digits: int = 1,
     results: Mapping[str, Any] | None = None,
+    note: str = "",
 ) -> dict:
     """The end of a script with one table: `beside`, `markdown` and `write`.
 
@@ -172,6 +173,7 @@ def compared(
       rows, published, keys, values, published_keys: as for `beside`.
       digits: as for `markdown`.
       results: what report.json holds besides the rows.
+      note: as for `write`.
 
     Returns:
       What report.json holds.
@@ -180,7 +182,7 @@ def compared(
         rows, published, keys=keys, values=values, published_keys=published_keys
     )
     found = {"rows": list(rows)} | dict(results or {})
-    return write(out, title, {caption: both}, found, digits=digits)
+    return write(out, title, {caption: both}, found, note, digits=digits)
 
 
 def write(
