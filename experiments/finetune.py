@@ -49,8 +49,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from experiments.common import bank, runs, script, training
-from experiments.common.vision import external, options, scores, setups, vectors
+from experiments.common import bank, external, runs, script
+from experiments.common.vision import image_encoders, options, scores, setups, vectors
 from jaxarith import hub, report
 from jaxarith.typing import Tree
 
@@ -87,9 +87,9 @@ def main(config: Config) -> dict:
         raise ValueError("--start and --method tau_jp_continued need each other.")
     if config.others is not None and config.start is None:
         raise ValueError("--others is an option of --method tau_jp_continued.")
-    if config.checkpoint is not None and config.method != external.METHOD:
+    if config.checkpoint is not None and config.method != image_encoders.METHOD:
         raise ValueError(
-            f"--from adds a vector of --method {external.METHOD}, and not of "
+            f"--from adds a vector of --method {image_encoders.METHOD}, and not of "
             f"{config.method}."
         )
     # Read first: nothing is written for a vector that cannot be read.
@@ -148,20 +148,13 @@ def from_outside(setup: setups.Setup, task: setups.Task, model: str) -> Tree:
     """Adds the task vector of a checkpoint that others have fine-tuned to the bank.
 
     Raises:
-      ValueError: see `external.load`, or the bank has another vector there.
+      ValueError: see `image_encoders.load`, or the bank has another vector there.
     """
-    found = external.load(setup, task, model)
-    file = vectors.file_of(setup, external.METHOD, task.name)
-    if file.exists() and bank.record(file)["configuration"] != found.configuration:
-        raise ValueError(
-            f"the bank has another vector in {file}. Name another --bank, or remove "
-            "that file."
-        )
+    found = image_encoders.load(setup, task, model)
+    file = vectors.file_of(setup, image_encoders.METHOD, task.name)
+    external.check_place(file, found)
     runs.claim(setup.options)
-    if runs.is_first():
-        for note in found.notes:
-            print(f"note: {note}")
-    return training.add(file, found.tau, found.configuration, {})
+    return external.add(file, found)
 
 
 def needed(config: Config) -> tuple[Config, bool]:

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from experiments import finetune
 from experiments.common import bank, tables
-from experiments.common.vision import external
+from experiments.common.vision import image_encoders
 from jaxarith import hub, task_vectors, tree
 from jaxarith.models import clip
 
@@ -238,4 +238,4 @@ def test_the_projection_alone_may_be_missing(tmp_path, tower):
     tensors = load_file(file)
     save_file({k: x for k, x in tensors.items() if "post_layer" not in k}, file)
     refused(tmp_path, tower, "in the model but not in the checkpoint")
-    assert external.METHOD == "nonlinear"
+    assert image_encoders.METHOD == "nonlinear"

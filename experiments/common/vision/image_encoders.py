@@ -2,44 +2,25 @@
 
 They are checkpoints of transformers, `CLIPModel` or, as in the pools of fusion_bench,
 `CLIPVisionModel` with or without its projection, and OpenCLIP's. What a checkpoint
-lacks stays the base's. Nothing in a checkpoint says which base it was trained from:
-sizes, heads and activation must be the base's, and the task vector must be shorter than
-the base, which it is by far where the base is the right one.
+lacks stays the base's.
 """
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
-
-from experiments.common import bank
+from experiments.common import external
 from experiments.common.vision import setups, vectors
-from jaxarith import fingerprint, hub, sharding, task_vectors, tree
+from jaxarith import hub, sharding, task_vectors, tree
 from jaxarith.hub import layouts, open_clip
 from jaxarith.models import clip
-from jaxarith.typing import Params, Tree
+from jaxarith.typing import Params
 
 METHOD = "nonlinear"
 _PROJECTION = "visual_projection/kernel"
 _TOWER = r"vision_model/.*"
 
 
-class External(NamedTuple):
-    """A task vector from outside.
-
-    Attributes:
-      tau: of the whole image encoder, on the host.
-      configuration: what the bank records of it.
-      notes: what the user should know.
-    """
-
-    tau: Tree
-    configuration: dict[str, Any]
-    notes: list[str]
-
-
-def load(setup: setups.Setup, task: setups.Task, model: str) -> External:
+def load(setup: setups.Setup, task: setups.Task, model: str) -> external.External:
     """A fine-tuned checkpoint minus the pre-trained model.
 
     Args:
@@ -58,18 +39,14 @@ def load(setup: setups.Setup, task: setups.Task, model: str) -> External:
     params_0 = sharding.to_host(setup.params_0)
     params, lacks = _image_encoder(place, params_0)
     tau = task_vectors.difference({**params_0, **params}, params_0)
-    _check_near(tau, params_0, f"{model} and {setup.model}")
+    external.check_near(tau, params_0, f"{model} and {setup.model}")
     notes = [f"{model} has no {path}: that of {setup.model} stays" for path in lacks]
-    configuration = {
-        "origin": bank.EXTERNAL,
-        "method": METHOD,
-        "checkpoint": Path(model).name if Path(model).exists() else model,
-        "fingerprint": fingerprint.combined(params),
+    configuration = external.configuration(model, params, METHOD, setup.identity)
+    configuration |= {
         "from the base": lacks,
         "heads": vectors.identity(setup, METHOD, [task])["heads"],
-        "params_0": setup.identity,
     }
-    return External(tau, configuration, notes)
+    return external.External(tau, configuration, notes)
 
 
 def _place(model: str) -> Path:
@@ -116,16 +93,3 @@ def _vision_config(place: Path) -> clip.VisionConfig:
     if "vision_config" not in config:  # of the image tower alone
         config = {"vision_config": config, "text_config": {}}
     return clip.CLIPConfig.from_json(config).vision
-
-
-def _check_near(tau, params_0, models):
-    norms = [
-        np.sqrt(sum(float(np.sum(np.square(x, dtype=np.float64))) for x in leaves))
-        for leaves in (tree.flatten(tau).values(), tree.flatten(params_0).values())
-    ]
-    if norms[0] >= norms[1]:
-        raise ValueError(
-            f"{models} are {norms[0]:.3g} apart, and the second has norm "
-            f"{norms[1]:.3g}: one is no fine-tuned copy of the other. Name by --model "
-            "the pre-trained model that it started from."
-        )

@@ -1,0 +1,87 @@
+"""Fine-tuned models from outside, as task vectors in the bank.
+
+Nothing in a checkpoint says which pre-trained model it started from. What can be seen
+is checked: the architecture is the same, and the task vector is shorter than the
+pre-trained parameters, which it is by far where they are the right ones.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.common import bank, runs, training
+from jaxarith import fingerprint, tree
+from jaxarith.typing import Params, Tree
+
+
+class External(NamedTuple):
+    """A task vector from outside.
+
+    Attributes:
+      tau: the task vector, on the host.
+      configuration: what the bank records of it.
+      notes: what the user should know.
+    """
+
+    tau: Tree
+    configuration: dict[str, Any]
+    notes: list[str]
+
+
+def configuration(
+    model: str, params: Params, method: str, identity: int
+) -> dict[str, Any]:
+    """What the bank records of a vector from outside, which has no recipe.
+
+    Args:
+      model: the checkpoint; of a path the last part is kept.
+      params: its parameters.
+      method: the folder in the bank.
+      identity: the fingerprint of the pre-trained parameters.
+    """
+    path = Path(model).expanduser()
+    return {
+        "origin": bank.EXTERNAL,
+        "method": method,
+        "checkpoint": path.name if path.exists() else model,
+        "fingerprint": fingerprint.combined(params),
+        "params_0": identity,
+    }
+
+
+def check_near(tau: Tree, params_0: Params, models: str) -> None:
+    """Raises a ValueError unless a task vector is shorter than what it starts from.
+
+    Args:
+      tau: the task vector.
+      params_0: the pre-trained parameters.
+      models: what the error calls the fine-tuned model and the pre-trained one.
+    """
+    norms = [
+        np.sqrt(sum(float(np.sum(np.square(x, dtype=np.float64))) for x in leaves))
+        for leaves in (tree.flatten(tau).values(), tree.flatten(params_0).values())
+    ]
+    if norms[0] >= norms[1]:
+        raise ValueError(
+            f"{models} are {norms[0]:.3g} apart, and the second has norm "
+            f"{norms[1]:.3g}: one is no fine-tuned copy of the other. Name the "
+            "pre-trained model that it started from."
+        )
+
+
+def check_place(file: Path, found: External) -> None:
+    """Raises a ValueError if the bank has another vector in the place of one."""
+    if file.exists() and bank.record(file)["configuration"] != found.configuration:
+        raise ValueError(
+            f"the bank has another vector in {file}. Name another --bank, or remove "
+            "that file."
+        )
+
+
+def add(file: Path, found: External) -> Tree:
+    """Adds a vector to the bank, and prints its notes; returns it."""
+    if runs.is_first():
+        for note in found.notes:
+            print(f"note: {note}")
+    return training.add(file, found.tau, found.configuration, {})
