@@ -37,7 +37,8 @@ def coefs(path: str, leaves: tuple, solve: Callable) -> jax.Array:
     Args:
       path: the leaf's path.
       leaves: the leaf of K task vectors.
-      solve: `solve(grams[row, K, K]) -> c[row, K]`.
+      solve: `solve(grams[row, K, K], room[row]) -> c[row, K], length`; `room` is
+        false, for c stays in the span.
 
     Returns:
       `[K]` for a leaf of one row; `[K, 1, n]` or `[K, m, 1]` for a matrix.
@@ -46,27 +47,30 @@ def coefs(path: str, leaves: tuple, solve: Callable) -> jax.Array:
     axis = axis_of(path, leaves[0])
     of_rows = tree.settled(grams(leaves, axis))
     step = max(1, ENTRIES // of_rows[0].size)
-    parts = [solve(of_rows[i : i + step]) for i in range(0, len(of_rows), step)]
-    found = jnp.concatenate(parts)
+    room = jnp.zeros(len(of_rows), bool)
+    chunks = [slice(i, i + step) for i in range(0, len(of_rows), step)]
+    found = jnp.concatenate([solve(of_rows[c], room[c])[0] for c in chunks])
     return found[0] if axis is None else jnp.expand_dims(found.T, axis)
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "steps"))
 def adam(
-    leaves: Sequence[jax.Array],
-    axis: int | None,
+    part: dict[str, tuple[jax.Array, ...]],
     alpha: float | jax.Array,
     step_size: float | jax.Array,
     steps: int,
     reverse: float | jax.Array,
-) -> jax.Array:
-    """`_awd_solvers.adam` of every row of a leaf; arguments as there and in `grams`."""
+) -> dict[str, jax.Array]:
+    """`_awd_solvers.adam` of every row of the leaves; arguments as there."""
 
     def of_row(row):
         return _awd_solvers.adam({"": row}, alpha, step_size, steps, reverse)[""]
 
-    delta = jax.vmap(of_row)(tuple(_rows(leaf, axis) for leaf in leaves))
-    return delta.T if axis == -2 else delta.reshape(leaves[0].shape)
+    def of_leaf(path, leaves):
+        axis = axis_of(path, leaves[0])
+        delta = jax.vmap(of_row)(tuple(_rows(leaf, axis) for leaf in leaves))
+        return delta.T if axis == -2 else delta.reshape(leaves[0].shape)
+
+    return {path: of_leaf(path, leaves) for path, leaves in part.items()}
 
 
 def _rows(leaf, axis):

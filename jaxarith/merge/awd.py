@@ -132,54 +132,38 @@ def awd(
         delta = {}
         for paths in parts:
             part = {path: _on_device(rows[path]) for path in paths}
-            if scope == "row":
-                [(path, row)] = part.items()
-                axis = _awd_rows.axis_of(path, row[0])
-                found = _awd_rows.adam(row, axis, alpha, step_size, steps, reverse)
-                delta[path] = found
-            else:
-                delta |= _awd_solvers.adam(part, alpha, step_size, steps, reverse)
+            of_part = _awd_rows.adam if scope == "row" else _awd_solvers.adam
+            delta |= of_part(part, alpha, step_size, steps, reverse)
         return _leaves.fold(_subtract, params_0, taus, coefs, delta)
 
     momentum = MOMENTUM if solver == "momentum" else 0.0
 
-    def descended(grams):
-        return _redundant_of_parts(grams, alpha, step_size, steps, reverse, momentum)
+    def solve(grams, room):
+        """c and the length off the span of every part, from `grams[part, K, K]`."""
+        found = _redundant_of_parts(grams, alpha, step_size, steps, reverse, momentum)
+        if solver == "direct":
+            return _awd_solvers.direct(grams, alpha, found, room, reverse)
+        return found, jnp.zeros(len(grams), grams.dtype)
 
     if scope == "row":
-
-        def solve(grams):
-            redundant, room = descended(grams), jnp.zeros(len(grams), bool)
-            if solver == "direct":
-                given = (alpha, redundant, room, reverse)
-                redundant, _ = _awd_solvers.direct(grams, *given)
-            return redundant
-
         redundant = {path: _awd_rows.coefs(path, rows[path], solve) for path in rows}
         return _leaves.fold(_subtract_combination, params_0, taus, coefs, redundant)
 
     grams = jnp.stack([tree.gram_of(rows[path] for path in part) for part in parts])
-    redundant = descended(grams)
-    if solver == "direct":
-        # Only more entries than vectors leave room for an orthogonal direction.
-        leaves = _leaves.unmapped(rows)
-        entries = [sum(leaves[path][0].size for path in part) for part in parts]
-        room = jnp.array([key is not None and n > len(taus) for n in entries])
-        redundant, length = _awd_solvers.direct(grams, alpha, redundant, room, reverse)
-        if key is not None:
-            keys = _leaves.keys(key, taus)
-            drawn = [_awd_solvers.draw_products(rows, part, keys) for part in parts]
-            inner, square = map(jnp.stack, zip(*drawn, strict=True))
-            redundant, scale = _awd_solvers.add_orthogonal(
-                grams, redundant, length, inner, square
-            )
-            redundant, scale = (_by_path(x, parts) for x in (redundant, scale))
-            return _leaves.fold(
-                _subtract_drawn, params_0, taus, coefs, redundant, keys, scale
-            )
-    return _leaves.fold(
-        _subtract_combination, params_0, taus, coefs, _by_path(redundant, parts)
-    )
+    # Only more entries than vectors leave room for an orthogonal direction.
+    leaves = _leaves.unmapped(rows)
+    entries = [sum(leaves[path][0].size for path in part) for part in parts]
+    room = jnp.array([key is not None and n > len(taus) for n in entries])
+    redundant, length = solve(grams, room)
+    if key is None:
+        redundant = _by_path(redundant, parts)
+        return _leaves.fold(_subtract_combination, params_0, taus, coefs, redundant)
+    keys = _leaves.keys(key, taus)
+    drawn = [_awd_solvers.draw_products(rows, part, keys) for part in parts]
+    inner, square = map(jnp.stack, zip(*drawn, strict=True))
+    found = _awd_solvers.add_orthogonal(grams, redundant, length, inner, square)
+    redundant, scale = (_by_path(x, parts) for x in found)
+    return _leaves.fold(_subtract_drawn, params_0, taus, coefs, redundant, keys, scale)
 
 
 @jax.jit(static_argnames="steps")
