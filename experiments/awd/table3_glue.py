@@ -5,6 +5,8 @@ arXiv:2411.18729: section 4.4, Table 3; 8.3, Tables 8 and 9; 4.2, Figure 2.
 
     python -m experiments.awd.table3_glue --models FacebookAI/roberta-base
     python -m experiments.awd.table3_glue --data-dir GLUE --tasks cola mrpc stsb
+    python -m experiments.awd.table3_glue --models FacebookAI/roberta-base \\
+        --from cola=FINE_TUNED_1 mrpc=FINE_TUNED_2
 
 Data: `nyu-mll/glue` from the Hugging Face Hub, or GLUE's own files in a folder. How
 RoBERTa is fine-tuned, `experiments.common.language.roberta_glue` says.

@@ -2,7 +2,7 @@
 
 Nothing in a checkpoint says which pre-trained model it started from. What can be seen
 is checked: the architecture is the same, and the task vector is shorter than the
-pre-trained parameters, which it is by far where they are the right ones.
+pre-trained parameters, as it is by far where they are the right ones.
 """
 
 from pathlib import Path

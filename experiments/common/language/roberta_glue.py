@@ -14,6 +14,8 @@ they are trained so, and what neither text says is this:
   the pre-trained encoder.
 - A score is the mean of GLUE's official metrics: Matthews correlation for CoLA, F1 and
   accuracy for MRPC and QQP, Pearson and Spearman correlation for STS-B, else accuracy.
+- `--from` takes classifiers that others have fine-tuned in place of training, such as
+  public ones of the Hub. Their encoders and heads are used as they are.
 - GLUE's validation split (of MNLI the matched one) is the test part; a validation part
   as large is taken out of the training split.
 """
@@ -22,16 +24,17 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.common import bank, runs, script, training
-from experiments.common.language import tiny_text
+from experiments.common import bank, external, runs, script, training
+from experiments.common.language import classifiers, tiny_text
 from jaxarith import (
     evaluate,
     fingerprint,
@@ -68,6 +71,10 @@ class Options(runs.Banked):
     """RoBERTas: folders, or ids of the Hugging Face Hub."""
     tasks: tuple[str, ...] = tuple(TITLES)
     """Tasks of GLUE, in order."""
+    checkpoints: Annotated[tuple[str, ...], tyro.conf.arg(name="from")] = ()
+    """Classifiers that others have fine-tuned from the one model of --models, as
+    TASK=CHECKPOINT: folders, or ids of the Hugging Face Hub. These tasks are not
+    trained."""
     data_dir: Path | None = None
     """Folder of GLUE's own files, such as CoLA/train.tsv and CoLA/dev.tsv; by default
     the tasks come from the Hugging Face Hub."""
@@ -115,6 +122,7 @@ class Setup(NamedTuple):
       options: the options of the script.
       model: its name in the bank.
       mesh: the devices.
+      config: its configuration, with three outputs.
       apply_fn: `apply_fn(params, *INPUTS) -> outputs[B, 3]`.
       params_0: its parameters, with the head that all tasks start from.
       identity: a fingerprint of them.
@@ -124,6 +132,7 @@ class Setup(NamedTuple):
     options: Options
     model: str
     mesh: Mesh
+    config: bert.BertConfig
     apply_fn: Callable
     params_0: dict
     identity: int
@@ -151,6 +160,7 @@ def setups(options: Options):
         )
     if len(set(options.tasks)) < max(len(options.tasks), 2):
         raise ValueError(f"every task once, and at least two; got {options.tasks}.")
+    given = from_outside(options)
     mesh = runs.start(options)
     found = script.collected(
         options.tasks,
@@ -161,12 +171,51 @@ def setups(options: Options):
     parts = dict(zip(options.tasks, found, strict=True))
     for i, model in enumerate(options.models):
         setup = load(options, model, mesh, parts)
+        added = {
+            file_of(setup, name): outside(setup, name, checkpoint)
+            for name, checkpoint in given.items()
+        }
+        for file, one in added.items():
+            external.check_place(file, one)
         if i == 0:
             training.check(network(setup), wanted(setup))
             for other in () if options.smoke else options.models[1:]:
                 hub.find(other)  # before hours of training of the first
             runs.claim(options)
+        for file, one in added.items():
+            external.add(file, one)
         yield setup
+
+
+def from_outside(options: Options) -> dict[str, str]:
+    """The checkpoints of --from by task.
+
+    Raises:
+      ValueError: one is no TASK=CHECKPOINT, or there are several models.
+    """
+    pairs = [spec.partition("=") for spec in options.checkpoints]
+    for name, _, checkpoint in pairs:
+        if name not in options.tasks or not checkpoint:
+            raise ValueError(
+                f"--from {name}: expected TASK=CHECKPOINT with one of the --tasks "
+                f"{', '.join(options.tasks)}."
+            )
+    if pairs and len(options.models) > 1:
+        raise ValueError("--from needs the one of --models that they started from.")
+    return {name: checkpoint for name, _, checkpoint in pairs}
+
+
+def outside(setup: Setup, name: str, checkpoint: str) -> external.External:
+    """The task vector of a classifier that others have fine-tuned."""
+    return classifiers.load(
+        checkpoint,
+        glue.TASKS[name],
+        setup.config,
+        sharding.to_host(setup.params_0),
+        method=METHOD,
+        identity=setup.identity,
+        encoder=ENCODER,
+    )
 
 
 def records(options: Options, name: str) -> text.TextTask:
@@ -195,6 +244,7 @@ def load(options: Options, model: str, mesh: Mesh, parts) -> Setup:
         options=options,
         model=model,
         mesh=mesh,
+        config=config,
         apply_fn=bert.classifier(config),
         params_0=sharding.shard(params_0, mesh),
         identity=fingerprint.combined(params_0),
@@ -266,7 +316,7 @@ def wanted(setup: Setup) -> list[training.Wanted]:
     return [
         training.Wanted(
             name=name,
-            file=bank.vector_file(setup.options.bank, setup.model, METHOD, name),
+            file=file_of(setup, name),
             recipe=training.recipe(setup.options, len(task.train)),
             identity={
                 "method": METHOD,
@@ -278,6 +328,11 @@ def wanted(setup: Setup) -> list[training.Wanted]:
         )
         for name, task in setup.tasks.items()
     ]
+
+
+def file_of(setup: Setup, name: str) -> Path:
+    """Where the bank has the vector of a task."""
+    return bank.vector_file(setup.options.bank, setup.model, METHOD, name)
 
 
 def vectors(setup: Setup) -> dict[str, Tree]:
