@@ -43,10 +43,12 @@ def test_the_rows_of_every_method_are_the_papers_in_its_order(
     script, keys, as_b32, shared_bank, tmp_path
 ):
     name = script.__name__.removeprefix("experiments.")
-    found = smoke.run(name, tmp_path / "out", bank=shared_bank)
+    # What is not in the paper has a test of its own below.
+    options = {"beyond_paper": False} if script is table1_addition else {}
+    found = smoke.run(name, tmp_path / "out", bank=shared_bank, **options)
     beside = [row for row in found["rows"] if row["cosine with sum"] is not None]
     assert {row["method"] for row in beside} == {"AWD Task Arithmetic"}
-    assert all(0 < abs(row["effective λ"]) < row["coef"] for row in beside)
+    assert all(0 < row["cosine with sum"] < 1.0001 for row in beside)
     rows = [tuple(row[key] for key in keys) for row in found["rows"]]
     published = script.PUBLISHED["ViT-B-32"]
     expected = [key if isinstance(key, tuple) else (key,) for key in published]
@@ -331,33 +333,35 @@ class TestBeyondThePaper:
         assert (awd["mean"], awd["spread"], awd["gain"]) == (72.0, 2.0, 1.0)
         assert awd["smallest gain"] == -1.0
 
-    def test_a_smoke_run_has_them_below_the_papers(self, as_b32, shared_bank, tmp_path):
-        options = {"others": ("linear_layers_1", "tau_jp_cyclic"), "scope": "layer"}
-        out = tmp_path / "out"
-        found = smoke.run("awd.table1_addition", out, bank=shared_bank, **options)
-        rows = {row["method"]: row for row in found["beyond"]}
-        others = [
-            f"{method}, {name}"
-            for name in beyond.NAMES.values()
-            for method in ("Task Arithmetic", "AWD")
-        ]
-        assert list(rows) == [*beyond.MERGES, beyond.PLAIN, beyond.SEARCHED, *others]
-        plain = rows[beyond.PLAIN]
-        np.testing.assert_allclose(plain["cosine with sum"], 1, rtol=1e-5)
-        np.testing.assert_allclose(plain["effective λ"], plain["coef"], rtol=1e-5)
-        assert len(rows[beyond.SEARCHED]["weights"].split()) == 3
-        text = (out / "report.md").read_text()
-        assert "arXiv:2606.19164" in text and " 85.9 " in text
 
-    def test_the_table_of_scopes_has_a_row_of_each_seed(self, tmp_path):
-        found = smoke.run("awd.table_scopes", tmp_path / "out", bank=tmp_path / "bank")
-        methods = [row["method"] for row in found["means"]]
-        assert methods == [
-            *(table_scopes.PLAIN, beyond.PLAIN, beyond.SEARCHED),
-            "AWD, row, momentum",
-        ]
-        assert len(found["rows"]) == 2 * len(methods)
-        assert found["means"][-1]["cosine left"] < 1
+def test_table_1_has_what_the_paper_lacks_below_its_rows(as_b32, shared_bank, tmp_path):
+    options = {"others": ("linear_layers_1", "tau_jp_cyclic"), "scope": "layer"}
+    out = tmp_path / "out"
+    found = smoke.run("awd.table1_addition", out, bank=shared_bank, **options)
+    rows = {row["method"]: row for row in found["beyond"]}
+    others = [
+        f"{method}, {name}"
+        for name in beyond.NAMES.values()
+        for method in ("Task Arithmetic", "AWD")
+    ]
+    assert list(rows) == [*beyond.MERGES, beyond.PLAIN, beyond.SEARCHED, *others]
+    plain = rows[beyond.PLAIN]
+    np.testing.assert_allclose(plain["cosine with sum"], 1, rtol=1e-5)
+    np.testing.assert_allclose(plain["effective λ"], plain["coef"], rtol=1e-5)
+    assert len(rows[beyond.SEARCHED]["weights"].split()) == 3
+    text = (out / "report.md").read_text()
+    assert "arXiv:2606.19164" in text and " 85.9 " in text
+
+
+def test_the_table_of_scopes_has_a_row_of_each_seed(tmp_path):
+    found = smoke.run("awd.table_scopes", tmp_path / "out", bank=tmp_path / "bank")
+    methods = [row["method"] for row in found["means"]]
+    assert methods == [
+        *(table_scopes.PLAIN, beyond.PLAIN, beyond.SEARCHED),
+        "AWD, row, momentum",
+    ]
+    assert len(found["rows"]) == 2 * len(methods)
+    assert found["means"][-1]["cosine left"] < 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import smoke
 
-from experiments.awd import table3_glue
+from experiments.awd import beyond, table3_glue
 from experiments.bases import figure7_seventy_tasks as figure7
 from experiments.bases import table8_twelve_tasks as table8
 from experiments.bases import table16_prompt_robustness as table16
@@ -115,6 +115,11 @@ def test_glue_tasks_have_the_papers_rows(bank_folder, tmp_path, monkeypatch):
             assert f" {values[at[2]]} |" in lines[1]
     single = found["rows"][1]
     assert single["MRPC"] == single["MNLI"] == 100
+    more = {row["method"]: row for row in found["beyond"]}
+    assert list(more) == [*beyond.MERGES, beyond.PLAIN, beyond.SEARCHED]
+    plain = more[beyond.PLAIN]
+    assert plain["effective λ"] == pytest.approx(plain["coefficient"], rel=1e-5)
+    assert 0 < found["rows"][-1]["cosine with sum"] < 1.0001
     assert [row["variant"] for row in found["figure 2"]] == list(table3_glue.VARIANTS)
     full = found["figure 2"][0]
     assert full["MNLI"] == single["MNLI, score"]
