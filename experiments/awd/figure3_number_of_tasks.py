@@ -155,7 +155,7 @@ def by_number(rows: Sequence[dict]) -> list[dict]:
         row = {"number": number, "method": method, "mean": float(np.mean(own))}
         row |= {"± 95 %": interval(own), "subsets": len(own)}
         for name in BESIDE:
-            values = [own[name] for own in chosen]
+            values = [line[name] for line in chosen]
             row[name] = None if None in values else float(np.mean(values))
         found.append(row)
     return found
