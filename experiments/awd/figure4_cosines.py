@@ -51,6 +51,7 @@ def sweep(setup: setups.Setup, taus, config: Config) -> list[dict]:
         sums.append(task_vectors.add(parts))
     rows = config.coef * np.eye(len(sums))
     means = 100 * scores.on_all(setup, sums, "test", rows).mean(axis=1)
+    found = zip(alphas, cosines, means, sums, strict=True)
     return [
         {
             "model": setup.title,
@@ -60,9 +61,7 @@ def sweep(setup: setups.Setup, taus, config: Config) -> list[dict]:
             "mean": float(mean),
             **disentangled.beside_sum(taus, total, config.coef),
         }
-        for alpha, cosine, mean, total in zip(
-            *(alphas, cosines, means, sums), strict=True
-        )
+        for alpha, cosine, mean, total in found
     ]
 
 
