@@ -17,19 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.common.vision import vectors
+from experiments.common.vision.architectures import VISION
 from jaxarith import hub, tree
 from jaxarith.models import clip, gpt2, t5
 from jaxarith.typing import Tree
 
-# Of OpenAI's CLIP; projection_dim is the width of the features.
-VISION = {
-    "vit-b-32": {"patch_size": 32, "projection_dim": 512},
-    "vit-b-16": {"patch_size": 16, "projection_dim": 512},
-    "vit-l-14": {
-        **{"hidden_size": 1024, "intermediate_size": 4096, "patch_size": 14},
-        **{"num_hidden_layers": 24, "num_attention_heads": 16, "projection_dim": 768},
-    },
-}
 Vision = Literal["vit-b-32", "vit-b-16", "vit-l-14", "tiny"]
 Name = Literal[Vision, "t5-small-encoder", "t5-small", "gpt2"]
 NAMES: tuple[str, ...] = get_args(Name)

@@ -26,7 +26,8 @@ _SIZES = ("batch_size", "epochs", "evaluation_batch", "max_length")
 _SIZES += ("learning_rate", "micro_batches", "penalty_batch_size", "samples", "steps")
 _SIZES += ("curvature_samples",)
 _COUNTS = ("curvature_coef", "curvature_rank", "delta_coef")
-_COUNTS += ("diagonal_coef", "distill_coef", "penalty_coef", "save_every", "workers")
+_COUNTS += ("diagonal_coef", "distill_coef", "penalty_coef", "plan", "save_every")
+_COUNTS += ("workers",)
 _LISTS = ("alphas", "coefs", "models", "seeds")
 
 
@@ -88,8 +89,8 @@ class Banked(Options):
 
 # They say where a run is, or how it computes, and not what.
 _WHERE = {field.name for field in dataclasses.fields(Options)} - {"smoke"} | {
-    *("bank", "data_dir", "micro_batches", "tasks_together", "workers"),
-    "evaluation_batch",
+    *("bank", "data_dir", "micro_batches", "remat", "tasks_together", "workers"),
+    *("evaluation_batch", "plan", "plan_memory"),
 }
 
 

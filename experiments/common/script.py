@@ -25,6 +25,7 @@ import jax
 import tyro
 from tqdm import tqdm
 
+from experiments.common import planning
 from jaxarith import report
 from jaxarith.commands import signals
 
@@ -129,7 +130,10 @@ def run(config_type: Callable[..., C], main: Callable[[C], Any]) -> None:
         # Inside, so that a wrong value found by `__post_init__` is one line too.
         config = _parse(config_type, _description(main), arguments)
         with signals.raised():
-            main(config)
+            if getattr(config, "plan", 0):
+                planning.run(main, config)
+            else:
+                main(config)
     except _MISTAKES as error:
         if shown:
             raise

@@ -6,11 +6,14 @@ metrics. `delta` is the objective of a linearised teacher and an ordinary studen
 `distac` the repair of a ready task vector.
 """
 
+from jaxarith.train.ahead import device_bytes as device_bytes
+from jaxarith.train.ahead import lowered_step as lowered_step
 from jaxarith.train.batches import joint_batches as joint_batches
 from jaxarith.train.batches import seed_of as seed_of
 from jaxarith.train.batches import task_batches as task_batches
 from jaxarith.train.config import Distill as Distill
 from jaxarith.train.config import Form as Form
+from jaxarith.train.config import ProductDtype as ProductDtype
 from jaxarith.train.config import TrainConfig as TrainConfig
 from jaxarith.train.config import code as code
 from jaxarith.train.config import optimizer as optimizer

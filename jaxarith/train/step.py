@@ -166,12 +166,24 @@ def make_step(
         return (optax.apply_updates(tau, updates), opt_state), metrics
 
     def own_tasks(state, params_0, batch, constants, shared, own):
-        return jax.lax.map(
-            lambda task: task_step(params_0, shared, *task),
-            (state, batch, constants, own),
-            # `map` of one at a time is a loop; in batches of one it would be a `vmap`.
-            batch_size=config.tasks_at_once if config.tasks_at_once > 1 else None,
-        )
+        if config.tasks_at_once > 1:
+            return jax.lax.map(
+                lambda task: task_step(params_0, shared, *task),
+                (state, batch, constants, own),
+                batch_size=config.tasks_at_once,
+            )
+
+        # The state is what the loop carries, and is updated where it is; a `map` would
+        # hold the states of all tasks twice.
+        def one(state, task):
+            number, *rest = task
+            old = jax.tree.map(lambda leaf: leaf[number], state)
+            new, metrics = task_step(params_0, shared, old, *rest)
+            state = jax.tree.map(lambda x, row: x.at[number].set(row), state, new)
+            return state, metrics
+
+        tasks = len(jax.tree.leaves(state)[0])
+        return jax.lax.scan(one, state, (jnp.arange(tasks), batch, constants, own))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, params_0, batch, constants, shared=None, own=None):

@@ -57,7 +57,7 @@ def _place(model: str) -> Path:
 def _image_encoder(place: Path, params_0: Params) -> tuple[dict, list[str]]:
     """The image encoder of a checkpoint, and the paths that it lacks."""
     if (file := open_clip.weights_of(place)) is not None:
-        tensors = open_clip.open_file(file)
+        tensors = open_clip.open_file(file).tensors
     else:
         found = hub.open_checkpoint(place)
         tensors, file = found.tensors, found.file
@@ -87,7 +87,7 @@ def _check_config(base: Path, own: Path, model: str) -> None:
 
 def _vision_config(place: Path) -> clip.VisionConfig:
     if (file := open_clip.weights_of(place)) is not None:
-        config = open_clip.read_config(file)
+        config = open_clip.read_config(open_clip.open_file(file))
     else:
         config = hub.read_json(place)
     if "vision_config" not in config:  # of the image tower alone

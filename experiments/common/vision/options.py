@@ -55,6 +55,12 @@ class Options(curvatures.Options, runs.Banked):
     have norm 1, is 1 / n here, of features of squared norm n."""
     micro_batches: int = 1
     """Parts of a batch that are computed one after another, where memory is short."""
+    remat: bool = False
+    """Compute every block of the model anew in backward passes: less memory, and of a
+    step up to a fifth more time in the tangent space, a third more of the network."""
+    product_dtype: train.ProductDtype | None = None
+    """Round the operands of tangent products, to bfloat16 on accelerators: faster, and
+    part of what tells vectors apart. Of training in the tangent space alone."""
     tasks_together: bool = True
     """Train all tasks of one recipe side by side, for each of which the devices hold
     three times the parameters of the encoder: of eight tasks of ViT-L-14 29 GB.
@@ -62,6 +68,11 @@ class Options(curvatures.Options, runs.Banked):
     has another number of steps for every task, and so trains one by one anyway."""
     samples: int | None = None
     """The largest number of samples of a split, drawn at random; all by default."""
+    plan: int = 0
+    """Print what the run costs on so many devices, and stop: steps, FLOPs, memory of a
+    device, hours, disk. It needs neither weights nor data. 0 runs the script."""
+    plan_memory: float = 80.0
+    """GB of a device; a plan that needs more is refused, with what helps."""
     evaluation_batch: int = 128
     workers: int = 8
     """Processes that read and augment images; 0 for threads."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.common import script
-from experiments.common.vision import small_tasks, sources
+from experiments.common.vision import small_tasks, sources, stand_ins
 from experiments.common.vision.options import NO_CONTROL, Options
 from jaxarith.data import images, vision
 
@@ -48,8 +48,12 @@ def named(spec: str, options: Options) -> images.ImageTask:
         task = vision.load_folder(name, Path(folder))
     elif options.source == "small":
         task = small_tasks.load(name, np.asarray)
+    elif options.plan:
+        task = stand_ins.named(name)
     else:
         task = vision.load(name, options.data_dir, source=options.source)
+    if options.plan:
+        task = stand_ins.of(task)
     if options.samples is None:
         return task
     splits = {

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.common import bank
-from experiments.common.vision import raw_tasks, sources
+from experiments.common import bank, planning
+from experiments.common.vision import architectures, raw_tasks, sources
 from experiments.common.vision.options import (
     TITLES,
     Models,
@@ -34,12 +34,14 @@ class Dataset(NamedTuple):
 
     Attributes:
       source: of raw images.
+      size: number of samples; in a plan that of the split, of which a few are here.
       batches: of preprocessed images, made anew in every pass.
       labels: `i32[N]`.
       head: `[C, D]`.
     """
 
     source: Any
+    size: int
     batches: pipeline.Stream
     labels: np.ndarray
     head: jax.Array
@@ -78,6 +80,7 @@ class Setup(NamedTuple):
       options: of the script.
       model: its name in the bank.
       apply_fn: `apply_fn(params, images) -> features[B, D]`, what is linearised.
+      trained_fn: the same as training computes it, see `--remat`.
       params_0: of the image encoder.
       identity: a fingerprint of them.
       preprocess: of images that are evaluated.
@@ -85,11 +88,13 @@ class Setup(NamedTuple):
       tasks: the tasks.
       control: the control task, if the script needs one.
       mesh: the devices.
+      full: in a plan the model that this one stands for; None where it is that itself.
     """
 
     options: Options
     model: str
     apply_fn: Any
+    trained_fn: Any
     params_0: dict
     identity: int
     preprocess: images.Preprocessing
@@ -97,6 +102,7 @@ class Setup(NamedTuple):
     tasks: list[Task]
     control: Task | None
     mesh: Mesh
+    full: planning.Full | None = None
 
     @property
     def title(self) -> str:
@@ -150,7 +156,7 @@ def load(options: Options, model: str, *, control: bool = True) -> Setup:
     for task in found[: len(options.tasks)]:
         check_recipe(options, task, penalty=control, mesh=mesh)
     model = str(clip.TINY_CLIP) if options.smoke else model
-    checkpoint = clip.load(model)
+    checkpoint = checkpoint_of(options, model)
     preprocess = images.Preprocessing.from_folder(checkpoint.folder)
     params_0 = tree.select(checkpoint.params, clip.IMAGE_ENCODER)
     head_files = [bank.vector_file(options.bank, model, "heads", t.name) for t in found]
@@ -158,10 +164,12 @@ def load(options: Options, model: str, *, control: bool = True) -> Setup:
         prepared(task, head_of(task, checkpoint, file), preprocess, options)
         for task, file in zip(found, head_files, strict=True)
     ]
+    full = full_of(options, model) if options.plan else None
     return Setup(
         options=options,
         model=model,
         apply_fn=clip.image_encoder(checkpoint.config),
+        trained_fn=clip.image_encoder(checkpoint.config, remat=options.remat),
         params_0=sharding.shard(params_0, mesh),
         identity=fingerprint.combined(params_0),
         preprocess=preprocess,
@@ -171,6 +179,27 @@ def load(options: Options, model: str, *, control: bool = True) -> Setup:
         tasks=tasks[: len(options.tasks)],
         control=tasks[-1] if len(tasks) > len(options.tasks) else None,
         mesh=mesh,
+        full=full,
+    )
+
+
+def checkpoint_of(options: Options, model: str) -> clip.CLIP:
+    """A CLIP; in a plan the tiny one."""
+    return clip.load(clip.TINY_CLIP if options.plan else model)
+
+
+def full_of(options: Options, model: str) -> planning.Full:
+    """What a plan counts, from the sizes of a model alone."""
+    config = architectures.config_of(model)
+    layout = tree.select(clip.layout(config), clip.IMAGE_ENCODER)
+    size = config.vision.image_size
+    image = jax.ShapeDtypeStruct((size, size, config.vision.num_channels), np.float32)
+    return planning.Full(
+        TITLES.get(model, Path(model).name),
+        clip.image_encoder(config),
+        clip.image_encoder(config, remat=options.remat),
+        layout,
+        {"image": image, "label": jax.ShapeDtypeStruct((), np.int32)},
     )
 
 
@@ -196,7 +225,7 @@ def each(
     first, *others = models[:1] if options.smoke else models
     setup = load(options, first, control=control)
     for model in others:
-        hub.find(model)  # before hours of training of the first
+        options.plan or hub.find(model)  # before hours of training of the first
     yield setup
     for model in others:
         yield load(options, model, control=control)
@@ -232,7 +261,8 @@ def dataset(source, head, preprocess, options: Options) -> Dataset:
         # Starting processes takes longer than to read a few images.
         workers=options.workers if len(source) > 1000 else 0,
     )
-    return Dataset(source, batches, sources.labels(source), head)
+    size = sources.stands_for(source)
+    return Dataset(source, size, batches, sources.labels(source), head)
 
 
 def drawn(setup: Setup, split: Dataset, samples: int) -> Dataset:
@@ -243,6 +273,9 @@ def drawn(setup: Setup, split: Dataset, samples: int) -> Dataset:
 
 def head_of(task: images.ImageTask, checkpoint: clip.CLIP, file: Path) -> jax.Array:
     """The zero-shot head of a task, from the bank if it is there."""
+    if planning.recorder():
+        shape = (len(task.classes), checkpoint.config.projection_dim)
+        return jax.random.normal(jax.random.key(0), shape)
     identity = {
         "prompts": json.dumps([list(task.classes), list(task.templates)]),
         "model": str(fingerprint.combined(checkpoint.params)),

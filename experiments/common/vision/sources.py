@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.common.vision import stand_ins
 from jaxarith.data import images
 from jaxarith.typing import Source
 
@@ -33,8 +34,15 @@ def labels(source: Any) -> np.ndarray:
     return np.asarray(found, np.int32)
 
 
-def limited(source: Source, samples: int) -> Part:
+def stands_for(source: Any) -> int:
+    """The number of samples, of a stand-in those of what it stands for."""
+    return getattr(source, "stands_for", len(source))
+
+
+def limited(source: Source, samples: int) -> Source:
     """So many samples of a source, drawn and ordered at random."""
+    if isinstance(source, stand_ins.Few):
+        return dataclasses.replace(source, stands_for=min(samples, source.stands_for))
     return Part(source, np.random.default_rng(0).permutation(len(source))[:samples])
 
 

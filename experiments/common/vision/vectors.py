@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common import bank, runs, training
-from experiments.common.vision import curved, options, setups
+from experiments.common import bank, planning, runs, training
+from experiments.common.vision import curved, options, planned, setups
 from jaxarith import fingerprint, losses, task_vectors, tau_jp, train
 from jaxarith.models import clip, heads
 from jaxarith.typing import Tree
@@ -81,6 +81,7 @@ def coef_option(method: str) -> str:
 def recipe_of(setup: setups.Setup, method: str, task: setups.Task):
     """How a method trains on a task: a `TrainConfig`."""
     distill = train.Distill(coef=setup.options.distill_coef)
+    tangents = is_linearized(method) or method == "delta"
     penalty: dict[str, Any] = {"penalty": None}
     if method.startswith("tau_jp"):
         mode = method.removeprefix("tau_jp_")
@@ -97,6 +98,7 @@ def recipe_of(setup: setups.Setup, method: str, task: setups.Task):
         options.recipe_of(setup.options, task.name, len(task.train)),
         linearized=is_linearized(method),
         distill=distill if method == "delta" else None,
+        product_dtype=setup.options.product_dtype if tangents else None,
         trained=TRAINED.get(method, ".*"),
         **penalty,
     )
@@ -246,6 +248,9 @@ def trained(
       wanted: from `wanted_of`.
     """
 
+    if setup.full:
+        return planned.vectors(setup, network(setup, method), method, wanted)
+
     def observe(one: training.Wanted, done: int, tau: Tree):
         file = snapshot_file(one, done)
         training.add(file, tau, training.identity(one), {"steps": done})
@@ -275,6 +280,8 @@ def snapshot(wanted: training.Wanted, steps: int) -> Tree:
       ValueError: the bank has the vector of all steps, trained for other snapshots, or
         one of another configuration.
     """
+    if record := planning.recorder():
+        return record.made[wanted.file]
     tau = bank.read(snapshot_file(wanted, steps), training.identity(wanted))
     if tau is None:
         raise ValueError(
@@ -288,7 +295,7 @@ def network(setup: setups.Setup, method: str) -> training.Network:
     """The image encoder below frozen heads, with the loss of a method."""
     return training.Network(
         title=f"{setup.title}_{method}",
-        apply_fn=setup.apply_fn,
+        apply_fn=setup.trained_fn,
         params_0=setup.params_0,
         loss=LOSSES.get(method, loss),
         mesh=setup.mesh,
@@ -329,7 +336,11 @@ def cluster_vector(
     """
     if len(tasks) == 1:
         return of_tasks(setup, "linear" if linearized else "nonlinear", tasks)[0]
-    config = dataclasses.replace(joint_recipe(setup), linearized=linearized)
+    config = dataclasses.replace(
+        joint_recipe(setup),
+        linearized=linearized,
+        product_dtype=setup.options.product_dtype if linearized else None,
+    )
     method = "multi_task_linear" if linearized else "multi_task"
     name = "-".join(task.name for task in tasks)
     return trained_jointly(setup, method, name, tasks, config)
@@ -363,6 +374,11 @@ def trained_jointly(
         file=file_of(setup, method, name),
         identity=identity(setup, method, tasks),
     )
+    if setup.full:
+        [tau] = planned.vectors(
+            setup, network(setup, method), method, [wanted], joint=members
+        )
+        return tau
     runs.claim(setup.options)
     return training.joint_vector(setup.options, network(setup, method), wanted, members)
 

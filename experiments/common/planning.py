@@ -1,0 +1,349 @@
+"""What a run will cost: `--plan`.
+
+A plan is the script itself, run on stand-ins: a tiny model, a few made-up images for
+every split, random vectors in place of trained ones. Where it would train or evaluate,
+it says so to the `Recorder`, which knows the sizes of the real model, and counts: FLOPs
+as XLA counts those of one optimizer step and one forward pass, memory as XLA plans the
+step that it compiles for as many virtual CPU devices as the run is to have.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxarith import report, sharding, train, tree
+from jaxarith.typing import ApplyFn, LossFn, Tree
+
+
+class Chip(NamedTuple):
+    """An accelerator, by what its maker publishes.
+
+    Attributes:
+      name: the name.
+      flops: products in float32 per second.
+      note: what they are made of.
+    """
+
+    name: str
+    flops: float
+    note: str
+
+
+CHIPS = (
+    Chip("A100", 19.5e12, "float32"),
+    Chip("H100", 67e12, "float32"),
+    Chip("TPU v5e", 197e12 / 6, "float32 of six products in bfloat16"),
+)
+# What well-fed training reaches of the published rate.
+UTILISATION = 0.4
+
+
+class Full(NamedTuple):
+    """The model that a stand-in takes the place of.
+
+    Attributes:
+      title: what the papers call it.
+      apply_fn, trained_fn: the model, and the same as training computes it.
+      params_0: `jax.ShapeDtypeStruct`s of its parameters.
+      sample: a sample of a batch, as `jax.ShapeDtypeStruct`s.
+      inputs: the fields of a sample that the model reads.
+    """
+
+    title: str
+    apply_fn: ApplyFn
+    trained_fn: ApplyFn
+    params_0: Tree
+    sample: dict
+    inputs: tuple[str, ...] = ("image",)
+
+
+class Training(NamedTuple):
+    """Vectors that would train side by side.
+
+    Attributes:
+      full: the model.
+      method: what is trained.
+      names: the tasks.
+      recipe: how.
+      loss, constants: as for `train.fine_tune`, of the model's sizes.
+      others: how many other tasks a strict penalty reads.
+      joint: of how many tasks one vector learns.
+    """
+
+    full: Full
+    method: str
+    names: tuple[str, ...]
+    recipe: train.TrainConfig
+    loss: LossFn
+    constants: Tree
+    others: int = 1
+    joint: int = 1
+
+    @property
+    def batches(self) -> train.TrainConfig:
+        """The recipe with the number of samples that a step really has."""
+        size = self.recipe.batch_size * self.joint
+        form = {"penalty": None} if self.recipe.form else {}
+        return dataclasses.replace(self.recipe, batch_size=size, **form)
+
+
+class Recorder:
+    """What a script would train and evaluate."""
+
+    def __init__(self, devices: int, mesh: str):
+        self.devices, self.mesh = devices, mesh
+        self.trainings: list[Training] = []
+        self.found: dict[tuple[str, str], int] = {}
+        self.passes: dict[str, float] = {}
+        self.models: dict[str, Full] = {}
+        self.disk = 0.0
+        self.made: dict[Path, Tree] = {}
+        self._planned: set[Path] = set()
+
+    def missing(self, full: Full, method: str, files: Sequence[Path]) -> list[bool]:
+        """Which files are neither in the bank nor planned before; they are from now."""
+        new = [not file.exists() and file not in self._planned for file in files]
+        there = sum(file.exists() and file not in self._planned for file in files)
+        key = (full.title, method)
+        self.found[key] = self.found.get(key, 0) + there
+        self._planned |= set(files)
+        return new
+
+    def train(self, training: Training):
+        """Notes a training."""
+        self.trainings.append(training)
+        self.models[training.full.title] = training.full
+        trained = tree.select(training.full.params_0, training.recipe.trained)
+        self.disk += 4 * tree.size(trained) * len(training.names)
+
+    def vector(self, file: Path, params_0: Tree, trained: str) -> Tree:
+        """A random vector in place of the one of this file, always the same."""
+        if file not in self.made:
+            part = tree.select(tree.floating(params_0), trained)
+            rng = np.random.default_rng(list(os.fsencode(file)))
+            self.made[file] = jax.tree.map(
+                lambda leaf: rng.normal(0, 1e-3, leaf.shape).astype(np.float32), part
+            )
+        return self.made[file]
+
+    def evaluate(self, full: Full, passes: float):
+        """Notes forward passes of one sample each."""
+        self.models[full.title] = full
+        self.passes[full.title] = self.passes.get(full.title, 0) + passes
+
+
+_RECORDER: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar(
+    "recorder", default=None
+)
+
+
+def recorder() -> Recorder | None:
+    """The recorder of a plan; None where the script really runs."""
+    return _RECORDER.get()
+
+
+def run(main: Callable[[Any], Any], config: Any) -> dict:
+    """Plans a script and prints what it costs.
+
+    Args:
+      main: the script.
+      config: its options, with `plan` devices.
+
+    Returns:
+      The plan as plain data.
+
+    Raises:
+      ValueError: something does not fit into `plan_memory`; the plan is printed before.
+    """
+    _make_devices(config.plan)
+    found = Recorder(config.plan, config.mesh)
+    token = _RECORDER.set(found)
+    try:
+        with tempfile.TemporaryDirectory() as folder, _quiet():
+            nowhere = {"out": Path(folder), "mesh": "data=1", "workers": 0}
+            main(dataclasses.replace(config, **nowhere))
+    finally:
+        _RECORDER.reset(token)
+    rows = [_row(*each) for each in tqdm(_alike(found), desc="compiling", leave=False)]
+    results = {"devices": config.plan, "mesh": config.mesh or f"data={config.plan}"}
+    results |= {"rows": rows, **totals(found, rows)}
+    print(shown(results, found))
+    check_memory(rows, config)
+    return results
+
+
+def _make_devices(count):
+    """So many virtual CPU devices, for which steps are compiled."""
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        pass  # JAX runs already, as in tests
+    if len(jax.devices()) < count or jax.default_backend() != "cpu":
+        raise ValueError(
+            f"--plan {count} needs {count} virtual CPU devices, and JAX has started "
+            f"with {len(jax.devices())} of {jax.default_backend()}. Start a process "
+            "without XLA_FLAGS=--xla_force_host_platform_device_count."
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides what a script says of its stand-ins."""
+    nowhere = io.StringIO()
+    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def _alike(found: Recorder) -> list[tuple[Recorder, list[Training]]]:
+    """Trainings of one method of one model, which are one row."""
+    groups: dict[tuple[str, str], list[Training]] = {}
+    for training in found.trainings:
+        groups.setdefault((training.full.title, training.method), []).append(training)
+    return [(found, group) for group in groups.values()]
+
+
+def _row(found: Recorder, group: list[Training]) -> dict:
+    largest = max(group, key=lambda one: (len(one.names), one.joint, one.recipe.steps))
+    flops = _step_flops(largest)
+    vectors = sum(len(one.names) for one in group)
+    steps = sum(len(one.names) * one.recipe.steps for one in group)
+    mesh = sharding.make_mesh(found.mesh, jax.devices()[: found.devices])
+    mesh = sharding.for_tasks(mesh, len(largest.names))
+    compiled = _lowered(largest, largest.batches, len(largest.names), mesh).compile()
+    return {
+        "model": largest.full.title,
+        "method": largest.method,
+        "together": len(largest.names),
+        "to train": vectors,
+        "in the bank": found.found.get((largest.full.title, largest.method), 0),
+        "steps": steps,
+        "TFLOP a step": flops / 1e12,
+        "EFLOP": flops * steps / 1e18,
+        "GB a device": train.device_bytes(compiled) / 1e9,
+    }
+
+
+def _step_flops(training: Training) -> float:
+    """FLOPs of one step of one vector, whatever parts it is computed in."""
+    config = dataclasses.replace(training.batches, micro_batches=1, tasks_at_once=1)
+    [device, *_] = jax.devices()
+    lowered = _lowered(training, config, 1, sharding.make_mesh(devices=[device]))
+    return float(lowered.cost_analysis()["flops"])  # type: ignore[index]
+
+
+def _lowered(training, config, tasks, mesh):
+    full = training.full
+    constants = jax.tree.map(
+        lambda x: np.broadcast_to(x[:1], (tasks, *x.shape[1:])), training.constants
+    )
+    return train.lowered_step(
+        full.trained_fn,
+        full.params_0,
+        training.loss,
+        full.sample | ({"task": np.int32(0)} if training.joint > 1 else {}),
+        config,
+        tasks=tasks,
+        others=training.others,
+        constants=constants,
+        inputs=full.inputs,
+        mesh=mesh,
+    )
+
+
+def pass_flops(full: Full) -> float:
+    """FLOPs of a forward pass of one sample."""
+    inputs = (full.sample[name] for name in full.inputs)
+    one = [jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for x in inputs]
+    lowered = jax.jit(full.apply_fn).lower(full.params_0, *one)
+    return float(lowered.cost_analysis()["flops"])  # type: ignore[index]
+
+
+def totals(found: Recorder, rows: Sequence[dict]) -> dict:
+    """FLOPs, hours and bytes of the whole run."""
+    evaluation = {
+        title: passes * pass_flops(found.models[title])
+        for title, passes in found.passes.items()
+    }
+    training = sum(row["EFLOP"] for row in rows) * 1e18
+    every = training + sum(evaluation.values())
+    states = [
+        12 * tree.size(one.full.params_0) * len(one.names) for one in found.trainings
+    ]
+    return {
+        "forward passes": found.passes,
+        "EFLOP of training": training / 1e18,
+        "EFLOP of evaluation": sum(evaluation.values()) / 1e18,
+        "device hours": {
+            chip.name: every / (chip.flops * UTILISATION) / 3600 for chip in CHIPS
+        },
+        "GB of vectors": found.disk / 1e9,
+        "GB of checkpoints": 3 * max(states, default=0) / 1e9,
+    }
+
+
+def shown(results: dict, found: Recorder) -> str:
+    """The plan as Markdown."""
+    count = results["devices"]
+    parts = [f"Plan for {count} devices, mesh {results['mesh']}."]
+    if rows := results["rows"]:
+        cells = [
+            [f"{x:.3g}" if isinstance(x, float) else x for x in row.values()]
+            for row in rows
+        ]
+        parts.append(report.markdown_table(list(rows[0]), cells))
+    there = sum(found.found.values())
+    parts.append(
+        f"{there} vectors are in the bank; whether they are of the same configuration "
+        "the run will see. Steps and FLOPs are those of all vectors of a row, GB a "
+        "device those of the largest group that trains together."
+    )
+    header = ["", *(chip.name for chip in CHIPS)]
+    hours = list(results["device hours"].values())
+    table = [
+        ["device hours", *(f"{x:.3g}" for x in hours)],
+        [f"hours on {count}", *(f"{x / count:.3g}" for x in hours)],
+    ]
+    parts.append(report.markdown_table(header, table))
+    rates = ", ".join(
+        f"{chip.name} {chip.flops / 1e12:.3g} TFLOP/s ({chip.note})" for chip in CHIPS
+    )
+    parts.append(f"At {UTILISATION:.0%} of the published rates: {rates}.")
+    passes = ", ".join(f"{t} {n:.3g}" for t, n in results["forward passes"].items())
+    parts.append(
+        f"Forward passes of one sample: {passes or 'none'}. FLOPs: training "
+        f"{results['EFLOP of training']:.3g} EFLOP, evaluation "
+        f"{results['EFLOP of evaluation']:.3g} EFLOP. Disk: vectors "
+        f"{results['GB of vectors']:.3g} GB, checkpoints while training "
+        f"{results['GB of checkpoints']:.3g} GB."
+    )
+    return "\n\n".join(parts)
+
+
+def check_memory(rows: Sequence[dict], config: Any):
+    """Raises a ValueError where a row needs more memory than a device has."""
+    limit = config.plan_memory
+    large = [row for row in rows if row["GB a device"] > limit]
+    if not large:
+        return
+    worst = max(large, key=lambda row: row["GB a device"])
+    helps = [] if config.remat else ["--remat"]
+    helps.append(f"--micro-batches {2 * config.micro_batches}")
+    if config.plan > 1 and "fsdp" not in config.mesh:
+        helps.append(f"--mesh fsdp={config.plan}")
+    if any(row["together"] > 1 for row in large) and config.tasks_together:
+        helps.append("--no-tasks-together")
+    raise ValueError(
+        f"{worst['method']} of {worst['model']} needs {worst['GB a device']:.1f} GB on "
+        f"a device, of --plan-memory {limit:g}. What helps: {', '.join(helps)}."
+    )
