@@ -173,7 +173,7 @@ def test_files_of_pytorch_load(torch, folder, tensors, params, name, prefix):
 def test_bfloat16_keeps_its_bits(torch, tmp_path, folder, tensors):
     state = {key: torch.tensor(leaf).bfloat16() for key, leaf in tensors.items()}
     torch.save(state, folder / "half.bin")
-    stored = open_clip.open_file(folder / "half.bin")
+    stored = open_clip.open_file(folder / "half.bin").tensors
     name = "visual.ln_pre.weight"
     found = stored["vision_model.pre_layrnorm.weight"].read()
     assert found.dtype == "bfloat16"
@@ -236,7 +236,8 @@ def test_heads_of_known_widths_are_64_wide(tmp_path):
     params = random_params(0, clip.layout(clip.CLIPConfig.from_json(raw)))
     marks = {name: np.array(1) for name in open_clip._OF_OPENAI}
     save_file({**renamed(params), **marks}, tmp_path / "clip.safetensors")
-    config = open_clip.read_config(tmp_path / "clip.safetensors")
+    file = open_clip.open_file(tmp_path / "clip.safetensors")
+    config = open_clip.read_config(file)
     assert config["vision_config"]["num_attention_heads"] == 12
     assert config["text_config"]["num_attention_heads"] == 8
     assert config["vision_config"]["hidden_act"] == "quick_gelu"
@@ -249,6 +250,7 @@ def test_heads_of_known_widths_are_64_wide(tmp_path):
         ({"init_logit_bias": -10}, "init_logit_bias in model_cfg"),
         ({"vision_cfg": {**MODEL["vision_cfg"], "timm_model_name": "x"}}, "in vision"),
         ({"text_cfg": {**MODEL["text_cfg"], "hf_model_name": "x"}}, "in text_cfg"),
+        ({"text_cfg": None}, "has no text_cfg"),
     ],
 )
 def test_other_architectures_are_refused(folder, change, said):

@@ -127,8 +127,8 @@ def _from_open_clip(
     """Converts a CLIP of OpenCLIP to a folder of transformers."""
     from jaxarith.models import clip  # here: flax is slow to import
 
-    config = open_clip.read_config(file, hidden_act)
-    stored = open_clip.open_file(file)
+    opened = open_clip.open_file(file)
+    config, stored = open_clip.read_config(opened, hidden_act), opened.tensors
     layout = clip.layout(clip.CLIPConfig.from_json(config))
     expected = tree.flatten(layout)
     layouts.check(file, expected, layouts.to_flax(stored, set(expected)))

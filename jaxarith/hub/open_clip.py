@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from jaxarith.hub import checks, folders, pickles, safetensors
 from jaxarith.hub.stored import Stored
@@ -49,6 +49,7 @@ _IN_BLOCKS = {
 _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)")
 _FUSED = "attn.in_proj"  # rows of queries, keys and values
 _FIRST = "visual.conv1.weight"
+_POSITIONS = "embeddings.position_embedding.weight"
 # OpenAI's files state these three as tensors; no other does.
 _OF_OPENAI = {"input_resolution", "context_length", "vocab_size"}
 _NOT_WEIGHTS = {"attn_mask", *_OF_OPENAI}
@@ -57,7 +58,8 @@ _NOT_WEIGHTS = {"attn_mask", *_OF_OPENAI}
 _KNOWN = {
     "model_cfg": {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"},
     "vision_cfg": {
-        *("image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size")
+        *("image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size"),
+        "patch_dropout",  # of training
     },
     "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers"},
 }
@@ -83,8 +85,22 @@ def weights_of(place: Path) -> Path | None:
     return None if of_transformers else file
 
 
-def open_file(file: Path) -> dict[str, Stored]:
-    """The tensors of a file under transformers' names, none of them read.
+class File(NamedTuple):
+    """A file of OpenCLIP.
+
+    Attributes:
+      path: its path.
+      tensors: the tensors under transformers' names.
+      is_openai: whether it is one of OpenAI's own, which state their sizes as tensors.
+    """
+
+    path: Path
+    tensors: dict[str, Stored]
+    is_openai: bool
+
+
+def open_file(path: Path) -> File:
+    """Opens a file of OpenCLIP's weights; safetensors are not read yet.
 
     A file may be of the image tower alone, and all names may have `model.` or `module.`
     in front. Names that OpenCLIP has not stay.
@@ -94,10 +110,11 @@ def open_file(file: Path) -> dict[str, Stored]:
       ImportError: the file is PyTorch's, which is not installed.
       ValueError: the file cannot be read as tensors, or is of another architecture.
     """
-    return _renamed(_opened(file), file)
+    stored = _opened(path)
+    return File(path, _renamed(stored, path), stored.keys() >= _OF_OPENAI)
 
 
-def read_config(file: Path, hidden_act: HiddenAct | None = None) -> dict[str, Any]:
+def read_config(file: File, hidden_act: HiddenAct | None = None) -> dict[str, Any]:
     """The content of transformers' `config.json` for the model in a file.
 
     Sizes are those of its tensors. Numbers of heads and the activation leave no trace
@@ -107,65 +124,72 @@ def read_config(file: Path, hidden_act: HiddenAct | None = None) -> dict[str, An
     sizes as tensors, have `quick_gelu`; for others `hidden_act` must be given.
 
     Args:
-      file: OpenCLIP's weights.
+      file: from `open_file`.
       hidden_act: the activation, where nothing states it.
 
     Raises:
-      FileNotFoundError, ImportError: as for `open_file`.
-      ValueError: as for `open_file`, or nothing states the activation or the number of
-        heads, or what is stated contradicts `hidden_act` or is not supported.
+      ValueError: the file has not both towers, nothing states the activation or the
+        number of heads, or what is stated contradicts `hidden_act` or is not supported.
     """
-    stored = _opened(file)
-    tensors = _renamed(stored, file)
-    stated = _stated(file)
-    act = _activation(stored, stated, file, hidden_act)
+    stated = _stated(file.path)
+    act = _activation(file, stated, hidden_act)
     vision, text = stated.get("vision_cfg", {}), stated.get("text_cfg", {})
-
-    def shape(name):
-        if name not in tensors:
-            raise ValueError(f"{file} has no {name}, so it is no whole CLIP.")
-        return tensors[name].shape
-
-    def tower(name, heads):
-        width, layers = len_of(f"{name}.embeddings.position_embedding.weight", 1), 0
-        while f"{name}.encoder.layers.{layers}.mlp.fc1.weight" in tensors:
-            layers += 1
-        return {
-            "hidden_act": act,
-            "hidden_size": width,
-            "intermediate_size": len_of(f"{name}.encoder.layers.0.mlp.fc1.weight", 0),
-            "num_attention_heads": heads or _heads_of(width, file),
-            "num_hidden_layers": layers,
-            "projection_dim": shared,
-        }
-
-    def len_of(name, axis):
-        return shape(name)[axis]
-
-    shared = len_of("visual_projection.weight", 0)
-    patches = len_of("vision_model.embeddings.position_embedding.weight", 0) - 1
-    patch = len_of("vision_model.embeddings.patch_embedding.weight", 2)
-    width = len_of("vision_model.embeddings.class_embedding", 0)
-    heads = width // vision.get("head_width", 64) if vision else None
+    shared = _size(file, "visual_projection.weight", 0)
+    patches = _size(file, f"vision_model.{_POSITIONS}", 0) - 1
+    patch = _size(file, "vision_model.embeddings.patch_embedding.weight", 2)
+    width = _size(file, f"vision_model.{_POSITIONS}", 1)
+    of_images = width // vision.get("head_width", 64) if vision else None
+    of_texts = text.get("heads", 8) if text else None
+    common = {"hidden_act": act, "projection_dim": shared}
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "projection_dim": shared,
         "text_config": {
-            **tower("text_model", text.get("heads", 8) if text else None),
-            "max_position_embeddings": len_of(
-                "text_model.embeddings.position_embedding.weight", 0
+            **common,
+            **_tower(file, "text_model", of_texts),
+            "max_position_embeddings": _size(file, f"text_model.{_POSITIONS}", 0),
+            "vocab_size": _size(
+                file, "text_model.embeddings.token_embedding.weight", 0
             ),
-            "vocab_size": len_of("text_model.embeddings.token_embedding.weight", 0),
             # transformers' word for what OpenCLIP does: the largest id ends a text.
             "eos_token_id": 2,
         },
         "vision_config": {
-            **tower("vision_model", heads),
+            **common,
+            **_tower(file, "vision_model", of_images),
             "image_size": math.isqrt(patches) * patch,
             "patch_size": patch,
         },
     }
+
+
+def _tower(file: File, name: str, heads: int | None) -> dict[str, Any]:
+    """The sizes of a tower; `heads` is None where nothing states their number."""
+    width, layers = _size(file, f"{name}.{_POSITIONS}", 1), 0
+    while f"{name}.encoder.layers.{layers}.mlp.fc1.weight" in file.tensors:
+        layers += 1
+    if heads is None and width not in _HEADS_OF_64:
+        raise ValueError(
+            f"nothing says how many heads the model in {file.path} has, of width "
+            f"{width}. Put the model's {CONFIG} beside it."
+        )
+    return {
+        "hidden_size": width,
+        "intermediate_size": _size(file, f"{name}.encoder.layers.0.mlp.fc1.weight", 0),
+        "num_attention_heads": heads or width // 64,
+        "num_hidden_layers": layers,
+    }
+
+
+def _size(file: File, name: str, axis: int) -> int:
+    shape = file.tensors[name].shape if name in file.tensors else ()
+    if len(shape) <= axis:
+        raise ValueError(
+            f"{file.path} has no {name} of {axis + 1} or more dimensions, so it is no "
+            "whole CLIP."
+        )
+    return shape[axis]
 
 
 def preprocessing(folder: Path, image_size: int | None = None) -> dict[str, Any]:
@@ -202,28 +226,28 @@ def preprocessing(folder: Path, image_size: int | None = None) -> dict[str, Any]
     }
 
 
-def _opened(file):
-    pickled = file.suffix in pickles.SUFFIXES
-    stored = pickles.open_file(file) if pickled else safetensors.open_file(file)[0]
+def _opened(path):
+    pickled = path.suffix in pickles.SUFFIXES
+    stored = pickles.open_file(path) if pickled else safetensors.open_file(path)[0]
     checks.check_numeric(stored)
     first = min((name for name in stored if name.endswith(_FIRST)), key=len, default="")
     if not first:
         raise ValueError(
-            f"{file} has no {_FIRST}: it is not of a CLIP with a vision transformer in "
+            f"{path} has no {_FIRST}: it is not of a CLIP with a vision transformer in "
             "OpenCLIP's format. Models of transformers are named by their folder."
         )
     prefix = first.removesuffix(_FIRST)
     return {name.removeprefix(prefix): leaf for name, leaf in stored.items()}
 
 
-def _renamed(stored: Mapping[str, Stored], file: Path) -> dict[str, Stored]:
+def _renamed(stored: Mapping[str, Stored], path: Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for name, leaf in stored.items():
         if name in _NOT_WEIGHTS:
             continue
         for new, part in _parts(name, leaf):
             if new in found:
-                raise ValueError(f"{file} has two tensors that are {new}.")
+                raise ValueError(f"{path} has two tensors that are {new}.")
             found[new] = part
     return found
 
@@ -260,31 +284,35 @@ def _third(leaf, i):
     return Stored.made(leaf.dtype, (rows, *leaf.shape[1:]), lambda: leaf.read()[part])
 
 
-def _stated(file):
+def _stated(path: Path) -> Mapping[str, Any]:
     """What `open_clip_config.json` says of the model; empty without one."""
-    place = file.parent / CONFIG
+    place = path.parent / CONFIG
     if not place.is_file():
         return {}
-    model = folders.read_json(file.parent, CONFIG).get("model_cfg", {})
+    model = folders.read_json(path.parent, CONFIG).get("model_cfg")
     for part, known in _KNOWN.items():
-        stated = model if part == "model_cfg" else model.get(part, {})
+        stated = model if part == "model_cfg" else (model or {}).get(part)
+        if not isinstance(stated, Mapping):
+            raise ValueError(
+                f"{place} has no {part}: it describes no CLIP of OpenCLIP."
+            )
         other = sorted(key for key, value in stated.items() if value)
         if other := [key for key in other if key not in known]:
             raise ValueError(
                 f"{place} states {', '.join(other)} in {part}, of which jaxarith's "
                 "CLIP knows nothing."
             )
-    return model
+    return model or {}
 
 
-def _activation(stored, stated, file, given: HiddenAct | None) -> HiddenAct:
+def _activation(file: File, stated, given: HiddenAct | None) -> HiddenAct:
     if stated:
         found, where = "quick_gelu" if stated.get("quick_gelu") else "gelu", CONFIG
-    elif stored.keys() >= _OF_OPENAI:
+    elif file.is_openai:
         found, where = "quick_gelu", "its tensors, as all of OpenAI's,"
     elif given is None:
         raise ValueError(
-            f"nothing says which activation the model in {file} has: OpenAI's and "
+            f"nothing says which activation the model in {file.path} has: OpenAI's and "
             "those that OpenCLIP calls quickgelu have quick_gelu, its others gelu, and "
             "the wrong one costs accuracy without an error. Put the model's "
             f"{CONFIG} beside it, or give hidden_act (jaxarith convert --hidden-act)."
@@ -292,14 +320,7 @@ def _activation(stored, stated, file, given: HiddenAct | None) -> HiddenAct:
     else:
         return given
     if given not in (None, found):
-        raise ValueError(f"{file} has {found} by {where}, and {given} is asked for.")
-    return found
-
-
-def _heads_of(width, file):
-    if width not in _HEADS_OF_64:
         raise ValueError(
-            f"nothing says how many heads the model in {file} has, of width {width}. "
-            f"Put the model's {CONFIG} beside it."
+            f"{file.path} has {found} by {where}, and {given} is asked for."
         )
-    return width // 64
+    return found

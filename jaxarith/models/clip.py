@@ -401,9 +401,9 @@ def load(
     if (file := open_clip.weights_of(place)) is None:
         config = CLIPConfig.from_json(hub.read_json(place))
         return CLIP(config, hub.load(place, layout(config)), place)
-    config = CLIPConfig.from_json(open_clip.read_config(file, hidden_act))
-    params = hub.filled(layout(config), open_clip.open_file(file), file)
-    return CLIP(config, params, file.parent)
+    opened = open_clip.open_file(file)
+    config = CLIPConfig.from_json(open_clip.read_config(opened, hidden_act))
+    return CLIP(config, hub.filled(layout(config), opened.tensors, file), file.parent)
 
 
 def zero_shot_head(
