@@ -33,8 +33,9 @@ same task vectors from the bank. Published, Abs. / Norm.:
 The columns are in order here. The paper prints TIES in Table 3, and in Table 8 all rows
 but Pre-trained, with CoLA first, below a header that says MRPC: only so is Abs. / Norm.
 the score of a single-task model, 76.8 on CoLA, 93.5 on MRPC and 93.7 on RTE. For TIES
-the order of MRPC and RTE, that of Table 8's other rows, is likely and not certain: its
-ratios are 93.0 and 88.1, and Linear FT has 88.1 on MRPC.
+we take the order of Table 8's other rows, which is not certain for MRPC and RTE: there
+Abs. / Norm. is 93.0 and 88.1. No single-task model has 88.1 on RTE in another row, but
+Linear FT's has it on MRPC.
 
 Norm. is the score over that of the method's own single-task models. So it is in the
 paper, though its row Individual has Non-lin. FT alone: 79.1 / 0.898 of Linear FT on

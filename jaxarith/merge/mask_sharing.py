@@ -16,7 +16,7 @@ import jax
 
 from jaxarith import tree
 from jaxarith.merge.bases import checked_partition
-from jaxarith.merge.localize_and_stitch import check_bool
+from jaxarith.merge.localize_and_stitch import check_bool, rounded
 from jaxarith.typing import Tree
 
 
@@ -29,9 +29,8 @@ def mask_sharing(
       masks: T trees of `bool` with the structures of the task vectors. A leaf that one
         lacks counts as False.
       clusters: a partition of `range(T)`, as of `bases`.
-      half: whether entries are kept that exactly half of the masks have, as in the
-        authors' first code and, by the sparsities of its Table 8, in the paper. The
-        round(0.5) of NumPy and PyTorch, 0, would drop them.
+      half: whether entries are kept that exactly half of the masks have, as the paper's
+        densities need; `localize_and_stitch.rounded` says why.
 
     Returns:
       T masks, each with the structure of its own; members of a cluster hold the same
@@ -59,6 +58,5 @@ def mask_sharing(
 
 @jax.jit(static_argnames="half")
 def _majority(row, half):
-    # In integers, so that a half is exact.
-    count = 2 * sum(mask.astype(int) for mask in row)
-    return count >= len(row) if half else count > len(row)
+    count = sum(mask.astype(int) for mask in row)
+    return rounded(count, len(row), half=half)

@@ -17,7 +17,11 @@ import jax
 
 from jaxarith import tree
 from jaxarith.merge.bases import checked_partition
-from jaxarith.merge.localize_and_stitch import check_bool, localize_and_stitch
+from jaxarith.merge.localize_and_stitch import (
+    check_bool,
+    localize_and_stitch,
+    rounded,
+)
 from jaxarith.typing import Params, Taus, Tree
 
 
@@ -60,7 +64,8 @@ def stitched_masks(
 ) -> list[Tree]:
     """The masks after the first of the two normalisations, rounded: `bool` again.
 
-    round(1/2) is 0, so an entry survives where no other mask of the cluster has it.
+    An entry survives where no other mask of the cluster has it: a half is dropped, as
+    `localize_and_stitch.rounded` says.
     """
     check_bool(masks)
     stitched = [{} for _ in masks]
@@ -76,5 +81,6 @@ def stitched_masks(
 
 @jax.jit
 def _alone(row):
-    single = sum(mask.astype(int) for mask in row) == 1
-    return tuple(mask & single for mask in row)
+    masks = [mask.astype(int) for mask in row]
+    total = sum(masks)
+    return tuple(rounded(mask, total, half=False) for mask in masks)
