@@ -133,7 +133,7 @@ def main(config: Config) -> dict:
     }
     name = "joint" if config.method == "multi_task" else task.name
     file = vectors.file_of(setup, config.method, name)
-    if runs.is_first():
+    if runs.is_first() and not config.plan:
         if config.method == "random":
             bank.write(file, tau, {"seed": config.seed, "like": "nonlinear"}, {})
         bank.add_metrics(file, {"accuracy": accuracies})
