@@ -2,8 +2,6 @@
 
 import importlib
 import re
-import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -148,80 +146,6 @@ def test_the_list_says_of_all_72_tasks_and_qqp_how_they_are_read():
     for name, source in SOURCES.items():
         if set(source.classes.values()) != set(source.prompt.words):
             assert source.note, name
-
-
-def stub_hub(monkeypatch, tables, scripts=()):
-    """A module `datasets` with these tables by (id, config, split)."""
-    asked = []
-
-    class Table(list):
-        @property
-        def column_names(self):
-            return list(super().__getitem__(0))
-
-        def __getitem__(self, key):
-            if isinstance(key, str):
-                return [row[key] for row in self]
-            return super().__getitem__(key)
-
-    def load_dataset(name, config, *, split, revision=None):
-        asked.append((name, config, split, revision))
-        if name in scripts and revision is None:
-            raise RuntimeError(f"Dataset scripts are no longer supported: {name}")
-        return Table(tables[name, config, split])
-
-    module = types.SimpleNamespace(load_dataset=load_dataset)
-    monkeypatch.setitem(sys.modules, "datasets", module)
-    return asked
-
-
-def test_rows_of_the_hub_become_records(monkeypatch):
-    arc = {"question": "Which?", "answerKey": "2", "choices": {"text": ["x", "y"]}}
-    snli = [
-        {"premise": "A.", "hypothesis": "B.", "label": label} for label in (2, -1, 0)
-    ]
-    logic = {"major_premise": ["All a.", "Some b."], "minor_premise": "C."}
-    logic |= {"conclusion": "D.", "label": 1}
-    asked = stub_hub(
-        monkeypatch,
-        {
-            ("allenai/ai2_arc", "ARC-Easy", "train"): [arc],
-            ("stanfordnlp/snli", None, "test"): snli,
-            ("baber/logiqa2", "logiqa2_nli", "train"): [logic],
-            ("andythetechnerd03/AI-human-text", None, "test"): [
-                {"text": "Mine.", "generated": 1.0}
-            ],
-        },
-        scripts=["baber/logiqa2"],
-    )
-    rows = prompt_sources.load(SOURCES["ARC Easy"], "train")
-    assert rows.labels == ["1"]
-    filled = prompts.fill(SOURCES["ARC Easy"].prompt, rows.record(0), "<mask>")
-    assert filled == "Which? A: x B: y C:  D:  E:  Answer: <mask>"
-    rows = prompt_sources.load(SOURCES["SNLI"], "test")
-    assert rows.labels == ["not_entailment", None, "entailment"]
-    assert rows.record(2) == {"text": "A.", "text_pair": "B."}
-    rows = prompt_sources.load(SOURCES["LogiQA2.0 NLI"], "train")
-    assert rows.labels == ["entailment"]
-    assert rows.record(0) == {"text": "All a. Some b. C.", "text_pair": "D."}
-    assert asked[-1][-1] == "refs/convert/parquet"
-    rows = prompt_sources.load(SOURCES["AI-Human-Text"], "test")
-    assert rows.labels == ["machine-generated"]
-
-
-def test_a_dataset_without_its_columns_is_an_error(monkeypatch):
-    stub_hub(monkeypatch, {("stanfordnlp/snli", None, "train"): [{"premise": "A"}]})
-    with pytest.raises(ValueError, match="no column hypothesis, label; it has premise"):
-        prompt_sources.load(SOURCES["SNLI"], "train")
-
-
-def test_files_of_lm_bff_have_no_header(tmp_path):
-    (tmp_path / "original" / "cr").mkdir(parents=True)
-    file = tmp_path / "original" / "cr" / "train.csv"
-    file.write_text('1,"good, and cheap"\n0,bad\n')
-    rows = prompt_sources.load(SOURCES["CR"], "train", tmp_path)
-    assert rows.labels == ["positive", "negative"]
-    assert rows.record(0) == {"text": "good, and cheap"}
 
 
 def test_all_that_is_missing_is_one_error_and_nothing_is_written(tmp_path):

@@ -25,6 +25,9 @@ from jaxarith.data.text import Record
 # Of Gao, Fisch, Chen (2021), where the list names it.
 LM_BFF = "https://nlp.cs.princeton.edu/projects/lm-bff/datasets.tar"
 
+# Where the hub keeps what it made of a dataset that is a script.
+CONVERTED = "hf://datasets/{}@refs%2Fconvert%2Fparquet"
+
 
 class Source(NamedTuple):
     """A task of the list and where its records are.
@@ -110,7 +113,8 @@ def load(source: Source, part: str, data_dir: Path | None = None) -> Rows:
         MPQA and MR.
 
     Raises:
-      ValueError: the files are not there, or a column is missing.
+      ValueError: files, a split or a column are missing; the message says which splits
+        there are.
       ImportError: `datasets` is not installed.
     """
     split = source.train if part == "train" else source.test
@@ -131,16 +135,38 @@ def load(source: Source, part: str, data_dir: Path | None = None) -> Rows:
 def _hub(dataset, config, split):
     import datasets
 
-    def load(**where):
-        return datasets.load_dataset(dataset, config, split=split, **where)
-
     try:
-        return load()
+        return datasets.load_dataset(dataset, config, split=split)
     except RuntimeError as error:
         # Since version 4 `datasets` runs no scripts; the hub converts what they made.
         if "scripts are no longer supported" not in str(error):
             raise
-        return load(revision="refs/convert/parquet")
+        return _converted(CONVERTED.format(dataset), config, split)
+
+
+def _converted(root, config, split):
+    """A split of the hub's conversion, `ROOT/CONFIG/SPLIT/*.parquet`.
+
+    The files are named one by one: that branch has no card which lists configurations,
+    so `datasets` takes all its files for one named "default".
+    """
+    import datasets
+    import fsspec
+
+    system, folder = fsspec.core.url_to_fs(root)
+    files = system.glob(f"{folder}/*/*/*.parquet")
+    found = sorted({tuple(file.split("/")[-3:-1]) for file in files})
+    configs = sorted({name for name, _ in found})
+    if config is None and len(configs) == 1:
+        [config] = configs
+    if (config, split) not in found:
+        listed = ", ".join("/".join(pair) for pair in found) or "no Parquet file"
+        raise ValueError(
+            f"{root} has no {config or 'default'}/{split}; it has {listed}. Give the "
+            "task as a file, NAME=FILE."
+        )
+    place = {split: f"{root}/{config}/{split}/*.parquet"}
+    return datasets.load_dataset("parquet", data_files=place, split=split)
 
 
 def _rows(source, table):
