@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments.common.vision.sources import limited
 from jaxarith.data import pipeline, sources, vision
 
 DIGITS = "9876543210"  # an order that is not ours
@@ -255,6 +256,52 @@ def test_missing_columns_and_labels_are_refused(datasets, monkeypatch):
     for read in (lambda: reader[0], lambda: reader.labels):
         with pytest.raises(ValueError, match="here, index 0 has the label -1; its 10"):
             read()
+
+
+class Counted(list):
+    """Records that count how often one is read."""
+
+    read = 0
+
+    def __getitem__(self, i):
+        self.read += 1
+        return super().__getitem__(i)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+
+def counted(count):
+    records = Counted({"image": png(0), "label": i % 10} for i in range(count))
+    return records, sources.Records(records, records, DIGITS, "image", "label", "here")
+
+
+def test_labels_of_a_few_samples_read_those_records_alone():
+    (one, first), (two, second) = counted(60), counted(40)
+    maps = [np.arange(10), np.arange(10)[::-1]]
+    every = np.array([*(np.arange(60) % 10), *(9 - np.arange(40) % 10)])
+    chosen = np.array([99, 3, 61, 5, 64, 3])
+    samples = sources.Samples([first, second], maps, chosen)
+    assert samples.labels.tolist() == every[chosen].tolist()
+    assert (one.read, two.read) == (3, 3) and samples.labels.dtype == np.int32
+    assert samples.labels_at(np.array([1, 2])).tolist() == every[chosen[1:3]].tolist()
+    assert (one.read, two.read) == (4, 4)
+    whole = sources.Samples([first, second], maps)
+    assert whole.labels.tolist() == every.tolist()
+    assert (one.read, two.read) == (64, 44)
+    # All are known now.
+    assert samples.labels_at(np.array([0, 1])).tolist() == every[chosen[:2]].tolist()
+    assert (one.read, two.read) == (64, 44)
+
+
+def test_a_part_of_a_split_reads_the_labels_of_that_part():
+    records, reader = counted(200)
+    part = limited(sources.Samples([reader], [np.arange(10)]), 20)
+    assert part.labels.tolist() == (part.indices % 10).tolist()
+    assert records.read == 20
+    records[int(part.indices[4])]["label"] = 10
+    with pytest.raises(ValueError, match=f"index {part.indices[4]} has the label 10"):
+        _ = part.labels
 
 
 def test_what_is_missing_is_said_with_the_commands_that_prepare_it(

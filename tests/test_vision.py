@@ -71,6 +71,9 @@ class Reader:
     def __getitem__(self, i):
         return i, int(self.labels[i])
 
+    def labels_at(self, indices):
+        return self.labels[indices]
+
 
 def found(**parts):
     opened = {split: lambda reader=reader: reader for split, reader in parts.items()}

@@ -2,8 +2,9 @@
 
 A reader is one split as it lies there: `len(reader)`; `reader.names`, its classes;
 `reader[i]`, the image and its number among those classes; `reader.labels`, all these
-numbers, for which no image is decoded. `Samples` puts readers together and numbers
-their labels as a task does. Everything here can be pickled.
+numbers, and `reader.labels_at(indices)`, some of them, for which no image is decoded.
+`Samples` puts readers together and numbers their labels as a task does. Everything here
+can be pickled.
 """
 
 import functools
@@ -57,9 +58,19 @@ class Samples:
     @functools.cached_property
     def labels(self) -> np.ndarray:
         """`i32[N]`, without decoding an image."""
-        parts = zip(self._maps, self._readers, strict=True)
-        labels = np.concatenate([labels[reader.labels] for labels, reader in parts])
-        return labels[self._indices]
+        return self.labels_at(np.arange(len(self)))
+
+    def labels_at(self, indices: np.ndarray) -> np.ndarray:
+        """The labels of some samples, `i32[n]`; of others nothing is read."""
+        found = self._indices[indices]
+        parts = np.searchsorted(self._starts, found, side="right") - 1
+        labels = np.empty(len(found), np.int32)
+        for part, (reader, numbers) in enumerate(
+            zip(self._readers, self._maps, strict=True)
+        ):
+            own = parts == part
+            labels[own] = numbers[reader.labels_at(found[own] - self._starts[part])]
+        return labels
 
 
 class Folder:
@@ -98,6 +109,10 @@ class Folder:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def labels_at(self, indices: np.ndarray) -> np.ndarray:
+        """The labels of some images."""
+        return self.labels[indices]
 
     def checksum(self) -> int:
         """Of the names and sizes of the files, wherever the folder is."""
@@ -186,7 +201,8 @@ class Records:
 
     Args:
       records: `{image: encoded image, label: int, …}` each.
-      label_records: the same ones, perhaps without their images.
+      label_records: the same ones, perhaps without their images. TFDS has no records
+        without images, so it matters how many are read.
       names: the classes; without names they are called by their numbers.
       image, label: the fields.
       place: for messages.
@@ -195,7 +211,7 @@ class Records:
     def __init__(
         self,
         records: Source,
-        label_records: Iterable[Mapping[str, Any]],
+        label_records: Source,
         names: Iterable[str],
         image: str,
         label: str,
@@ -212,7 +228,7 @@ class Records:
         place = f"{self._place}, index {i}"
         record = self._records[int(i)]
         image, label = record[self._image], int(record[self._label])
-        self._check(np.array([label]), i)
+        self._check(np.array([label]), [i])
         if isinstance(image, Mapping):  # datasets.Image(decode=False)
             try:
                 image = image["bytes"] or files.read(image["path"])
@@ -226,17 +242,29 @@ class Records:
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        labels = (record[self._label] for record in self._label_records)
-        labels = np.fromiter(map(int, labels), np.int32, len(self))
-        self._check(labels, 0)
-        return labels
+        records = self._label_records
+        return self._numbers(iter(records), range(len(records)))
 
-    def _check(self, labels, start):
+    def labels_at(self, indices: np.ndarray) -> np.ndarray:
+        """The labels of some records; the others are read only where they are few."""
+        # One by one takes longer a record than all in order.
+        if "labels" in self.__dict__ or 2 * len(indices) > len(self):
+            return self.labels[indices]
+        records = self._label_records
+        return self._numbers((records[int(i)] for i in indices), indices)
+
+    def _numbers(self, records, indices):
+        labels = (int(record[self._label]) for record in records)
+        found = np.fromiter(labels, np.int32, len(indices))
+        self._check(found, indices)
+        return found
+
+    def _check(self, labels, indices):
         wrong = (labels < 0) | (labels >= len(self.names))
         if wrong.any():
             first = int(np.argmax(wrong))
             raise ValueError(
-                f"{self._place}, index {start + first} has the label {labels[first]}; "
+                f"{self._place}, index {indices[first]} has the label {labels[first]}; "
                 f"its {len(self.names)} classes are numbered from 0. Is this split "
                 "without labels?"
             )

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from experiments.common.vision import stand_ins
-from jaxarith.data import images
+from jaxarith.data import images, sources
 from jaxarith.typing import Source
 
 
@@ -25,7 +25,9 @@ class Part:
 
     @property
     def labels(self) -> np.ndarray:
-        return np.asarray(labels(self.source))[self.indices]
+        if isinstance(self.source, sources.Samples):  # reads no others
+            return self.source.labels_at(self.indices)
+        return labels(self.source)[self.indices]
 
 
 def labels(source: Any) -> np.ndarray:
