@@ -57,7 +57,7 @@ the rows of the pre-trained model and of gradient ascent by task are unknown to 
 import numpy as np
 
 from experiments.common import script, tables
-from experiments.common.vision import options, scores, setups, vectors
+from experiments.common.vision import options, scores, seeds, setups, vectors
 from experiments.editing import forgetting
 
 PUBLISHED = tables.published_by_column(__doc__, "method")
@@ -73,7 +73,7 @@ PUBLISHED_TASKS = {
 }
 
 
-class Config(options.Models): ...
+class Config(options.Seeded): ...
 
 
 def rows_of(setup: setups.Setup) -> list[dict]:
@@ -109,7 +109,7 @@ def rows_of(setup: setups.Setup) -> list[dict]:
 def main(config: Config) -> dict:
     options.check_control(config)
     config = options.started(config)
-    rows = setups.rows(config, rows_of)
+    rows = seeds.rows(config, rows_of)
     values = ["target", "control"]
     of_tasks = [
         {"model": row["model"], "method": row["method"], "task": task}
