@@ -31,6 +31,7 @@ from jaxarith.typing import ApplyFn, Params, Taus, Tree
 
 Mode = Literal["cyclic", "strict", "mixed"]
 Power = Literal[1, 2]
+Norm = Literal["l2", "mean_absolute"]
 MODES = get_args(Mode)
 
 
@@ -39,8 +40,9 @@ def penalty(
     mask: jax.Array | None = None,
     power: Power = 1,
     weight: jax.Array | None = None,
+    norm: Norm = "l2",
 ) -> jax.Array:
-    r"""Mean over samples of :math:`\|J(x)\tau\|_2^\text{power}`.
+    r"""Mean over samples of :math:`\|J(x)\tau\|^\text{power}`.
 
     Args:
       tangents: array `[B, ..., D]` (or a pytree of such): :math:`J(x)\tau`. The norm is
@@ -50,6 +52,9 @@ def penalty(
       weight: `[B]`, 0 for a copy that fills up a batch and the same number for every
         other sample, see `train.padding`; the mean is multiplied by its mean. By
         default no sample is a copy.
+      norm: "l2", the Euclidean norm, or "mean_absolute", the mean of the magnitudes
+        over the last axis, which is what the paper's code takes for T5. Of V logits it
+        is at most the Euclidean norm divided by √V, and wants another weight.
 
     Returns:
       A scalar. Its gradient at `tau = 0` is zero, not NaN.
@@ -63,13 +68,22 @@ def penalty(
     """
     if power not in get_args(Power):
         raise ValueError(f"power is {power!r}; it must be 1 or 2.")
-    squares = tree.total(jnp.sum(x**2, axis=-1) for x in jax.tree.leaves(tangents))
-    values = tree.safe_sqrt(squares) if power == 1 else squares
+    if norm == "mean_absolute":
+        leaves = jax.tree.leaves(tangents)
+        values = tree.total(jnp.mean(_magnitudes(x), axis=-1) for x in leaves) ** power
+    else:
+        squares = tree.total(jnp.sum(x**2, axis=-1) for x in jax.tree.leaves(tangents))
+        values = tree.safe_sqrt(squares) if power == 1 else squares
     if weight is not None:
         real = jnp.reshape(weight > 0, (-1,) + (1,) * (values.ndim - 1))
         real = real if mask is None else real & mask
         return weight.mean() * _masked_mean(values, real)
     return values.mean() if mask is None else _masked_mean(values, mask)
+
+
+def _magnitudes(x):
+    # The slope of `abs` at 0, where training begins, is 1.
+    return x * jax.lax.stop_gradient(jnp.sign(x))
 
 
 def _masked_mean(values, mask):
@@ -87,6 +101,7 @@ def linearized_and_penalty(
     mask: jax.Array | None = None,
     power: Power = 1,
     weight: jax.Array | None = None,
+    norm: Norm = "l2",
     product_dtype: DTypeLike | None = None,
     shards: int = 1,
 ) -> tuple[Any, jax.Array]:
@@ -99,7 +114,7 @@ def linearized_and_penalty(
       apply_fn, params_0, tau: as for `tangent.jvp`.
       inputs: arrays `[B, ...]` of the task that is trained.
       penalty_inputs: arrays `[P, ...]` of the other tasks.
-      mask, power, weight: as for `penalty`, over the P samples.
+      mask, power, weight, norm: as for `penalty`, over the P samples.
       product_dtype: as for `tangent.jvp`.
       shards: the number of devices that each batch is cut into equal parts for; it
         divides B and P. The batches are joined part by part, and no sample moves.
@@ -126,7 +141,7 @@ def linearized_and_penalty(
         lambda f, df: whole(parts(f + df)[:, :count]), outputs, tangents
     )
     others = jax.tree.map(lambda df: whole(parts(df)[:, count:]), tangents)
-    return linearized, penalty(others, mask, power, weight)
+    return linearized, penalty(others, mask, power, weight, norm)
 
 
 def draw(mode: Mode, step: int, tasks: int, batch: int, seed: int = 0) -> np.ndarray:

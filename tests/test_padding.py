@@ -147,3 +147,34 @@ def test_devices_that_tasks_do_not_divide_share_batches(sizes, tasks, expected):
     found = sharding.for_tasks(mesh, tasks)
     assert found.devices.shape == expected
     assert [*found.devices.flat] == [*mesh.devices.flat]
+
+
+def test_a_penalty_that_starts_later_leaves_the_first_steps_alone():
+    """The first step is that without a penalty, and both are one program."""
+
+    def run(**given):
+        own = sources()[:TASKS]
+        config = dataclasses.replace(
+            CONFIG, linearized=True, steps=3, penalty_coef=5.0, **given
+        )
+        found = []
+        train.fine_tune(
+            training_run.apply_fn,
+            training_run.params_0(),
+            loss_fn,
+            train.task_batches(own, config),
+            config,
+            names=["a", "b"],
+            constants=np.ones(TASKS, np.float32),
+            optimizer=optax.sgd(0.1),
+            observe=lambda done, taus, metrics: found.append(sharding.to_host(taus)),
+            observe_every=1,
+        )
+        return found
+
+    late = run(penalty="cyclic", penalty_start=2)
+    never, always = run(), run(penalty="cyclic")
+    assert_close(late[1], never[1], rtol=1e-6, atol=1e-7)
+    for other in (never[2], always[2]):
+        gap = np.abs(late[2][0]["in"]["kernel"] - other[0]["in"]["kernel"]).max()
+        assert gap > 1e-3

@@ -248,3 +248,23 @@ def test_batches_of_pairs_or_without_an_input_are_refused():
         tau_jp.matrix(*arguments, [lacking], FIELDS)
     with pytest.raises(ValueError, match="a batch is a str"):
         tau_jp.matrix(*arguments, lacking, FIELDS)  # one dataset, not in a list
+
+
+def test_the_mean_of_magnitudes_is_that_of_the_papers_code_for_t5():
+    rng = np.random.default_rng(0)
+    tangents = rng.normal(size=(3, 2, 50)).astype(np.float32)
+    mask = np.array([[True, False]] * 3)
+    found = tau_jp.penalty(
+        jnp.asarray(tangents), jnp.asarray(mask), norm="mean_absolute"
+    )
+    np.testing.assert_allclose(found, np.abs(tangents[:, 0]).mean(), rtol=1e-6)
+    euclidean = tau_jp.penalty(jnp.asarray(tangents), jnp.asarray(mask))
+    assert found <= euclidean / np.sqrt(50)
+    squared = tau_jp.penalty(jnp.asarray(tangents), power=2, norm="mean_absolute")
+    np.testing.assert_allclose(
+        squared, (np.abs(tangents).mean(-1) ** 2).mean(), rtol=1e-6
+    )
+    slope = jax.grad(lambda x: tau_jp.penalty(x, norm="mean_absolute"))(
+        jnp.zeros((2, 4))
+    )
+    np.testing.assert_array_equal(slope, 0)

@@ -24,9 +24,10 @@ from jaxarith.train import manifest
 # Options that many scripts have: sizes above 0, and lists with an entry.
 _SIZES = ("batch_size", "epochs", "evaluation_batch", "max_length")
 _SIZES += ("learning_rate", "micro_batches", "penalty_batch_size", "samples", "steps")
-_SIZES += ("curvature_samples",)
+_SIZES += ("curvature_samples", "plan_memory", "seeds")
 _COUNTS = ("curvature_coef", "curvature_rank", "delta_coef")
-_COUNTS += ("diagonal_coef", "distill_coef", "penalty_coef", "plan", "save_every")
+_COUNTS += ("diagonal_coef", "distill_coef", "penalty_coef", "penalty_start", "plan")
+_COUNTS += ("save_every",)
 _COUNTS += ("workers",)
 _LISTS = ("alphas", "coefs", "models", "seeds")
 

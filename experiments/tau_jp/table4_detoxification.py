@@ -39,8 +39,8 @@ what is printed, and from Ilharco et al. (2023), whom `experiments.detoxify` fol
   padding after the end; `--no-padding-counts` for real tokens alone.
 - Perplexity is in blocks of 1024 tokens that do not overlap.
 - The penalty, the L2 norm over the vocabulary at every token, begins there after 500
-  steps, here with the first. Its texts are as long as the toxic ones, 128 tokens, where
-  their code has blocks of 1024.
+  steps (`--penalty-start 500`), here with the first. Its texts are as long as the
+  toxic ones, 128 tokens, for both are one batch; their code has blocks of 1024.
 - Texts are 50 tokens long with the prompt, sampled among the 50 likeliest tokens.
 - Its candidates of the coefficient go up to 1, and it stops at the first that is not
   allowed, which differs where the perplexity comes back.

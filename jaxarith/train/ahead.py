@@ -1,6 +1,7 @@
 """A step that is compiled ahead of time, from shapes: no weights, no data."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -74,7 +75,8 @@ def lowered_step(
         wanted = {*inputs, *([penalty_mask] if penalty_mask else [])}
         foreign = {name: leaf for name, leaf in sample.items() if name in wanted}
         batch["penalty"] = jax.tree.map(rows(total), foreign)
-        batch["penalty"] |= _weight(rows, count, total)
+        weighed = 0 if config.penalty_start else count
+        batch["penalty"] |= _weight(rows, weighed, total)
 
     def everywhere(tree_, spec):
         place = NamedSharding(mesh, spec)
@@ -108,7 +110,7 @@ def lowered_step(
 
 def device_bytes(compiled: jax.stages.Compiled) -> int:
     """What a device holds at most while a compiled step runs, by XLA's plan."""
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return held - memory.alias_size_in_bytes + memory.temp_size_in_bytes
 

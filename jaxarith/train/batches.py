@@ -122,7 +122,10 @@ def task_batches(
                 for r in records
             ]
         )
-        return samples | padding.weights(rows, count, total)
+        if step < config.penalty_start:  # they are read, and count for nothing
+            return samples | {padding.WEIGHT: np.zeros(len(rows), np.float32)}
+        always = config.penalty_start > 0  # one program serves all steps
+        return samples | padding.weights(rows, count, total, always=always)
 
     def make_batch(step):
         batches = []

@@ -74,6 +74,10 @@ class TrainConfig:
         which serves ordinary training too; None for no penalty.
       penalty_coef: the penalty's weight λ (Yoshida et al. 2025: 0.1 with power 1).
       penalty_power: of τJp, 1 (the code of Yoshida et al.) or 2 (as they print it).
+      penalty_norm: of τJp, "l2", or "mean_absolute", as the code of Yoshida et al. has
+        it for T5, see `tau_jp.penalty`.
+      penalty_start: the number of steps before τJp acts; its samples are read in them
+        all the same.
       penalty_batch_size: samples of τJp per step; in strict mode per other task.
       penalty_every: the penalty of curvature acts on every so many steps, so many times
         as strong.
@@ -101,6 +105,8 @@ class TrainConfig:
     penalty: tau_jp.Mode | Form | None = None
     penalty_coef: float = 0.1
     penalty_power: tau_jp.Power = 1
+    penalty_norm: tau_jp.Norm = "l2"
+    penalty_start: int = 0
     penalty_batch_size: int = 16
     penalty_every: int = 1
     trained: str = ".*"
@@ -161,6 +167,15 @@ class TrainConfig:
             raise ValueError(
                 f"decay is {self.decay!r}; it is {', '.join(others)} or {last}."
             )
+        if self.penalty_norm not in get_args(tau_jp.Norm):
+            raise ValueError(
+                f"penalty_norm is {self.penalty_norm!r}; it is "
+                f"{' or '.join(get_args(tau_jp.Norm))}."
+            )
+        if self.penalty_start < 0:
+            raise ValueError(
+                f"penalty_start is {self.penalty_start}; at least 0 is needed."
+            )
         if self.penalty_power not in get_args(tau_jp.Power):
             raise ValueError(f"penalty_power is {self.penalty_power}; it is 1 or 2.")
         if not 0 <= self.warmup < self.steps:
@@ -202,6 +217,10 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
     # Runs and vectors that are older than an option keep their identity.
     if config.penalty_every == 1:
         del options["penalty_every"]
+    if config.penalty_norm == "l2":
+        del options["penalty_norm"]
+    if config.penalty_start == 0:
+        del options["penalty_start"]
     if config.distill is None:
         del options["distill"]
     return options

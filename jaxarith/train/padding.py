@@ -40,13 +40,16 @@ def copied(count: int, mesh: Mesh, micro_batches: int) -> int:
     return -(-count // parts) * parts
 
 
-def weights(rows: np.ndarray, count: int, total: int) -> dict[str, np.ndarray]:
+def weights(
+    rows: np.ndarray, count: int, total: int, *, always: bool = False
+) -> dict[str, np.ndarray]:
     """The field of weights of some rows; nothing where no sample is a copy.
 
     Args:
       rows: numbers of the rows, of `total`.
       count: the number of samples.
       total: the number with copies.
+      always: give the field where all weights are 1 too.
 
     Example:
       >>> weights(np.arange(4), 3, 4)[WEIGHT].round(3).tolist()
@@ -54,7 +57,7 @@ def weights(rows: np.ndarray, count: int, total: int) -> dict[str, np.ndarray]:
       >>> weights(np.arange(4), 4, 4)
       {}
     """
-    if count == total:
+    if count == total and not always:
         return {}
     return {WEIGHT: np.where(rows < count, total / count, 0).astype(np.float32)}
 

@@ -73,6 +73,7 @@ def objective(
                 mask=None if penalty_mask is None else others[penalty_mask] != 0,
                 power=config.penalty_power,
                 weight=others.get(padding.WEIGHT),
+                norm=config.penalty_norm,
                 product_dtype=config.product_dtype,
                 shards=sharding.batch_shards(mesh),
             )

@@ -8,16 +8,16 @@ The code of the τJp paper decides what the paper leaves open:
 - FLAN-T5 small, a batch of 16, 2000 steps at a constant 1e-5 without weight decay and
   clipping; a validation part as large as GLUE's own, which is the test part.
 - The penalty looks at the logits of the first decoder position only, given the start
-  token. Their code takes the mean of absolute values over the vocabulary, which looks
-  like a slip: the paper prints the L2 norm, as here, and λ is not the same for both.
+  token, of which it is the mean of the magnitudes. The paper prints the squared L2
+  norm: `--penalty-norm l2 --penalty-power 2`, which wants a λ of its own.
 - The score is of tokens: each token of the true answer, its end among them, is
   predicted from those before it. For CoLA it is Matthews correlation with every token a
   class, for the others the share of tokens that are right. It is no accuracy of a task;
   `rank_scores` has those, by rank classification (Ilharco et al. 2023) and the official
   metrics of GLUE.
-- Their evaluation of linearised vectors runs the network at θ0 + ατ; here it is the
-  linearised model, as the paper says. They train with dropout, in part; this T5 has
-  none.
+- Their evaluation of linearised vectors runs the network at θ0 + ατ
+  (`--no-tangent-scores`); here it is the linearised model, as the paper says. They
+  train with dropout, in part; this T5 has none.
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ from experiments.common import bank, runs, script, training
 from experiments.common.language import tau_jp, text_to_text
 from experiments.common.language.text_to_text import INPUTS as INPUTS
 from jaxarith import evaluate, metrics, tangent, task_vectors
+from jaxarith import tau_jp as penalty
 from jaxarith.data import glue, language, pipeline
 from jaxarith.losses import IGNORED
 from jaxarith.models import t5
@@ -49,7 +50,14 @@ class Options(text_to_text.Options, tau_jp.Options):
     """A T5: a folder, or an id of the Hugging Face Hub."""
     steps: int = 2000
     penalty_coef: float = 0.1
-    """λ, the weight of the τJp penalty."""
+    """λ, the weight of the τJp penalty. 0.1 is that of the paper's code, for the mean
+    of magnitudes; the paper chooses it among 0.001, 0.01 and 0.1 on CoLA."""
+    penalty_norm: penalty.Norm = "mean_absolute"
+    """The norm of the logits: the mean of their magnitudes, as in the paper's code, or
+    Euclidean (l2), which at the same λ is 225 to 253 times as strong."""
+    tangent_scores: bool = True
+    """Score linearised vectors in the tangent space, as the paper says;
+    --no-tangent-scores runs the network at θ0 + ατ, as its code does."""
     max_length: int = 512
     """Tokens of a text, to which all are padded; longer ones lose their end."""
 
@@ -120,7 +128,8 @@ def start(config: Options) -> Study:
     mesh = runs.start(config)
     base = text_to_text.load(config, mesh, config.model)
     tasks = _tasks(config, base)
-    net, linear = network(base.checkpoint), linearized(base.checkpoint)
+    net = network(base.checkpoint)
+    linear = linearized(base.checkpoint) if config.tangent_scores else net
     study = Study(
         config=config,
         base=base,

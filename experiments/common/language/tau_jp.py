@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from experiments.common import runs
-from jaxarith import merge, task_vectors, train
+from jaxarith import merge, task_vectors, tau_jp, train
 from jaxarith.typing import Params, Taus
 
 METHODS = {
@@ -32,6 +32,13 @@ class Options(runs.Banked):
     """The same at every step."""
     penalty_coef: float
     """λ, the weight of the τJp penalty."""
+    penalty_power: tau_jp.Power = 1
+    """Of the norm in the penalty: 1, or 2 as the paper prints it, which wants another
+    λ."""
+    penalty_norm: tau_jp.Norm = "l2"
+    """The norm of the logits: Euclidean (l2), or the mean of their magnitudes."""
+    penalty_start: int = 0
+    """The number of steps before the penalty acts."""
     penalty_batch_size: int = 4
     """Samples of the penalty per step, a quarter of the batch."""
     ties_density: float = 0.1
@@ -54,6 +61,9 @@ def recipe(
         linearized=method != "nonlinear",
         penalty="cyclic" if method == "tau_jp_cyclic" else None,
         penalty_coef=options.penalty_coef,
+        penalty_power=options.penalty_power,
+        penalty_norm=options.penalty_norm,
+        penalty_start=options.penalty_start,
         penalty_batch_size=options.penalty_batch_size,
         seed=options.seed,
     )

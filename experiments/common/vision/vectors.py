@@ -5,17 +5,23 @@
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.common import bank, planning, runs, training
-from experiments.common.vision import curved, options, planned, setups
-from jaxarith import fingerprint, losses, task_vectors, tau_jp, train
+from experiments.common.vision import (
+    curved,
+    objectives,
+    options,
+    planned,
+    seeds,
+    setups,
+)
+from jaxarith import fingerprint, task_vectors, tau_jp, train
 from jaxarith.models import clip, heads
 from jaxarith.typing import Tree
 
@@ -86,6 +92,10 @@ def recipe_of(setup: setups.Setup, method: str, task: setups.Task):
     if method.startswith("tau_jp"):
         mode = method.removeprefix("tau_jp_")
         penalty["penalty"] = mode if mode in tau_jp.MODES else "cyclic"
+        if mode == "strict" and setup.options.protocol == "paper":
+            # Eq. 10 is a sum over the other tasks, and their code takes the mean.
+            count = len(others_of(setup, method, task))
+            penalty["penalty_coef"] = count * setup.options.penalty_coef
     elif kind := curved.KINDS.get(method):
         penalty = {
             "penalty": "kronecker" if kind.sharing else "diagonal",
@@ -153,14 +163,20 @@ def of_tasks(
     """The vectors of some of the tasks.
 
     Args:
-      setup: the model.
+      setup: the model; where it has several seeds, the vectors of the others are
+        trained beside those of the first, which are returned.
       method: how they are trained.
       tasks: what they are trained on.
       folder: the folder in the bank; by default that of the method, or, of a method
         with a penalty, that of its candidate of the same weight where the bank has it.
       kind: of a method with curvature, how that is measured and merged.
     """
-    kind = kind or curved.KINDS.get(method)
+    given = (method, tasks, folder, kind or curved.KINDS.get(method))
+    wanted = [one for own in seeds.setups(setup) for one in _wanted(own, *given)]
+    return trained(setup, method, wanted)[: len(tasks)]
+
+
+def _wanted(setup, method, tasks, folder, kind) -> list[training.Wanted]:
     penalised = is_penalised(method)
     known = [others_of(setup, method, task) if penalised else [] for task in tasks]
     given = curved.functions(setup, kind, known) if kind else [None] * len(tasks)
@@ -179,7 +195,7 @@ def of_tasks(
                 others={}, identity=one.identity | measured, curvature=curvature
             )
         wanted.append(one)
-    return trained(setup, method, wanted)
+    return wanted
 
 
 def candidate(method: str, coef: float) -> str:
@@ -297,7 +313,7 @@ def network(setup: setups.Setup, method: str) -> training.Network:
         title=f"{setup.title}_{method}",
         apply_fn=setup.trained_fn,
         params_0=setup.params_0,
-        loss=LOSSES.get(method, loss),
+        loss=objectives.LOSSES.get(method, objectives.loss),
         mesh=setup.mesh,
         augment=setup.augment,
         stacked=heads.pad,
@@ -325,9 +341,8 @@ def cluster_vector(
 
     Zeng et al. (2025), C.5: the hyperparameters are those of a single task, and the
     epochs are the sum of the members', so that "the total training time spent on all
-    data points" is that of training apart. A step takes a batch of every member here,
-    and there are as many steps as for one task in the paper's protocol: every sample is
-    seen as often as where its task is trained alone by it.
+    data points" is that of training apart. So there are as many steps as for all
+    members apart, each of one batch, of which every member has an equal part.
 
     Args:
       setup: the model.
@@ -336,8 +351,12 @@ def cluster_vector(
     """
     if len(tasks) == 1:
         return of_tasks(setup, "linear" if linearized else "nonlinear", tasks)[0]
+    config, count = joint_recipe(setup), len(tasks)
     config = dataclasses.replace(
-        joint_recipe(setup),
+        config,
+        steps=count * config.steps,
+        warmup_steps=count * config.warmup,
+        batch_size=-(-config.batch_size // count),
         linearized=linearized,
         product_dtype=setup.options.product_dtype if linearized else None,
     )
@@ -394,32 +413,6 @@ def random_vectors(setup: setups.Setup) -> list[Tree]:
     ]
 
 
-def loss(features, batch, constants) -> jax.Array:
-    """Cross-entropy below the frozen head."""
-    scores = heads.logits(constants["head"], features, constants["valid"])
-    return losses.cross_entropy(scores, batch["label"])
-
-
-def ascent(features, batch, constants) -> jax.Array:
-    """Ilharco et al. (2023), App. B.2: the same training, away from the optimum."""
-    return -loss(features, batch, constants)
-
-
-def joint(features, batch, constants) -> jax.Array:
-    """The mean over the samples of all tasks, each below the head of its own."""
-    of_heads = jax.vmap(lambda head, valid: heads.logits(head, features, valid))
-    scores = of_heads(constants["head"], constants["valid"])  # [T, B, C]
-    own = scores[batch["task"], jnp.arange(len(features))]
-    return losses.cross_entropy(own, batch["label"])
-
-
-LOSSES: dict[str, Callable] = {
-    "gradient_ascent": ascent,
-    "multi_task": joint,
-    "multi_task_linear": joint,
-}
-
-
 def identity(
     setup: setups.Setup,
     method: str,
@@ -438,4 +431,5 @@ def identity(
 
 def file_of(setup: setups.Setup, method: str, task: str) -> Path:
     """Where the bank has the vector of a task."""
-    return bank.vector_file(setup.options.bank, setup.model, method, task)
+    folder = method + seeds.suffix(setup.options.seed)
+    return bank.vector_file(setup.options.bank, setup.model, folder, task)
