@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.common import tables
-from experiments.common.vision import scores, setups, sources, vectors
+from experiments.common.vision import objectives, scores, setups, sources, vectors
 from jaxarith import losses, sharding, task_vectors, tree
 from jaxarith.data import images, pipeline
 from jaxarith.models import heads
@@ -60,7 +60,8 @@ def task_of(seed, samples=40, classes=5):
         batches = pipeline.evaluation_stream(
             source, 16, preprocess=sources.Preprocessed(identity)
         )
-        return setups.Dataset(source, batches, sources.labels(source), head)
+        labels = sources.labels(source)
+        return setups.Dataset(source, len(source), batches, labels, head)
 
     test = dataset(samples)
     return setups.Task(f"task{seed}", f"Task {seed}", [], {}, dataset(samples), test)
@@ -72,6 +73,7 @@ def setup():
         options=SimpleNamespace(smoke=False, evaluation_batch=16, workers=0),
         model="model",
         apply_fn=apply_fn,
+        trained_fn=apply_fn,
         params_0=start(),
         identity=0,
         preprocess=identity,
@@ -214,7 +216,7 @@ def test_the_loss_of_all_tasks_is_the_mean_of_theirs():
         "label": jnp.asarray(labels.reshape(-1)[order]),
         "task": jnp.asarray(np.tile([0, 1], 4)[order]),
     }
-    actual = vectors.joint(found.reshape(8, 6)[order], batch, heads.pad(head_of))
+    actual = objectives.joint(found.reshape(8, 6)[order], batch, heads.pad(head_of))
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
@@ -222,7 +224,9 @@ def test_ascent_is_descent_of_the_negated_loss():
     head = {"head": jnp.eye(3), "valid": jnp.ones(3, bool)}
     batch = {"label": jnp.array([0, 2])}
     outputs = jnp.asarray([[1.0, 2.0, 0.5], [0.1, 0.2, 1.0]])
-    assert vectors.ascent(outputs, batch, head) == -vectors.loss(outputs, batch, head)
+    assert objectives.ascent(outputs, batch, head) == -objectives.loss(
+        outputs, batch, head
+    )
 
 
 def names_of(tasks):

@@ -29,7 +29,7 @@ def model():
             for image, own in zip(images, mask, strict=True)
         ]
         labels = rng.integers(3, size=21).astype("int32")
-        return setups.Dataset(None, batches, labels, head)
+        return setups.Dataset(None, 21, batches, labels, head)
 
     tasks = []
     for name in "abc":

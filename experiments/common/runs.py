@@ -91,7 +91,7 @@ class Banked(Options):
 # They say where a run is, or how it computes, and not what.
 _WHERE = {field.name for field in dataclasses.fields(Options)} - {"smoke"} | {
     *("bank", "data_dir", "micro_batches", "remat", "tasks_together", "workers"),
-    *("evaluation_batch", "plan", "plan_memory"),
+    *("evaluation_batch", "plan", "plan_memory", "save_merged", "tasks_file"),
 }
 
 

@@ -129,7 +129,10 @@ def beside(
             raise ValueError(f"{len(theirs)} published values of {key} for {values}.")
         both = {name: row[name] for name in keys}
         for name, value in zip(values, theirs, strict=True):
-            both |= {name: row.get(name), f"{name}, published": value}
+            both |= {name: row.get(name)}
+            if f"{name} ±" in row:  # of several seeds
+                both |= {f"{name} ±": row[f"{name} ±"]}
+            both |= {f"{name}, published": value}
         found.append(both)
     return found
 

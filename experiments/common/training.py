@@ -4,6 +4,7 @@ A script says what it wants, `Wanted`, and of what, `Network`; `check` finds mis
 before anything is written, and `vectors` returns the task vectors.
 """
 
+import dataclasses
 import json
 import math
 import sys
@@ -135,7 +136,7 @@ def vectors(
     missing = [one for one, tau in zip(wanted, found, strict=True) if tau is None]
     trained = {}
     for group in alike(missing, together):
-        recipe, names = group[0].recipe, [one.name for one in group]
+        recipe, names = group[0].recipe, labels(group)
 
         def observed(done, taus, metrics, group=group):
             for one, tau in zip(group, taus, strict=True):
@@ -225,13 +226,21 @@ def alike(wanted: Iterable[Wanted], together: int | None = None) -> list[list[Wa
     """Groups of vectors that can train side by side, of at most so many each."""
     groups: dict[Any, list[Wanted]] = {}
     for one in wanted:
-        key = (one.recipe, one.kind, one.start is None)
+        recipe = dataclasses.replace(one.recipe, seed=0)  # batches have their own
+        key = (recipe, one.kind, one.start is None)
         groups.setdefault(key, []).append(one)
     return [
         group[first : first + (together or len(group))]
         for group in groups.values()
         for first in range(0, len(group), together or len(group))
     ]
+
+
+def labels(group: Sequence[Wanted]) -> list[str]:
+    """The names of vectors that train side by side, with their seeds if they differ."""
+    if len({one.recipe.seed for one in group}) == 1:
+        return [one.name for one in group]
+    return [f"{one.name}, seed {one.recipe.seed}" for one in group]
 
 
 def identity(wanted: Wanted) -> dict[str, Any]:
@@ -272,7 +281,7 @@ def _batches(network, group):
     return train.task_batches(
         [one.source for one in group],
         recipe,
-        names=[one.name for one in group],
+        seeds=[train.seed_of(one.name, one.recipe.seed) for one in group],
         others=[
             list(one.others.values()) if recipe.tau_jp_mode else [] for one in group
         ],

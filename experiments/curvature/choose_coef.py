@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, setups, vectors
+from experiments.common.vision import options, raw_tasks, scores, setups, vectors
 from jaxarith import plots, task_vectors
 from jaxarith.typing import Taus
 
@@ -50,6 +50,11 @@ class Config(options.OneModel):
     """The task whose accuracy decides; by default the mean over all tasks does."""
 
 
+def chosen_on(config: Config) -> str | None:
+    """The name of the task that decides."""
+    return config.choose_on and raw_tasks.name_of(config.choose_on)
+
+
 def check(config: Config) -> None:
     """Raises ValueError for candidates or a task that do not exist."""
     possible = all(0 < coef < float("inf") for coef in config.coefs)  # NaN is not
@@ -58,8 +63,8 @@ def check(config: Config) -> None:
             f"--coefs {config.coefs}: expected numbers above 0, each once. Without a "
             "penalty the method is linear."
         )
-    names = [spec.partition("=")[0] for spec in config.tasks]
-    if config.choose_on not in (None, *names):
+    names = [raw_tasks.name_of(spec) for spec in config.tasks]
+    if chosen_on(config) not in (None, *names):
         raise ValueError(
             f"--choose-on {config.choose_on} is not among --tasks {', '.join(names)}."
         )
@@ -143,7 +148,7 @@ def main(config: Config) -> dict:
     check(config)
     runs.start(config)
     setup = setups.load(config, config.model)
-    decides = (config.choose_on,) if config.choose_on else setup.names
+    decides = [name] if (name := chosen_on(config)) else setup.names
     chosen = [task for task in setup.tasks if task.name in decides]
     method, coefs = config.method, config.coefs
     found = candidates(setup, method, coefs)

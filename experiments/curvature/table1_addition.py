@@ -36,7 +36,7 @@ images. Each penalty has its own weight, --penalty-coef, --curvature-coef and
 """
 
 from experiments.common import script, tables
-from experiments.common.vision import options, scores, setups, vectors
+from experiments.common.vision import options, scores, seeds, setups, vectors
 
 METHODS: dict[str, vectors.Method] = {
     "Linear FT": "linear",
@@ -48,7 +48,7 @@ METHODS: dict[str, vectors.Method] = {
 PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
 
 
-class Config(options.Models): ...
+class Config(options.Seeded): ...
 
 
 def rows_of(setup: setups.Setup) -> list[dict]:
@@ -73,7 +73,7 @@ def row_of(setup, method, coef, values) -> dict:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    rows = setups.rows(config, rows_of)
+    rows = seeds.rows(config, rows_of)
     return tables.compared(
         config.out,
         "Task addition with curvature (TAK, Table 1)",

@@ -17,7 +17,7 @@ These figures are taken from secondary texts and are to be checked against the P
 """
 
 from experiments.common import script, tables
-from experiments.common.vision import negations, options, scores, setups, vectors
+from experiments.common.vision import negations, options, scores, seeds, setups, vectors
 
 METHODS: dict[str, vectors.Method] = {
     "Linear FT": "linear",
@@ -27,7 +27,7 @@ METHODS: dict[str, vectors.Method] = {
 PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
 
 
-class Config(options.Models): ...
+class Config(options.Seeded): ...
 
 
 def rows_of(setup: setups.Setup) -> list[dict]:
@@ -43,7 +43,7 @@ def rows_of(setup: setups.Setup) -> list[dict]:
 def main(config: Config) -> dict:
     options.check_control(config)
     config = options.started(config)
-    rows = setups.rows(config, rows_of)
+    rows = seeds.rows(config, rows_of)
     title = "Task negation with curvature (TAK, Table 2)"
     return negations.report(config.out, title, rows, PUBLISHED)
 

@@ -22,7 +22,7 @@ curvature of all tasks together, are ours.
 """
 
 from experiments.common import script, tables
-from experiments.common.vision import options, scores, setups, vectors
+from experiments.common.vision import options, scores, seeds, setups, vectors
 
 METHODS: dict[str, vectors.Method] = {
     "merged": "curvature",
@@ -33,7 +33,7 @@ METHODS: dict[str, vectors.Method] = {
 PUBLISHED = tables.published_by_column(__doc__, "curvature", "coefficient")
 
 
-class Config(options.Models): ...
+class Config(options.Seeded): ...
 
 
 def rows_of(setup: setups.Setup) -> list[dict]:
@@ -45,7 +45,7 @@ def rows_of(setup: setups.Setup) -> list[dict]:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    rows = setups.rows(config, rows_of)
+    rows = seeds.rows(config, rows_of)
     return tables.compared(
         config.out,
         "Merged and un-merged curvature (TAK, Table 3)",

@@ -28,7 +28,7 @@ that of its distillation --distill-coef, and α is drawn from 0.5 to 1.
 """
 
 from experiments.common import script, tables
-from experiments.common.vision import data_free, options, scores, setups, vectors
+from experiments.common.vision import data_free, options, scores, seeds, setups, vectors
 
 METHODS: dict[str, vectors.Method] = {
     "Non-lin. FT": "nonlinear",
@@ -40,7 +40,7 @@ METHODS: dict[str, vectors.Method] = {
 PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
 
 
-class Config(options.Models): ...
+class Config(options.Seeded): ...
 
 
 def rows_of(setup: setups.Setup) -> list[dict]:
@@ -69,7 +69,7 @@ def rows_of(setup: setups.Setup) -> list[dict]:
 def main(config: Config) -> dict:
     options.check_control(config)
     config = options.started(config)
-    rows = setups.rows(config, rows_of)
+    rows = seeds.rows(config, rows_of)
     return tables.compared(
         config.out,
         "Addition of distilled models (DELTA)",

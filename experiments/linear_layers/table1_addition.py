@@ -25,7 +25,7 @@ through a ReLU, and the point of linearisation moves along with training.
 """
 
 from experiments.common import script, tables
-from experiments.common.vision import options, scores, setups, vectors
+from experiments.common.vision import options, scores, seeds, setups, vectors
 
 METHODS: dict[str, vectors.Method] = {
     "Non-linear": "nonlinear",
@@ -35,7 +35,7 @@ METHODS: dict[str, vectors.Method] = {
 PUBLISHED = tables.published_by_column(__doc__, "method")
 
 
-class Config(options.Models): ...
+class Config(options.Seeded): ...
 
 
 def rows_of(setup: setups.Setup) -> list[dict]:
@@ -60,7 +60,7 @@ def row(setup, label, accuracies, means) -> dict:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    rows = setups.rows(config, rows_of, control=False)
+    rows = seeds.rows(config, rows_of, control=False)
     return tables.compared(
         config.out,
         "Task addition (linear-layers paper, Table 1)",

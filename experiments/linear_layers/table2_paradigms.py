@@ -22,7 +22,7 @@ attention alone were meant; here they are those of the residual block, with its 
 import dataclasses
 
 from experiments.common import script, tables
-from experiments.common.vision import options, scores, setups, vectors
+from experiments.common.vision import options, scores, seeds, setups, vectors
 
 METHODS: dict[str, vectors.Method] = {
     "(1) weights of Q, K, V and output": "linear_layers_1",
@@ -34,7 +34,7 @@ PUBLISHED = tables.published_by_column(__doc__, "paradigm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(options.Models):
+class Config(options.Seeded):
     models: tuple[str, ...] = (options.B32,)
 
 
@@ -60,7 +60,7 @@ def rows_of(setup: setups.Setup) -> list[dict]:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    rows = setups.rows(config, rows_of, control=False)
+    rows = seeds.rows(config, rows_of, control=False)
     return tables.compared(
         config.out,
         "Paradigms (linear-layers paper, Table 2)",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common.vision import scores, setups, vectors
+from experiments.common.vision import planned, scores, setups, vectors
 from jaxarith import evaluate, metrics
 from jaxarith.typing import Numbers, Taus
 
@@ -153,6 +153,7 @@ def outputs(
     for task in tqdm(setup.tasks, desc=f"tangents, {split}", unit="task"):
         dataset = getattr(task, split)
         model = (setup.apply_fn, setup.params_0, taus, dataset.batches)
+        planned.passes(setup, (1 + 2 * len(taus)) * dataset.size)
         yield dataset, evaluate.tangent(*model, mesh=setup.mesh)
 
 

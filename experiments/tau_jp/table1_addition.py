@@ -34,14 +34,14 @@ there is a row of each.
 """
 
 from experiments.common import script, tables
-from experiments.common.vision import fitted, options, scores, setups, vectors
+from experiments.common.vision import fitted, options, scores, seeds, setups, vectors
 from jaxarith import merge, task_vectors
 from jaxarith.typing import Taus
 
 PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
 
 
-class Config(options.Models): ...
+class Config(options.Seeded): ...
 
 
 def ties(setup: setups.Setup, taus: Taus, *, linearized: bool) -> scores.Addition:
@@ -95,7 +95,7 @@ def rows_of(setup: setups.Setup) -> list[dict]:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    rows = setups.rows(config, rows_of)
+    rows = seeds.rows(config, rows_of)
     return tables.compared(
         config.out,
         "Task addition (τJp paper, Table 1)",

@@ -28,13 +28,13 @@ the entries of each ordinary vector.
 """
 
 from experiments.common import script, tables
-from experiments.common.vision import negations, options, scores, setups, vectors
+from experiments.common.vision import negations, options, scores, seeds, setups, vectors
 from jaxarith import merge, task_vectors
 
 PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
 
 
-class Config(options.Models): ...
+class Config(options.Seeded): ...
 
 
 def rows_of(setup: setups.Setup) -> list[dict]:
@@ -62,7 +62,7 @@ def rows_of(setup: setups.Setup) -> list[dict]:
 def main(config: Config) -> dict:
     options.check_control(config)
     config = options.started(config)
-    rows = setups.rows(config, rows_of)
+    rows = seeds.rows(config, rows_of)
     title = "Task negation (τJp paper, Table 2)"
     return negations.report(config.out, title, rows, PUBLISHED)
 

@@ -34,7 +34,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.bench import measure
 from experiments.common import script, tables
-from experiments.common.vision import options, scores, setups, vectors
+from experiments.common.vision import objectives, options, scores, setups, vectors
 from jaxarith import sharding, train
 from jaxarith.models import heads
 
@@ -74,7 +74,9 @@ def step_of(setup: setups.Setup, method: str):
     batch = sharding.from_local_rows(batch, setup.mesh)
     constants = heads.pad([task.test.head])
     constants = sharding.put(constants, NamedSharding(setup.mesh, P("task")))
-    objective = train.objective(setup.apply_fn, vectors.loss, config, mesh=setup.mesh)
+    objective = train.objective(
+        setup.apply_fn, objectives.loss, config, mesh=setup.mesh
+    )
     state = train.init_state(setup.params_0, config, 1, setup.mesh)
     step: Any = train.make_step(objective, config, setup.mesh)
     compiled = step.lower(state, setup.params_0, batch, constants).compile()

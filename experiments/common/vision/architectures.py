@@ -37,9 +37,9 @@ def config_of(model: str) -> clip.CLIPConfig:
         return clip.CLIPConfig.from_json(hub.read_json(Path(model)))
     for name, spellings in _SPELLINGS.items():
         if any(spelling in model.lower() for spelling in spellings):
-            sizes = dict(VISION[name])
-            width = sizes.pop("projection_dim")
-            return clip.CLIPConfig(clip.VisionConfig(**sizes), projection_dim=width)
+            width = VISION[name]["projection_dim"]
+            raw = {"vision_config": VISION[name], "text_config": {}}
+            return clip.CLIPConfig.from_json(raw | {"projection_dim": width})
     raise ValueError(
         f"the sizes of {model} are not known without its config.json. Name a folder "
         f"that has one, or a model called {', '.join(_SPELLINGS)}."

@@ -23,7 +23,7 @@ import jax
 from tqdm import tqdm
 
 from experiments.common import bank, curvatures, runs
-from experiments.common.vision import setups, sources
+from experiments.common.vision import seeds, setups, sources
 from jaxarith import curvature, sharding, tree
 from jaxarith.sharding import processes
 from jaxarith.train import manifest
@@ -146,7 +146,10 @@ def file_of(setup: setups.Setup, kind: Kind, task: setups.Task) -> Path:
     measured = _measured(setup, kind)
     folder = "factors_{sharing}_samples_{samples}_probes_{probes}_rank_{rank}"
     return bank.vector_file(
-        setup.options.bank, setup.model, folder.format(**measured), task.name
+        setup.options.bank,
+        setup.model,
+        folder.format(**measured) + seeds.suffix(measured["seed"]),
+        task.name,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 
 from experiments.common import study_merges
-from experiments.common.vision import scores, setups, sources
+from experiments.common.vision import planned, setups, sources
 from jaxarith import merge, sharding, task_vectors
 from jaxarith.data import pipeline
 from jaxarith.models import heads
@@ -86,7 +86,7 @@ def adamerging(
     # It runs the network on one device, whatever the mesh, in every process.
     params_0, taus = sharding.to_host((setup.params_0, list(taus)))
     steps, count = 500, len(setup.tasks)
-    scores.planned(setup, 3 * 16 * steps * count)  # a backward pass is two more
+    planned.passes(setup, 3 * 16 * steps * count)  # a backward pass is two more
     if setup.options.smoke or setup.full:
         steps = 2
     padded = heads.pad([task.test.head for task in setup.tasks])

@@ -26,6 +26,8 @@ class Options(curvatures.Options, runs.Banked):
     tasks: tuple[str, ...] = vision.EIGHT
     """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
     FOLDER/<split>/<class>/."""
+    tasks_file: Path | None = None
+    """A text file in place of --tasks, with one task a line; # begins a comment."""
     control: str = "imagenet"
     """The control task, which the penalty keeps as it was besides the other tasks: a
     name or NAME=FOLDER, as for --tasks; none for no control."""
@@ -78,6 +80,31 @@ class Options(curvatures.Options, runs.Banked):
     """Processes that read and augment images; 0 for threads."""
     seed: int = 0
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tasks_file is None:
+            return
+        if self.tasks != type(self).tasks:
+            raise ValueError("--tasks and --tasks-file: give one of them.")
+        object.__setattr__(self, "tasks", tasks_in(self.tasks_file))
+        object.__setattr__(self, "tasks_file", None)  # copies may have other tasks
+
+
+def tasks_in(file: Path) -> tuple[str, ...]:
+    """The tasks of a text file, one a line, without comments and empty lines.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it has no task.
+    """
+    lines = file.read_text(encoding="utf-8").splitlines()
+    tasks = tuple(filter(None, (line.partition("#")[0].strip() for line in lines)))
+    if not tasks:
+        raise ValueError(
+            f"{file} has no task; write one a line, a name or NAME=FOLDER."
+        )
+    return tasks
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OneModel(Options):
@@ -100,6 +127,15 @@ class Models(Options):
 
     models: tuple[str, ...] = MODELS
     """CLIPs: folders, or ids of the Hugging Face Hub."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seeded(Models):
+    """The options of tables that several seeds can make."""
+
+    seeds: int = 1
+    """How many seeds, from --seed on, train side by side; the table has the mean of
+    every number and its sample standard deviation."""
 
 
 C = TypeVar("C", bound=Options)

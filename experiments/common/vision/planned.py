@@ -60,3 +60,9 @@ def _of_width(heads, full):
     one = jax.ShapeDtypeStruct((1, *image.shape), image.dtype)
     width = jax.eval_shape(full.apply_fn, full.params_0, one).shape[-1]
     return [np.zeros((len(head), width), np.float32) for head in heads]
+
+
+def passes(setup: setups.Setup, count: float):
+    """Notes so many forward passes of one sample, where the script is planned."""
+    if (record := planning.recorder()) and setup.full:
+        record.evaluate(setup.full, count)

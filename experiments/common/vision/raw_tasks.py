@@ -20,7 +20,7 @@ def of_options(options: Options, control: bool) -> list[images.ImageTask]:
     """The tasks as raw images, the control last; all problems are one error."""
     control = control and options.control != NO_CONTROL
     specs = [*options.tasks, *([options.control] if control else [])]
-    names = [spec.partition("=")[0] for spec in specs]
+    names = [name_of(spec) for spec in specs]
     if len(set(names)) < len(names):
         raise ValueError(f"every task, control included, once; got {specs}.")
     errors = (FileNotFoundError, ValueError)
@@ -37,6 +37,16 @@ def of_options(options: Options, control: bool) -> list[images.ImageTask]:
             ) from error
 
     return script.collected(specs, read, errors=errors)
+
+
+def name_of(spec: str) -> str:
+    """The name of a task that is given as NAME or as NAME=FOLDER.
+
+    Example:
+      >>> name_of("dtd"), name_of("dogs=images/dogs")
+      ('dtd', 'dogs')
+    """
+    return spec.partition("=")[0]
 
 
 def named(spec: str, options: Options) -> images.ImageTask:

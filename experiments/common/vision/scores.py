@@ -12,8 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common import planning
-from experiments.common.vision import setups, vectors
+from experiments.common.vision import planned, setups, vectors
 from jaxarith import evaluate, metrics, plots, task_vectors
 from jaxarith.typing import Numbers, Taus, Tree
 
@@ -69,21 +68,15 @@ def outputs(
     """
     model = (setup.apply_fn, setup.params_0, taus, dataset.batches)
     if linearized:
-        planned(setup, (1 + 2 * len(taus)) * dataset.size)
+        planned.passes(setup, (1 + 2 * len(taus)) * dataset.size)
         at = evaluate.tangent(*model, mesh=setup.mesh)
         return lambda coefs: [at(c) for c in coefs]
 
     def found(coefs):
-        planned(setup, len(coefs) * dataset.size)
+        planned.passes(setup, len(coefs) * dataset.size)
         return evaluate.sweep(*model, coefs, mesh=setup.mesh)
 
     return found
-
-
-def planned(setup: setups.Setup, passes: float):
-    """Notes so many forward passes of one sample, where the script is planned."""
-    if (record := planning.recorder()) and setup.full:
-        record.evaluate(setup.full, passes)
 
 
 def accuracies(setup, taus, dataset, linearized, coefs) -> np.ndarray:

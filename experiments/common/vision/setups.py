@@ -225,7 +225,8 @@ def each(
     first, *others = models[:1] if options.smoke else models
     setup = load(options, first, control=control)
     for model in others:
-        options.plan or hub.find(model)  # before hours of training of the first
+        if not options.plan:
+            hub.find(model)  # before hours of training of the first
     yield setup
     for model in others:
         yield load(options, model, control=control)
