@@ -50,7 +50,14 @@ from typing import Annotated, Literal
 import tyro
 
 from experiments.common import bank, external, runs, script
-from experiments.common.vision import image_encoders, options, scores, setups, vectors
+from experiments.common.vision import (
+    image_encoders,
+    options,
+    raw_tasks,
+    scores,
+    setups,
+    vectors,
+)
 from jaxarith import hub, report
 from jaxarith.typing import Tree
 
@@ -63,7 +70,8 @@ class Config(options.OneModel):
     """Folder with one of checkpoints and a log for every training; the vector goes to
     --bank."""
     task: str
-    """What is trained on; multi_task trains on all --tasks."""
+    """What is trained on: one of --tasks, or NAME=FOLDER, which need not be among them;
+    multi_task trains on all --tasks."""
     method: Literal[vectors.Method, "tau_jp_continued"] = "nonlinear"
     """How: ordinary (nonlinear), in the tangent space (linear), there with the τJp
     penalty (tau_jp_…) or with the curvature of the others (curvature…), ordinary and
@@ -71,8 +79,8 @@ class Config(options.OneModel):
     the optimum (gradient_ascent), all --tasks at once (multi_task), or not at all
     (random)."""
     others: tuple[str, ...] | None = None
-    """The tasks that tau_jp_continued keeps as they were; by default the other --tasks
-    and the control."""
+    """The tasks that tau_jp_continued keeps as they were, of --tasks or NAME=FOLDER; by
+    default the other --tasks and the control."""
     start: Path | None = None
     """The task vector that tau_jp_continued starts from."""
     checkpoint: Annotated[str | None, tyro.conf.arg(name="from")] = None
@@ -98,14 +106,14 @@ def main(config: Config) -> dict:
     runs.start(config)
     setup = setups.load(config, config.model, control=control)
     by_name = {task.name: task for task in setup.tasks}
-    task = by_name[config.task]
+    task = by_name[raw_tasks.name_of(config.task)]
     if config.checkpoint is not None:
         tau = from_outside(setup, task, config.checkpoint)
     elif config.method == "tau_jp_continued":
         if config.others is None:
             others = vectors.others_of(setup, config.method, task)
         else:
-            others = [by_name[name] for name in config.others]
+            others = [by_name[raw_tasks.name_of(spec)] for spec in config.others]
         recipe = vectors.recipe_of(setup, config.method, task)
         wanted = vectors.wanted_of(
             setup, config.method, task, recipe, others, start=start
@@ -161,28 +169,40 @@ def needed(config: Config) -> tuple[Config, bool]:
     """The options with the tasks that the method reads, and whether it needs a control.
 
     Raises:
-      ValueError: --task is not among --tasks.
+      ValueError: --task or --others names what neither is among --tasks nor has a
+        folder.
     """
-    names = [spec.partition("=")[0] for spec in config.tasks]
-    own = config.task
-    if own not in names:
-        raise ValueError(f"--task {own} is not among --tasks {', '.join(names)}.")
-    wanted = names
+    known = {raw_tasks.name_of(spec): spec for spec in config.tasks}
+    own = _spec("--task", config.task, known)
     if config.others is not None:
-        wanted = [own, *config.others]
-    elif config.method != "multi_task" and not vectors.is_penalised(config.method):
+        wanted = [own, *(_spec("--others", other, known) for other in config.others)]
+    elif config.method == "multi_task" or vectors.is_penalised(config.method):
+        # Their order decides on what a penalty reads; one's own task comes last.
+        wanted = list((known | {raw_tasks.name_of(own): own}).values())
+    else:
         wanted = [own]
-    if missing := set(wanted) - set(names):
-        raise ValueError(f"--others: {', '.join(missing)} not among --tasks.")
-    specs = dict(zip(names, config.tasks, strict=True))
     how = config.method if config.checkpoint is None else bank.EXTERNAL
-    place = "_".join([Path(config.model).name, how, own])
+    place = "_".join([Path(config.model).name, how, raw_tasks.name_of(own)])
     control = vectors.is_penalised(config.method) and config.others is None
-    options = {
-        "tasks": tuple(specs[name] for name in wanted),
-        "out": config.out / place,
-    }
+    options = {"tasks": tuple(wanted), "out": config.out / place}
     return dataclasses.replace(config, **options), control
+
+
+def _spec(option: str, spec: str, known: dict[str, str]) -> str:
+    """The task that an option names, as NAME or NAME=FOLDER."""
+    name = raw_tasks.name_of(spec)
+    if name not in known and spec == name:
+        raise ValueError(
+            f"{option} {name} is not among --tasks {', '.join(known)}. Add it there, "
+            f"or give its folder of images, {option} {name}=FOLDER."
+        )
+    found = known.get(name, spec)
+    if spec not in (name, found):
+        raise ValueError(
+            f"{option} {spec} and --tasks {found} are two tasks of one name; rename "
+            "one."
+        )
+    return found
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import optax
 
 from experiments.bases import two_models
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, setups, vectors
+from experiments.common.vision import options, raw_tasks, setups, vectors
 from jaxarith import plots, task_vectors
 from jaxarith.evaluate import smoothness as hessian
 from jaxarith.models import heads
@@ -80,8 +80,9 @@ def smoothness(
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.smoke(config, targets=options.SMOKE[:2], iterations=3)
-    names = [spec.partition("=")[0] for spec in config.tasks]
-    unknown = [name for name in config.targets if name not in names]
+    names = [raw_tasks.name_of(spec) for spec in config.tasks]
+    targets = [raw_tasks.name_of(spec) for spec in config.targets]
+    unknown = [name for name in targets if name not in names]
     if unknown or len(names) < 2:
         raise ValueError(
             f"--targets {' '.join(config.targets)}; they must be among two --tasks or "
@@ -94,7 +95,7 @@ def main(config: Config) -> dict:
     for model, setup in zip(models, setups, strict=True):
         taus = vectors.vectors(setup, "nonlinear")
         cosines = np.asarray(task_vectors.cosine_matrix(taus), float)
-        for target in map(names.index, config.targets):
+        for target in map(names.index, targets):
             for other, gap in gaps(setup, taus, target, config.share).items():
                 rows.append(
                     {
@@ -105,11 +106,11 @@ def main(config: Config) -> dict:
                         "gap": gap,
                     }
                 )
-        index = names.index(config.targets[1])
+        index = names.index(targets[1])
         found = smoothness(setup, setup.tasks[index], taus[index], config)
         smooth.append({"model": model, "smoothness": found.smoothness})
         smooth[-1] |= found._asdict()
-    first, second = (setups[0].titles[names.index(name)] for name in config.targets)
+    first, second = (setups[0].titles[names.index(name)] for name in targets)
     if runs.is_first():
         figures(config, rows, smooth, first, second)
     results = {"rows": rows, "smoothness": smooth}

@@ -41,7 +41,7 @@ import numpy as np
 
 from experiments.bases import partitions
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, setups, vectors
+from experiments.common.vision import options, raw_tasks, scores, setups, vectors
 from jaxarith.merge.bases_arithmetic import similarities
 
 PUBLISHED = tables.published(__doc__, "inner", "basis")
@@ -97,6 +97,7 @@ def rows_of(setup: setups.Setup, config: Config) -> list[dict]:
 @script.full_precision
 def main(config: Config) -> dict:
     options.check_control(config)
+    config = dataclasses.replace(config, target=raw_tasks.name_of(config.target))
     config = options.smoke(config, inner=("MTL", "Tangent", "Mean"))
     names = config.names
     if config.target not in names:

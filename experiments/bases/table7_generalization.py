@@ -50,7 +50,7 @@ import numpy as np
 
 from experiments.bases import partitions
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, setups, vectors
+from experiments.common.vision import options, raw_tasks, scores, setups, vectors
 from jaxarith import plots
 from jaxarith.merge.bases_arithmetic import similarities
 
@@ -131,7 +131,8 @@ def main(config: Config) -> dict:
     names = config.names
     if len(names) < 2 or not config.held_out:
         raise ValueError("two tasks make bases at least, and one is held out.")
-    unknown = sorted(set(config.related) - set(names))
+    wanted = [raw_tasks.name_of(spec) for spec in config.related]
+    unknown = sorted(set(wanted) - set(names))
     if unknown and config.related != Config.related:
         raise ValueError(
             f"--related {', '.join(unknown)} is none of the tasks {', '.join(names)}."
@@ -168,7 +169,7 @@ def main(config: Config) -> dict:
             accuracies = dict(zip(clusters, found, strict=True))
             row = row_of(task, inner, nearest, several, cosines, accuracies, chosen)
             row["pretrained"] = pretrained
-            related = [names.index(name) for name in config.related if name in names]
+            related = [names.index(name) for name in wanted if name in names]
             row["found"] = (
                 sum(any(i in members for i in related) for members in nearest)
                 if number == 0 and related

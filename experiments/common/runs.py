@@ -99,10 +99,12 @@ C = TypeVar("C", bound=Options)
 
 
 def smaller(options: C, **small: Any) -> C:
-    """The options; in a smoke run with these, on one device, without checkpoints."""
+    """The options; in a smoke run with these, without checkpoints, and on one device
+    unless --mesh says otherwise."""
     if not options.smoke:
         return options
-    return dataclasses.replace(options, **{"mesh": "data=1", "save_every": 0} | small)
+    place = {"mesh": options.mesh or "data=1", "save_every": 0}
+    return dataclasses.replace(options, **place | small)
 
 
 # By folder, the options of the script that has started there.

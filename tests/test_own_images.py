@@ -1,0 +1,127 @@
+"""Image folders of one's own: how they are named, and what errors say."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import finetune
+from experiments.common.vision import options, raw_tasks
+from experiments.curvature import choose_coef
+from jaxarith.models import clip
+
+pytestmark = pytest.mark.usefixtures("shallow_clip")
+
+NAMES = ("dots", "lines")
+
+
+def write_folders(place):
+    """Two image folders of two classes each; by name NAME=FOLDER."""
+    rng = np.random.default_rng(0)
+    for name in NAMES:
+        for split, count in (("train", 20), ("test", 8)):
+            for label in ("dark", "light"):
+                folder = place / name / split / label
+                folder.mkdir(parents=True)
+                for number in range(count):
+                    shade = rng.integers(100, size=(28, 28)) + 150 * (label == "light")
+                    image = Image.fromarray(shade.astype("u1"))
+                    image.save(folder / f"{number}.png")
+    return {name: f"{name}={place / name}" for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return write_folders(tmp_path_factory.mktemp("images"))
+
+
+def config_of(tmp_path, **changes):
+    given = {"model": str(clip.TINY_CLIP), "out": tmp_path / "out", "workers": 0}
+    given |= {"bank": tmp_path / "bank", "mesh": "data=1", "save_every": 0}
+    given |= {"steps": 2, "batch_size": 4, "control": "none"}
+    return finetune.Config(**given | changes)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"task": "dtd"}, ("dtd",)),
+        ({"task": "cats=c"}, ("cats=c",)),
+        ({"task": "cats", "tasks": ("dogs=d", "cats=c")}, ("cats=c",)),
+        ({"task": "cats=c", "tasks": ("cats=c", "dogs=d")}, ("cats=c",)),
+        (
+            {"task": "cats=c", "tasks": ("dogs=d", "dtd"), "method": "tau_jp_cyclic"},
+            ("dogs=d", "dtd", "cats=c"),
+        ),
+        (
+            {"task": "cats", "tasks": ("cats=c", "dtd"), "method": "curvature"},
+            ("cats=c", "dtd"),
+        ),
+        ({"task": "cats=c", "others": ("dtd", "dogs=d")}, ("cats=c", "dtd", "dogs=d")),
+    ],
+)
+def test_a_folder_need_not_be_among_the_tasks(given, expected):
+    config, _ = finetune.needed(finetune.Config(**given))
+    assert config.tasks == expected
+    assert config.out.name.endswith(f"_{raw_tasks.name_of(given['task'])}")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"task": "cats"}, "--task cats is not among .* --task cats=FOLDER"),
+        ({"task": "dtd", "others": ("cats",)}, "--others cats is not among"),
+        ({"task": "cats=a", "tasks": ("cats=b",)}, "two tasks of one name"),
+    ],
+)
+def test_a_task_without_a_place_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        finetune.needed(finetune.Config(**given))
+
+
+def test_finetune_takes_a_folder_and_keeps_others_without_a_control(folders, tmp_path):
+    config = config_of(
+        tmp_path,
+        task=folders["dots"],
+        tasks=(folders["lines"],),
+        method="tau_jp_cyclic",
+    )
+    found = finetune.main(config)
+    assert set(found) == {"dots, validation", "dots, test"}
+    file = tmp_path / "bank/tiny_clip/tau_jp_cyclic/dots.safetensors"
+    assert file.exists()
+
+
+def test_an_error_on_the_control_says_how_to_do_without(folders, tmp_path):
+    config = config_of(
+        tmp_path,
+        task=folders["dots"],
+        tasks=(folders["lines"],),
+        method="tau_jp_cyclic",
+        control="imagenet",
+        source="folder",
+    )
+    with pytest.raises(ValueError, match="(?s)imagenet.*--control none does without"):
+        finetune.main(config)
+
+
+def test_a_text_file_names_the_tasks(tmp_path):
+    file = tmp_path / "tasks.txt"
+    file.write_text("# mine\ndtd\n\n cats=images/cats  # from home\n")
+    config = options.OneModel(tasks_file=file)
+    assert config.tasks == ("dtd", "cats=images/cats")
+    smoke = options.smoke(options.OneModel(tasks_file=file, smoke=True))
+    assert smoke.tasks == options.SMOKE[:-1]
+    with pytest.raises(ValueError, match="give one of them"):
+        options.OneModel(tasks_file=file, tasks=("dtd",))
+    file.write_text("# nothing\n")
+    with pytest.raises(ValueError, match="has no task; write one a line"):
+        options.OneModel(tasks_file=file)
+    with pytest.raises(FileNotFoundError):
+        options.OneModel(tasks_file=tmp_path / "other.txt")
+
+
+def test_a_chosen_task_may_be_given_with_its_folder():
+    config = choose_coef.Config(tasks=("cats=c", "dtd"), choose_on="cats=c")
+    choose_coef.check(config)
+    with pytest.raises(ValueError, match="--choose-on dogs"):
+        choose_coef.check(choose_coef.Config(choose_on="dogs"))
