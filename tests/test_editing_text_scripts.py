@@ -174,6 +174,13 @@ def test_missing_data_of_a_pair_is_named_before_anything_is_loaded(tmp_path):
     assert not config.out.exists()
 
 
+def test_summaries_are_not_cut_where_a_sentence_would_end():
+    tokens = figure18_nlp_pairs.NEW_TOKENS
+    generated = [k for k, v in figure18_nlp_pairs.METRICS.items() if v != "accuracy"]
+    assert list(tokens) == generated
+    assert tokens["multi_news"] > 1.3 * 264 > tokens["squad"]
+
+
 def test_every_published_row_has_as_many_values_as_the_table():
     for row in table2_detoxification.PUBLISHED.values():
         assert len(row) == len(gpt2.VALUES)

@@ -1,5 +1,7 @@
 """Blocks, padded texts and inputs with targets for language models."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -61,6 +63,27 @@ def test_texts_in_a_stream_end_with_the_end_of_text(gpt2, t5):
     assert stream.tolist() == [4, 5, end, 7, end]
     assert stream.dtype == np.int32
     assert language.stream(gpt2, ["ab", "c"], end=False).tolist() == [2, 3, 4]
+
+
+def test_many_texts_are_tokens_in_parts_and_the_same(t5):
+    """The peak is that of a part, and not that of all texts."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(["yes", "no", "maybe"], 40)) for _ in range(3000)]
+    numbers = {"yes": 4, "no": 5, "maybe": 7}
+    each = [[numbers[word] for word in text.split()] for text in texts]
+    expected = np.array([[*ids, t5.eos_token_id] for ids in each])
+    language.stream(t5, texts[:10])  # what is imported does not count
+    tracemalloc.start()
+    found = language.stream(t5, texts)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(found, expected.ravel())
+    assert peak < 30 * len(found)  # bytes; 4 are the result's
+    records = [{"text": text, "target": "no"} for text in texts]
+    rows = language.text_to_text(t5, records, 50, 2)
+    ids = np.stack([row["input_ids"] for row in rows])
+    np.testing.assert_array_equal(ids[:, :41], expected)
+    assert {tuple(row["labels"]) for row in rows} == {(5, t5.eos_token_id)}
 
 
 def test_a_stream_cannot_end_texts_without_a_token_for_it(transformers):

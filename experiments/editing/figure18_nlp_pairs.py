@@ -8,20 +8,36 @@ Appendix D.6.
 
 Data: for every task `DATA/<task>_validation.jsonl` and `DATA/<task>_test.jsonl`, an
 object with `input` and `target` per line, both as text in the form that the task's
-checkpoint was trained with; the card of each model on the Hugging Face Hub shows it.
-The six models, `mrm8488/t5-base-finetuned-…`, and `google-t5/t5-base` are fetched from
-the Hub:
+checkpoint was trained with. The six models, `mrm8488/t5-base-finetuned-…`, and
+`google-t5/t5-base` are fetched from the Hub:
 
-    task        checkpoint              metric
-    imdb        imdb-sentiment          accuracy
-    race        race                    exact match
-    qasc        qasc                    exact match
-    multi_news  summarize-news          ROUGE-2
-    squad       question-generation-ap  ROUGE-2
-    common_gen  common_gen              ROUGE-2
+    task        checkpoint              metric       tokens
+    imdb        imdb-sentiment          accuracy     -
+    race        race                    exact match  64
+    qasc        qasc                    exact match  64
+    multi_news  summarize-news          ROUGE-2      512
+    squad       question-generation-ap  ROUGE-2      64
+    common_gen  common_gen              ROUGE-2      64
 
 Accuracy is by rank among the file's targets, exact match of the generated text, and
-ROUGE-2 is the F-measure.
+ROUGE-2 is the F-measure. A generated text has so many tokens at most: summaries of
+MultiNews have 264 words on average (Fabbri et al. 2019), and a word of English takes
+about 1.3 tokens; the others are a phrase or a sentence.
+
+To make the files, take datasets of the Hub, and a row for a line. Test splits without
+labels are replaced by validation splits, and these by as many training rows:
+
+    files       dataset               validation, test   input; target
+    imdb        stanfordnlp/imdb      of train, test     text; positive or negative
+    race        ehovy/race, all       validation, test   *; the text of the answer
+    qasc        allenai/qasc          of train, valid.   *; the text of the answer
+    multi_news  alexfabbri/multi_news validation, test   document; summary
+    squad       rajpurkar/squad       of train, valid.   answer: A context: C; question
+    common_gen  allenai/common_gen    of train, valid.   the concepts; target
+
+The card of a model on the Hub shows the exact form of its inputs and outputs; where it
+has none (*, as that of race), try some: a form is right if the model's own score is
+high, which `report.json` has under "single".
 
 Two vectors are added with one coefficient of 0, 0.05, …, 1, and the score on each of
 the two tasks is divided by that of its own model. Published: a plot, and in percent
@@ -57,9 +73,12 @@ from jaxarith.typing import Params
 
 _TASKS = tables.published(__doc__, "task", value=str)
 CHECKPOINTS = {
-    k: f"mrm8488/t5-base-finetuned-{name}" for k, (name, _) in _TASKS.items()
+    k: f"mrm8488/t5-base-finetuned-{name}" for k, (name, *_) in _TASKS.items()
 }
-METRICS = {task: metric for task, (_, metric) in _TASKS.items()}
+METRICS = {task: metric for task, (_, metric, _) in _TASKS.items()}
+NEW_TOKENS = {
+    task: int(tokens) for task, (*_, tokens) in _TASKS.items() if tokens != "-"
+}
 PUBLISHED = tables.published(__doc__, "pairs")
 
 
@@ -78,8 +97,8 @@ class Config(text_to_text.Options):
     samples: int | None = 500
     """Texts of a file, from the first on."""
     max_length: int = 512
-    max_new_tokens: int = 64
-    """Tokens of a generated text."""
+    max_new_tokens: int | None = None
+    """Tokens of a generated text at most; by default those of the task."""
     coefs: tuple[float, ...] = tuple(i / 20 for i in range(21))
     """The candidates of the coefficient."""
 
@@ -92,12 +111,14 @@ class Task(NamedTuple):
       records: the records of "validation" and "test", `{"text", "target"}`.
       batches: the same as tokens.
       classes: the targets to choose from, where they are ranked.
+      max_new_tokens: tokens of a generated text, where texts are generated.
     """
 
     name: str
     records: dict[str, list[dict]]
     batches: dict[str, list[dict]]
     classes: list[str]
+    max_new_tokens: int
 
 
 @script.full_precision
@@ -159,7 +180,7 @@ def run(config: Config, models: Sequence[str]) -> dict:
     records = {name: read(config, name) for name in config.tasks}
     mesh = runs.start(config)
     base = text_to_text.load(config, mesh, config.model)
-    tasks = {name: prepare(base, name, records[name]) for name in config.tasks}
+    tasks = {name: prepare(config, base, name, records[name]) for name in config.tasks}
     params_0 = base.checkpoint.params
     taus = {
         name: text_to_text.external_vector(base, model)
@@ -171,8 +192,7 @@ def run(config: Config, models: Sequence[str]) -> dict:
 
     def scores(tau, coef, part, names):
         params = task_vectors.apply(params_0, tau, coef)
-        tokens = config.max_new_tokens
-        return [score(base, tasks[name], params, part, tokens) for name in names]
+        return [score(base, tasks[name], params, part) for name in names]
 
     single = {
         part: {name: scores(taus[name], 1.0, part, [name])[0] for name in config.tasks}
@@ -208,16 +228,15 @@ def read(config: Config, name: str) -> dict[str, list[dict]]:
     return found
 
 
-def prepare(base: text_to_text.Base, name: str, records: dict) -> Task:
+def prepare(config: Config, base: text_to_text.Base, name: str, records: dict) -> Task:
     """A task as tokens."""
     batches = {part: text_to_text.batches(base, rows) for part, rows in records.items()}
     targets = {row["target"] for rows in records.values() for row in rows}
-    return Task(name, records, batches, sorted(targets))
+    tokens = config.max_new_tokens or NEW_TOKENS.get(name, 0)
+    return Task(name, records, batches, sorted(targets), tokens)
 
 
-def score(
-    base: text_to_text.Base, task: Task, params: Params, part: str, max_new_tokens: int
-) -> float:
+def score(base: text_to_text.Base, task: Task, params: Params, part: str) -> float:
     """The task's own metric, from 0 to 1."""
     batches = task.batches[part]
     targets = [record["target"] for record in task.records[part]]
@@ -225,7 +244,7 @@ def score(
         candidates = language.candidates(base.tokenizer, task.classes)
         chosen = text_to_text.ranked(base, params, batches, candidates)
         return metrics.exact_match([task.classes[i] for i in chosen], targets)
-    written = text_to_text.generated(base, params, batches, max_new_tokens)
+    written = text_to_text.generated(base, params, batches, task.max_new_tokens)
     if METRICS[task.name] == "exact match":
         return metrics.exact_match(written, targets)
     return metrics.rouge_2(written, targets)

@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 from experiments.common import runs, script, tables, training
 from experiments.common.language import text_to_text, tiny_text
-from jaxarith import evaluate, task_vectors
+from jaxarith import evaluate, hub, task_vectors
 from jaxarith.data import glue, language, splits, text
 from jaxarith.typing import Tree
 
@@ -144,20 +144,18 @@ def main(config: Config) -> dict:
     mesh = runs.start(config)
     domains = {name: read(config, name) for name in DOMAINS}
     rates = config.learning_rates * (len(config.models) // len(config.learning_rates))
-    studies = [
-        prepare(config, mesh, model, rate, domains)
-        for model, rate in zip(config.models, rates, strict=True)
-    ]
-    runs.claim(config)
+    for model in () if config.smoke else config.models[1:]:
+        hub.find(model)  # before hours of training of the first
     lines, searches = [], {}
-    for study in tqdm(studies, desc="models", unit="model"):
-        network, wanted = text_to_text.network(study.base), study.wanted
-        found = training.vectors(config, network, list(wanted.values()), together=1)
-        taus = dict(zip(wanted, found, strict=True))
-        for target in DOMAINS:
-            own, curve = rows(study, taus, target)
-            lines += own
-            searches[f"{study.name}, {target}"] = curve
+    models = zip(config.models, rates, strict=True)
+    for model, rate in tqdm(models, "models", len(rates), unit="model"):
+        study = prepare(config, mesh, model, rate, domains)
+        if not lines:
+            runs.claim(config)
+        own, curves = of_model(study)
+        lines += own
+        searches |= curves
+        del study  # Amazon's tokens are gigabytes: those of one model at a time
     lines.sort(key=lambda line: DOMAINS.index(line["target"]))
     results = {"rows": lines, "searches": searches}
     keys = ["target", "model", "method"]
@@ -171,6 +169,19 @@ def main(config: Config) -> dict:
         "Coefficients of the analogies": chosen,
     }
     return tables.write(config.out, "Table 4: task analogies", shown, results)
+
+
+def of_model(study: Study) -> tuple[list[dict], dict]:
+    """The rows of a model, and its searches by model and target."""
+    network, wanted = text_to_text.network(study.base), study.wanted
+    found = training.vectors(study.config, network, list(wanted.values()), together=1)
+    taus = dict(zip(wanted, found, strict=True))
+    lines, searches = [], {}
+    for target in DOMAINS:
+        own, curve = rows(study, taus, target)
+        lines += own
+        searches[f"{study.name}, {target}"] = curve
+    return lines, searches
 
 
 def read(config: Config, name: str) -> Domain:

@@ -31,10 +31,13 @@ def stream(
     """
     if end and tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token; set end=False.")
-    encoding = tokenizer(list(texts), add_special_tokens=False, verbose=False)
     after = [tokenizer.eos_token_id] if end else []
-    tokens = [token for text in encoding["input_ids"] for token in (*text, *after)]
-    return np.asarray(tokens, np.int32)
+    parts = [np.zeros(0, np.int32)]
+    for some in _chunks(texts):
+        encoding = tokenizer(some, add_special_tokens=False, verbose=False)
+        tokens = [t for text in encoding["input_ids"] for t in (*text, *after)]
+        parts.append(np.asarray(tokens, np.int32))
+    return np.concatenate(parts)
 
 
 def blocks(tokens: ArrayLike, size: int) -> list[dict]:
@@ -126,13 +129,13 @@ def text_to_text(
       A source: `{"input_ids": i32[S], "attention_mask": i32[S], "labels": i32[T]}` per
       record, and its `"label"`; the labels are -100 at padding.
     """
-    inputs = _tokens(tokenizer, [record["text"] for record in records], max_length)
-    ids, mask = text.pad(inputs, max_length, text.padding_id(tokenizer))
+    inputs = [record["text"] for record in records]
+    ids, mask = _padded(tokenizer, inputs, max_length, text.padding_id(tokenizer))
     targets = [record["target"] for record in records]
     columns = {
         "input_ids": ids,
         "attention_mask": mask,
-        "labels": _labels(_tokens(tokenizer, targets, target_length), target_length),
+        "labels": _padded(tokenizer, targets, target_length, IGNORED)[0],
     }
     if "label" in records[0]:
         columns["label"] = text.labels(records)
@@ -155,6 +158,26 @@ def candidates(tokenizer: Tokenizer, words: Sequence[str]) -> np.ndarray:
             "tell them apart. Choose words that the tokenizer knows."
         )
     return _labels(sequences, max(map(len, sequences)))
+
+
+def _chunks(texts):
+    """Lists of a thousand texts.
+
+    A tokenizer answers with lists of Python integers, some 200 bytes for a token with
+    all that is beside it; of millions of texts at a time that is more than the memory.
+    """
+    for first in range(0, len(texts), 1000):
+        yield list(texts[first : first + 1000])
+
+
+def _padded(tokenizer, texts, length, value):
+    """The tokens of texts as `text.pad` returns them."""
+    pairs = [
+        text.pad(_tokens(tokenizer, some, length), length, value)
+        for some in list(_chunks(texts)) or [[]]
+    ]
+    ids, mask = map(np.concatenate, zip(*pairs, strict=True))
+    return ids, mask
 
 
 def _tokens(tokenizer, texts, max_length):
