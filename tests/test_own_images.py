@@ -1,12 +1,19 @@
 """Image folders of one's own: how they are named, and what errors say."""
 
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from checks import assert_close
 from PIL import Image
 
 from experiments import finetune
-from experiments.common.vision import options, raw_tasks
+from experiments.common.vision import merged, options, raw_tasks, scores
 from experiments.curvature import choose_coef
+from experiments.linear_layers import table1_addition as linear_layers
+from jaxarith import hub, merge
+from jaxarith.data import images, vision
 from jaxarith.models import clip
 
 pytestmark = pytest.mark.usefixtures("shallow_clip")
@@ -125,3 +132,66 @@ def test_a_chosen_task_may_be_given_with_its_folder():
     choose_coef.check(config)
     with pytest.raises(ValueError, match="--choose-on dogs"):
         choose_coef.check(choose_coef.Config(choose_on="dogs"))
+
+
+def table_config(folders, tmp_path, **changes):
+    given = {"models": (str(clip.TINY_CLIP),), "tasks": tuple(folders.values())}
+    given |= {"out": tmp_path / "out", "bank": tmp_path / "bank", "control": "none"}
+    given |= {"steps": 3, "batch_size": 4, "learning_rate": 1e-3, "workers": 0}
+    given |= {"mesh": "data=1", "save_every": 0, "save_merged": True}
+    return linear_layers.Config(**given | changes)
+
+
+def test_the_table_saves_the_best_network_with_its_heads(folders, tmp_path):
+    config = table_config(folders, tmp_path)
+    found = linear_layers.main(config)
+    saved = found["rows"][-1]
+    assert saved["method"].startswith("Saved: ")
+    assert merged.NOTE in (config.out / "report.md").read_text()
+    # The folder holds the network of that row, and nothing else of it has changed.
+    model, base = clip.load(config.out / "merged"), clip.load(clip.TINY_CLIP)
+    method = linear_layers.METHODS[saved["method"].removeprefix("Saved: ")]
+    paths = [tmp_path / "bank/tiny_clip" / method / f"{name}" for name in NAMES]
+    taus = [hub.load_tree(path.with_suffix(".safetensors"))[0] for path in paths]
+    expected = merge.task_arithmetic(base.params, taus, coef=saved["found"])
+    assert_close(model.params, expected, rtol=0, atol=1e-7)
+    assert (config.out / "merged" / "tokenizer.json").exists()
+    assert (config.out / "merged" / "preprocessor_config.json").exists()
+    # With the heads, it has the accuracy that the row says.
+    heads, classes = hub.load_tree(config.out / "heads.safetensors")
+    assert {name: json.loads(of) for name, of in classes.items()} == dict.fromkeys(
+        NAMES, ["dark", "light"]
+    )
+    encode = clip.image_encoder(model.config)
+    preprocess = images.Preprocessing.from_folder(model.folder)
+    for name, head in heads.items():
+        test = vision.load_folder(name, folders[name].partition("=")[2]).test
+        x = np.stack([preprocess(sample["image"]) for sample in test])
+        right = (encode(model.params, x) @ head.T).argmax(-1) == test.labels
+        assert 100 * right.mean() == pytest.approx(saved["per_task"][name])
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    transformers.CLIPModel.from_pretrained(config.out / "merged")
+
+
+def test_the_best_network_is_the_best_on_validation_data(monkeypatch):
+    curves = {"a": [0.1, 0.5, 0.3], "b": [0.2, 0.4, 0.6]}
+
+    def on_all(setup, taus, split, rows, **_):
+        assert split == "validation" and len(rows) == 6
+        number, at = np.argmax(rows, axis=1), np.max(rows, axis=1)
+        both = [
+            list(curves.values())[n][int(2 * c)]
+            for n, c in zip(number, at, strict=True)
+        ]
+        return np.array([both, both]).T
+
+    monkeypatch.setattr(scores, "on_all", on_all)
+    setup = SimpleNamespace(options=options.Addition(smoke=True))
+    assert list(scores.coefs_of(setup.options, scores.COEFS)) == [0, 0.5, 1]
+    assert merged.best(setup, dict.fromkeys(curves)) == ("b", 1.0)
+
+
+def test_one_network_of_several_seeds_is_refused():
+    with pytest.raises(ValueError, match="run it with --seeds 1"):
+        options.Addition(save_merged=True, seeds=2)

@@ -36,7 +36,7 @@ images. Each penalty has its own weight, --penalty-coef, --curvature-coef and
 """
 
 from experiments.common import script, tables
-from experiments.common.vision import options, scores, seeds, setups, vectors
+from experiments.common.vision import merged, options, scores, seeds, setups, vectors
 
 METHODS: dict[str, vectors.Method] = {
     "Linear FT": "linear",
@@ -48,7 +48,7 @@ METHODS: dict[str, vectors.Method] = {
 PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
 
 
-class Config(options.Seeded): ...
+class Config(options.Addition): ...
 
 
 def rows_of(setup: setups.Setup) -> list[dict]:
@@ -63,7 +63,7 @@ def rows_of(setup: setups.Setup) -> list[dict]:
             searched = coef == "searched"
             row = row_of(setup, name, coef, found.row(searched))
             rows.append(row | {"found": found.search.coef if searched else 1.0})
-    return rows
+    return rows + merged.rows(setup, METHODS)
 
 
 def row_of(setup, method, coef, values) -> dict:
@@ -82,6 +82,7 @@ def main(config: Config) -> dict:
         PUBLISHED,
         keys=["model", "method", "coefficient"],
         values=["abs", "norm"],
+        note=merged.note(config),
     )
 
 

@@ -25,7 +25,7 @@ through a ReLU, and the point of linearisation moves along with training.
 """
 
 from experiments.common import script, tables
-from experiments.common.vision import options, scores, seeds, setups, vectors
+from experiments.common.vision import merged, options, scores, seeds, setups, vectors
 
 METHODS: dict[str, vectors.Method] = {
     "Non-linear": "nonlinear",
@@ -35,7 +35,7 @@ METHODS: dict[str, vectors.Method] = {
 PUBLISHED = tables.published_by_column(__doc__, "method")
 
 
-class Config(options.Seeded): ...
+class Config(options.Addition): ...
 
 
 def rows_of(setup: setups.Setup) -> list[dict]:
@@ -49,7 +49,7 @@ def rows_of(setup: setups.Setup) -> list[dict]:
     for label, one in found.items():
         means = one.row(searched=True) | {"coefficient": one.search.coef}
         rows.append(row(setup, label, one.searched, means))
-    return rows
+    return rows + merged.rows(setup, METHODS)
 
 
 def row(setup, label, accuracies, means) -> dict:
@@ -70,6 +70,7 @@ def main(config: Config) -> dict:
         PUBLISHED,
         keys=["model", "method"],
         values=["abs", "norm"],
+        note=merged.note(config),
         digits=2,
     )
 

@@ -34,32 +34,48 @@ there is a row of each.
 """
 
 from experiments.common import script, tables
-from experiments.common.vision import fitted, options, scores, seeds, setups, vectors
+from experiments.common.vision import (
+    fitted,
+    merged,
+    options,
+    scores,
+    seeds,
+    setups,
+    vectors,
+)
 from jaxarith import merge, task_vectors
-from jaxarith.typing import Taus
+from jaxarith.typing import Taus, Tree
 
 PUBLISHED = tables.published_by_column(__doc__, "method", "coefficient")
+SUMS: dict[str, vectors.Method] = {
+    "Non-lin. FT": "nonlinear",
+    "Linear FT": "linear",
+    "Ours": "tau_jp_cyclic",
+}
 
 
-class Config(options.Seeded): ...
+class Config(options.Addition): ...
 
 
-def ties(setup: setups.Setup, taus: Taus, *, linearized: bool) -> scores.Addition:
-    """Addition of what TIES makes of the vectors."""
-    merged = merge.ties(setup.params_0, taus, density=0.1, coef=1.0)
-    moved = task_vectors.difference(merged, setup.params_0)
-    return scores.addition(setup, taus, linearized=linearized, merged=moved)
+def ties(setup: setups.Setup, taus: Taus) -> Tree:
+    """What TIES makes of the vectors, in place of their sum."""
+    params = merge.ties(setup.params_0, taus, density=0.1, coef=1.0)
+    return task_vectors.difference(params, setup.params_0)
 
 
 def rows_of(setup: setups.Setup) -> list[dict]:
     """The rows of one model."""
     nonlinear = vectors.vectors(setup, "nonlinear")
+    linear = vectors.vectors(setup, "linear")
     ordinary = scores.addition(setup, nonlinear, linearized=False)
+    elected, elected_linear = ties(setup, nonlinear), ties(setup, linear)
     found = {
         "Non-lin. FT": ordinary,
         "Linear FT": scores.of_method(setup, "linear"),
-        "TIES": ties(setup, nonlinear, linearized=False),
-        "TIES, linear": ties(setup, vectors.vectors(setup, "linear"), linearized=True),
+        "TIES": scores.addition(setup, nonlinear, linearized=False, merged=elected),
+        "TIES, linear": scores.addition(
+            setup, linear, linearized=True, merged=elected_linear
+        ),
         "Ours": scores.of_method(setup, "tau_jp_cyclic"),
     }
     together = scores.joint_accuracies(setup)
@@ -89,7 +105,7 @@ def rows_of(setup: setups.Setup) -> list[dict]:
             rows.append(row(method, coef, accuracies) | values)
             rows[-1]["found"] = 1.0 if coef == "1.0" else result.search.coef
     rows.insert(-2, row("AdaMerging", "adapted", adapted))
-    return rows
+    return rows + merged.rows(setup, SUMS, {"TIES": elected, "AdaMerging": tau})
 
 
 @script.full_precision
@@ -104,6 +120,7 @@ def main(config: Config) -> dict:
         PUBLISHED,
         keys=["model", "method", "coefficient"],
         values=["abs", "norm"],
+        note=merged.note(config),
     )
 
 
