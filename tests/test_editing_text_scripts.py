@@ -1,6 +1,8 @@
 """The language scripts of the task-arithmetic paper: smoke runs and their parts."""
 
+import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
@@ -113,6 +115,51 @@ def test_table_3_adds_a_vector_only_where_it_helps_on_held_out_data(
     for task in table3_external_vectors.TASKS:
         assert row[task] == pytest.approx(100 * by_task[task]["Fine-tuned"])
     assert "published" in (tmp_path / "report.md").read_text()
+
+
+def test_every_external_model_is_read_once_for_all_tasks(tmp_path, monkeypatch):
+    module, read = table3_external_vectors, []
+    names = [str(i) for i in range(5)]
+    vectors = {n: {"w": np.array([1.0, float(n)], np.float32)} for n in names}
+    taus = [{"w": np.array(w, np.float32)} for w in ([0.0, 1.0], [1.0, 0.0])]
+
+    def external_vector(base, name):
+        read.append(name)
+        return vectors[name]
+
+    def accuracy_of(base, task, params, part):
+        return -float(np.sum((params["w"] - task) ** 2))
+
+    monkeypatch.setattr(module.text_to_text, "external_vector", external_vector)
+    monkeypatch.setattr(module, "accuracy_of", accuracy_of)
+    config = module.Config(out=tmp_path, external=tuple(names), coefs=(0.5, 1.0))
+    checkpoint = types.SimpleNamespace(params={"w": np.zeros(2, np.float32)})
+    base = types.SimpleNamespace(checkpoint=checkpoint)
+    tasks = [np.array([1.0, 4.0]), np.array([2.0, 0.5])]
+    scores, cosines = module.survey(config, base, tasks, taus, names)
+    assert read == names and scores.shape == (2, 5, 2)
+    for t, i in np.ndindex(2, 5):
+        w, own = vectors[names[i]]["w"], taus[t]["w"]
+        expected = [-np.sum((own + coef * w - tasks[t]) ** 2) for coef in (0.5, 1.0)]
+        np.testing.assert_allclose(scores[t, i], expected, rtol=1e-6)
+        cosine = w @ own / np.linalg.norm(w) / np.linalg.norm(own)
+        np.testing.assert_allclose(cosines[t, i], cosine, rtol=1e-6)
+    read.clear()
+    few = dataclasses.replace(config, preselect=2)
+    some, _ = module.survey(few, base, tasks, taus, names)
+    # The cosines are read off all; then those of either task, which are 3, 4 and 0, 1.
+    assert read == [*names, "0", "1", "3", "4"]
+    scored = ~np.isnan(some).any(axis=2)
+    assert scored.tolist() == [[False] * 3 + [True] * 2, [True] * 2 + [False] * 3]
+    np.testing.assert_array_equal(some[scored], scores[scored])
+
+
+def test_the_report_says_how_often_a_preselection_holds_the_winner():
+    ranks = [{"rank by cosine": rank} for rank in (1, 4, None, 2)]
+    found = [
+        (r["N"], *list(r.values())[1:]) for r in table3_external_vectors.kept(ranks, 6)
+    ]
+    assert found == [(1, 1, 3), (2, 2, 3), (5, 3, 3)]
 
 
 def test_a_model_that_does_not_fit_the_base_has_no_vector(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from oracles import flops, normal
 from tiny_t5 import START, plain_t5, random_params, tiny_t5, tiny_t5_config
 
-from jaxarith import hub, tangent
+from jaxarith import hub, sharding, tangent
 from jaxarith.evaluate import rank
 from jaxarith.models import t5
 
@@ -74,6 +74,25 @@ def test_losses_of_labels_are_those_of_the_formula(x64):
     )
     assert actual.dtype == np.float64
     np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("sizes", ["data=2,fsdp=2", "task=4"])
+def test_devices_share_the_texts_and_find_the_same(sizes):
+    config, params = tiny()
+    batches, _ = batches_of_texts()  # of three, which no mesh here divides
+    found = [
+        rank.label_losses(
+            t5.language_model(config),
+            params,
+            batches,
+            LABELS,
+            start_token_id=START,
+            mesh=sharding.make_mesh(mesh, jax.devices()[:count]),
+        )
+        for mesh, count in (("data=1", 1), (sizes, 4))
+    ]
+    assert found[0].shape == found[1].shape == (5, len(LABELS))
+    np.testing.assert_allclose(found[1], found[0], **close)
 
 
 @pytest.mark.torch

@@ -8,7 +8,8 @@ Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023. arXiv:2212.04089:
 
 Data: `nyu-mll/glue` and the T5s, fetched from the Hugging Face Hub (`pip install -e
 '.[text]'` for what reads them). `--external` names fine-tuned copies of the same T5, by
-folder or id: from a file with one on every line, `--external $(cat ids.txt)`.
+folder or id: from a file with one on every line, `--external $(cat ids.txt)`. With
+--preselect 20 only the twenty nearest to a task are scored for it.
 
 A T5 is fine-tuned on each task, and the vector of one other model is added to it. Which
 one, and its coefficient, are chosen on a part of the training split as large as GLUE's
@@ -29,7 +30,6 @@ The paper takes 427 models that it does not list. What else it leaves open:
 """
 
 import dataclasses
-import functools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +42,8 @@ from experiments.common import runs, script, tables, training
 from experiments.common.language import text_to_text, tiny_text
 from jaxarith import evaluate, task_vectors
 from jaxarith.data import glue, language
-from jaxarith.typing import Params
+from jaxarith.merge.bases_arithmetic import similarities
+from jaxarith.typing import Params, Taus
 
 TASKS = ("mrpc", "rte", "cola", "sst2")  # in the order of the table
 PUBLISHED = tables.published(__doc__, "method")
@@ -59,6 +60,9 @@ class Config(text_to_text.Options):
     """Fine-tuned copies of the T5: folders, or ids of the Hub."""
     coefs: tuple[float, ...] = tuple(i / 10 for i in range(1, 11))
     """The candidates of the coefficient of an external vector."""
+    preselect: int | None = None
+    """Score for every task only so many vectors, those with the largest cosine with its
+    own vector; by default all. A run with all says what this would have missed."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """The rows are means over them."""
     epochs: float = 5
@@ -119,8 +123,12 @@ def run(config: Config, others: Sequence[str]) -> dict:
         raise ValueError("no --external; name at least one model.")
     mesh = runs.start(config)
     base = text_to_text.load(config, mesh, config.model)
-    # All are read once before hours of work, and again when their turn comes: hundreds
-    # do not fit in memory.
+    if config.preselect is not None and not 0 < config.preselect <= len(others):
+        raise ValueError(
+            f"--preselect {config.preselect} of {len(others)} external models."
+        )
+    # Hundreds do not fit in memory, so all are read here, before hours of work, and
+    # again when their turn comes: once for all tasks.
     for other in tqdm(others, desc="external models", unit="model"):
         text_to_text.external_vector(base, other)
     tasks = [prepare(config, base, name, s) for s in config.seeds for name in TASKS]
@@ -129,9 +137,9 @@ def run(config: Config, others: Sequence[str]) -> dict:
     runs.claim(config)
     taus = training.vectors(config, network, wanted, together=1)
 
-    searches = []
-    for task, tau in zip(tqdm(tasks, desc="search", unit="task"), taus, strict=True):
-        searches.append(measure(config, base, task, tau, others))
+    scores, cosines = survey(config, base, tasks, taus, others)
+    own = zip(tqdm(tasks, desc="test", unit="task"), taus, scores, cosines, strict=True)
+    searches = [measure(config, base, others, *each) for each in own]
     lines = [row(name, searches) for name in ROWS]
     results = {"rows": lines, "searches": searches}
     values = [*TASKS, "average"]
@@ -143,10 +151,13 @@ def run(config: Config, others: Sequence[str]) -> dict:
             "seed": found["seed"],
             "vector": found["external"] or "none",
             "coefficient": f"{found['coef']:g}",
+            "rank by cosine": found["rank by cosine"],
         }
         for found in searches
     ]
     shown = {caption: beside, "The vectors that are chosen": chosen}
+    if config.preselect is None:
+        shown["What --preselect N would have kept"] = kept(searches, len(others))
     return tables.write(config.out, "Table 3: task vectors of others", shown, results)
 
 
@@ -172,48 +183,114 @@ def prepare(config: Config, base: text_to_text.Base, name: str, seed: int) -> Ta
     )
 
 
+def accuracy_of(base: text_to_text.Base, task: Task, params: Params, part: str):
+    """The task's metric on its "validation" or "test" part."""
+    batches = getattr(task, part)
+    predicted = text_to_text.ranked(base, params, batches, task.candidates)
+    return glue.score(glue.TASKS[task.name], predicted, evaluate.labels(batches))
+
+
+def survey(
+    config: Config,
+    base: text_to_text.Base,
+    tasks: Sequence[Task],
+    taus: Taus,
+    others: Sequence[str],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Validation scores `[task, n, m]` of n external vectors at m coefficients, and the
+    cosines `[task, n]` with the tasks' own; NaN where nothing was scored."""
+    params_0 = base.checkpoint.params
+    scores = np.full((len(tasks), len(others), len(config.coefs)), np.nan)
+    cosines = np.full(scores.shape[:2], np.nan)
+    chosen = np.ones(cosines.shape, bool)
+    if config.preselect is not None:
+        for i, other in enumerate(tqdm(others, desc="cosines", unit="model")):
+            external = text_to_text.external_vector(base, other)
+            cosines[:, i] = similarities(taus, external)
+        chosen = nearest(cosines, config.preselect)
+    scored = np.flatnonzero(chosen.any(axis=0)).tolist()
+    for i in tqdm(scored, desc="search", unit="model"):
+        external = text_to_text.external_vector(base, others[i])
+        cosines[:, i] = similarities(taus, external)
+        for t in np.flatnonzero(chosen[:, i]).tolist():
+            fine_tuned = task_vectors.apply(params_0, taus[t])
+            for j, coef in enumerate(config.coefs):
+                added = task_vectors.apply(fine_tuned, external, coef)
+                scores[t, i, j] = accuracy_of(base, tasks[t], added, "validation")
+    return scores, cosines
+
+
+def nearest(cosines: np.ndarray, count: int) -> np.ndarray:
+    """Which of `[task, n]` are among so many largest of their row, the first of equals.
+
+    Example:
+      >>> nearest(np.array([[0.1, 0.3, 0.2]]), 2)
+      array([[False,  True,  True]])
+    """
+    ranks = np.argsort(np.argsort(-cosines, axis=1, kind="stable"), axis=1)
+    return ranks < count
+
+
 def measure(
     config: Config,
     base: text_to_text.Base,
+    others: Sequence[str],
     task: Task,
     tau: Params,
-    others: Sequence[str],
+    scores: np.ndarray,
+    cosines: np.ndarray,
 ) -> dict:
-    """The search of one task with one seed, and its test scores."""
-    fine_tuned = task_vectors.apply(base.checkpoint.params, tau)
+    """The choice of one task with one seed, and its test scores.
 
-    def score(params, batches):
-        predicted = text_to_text.ranked(base, params, batches, task.candidates)
-        return glue.score(glue.TASKS[task.name], predicted, evaluate.labels(batches))
-
-    @functools.lru_cache(maxsize=1)
-    def external(index: int):
-        return text_to_text.external_vector(base, others[index])
-
-    def added(index, coef):
-        return task_vectors.apply(fine_tuned, external(index), coef)
-
+    Args:
+      scores: `[n, m]`, NaN for vectors that were not scored.
+      cosines: `[n]`.
+    """
+    params_0 = base.checkpoint.params
+    fine_tuned = task_vectors.apply(params_0, tau)
+    scored = np.flatnonzero(~np.isnan(scores).any(axis=1))
     search = evaluate.search_external(
-        lambda index, coef: score(added(index, coef), task.validation),
-        len(others),
+        lambda index, coef: scores[scored[index], config.coefs.index(coef)],
+        len(scored),
         config.coefs,
-        baseline=score(fine_tuned, task.validation),
+        baseline=accuracy_of(base, task, fine_tuned, "validation"),
     )
     zero_shot, alone = (
-        score(params, task.test) for params in (base.checkpoint.params, fine_tuned)
+        accuracy_of(base, task, params, "test") for params in (params_0, fine_tuned)
     )
-    best = alone
+    best, name, place = alone, None, None
     if search.index is not None:
-        best = score(added(search.index, search.coef), task.test)
-    name = None if search.index is None else config.external[search.index]
+        index = int(scored[search.index])
+        external = text_to_text.external_vector(base, others[index])
+        added = task_vectors.apply(fine_tuned, external, search.coef)
+        best, name = accuracy_of(base, task, added, "test"), config.external[index]
+        place = 1 + int(np.sum(cosines > cosines[index]))
     return {
         "task": task.name,
         "seed": task.seed,
         "external": name,
         "coef": search.coef,
+        "rank by cosine": place,
+        "scored": [config.external[i] for i in scored],
         "validation": search.scores.tolist(),
         **dict(zip(ROWS, (zero_shot, alone, best), strict=True)),
     }
+
+
+def kept(searches: list[dict], count: int) -> list[dict]:
+    """How often the N vectors of the largest cosine hold the one that was chosen.
+
+    Args:
+      searches: as `measure` returns them, of runs that score all vectors.
+      count: the number of vectors.
+    """
+    ranks = [s["rank by cosine"] for s in searches if s["rank by cosine"] is not None]
+    sizes = [n for n in (1, 2, 5, 10, 20, 50, 100, 200) if n < count]
+    return [
+        {"N": n, "holds the chosen vector": sum(rank <= n for rank in ranks)}
+        | {"of": len(ranks)}
+        for n in sizes
+    ]
 
 
 def row(name: str, searches: list[dict]) -> dict:

@@ -15,11 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from numpy.typing import ArrayLike
 
-from jaxarith import metrics
+from jaxarith import metrics, sharding
 from jaxarith.batches import fields_of, mask_of
 from jaxarith.losses import IGNORED
+from jaxarith.tree import settled
 from jaxarith.typing import ApplyFn, Params
 
 
@@ -30,6 +33,7 @@ def label_losses(
     labels: np.ndarray,
     *,
     start_token_id: int = 0,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     r"""The mean negative log-likelihood of the tokens of every label after every input.
 
@@ -47,6 +51,8 @@ def label_losses(
       batches: dicts of `input_ids`, `attention_mask`, and `mask`, False for padding.
       labels: `i32[C, T]`, tokens of the labels with the end token, then -100.
       start_token_id: the first input of the decoder.
+      mesh: the devices that share every batch, see `sharding`; by default those that
+        the parameters are on.
 
     Returns:
       `f32[N, C]`, N being the number of True entries of all masks.
@@ -69,13 +75,16 @@ def label_losses(
     _check_labels(labels)
     if not batches:
         raise ValueError("there is no batch to rank the labels for.")
-    params = jax.device_put(params)  # once, not with every batch
+    mesh = sharding.for_tasks(mesh or sharding.mesh_of(params), 1)
+    params = sharding.shard(params, mesh)  # once, not with every batch
     start = np.int32(start_token_id)
     rows = []
     for batch in batches:
         texts = fields_of(batch, ["input_ids", "attention_mask"])
-        losses = _losses(apply_fn, params, *texts, labels, start)
-        rows.append(np.asarray(losses)[mask_of(batch)])
+        texts = sharding.spread(texts, mesh)
+        losses = settled(_losses(apply_fn, mesh, params, *texts, labels, start))
+        # More rows than the mask has filled up the devices.
+        rows.append(np.compress(mask_of(batch), np.asarray(losses), axis=0))
     losses = np.concatenate(rows)
     if np.isnan(losses).any():
         raise ValueError(
@@ -86,8 +95,8 @@ def label_losses(
 
 
 # Compiled once per model and shape, however many datasets and coefficients follow.
-@functools.partial(jax.jit, static_argnums=0)
-def _losses(apply_fn, params, input_ids, attention_mask, labels, start):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _losses(apply_fn, mesh, params, input_ids, attention_mask, labels, start):
     counts = labels != IGNORED
     tokens = jnp.where(counts, labels, 0)
     # No token sees a later one, so it is no matter what stands after the end.
@@ -96,10 +105,12 @@ def _losses(apply_fn, params, input_ids, attention_mask, labels, start):
         jnp.broadcast_to(each[None], (len(input_ids), *each.shape))
         for each in (inputs, tokens, counts)
     )
+    apply_fn = sharding.on_mesh(apply_fn, mesh)
     logits = apply_fn(params, input_ids, attention_mask, inputs)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
-    return jnp.mean(losses, axis=-1, where=counts)
+    found = jnp.mean(losses, axis=-1, where=counts)
+    return sharding.constrain(found, mesh, P())  # every process reads all of it
 
 
 def _check_labels(labels):

@@ -208,6 +208,7 @@ def ranked(
         found,
         candidates,
         start_token_id=base.checkpoint.config.decoder_start_token_id,
+        mesh=base.mesh,
     ).argmin(axis=1)
 
 
