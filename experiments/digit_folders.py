@@ -1,6 +1,7 @@
 """Image folders of sets of handwritten digits and of letters, for small studies.
 
     python -m experiments.digit_folders --data DATA --out digits
+    python -m experiments.digit_folders --out images    the four that need no DATA
 
 DATA holds the files as their authors distribute them,
 
@@ -44,8 +45,9 @@ QUICKSTART = {
 class Config:
     """Make image folders of MNIST, USPS, Kannada-MNIST, UCI digits and of letters."""
 
-    data: Path
-    """Folder of mnist, usps and kannada_mnist, see the top of this page."""
+    data: Path | None = None
+    """Folder of mnist, usps and kannada_mnist, see the top of this page; without it
+    those three are left out."""
     out: Path
     """The new folder."""
 
@@ -114,7 +116,8 @@ def write(folder: Path, splits, classes, templates):
 def main(config: Config):
     if config.out.exists():
         raise ValueError(f"{config.out} exists; name a new folder, or remove it.")
-    digits = splits_of(config.data)  # all is read before anything is written
+    # All is read before anything is written.
+    digits = splits_of(config.data) if config.data else {}
     for name, splits in digits.items():
         templates = small_tasks.DIGIT_TEMPLATES
         write(config.out / name, splits, string.digits, templates)
