@@ -204,6 +204,19 @@ def ordinary_step(work: Work, apply_fn: Callable) -> Callable:
     return step
 
 
+def partial_step(work: Work) -> Callable:
+    """The ordinary step of what a task vector has, at the parameters that it moves."""
+
+    def step(params, tau, *inputs):
+        def total(tau):
+            moved = task_vectors.apply(params, tau)
+            return work.loss(work.encoder.apply_fn(moved, *inputs))
+
+        return jax.grad(total)(tau)
+
+    return step
+
+
 def steps(work: Work) -> dict[str, tuple[Callable, tuple]]:
     """Every row's function and its arguments."""
     encoder, params, tau, inputs = work.encoder, work.params, work.taus[0], work.inputs
@@ -231,6 +244,7 @@ def steps(work: Work) -> dict[str, tuple[Callable, tuple]]:
     }
     for name, part in work.parts.items():
         rows[name] = linearized_step(work), (params, part, *inputs)
+        rows[f"{name}, ordinary"] = partial_step(work), (params, part, *inputs)
     for name, penalty_inputs in work.penalties.items():
         rows[name] = penalized_step(work), (params, tau, inputs, penalty_inputs)
     rows["+ curvature"] = curved_step(work), (params, tau, work.factors, *inputs)

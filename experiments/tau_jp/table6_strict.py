@@ -60,7 +60,7 @@ def step_of(setup: setups.Setup, method: str):
     Returns:
       A function without arguments that makes a step, and the FLOPs of one, by XLA.
     """
-    task = setup.tasks[0]
+    task, mesh = setup.tasks[0], sharding.for_tasks(setup.mesh, 1)
     config = vectors.recipe_of(setup, method, task)
     others = vectors.others_of(setup, method, task)
     [batch] = train.task_batches(
@@ -69,21 +69,20 @@ def step_of(setup: setups.Setup, method: str):
         names=[task.name],
         others=[[other.train for other in others]],
         augment=setup.augment,
-        mesh=setup.mesh,
+        mesh=mesh,
     )
-    batch = sharding.from_local_rows(batch, setup.mesh)
+    batch = sharding.from_local_rows(batch, mesh)
     constants = heads.pad([task.test.head])
-    constants = sharding.put(constants, NamedSharding(setup.mesh, P("task")))
-    objective = train.objective(
-        setup.apply_fn, objectives.loss, config, mesh=setup.mesh
-    )
-    state = train.init_state(setup.params_0, config, 1, setup.mesh)
-    step: Any = train.make_step(objective, config, setup.mesh)
-    compiled = step.lower(state, setup.params_0, batch, constants).compile()
+    constants = sharding.put(constants, NamedSharding(mesh, P("task")))
+    params_0 = sharding.shard(setup.params_0, mesh)
+    objective = train.objective(setup.trained_fn, objectives.loss, config, mesh=mesh)
+    state = train.init_state(params_0, config, 1, mesh)
+    step: Any = train.make_step(objective, config, mesh)
+    compiled = step.lower(state, params_0, batch, constants).compile()
 
     def once():
         nonlocal state  # whose buffers every step gives up
-        state, found = compiled(state, setup.params_0, batch, constants)
+        state, found = compiled(state, params_0, batch, constants)
         return found
 
     return once, compiled.cost_analysis()["flops"]

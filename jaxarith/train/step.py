@@ -174,12 +174,12 @@ def make_step(
                 batch_size=config.tasks_at_once,
             )
 
-        # The state is what the loop carries, and is updated where it is; a `map` would
+        # The state is what the loop carries, and is updated where it is: a `map` would
         # hold the states of all tasks twice.
         def one(state, task):
             number, *rest = task
             old = jax.tree.map(lambda leaf: leaf[number], state)
-            new, metrics = task_step(params_0, shared, old, *rest)
+            new, metrics = _at_once(task_step, params_0, shared, old, *rest)
             state = jax.tree.map(lambda x, row: x.at[number].set(row), state, new)
             return state, metrics
 
@@ -205,6 +205,27 @@ def make_step(
         )
 
     return step
+
+
+def _at_once(function, *args):
+    """The function's results, none of which is there before all of them are.
+
+    XLA then knows that what they are made of has been read, and may write over it. On a
+    CPU it drops barriers early, but not a conditional whose outcome it cannot know.
+    """
+    first = jnp.ravel(jax.tree.leaves(args[2])[0])[0]
+    is_number = jax.lax.platform_dependent(
+        first, cpu=lambda x: x == x, default=lambda x: jnp.array(True)
+    )
+    shapes = jax.eval_shape(function, *args)
+
+    def unreached(*_):  # but for a state that is no number already
+        numbers = lambda x: jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0  # noqa: E731
+        return jax.tree.map(lambda x: jnp.full(x.shape, numbers(x), x.dtype), shapes)
+
+    return jax.lax.optimization_barrier(
+        jax.lax.cond(is_number, function, unreached, *args)
+    )
 
 
 def _models(params, config):

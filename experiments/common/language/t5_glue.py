@@ -121,7 +121,6 @@ def start(config: Options) -> Study:
         config,
         model="tiny_t5",
         steps=4,
-        batch_size=8,
         max_length=24,
         learning_rate=1e-2,
     )
