@@ -11,7 +11,8 @@ mean normalised accuracy: over all tasks in Figure 3, over the members of the su
 Figures 2 and 16. Figure 15 shows the coefficients of Figure 3, and the means of its
 validation accuracies. The paper does not name the CLIP of these figures; we take
 ViT-L-14, as in the others. Of ordinary vectors the 2^8 subsets are 43,000 passes over
-validation data, which --validate bounds; --method linear takes one pass in all.
+validation data, which --validate bounds; --method linear takes one pass in all. What
+was scored is kept in the run's folder, and a second start goes on from there.
 
 Published, as plots; the text says of normalised accuracy (Figures 2 and 3, D.2):
 
@@ -25,17 +26,19 @@ cases."
 """
 
 import dataclasses
+import zlib
 from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common import runs, script, tables
+from experiments.common import partial, runs, script, tables
 from experiments.common.vision import options, scores, setups, vectors
-from jaxarith import plots
+from jaxarith import fingerprint, plots
 from jaxarith.typing import Tree
 
 PUBLISHED = tables.published(__doc__, "result")
+TOGETHER = 32  # models between two writes of what was scored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,14 +52,38 @@ class Config(options.LargeModel):
 def accuracies(
     setup: setups.Setup, taus: list[Tree], rows: np.ndarray, config, split: str
 ) -> np.ndarray:
-    """Accuracy `[n, T]` on every task at n sets of coefficients `[n, T]`."""
+    """Accuracy `[n, T]` on every task at n sets of coefficients `[n, T]`.
+
+    They are kept in `scores/` of the run's folder, and not measured again.
+    """
+    linearized = config.method == "linear"
+    models = {"params_0": fingerprint.combined(setup.params_0), "linear": linearized}
+    models["vectors"] = [fingerprint.combined(tau) for tau in taus]
     columns = []
     for task in tqdm(setup.tasks, desc=f"subsets, {split}", unit="task"):
         dataset = getattr(task, split)
         if split == "validation" and config.validate is not None:
             dataset = setups.drawn(setup, dataset, config.validate)
-        linearized = config.method == "linear"
-        columns.append(scores.accuracies(setup, taus, dataset, linearized, rows))
+
+        def score(part, dataset=dataset):
+            return scores.accuracies(setup, taus, dataset, linearized, part)
+
+        if config.plan:
+            columns.append(score(rows))
+            continue
+        data = {"head": fingerprint.combined({"head": dataset.head})}
+        data["labels"] = zlib.crc32(np.asarray(dataset.labels, np.int32).tobytes())
+        columns.append(
+            partial.scored(
+                config.out / "scores" / f"{split}_{task.name}.json",
+                models | data,
+                rows,
+                score,
+                # A tangent-space model passes over the images once for all.
+                together=len(rows) if linearized else TOGETHER,
+                resume=config.resume,
+            )
+        )
     return np.array(columns).T
 
 
