@@ -204,19 +204,6 @@ def ordinary_step(work: Work, apply_fn: Callable) -> Callable:
     return step
 
 
-def partial_step(work: Work) -> Callable:
-    """The ordinary step of what a task vector has, at the parameters that it moves."""
-
-    def step(params, tau, *inputs):
-        def total(tau):
-            moved = task_vectors.apply(params, tau)
-            return work.loss(work.encoder.apply_fn(moved, *inputs))
-
-        return jax.grad(total)(tau)
-
-    return step
-
-
 def steps(work: Work) -> dict[str, tuple[Callable, tuple]]:
     """Every row's function and its arguments."""
     encoder, params, tau, inputs = work.encoder, work.params, work.taus[0], work.inputs
@@ -226,6 +213,9 @@ def steps(work: Work) -> dict[str, tuple[Callable, tuple]]:
     def one_by_one(params, taus, *inputs):
         # Outside one `jit` XLA cannot share what the calls have in common.
         return [compiled_jvp(params, tau, *inputs) for tau in taus]
+
+    def at(tau, params, *inputs):
+        return encoder.apply_fn(task_vectors.apply(params, tau), *inputs)
 
     compiled_jvp = jax.jit(jvp)
     rows = {
@@ -244,7 +234,7 @@ def steps(work: Work) -> dict[str, tuple[Callable, tuple]]:
     }
     for name, part in work.parts.items():
         rows[name] = linearized_step(work), (params, part, *inputs)
-        rows[f"{name}, ordinary"] = partial_step(work), (params, part, *inputs)
+        rows[f"{name}, ordinary"] = ordinary_step(work, at), (part, params, *inputs)
     for name, penalty_inputs in work.penalties.items():
         rows[name] = penalized_step(work), (params, tau, inputs, penalty_inputs)
     rows["+ curvature"] = curved_step(work), (params, tau, work.factors, *inputs)
