@@ -134,7 +134,7 @@ def test_every_external_model_is_read_once_for_all_tasks(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "accuracy_of", accuracy_of)
     config = module.Config(out=tmp_path, external=tuple(names), coefs=(0.5, 1.0))
     checkpoint = types.SimpleNamespace(params={"w": np.zeros(2, np.float32)})
-    base = types.SimpleNamespace(checkpoint=checkpoint)
+    base = types.SimpleNamespace(checkpoint=checkpoint, fingerprint=0)
     tasks = [np.array([1.0, 4.0]), np.array([2.0, 0.5])]
     scores, cosines = module.survey(config, base, tasks, taus, names)
     assert read == names and scores.shape == (2, 5, 2)
@@ -145,13 +145,16 @@ def test_every_external_model_is_read_once_for_all_tasks(tmp_path, monkeypatch):
         cosine = w @ own / np.linalg.norm(w) / np.linalg.norm(own)
         np.testing.assert_allclose(cosines[t, i], cosine, rtol=1e-6)
     read.clear()
-    few = dataclasses.replace(config, preselect=2)
+    few = dataclasses.replace(config, preselect=2, out=tmp_path / "few")
     some, _ = module.survey(few, base, tasks, taus, names)
     # The cosines are read off all; then those of either task, which are 3, 4 and 0, 1.
     assert read == [*names, "0", "1", "3", "4"]
     scored = ~np.isnan(some).any(axis=2)
     assert scored.tolist() == [[False] * 3 + [True] * 2, [True] * 2 + [False] * 3]
     np.testing.assert_array_equal(some[scored], scores[scored])
+    monkeypatch.setattr(module, "accuracy_of", None)  # a second start has all scores
+    again, _ = module.survey(config, base, tasks, taus, names)
+    np.testing.assert_array_equal(again, scores)
 
 
 def test_the_report_says_how_often_a_preselection_holds_the_winner():

@@ -30,6 +30,7 @@ The paper takes 427 models that it does not list. What else it leaves open:
 """
 
 import dataclasses
+import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,9 +39,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common import runs, script, tables, training
+from experiments.common import partial, runs, script, tables, training
 from experiments.common.language import text_to_text, tiny_text
-from jaxarith import evaluate, task_vectors
+from jaxarith import evaluate, fingerprint, task_vectors
 from jaxarith.data import glue, language
 from jaxarith.merge.bases_arithmetic import similarities
 from jaxarith.typing import Params, Taus
@@ -198,7 +199,10 @@ def survey(
     others: Sequence[str],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Validation scores `[task, n, m]` of n external vectors at m coefficients, and the
-    cosines `[task, n]` with the tasks' own; NaN where nothing was scored."""
+    cosines `[task, n]` with the tasks' own; NaN where nothing was scored.
+
+    They are kept in `scores/` of the run's folder, and not measured again.
+    """
     params_0 = base.checkpoint.params
     scores = np.full((len(tasks), len(others), len(config.coefs)), np.nan)
     cosines = np.full(scores.shape[:2], np.nan)
@@ -209,14 +213,30 @@ def survey(
             cosines[:, i] = similarities(taus, external)
         chosen = nearest(cosines, config.preselect)
     scored = np.flatnonzero(chosen.any(axis=0)).tolist()
+    vectors = [fingerprint.combined(tau) for tau in taus]
+    models = {"params_0": base.fingerprint, "vectors": vectors}
     for i in tqdm(scored, desc="search", unit="model"):
         external = text_to_text.external_vector(base, others[i])
         cosines[:, i] = similarities(taus, external)
-        for t in np.flatnonzero(chosen[:, i]).tolist():
-            fine_tuned = task_vectors.apply(params_0, taus[t])
-            for j, coef in enumerate(config.coefs):
-                added = task_vectors.apply(fine_tuned, external, coef)
-                scores[t, i, j] = accuracy_of(base, tasks[t], added, "validation")
+
+        def score(rows, external=external):
+            """Scores of rows of a task, by its number, and a coefficient."""
+            found = []
+            for t, coef in rows:
+                fine_tuned = task_vectors.apply(params_0, taus[int(t)])
+                added = task_vectors.apply(fine_tuned, external, float(coef))
+                found.append(accuracy_of(base, tasks[int(t)], added, "validation"))
+            return np.array(found)
+
+        own = np.flatnonzero(chosen[:, i])
+        scores[own, i] = partial.scored(
+            config.out / "scores" / f"external_{i}.json",
+            models | {"external": fingerprint.combined(external)},
+            np.array(list(itertools.product(own, config.coefs))),
+            score,
+            together=len(config.coefs),
+            resume=config.resume,
+        ).reshape(len(own), -1)
     return scores, cosines
 
 
