@@ -12,6 +12,7 @@ import contextvars
 import dataclasses
 import io
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -167,6 +168,7 @@ def run(main: Callable[[Any], Any], config: Any) -> dict:
     """
     _make_devices(config.plan)
     found = Recorder(config.plan, config.mesh)
+    tqdm.write("running on stand-ins, then compiling every step", file=sys.stderr)
     token = _RECORDER.set(found)
     try:
         with tempfile.TemporaryDirectory() as folder, _quiet():
@@ -302,12 +304,18 @@ def shown(results: dict, found: Recorder) -> str:
             for row in rows
         ]
         parts.append(report.markdown_table(list(rows[0]), cells))
-    there = sum(found.found.values())
-    parts.append(
-        f"{there} vectors are in the bank; whether they are of the same configuration "
-        "the run will see. Steps and FLOPs are those of all vectors of a row, GB a "
-        "device those of the largest group that trains together."
+    told = (
+        "Steps and FLOPs are those of all vectors of a row, GB a device those of the "
+        "largest group that trains together."
     )
+    if sum(found.found.values()):
+        told += (
+            " Of vectors in the bank the run itself sees whether their configuration "
+            "is the same."
+        )
+    if any(one.recipe.form for one in found.trainings):
+        told += " Curvature is left out: its measuring, its penalty and its memory."
+    parts.append(told)
     header = ["", *(chip.name for chip in CHIPS)]
     hours = list(results["device hours"].values())
     table = [
