@@ -112,7 +112,7 @@ def test_the_example_of_many_devices_trains_and_saves_checkpoints(
         "loss": lambda features, batch, constants: (features**2).mean(),
         "test_batches": [{"image": image[None], "mask": np.ones(1, bool)}],
     }
-    exec(compile(examples()[4], "README.md", "exec"), scope)
+    exec(compile(examples()[5], "README.md", "exec"), scope)
     assert scope["mesh"].shape == {"task": 1, "data": 4, "fsdp": 2}
     moved = scope["outputs"]([1.0, 0.0]) - scope["outputs"]([0.0, 0.0])
     assert np.abs(moved).max() > 1e-6
