@@ -24,20 +24,22 @@ ROUGE-2 is the F-measure. A generated text has so many tokens at most: summaries
 MultiNews have 264 words on average (Fabbri et al. 2019), and a word of English takes
 about 1.3 tokens; the others are a phrase or a sentence.
 
-To make the files, take datasets of the Hub, and a row for a line. Test splits without
-labels are replaced by validation splits, and these by as many training rows:
+To make the files, write a line for each row of a dataset of the Hub. Where its test
+split has no labels, test on its validation split; where no validation split is left,
+hold out as many training rows:
 
-    files       dataset               validation, test   input; target
-    imdb        stanfordnlp/imdb      of train, test     text; positive or negative
-    race        ehovy/race, all       validation, test   *; the text of the answer
-    qasc        allenai/qasc          of train, valid.   *; the text of the answer
-    multi_news  alexfabbri/multi_news validation, test   document; summary
-    squad       rajpurkar/squad       of train, valid.   answer: A context: C; question
-    common_gen  allenai/common_gen    of train, valid.   the concepts; target
+    files       dataset                validation  test        input; target
+    imdb        stanfordnlp/imdb       of train    test        text; positive, negative
+    race        ehovy/race, all        validation  test        *; the right option
+    qasc        allenai/qasc           of train    validation  *; the right option
+    multi_news  alexfabbri/multi_news  validation  test        document; summary
+    squad       rajpurkar/squad        of train    validation  **; question
+    common_gen  allenai/common_gen     of train    validation  concepts; target
 
-The card of a model on the Hub shows the exact form of its inputs and outputs; where it
-has none (*, as that of race), try some: a form is right if the model's own score is
-high, which `report.json` has under "single".
+*: question, options and facts or article, **: "answer: … context: …". Their exact form,
+and words before a target such as "question:", are on the card of a model; that of race
+has no card. We have not tried them: a form is right if the model's own score is high,
+which `report.json` has under "single".
 
 Two vectors are added with one coefficient of 0, 0.05, …, 1, and the score on each of
 the two tasks is divided by that of its own model. Published: a plot, and in percent

@@ -30,6 +30,7 @@ The paper takes 427 models that it does not list. What else it leaves open:
 """
 
 import dataclasses
+import functools
 import itertools
 import tempfile
 from collections.abc import Sequence
@@ -215,6 +216,11 @@ def survey(
     scored = np.flatnonzero(chosen.any(axis=0)).tolist()
     vectors = [fingerprint.combined(tau) for tau in taus]
     models = {"params_0": base.fingerprint, "vectors": vectors}
+
+    @functools.lru_cache(maxsize=1)
+    def fine_tuned(t: int):
+        return task_vectors.apply(params_0, taus[t])
+
     for i in tqdm(scored, desc="search", unit="model"):
         external = text_to_text.external_vector(base, others[i])
         cosines[:, i] = similarities(taus, external)
@@ -223,9 +229,9 @@ def survey(
             """Scores of rows of a task, by its number, and a coefficient."""
             found = []
             for t, coef in rows:
-                fine_tuned = task_vectors.apply(params_0, taus[int(t)])
-                added = task_vectors.apply(fine_tuned, external, float(coef))
-                found.append(accuracy_of(base, tasks[int(t)], added, "validation"))
+                task = int(t)
+                added = task_vectors.apply(fine_tuned(task), external, float(coef))
+                found.append(accuracy_of(base, tasks[task], added, "validation"))
             return np.array(found)
 
         own = np.flatnonzero(chosen[:, i])

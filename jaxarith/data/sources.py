@@ -61,7 +61,7 @@ class Samples:
         return self.labels_at(np.arange(len(self)))
 
     def labels_at(self, indices: np.ndarray) -> np.ndarray:
-        """The labels of some samples, `i32[n]`; of others nothing is read."""
+        """The labels of some samples, `i32[n]`."""
         found = self._indices[indices]
         parts = np.searchsorted(self._starts, found, side="right") - 1
         labels = np.empty(len(found), np.int32)
@@ -246,8 +246,8 @@ class Records:
         return self._numbers(iter(records), range(len(records)))
 
     def labels_at(self, indices: np.ndarray) -> np.ndarray:
-        """The labels of some records; the others are read only where they are few."""
-        # One by one takes longer a record than all in order.
+        """The labels of some records; of less than half, no other record is read."""
+        # To read a record by its index takes longer than to read it in order.
         if "labels" in self.__dict__ or 2 * len(indices) > len(self):
             return self.labels[indices]
         records = self._label_records
