@@ -71,7 +71,8 @@ class Options:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} {value}: expected more than 0.")
         for name in _COUNTS:
-            if not 0 <= (value := getattr(self, name, 0)) < math.inf:
+            value = getattr(self, name, None)
+            if value is not None and not 0 <= value < math.inf:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} {value}: expected 0 or more.")
         for name in _LISTS:

@@ -84,6 +84,12 @@ def coef_option(method: str) -> str:
     return own.get(method, default)
 
 
+def coef_of(config: options.Options, method: str) -> float:
+    """The weight λ of a method's penalty."""
+    found = getattr(config, coef_option(method))
+    return options.tau_jp_coef(config) if found is None else found
+
+
 def recipe_of(setup: setups.Setup, method: str, task: setups.Task):
     """How a method trains on a task: a `TrainConfig`."""
     distill = train.Distill(coef=setup.options.distill_coef)
@@ -95,11 +101,11 @@ def recipe_of(setup: setups.Setup, method: str, task: setups.Task):
         if mode == "strict" and setup.options.protocol == "paper":
             # Eq. 10 is a sum over the other tasks, and their code takes the mean.
             count = len(others_of(setup, method, task))
-            penalty["penalty_coef"] = count * setup.options.penalty_coef
+            penalty["penalty_coef"] = count * coef_of(setup.options, method)
     elif kind := curved.KINDS.get(method):
         penalty = {
             "penalty": "kronecker" if kind.sharing else "diagonal",
-            "penalty_coef": getattr(setup.options, coef_option(method)),
+            "penalty_coef": coef_of(setup.options, method),
             # They are τJp's, and not to tell vectors with curvature apart.
             "penalty_power": 1,
             "penalty_batch_size": 1,
@@ -211,7 +217,7 @@ def candidate(method: str, coef: float) -> str:
 def folder_of(setup: setups.Setup, method: str, task: setups.Task) -> str:
     """Where the bank has a method's vectors, of those of a choice of λ too."""
     if is_penalised(method):
-        own = candidate(method, getattr(setup.options, coef_option(method)))
+        own = candidate(method, coef_of(setup.options, method))
         if file_of(setup, own, task.name).exists():
             return own
     return method
