@@ -254,6 +254,7 @@ def test_tasks_with_their_own_curvature_train_side_by_side_where_there_is_room(
     def vectors_of(options, network, wanted, *, together, observe):
         found = [len(group) for group in training.alike(wanted, together)]
         groups[wanted[0].identity["method"]] = found
+        return []
 
     monkeypatch.setattr(vectors.training, "vectors", vectors_of)
     stats = {} if limit is None else {"bytes_limit": limit}
