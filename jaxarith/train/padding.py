@@ -52,8 +52,8 @@ def weights(
       always: give the field where all weights are 1 too.
 
     Example:
-      >>> weights(np.arange(4), 3, 4)[WEIGHT].round(3).tolist()
-      [1.333, 1.333, 1.333, 0.0]
+      >>> print(weights(np.arange(4), 2, 4)[WEIGHT])
+      [2. 2. 0. 0.]
       >>> weights(np.arange(4), 4, 4)
       {}
     """
