@@ -240,8 +240,8 @@ def test_the_bank_gives_a_vector_again_and_never_one_of_other_data_or_options(
             figure6(folders, tmp_path, "rate", tasks, learning_rate=1e-4)
         with pytest.raises(ValueError, match="every task, control included, once"):
             figure6(folders, tmp_path, "twice", {"a": "dots", "control": "lines"})
-        with pytest.raises(ValueError, match="multiple of 2"):
-            figure6(folders, tmp_path, "parts", tasks, batch_size=5, micro_batches=2)
+        with pytest.raises(ValueError, match="9 micro-batches of 4 samples"):
+            figure6(folders, tmp_path, "parts", tasks, micro_batches=9)
     for out in ("swapped", "rate", "twice", "parts"):
         assert not (tmp_path / out).exists()
     other = importlib.import_module("experiments.tau_jp.figure4_per_task")

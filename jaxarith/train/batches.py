@@ -104,17 +104,18 @@ def task_batches(
         views, size = len(foreign[task]), config.penalty_batch_size
         return tau_jp.draw(mode, step, views, size, seeds[task])
 
-    for task in range(len(sources) if config.tau_jp_mode else 0):
-        drawn(task, 0, config.tau_jp_mode)  # an error where there is no other task
+    # Of plain arrays, for what makes a batch goes to worker processes.
+    penalty_rows = [
+        _penalty_rows(len(drawn(task, 0, config.tau_jp_mode)), config, mesh)
+        for task in range(len(sources) if config.tau_jp_mode else 0)
+    ]
 
     def penalty_samples(task, step):
         views, tasks = foreign[task], drawn(task, step, config.tau_jp_mode)
-        first, count = step * config.penalty_batch_size, len(tasks)
-        total = padding.copied(count, mesh, config.micro_batches)
-        rows = sharding.local_rows(total, mesh, sharding.BATCH)
+        first, (rows, total) = step * config.penalty_batch_size, penalty_rows[task]
         records = [
             views[tasks[i]][first + int(i) % config.penalty_batch_size]
-            for i in rows % count
+            for i in rows % len(tasks)
         ]
         samples = pipeline.collate(
             [
@@ -125,7 +126,7 @@ def task_batches(
         if step < config.penalty_start:  # they are read, and count for nothing
             return samples | {padding.WEIGHT: np.zeros(len(rows), np.float32)}
         always = config.penalty_start > 0  # one program serves all steps
-        return samples | padding.weights(rows, count, total, always=always)
+        return samples | padding.weights(rows, len(tasks), total, always=always)
 
     def make_batch(step):
         batches = []
@@ -196,6 +197,12 @@ def joint_batches(
     return pipeline.Batches(
         pipeline.lazy(make_batch, config.steps), lambda: _identities(sources)
     )
+
+
+def _penalty_rows(count, config, mesh):
+    """Which of a step's penalty samples this process reads, and how many there are."""
+    total = padding.copied(count, mesh, config.micro_batches)
+    return sharding.local_rows(total, mesh, sharding.BATCH), total
 
 
 def _alphas(distill, seed, step, rows):
