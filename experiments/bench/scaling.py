@@ -31,8 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from experiments.bench import collectives, encoders, measure
@@ -154,36 +153,23 @@ def program(
     """The linearised step of one task, compiled for the devices of a mesh."""
     samples = batch_per_device * mesh.size
     config = train.TrainConfig(linearized=True, batch_size=samples)
-    params_0 = encoder.layout
     (image,) = encoder.make_inputs(np.random.default_rng(0), 1)
-    width = jax.eval_shape(encoder.apply_fn, params_0, image).shape[-1]
-    state = jax.eval_shape(
-        lambda params: train.init_state(params, config, 1, mesh), params_0
-    )
-    batch = {
-        "image": jax.ShapeDtypeStruct((1, samples, *image.shape[1:]), jnp.float32),
-        "label": jax.ShapeDtypeStruct((1, samples), jnp.int32),
-    }
-    head = jax.ShapeDtypeStruct((1, CLASSES, width), jnp.float32)
+    width = jax.eval_shape(encoder.apply_fn, encoder.layout, image).shape[-1]
 
     def loss_fn(features, batch, head):
         return losses.cross_entropy(heads.logits(head, features), batch["label"])
 
-    def placed(tree_, places):
-        return jax.tree.map(
-            lambda leaf, place: leaf.update(sharding=place), tree_, places
-        )
-
-    def everywhere(tree_, spec):
-        return placed(tree_, jax.tree.map(lambda _: NamedSharding(mesh, spec), tree_))
-
-    objective = train.objective(encoder.apply_fn, loss_fn, config, mesh=mesh)
-    step: Any = train.make_step(objective, config, mesh)
-    lowered = step.lower(
-        placed(state, sharding.shardings(state, mesh, tasks=True)),
-        placed(params_0, sharding.shardings(params_0, mesh)),
-        everywhere(batch, P("task", sharding.BATCH)),
-        everywhere(head, P("task")),
+    lowered = train.lowered_step(
+        encoder.apply_fn,
+        encoder.layout,
+        loss_fn,
+        {
+            "image": jax.ShapeDtypeStruct(image.shape[1:], jnp.float32),
+            "label": jax.ShapeDtypeStruct((), jnp.int32),
+        },
+        config,
+        constants=jax.ShapeDtypeStruct((1, CLASSES, width), jnp.float32),
+        mesh=mesh,
     )
     return lowered.compile()
 

@@ -78,13 +78,6 @@ def lowered_step(
         weighed = 0 if config.penalty_start else count
         batch["penalty"] |= _weight(rows, weighed, total)
 
-    def everywhere(tree_, spec):
-        place = NamedSharding(mesh, spec)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(np.shape(x), _dtype(x), sharding=place),
-            tree_,
-        )
-
     def placed(tree_, places):
         return jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(
@@ -93,6 +86,9 @@ def lowered_step(
             tree_,
             places,
         )
+
+    def everywhere(tree_, spec):
+        return placed(tree_, jax.tree.map(lambda _: NamedSharding(mesh, spec), tree_))
 
     state = jax.eval_shape(
         lambda params: init_state(params, config, tasks, mesh), params_0

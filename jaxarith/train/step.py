@@ -219,9 +219,12 @@ def _at_once(function, *args):
     )
     shapes = jax.eval_shape(function, *args)
 
+    def broken(x):
+        is_real = jnp.issubdtype(x.dtype, jnp.inexact)
+        return jnp.full(x.shape, jnp.nan if is_real else 0, x.dtype)
+
     def unreached(*_):  # but for a state that is no number already
-        numbers = lambda x: jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0  # noqa: E731
-        return jax.tree.map(lambda x: jnp.full(x.shape, numbers(x), x.dtype), shapes)
+        return jax.tree.map(broken, shapes)
 
     return jax.lax.optimization_barrier(
         jax.lax.cond(is_number, function, unreached, *args)
