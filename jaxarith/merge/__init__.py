@@ -34,6 +34,10 @@ from jaxarith.merge.greedy_soup import greedy_soup as greedy_soup
 from jaxarith.merge.iso_c import iso_c as iso_c
 from jaxarith.merge.iso_cts import iso_cts as iso_cts
 from jaxarith.merge.karcher import karcher as karcher
+from jaxarith.merge.linear_bases import LinearBases as LinearBases
+from jaxarith.merge.linear_bases import autoencoder as autoencoder
+from jaxarith.merge.linear_bases import pca as pca
+from jaxarith.merge.linear_bases import recover as recover
 from jaxarith.merge.localize_and_stitch import localize as localize
 from jaxarith.merge.localize_and_stitch import (
     localize_and_stitch as localize_and_stitch,
