@@ -1,10 +1,11 @@
 """What a run will cost: `--plan`.
 
-A plan is the script itself, run on stand-ins: a tiny model, a few made-up images for
-every split, random vectors in place of trained ones. Where it would train or evaluate,
-it says so to the `Recorder`, which knows the sizes of the real model, and counts: FLOPs
-as XLA counts those of one optimizer step and one forward pass, memory as XLA plans the
-step that it compiles for as many virtual CPU devices as the run is to have.
+A plan of a script on images is the script itself, run on stand-ins: a tiny model, a few
+made-up images for every split, random vectors in place of trained ones. Where it would
+train or evaluate, it says so to the `Recorder`; a script on texts says all of it at
+once. The recorder knows the sizes of the real model, and counts: FLOPs as XLA counts
+those of one optimizer step and one forward pass, memory as XLA plans the step that it
+compiles for as many virtual CPU devices as the run is to have.
 """
 
 import contextlib
@@ -58,6 +59,7 @@ class Full(NamedTuple):
       params_0: `jax.ShapeDtypeStruct`s of its parameters.
       sample: a sample of a batch, as `jax.ShapeDtypeStruct`s.
       inputs: the fields of a sample that the model reads.
+      penalty_mask: as for `train.fine_tune`.
     """
 
     title: str
@@ -66,6 +68,7 @@ class Full(NamedTuple):
     params_0: Tree
     sample: dict
     inputs: tuple[str, ...] = ("image",)
+    penalty_mask: str | None = None
 
 
 class Training(NamedTuple):
@@ -108,6 +111,7 @@ class Recorder:
         self.passes: dict[str, float] = {}
         self.models: dict[str, Full] = {}
         self.disk = 0.0
+        self.notes: list[str] = []
         self.made: dict[Path, Tree] = {}
         self._planned: set[Path] = set()
 
@@ -142,6 +146,11 @@ class Recorder:
         self.models[full.title] = full
         self.passes[full.title] = self.passes.get(full.title, 0) + passes
 
+    def note(self, sentence: str):
+        """Notes what a reader of the plan must know, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
 
 _RECORDER: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar(
     "recorder", default=None
@@ -158,7 +167,7 @@ def run(main: Callable[[Any], Any], config: Any) -> dict:
 
     Args:
       main: the script.
-      config: its options, with `plan` devices.
+      config: its options, with `plan` devices; a `plan_memory` of 0 leaves memory out.
 
     Returns:
       The plan as plain data.
@@ -168,15 +177,19 @@ def run(main: Callable[[Any], Any], config: Any) -> dict:
     """
     _make_devices(config.plan)
     found = Recorder(config.plan, config.mesh)
-    tqdm.write("running on stand-ins, then compiling every step", file=sys.stderr)
+    tqdm.write("running on stand-ins, then planning every step", file=sys.stderr)
     token = _RECORDER.set(found)
     try:
         with tempfile.TemporaryDirectory() as folder, _quiet():
-            nowhere = {"out": Path(folder), "mesh": "data=1", "workers": 0}
+            nowhere = {"out": Path(folder), "mesh": "data=1"}
+            nowhere |= {"workers": 0} if hasattr(config, "workers") else {}
             main(dataclasses.replace(config, **nowhere))
     finally:
         _RECORDER.reset(token)
-    rows = [_row(*each) for each in tqdm(_alike(found), desc="compiling", leave=False)]
+    rows = [
+        _row(found, group, memory=config.plan_memory > 0)
+        for group in tqdm(_alike(found), desc="steps", leave=False)
+    ]
     results = {"devices": config.plan, "mesh": config.mesh or f"data={config.plan}"}
     results |= {"rows": rows, **totals(found, rows)}
     print(shown(results, found))
@@ -207,23 +220,20 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _alike(found: Recorder) -> list[tuple[Recorder, list[Training]]]:
+def _alike(found: Recorder) -> list[list[Training]]:
     """Trainings of one method of one model, which are one row."""
     groups: dict[tuple[str, str], list[Training]] = {}
     for training in found.trainings:
         groups.setdefault((training.full.title, training.method), []).append(training)
-    return [(found, group) for group in groups.values()]
+    return list(groups.values())
 
 
-def _row(found: Recorder, group: list[Training]) -> dict:
+def _row(found: Recorder, group: list[Training], *, memory: bool) -> dict:
     largest = max(group, key=lambda one: (len(one.names), one.joint, one.recipe.steps))
     flops = _step_flops(largest)
     vectors = sum(len(one.names) for one in group)
     steps = sum(len(one.names) * one.recipe.steps for one in group)
-    mesh = sharding.make_mesh(found.mesh, jax.devices()[: found.devices])
-    mesh = sharding.for_tasks(mesh, len(largest.names))
-    compiled = _lowered(largest, largest.batches, len(largest.names), mesh).compile()
-    return {
+    row = {
         "model": largest.full.title,
         "method": largest.method,
         "together": len(largest.names),
@@ -232,8 +242,16 @@ def _row(found: Recorder, group: list[Training]) -> dict:
         "steps": steps,
         "TFLOP a step": flops / 1e12,
         "EFLOP": flops * steps / 1e18,
-        "GB a device": train.device_bytes(compiled) / 1e9,
     }
+    return row | ({"GB a device": _gigabytes(found, largest)} if memory else {})
+
+
+def _gigabytes(found: Recorder, training: Training) -> float:
+    """What a device holds in a step, which is compiled for it."""
+    mesh = sharding.make_mesh(found.mesh, jax.devices()[: found.devices])
+    mesh = sharding.for_tasks(mesh, len(training.names))
+    lowered = _lowered(training, training.batches, len(training.names), mesh)
+    return train.device_bytes(lowered.compile()) / 1e9
 
 
 def _step_flops(training: Training) -> float:
@@ -259,6 +277,7 @@ def _lowered(training, config, tasks, mesh):
         others=training.others,
         constants=constants,
         inputs=full.inputs,
+        penalty_mask=full.penalty_mask,
         mesh=mesh,
     )
 
@@ -280,7 +299,10 @@ def totals(found: Recorder, rows: Sequence[dict]) -> dict:
     training = sum(row["EFLOP"] for row in rows) * 1e18
     every = training + sum(evaluation.values())
     states = [
-        12 * tree.size(one.full.params_0) * len(one.names) for one in found.trainings
+        12
+        * tree.size(tree.select(one.full.params_0, one.recipe.trained))
+        * len(one.names)
+        for one in found.trainings
     ]
     return {
         "forward passes": found.passes,
@@ -304,9 +326,11 @@ def shown(results: dict, found: Recorder) -> str:
             for row in rows
         ]
         parts.append(report.markdown_table(list(rows[0]), cells))
-    told = (
-        "Steps and FLOPs are those of all vectors of a row, GB a device those of the "
-        "largest group that trains together."
+    told = "Steps and FLOPs are those of all vectors of a row"
+    told += (
+        ", GB a device those of the largest group that trains together."
+        if all("GB a device" in row for row in rows)
+        else ". With --plan-memory 0 the memory of a device is not planned."
     )
     if sum(found.found.values()):
         told += (
@@ -315,7 +339,7 @@ def shown(results: dict, found: Recorder) -> str:
         )
     if any(one.recipe.form for one in found.trainings):
         told += " Curvature is left out: its measuring, its penalty and its memory."
-    parts.append(told)
+    parts.append(" ".join([told, *found.notes]))
     header = ["", *(chip.name for chip in CHIPS)]
     hours = list(results["device hours"].values())
     table = [
@@ -341,17 +365,33 @@ def shown(results: dict, found: Recorder) -> str:
 def check_memory(rows: Sequence[dict], config: Any):
     """Raises a ValueError where a row needs more memory than a device has."""
     limit = config.plan_memory
-    large = [row for row in rows if row["GB a device"] > limit]
+    large = [row for row in rows if row.get("GB a device", 0) > limit]
     if not large:
         return
     worst = max(large, key=lambda row: row["GB a device"])
-    helps = [] if config.remat else ["--remat"]
-    helps.append(f"--micro-batches {2 * config.micro_batches}")
-    if config.plan > 1 and "fsdp" not in config.mesh:
-        helps.append(f"--mesh fsdp={config.plan}")
-    if any(row["together"] > 1 for row in large) and config.tasks_together:
-        helps.append("--no-tasks-together")
     raise ValueError(
         f"{worst['method']} of {worst['model']} needs {worst['GB a device']:.1f} GB on "
-        f"a device, of --plan-memory {limit:g}. What helps: {', '.join(helps)}."
+        f"a device, of --plan-memory {limit:g}. What helps: "
+        f"{', '.join(_what_helps(config, large))}."
     )
+
+
+def _what_helps(config, large) -> list[str]:
+    """The options of this script with which a step needs less memory."""
+    given = {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(config)
+    }
+    helps = []
+    if not given.get("remat", True):
+        helps.append("--remat")
+    if "micro_batches" in given:
+        helps.append(f"--micro-batches {2 * given['micro_batches']}")
+    if "fsdp" not in config.mesh:
+        count = max(config.plan, 2)
+        more = "" if config.plan > 1 else f" on {count} devices"
+        helps.append(f"--mesh fsdp={count}{more}")
+    together = given.get("tasks_together")
+    if any(row["together"] > 1 for row in large) and together:
+        one = "--no-tasks-together" if together is True else "--tasks-together 1"
+        helps.append(one)
+    return helps

@@ -24,10 +24,10 @@ from jaxarith.train import manifest
 # Options that many scripts have: sizes above 0, and lists with an entry.
 _SIZES = ("batch_size", "epochs", "evaluation_batch", "max_length")
 _SIZES += ("learning_rate", "micro_batches", "penalty_batch_size", "samples", "steps")
-_SIZES += ("curvature_samples", "plan_memory", "seeds")
+_SIZES += ("curvature_samples", "seeds")
 _COUNTS = ("curvature_coef", "curvature_rank", "delta_coef")
 _COUNTS += ("diagonal_coef", "distill_coef", "penalty_coef", "penalty_start", "plan")
-_COUNTS += ("save_every",)
+_COUNTS += ("plan_memory", "save_every")
 _COUNTS += ("workers",)
 _LISTS = ("alphas", "coefs", "models", "seeds")
 
@@ -87,6 +87,18 @@ class Banked(Options):
     bank: Path = Path("bank")
     """Folder of task vectors, which all scripts share: a vector that it holds is not
     trained again."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planned(Options):
+    """The options of scripts that say what they cost, see `planning`."""
+
+    plan: int = 0
+    """Print what the run costs on so many devices, and stop: steps, FLOPs, memory of a
+    device, hours, disk. It needs neither weights nor data. 0 runs the script."""
+    plan_memory: float = 80.0
+    """GB of a device; a plan that needs more is refused, with what helps. 0 does not
+    plan memory, for which every step is compiled."""
 
 
 # They say where a run is, or how it computes, and not what.

@@ -20,7 +20,7 @@ SMOKE = ("mnist", "mnist_rotated", "uci_digits", "inverted_digits")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(curvatures.Options, runs.Banked):
+class Options(curvatures.Options, runs.Banked, runs.Planned):
     """The options that all scripts on CLIP have."""
 
     tasks: tuple[str, ...] = vision.EIGHT
@@ -71,11 +71,6 @@ class Options(curvatures.Options, runs.Banked):
     has another number of steps for every task, and so trains one by one anyway."""
     samples: int | None = None
     """The largest number of samples of a split, drawn at random; all by default."""
-    plan: int = 0
-    """Print what the run costs on so many devices, and stop: steps, FLOPs, memory of a
-    device, hours, disk. It needs neither weights nor data. 0 runs the script."""
-    plan_memory: float = 80.0
-    """GB of a device; a plan that needs more is refused, with what helps."""
     evaluation_batch: int = 128
     workers: int = 8
     """Processes that read and augment images; 0 for threads."""
