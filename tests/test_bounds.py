@@ -131,6 +131,72 @@ def test_addition_and_generalization_attain_their_bounds(cosine):
     assert gap < bounds.negation(smoothness, c, cosine)
 
 
+def partitions(count):
+    """All partitions of so many tasks."""
+    found = [[]]
+    for task in range(count):
+        found = [
+            own
+            for groups in found
+            for own in (
+                *(
+                    [*groups[:i], [*group, task], *groups[i + 1 :]]
+                    for i, group in enumerate(groups)
+                ),
+                [*groups, [task]],
+            )
+        ]
+    return found
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bounds_of_clusters_are_those_of_the_means(seed):
+    taus = normal(seed, 4, SIZE) + 0.5
+    gram = taus @ taus.T
+    for clusters in partitions(4):
+        means = [taus[members].mean(axis=0) for members in clusters]
+        found = bounds.of_clusters(gram, clusters)
+        expected = bounds.addition(1.0, *bounds.constants(trees(means)))
+        assert found.addition == pytest.approx(expected, rel=1e-10)
+        c = np.diag(gram).max()
+        losses = [
+            bounds.generalization(1.0, c, max(tau @ mean for mean in means) / c)
+            for tau in taus
+        ]
+        assert found.generalization == pytest.approx(max(losses), rel=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_one_cluster_is_least_for_addition_and_all_for_generalization(seed):
+    taus = normal(seed, 4, 3) + np.random.default_rng(seed).choice([-1, 0, 1])
+    gram = taus @ taus.T
+    found = [bounds.of_clusters(gram, clusters) for clusters in partitions(4)]
+    one = bounds.of_clusters(gram, [[0, 1, 2, 3]])
+    every = bounds.of_clusters(gram, [[0], [1], [2], [3]])
+    assert one.addition <= min(x.addition for x in found) * (1 + 1e-12)
+    assert every.generalization <= min(x.generalization for x in found) + 1e-12
+    # Strictly, unless one task vector serves all.
+    assert one.addition < every.addition
+    assert one.generalization > every.generalization
+
+
+def test_the_fewest_clusters_are_planted_ones_and_keep_the_tolerance():
+    labels = np.repeat([0, 1, 2], [3, 2, 1])
+    gram = np.where(labels[:, None] == labels, 0.8, 0.01) + 0.2 * np.eye(6)
+    gram[np.diag_indices(6)] = 1.0
+    planted = [[0, 1, 2], [3, 4], [5]]
+    # Of three equal vectors with cosine c the loss is 1 - (1 + 2c) / 3.
+    loss = bounds.of_clusters(gram, planted).generalization
+    assert loss == pytest.approx(1 - 2.6 / 3, rel=1e-10)
+    assert bounds.fewest_clusters(gram, loss + 1e-9) == planted
+    assert bounds.fewest_clusters(gram, 0) == [[i] for i in range(6)]
+    assert bounds.fewest_clusters(gram, 1) == [list(range(6))]
+    counts = [len(bounds.fewest_clusters(gram, x)) for x in np.linspace(0, 1, 5)]
+    assert counts == sorted(counts, reverse=True)
+    with pytest.raises(ValueError, match="tolerance is -0.1; it must be 0 or more"):
+        bounds.fewest_clusters(gram, -0.1)
+
+
 def logistic(params, x):
     return x @ params["w"]
 

@@ -24,12 +24,15 @@ enough for quadratic losses. For any other, L must be the largest on that way::
 The losses themselves are those of `landscape.losses`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxarith import tree
-from jaxarith.typing import Taus, Tree
+from jaxarith.merge.bases import checked_partition, cluster
+from jaxarith.typing import Array, Taus, Tree
 
 
 class Constants(NamedTuple):
@@ -60,9 +63,12 @@ def constants(taus: Taus) -> Constants:
     """
     if not taus:
         raise ValueError("the constants of no task vectors; give at least one.")
-    gram = tree.gram(taus)
+    return _constants(tree.gram(taus))
+
+
+def _constants(gram):
     cosines = np.abs(tree.cosine(gram))
-    epsilon = np.max(cosines, where=~np.eye(len(taus), dtype=bool), initial=0)
+    epsilon = np.max(cosines, where=~np.eye(len(gram), dtype=bool), initial=0)
     return Constants(float(gram.diagonal().max()), float(epsilon))
 
 
@@ -163,3 +169,84 @@ def generalization(smoothness: float, c: float, beta: float) -> float:
       4.0
     """
     return smoothness * c * (1 - beta)
+
+
+class OfClusters(NamedTuple):
+    r"""What the theorems say of clusters, whose means are the basis vectors.
+
+    Attributes:
+      addition: :math:`C(1 + \epsilon)`, with C and ε of the basis vectors.
+      generalization: :math:`C(1 - \beta)` of the task that loses most when it is
+        served by its nearest basis vector, with C of the task vectors.
+    """
+
+    addition: float
+    generalization: float
+
+
+def of_clusters(gram: Array, clusters: Sequence[Sequence[int]]) -> OfClusters:
+    """The bounds of a partition into clusters, for a smoothness L of 1.
+
+    Neither chooses the number of clusters K. That of addition is least for K = 1:
+    the mean of all is not longer than the longest mean of a cluster, and ε is 0. That
+    of generalization is least for K = T: a task vector's inner product with a mean is
+    not larger than the largest one with a member.
+
+    Args:
+      gram: inner products of the task vectors, `[T, T]`.
+      clusters: a partition of `range(T)`.
+
+    Raises:
+      ValueError: the clusters are no partition.
+
+    Example:
+      >>> of_clusters(np.eye(2), [[0, 1]])
+      OfClusters(addition=0.5, generalization=0.5)
+      >>> of_clusters(np.eye(2), [[0], [1]])
+      OfClusters(addition=1.0, generalization=0.0)
+    """
+    gram = np.asarray(gram, np.float64)
+    means = np.zeros((len(gram), len(clusters)))
+    for k, members in enumerate(checked_partition(clusters, len(gram))):
+        means[members, k] = 1 / len(members)
+    served = gram @ means  # inner products of tasks and basis vectors
+    found = _constants(means.T @ served)
+    return OfClusters(
+        addition(1.0, *found), float(gram.diagonal().max() - served.max(axis=1).min())
+    )
+
+
+def fewest_clusters(gram: Array, tolerance: float, *, seed: int = 0) -> list[list[int]]:
+    """The fewest clusters that serve every task nearly as well as its own vector does.
+
+    These are clusters of `merge.bases.cluster`, the first for K = 1, 2, … whose bound
+    of generalization exceeds that of T clusters by at most `tolerance` times C. It is
+    another choice than that of `merge.bases.eigengap`, and needs a tolerance, for the
+    bound itself is least for T clusters: see `of_clusters`. With a pair of equal norms
+    and cosine c in one cluster, the bound is C (1 - c) / 2.
+
+    Args:
+      gram: inner products of the task vectors, `[T, T]`.
+      tolerance: 0 or more. The paper has no such choice, and states no value.
+      seed: seed of the clustering.
+
+    Raises:
+      ValueError: the tolerance is negative, or the Gram matrix is not square.
+      ImportError: scikit-learn is missing.
+
+    Example:
+      >>> gram = np.array([[1, 0.9, 0], [0.9, 1, 0], [0, 0, 1]])
+      >>> fewest_clusters(gram, 0.1), fewest_clusters(gram, 0.01)
+      ([[0, 1], [2]], [[0], [1], [2]])
+    """
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance is {tolerance}; it must be 0 or more.")
+    gram = np.asarray(gram, np.float64)
+    cosines = tree.cosine(jnp.asarray(gram))
+    own = [[i] for i in range(len(gram))]
+    limit = of_clusters(gram, own).generalization + tolerance * gram.diagonal().max()
+    for count in range(1, len(gram)):
+        found = cluster(cosines, count, seed=seed)
+        if of_clusters(gram, found).generalization <= limit:
+            return found
+    return own
