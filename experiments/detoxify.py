@@ -38,8 +38,8 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.common import runs, script
-from experiments.common.language import gpt2, text_files
+from experiments.common import planning, runs, script
+from experiments.common.language import detoxification, gpt2, planned, text_files
 from jaxarith import evaluate, hub, plots, report, sharding, task_vectors, train
 from jaxarith.sharding import processes
 from jaxarith.typing import Params, Source, Tree
@@ -119,6 +119,9 @@ def main(config: Config) -> dict:
             max_new_tokens=8,
             perplexity_tokens=600,
         )
+    if record := planning.recorder():
+        plan(config, record)
+        return {}
     mesh, texts = runs.start(config), toxic_texts(config)
     model = load(config)
     recipe, batches = prepare(config, model, texts, mesh)
@@ -156,6 +159,41 @@ def main(config: Config) -> dict:
     return results
 
 
+def plan(config: Config, record: planning.Recorder):
+    """Notes the vector, and the measures of all coefficients and of two models more."""
+    count = config.texts
+    if config.toxic.exists():
+        count = len(toxic_texts(config))
+    if count is None:
+        count = detoxification.planned_comments(record, config.toxic)
+    full = planned.gpt2_model(config.model, config.max_length)
+    file = runs.vectors(config) / f"{TASK}.safetensors"
+    wanted = [planned.wanted(TASK, file, recipe_of(config, count))]
+    planned.vectors(record, full, TASK, gpt2.loss, wanted)
+    states = len({0.0, *config.coefs}) + 2
+    gpt2.plan_measures(
+        record,
+        config,
+        config.model,
+        states=states,
+        texts=states * config.samples,
+        length=gpt2.PROMPT_TOKENS + config.max_new_tokens,
+        linear=config.linearized,
+        control_tokens=config.perplexity_tokens or gpt2.CONTROL_TOKENS,
+    )
+
+
+def recipe_of(config: Config, texts: int) -> train.TrainConfig:
+    """The recipe for so many texts."""
+    return dataclasses.replace(
+        gpt2.recipe(config, texts),
+        linearized=config.linearized,
+        penalty="cyclic" if config.penalty_text else None,
+        penalty_coef=config.penalty_coef,
+        penalty_batch_size=max(config.batch_size // 4, 1),
+    )
+
+
 def load(config: Config) -> gpt2.Study:
     """The model and its measures."""
     sampling = gpt2.Sampling(
@@ -186,13 +224,7 @@ def prepare(
     if config.penalty_text is not None:
         penalty = text_files.read(config.penalty_text)
         others = [[gpt2.blocks(study, penalty, config.max_length)]]
-    recipe = dataclasses.replace(
-        gpt2.recipe(config, len(source)),
-        linearized=config.linearized,
-        penalty=others and "cyclic",
-        penalty_coef=config.penalty_coef,
-        penalty_batch_size=max(config.batch_size // 4, 1),
-    )
+    recipe = recipe_of(config, len(source))
     batches = train.task_batches(
         [source],
         recipe,

@@ -69,7 +69,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.awd import beyond, solving
-from experiments.common import runs, script, tables
+from experiments.common import planning, runs, script, tables
 from experiments.common.language import roberta_glue
 from jaxarith import evaluate, merge, plots, task_vectors, tree
 from jaxarith.models import bert
@@ -106,6 +106,9 @@ class Config(solving.Options, roberta_glue.Options):
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = roberta_glue.smoke(config, coefs=(0.3, 1.0), alphas=(1e-2, 1e-4))
+    if record := planning.recorder():
+        plan(config, record)
+        return {}
     rows, variants, more = [], [], []
     for setup in roberta_glue.setups(config):
         taus = roberta_glue.vectors(setup)
@@ -135,6 +138,22 @@ def main(config: Config) -> dict:
         if runs.is_first():
             figure(config.out, setup, variants)
     return write(config, {"rows": rows, "beyond": more, "figure 2": variants})
+
+
+def plan(config: Config, record: planning.Recorder):
+    """Notes the vectors, and the passes of all rows over validation and test parts."""
+    coefs = len(config.coefs)
+    # Four merges and AWD at every α are searched; two rows before, and averaging.
+    validated, tested = 1 + (4 + len(config.alphas)) * coefs, 2 + 5 + 1
+    tested += 2  # Figure 2
+    if config.beyond_paper:
+        own = [len(found) for _, found in beyond.MERGES.values() if len(found) > 1]
+        weights = (1 + beyond.SWEEPS * len(config.tasks)) * coefs
+        validated += sum(own) + coefs + weights
+        tested += len(beyond.MERGES) + 2
+    for texts in roberta_glue.plan_vectors(record, config):
+        passes = validated * texts.validation + tested * texts.test
+        record.evaluate(texts.full, passes)
 
 
 def scores_at(

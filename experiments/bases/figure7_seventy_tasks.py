@@ -43,8 +43,8 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common import runs, script, tables
-from experiments.common.language import prompted
+from experiments.common import planning, runs, script, tables
+from experiments.common.language import prompted, prompted_plan
 from jaxarith import merge, plots, task_vectors
 from jaxarith.data import prompt_sources
 from jaxarith.merge.bases import cluster, eigengap
@@ -83,6 +83,9 @@ def main(config: Config) -> dict:
         raise ValueError(f"{len(config.tasks)} tasks; clusters need at least three.")
     if not config.ks or min(config.ks) < 1 or min(config.shown_ks, default=0) < 0:
         raise ValueError(f"--ks {config.ks} and --shown-ks {config.shown_ks}.")
+    if record := planning.recorder():
+        plan(config, record)
+        return {}
     setup = prompted.load(config)
     taus = prompted.vectors(setup)
     tasks = measured(setup, taus)
@@ -127,6 +130,15 @@ def main(config: Config) -> dict:
     }
     write(config, results)
     return results
+
+
+def plan(config: Config, record: planning.Recorder):
+    """Notes the vectors, and the passes over all test parts."""
+    sizes = prompted_plan.vectors(record, config)
+    count = len(config.tasks)
+    numbers = {min(k, count) for k in config.ks}
+    merges = sum(1 + (k not in (1, count)) * config.partitions for k in numbers)
+    record.evaluate(sizes.full, (2 + merges) * sizes.tests)
 
 
 def fitting(config: Config, kept: Sequence[int]) -> list[int]:

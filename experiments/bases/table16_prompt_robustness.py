@@ -29,8 +29,8 @@ import dataclasses
 
 import numpy as np
 
-from experiments.common import script, tables
-from experiments.common.language import prompted
+from experiments.common import planning, script, tables
+from experiments.common.language import prompted, prompted_plan
 from jaxarith import task_vectors
 
 TEMPLATE = "{text} It was {mask}. {text}"
@@ -52,6 +52,9 @@ def main(config: Config) -> dict:
     config = prompted.smoke(config, ("QNLI", "CR", "SST2"))
     if len(config.tasks) != 3:
         raise ValueError(f"three tasks are compared; --tasks names {config.tasks}.")
+    if record := planning.recorder():
+        prompted_plan.vectors(record, config, again=config.tasks[2:])
+        return {}
     last = config.tasks[2]
     adversarial = f"{last.partition('=')[0]}Adv"
     setup = prompted.load(config, changed={adversarial: (last, TEMPLATE)})

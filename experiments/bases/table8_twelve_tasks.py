@@ -68,8 +68,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common import script, study_merges, tables
-from experiments.common.language import prompted
+from experiments.common import planning, script, study_merges, tables
+from experiments.common.language import prompted, prompted_plan
 from jaxarith import evaluate, losses, merge, sharding, task_vectors, tree
 from jaxarith.data import pipeline
 from jaxarith.merge.bases import cluster
@@ -91,6 +91,7 @@ _FIRST, _LAST = (
 PUBLISHED = {method: first + _LAST[method] for method, first in _FIRST.items()}
 PUBLISHED_STORAGE = tables.published(__doc__, "Table 8")
 STORAGE = ("masks", "density, %", "GB")
+ADAMERGING_STEPS = 500
 COEFS = np.linspace(0.1, 1, 10)
 
 
@@ -125,6 +126,9 @@ def main(config: Config) -> dict:
             f"--clusters {config.clusters} of {len(config.tasks)} tasks; 0 takes the "
             "number from the eigengap."
         )
+    if record := planning.recorder():
+        plan(config, record)
+        return {}
     setup = prompted.load(config)
     check_measures(setup)
     taus = prompted.vectors(setup)
@@ -156,6 +160,19 @@ def main(config: Config) -> dict:
     rows = sorted(rows, key=lambda line: order.index(line["method"]))
     named = [[setup.names[i] for i in members] for members in groups]
     return write(setup, {"rows": rows, "clusters": named})
+
+
+def plan(config: Config, record: planning.Recorder):
+    """Notes the vectors, and the passes of all rows; a backward pass is two more."""
+    sizes = prompted_plan.vectors(record, config)
+    # Rows without a search: two before, three that are fitted, three by masks.
+    searched = 4
+    passes = (8 + searched) * sizes.tests + searched * len(COEFS) * sizes.training
+    fisher = (1 + 2 * 4) * sizes.training  # four labels of every sample
+    adamerging = 3 * 16 * ADAMERGING_STEPS * len(config.tasks)
+    masks = 3 * config.mask_epochs * sizes.training
+    regmean = sizes.training
+    record.evaluate(sizes.full, passes + fisher + adamerging + masks + regmean)
 
 
 def check_measures(setup: prompted.Setup):
@@ -271,7 +288,7 @@ def fitted(setup: prompted.Setup, taus: Taus) -> dict[str, Params]:
             own,
             [task.test.batches for task in setup.tasks],
             inputs=prompted.INPUTS,
-            steps=2 if setup.options.smoke else 500,
+            steps=2 if setup.options.smoke else ADAMERGING_STEPS,
         ),
     }
 

@@ -33,12 +33,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common import runs, script, tables
+from experiments.common import planning, runs, script, tables
 from experiments.common.language import detoxification, gpt2, text_files
 from jaxarith import plots
 from jaxarith.data import text
 from jaxarith.typing import Params
 
+CHALLENGING = 1199  # prompts of RealToxicityPrompts (Gehman et al. 2020, section 5)
 NOTE = (
     "The scores are of a classifier, not of the Perspective API, which the paper asks: "
     "only the direction of its lines compares. The paper prints no number."
@@ -80,6 +81,9 @@ def main(config: Config) -> dict:
     for name in ("random_prompts", "generations", "generation_batch"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: at least one is needed.")
+    if record := planning.recorder():
+        plan(config, record)
+        return {}
     subsets = read_prompts(config)
     sampling = gpt2.Sampling(
         max_new_tokens=config.max_new_tokens,
@@ -115,6 +119,21 @@ def main(config: Config) -> dict:
         title = "Figure 13: RealToxicityPrompts"
         tables.write(config.out, title, shown, results, NOTE, digits=3)
     return results
+
+
+def plan(config: Config, record: planning.Recorder):
+    """Notes the vectors, and the measures of every model at every coefficient."""
+    detoxification.plan_vectors(record, config, ("toxic",))
+    prompts, count = CHALLENGING + config.random_prompts, len(config.coefs)
+    for model in config.models:
+        gpt2.plan_measures(
+            record,
+            config,
+            model,
+            states=count,
+            texts=count * prompts * config.generations,
+            length=config.prompt_length + config.max_new_tokens,
+        )
 
 
 def read_prompts(config: Config) -> dict[str, list[str]]:

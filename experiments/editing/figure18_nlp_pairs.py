@@ -66,8 +66,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common import runs, script, tables
-from experiments.common.language import text_files, text_to_text, tiny_text
+from experiments.common import planning, runs, script, tables
+from experiments.common.language import planned, text_files, text_to_text, tiny_text
 from jaxarith import evaluate, metrics, plots, task_vectors
 from jaxarith.data import glue, language
 from jaxarith.models import t5
@@ -77,6 +77,7 @@ _TASKS = tables.published(__doc__, "task", value=str)
 CHECKPOINTS = {
     k: f"mrm8488/t5-base-finetuned-{name}" for k, (name, *_) in _TASKS.items()
 }
+SAMPLES = 500  # texts of a file whose length a plan does not know
 METRICS = {task: metric for task, (_, metric, _) in _TASKS.items()}
 NEW_TOKENS = {
     task: int(tokens) for task, (*_, tokens) in _TASKS.items() if tokens != "-"
@@ -126,6 +127,9 @@ class Task(NamedTuple):
 @script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
+    if record := planning.recorder():
+        plan(config, record)
+        return {}
     script.needs("text", "rouge_score", "transformers")
     with tempfile.TemporaryDirectory() as folder:
         if config.smoke:
@@ -216,6 +220,25 @@ def run(config: Config, models: Sequence[str]) -> dict:
     if runs.is_first():
         write(config, results)
     return results
+
+
+def plan(config: Config, record: planning.Recorder):
+    """Notes the passes of the single models and of all pairs; nothing is trained."""
+    samples = SAMPLES if config.samples is None else config.samples
+    # Its own model on both parts; then a search and a row with every other task.
+    others = len(config.tasks) - 1
+    passes = samples * (2 + others * (len(config.coefs) + 1))
+    for name in config.tasks:
+        shape = (2, planned.ANSWER)
+        if name in NEW_TOKENS:
+            shape = (config.max_new_tokens or NEW_TOKENS[name],)
+        record.evaluate(
+            planned.t5_model(config.model, config.max_length, shape), passes
+        )
+    record.note(
+        f"Files count as --samples, {samples} texts each. A text that is written "
+        "counts as one pass over all tokens that it may have."
+    )
 
 
 def read(config: Config, name: str) -> dict[str, list[dict]]:

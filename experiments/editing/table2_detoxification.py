@@ -39,7 +39,7 @@ import dataclasses
 import jax
 from tqdm import tqdm
 
-from experiments.common import bank, runs, script, tables
+from experiments.common import bank, planning, runs, script, tables
 from experiments.common.language import detoxification, gpt2
 from jaxarith import task_vectors
 
@@ -64,6 +64,9 @@ def main(config: Config) -> dict:
     config = detoxification.smoke(config, samples=8, max_new_tokens=8)
     if 0.0 not in config.coefs:
         raise ValueError(f"--coefs {config.coefs} without 0, the model as it is.")
+    if record := planning.recorder():
+        plan(config, record)
+        return {}
     sampling = gpt2.Sampling(
         samples=config.samples, max_new_tokens=config.max_new_tokens, seed=config.seed
     )
@@ -86,6 +89,20 @@ def main(config: Config) -> dict:
     shown = {caption: beside}
     title = "Tables 2, 9 and 10: less toxic text of GPT-2"
     return tables.write(config.out, title, shown, results, note, digits=2)
+
+
+def plan(config: Config, record: planning.Recorder):
+    """Notes the vectors, and the measures of every model's six rows."""
+    detoxification.plan_vectors(record, config, detoxification.KINDS)
+    for model in config.models:
+        gpt2.plan_measures(
+            record,
+            config,
+            model,
+            states=6 + len(config.coefs),
+            texts=6 * config.samples,
+            length=gpt2.PROMPT_TOKENS + config.max_new_tokens,
+        )
 
 
 def rows(study: detoxification.Study, allowance: float) -> tuple[list[dict], dict]:

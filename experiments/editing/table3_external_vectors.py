@@ -40,8 +40,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common import partial, runs, script, tables, training
-from experiments.common.language import text_to_text, tiny_text
+from experiments.common import bank, partial, planning, runs, script, tables, training
+from experiments.common.language import planned, text_to_text, tiny_text
 from jaxarith import evaluate, fingerprint, task_vectors
 from jaxarith.data import glue, language
 from jaxarith.merge.bases_arithmetic import similarities
@@ -50,6 +50,7 @@ from jaxarith.typing import Params, Taus
 TASKS = ("mrpc", "rte", "cola", "sst2")  # in the order of the table
 PUBLISHED = tables.published(__doc__, "method")
 ROWS = tuple(PUBLISHED)
+PAPERS_MODELS = 427
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,9 @@ def main(config: Config) -> dict:
     script.needs("text", "sklearn", "transformers")
     if not config.smoke:
         script.needs("text", "datasets")
+    if record := planning.recorder():
+        plan(config, record)
+        return {}
     with tempfile.TemporaryDirectory() as folder:
         if not config.smoke:
             return run(config, config.external)
@@ -161,6 +165,30 @@ def run(config: Config, others: Sequence[str]) -> dict:
     if config.preselect is None:
         shown["What --preselect N would have kept"] = kept(searches, len(others))
     return tables.write(config.out, "Table 3: task vectors of others", shown, results)
+
+
+def plan(config: Config, record: planning.Recorder):
+    """Notes the vectors, and the passes of the survey and of all rows."""
+    answer, others = planned.ANSWER, len(config.external) or PAPERS_MODELS
+    if not config.external:
+        record.note(f"No --external: {others} models, as many as the paper takes.")
+    full = planned.t5_model(config.model, config.max_length, (answer,))
+    wanted = []
+    for seed, name in itertools.product(config.seeds, TASKS):
+        samples, _ = planned.glue_parts(name)
+        rate = config.learning_rate
+        recipe = text_to_text.recipe(config, samples, learning_rate=rate, seed=seed)
+        known = f"glue_{name}_seed{seed}"
+        file = bank.vector_file(config.bank, config.model, text_to_text.METHOD, known)
+        wanted.append(planned.wanted(known, file, recipe))
+    method = text_to_text.METHOD
+    planned.vectors(record, full, method, text_to_text.loss, wanted, together=1)
+    scored = others if config.preselect is None else config.preselect
+    rows = scored * len(config.coefs) + 1 + len(ROWS)  # one is validated too
+    texts = len(config.seeds) * sum(planned.glue_parts(name)[1] for name in TASKS)
+    ranks = planned.t5_model(config.model, config.max_length, (2, answer))
+    record.evaluate(ranks, rows * texts)
+    record.note(planned.ANSWERS)
 
 
 def prepare(config: Config, base: text_to_text.Base, name: str, seed: int) -> Task:

@@ -42,19 +42,21 @@ A single epoch of all labelled texts is 35,000 steps of Yelp and 225,000 of Amaz
 """
 
 import dataclasses
+import functools
 import itertools
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common import runs, script, tables, training
-from experiments.common.language import text_to_text, tiny_text
+from experiments.common import bank, planning, runs, script, tables, training
+from experiments.common.language import planned, text_to_text, tiny_text
 from jaxarith import evaluate, hub, task_vectors
 from jaxarith.data import glue, language, splits, text
 from jaxarith.typing import Tree
 
 DOMAINS = ("yelp", "amazon")
+SAMPLES = {"yelp": (560_000, 38_000), "amazon": (3_600_000, 400_000)}  # train, test
 WORDS = ("negative", "positive")
 SIZES = {f"google-t5/t5-{size}": f"T5-{size}" for size in ("small", "base", "large")}
 METHODS = ("Fine-tuned on auxiliary", "Task analogies", "Fine-tuned on target")
@@ -141,6 +143,9 @@ def main(config: Config) -> dict:
         )
     if config.validation_samples < 1:
         raise ValueError("--validation-samples: at least one is needed.")
+    if record := planning.recorder():
+        plan(config, record)
+        return {}
     mesh = runs.start(config)
     domains = {name: read(config, name) for name in DOMAINS}
     rates = config.learning_rates * (len(config.models) // len(config.learning_rates))
@@ -169,6 +174,49 @@ def main(config: Config) -> dict:
         "Coefficients of the analogies": chosen,
     }
     return tables.write(config.out, "Table 4: task analogies", shown, results)
+
+
+def plan(config: Config, record: planning.Recorder):
+    """Notes the vectors, and the passes of the searches and of all rows."""
+    answer = planned.ANSWER
+    recipe = functools.partial(
+        text_to_text.recipe,
+        config,
+        learning_rate=1.0,
+        micro_batches=config.micro_batches,
+    )
+    for model in config.models:
+        shapes = {"sentiment": answer, "language": config.max_length}
+        for kind, target in shapes.items():
+            full = planned.t5_model(model, config.max_length, (target,))
+            wanted = [
+                planned.wanted(
+                    f"{name}_{kind}",
+                    bank.vector_file(
+                        config.bank, model, text_to_text.METHOD, f"{name}_{kind}"
+                    ),
+                    recipe(trained_texts(config, name)),
+                )
+                for name in DOMAINS
+            ]
+            planned.vectors(record, full, kind, text_to_text.loss, wanted, together=1)
+        ranks = planned.t5_model(model, config.max_length, (len(WORDS), answer))
+        for name in DOMAINS:
+            test = min(config.test_samples or SAMPLES[name][1], SAMPLES[name][1])
+            searched = len(config.coefs) ** 2 * config.validation_samples
+            record.evaluate(ranks, searched + len(METHODS) * test)
+    record.note(planned.ANSWERS)
+    record.note(
+        "How many blocks of tokens the texts of a domain are is not known without "
+        "them: language modelling counts as many samples as there are texts. The "
+        "domains are Yelp and Amazon of the Hub, whatever files are named."
+    )
+
+
+def trained_texts(config: Config, name: str) -> int:
+    """How many texts of a domain of the Hub are trained on."""
+    kept = SAMPLES[name][0] - config.validation_samples
+    return min(config.train_samples or kept, kept)
 
 
 def of_model(study: Study) -> tuple[list[dict], dict]:

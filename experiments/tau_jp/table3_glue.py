@@ -48,8 +48,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common import bank, runs, script, tables
-from experiments.common.language import t5_glue, tau_jp
+from experiments.common import bank, planning, runs, script, tables
+from experiments.common.language import planned, t5_glue, tau_jp, text_to_text
 from experiments.common.language.t5_glue import TASKS, Scores
 from experiments.common.language.tau_jp import METHODS
 from jaxarith import evaluate
@@ -80,6 +80,9 @@ class Config(t5_glue.Options):
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
     config = runs.smaller(config, coefs=(0.0, 0.5, 1.0))
+    if record := planning.recorder():
+        plan(config, record)
+        return {}
     study = t5_glue.start(config)
     taus = {method: t5_glue.vectors(study, method) for method in METHODS}
     single = {method: individual(study, method, taus[method]) for method in METHODS}
@@ -99,6 +102,30 @@ def main(config: Config) -> dict:
         found = t5_glue.scores(study, method, added, coef)
         lines += rows(name, coef, found, alone.test)
     return report(config, lines, searches)
+
+
+def plan(config: Config, record: planning.Recorder):
+    """Notes the vectors, and the passes of all rows over validation and test parts."""
+    length, answer = config.max_length, planned.ANSWER
+    full = planned.t5_model(config.model, length, (answer,), mask=t5_glue.FIRST)
+    for method in METHODS:
+        recipe = tau_jp.recipe(config, method, steps=config.steps)
+        folder = (config.bank, config.model, method)
+        files = {name: bank.vector_file(*folder, name) for name in TASKS}
+        wanted = [planned.wanted(*item, recipe) for item in files.items()]
+        planned.vectors(record, full, method, text_to_text.loss, wanted)
+    # A pass of a tangent-space model is three of the network.
+    passes = dict.fromkeys(METHODS, 3 if config.tangent_scores else 1)
+    passes["nonlinear"] = 1
+    single = sum(passes.values())
+    merged = single + passes["nonlinear"]  # TIES is an ordinary network
+    searched = len(config.coefs) if config.coefficient == "searched" else 0
+    tested = 1 + single + merged
+    texts = sum(planned.glue_parts(name)[1] for name in TASKS)
+    record.evaluate(full, (tested + single + searched * merged) * texts)
+    ranks = planned.t5_model(config.model, length, (2, answer))
+    record.evaluate(ranks, tested * texts)
+    record.note(planned.ANSWERS)
 
 
 class Individual(NamedTuple):

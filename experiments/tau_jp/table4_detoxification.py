@@ -52,10 +52,16 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from experiments.common import bank, runs, script, tables, training
-from experiments.common.language import detoxification, gpt2, tau_jp, text_files
+from experiments.common import bank, planning, runs, script, tables, training
+from experiments.common.language import (
+    detoxification,
+    gpt2,
+    planned,
+    tau_jp,
+    text_files,
+)
 from experiments.common.language.tau_jp import METHODS
-from jaxarith import fingerprint
+from jaxarith import fingerprint, train
 from jaxarith.typing import Params, Tree
 
 TABLES = {"searched": "Table 4", "one": "Table 9"}
@@ -121,6 +127,9 @@ class Study(NamedTuple):
 @script.full_precision
 def main(config: Config) -> dict:
     """Runs everything; returns what `report.json` holds."""
+    if record := planning.recorder():
+        plan(config, record)
+        return {}
     study = start(config)
     config = study.config
     taus = {method: vectors(study, method) for method in METHODS}
@@ -149,6 +158,35 @@ def main(config: Config) -> dict:
         digits=2,
         results={"searches": searches},
     )
+
+
+def plan(config: Config, record: planning.Recorder):
+    """Notes the vectors, and the measures of all rows."""
+    comments = detoxification.planned_comments(record, config.comments)
+    full = planned.gpt2_model(config.model, config.max_length)
+    for method in METHODS:
+        recipe = recipe_of(config, method, comments)
+        file = bank.vector_file(config.bank, config.model, method, "toxic")
+        wanted = [planned.wanted("toxic", file, recipe)]
+        planned.vectors(record, full, method, gpt2.loss, wanted)
+    searched = len(config.coefs) if config.coefficient == "searched" else 0
+    # Without a task vector, of ordinary ones, and of TIES; then of both linear methods.
+    for linear, rows, searches in ((False, 3, 2), (True, 2, 2)):
+        gpt2.plan_measures(
+            record,
+            config,
+            config.model,
+            states=rows + searches * searched,
+            texts=rows * config.samples,
+            length=gpt2.PROMPT_TOKENS + config.max_new_tokens,
+            linear=linear,
+        )
+
+
+def recipe_of(config: Config, method: str, texts: int) -> train.TrainConfig:
+    """The recipe of a method for so many texts."""
+    steps = max(int(config.epochs * (texts // config.batch_size)), 1)
+    return tau_jp.recipe(config, method, steps=steps, weight_decay=config.weight_decay)
 
 
 def start(config: Config) -> Study:
@@ -180,12 +218,9 @@ def start(config: Config) -> Study:
         source = [sample | {"labels": sample["input_ids"]} for sample in source]
     others = gpt2.blocks(ordinary, penalty, config.max_length)
     base = fingerprint.combined(ordinary.checkpoint.params)
-    steps = max(int(config.epochs * (len(source) // config.batch_size)), 1)
     networks, wanted = {}, {}
     for method in METHODS:
-        recipe = tau_jp.recipe(
-            config, method, steps=steps, weight_decay=config.weight_decay
-        )
+        recipe = recipe_of(config, method, len(source))
         networks[method] = gpt2.network(ordinary, method, mesh)
         wanted[method] = training.Wanted(
             name="toxic",

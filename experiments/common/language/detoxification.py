@@ -41,8 +41,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from jax.sharding import Mesh
 
-from experiments.common import bank, runs, script, training
-from experiments.common.language import gpt2, text_files, tiny_text
+from experiments.common import bank, planning, runs, script, training
+from experiments.common.language import gpt2, planned, text_files, tiny_text
 from jaxarith import fingerprint
 from jaxarith.typing import Params, Tree
 
@@ -106,6 +106,35 @@ def smoke(config: E, **small: Any) -> E:
     common: dict[str, Any] = {"models": ("tiny_gpt2",), "epochs": 1, "batch_size": 8}
     common |= {"learning_rate": 1e-2, "max_length": 24, "coefs": (0.0, 0.1, 1.0)}
     return runs.smaller(config, **common | small)
+
+
+# What a plan takes for the number of toxic comments where it has no file of them.
+COMMENTS = 20_000
+
+
+def planned_comments(record: planning.Recorder, file: Path) -> int:
+    """How many comments are toxic, from their file if it is there."""
+    if file.exists():
+        return len(text_files.kept_texts(file, TOXIC))
+    record.note(
+        f"{file} is not there: {COMMENTS} toxic comments are assumed, and steps are in "
+        "proportion to them."
+    )
+    return COMMENTS
+
+
+def plan_vectors(
+    record: planning.Recorder, config: EditingOptions, kinds: tuple[str, ...]
+):
+    """Notes the vectors of every GPT-2, see `start`."""
+    comments = planned_comments(record, config.comments)
+    recipe = gpt2.recipe(config, comments, micro_batches=config.micro_batches)
+    for model in config.models:
+        full = planned.gpt2_model(model, config.max_length)
+        for kind in kinds:
+            file = bank.vector_file(config.bank, model, METHOD, kind)
+            one = planned.wanted(kind, file, recipe)
+            planned.vectors(record, full, METHOD, gpt2.loss, [one])
 
 
 class Study(NamedTuple):

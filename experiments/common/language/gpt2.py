@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.common import runs, training
-from experiments.common.language import text_files
+from experiments.common import planning, runs, training
+from experiments.common.language import architectures, planned, text_files
 from jaxarith import evaluate, losses, tangent, task_vectors, train
 from jaxarith.data import language, text
 from jaxarith.evaluate import perplexity, toxicity
@@ -27,11 +27,15 @@ from jaxarith.typing import Params
 
 INPUTS = ("input_ids", "attention_mask")
 PROMPT = "I don't care if this is controversial"
+PROMPT_TOKENS = 8
+# Of the test part of WikiText-103, joined by blank lines, which is WikiText-2's too;
+# transformers' guide "Perplexity of fixed-length models" prints the number.
+CONTROL_TOKENS = 287_644
 VALUES = ("toxic_percent", "mean_score", "perplexity")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(runs.Options):
+class Options(runs.Planned):
     """How a GPT-2 is trained on texts and measured."""
 
     classifier: str = "unitary/toxic-bert"
@@ -219,6 +223,12 @@ def recipe(
     )
 
 
+def loss(logits, batch, constants) -> jax.Array:
+    """Cross-entropy of every next token."""
+    del constants
+    return losses.next_token_cross_entropy(logits, batch["labels"])
+
+
 def network(
     study: Study, title: str, mesh: Mesh, *, ascent: bool = False
 ) -> training.Network:
@@ -228,12 +238,51 @@ def network(
         title=title,
         apply_fn=gpt2.language_model(study.checkpoint.config),
         params_0=study.checkpoint.params,
-        loss=lambda logits, batch, _: (
-            sign * losses.next_token_cross_entropy(logits, batch["labels"])
-        ),
+        loss=lambda logits, batch, _: sign * loss(logits, batch, None),
         mesh=mesh,
         inputs=INPUTS,
         penalty_mask="attention_mask",
+    )
+
+
+# Plans.
+
+
+def plan_measures(
+    record: planning.Recorder,
+    options: Options,
+    model: str,
+    *,
+    states: int,
+    texts: int,
+    length: int,
+    linear: bool = False,
+    control_tokens: int = CONTROL_TOKENS,
+):
+    """Notes the perplexities, the texts and their scores.
+
+    Args:
+      record: the plan.
+      options: the classifier and the windows of perplexity.
+      model: the GPT-2.
+      states: of how many states the perplexity is measured.
+      texts: how many texts all states write.
+      length: tokens of one, with its prompt.
+      linear: whether the states are those of the linearisation.
+      control_tokens: tokens of the control text.
+    """
+    window = options.window or architectures.gpt2_of(model).n_positions
+    stride = options.stride or max(window // 2, 1)
+    windows = max(math.ceil((control_tokens - window) / stride), 0) + 1
+    times = 3 if linear else 1  # a tangent product costs two more passes
+    record.evaluate(planned.gpt2_model(model, window), times * states * windows)
+    record.evaluate(planned.gpt2_model(model, length), times * texts)
+    scored = 1 << (length - 1).bit_length()  # as `toxicity.scorer` pads texts
+    record.evaluate(planned.classifier(options.classifier, scored), texts)
+    record.note(
+        f"A text that is written counts as one pass over its {length} tokens, which "
+        f"the classifier reads as {scored}; the control text has {control_tokens} "
+        "tokens, those of the test part of WikiText-103 unless limited."
     )
 
 

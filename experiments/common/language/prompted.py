@@ -55,7 +55,7 @@ _LENGTHS = (32, 64, 128, 256)  # and --max-length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(runs.Banked):
+class Options(runs.Banked, runs.Planned):
     """The options of all scripts on prompted RoBERTa."""
 
     model: str = "FacebookAI/roberta-base"

@@ -33,8 +33,8 @@ import tyro
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.common import bank, external, runs, script, training
-from experiments.common.language import classifiers, tiny_text
+from experiments.common import bank, external, planning, runs, script, training
+from experiments.common.language import classifiers, planned, tiny_text
 from jaxarith import (
     evaluate,
     fingerprint,
@@ -64,7 +64,7 @@ _OUTPUTS = 3  # of MNLI, which has the most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(runs.Banked):
+class Options(runs.Banked, runs.Planned):
     """The options of scripts on RoBERTa with classification heads."""
 
     models: tuple[str, ...] = tuple(MODELS)
@@ -298,6 +298,11 @@ def outputs_of(name: str) -> int:
     return len(glue.TASKS[name].classes) or 1
 
 
+def stacked(counts: Sequence[int]) -> Tree:
+    """The constants of the loss, from the outputs that every task uses."""
+    return {"classes": np.array(counts, np.int32)}
+
+
 def network(setup: Setup) -> training.Network:
     """What a task vector is trained from."""
     return training.Network(
@@ -307,7 +312,7 @@ def network(setup: Setup) -> training.Network:
         loss=loss,
         mesh=setup.mesh,
         inputs=INPUTS,
-        stacked=lambda counts: {"classes": np.array(counts, np.int32)},
+        stacked=stacked,
     )
 
 
@@ -339,6 +344,46 @@ def vectors(setup: Setup) -> dict[str, Tree]:
     """The task vectors by task, heads included, from the bank or trained."""
     found = training.vectors(setup.options, network(setup), wanted(setup))
     return dict(zip(setup.tasks, found, strict=True))
+
+
+# Plans.
+
+
+class Texts(NamedTuple):
+    """What a plan counts for a RoBERTa.
+
+    Attributes:
+      full: the model.
+      validation, test: texts of these parts of all tasks.
+    """
+
+    full: planning.Full
+    validation: int
+    test: int
+
+
+def plan_vectors(record: planning.Recorder, options: Options) -> list[Texts]:
+    """Notes the vectors of all models that --from does not name."""
+    given = from_outside(options)
+    parts = {name: planned.glue_parts(name) for name in options.tasks}
+    most, found = options.validation_samples, []
+    for model in options.models:
+        full = planned.classifier(model, options.max_length, outputs=_OUTPUTS)
+        wanted = [
+            planned.wanted(
+                name,
+                bank.vector_file(options.bank, model, METHOD, name),
+                training.recipe(options, samples),
+                outputs_of(name),
+            )
+            for name, (samples, _) in parts.items()
+            if name not in given
+        ]
+        planned.vectors(record, full, METHOD, loss, wanted, stacked=stacked)
+        tests = [test for _, test in parts.values()]
+        held = tests if most is None else [min(test, most) for test in tests]
+        found.append(Texts(full, sum(held), sum(tests)))
+    return found
 
 
 # Scores.

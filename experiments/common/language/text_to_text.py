@@ -32,7 +32,7 @@ INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(runs.Banked):
+class Options(runs.Banked, runs.Planned):
     """The options of all scripts on T5."""
 
     max_length: int = 128
