@@ -223,7 +223,7 @@ class TestDisentangled:
         self,
     ):
         setup, taus, paths = self.setup_and_vectors()
-        found = disentangled.disentangled(setup, taus, HOW, alpha=1e-3)
+        found = disentangled.disentangled(setup.params_0, taus, HOW, alpha=1e-3)
         for own in found:
             assert list(tree.flatten(own)) == paths[:1]
         deltas = [
@@ -240,7 +240,7 @@ class TestDisentangled:
         setup, taus, paths = self.setup_and_vectors()
         parts = disentangled.linear_weights(taus)
         expected = merge.awd(setup.params_0, parts, coef=0.3, alpha=1e-3, steps=1000)
-        own = disentangled.disentangled(setup, taus, HOW, alpha=1e-3)
+        own = disentangled.disentangled(setup.params_0, taus, HOW, alpha=1e-3)
         found = task_vectors.apply(setup.params_0, task_vectors.add(own), 0.3)
         for path, leaf in tree.flatten(expected).items():
             np.testing.assert_allclose(tree.flatten(found)[path], leaf, atol=1e-5)
@@ -249,7 +249,7 @@ class TestDisentangled:
         setup, taus, _ = self.setup_and_vectors()
         parts = disentangled.linear_weights(taus)
         found = disentangled.disentangled(
-            setup, taus, HOW, alpha=1e-2, objective="reverse"
+            setup.params_0, taus, HOW, alpha=1e-2, objective="reverse"
         )
         assert disentangled.mean_cosine(found) > disentangled.mean_cosine(parts)
 

@@ -16,7 +16,8 @@ SCRIPTS = {
     "experiments.digit_folders": digit_folders,
     "experiments.tau_jp.table1_addition": table1_addition,
 }
-FEWER = ["--steps", "2", "--samples", "40", "--bank", "bank", "--mesh", "data=1"]
+FEWER = ["--steps", "2", "--samples", "16", "--batch-size", "8", "--bank", "bank"]
+FEWER += ["--mesh", "data=1", "--evaluation-batch", "16"]
 
 
 def section() -> str:

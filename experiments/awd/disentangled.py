@@ -19,7 +19,7 @@ from experiments.common import tables
 from experiments.common.vision import options, scores, setups
 from jaxarith import merge, task_vectors, tree
 from jaxarith.models import clip
-from jaxarith.typing import Numbers, Taus, Tree
+from jaxarith.typing import Numbers, Params, Taus, Tree
 
 # In the order of the paper's tables.
 _TASKS = "sun397 cars resisc45 eurosat svhn gtsrb mnist dtd"
@@ -44,7 +44,7 @@ def coefs(config: options.Options) -> np.ndarray:
 
 
 def disentangled(
-    setup: setups.Setup,
+    params_0: Params,
     taus: Taus,
     how: solving.Options,
     *,
@@ -54,7 +54,7 @@ def disentangled(
     """The vectors τ_i - δ of the linear weights.
 
     Args:
-      setup: the model.
+      params_0: of the model; those of a tree of the vectors' form do as well.
       taus: whole task vectors, or their linear weights.
       how: options of the script.
       alpha: the weight of the norm of δ.
@@ -62,7 +62,7 @@ def disentangled(
     """
     parts = linear_weights(taus)
     given = {"alpha": alpha, "objective": objective}
-    return apart(parts, solving.merged(setup.params_0, parts, how, **given))
+    return apart(parts, solving.merged(params_0, parts, how, **given))
 
 
 def apart(parts: Taus, merged: Tree) -> list[Tree]:

@@ -49,7 +49,9 @@ def main(config: Config) -> dict:
             "fine-tuned": curve[-1] / 100,
             "linear weights": scores.on_own(setup, parts, "test")[0],
         }
-        parts = disentangled.disentangled(setup, taus, config, alpha=config.alpha)
+        parts = disentangled.disentangled(
+            setup.params_0, taus, config, alpha=config.alpha
+        )
         found["reconstructed by AWD"] = scores.on_own(setup, parts, "test")[0]
         beside = disentangled.beside_sum(taus, task_vectors.add(parts))
         merged.append({"model": setup.title, "λ": 1.0, "alpha": config.alpha} | beside)

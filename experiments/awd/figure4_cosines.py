@@ -8,7 +8,8 @@ Figure 4 has the cosines of all pairs of task vectors, and of those that AWD has
 disentangled. For Figure 6 α is varied and λ is not: the mean |cosine| that is left, as
 a share of that of the task vectors, against the accuracy of the merged model.
 
-Data: those of `table1_addition`, whose task vectors are taken from the bank.
+Data: those of `table1_addition`, whose task vectors are taken from the bank. With
+--bank-only none, and then there is Figure 4 alone.
 
 Published, as plots only, of ViT-B/32 and ViT-L/14: cosines shrink, and "as the
 normalised cosine similarity between disentangled task vectors decreases, the
@@ -19,19 +20,20 @@ the linear weights of the blocks, before and after.
 
 import dataclasses
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
 from experiments.awd import disentangled, solving
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, setups, vectors
+from experiments.common.vision import banked, options, scores, setups
 from jaxarith import plots, task_vectors
 
 ALPHAS = np.logspace(-6, 0, 13)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(solving.Options, options.Models):
+class Config(solving.Options, banked.Options, options.Models):
     models: tuple[str, ...] = (options.B32, options.L14)
     tasks: tuple[str, ...] = disentangled.TASKS
     alpha: float = 1e-4
@@ -46,7 +48,9 @@ def sweep(setup: setups.Setup, taus, config: Config) -> list[dict]:
     before = disentangled.mean_cosine(disentangled.linear_weights(taus))
     cosines, sums = [], []
     for alpha in tqdm(alphas, desc="AWD", unit="α"):
-        parts = disentangled.disentangled(setup, taus, config, alpha=float(alpha))
+        parts = disentangled.disentangled(
+            setup.params_0, taus, config, alpha=float(alpha)
+        )
         cosines.append(disentangled.mean_cosine(parts))
         sums.append(task_vectors.add(parts))
     rows = config.coef * np.eye(len(sums))
@@ -69,34 +73,45 @@ def sweep(setup: setups.Setup, taus, config: Config) -> list[dict]:
 def main(config: Config) -> dict:
     config = options.started(config)
     matrices, rows = [], []
-    for setup in setups.each(config, config.models, control=False):
-        taus = vectors.vectors(setup, "nonlinear")
+    for own in banked.each(config, config.models):
+        taus = own.vectors("nonlinear")
+        parts = disentangled.linear_weights(taus)
+        start = jax.tree.map(np.zeros_like, parts[0])  # AWD is one of vectors alone
         both = {
-            "task vectors": disentangled.linear_weights(taus),
+            "task vectors": parts,
             "disentangled": disentangled.disentangled(
-                setup, taus, config, alpha=config.alpha
+                start, parts, config, alpha=config.alpha
             ),
         }
-        panels = {
-            name: np.asarray(task_vectors.cosine_matrix(own), float)
-            for name, own in both.items()
-        }
-        own = {name: panel.tolist() for name, panel in panels.items()}
-        matrices.append({"model": setup.title, "tasks": setup.names} | own)
-        found = sweep(setup, taus, config)
-        rows += found
+        panels = {name: banked.cosines(part) for name, part in both.items()}
+        plain = {name: panel.tolist() for name, panel in panels.items()}
+        matrices.append({"model": own.title, "tasks": own.names} | plain)
         if runs.is_first():
             more = {"rows": "task", "columns": "task", "digits": 3}
-            scores.draw_cosines(setup, f"figure4_{setup.title}.png", panels, **more)
+            file = config.out / f"figure4_{own.title}.png"
+            scores.draw_cosines(file, panels, own.titles, **more)
+        if own.setup is None:
+            means = {
+                name: disentangled.mean_cosine(part) for name, part in both.items()
+            }
+            rows.append({"model": own.title, "alpha": config.alpha} | means)
+            continue
+        found = sweep(own.setup, taus, config)
+        rows += found
+        if runs.is_first():
             xs, ys = [[row[n] for row in found] for n in ("normalised cosine", "mean")]
             label = {f"AWD, λ = {config.coef:g}, one point for each α": (xs, ys)}
             axes = {"x": "normalised cosine", "y": "mean test accuracy, %"}
-            file = config.out / f"figure6_{setup.title}.png"
-            plots.scatter(file, {setup.title: label}, **axes)
+            file = config.out / f"figure6_{own.title}.png"
+            plots.scatter(file, {own.title: label}, **axes)
     results = {"matrices": matrices, "rows": rows}
-    caption = (
-        f"Cosines that AWD leaves, and test accuracy in percent at λ = {config.coef:g}."
-    )
+    if config.bank_only:
+        caption = "Mean magnitude of the cosines of two tasks. " + banked.note(config)
+    else:
+        caption = (
+            "Cosines that AWD leaves, and test accuracy in percent at λ = "
+            f"{config.coef:g}."
+        )
     title = "Cosines before and after AWD (Figures 4 and 6)"
     return tables.write(config.out, title, {caption: rows}, results, digits=6)
 

@@ -79,7 +79,7 @@ def main(config: Config) -> dict:
     runs.start(config)
     setup = setups.load(config, config.model, control=False)
     taus = vectors.vectors(setup, "nonlinear")
-    parts = disentangled.disentangled(setup, taus, config, alpha=config.alpha)
+    parts = disentangled.disentangled(setup.params_0, taus, config, alpha=config.alpha)
     both = {"task vectors": taus, "disentangled": parts}
     coefs = np.linspace(config.low, config.high, config.points)
     grid = np.stack(np.meshgrid(coefs, coefs, indexing="ij"), axis=-1)

@@ -152,7 +152,7 @@ def rows_of(setup: setups.Setup, config: Config) -> list[dict]:
         given = {"scope": scope, "density": density}
         add_fitted(method, fitted.adamerging(setup, taus, **given))
     add("Representation Surgery", surgery(setup, taus, total, added.coef))
-    parts = disentangled.disentangled(setup, taus, config, alpha=alpha)
+    parts = disentangled.disentangled(setup.params_0, taus, config, alpha=alpha)
     add_fitted("AWD AdaMerging", fitted.adamerging(setup, parts))
     rows[-1]["alpha"] = alpha
     return rows

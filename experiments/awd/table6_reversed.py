@@ -86,7 +86,7 @@ def rows_of(setup: setups.Setup, how: solving.Options) -> list[dict]:
     # Those of one α at a time: of all α they would not fit into memory.
     def vectors_at(alpha, objective):
         given = {"alpha": alpha, "objective": objective}
-        return disentangled.disentangled(setup, taus, how, **given)
+        return disentangled.disentangled(setup.params_0, taus, how, **given)
 
     zero_shot, single = scores.on_own(setup, taus, "test", (0.0, 1.0))
     add("", "Pretrained", zero_shot)

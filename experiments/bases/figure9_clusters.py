@@ -135,9 +135,9 @@ def main(config: Config) -> dict:
         )
     if runs.is_first():
         early = {name: cosines[name] for name in cosines if name != "tangent"}
-        scores.draw_cosines(setup, "figure9.png", early)
+        scores.draw_cosines(config.out / "figure9.png", early, setup.titles)
         tangent = {"tangent vectors": cosines["tangent"]}
-        scores.draw_cosines(setup, "figure11.png", tangent)
+        scores.draw_cosines(config.out / "figure11.png", tangent, setup.titles)
     results = {
         "rows": rows,
         "tasks": setup.names,

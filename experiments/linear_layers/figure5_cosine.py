@@ -4,7 +4,8 @@ Jin et al. Fine-Tuning Attention Modules Only. ICLR 2025.
 
     python -m experiments.linear_layers.figure5_cosine --data-dir DATA
 
-Data: those of table1_addition, whose task vectors it takes from the bank.
+Data: those of table1_addition, whose task vectors it takes from the bank; with
+--bank-only none.
 
 Published as heat maps, of which the text says that vectors of the attention's weights
 alone are closer to orthogonal than ordinary ones and those of NTK linearisation. The
@@ -13,11 +14,12 @@ SVHN are possibly swapped there: in the authors' public code they are in another
 than the vectors.
 """
 
+import dataclasses
+
 import numpy as np
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, setups, vectors
-from jaxarith import task_vectors
+from experiments.common.vision import banked, options, scores, vectors
 
 METHODS: dict[str, vectors.Method] = {
     "Standard": "nonlinear",
@@ -26,16 +28,16 @@ METHODS: dict[str, vectors.Method] = {
 }
 
 
-class Config(options.OneModel): ...
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(banked.Options, options.OneModel): ...
 
 
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
-    setup = setups.load(config, config.model, control=False)
+    own = banked.load(config, config.model)
     cosines = {
-        label: np.asarray(task_vectors.cosine_matrix(vectors.vectors(setup, method)))
-        for label, method in METHODS.items()
+        label: banked.cosines(own.vectors(method)) for label, method in METHODS.items()
     }
     pairs = {label: scores.pair_values(found) for label, found in cosines.items()}
     rows = [
@@ -43,16 +45,18 @@ def main(config: Config) -> dict:
         for label, of in pairs.items()
     ]
     results = {
-        "model": setup.title,
-        "tasks": setup.titles,
+        "model": own.title,
+        "tasks": own.titles,
+        "note": banked.note(config),
         "cosines": {label: found.tolist() for label, found in cosines.items()},
         "rows": rows,
     }
-    caption = "Cosine between the task vectors of two tasks, over all pairs."
+    caption = "Cosine between the task vectors of two tasks, over all pairs. "
+    caption += banked.note(config)
     title = "Cosines between task vectors (linear-layers paper, Figure 5)"
     tables.write(config.out, title, {caption: rows}, results, digits=3)
     if runs.is_first():
-        scores.draw_cosines(setup, "cosine.png", cosines)
+        scores.draw_cosines(config.out / "cosine.png", cosines, own.titles)
     return results
 
 

@@ -90,7 +90,7 @@ def main(config: Config) -> dict:
             measures = measured[name][couples.index(pair)]
             title = f"{name}, τJp = {measures['tau_jp']:.3g}"
             cells[-1].append((title, grid))
-            row = {"method": name, "pair": pairs.title(setup, pair), **measures}
+            row = {"method": name, "pair": pairs.title(setup.titles, pair), **measures}
             rows.append(row | {"mean ξ": float(grid.mean()), "grid": grid.tolist()})
     titles = [tuple(setup.titles[i] for i in pair) for pair in columns]
     if runs.is_first():

@@ -95,7 +95,7 @@ def main(config: Config) -> dict:
         )
     names = ("step", "tau_jp", "tau_jp_squared", "coefficient", "abs", "norm")
     shown = [{name: row[name] for name in names} for row in rows]
-    caption = f"{pairs.title(setup, (0, 1))}: addition after additional steps."
+    caption = f"{pairs.title(setup.titles, (0, 1))}: addition after additional steps."
     title = "Continued with τJp (τJp paper, Figure 3)"
     return tables.write(config.out, title, {caption: shown}, {"rows": rows}, digits=3)
 

@@ -4,7 +4,8 @@ Yoshida et al. Mastering Task Arithmetic. ICLR 2025: Appendices E.3 and E.4.
 
     python -m experiments.tau_jp.figure6_matrices --data-dir DATA
 
-Data: those of `table1_addition`, whose task vectors are taken from the bank.
+Data: those of `table1_addition`, whose task vectors are taken from the bank. With
+--bank-only none, and then there are cosines alone: τJp is measured on test data.
 
 Published, as heat maps only. Figure 6, τJp of every task vector on the test data of
 every task: "Compared to Linear FT, Ours shows a notably lower τJp in the off-diagonal
@@ -14,53 +15,67 @@ Ours, the values are much smaller and comparable to those of other task pairs." 
 Cars and SVHN is higher in Linear FT than in Ours.
 """
 
+import dataclasses
+
 import numpy as np
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, setups, vectors
+from experiments.common.vision import banked, options, scores
 from experiments.tau_jp import pairs
-from jaxarith import task_vectors
 
 
-class Config(options.Models): ...
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(banked.Options, options.Models): ...
 
 
-def row_of(setup: setups.Setup, lengths: pairs.TauJp, cosines: np.ndarray) -> dict:
-    """Mean τJp on the own and on other tasks; mean and largest cosine of two tasks."""
-    row, others = {}, ~np.eye(len(setup.tasks), dtype=bool)
+def of_tau_jp(lengths: pairs.TauJp) -> dict:
+    """Cells of a row: mean τJp on the own and on other tasks."""
+    cells, others = {}, ~np.eye(len(lengths.norm), dtype=bool)
     for measure, matrix in lengths._asdict().items():
-        row |= {f"own task, {measure}": float(np.diag(matrix).mean())}
-        row |= {f"other tasks, {measure}": float(matrix[others].mean())}
+        cells |= {f"own task, {measure}": float(np.diag(matrix).mean())}
+        cells |= {f"other tasks, {measure}": float(matrix[others].mean())}
+    return cells
+
+
+def of_cosines(cosines: np.ndarray, names: list[str]) -> dict:
+    """Cells of a row: mean and largest cosine of two tasks."""
     values = scores.pair_values(cosines)
     largest = scores.pairs(len(cosines))[int(np.argmax(values))]
-    row |= {"mean cosine": float(np.mean(values)), "largest cosine": max(values)}
-    return row | {"pair of the largest cosine": pairs.title(setup, largest)}
+    cells = {"mean cosine": float(np.mean(values)), "largest cosine": max(values)}
+    return cells | {"pair of the largest cosine": pairs.title(names, largest)}
 
 
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.started(config)
     matrices, rows = [], []
-    for setup in setups.each(config, config.models):
+    for own in banked.each(config, config.models, control=True):
         lengths, cosines = {}, {}
         for name, method in reversed(pairs.METHODS.items()):  # Ours is on the left
-            taus = vectors.vectors(setup, method)
-            found = pairs.tau_jp(setup, taus)
-            lengths[name] = found.norm
-            cosines[name] = np.asarray(task_vectors.cosine_matrix(taus), float)
-            row = {"model": setup.title, "method": name}
-            own = {name: x.tolist() for name, x in found._asdict().items()}
-            own["cosines"] = cosines[name].tolist()
-            matrices.append(row | {"tasks": setup.names} | own)
-            rows.append(row | row_of(setup, found, cosines[name]))
+            taus = own.vectors(method)
+            cosines[name] = banked.cosines(taus)
+            row = {"model": own.title, "method": name}
+            matrix = row | {"tasks": own.names, "cosines": cosines[name].tolist()}
+            if own.setup is not None:
+                found = pairs.tau_jp(own.setup, taus)
+                lengths[name] = found.norm
+                matrix |= {key: x.tolist() for key, x in found._asdict().items()}
+                row |= of_tau_jp(found)
+            matrices.append(matrix)
+            rows.append(row | of_cosines(cosines[name], own.titles))
         if runs.is_first():
-            axes = {"columns": "test data", "value": "τJp"}
-            scores.draw_cosines(setup, f"figure6_{setup.title}.png", lengths, **axes)
-            scores.draw_cosines(setup, f"figure7_{setup.title}.png", cosines)
+            of_model = f"{own.title}.png"
+            if lengths:
+                file = config.out / f"figure6_{of_model}"
+                axes = {"columns": "test data", "value": "τJp"}
+                scores.draw_cosines(file, lengths, own.titles, **axes)
+            file = config.out / f"figure7_{of_model}"
+            scores.draw_cosines(file, cosines, own.titles)
+    caption = "Mean τJp, and cosines of different tasks. " + banked.note(config)
     return tables.write(
         config.out,
         "τJp and cosines of all pairs (τJp paper, Figures 6 and 7)",
-        {"Mean τJp, and cosines of different tasks.": rows},
+        {caption: rows},
         {"matrices": matrices, "rows": rows},
         digits=3,
     )

@@ -141,9 +141,9 @@ def correlations(points: Sequence[dict], y: str) -> list[dict]:
     return rows
 
 
-def title(setup: setups.Setup, pair: Sequence[int]) -> str:
+def title(titles: Sequence[str], pair: Sequence[int]) -> str:
     """The two tasks as the paper prints them."""
-    return " – ".join(setup.titles[i] for i in pair)
+    return " – ".join(titles[i] for i in pair)
 
 
 def outputs(

@@ -13,6 +13,15 @@ B16 = "openai/clip-vit-base-patch16"
 L14 = "openai/clip-vit-large-patch14"
 TITLES = {B32: "ViT-B-32", B16: "ViT-B-16", L14: "ViT-L-14"}
 MODELS = tuple(TITLES)
+
+
+def title_of(model: str) -> str:
+    """What the papers call a model, also where it is in a folder; else its name."""
+    name = Path(model).name
+    known = {Path(model).name: title for model, title in TITLES.items()}
+    return known.get(name, name)
+
+
 # What --control says for no control task.
 NO_CONTROL = "none"
 # Of a smoke run; the last is its control task.

@@ -49,6 +49,11 @@ def name_of(spec: str) -> str:
     return spec.partition("=")[0]
 
 
+def title_of(name: str) -> str:
+    """What the papers call a task; of others the name."""
+    return vision.TASKS[name].title if name in vision.TASKS else name
+
+
 def named(spec: str, options: Options) -> images.ImageTask:
     """A task of raw images by its name, or by `NAME=FOLDER`."""
     name, equals, folder = spec.partition("=")

@@ -6,6 +6,7 @@ Ortiz-Jimenez et al. (2023) and Yoshida et al. (2025, App. B.2).
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -342,12 +343,12 @@ def searched(
 
 
 def draw_cosines(
-    setup: setups.Setup, file: str, panels: Mapping[str, np.ndarray], **more: Any
+    file: Path, panels: Mapping[str, np.ndarray], titles: Sequence[str], **more: Any
 ):
     """Draws cosines `[T, T]` of the tasks' vectors, by the title of a panel."""
     labels: dict[str, Any] = {"rows": "task vector", "columns": "task vector"}
     labels |= {"value": "cosine"} | more
-    plots.matrices(setup.options.out / file, panels, setup.titles, **labels)
+    plots.matrices(file, panels, titles, **labels)
 
 
 def subsets(count: int) -> np.ndarray:

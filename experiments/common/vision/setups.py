@@ -21,9 +21,10 @@ from experiments.common.vision.options import (
     Options,
     check_control,
     recipe_of,
+    title_of,
 )
 from jaxarith import fingerprint, hub, metrics, sharding, train, tree
-from jaxarith.data import images, pipeline, vision
+from jaxarith.data import images, pipeline
 from jaxarith.models import clip, heads
 from jaxarith.sharding import processes
 from jaxarith.typing import Numbers
@@ -107,9 +108,7 @@ class Setup(NamedTuple):
     @property
     def title(self) -> str:
         """What the papers call the model."""
-        name = Path(self.model).name  # a folder may hold one of the papers' too
-        known = {Path(model).name: title for model, title in TITLES.items()}
-        return known.get(name, name)
+        return title_of(self.model)
 
     @property
     def required_control(self) -> Task:
@@ -245,7 +244,7 @@ def prepared(task: images.ImageTask, head, preprocess, options) -> Task:
 
     return Task(
         task.name,
-        vision.TASKS[task.name].title if task.name in vision.TASKS else task.name,
+        raw_tasks.title_of(task.name),
         task.train,
         raw_tasks.identity_of(task),
         dataset(task.validation, head, preprocess, options),
