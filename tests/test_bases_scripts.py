@@ -4,11 +4,13 @@ import collections
 import importlib
 import itertools
 
+import jax
 import numpy as np
 import pytest
 import smoke
 
 from experiments.bases import (
+    basis_sizes,
     figure4_two_checkpoints,
     partitions,
     table3_loss_gap,
@@ -19,11 +21,12 @@ from experiments.bases import (
 )
 from experiments.common.vision import options as vision
 from experiments.common.vision import setups
+from jaxarith.merge.linear_bases import squared_error
 
 SCRIPTS = (
     *("table2_mixing", "table3_loss_gap", "table4_partitions", "table6_negation"),
     *("table7_generalization", "figure3_loss_gap", "figure4_two_checkpoints"),
-    "figure9_clusters",
+    *("figure9_clusters", "basis_sizes"),
 )
 
 
@@ -153,6 +156,8 @@ def test_a_partition_that_does_not_cover_the_tasks_is_one_clear_error(
         (table4_partitions, {"partition": ("mnist,svhn",)}, "exactly one cluster"),
         (table4_partitions, {"inner": ("RegMean",)}, "the merges are MTL"),
         (table4_partitions, {"tasks": vision.vision.EIGHT}, "too many partitions"),
+        (basis_sizes, {"sizes": (2, 8)}, r"--sizes \(2, 8\): give numbers from 1 to 7"),
+        (basis_sizes, {"tasks": ("mnist", "svhn")}, "at least 3 have an eigengap"),
         (table6_negation, {"target": "cars"}, "--target cars is none of"),
         (table7_generalization, {"related": ("cars",)}, "--related cars is none of"),
     ],
@@ -165,6 +170,32 @@ def test_bad_options_are_found_before_anything_is_loaded(
     with pytest.raises(ValueError, match=message):
         script.main(config)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stored", [1, 3])
+def test_bases_of_one_size_are_compared_by_what_they_store(stored):
+    taus = np.random.default_rng(1).normal(size=(5, 30)).astype(np.float32)
+    gram = jax.numpy.asarray(taus @ taus.T)
+    config = basis_sizes.Config(draws=2)
+    found = basis_sizes.of_size(gram, stored, config)
+    counts = collections.Counter(own.method for own in found)
+    assert counts["autoencoder"] == counts["sample, fitted"] == 2
+    assert counts["PCA"] == (stored > 1)
+    errors = {}
+    for own in found:
+        # The mean of PCA is one of the vectors.
+        assert own.stored == stored == own.basis.shape[1] + (own.method == "PCA")
+        squared = float(squared_error(gram, own.recovered)) / np.trace(gram)
+        errors[own.method] = squared**0.5
+        assert errors[own.method] >= basis_sizes.least_error(gram, stored) - 1e-5
+        total = basis_sizes.sum_of(own.basis)
+        assert np.abs(total).sum() == pytest.approx(5, rel=1e-5)
+        if own.method in ("clusters", "PCA"):
+            np.testing.assert_allclose(own.recovered.sum(axis=1), 1, atol=1e-5)
+    assert errors["clusters, fitted"] <= errors["clusters"] + 1e-6
+    chosen = found[-1]
+    kept = chosen.basis.any(axis=1)
+    np.testing.assert_allclose(chosen.recovered[:, kept], np.eye(5)[:, kept], atol=1e-4)
 
 
 def test_of_every_partition_the_most_similar_cluster_is_taken():

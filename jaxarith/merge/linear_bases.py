@@ -301,6 +301,7 @@ def squared_error(gram: Array, rebuilt: Array) -> jax.Array:
       >>> print(squared_error(gram, rebuilt))
       9.0
     """
+    gram = jnp.asarray(gram)
     rest = rebuilt - jnp.eye(len(gram), dtype=gram.dtype)
     return jnp.sum(rest * jnp.matmul(gram, rest, precision="highest"))
 

@@ -1,0 +1,258 @@
+"""Table of bases of equal size: clusters, PCA, autoencoder, random sample.
+
+Zeng et al. Task Vector Bases. arXiv:2502.01015, whose first version has clusters, and
+whose authors' current code has the others. The table is ours.
+
+    python -m experiments.bases.basis_sizes --data-dir DATA
+    python -m experiments.bases.basis_sizes --tasks a=FOLDER b=FOLDER c=FOLDER
+
+Data: the eight image tasks, or any three or more. Negation needs the control task, and
+--control none leaves it out.
+
+All bases store as many vectors; the mean of PCA is one of them. Every task vector is
+recovered from them:
+
+- clusters: the mean of its cluster, in the clusters of Algorithm 1;
+- clusters, fitted: the linear combination of these means that is nearest to it;
+- PCA, autoencoder: as `jaxarith.merge.linear_bases` has them;
+- sample, fitted: the nearest linear combination of some task vectors at random.
+
+Columns:
+
+- error: the norm of all that is not recovered, relative to that of the task vectors;
+  "least" is that of the truncated SVD, which no linear basis of this size is below;
+- own: accuracy with the recovered vector of a task, the mean over tasks;
+- sum of basis: accuracy on all tasks with the sum of the basis vectors, which is the
+  paper's addition. With PCA it is without the mean, as in the authors' code, and
+  depends on the signs of eigenvectors, which are arbitrary;
+- sum of recovered: the same with the sum of the recovered vectors. With clusters and
+  with PCA it is the sum of the task vectors themselves;
+- target, control: accuracies after the recovered vector of a task is subtracted, as
+  in Table 6.
+
+Coefficients are chosen on validation data. Those of sums are 0, 0.05, …, 1, where the
+absolute weights of the task vectors sum to T times the coefficient, so that no sum has
+a larger range than another.
+
+A second table has the bounds of `jaxarith.evaluate.bounds` for every number of
+clusters, relative to C, and what the eigengap and the bound of generalization choose.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from experiments.bases import partitions
+from experiments.common import runs, script, tables
+from experiments.common.vision import options, scores, setups, vectors
+from jaxarith import tree
+from jaxarith.evaluate import bounds
+from jaxarith.merge.bases import cluster, eigengap
+from jaxarith.merge.linear_bases import (
+    autoencoder_factors,
+    combined,
+    pca_factors,
+    squared_error,
+)
+from jaxarith.typing import Taus
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(options.OneModel):
+    model: str = partitions.LAION_B32
+    sizes: tuple[int, ...] = ()
+    """Numbers of stored vectors; by default all that are less than the tasks."""
+    draws: int = 3
+    """Starts of the autoencoder, and random samples, over which the table averages."""
+    tolerance: float = 0.25
+    """Of the fewest clusters: how much the bound of generalization may exceed that of
+    a cluster of every task, relative to C."""
+
+
+class Bases(NamedTuple):
+    """Vectors to store, as weights of the T task vectors.
+
+    Attributes:
+      method: the name in the table.
+      stored: how many vectors are stored.
+      basis: `[T, M]`, the basis vectors.
+      recovered: `[T, T]`, the recovered vectors.
+    """
+
+    method: str
+    stored: int
+    basis: np.ndarray
+    recovered: np.ndarray
+
+
+def of_size(gram: jax.Array, stored: int, config: Config) -> list[Bases]:
+    """All bases of one size, those with random numbers as often as they are drawn.
+
+    Args:
+      gram: inner products of the task vectors, `[T, T]`.
+      stored: how many vectors are stored, less than T.
+      config: options of the script.
+    """
+    tasks = len(gram)
+    members = np.zeros((tasks, stored))
+    for k, own in enumerate(cluster(tree.cosine(gram), stored)):
+        members[own, k] = 1
+    means = members / members.sum(axis=0)
+    found = [
+        Bases("clusters", stored, means, means @ members.T),
+        fitted(gram, "clusters, fitted", means),
+    ]
+    if stored > 1:  # the mean is one of them
+        encoder, decoder = map(np.asarray, pca_factors(gram, stored - 1))
+        recovered = encoder @ decoder + 1 / tasks
+        found.append(Bases("PCA", stored, encoder, recovered))
+    for seed in range(config.seed, config.seed + config.draws):
+        key = jax.random.key(seed)
+        encoder, decoder = map(np.asarray, autoencoder_factors(gram, stored, key=key))
+        found.append(Bases("autoencoder", stored, encoder, encoder @ decoder))
+    for seed in range(config.seed, config.seed + config.draws):
+        chosen = np.random.default_rng(seed).permutation(tasks)[:stored]
+        found.append(fitted(gram, "sample, fitted", np.eye(tasks)[:, chosen]))
+    return found
+
+
+def fitted(gram: jax.Array, method: str, basis: np.ndarray) -> Bases:
+    """A basis with the recovered vectors that are nearest to the task vectors."""
+    inner = basis.T @ np.asarray(gram, float)
+    decoder = np.linalg.lstsq(inner @ basis, inner)[0]
+    return Bases(method, basis.shape[1], basis, basis @ decoder)
+
+
+def sum_of(weights: np.ndarray) -> np.ndarray:
+    """The sum of vectors `[T, n]`, with absolute weights that sum to T."""
+    total = weights.sum(axis=1)
+    return total * (len(total) / np.abs(total).sum())
+
+
+def measured(
+    setup: setups.Setup, taus: Taus, gram: jax.Array, several: Sequence[Bases]
+) -> list[dict]:
+    """A row of every basis."""
+    sums = [
+        sum_of(weights) for own in several for weights in (own.basis, own.recovered)
+    ]
+    # Many are the sum of all task vectors.
+    unique, which = np.unique(np.round(sums, 5), axis=0, return_inverse=True)
+    coefs = scores.coefs_of(setup.options, scores.COEFS)
+    found = scores.searched(setup, taus, unique, coefs)
+    added = [found[i][0] for i in which]
+    own_task = [
+        scores.accuracies(
+            setup, taus, task.test, False, [own.recovered[:, i] for own in several]
+        )
+        for i, task in enumerate(tqdm(setup.tasks, desc="own tasks", unit="task"))
+    ]
+    megabytes = 4e-6 * tree.size(taus[0])
+    rows = []
+    for i, own in enumerate(several):
+        # A rounded zero may be negative.
+        error = max(float(squared_error(gram, own.recovered) / gram.trace()), 0) ** 0.5
+        row = {
+            "method": own.method,
+            "stored": own.stored,
+            "MB": own.stored * megabytes,
+            "error": error,
+            "least": least_error(gram, own.stored),
+            "own": scores.means([accuracies[i] for accuracies in own_task]),
+            "sum of basis": added[2 * i],
+            "sum of recovered": added[2 * i + 1],
+        }
+        rows.append(row | negated(setup, taus, own))
+    return rows
+
+
+def least_error(gram: jax.Array, stored: int) -> float:
+    """The error of the truncated SVD of the task vectors (Eckart and Young)."""
+    shares = np.linalg.eigvalsh(np.asarray(gram, float) / float(gram.trace()))
+    return max(float(shares[: len(gram) - stored].sum()), 0) ** 0.5
+
+
+def negated(setup: setups.Setup, taus: Taus, own: Bases) -> dict:
+    """Accuracies after negation of every recovered vector, if there is a control."""
+    if setup.control is None:
+        return {}
+    found = scores.negation(setup, combined(taus, own.recovered), linearized=False)
+    target, control = found.searched
+    return {"target": target, "control": control}
+
+
+def means_over_draws(rows: Sequence[dict]) -> list[dict]:
+    """One row for every method and size."""
+    groups: dict = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["stored"]), []).append(row)
+    found = []
+    for (method, stored), group in groups.items():
+        numbers = [name for name in group[0] if name not in ("method", "stored")]
+        means = {name: float(np.mean([row[name] for row in group])) for name in numbers}
+        found.append({"method": method, "stored": stored} | means)
+    return found
+
+
+def numbers_of_clusters(
+    setup: setups.Setup, gram: jax.Array, tolerance: float
+) -> list[dict]:
+    """The bounds for every number of clusters, and what chooses it."""
+    cosines = tree.cosine(gram)
+    fewest = len(bounds.fewest_clusters(gram, tolerance))
+    largest = float(gram.diagonal().max())
+    rows = []
+    for count in range(1, len(gram) + 1):
+        clusters = cluster(cosines, count)
+        found = bounds.of_clusters(gram, clusters)
+        chosen = {"eigengap": eigengap(cosines), "bound": fewest}
+        rows.append(
+            {
+                "clusters": count,
+                "addition": found.addition / largest,
+                "generalization": found.generalization / largest,
+                "chosen by": ", ".join(k for k, v in chosen.items() if v == count),
+                "members": partitions.label(clusters, setup.titles),
+            }
+        )
+    return rows
+
+
+@script.full_precision
+def main(config: Config) -> dict:
+    config = options.smoke(config, draws=1)
+    count = len(config.tasks)
+    if count < 3:
+        raise ValueError(f"{count} tasks; at least 3 have an eigengap.")
+    sizes = config.sizes or tuple(range(1, count))
+    if not all(0 < size < count for size in sizes):
+        raise ValueError(f"--sizes {sizes}: give numbers from 1 to {count - 1}.")
+    if config.draws < 1:
+        raise ValueError(f"--draws {config.draws}: expected 1 or more.")
+    runs.start(config)
+    setup = setups.load(config, config.model)
+    taus = vectors.vectors(setup, "nonlinear")
+    gram = tree.gram(taus)
+    everything = Bases("task vectors", count, np.eye(count), np.eye(count))
+    several = [own for size in sizes for own in of_size(gram, size, config)]
+    rows = measured(setup, taus, gram, [everything, *several])
+    choices = numbers_of_clusters(setup, gram, config.tolerance)
+    results = {"rows": rows, "means": means_over_draws(rows), "clusters": choices}
+    control = f", and on {setup.control.title}" if setup.control else ""
+    shown = {
+        f"Bases by size: accuracies in percent{control}; means over {config.draws} "
+        "draws of the autoencoder and of samples.": tables.markdown(
+            results["means"], digits=3
+        ),
+        "Numbers of clusters: bounds relative to C, for a smoothness of 1; tolerance "
+        f"{config.tolerance:g}.": tables.markdown(choices, digits=3),
+    }
+    return tables.write(config.out, "Bases of equal size", shown, results)
+
+
+if __name__ == "__main__":
+    script.run(Config, main)
