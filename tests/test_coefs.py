@@ -85,6 +85,7 @@ MERGES = {
     "tsv": (merge.tsv, "coef"),
     "iso_c": (merge.iso_c, "coef"),
     "iso_cts": (merge.iso_cts, "coef"),
+    "dc_merge": (merge.dc_merge, "coef"),
     "awd": (functools.partial(merge.awd, steps=5), "coef"),
     "awd_adam": (functools.partial(merge.awd, steps=5, solver="adam"), "coef"),
     "bases_negation": (

@@ -89,6 +89,7 @@ MERGES = {
     "consensus_ties": functools.partial(merge.consensus, of="ties", density=0.5),
     "tsv": merge.tsv,
     "iso_c": merge.iso_c,
+    "dc_merge": functools.partial(merge.dc_merge, smoothing="linear", keep=0.5),
     "iso_cts": functools.partial(merge.iso_cts, common=0.4),
     "wudi": functools.partial(merge.wudi, matrices=None, steps=20),
     "wudi_closed": functools.partial(merge.wudi, matrices=None, solver="closed"),
@@ -113,6 +114,7 @@ GIVE_ONE_TASK_BACK = {
     "emr_masks": functools.partial(of_all_tasks, merge.emr_masks),
     "tall_masks": functools.partial(of_all_tasks, merge.tall_masks),
     "consensus": functools.partial(merge.consensus, least=1),
+    "dc_merge": functools.partial(merge.dc_merge, keep=1.0),
     "tsv": merge.tsv,
     "fisher": fisher_of_squares,
     "wudi": functools.partial(merge.wudi, matrices=None, others="average"),
@@ -136,6 +138,7 @@ PER_LEAF = {
     "breadcrumbs",  # quantiles
     *("dare", "dare_ties", "della"),  # a leaf's draws are keyed by its path
     *("tsv", "iso_c", "iso_cts", "wudi", "wudi_closed", "regmean"),  # matrices
+    "dc_merge",
 }
 every_merge = pytest.mark.parametrize("method", MERGES.values(), ids=MERGES)
 

@@ -33,6 +33,7 @@ METHODS = {
     "consensus": merge.consensus,
     "iso_c": merge.iso_c,
     "iso_cts": merge.iso_cts,
+    "dc_merge": functools.partial(merge.dc_merge, smoothing="average"),
     "karcher": merge.karcher,
     "magmax": merge.magmax,
     "model_stock": merge.model_stock,

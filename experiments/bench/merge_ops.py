@@ -86,6 +86,7 @@ METHODS = {
     "iso_c": Method(merge.iso_c, slow=True),
     "iso_cts": Method(merge.iso_cts, slow=True),
     "tsv": Method(merge.tsv, slow=True),
+    "dc_merge": Method(merge.dc_merge, slow=True),
     "wudi": Method(merge.wudi, slow=True),
 }
 

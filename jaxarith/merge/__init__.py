@@ -22,6 +22,7 @@ from jaxarith.merge.breadcrumbs import breadcrumbs as breadcrumbs
 from jaxarith.merge.consensus import consensus as consensus
 from jaxarith.merge.curvature import curvature as curvature
 from jaxarith.merge.dare import dare as dare
+from jaxarith.merge.dc_merge import dc_merge as dc_merge
 from jaxarith.merge.della import della as della
 from jaxarith.merge.della import magprune as magprune
 from jaxarith.merge.drop import drop as drop
@@ -33,11 +34,13 @@ from jaxarith.merge.greedy_soup import GreedySoup as GreedySoup
 from jaxarith.merge.greedy_soup import greedy_soup as greedy_soup
 from jaxarith.merge.iso_c import iso_c as iso_c
 from jaxarith.merge.iso_cts import iso_cts as iso_cts
+from jaxarith.merge.isotropise import isotropise as isotropise
 from jaxarith.merge.karcher import karcher as karcher
 from jaxarith.merge.linear_bases import LinearBases as LinearBases
 from jaxarith.merge.linear_bases import autoencoder as autoencoder
 from jaxarith.merge.linear_bases import pca as pca
 from jaxarith.merge.linear_bases import recover as recover
+from jaxarith.merge.lines import lines as lines
 from jaxarith.merge.localize_and_stitch import localize as localize
 from jaxarith.merge.localize_and_stitch import (
     localize_and_stitch as localize_and_stitch,
@@ -45,15 +48,20 @@ from jaxarith.merge.localize_and_stitch import (
 from jaxarith.merge.magmax import magmax as magmax
 from jaxarith.merge.mask_sharing import mask_sharing as mask_sharing
 from jaxarith.merge.methods import METHODS as METHODS
+from jaxarith.merge.methods import WRAPPERS as WRAPPERS
 from jaxarith.merge.methods import Method as Method
+from jaxarith.merge.methods import Wrapper as Wrapper
 from jaxarith.merge.model_stock import model_stock as model_stock
 from jaxarith.merge.pcb import pcb as pcb
+from jaxarith.merge.polarize import polarize as polarize
 from jaxarith.merge.regmean import regmean as regmean
 from jaxarith.merge.regmean_plusplus import regmean_plusplus as regmean_plusplus
 from jaxarith.merge.slerp import slerp as slerp
 from jaxarith.merge.stitch_twice import stitch_twice as stitch_twice
+from jaxarith.merge.subspace_boosting import subspace_boosting as subspace_boosting
 from jaxarith.merge.surgery import Surgery as Surgery
 from jaxarith.merge.surgery import surgery as surgery
+from jaxarith.merge.svc import svc as svc
 from jaxarith.merge.tall_masks import tall_masks as tall_masks
 from jaxarith.merge.tall_masks import tall_thresholds as tall_thresholds
 from jaxarith.merge.task_arithmetic import task_arithmetic as task_arithmetic

@@ -30,22 +30,28 @@ from jaxarith.merge.breadcrumbs import breadcrumbs
 from jaxarith.merge.consensus import consensus
 from jaxarith.merge.curvature import curvature
 from jaxarith.merge.dare import dare
+from jaxarith.merge.dc_merge import dc_merge
 from jaxarith.merge.della import della
 from jaxarith.merge.emr import emr, emr_masks
 from jaxarith.merge.fisher import fisher
 from jaxarith.merge.greedy_soup import greedy_soup
 from jaxarith.merge.iso_c import iso_c
 from jaxarith.merge.iso_cts import iso_cts
+from jaxarith.merge.isotropise import isotropise
 from jaxarith.merge.karcher import karcher
+from jaxarith.merge.lines import lines
 from jaxarith.merge.localize_and_stitch import localize_and_stitch
 from jaxarith.merge.magmax import magmax
 from jaxarith.merge.model_stock import model_stock
 from jaxarith.merge.pcb import pcb
+from jaxarith.merge.polarize import polarize
 from jaxarith.merge.regmean import regmean
 from jaxarith.merge.regmean_plusplus import regmean_plusplus
 from jaxarith.merge.slerp import slerp
 from jaxarith.merge.stitch_twice import stitch_twice
+from jaxarith.merge.subspace_boosting import subspace_boosting
 from jaxarith.merge.surgery import surgery
+from jaxarith.merge.svc import svc
 from jaxarith.merge.tall_masks import tall_masks
 from jaxarith.merge.task_arithmetic import task_arithmetic
 from jaxarith.merge.ties import ties
@@ -214,6 +220,11 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             paper="Gargiulo et al. 2025",
             cost="2, and SVDs of every matrix of every task",
         ),
+        "dc_merge": Method(
+            function=dc_merge,
+            paper="Zhang et al. 2026, arXiv:2603.06242",
+            cost="2, and SVDs of every matrix of every task",
+        ),
         "iso_c": Method(
             function=iso_c, paper=_MARCZAK, cost="2, and an SVD of every matrix"
         ),
@@ -304,6 +315,73 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
     }
 )
 """Every merge; an immutable mapping from the names of the functions."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wrapper:
+    """A wrapper, as a sweep or a table sees it.
+
+    Attributes:
+      function: the wrapper; `function(params_0, taus, merged, ...) -> params`.
+      paper: authors and year, and an address where the year does not tell.
+      does: what it does, in a few words.
+      option: the option that is chosen on validation data.
+      grid: the values to try.
+    """
+
+    function: Callable[..., Any]
+    paper: str
+    does: str
+    option: str = "coef"
+    grid: tuple[float, ...] = ()
+
+
+WRAPPERS: Mapping[str, Wrapper] = types.MappingProxyType(
+    {
+        "svc": Wrapper(
+            function=svc,
+            paper="Li et al. 2026",
+            does="shortens directions that the tasks share",
+            grid=(1.0,),
+        ),
+        "lines": Wrapper(
+            function=lines,
+            paper="Wang et al. 2025, arXiv:2410.17146",
+            does="larger coefficients for deeper blocks",
+            option="beta",
+            grid=_grid(0.0, 1.0, 0.1),
+        ),
+        "subspace_boosting": Wrapper(
+            function=subspace_boosting,
+            paper="Skorobogat et al. 2025",
+            does="raises small singular values",
+            grid=_grid(0.05, 1.0, 0.05),
+        ),
+        "isotropise": Wrapper(
+            function=isotropise,
+            paper=_MARCZAK,
+            does="one singular value for each matrix",
+            grid=_grid(0.1, 3.0, 0.1),
+        ),
+        "polarize": Wrapper(
+            function=polarize,
+            paper="Zhang et al. 2026, arXiv:2602.20208",
+            does="large columns and layers grow, small ones shrink",
+            grid=_grid(0.05, 1.0, 0.05),
+        ),
+    }
+)
+"""Every wrapper of what a merge gave; none needs data."""
+
+
+def wrapper_table() -> str:
+    """`WRAPPERS` as a Markdown table."""
+    lines = ["| wrapper | paper | what it does | chosen on validation data |"]
+    lines += ["|:--|:--|:--|:--|"]
+    for name, wrapper in WRAPPERS.items():
+        chosen = f"`{wrapper.option}`"
+        lines.append(f"| `{name}` | {wrapper.paper} | {wrapper.does} | {chosen} |")
+    return "\n".join(lines)
 
 
 def table() -> str:
