@@ -66,7 +66,7 @@ class Config(options.OneModel):
     model: str = partitions.LAION_B32
     sizes: tuple[int, ...] = ()
     """Numbers of stored vectors; by default all that are less than the tasks."""
-    draws: int = 3
+    draws: int = 1
     """Starts of the autoencoder, and random samples, over which the table averages."""
     tolerance: float = 0.25
     """Of the fewest clusters: how much the bound of generalization may exceed that of
@@ -224,7 +224,7 @@ def numbers_of_clusters(
 
 @script.full_precision
 def main(config: Config) -> dict:
-    config = options.smoke(config, draws=1)
+    config = options.smoke(config)
     count = len(config.tasks)
     if count < 3:
         raise ValueError(f"{count} tasks; at least 3 have an eigengap.")
@@ -244,10 +244,8 @@ def main(config: Config) -> dict:
     results = {"rows": rows, "means": means_over_draws(rows), "clusters": choices}
     control = f", and on {setup.control.title}" if setup.control else ""
     shown = {
-        f"Bases by size: accuracies in percent{control}; means over {config.draws} "
-        "draws of the autoencoder and of samples.": tables.markdown(
-            results["means"], digits=3
-        ),
+        f"Bases by size: accuracies in percent{control}; draws of the autoencoder and "
+        f"of samples: {config.draws}.": tables.markdown(results["means"], digits=3),
         "Numbers of clusters: bounds relative to C, for a smoothness of 1; tolerance "
         f"{config.tolerance:g}.": tables.markdown(choices, digits=3),
     }
