@@ -53,7 +53,7 @@ def main(config: Config) -> dict:
     if len(config.tasks) != 3:
         raise ValueError(f"three tasks are compared; --tasks names {config.tasks}.")
     if record := planning.recorder():
-        prompted_plan.vectors(record, config, again=config.tasks[2:])
+        plan(config, record)
         return {}
     last = config.tasks[2]
     adversarial = f"{last.partition('=')[0]}Adv"
@@ -79,6 +79,11 @@ def main(config: Config) -> dict:
     note = f"{adversarial} is {changed} with the prompt “{TEMPLATE}”."
     title = "Prompts and task vectors (bases, Table 16)"
     return tables.write(config.out, title, captions, results, note, digits=4)
+
+
+def plan(config: Config, record: planning.Recorder):
+    """Notes the vectors, of the last task with both prompts."""
+    prompted_plan.vectors(record, config, again=config.tasks[2:])
 
 
 if __name__ == "__main__":
