@@ -86,6 +86,7 @@ MERGES = {
     "iso_c": (merge.iso_c, "coef"),
     "iso_cts": (merge.iso_cts, "coef"),
     "dc_merge": (merge.dc_merge, "coef"),
+    "cart": (merge.cart, "coef"),
     "awd": (functools.partial(merge.awd, steps=5), "coef"),
     "awd_adam": (functools.partial(merge.awd, steps=5, solver="adam"), "coef"),
     "bases_negation": (

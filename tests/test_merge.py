@@ -90,6 +90,7 @@ MERGES = {
     "tsv": merge.tsv,
     "iso_c": merge.iso_c,
     "dc_merge": functools.partial(merge.dc_merge, smoothing="linear", keep=0.5),
+    "cart": merge.cart,
     "iso_cts": functools.partial(merge.iso_cts, common=0.4),
     "wudi": functools.partial(merge.wudi, matrices=None, steps=20),
     "wudi_closed": functools.partial(merge.wudi, matrices=None, solver="closed"),
@@ -115,6 +116,7 @@ GIVE_ONE_TASK_BACK = {
     "tall_masks": functools.partial(of_all_tasks, merge.tall_masks),
     "consensus": functools.partial(merge.consensus, least=1),
     "dc_merge": functools.partial(merge.dc_merge, keep=1.0),
+    "cart": merge.cart,
     "tsv": merge.tsv,
     "fisher": fisher_of_squares,
     "wudi": functools.partial(merge.wudi, matrices=None, others="average"),
@@ -138,7 +140,7 @@ PER_LEAF = {
     "breadcrumbs",  # quantiles
     *("dare", "dare_ties", "della"),  # a leaf's draws are keyed by its path
     *("tsv", "iso_c", "iso_cts", "wudi", "wudi_closed", "regmean"),  # matrices
-    "dc_merge",
+    *("dc_merge", "cart"),
 }
 every_merge = pytest.mark.parametrize("method", MERGES.values(), ids=MERGES)
 

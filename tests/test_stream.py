@@ -34,6 +34,7 @@ METHODS = {
     "iso_c": merge.iso_c,
     "iso_cts": merge.iso_cts,
     "dc_merge": functools.partial(merge.dc_merge, smoothing="average"),
+    "cart": merge.cart,
     "karcher": merge.karcher,
     "magmax": merge.magmax,
     "model_stock": merge.model_stock,

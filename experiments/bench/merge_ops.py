@@ -87,6 +87,7 @@ METHODS = {
     "iso_cts": Method(merge.iso_cts, slow=True),
     "tsv": Method(merge.tsv, slow=True),
     "dc_merge": Method(merge.dc_merge, slow=True),
+    "cart": Method(merge.cart, slow=True),
     "wudi": Method(merge.wudi, slow=True),
 }
 

@@ -19,6 +19,7 @@ from jaxarith.merge.bases_arithmetic import Generalization as Generalization
 from jaxarith.merge.bases_arithmetic import bases_generalization as bases_generalization
 from jaxarith.merge.bases_arithmetic import bases_negation as bases_negation
 from jaxarith.merge.breadcrumbs import breadcrumbs as breadcrumbs
+from jaxarith.merge.cart import cart as cart
 from jaxarith.merge.consensus import consensus as consensus
 from jaxarith.merge.curvature import curvature as curvature
 from jaxarith.merge.dare import dare as dare

@@ -27,6 +27,7 @@ from jaxarith.merge.average import average
 from jaxarith.merge.awd import awd
 from jaxarith.merge.bases import bases, basis_vectors
 from jaxarith.merge.breadcrumbs import breadcrumbs
+from jaxarith.merge.cart import cart
 from jaxarith.merge.consensus import consensus
 from jaxarith.merge.curvature import curvature
 from jaxarith.merge.dare import dare
@@ -225,6 +226,12 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             paper="Zhang et al. 2026, arXiv:2603.06242",
             cost="2, and SVDs of every matrix of every task",
         ),
+        "cart": Method(
+            function=cart,
+            paper="Choi et al. 2024, arXiv:2412.12153",
+            cost="2, and SVDs of every matrix of every task",
+            coef=2.3,
+        ),
         "iso_c": Method(
             function=iso_c, paper=_MARCZAK, cost="2, and an SVD of every matrix"
         ),
@@ -365,7 +372,7 @@ WRAPPERS: Mapping[str, Wrapper] = types.MappingProxyType(
         ),
         "polarize": Wrapper(
             function=polarize,
-            paper="Zhang et al. 2026, arXiv:2602.20208",
+            paper="ESM, CVPR 2026, arXiv:2602.20208",
             does="large columns and layers grow, small ones shrink",
             grid=_grid(0.05, 1.0, 0.05),
         ),
