@@ -152,6 +152,11 @@ class Leaf:
         self._place(merged)
         return Leaf(self.shape, self.dtype, (), functools.partial(_gone, self.shape))
 
+    def to(self, place: Callable[[jax.Array], None]) -> "Leaf":
+        """The same leaf, with another place for what a merge puts in its place."""
+        given = (self.shape, self.dtype, self.sources, self._combine)
+        return Leaf(*given, place=place, held=self.held)
+
 
 def changed(leaf: Any, function: Callable[..., jax.Array], *args: Any) -> Leaf:
     """A leaf that is put through a function whenever it is read, and not kept.

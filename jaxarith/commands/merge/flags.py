@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from jaxarith.commands.merge import gradients, methods, recipe
+from jaxarith.commands.merge import gradients, methods, recipe, wrappers
 from jaxarith.commands.merge.gradients import Setting, Value
 from jaxarith.commands.merge.request import DTYPES, PRESETS, MergeRequest, Model
 from jaxarith.merge import METHODS
@@ -35,6 +35,7 @@ examples:
     --weight 0.3 0.5 --density 0.5 --out M
   jaxarith merge --method task_arithmetic --coef 0.3 --base ./clip --out M \\
     --model bank/clip/nonlinear/dtd.safetensors --model ./clip-svhn
+  jaxarith merge --method ties --base B --model M1 --model M2 --after svc --out M
 
 methods and their options:
 """
@@ -72,6 +73,14 @@ def add(
         "--preset",
         choices=PRESETS,
         help="whose method to use where both have one of that name (default: paper)",
+    )
+    command.add_argument(
+        "--after",
+        action="append",
+        default=[],
+        metavar="WRAPPER",
+        help="change the merged vector before it is written, as in svc or "
+        "lines:beta=0.5; see below; may be given several times",
     )
     common = command.add_argument_group("flags of every merge")
     common.add_argument(
@@ -174,6 +183,7 @@ def _table() -> str:
             lines.append(f"    {name:<18}{' '.join(_flags(method.options))}".rstrip())
             if preset == "paper" and name in METHODS:
                 lines.append(f"    {'':<18}({METHODS[name].paper})")
+    lines += ["", "wrappers for --after, and their options:", *wrappers.table()]
     return "\n".join(lines)
 
 
@@ -197,7 +207,9 @@ def _size(text: str) -> int:
 def check_alone(args: argparse.Namespace) -> None:
     """Raises a ValueError if flags repeat what the YAML file has to say."""
     flags = [
-        name for name in ("method", "base", "models", "preset") if getattr(args, name)
+        name
+        for name in ("method", "base", "models", "preset", "after")
+        if getattr(args, name)
     ]
     flags += _given(args)
     if flags:
@@ -264,6 +276,7 @@ def request(args: argparse.Namespace) -> MergeRequest:
         parameters=shared,
         preset=args.preset or "paper",
         dtype=args.dtype,
+        after=tuple(map(wrappers.of_text, args.after)),
     )
 
 

@@ -3,15 +3,16 @@
 A file says `merge_method`, `models` (or `slices` that are whole models), and perhaps
 `base_model`, `parameters`, `dtype`, `out_dtype` and `tokenizer_source`. Methods that
 mergekit has are mergekit's, unless the file says `preset: paper`; all others are those
-of `jaxarith.merge`, whose options are `parameters` too. What is not supported is an
-error that names its line.
+of `jaxarith.merge`, whose options are `parameters` too. `after` lists wrappers of the
+merged vector, which mergekit has not. What is not supported is an error that names its
+line.
 """
 
 import dataclasses
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from jaxarith.commands.merge import methods, yaml_lines
+from jaxarith.commands.merge import methods, wrappers, yaml_lines
 from jaxarith.commands.merge import recipe as merge_recipe
 from jaxarith.commands.merge.gradients import Entry, Setting, Value
 from jaxarith.commands.merge.methods import Method, Option
@@ -36,6 +37,7 @@ _KEYS = (
     "tokenizer_source",
     "tokenizer",
     "preset",
+    "after",
 )
 
 
@@ -106,8 +108,28 @@ def _request(root: Node, keys: Mapping[str, Node]) -> tuple[MergeRequest, list[s
         out_dtype=_dtype(keys, "out_dtype"),
         tokenizer_source=base if source == "base" else source,
         layers=layers,
+        after=_afters(keys.get("after")),
     )
     return request, notes
+
+
+def _afters(node: Node | None) -> tuple[wrappers.After, ...]:
+    return () if node is None else tuple(map(_after, node.items("after")))
+
+
+def _after(node: Node) -> wrappers.After:
+    """An entry of `after`: a name, or a mapping from a name to options."""
+    name, given = node.value, {}
+    if isinstance(name, dict):
+        if len(name) != 1:
+            raise node.error("an entry of after is one wrapper, as svc: {alpha: 1}.")
+        [(name, options)] = name.items()
+        fields = options.mapping("the options of a wrapper")
+        given = {key: option.value for key, option in fields.items()}
+    try:
+        return wrappers.after(str(name), given)
+    except ValueError as error:
+        raise node.error(str(error)) from error
 
 
 def _dtype(keys: Mapping[str, Node], key: str) -> Dtype | None:

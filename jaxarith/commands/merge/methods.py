@@ -120,7 +120,7 @@ KINDS = {
     str: "a text",
 }
 NUMBER, INTEGER, SWITCH = map(Option, (float, int, bool))
-_PATTERN = Option(str)
+PATTERN = Option(str)
 _COEF = Option(float, by_path=True)
 _COEFS = Option(float, each=True, by_path=True)
 _WEIGHTS = Option(float, each=True, keyword="weights")
@@ -227,7 +227,7 @@ PAPER = {
             "step_size": NUMBER,
             "steps": INTEGER,
             "scope": Option(("global", "layer", "row")),
-            "pattern": _PATTERN,
+            "pattern": PATTERN,
             "objective": Option(("reduce", "reverse")),
             "solver": Option(("gradient_descent", "momentum", "direct", "adam")),
         },
@@ -277,10 +277,10 @@ PAPER = {
             "density": NUMBER,
         },
     ),
-    "iso_c": Method(merge.iso_c, {"coef": _COEF, "matrices": _PATTERN}),
+    "iso_c": Method(merge.iso_c, {"coef": _COEF, "matrices": PATTERN}),
     "iso_cts": Method(
         _iso_cts,
-        {"coef": _COEF, "common": NUMBER, "matrices": _PATTERN, "in_out": _PATTERN},
+        {"coef": _COEF, "common": NUMBER, "matrices": PATTERN, "in_out": PATTERN},
     ),
     "karcher": Method(
         merge.karcher, {"max_iter": INTEGER, "tol": NUMBER}, base="aside"
@@ -303,7 +303,7 @@ PAPER = {
         base="aside",
     ),
     "topk": Method(merge.topk, {"density": NUMBER, "coef": _COEFS}, passes=8),
-    "tsv": Method(merge.tsv, {"coef": _COEF, "matrices": _PATTERN}),
+    "tsv": Method(merge.tsv, {"coef": _COEF, "matrices": PATTERN}),
     "wise_ft": Method(merge.wise_ft, {"coef": _COEF}),
     "wudi": Method(
         _wudi,
@@ -312,8 +312,8 @@ PAPER = {
             "solver": Option(("adam", "closed")),
             "steps": INTEGER,
             "learning_rate": NUMBER,
-            "matrices": _PATTERN,
-            "in_out": _PATTERN,
+            "matrices": PATTERN,
+            "in_out": PATTERN,
             "others": Option(("pretrained", "average")),
         },
     ),

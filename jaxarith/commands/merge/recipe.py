@@ -9,11 +9,12 @@ from typing import Any
 import jax
 
 from jaxarith import tree
-from jaxarith.commands.merge import gradients
+from jaxarith.commands.merge import gradients, wrappers
 from jaxarith.commands.merge.gradients import Setting
 from jaxarith.commands.merge.mergekit_methods import MERGEKIT
 from jaxarith.commands.merge.methods import PAPER, Method
 from jaxarith.commands.merge.request import Dtype, MergeRequest, Model, Preset
+from jaxarith.merge import wrapped
 from jaxarith.typing import Params, Taus
 
 PRESETS: dict[Preset, dict[str, Method]] = {"paper": PAPER, "mergekit": MERGEKIT}
@@ -59,7 +60,9 @@ class MergeRecipe:
         """
         names = tree.flatten(tree.floating(params_0))
         options = self.options(names, self.config)
-        return self.function.merge(params_0, taus, **options)
+        method = functools.partial(self.function.merge, **options)
+        method = wrappers.then(method, self.request.after, self.config)
+        return method(params_0, taus)
 
     def check(self, params_0: Params, taus: Taus) -> None:
         """Raises what `merge` would because of its options, from shapes alone.
@@ -68,6 +71,9 @@ class MergeRecipe:
         """
         leaves = tree.flatten(tree.floating(params_0))
         options = self.options(leaves, self.config)
+        rows = wrapped.rows(params_0, taus) if self.request.after else {}
+        for one in self.request.after:
+            one.planned(self.config)(rows)
         if not self.function.by_shape:
             return
         of_shape = {
@@ -130,6 +136,11 @@ def build(request: MergeRequest, *, seed: int = 0) -> MergeRecipe:
     of_vectors = shared.get("between") == gradients.constant("task_vectors")
     if base is None and (method.base == "needed" or of_vectors):
         raise ValueError(f"{name} merges task vectors, so it needs a base model.")
+    if base is None and request.after:
+        raise ValueError(
+            f"{request.after[0].name} changes a merged task vector, which is measured "
+            "from a base model; name the base."
+        )
     models = request.models
     if method.base != "aside" and base is not None:
         same = [model for model in models if _place(model.name) == _place(base)]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from jaxarith.commands.merge.gradients import Setting, plain
+from jaxarith.commands.merge.wrappers import After
 
 Preset: TypeAlias = Literal["paper", "mergekit"]
 Dtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
@@ -39,6 +40,7 @@ class MergeRequest:
       tokenizer_source: the model whose tokenizer is copied; None is the base, and what
         adapters have of a tokenizer.
       layers: the number of layers that the largest stack must have; None is any.
+      after: what is done to the merged vector, in order.
     """
 
     method: str
@@ -50,6 +52,7 @@ class MergeRequest:
     out_dtype: Dtype | None = None
     tokenizer_source: str | None = None
     layers: int | None = None
+    after: tuple[After, ...] = ()
 
     def as_file(self) -> dict[str, Any]:
         """The content of a YAML file that asks for the same merge, of whole models."""
@@ -62,6 +65,7 @@ class MergeRequest:
                 for name, own in self.models
             ],
             "parameters": _plain(self.parameters),
+            "after": [one.plain for one in self.after],
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
             "tokenizer_source": self.tokenizer_source,

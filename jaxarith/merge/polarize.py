@@ -1,0 +1,159 @@
+r"""Polarised scaling: large columns and layers of a merged vector grow, small shrink.
+
+From Essential Subspace Merging (ESM). CVPR 2026. arXiv:2602.20208, arXiv:2606.19164. It
+is the part of that method that needs no data.
+
+For every weight [output, input] of a linear layer, with the norms :math:`n_t` of task
+vectors :math:`\tau_t` and :math:`c_j` of their columns weighted by task,
+
+.. math:: w_t = \Big(\frac{n_t}{\bar n}\Big)^2, \quad
+          c_j^2 = \sum_t w_t^2 \|\tau_{t,:j}\|^2, \quad
+          \tau'_{:j} = \Big(\frac{c_j}{\bar c}\Big)^2 \tau_{:j}, \quad
+          \tau'' = \Big(\frac{\|\tau'\|}{\overline{\|\tau'\|}}\Big)^2 \tau',
+
+where bars are means over the tasks, the columns, and the layers of one kind.
+"""
+
+import functools
+import re
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from jaxarith import tree
+from jaxarith.merge import _leaves, _matrices, wrapped
+from jaxarith.typing import Coef, Params, Taus
+
+
+def polarize(
+    params_0: Params,
+    taus: Taus,
+    merged: Params,
+    *,
+    coef: Coef = 1.0,
+    matrices: str | None = _matrices.NO_EMBEDDING,
+    in_out: str | None = None,
+) -> Params:
+    """Scales the columns and the layers of what a merge gave. No data are needed.
+
+    The vector's length changes, so its coefficient must be chosen anew. Layers are of
+    one kind whose paths differ in numbers alone.
+
+    Args:
+      params_0: pre-trained parameters.
+      taus: the task vectors that were merged. A leaf that one lacks counts as zero.
+      merged: the parameters that a merge of them gave.
+      coef: the coefficient of the scaled vector: one number, or one by path.
+      matrices: a regular expression of the paths of the 2-D leaves that are scaled: by
+        default those with no `embed` in their path. The others stay as merged, times
+        `coef`.
+      in_out: a regular expression of the paths of matrices that are stored as [input,
+        output], as for `wudi`; None goes by the last name of a path.
+
+    Returns:
+      Parameters with the structure and dtypes of `merged`.
+
+    Raises:
+      ValueError: `matrices` matches none of the 2-D leaves, `merged` does not have the
+        form of `params_0`, task vectors that do not fit, or non-finite values.
+
+    Example:
+      >>> merged = {"weight": jnp.array([[3.0, 1.0]])}
+      >>> print(polarize({"weight": jnp.zeros((1, 2))}, [merged], merged)["weight"])
+      [[6.75 0.25]]
+    """
+    options = {"coef": coef, "matrices": matrices, "in_out": in_out}
+    return wrapped.run(functools.partial(plan, **options), params_0, taus, merged)
+
+
+def plan(
+    rows: wrapped.Rows,
+    *,
+    coef: Coef = 1.0,
+    matrices: str | None = _matrices.NO_EMBEDDING,
+    in_out: str | None = None,
+) -> wrapped.Plan:
+    """What `polarize` does to each leaf; arguments as there."""
+    are_matrices = _matrices.which(rows, matrices)
+    are_in_out = _matrices.which_in_out(are_matrices, in_out, "polarize")
+
+    def measure(path, leaf, row):
+        if not are_matrices[path]:
+            return None
+        return _length(*tree.gathered((leaf, row)), are_in_out[path])
+
+    args = (are_matrices, are_in_out, wrapped.coefs(coef, rows))
+    return wrapped.Plan(_change, args, measure, layer_scales)
+
+
+@_leaves.leaf_function(static=("is_matrix", "is_in_out"), whole=True)
+def _change(leaf, row, is_matrix, is_in_out, coef, scale):
+    leaf_0, *taus = row
+    vector = leaf - leaf_0
+    if is_matrix:
+        vector = scale * _columns(vector, taus, is_in_out)
+    return leaf_0 + coef * vector
+
+
+@functools.partial(jax.jit, static_argnames="is_in_out")
+def _length(leaf, row, is_in_out):
+    """The norm of a merged matrix with scaled columns."""
+    merged, start, *taus = (_leaves.widened(x) for x in (leaf, *row))
+    return _norm(_columns(merged - start, taus, is_in_out))
+
+
+def layer_scales(
+    norms: Mapping[str, jax.Array | None],
+) -> dict[str, jax.Array | None]:
+    """The squared norm of every layer over that of its kind's mean, by path.
+
+    Args:
+      norms: by path; None of what is no layer.
+
+    Example:
+      >>> found = layer_scales({"0/w": jnp.array(1.0), "1/w": jnp.array(3.0)})
+      >>> {path: float(scale) for path, scale in found.items()}
+      {'0/w': 0.25, '1/w': 2.25}
+    """
+    kinds: dict[str, list[jax.Array]] = {}
+    for path, norm in norms.items():
+        if norm is not None:
+            kinds.setdefault(_kind(path), []).append(norm)
+    means = {kind: _mean(found) for kind, found in kinds.items()}
+    return {
+        path: None if norm is None else _over(norm, means[_kind(path)]) ** 2
+        for path, norm in norms.items()
+    }
+
+
+def _kind(path):
+    return re.sub(r"\d+", "#", path)
+
+
+def _columns(vector, taus, is_in_out):
+    outputs = 1 if is_in_out else 0
+    norms = [_norm(tau) for tau in taus]
+    mean = _mean(norms)
+    squares = tree.total(
+        _over(norm, mean) ** 4 * jnp.sum(tau**2, axis=outputs)
+        for norm, tau in zip(norms, taus, strict=True)
+    )
+    lengths = tree.safe_sqrt(squares)
+    scales = _over(lengths, jnp.mean(lengths)) ** 2
+    return vector * jnp.expand_dims(scales, outputs)
+
+
+def _norm(matrix):
+    return tree.safe_sqrt(jnp.sum(matrix**2))
+
+
+def _mean(values: Iterable[jax.Array]) -> jax.Array:
+    found = list(values)
+    return tree.total(found) / len(found)
+
+
+def _over(values, mean):
+    """The values in units of their mean; 1 where all are zero."""
+    zero = mean == 0
+    return jnp.where(zero, 1, values / jnp.where(zero, 1, mean))
