@@ -19,8 +19,8 @@ recovered from them:
 
 Columns:
 
-- error: the norm of all that is not recovered, relative to that of the task vectors;
-  "least" is that of the truncated SVD, which no linear basis of this size is below;
+- error: the norm of what is not recovered, relative to the norm of the task vectors;
+- least: the least error that any linear basis of this size can have;
 - own: accuracy with the recovered vector of a task, the mean over tasks;
 - sum of basis: accuracy on all tasks with the sum of the basis vectors, which is the
   paper's addition. With PCA it is without the mean, as in the authors' code, and
