@@ -217,3 +217,82 @@ def test_a_pattern_without_a_match_is_an_error_that_shows_paths():
 def test_unknown_options_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         wudi(vectors(), **options)
+
+
+def flow_in_numpy(taus, time, rank=None, weighting="norm"):
+    """The formula of the spectral filter, on weights [output, input]."""
+    squares = [np.sum(tau**2) if weighting == "norm" else 1 for tau in taus]
+    grams = [tau.T @ tau / s for tau, s in zip(taus, squares, strict=True)]
+    total, start = sum(grams), taus.sum(axis=0)
+    right = sum(tau @ gram for tau, gram in zip(taus, grams, strict=True))
+    values, vectors = np.linalg.eigh(total)
+    time = time * len(taus) / values.sum()
+    new = start.copy()
+    for k in np.argsort(values)[::-1][:rank]:
+        q, value = vectors[:, k], values[k]
+        factor = (1 - np.exp(-time * value)) / value
+        new += factor * np.outer((right - start @ total) @ q, q)
+    return new
+
+
+@pytest.mark.parametrize("weighting", ["norm", "none"])
+@pytest.mark.parametrize(("time", "rank"), [(0.7, None), (3.0, 2), (40.0, 5)])
+def test_the_filter_is_the_papers(time, rank, weighting):
+    taus = vectors(4, scale=0.3)
+    found = wudi(taus, solver="closed", time=time, rank=rank, weighting=weighting)
+    expected = flow_in_numpy(taus, time, rank, weighting)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_the_filter_is_the_limit_of_small_steps_of_gradient_descent():
+    taus, time, steps = vectors(3), 2.0, 4000
+    x, gradient = taus.sum(axis=0), jax.jit(jax.grad(loss))
+    for _ in range(steps):  # half the gradient is that of the flow
+        x = x - time / steps * np.asarray(gradient(x, taus)) / 2
+    found = wudi(taus, solver="closed", time=time)
+    moved = np.abs(x - taus.sum(axis=0)).max()
+    assert moved > 0.01
+    # Euler's error: first order in the step.
+    np.testing.assert_allclose(found, x, atol=1e-3 * moved)
+
+
+def test_the_filter_has_two_limits():
+    taus = vectors(3)
+    at_once = wudi(taus, solver="closed", time=0.0)
+    np.testing.assert_allclose(at_once, taus.sum(axis=0), rtol=1e-12)
+    late = wudi(taus, solver="closed", time=1e12)
+    minimum = wudi(taus, solver="closed")
+    np.testing.assert_allclose(late, minimum, rtol=1e-6, atol=1e-8)
+    every = wudi(taus, solver="closed", rank=IN)
+    np.testing.assert_allclose(every, minimum, rtol=1e-6, atol=1e-8)
+
+
+def test_participation_counts_equal_eigenvalues_and_leaves_the_rest_as_summed():
+    # Two eigenvalues that are alike, and others of a millionth: K is 3, rounded up.
+    spectrum = np.array([1.0, 1.0, 1e-3, 1e-3, 1e-3, 0, 0])
+    q = np.linalg.qr(oracles.normal(3, IN, IN))[0]
+    p = np.linalg.qr(oracles.normal(4, IN, IN))[0]
+    taus = np.stack([p @ np.diag(spectrum) @ q.T, 2 * p @ np.diag(spectrum) @ q.T])
+    params_0 = {"kernel": np.zeros((IN, IN))}
+    rows = [{"kernel": tau.T} for tau in taus]
+    roots = 2 * np.sqrt(2) + 3e-3 * np.sqrt(2)
+    count = int(np.ceil(roots**2 / (4 + 6e-6)))
+    assert count == 3
+    found = merge.wudi(params_0, rows, solver="closed", rank="participation")
+    fixed = merge.wudi(params_0, rows, solver="closed", rank=count)
+    np.testing.assert_allclose(found["kernel"], fixed["kernel"], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"time": 1.0}, 'time and rank are for solver="closed"'),
+        ({"solver": "closed", "time": -1.0}, "time is -1.0"),
+        ({"solver": "closed", "rank": 0}, "rank is 0"),
+        ({"solver": "closed", "rank": "some"}, "rank is 'some'"),
+        ({"weighting": "some"}, "unknown weighting"),
+    ],
+)
+def test_a_filter_out_of_range_is_named(options, match):
+    with pytest.raises(ValueError, match=match):
+        wudi(vectors(), **options)
