@@ -7,6 +7,10 @@ import numpy as np
 import pytest
 
 from experiments import finetune
+from experiments.awd import disentangled, figure3_number_of_tasks, table10_unseen
+from experiments.awd import figure5_landscape as awd_landscape
+from experiments.bases import figure4_two_checkpoints, table3_loss_gap
+from experiments.bases import table7_generalization as generalization
 from experiments.common import planning
 from experiments.common.vision import architectures, raw_tasks, stand_ins
 from experiments.editing import figure5_cosine as ordinary_cosine
@@ -124,3 +128,17 @@ def test_an_unknown_model_is_refused():
 def test_all_tasks_have_known_sizes():
     for name, info in vision.TASKS.items():
         assert info.train and info.test, name
+
+
+def test_tasks_that_scripts_name_are_known():
+    subsets = figure3_number_of_tasks.subsets_of(disentangled.TASKS, seed=0)
+    named = {
+        *disentangled.TASKS,
+        *(name for seen in table10_unseen.SEEN.values() for name in seen),
+        *(name for pair in awd_landscape.PAIRS for name in pair.split(",")),
+        *(name for subset in subsets for name in subset),
+        *figure4_two_checkpoints.Config().tasks,
+        *table3_loss_gap.Config().tasks,
+        *generalization.Config().held_out,
+    }
+    assert not named - vision.TASKS.keys()

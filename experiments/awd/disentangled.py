@@ -22,7 +22,7 @@ from jaxarith.models import clip
 from jaxarith.typing import Numbers, Params, Taus, Tree
 
 # In the order of the paper's tables.
-_TASKS = "sun397 cars resisc45 eurosat svhn gtsrb mnist dtd"
+_TASKS = "sun397 stanford_cars resisc45 eurosat svhn gtsrb mnist dtd"
 TASKS: tuple[str, ...] = tuple(_TASKS.split())
 COEFS = np.linspace(0.3, 1.0, 8)
 ALPHAS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)

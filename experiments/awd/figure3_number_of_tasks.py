@@ -89,8 +89,9 @@ def subsets_of(names: Sequence[str], *, seed: int, largest: int = 8) -> list[tup
       [('a', 'b'), ('a', 'c'), ('b', 'c'), ('a', 'b', 'c')]
     """
     if sorted(names) == sorted(disentangled.TASKS):
-        listed = " ".join(SUBSETS.replace("\n\n", ",").split()).split(",")
-        return [*(tuple(text.split()) for text in listed), tuple(disentangled.TASKS)]
+        full = SUBSETS.replace("cars", "stanford_cars").replace("\n\n", ",")
+        listed = (tuple(text.split()) for text in " ".join(full.split()).split(","))
+        return [*listed, tuple(disentangled.TASKS)]
     rng, found = np.random.default_rng(seed), []
     for size in range(2, len(names) + 1):
         subsets = list(itertools.combinations(names, size))

@@ -28,7 +28,7 @@ from jaxarith import plots, task_vectors
 from jaxarith.evaluate import landscape
 from jaxarith.models import heads
 
-PAIRS = ("resisc45,cars", "sun397,dtd")
+PAIRS = ("resisc45,stanford_cars", "sun397,dtd")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
     python -m experiments.awd.table_scopes
     python -m experiments.awd.table_scopes --model openai/clip-vit-base-patch32 \\
         --source tfds --data-dir DATA --steps 2000 --learning-rate 1e-5 \\
-        --batch-size 128 --tasks sun397 cars resisc45 eurosat svhn gtsrb mnist dtd
+        --batch-size 128 \\
+        --tasks sun397 stanford_cars resisc45 eurosat svhn gtsrb mnist dtd
 
 Without options it is a small study: the embedded tiny CLIP on the six small tasks of
 the quickstart, which need no data, with three seeds of the training.

@@ -12,7 +12,7 @@ Published, the norm of task vectors / its percentage of the pre-trained model's 
     task      laion2b_e16  laion2b_s34b_b79k
     mnist     2.18 / 0.46  2.30 / 0.42
     eurosat   2.16 / 0.45  2.27 / 0.42
-    cars      2.52 / 0.54  2.59 / 0.48
+    stanford_cars  2.52 / 0.54  2.59 / 0.48
     dtd       1.81 / 0.39  1.79 / 0.33
     gtsrb     2.32 / 0.49  2.44 / 0.45
     resisc45  2.55 / 0.54  2.63 / 0.48
@@ -40,7 +40,16 @@ from experiments.common.vision import options, vectors
 from jaxarith import plots, sharding, task_vectors, tree
 from jaxarith.typing import Tree
 
-_TASKS = ("mnist", "eurosat", "cars", "dtd", "gtsrb", "resisc45", "sun397", "svhn")
+_TASKS = (
+    "mnist",
+    "eurosat",
+    "stanford_cars",
+    "dtd",
+    "gtsrb",
+    "resisc45",
+    "sun397",
+    "svhn",
+)
 PUBLISHED = tables.published_by_column(__doc__, "task")
 
 

@@ -10,12 +10,12 @@ Data: the eight image tasks, or any three or more.
 Published, as heat maps, and the clusters of Algorithm 1:
 
     vectors    clusters
-    step 0     mnist,svhn sun397,dtd eurosat,resisc45 cars gtsrb
-    step 1     mnist,svhn sun397,dtd eurosat,resisc45 cars gtsrb
-    epoch 0    mnist,svhn sun397,dtd eurosat,resisc45 cars gtsrb
-    epoch 1    mnist,svhn,gtsrb dtd eurosat,resisc45 sun397 cars
-    converged  mnist,svhn,gtsrb dtd eurosat,resisc45 sun397 cars
-    tangent    mnist,svhn sun397,dtd,cars eurosat resisc45 gtsrb
+    step 0     mnist,svhn sun397,dtd eurosat,resisc45 stanford_cars gtsrb
+    step 1     mnist,svhn sun397,dtd eurosat,resisc45 stanford_cars gtsrb
+    epoch 0    mnist,svhn sun397,dtd eurosat,resisc45 stanford_cars gtsrb
+    epoch 1    mnist,svhn,gtsrb dtd eurosat,resisc45 sun397 stanford_cars
+    converged  mnist,svhn,gtsrb dtd eurosat,resisc45 sun397 stanford_cars
+    tangent    mnist,svhn sun397,dtd,stanford_cars eurosat resisc45 gtsrb
 
 "The first two steps of batch updates and two full epochs": step 0 is after the first
 update here, step 1 after the second, epoch 0 after the first pass over the training

@@ -11,7 +11,7 @@ Published, L_i(θ_TA) - L_i(θ_i) with ViT-B/16:
     task      gap
     mnist     0.12
     eurosat   1.00
-    cars      0.15
+    stanford_cars  0.15
     dtd       1.11
     gtsrb     0.80
     resisc45  0.84

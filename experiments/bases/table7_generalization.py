@@ -65,7 +65,7 @@ PRETRAINED = tables.published(__doc__, "held out")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(partitions.Options, options.OneModel):
     model: str = partitions.LAION_B32
-    held_out: tuple[str, ...] = ("gtsrb", "dtd", "cars", "sun397")
+    held_out: tuple[str, ...] = ("gtsrb", "dtd", "stanford_cars", "sun397")
     """The held-out tasks: names, or NAME=FOLDER. The paper has accuracies of the first
     two."""
     related: tuple[str, ...] = ("mnist", "svhn")
