@@ -67,7 +67,8 @@ def both(config: Options) -> list[setups.Setup]:
             f"{config.models[0]} and {config.models[1]} have parameters of other "
             "names or shapes; the two models must be of one architecture."
         )
-    if found[0].identity == found[1].identity:
+    # In a plan one stand-in is both.
+    if not config.plan and found[0].identity == found[1].identity:
         raise ValueError(f"the two --models are the same: {config.models[0]}.")
     return found
 
