@@ -21,6 +21,9 @@ from jaxarith.merge.bases_arithmetic import bases_negation as bases_negation
 from jaxarith.merge.breadcrumbs import breadcrumbs as breadcrumbs
 from jaxarith.merge.cart import cart as cart
 from jaxarith.merge.consensus import consensus as consensus
+from jaxarith.merge.core import Core as Core
+from jaxarith.merge.core import Factors as Factors
+from jaxarith.merge.core import core as core
 from jaxarith.merge.curvature import curvature as curvature
 from jaxarith.merge.dare import dare as dare
 from jaxarith.merge.dc_merge import dc_merge as dc_merge
@@ -29,6 +32,7 @@ from jaxarith.merge.della import magprune as magprune
 from jaxarith.merge.drop import drop as drop
 from jaxarith.merge.emr import emr as emr
 from jaxarith.merge.emr import emr_masks as emr_masks
+from jaxarith.merge.esm import esm as esm
 from jaxarith.merge.fisher import fisher as fisher
 from jaxarith.merge.fisher import fisher_diagonal as fisher_diagonal
 from jaxarith.merge.greedy_soup import GreedySoup as GreedySoup

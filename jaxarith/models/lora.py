@@ -36,6 +36,7 @@ Linearization. ICLR 2024. arXiv:2310.04742.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -44,6 +45,7 @@ from flax import linen as nn
 
 from jaxarith import tangent, task_vectors, tree
 from jaxarith.hub.lora import FACTOR_A, FACTOR_B
+from jaxarith.merge.core import Factors
 from jaxarith.typing import ApplyFn, Params
 
 # Path patterns for `TrainConfig.trained` and `tree.select`.
@@ -207,6 +209,38 @@ def delta(params: Params, *, alpha: float) -> dict:
             for path, (a, b) in _pairs(params).items()
         }
     )
+
+
+def factors(params: Params, *, alpha: float) -> dict[str, Factors]:
+    r"""The factors by the path of their kernel, as `merge.core` takes them.
+
+    Args:
+      params: the factors, alone or among other leaves.
+      alpha: the scale α; :math:`\frac{\alpha}{r}` goes into A.
+
+    Example:
+      >>> params = {"lora_a": jnp.ones((2, 1)), "lora_b": jnp.ones((1, 3))}
+      >>> jax.tree.map(jnp.shape, factors(params, alpha=2))
+      {'kernel': Factors(a=(2, 1), b=(1, 3))}
+    """
+    return {
+        f"{path}/kernel".lstrip("/"): Factors(alpha / a.shape[-1] * a, b)
+        for path, (a, b) in _pairs(params).items()
+    }
+
+
+def from_factors(factors: Mapping[str, Factors]) -> dict:
+    """Parameters of adapters, of α = rank, from the factors by the path of a kernel.
+
+    Example:
+      >>> pair = Factors(jnp.ones((2, 1)), jnp.ones((1, 3)))
+      >>> jax.tree.map(jnp.shape, from_factors({"fc/kernel": pair}))
+      {'fc': {'lora_a': (2, 1), 'lora_b': (1, 3)}}
+    """
+    leaves = {}
+    for path, (a, b) in factors.items():
+        leaves |= {_beside(path, FACTOR_A): a, _beside(path, FACTOR_B): b}
+    return tree.unflatten(leaves)
 
 
 def task_vector(
