@@ -30,7 +30,7 @@ def planned(script, tmp_path, **given):
 
 
 def test_a_plan_counts_what_is_trained_and_evaluated(tmp_path, capsys):
-    found = planned(figure5_cosine, tmp_path)
+    found = planned(figure5_cosine, tmp_path, plan_memory=0)
     rows = {row["method"]: row for row in found["rows"]}
     assert {row["to train"] for row in rows.values()} == {2}
     assert {row["steps"] for row in rows.values()} == {2 * 2000}
@@ -58,7 +58,7 @@ def test_vectors_of_the_bank_are_not_planned(tmp_path):
     folder = tmp_path / "bank" / clip.TINY_CLIP.name / "nonlinear"
     folder.mkdir(parents=True)
     (folder / "dtd.safetensors").touch()
-    [row] = planned(ordinary_cosine, tmp_path)["rows"]
+    [row] = planned(ordinary_cosine, tmp_path, plan_memory=0)["rows"]
     assert (row["to train"], row["in the bank"]) == (1, 1)
 
 
@@ -81,6 +81,7 @@ def test_multi_task_training_is_one_vector_of_all_tasks(tmp_path):
     def row_of(method):
         config = finetune.Config(
             **{"plan": 1, "task": "dtd", "method": method, "model": TINY},
+            plan_memory=0,
             **{"tasks": ("mnist", "dtd", "svhn"), "bank": tmp_path, "batch_size": 16},
         )
         [row] = planning.run(finetune.main, config)["rows"]
