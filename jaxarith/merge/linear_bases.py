@@ -66,12 +66,11 @@ def pca(taus: Taus, count: int | None = None) -> LinearBases:
     Args:
       taus: T task vectors. A leaf that one lacks counts as zero.
       count: M, the number of components, at most T. None takes half of T, as in the
-        authors' code. T - 1 recover every task vector exactly.
+        authors' code. With T - 1 every task vector is recovered exactly.
 
     Returns:
-      Basis vectors that are orthogonal, with the largest first, and the mean of the
-      task vectors. It is M + 1 vectors to store. The signs of the basis vectors are
-      arbitrary.
+      M orthogonal basis vectors, the longest first and of arbitrary signs, and the
+      mean of the task vectors: M + 1 vectors to store.
 
     Raises:
       ValueError: no task vector, non-finite values, or M is not in 1 to T.
