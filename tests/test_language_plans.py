@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -80,7 +81,8 @@ def step_flops(full, loss, batch_size, constants=None):
         for name, x in full.sample.items()
     }
     lowered = jax.jit(jax.value_and_grad(total)).lower(full.params_0, batch)
-    return lowered.cost_analysis()["flops"], tree.size(full.params_0)
+    counted: Any = lowered.cost_analysis()
+    return counted["flops"], tree.size(full.params_0)
 
 
 def assert_flops(row, training):
