@@ -38,7 +38,7 @@ def polarize(
     """Scales the columns and the layers of what a merge gave. No data are needed.
 
     The vector's length changes, so its coefficient must be chosen anew. Layers are of
-    one kind whose paths differ in numbers alone.
+    one kind whose paths differ in the number of the block alone, the first in a path.
 
     Args:
       params_0: pre-trained parameters.
@@ -128,7 +128,8 @@ def layer_scales(
 
 
 def _kind(path):
-    return re.sub(r"\d+", "#", path)
+    # `fc1` and `fc2`, or `wi_0` and `wi_1`, are layers of two kinds.
+    return re.sub(r"(^|[/._])\d+(?=[/.])", r"\1#", path, count=1)
 
 
 def _columns(vector, taus, is_in_out):

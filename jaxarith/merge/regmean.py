@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxarith import tree
-from jaxarith.merge import _leaves
+from jaxarith.merge import _grams, _leaves
 from jaxarith.typing import Params, Taus
 
 
@@ -68,7 +68,7 @@ def regmean(
     if not ridge >= 0:
         raise ValueError(f"ridge is {ridge}; it must not be negative.")
     _leaves.check(params_0, taus)
-    rows = _aligned_grams(params_0, taus, grams)
+    rows = _grams.aligned(params_0, taus, grams, is_in_out=lambda path: True)
     merged = _leaves.fold(_merge_leaf, params_0, taus, rows, off_diagonal, ridge)
     try:
         solved = [path for path, of_tasks in rows.items() if of_tasks]
@@ -76,32 +76,6 @@ def regmean(
     except ValueError as error:
         raise ValueError(f"singular Gram matrices; raise ridge: {error}") from error
     return merged
-
-
-def _aligned_grams(params_0, taus, grams) -> dict[str, tuple]:
-    """The matrices of all tasks for every leaf of a tau; none for what is averaged."""
-    _leaves.one_each(grams, len(taus), "sets of Gram matrices")
-    shapes = {path: jnp.shape(leaf) for path, leaf in tree.flatten(params_0).items()}
-    for path in sorted({path for of_task in grams for path in of_task}):
-        lacking = [i for i, of_task in enumerate(grams) if path not in of_task]
-        if lacking:
-            raise ValueError(
-                f"tasks {lacking} have no Gram matrix of {path}; capture the same "
-                "layers in all models."
-            )
-        kernel = shapes.get(path, ())
-        found = [list(jnp.shape(of_task[path])) for of_task in grams]
-        if len(kernel) != 2 or any(shape != [kernel[0]] * 2 for shape in found):
-            raise ValueError(
-                f"Gram matrices of shapes {found} for {path}, which has shape "
-                f"{list(kernel)}; expected [in, in] for a kernel [in, out]."
-            )
-    for i, of_task in enumerate(grams):
-        tree.check_finite(dict(of_task), f"set of Gram matrices of task {i}")
-    return {
-        path: tuple(of_task[path] for of_task in grams if path in of_task)
-        for path in tree.aligned(taus)
-    }
 
 
 @_leaves.leaf_function(whole=True)
