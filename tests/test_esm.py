@@ -154,7 +154,7 @@ def test_identity_as_gram_matrix_is_the_form_without_data():
     with jax.enable_x64(True):
         taus = of_leaf(normal_taus((6, 9)), "weight")
         params_0 = {"weight": oracles.normal(2, 6, 9)}
-        grams = [{"weight": np.eye(9)}] * TASKS
+        grams = [{"weight": jnp.eye(9)}] * TASKS
         assert_close(merge.esm(params_0, taus, grams), merge.esm(params_0, taus), 1e-9)
 
 

@@ -35,6 +35,7 @@ METHODS = {
     "iso_cts": merge.iso_cts,
     "dc_merge": functools.partial(merge.dc_merge, smoothing="average"),
     "cart": merge.cart,
+    "esm": merge.esm,
     "karcher": merge.karcher,
     "magmax": merge.magmax,
     "model_stock": merge.model_stock,

@@ -88,6 +88,7 @@ METHODS = {
     "tsv": Method(merge.tsv, slow=True),
     "dc_merge": Method(merge.dc_merge, slow=True),
     "cart": Method(merge.cart, slow=True),
+    "esm": Method(merge.esm, slow=True),
     "wudi": Method(merge.wudi, slow=True),
 }
 

@@ -19,9 +19,9 @@ of norms in units of their mean: every :math:`A_t` by that of itself among the t
 then every column of A by that of itself among the columns, and at last the layer by
 that of τ among the layers of its kind, β. Other leaves are averaged.
 
-The text of the paper has 1 for all singular values. Then a vector of full rank has the
-same norm in all layers of a kind, so that β = 1, and the length of the task vectors
-is lost. The authors' code has their mean, which is the default here.
+The equations of the paper have 1 for all singular values. Then vectors of full rank
+have the same norm in all layers of a kind, so that β = 1, and the length of the task
+vectors is lost. The authors' code has their mean, which is the default here.
 
 That code also multiplies the vectors by powers of 0.15 of the eigenvalues before ⊥,
 and the product by 2; has the norm of :math:`A_t` before it is cut to k rows; and takes
@@ -58,15 +58,18 @@ def esm(
 ) -> Params:
     """Merges task vectors by ESM, with or without data.
 
-    One task vector without scaling becomes the vector that Iso-C makes of it, of all
-    whose singular values are equal the closest to it. Gradients take the directions as
-    constants.
+    One task vector without scaling becomes the one that Iso-C makes of it, and no
+    multiple of that is nearer to the task vector. For the sum of 1, 2 and 8 random
+    matrices, 64 × 64, with and without scaling, the nearest multiple is 0.80 to 1.02
+    times what `coef=1` gives. The factor 2 of the authors' code would halve that.
+
+    Gradients take the directions as constants.
 
     A direction is dropped where the displacement of outputs is zero to rounding, such
     as those beyond the number of inputs. In float32 that is what is below 0.1% of the
     largest displacement. The authors' code has unit vectors in their place.
 
-    Cost: with scaling every matrix is merged twice, the first time for its norm.
+    With scaling every matrix is merged twice, the first time for its norm.
 
     Args:
       params_0: pre-trained parameters.
@@ -77,9 +80,10 @@ def esm(
         directions of its singular vectors, as do all if this is None.
       coef: the coefficient α of the merged vector, which the authors choose on
         validation data: one number, or one by path.
-      scaling: whether to do the polarised scaling.
+      scaling: whether to do the polarised scaling. It makes the vector longer where few
+        tasks, columns or layers have most of the length.
       singular_values: what those of P and A become: "mean", their mean, as in the
-        authors' code, or "one", as in the text of the paper.
+        authors' code, or "one", as in the equations of the paper.
       matrices: a regular expression of the paths of the 2-D leaves that are weights of
         linear layers: by default those with no `embed` in their path. The others are
         averaged, as are matrices with fewer outputs than tasks. None is all 2-D leaves.

@@ -34,6 +34,7 @@ from jaxarith.merge.dare import dare
 from jaxarith.merge.dc_merge import dc_merge
 from jaxarith.merge.della import della
 from jaxarith.merge.emr import emr, emr_masks
+from jaxarith.merge.esm import esm
 from jaxarith.merge.fisher import fisher
 from jaxarith.merge.greedy_soup import greedy_soup
 from jaxarith.merge.iso_c import iso_c
@@ -239,6 +240,11 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             function=iso_cts,
             paper=_MARCZAK,
             cost="2, and SVDs of every matrix of every task",
+        ),
+        "esm": Method(
+            function=esm,
+            paper="Li et al. 2026, arXiv:2602.20208, with Gram matrices or without",
+            cost="3, and SVDs of every matrix of every task, twice",
         ),
         "wudi": Method(
             function=wudi,
