@@ -204,6 +204,7 @@ def _bases(
 
 _wudi = functools.partial(merge.wudi, matrices=_LINEAR, in_out=_NONE)
 _iso_cts = functools.partial(merge.iso_cts, in_out=_NONE)
+_esm = functools.partial(merge.esm, matrices=_LINEAR, in_out=_NONE)
 
 PAPER = {
     "average": Method(merge.average, {"weight": _WEIGHTS}, base="aside"),
@@ -267,6 +268,7 @@ PAPER = {
     "breadcrumbs": Method(
         merge.breadcrumbs, {"beta": NUMBER, "gamma": NUMBER, "coef": _COEFS}, passes=2
     ),
+    "cart": Method(merge.cart, {"coef": _COEF, "rank": NUMBER, "matrices": PATTERN}),
     "consensus": Method(
         merge.consensus,
         {
@@ -276,6 +278,27 @@ PAPER = {
             "of": Option(("task_arithmetic", "ties")),
             "density": NUMBER,
         },
+    ),
+    "dc_merge": Method(
+        merge.dc_merge,
+        {
+            "coef": _COEF,
+            "smoothing": Option(("none", "average", "linear")),
+            "ratio": NUMBER,
+            "keep": NUMBER,
+            "matrices": PATTERN,
+        },
+    ),
+    "esm": Method(
+        _esm,
+        {
+            "coef": _COEF,
+            "scaling": SWITCH,
+            "singular_values": Option(("mean", "one")),
+            "matrices": PATTERN,
+            "in_out": PATTERN,
+        },
+        passes=2,
     ),
     "iso_c": Method(merge.iso_c, {"coef": _COEF, "matrices": PATTERN}),
     "iso_cts": Method(
