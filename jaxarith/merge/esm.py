@@ -14,10 +14,10 @@ columns of :math:`P_t`. Without inputs they are the left singular vectors of
           \tau = \beta\, [P_1 \dots P_T]_\perp
                  \begin{bmatrix} A_1 \\ \vdots \\ A_T \end{bmatrix}_\perp,
 
-where ⊥ sets all singular values to one value. Polarised scaling multiplies by squares
-of norms in units of their mean: every :math:`A_t` by that of itself among the tasks,
-then every column of A by that of itself among the columns, and at last the layer by
-that of τ among the layers of its kind, β. Other leaves are averaged.
+where ⊥ sets all singular values but those that are zero to one value. Polarised scaling
+multiplies every :math:`A_t`, then every column of A, and at last the layer, by β, with
+the square of its norm over the mean norm: of the tasks, the columns, and the layers of
+a kind, whose paths differ in the number of the block alone. Other leaves are averaged.
 
 The equations of the paper have 1 for all singular values. Then vectors of full rank
 have the same norm in all layers of a kind, so that β = 1, and the length of the task
