@@ -45,7 +45,7 @@ def dare(
       >>> params_0 = {"w": jnp.zeros(8)}
       >>> taus = [{"w": jnp.ones(8)}]
       >>> print(dare(params_0, taus, drop_rate=0.5, key=jax.random.key(0))["w"])
-      [2. 0. 0. 0. 0. 2. 2. 2.]
+      [2. 0. 2. 0. 0. 0. 2. 2.]
     """
     dropped = drop(
         taus, drop_rate=drop_rate, strategy=strategy, rescale=rescale, key=key

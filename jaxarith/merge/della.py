@@ -19,9 +19,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxarith.merge import _leaves
+from jaxarith.merge import _draws, _leaves
 from jaxarith.merge._matrices import input_axis
-from jaxarith.merge.drop import Rescale, changed_at_random, draw, rescaled, whole
+from jaxarith.merge.drop import Rescale, changed_at_random, rescaled, whole
 from jaxarith.merge.ties import ties
 from jaxarith.typing import Coef, Params, Taus
 
@@ -137,7 +137,7 @@ def magprune(
 def _magprune(tau, key, task, share, epsilon, axis, rescale):
     tau = _leaves.widened(tau)
     shares = share + epsilon * centered_ranks(tau, axis)
-    kept = draw(jax.random.fold_in(key, task), shares, tau.shape)
+    kept = _draws.draw(jax.random.fold_in(key, task), shares, tau.shape)
     return rescaled(tau, kept, 1 / shares, rescale)
 
 

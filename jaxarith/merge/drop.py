@@ -18,10 +18,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from jaxarith import lazy, task_vectors, tree
-from jaxarith.merge import _leaves, _order
+from jaxarith.merge import _draws, _leaves, _order
 from jaxarith.merge.breadcrumbs import floor_share
 from jaxarith.typing import Params, Taus
 
@@ -68,7 +67,7 @@ def drop(
       >>> taus = [{"w": jnp.ones(8)}]
       >>> dropped = drop(taus, drop_rate=0.5, key=jax.random.key(0))
       >>> print(merge.ties({"w": jnp.zeros(8)}, dropped, density=1.0)["w"])
-      [2. 0. 0. 0. 0. 2. 2. 2.]
+      [2. 0. 2. 0. 0. 0. 2. 2.]
     """
     if not 0 <= drop_rate < 1:
         raise ValueError(f"drop_rate is {drop_rate}; it must be in [0, 1).")
@@ -132,7 +131,7 @@ def whole(tau: jax.Array, rescale: Rescale) -> jax.Array:
 
 @jax.jit(static_argnames="rescale")
 def _draw_and_drop(tau, key, task, share, inverse, rescale):
-    kept = draw(jax.random.fold_in(key, task), share, tau.shape)
+    kept = _draws.draw(jax.random.fold_in(key, task), share, tau.shape)
     # Not divided by the share: in a loop XLA rounds that as it likes.
     return rescaled(_leaves.widened(tau), kept, inverse, rescale)
 
@@ -148,12 +147,6 @@ def _drop_small(tau, least, rescale):
     # Of a leaf of few entries the share that is kept is not 1 - p: a number stays.
     inverse = tau.size / jnp.maximum(tree.counts([kept])[0], 1)
     return rescaled(tau, kept, inverse.astype(tau.dtype), rescale)
-
-
-def draw(key: jax.Array, share: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
-    """A mask whose entries are true with probability `share`: a number, or an array."""
-    # Always from float32 numbers: the bits do not depend on the dtype of the vectors.
-    return jax.random.uniform(key, shape, jnp.float32) < jnp.asarray(share, jnp.float32)
 
 
 def rescaled(

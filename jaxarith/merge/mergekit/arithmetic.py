@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxarith import task_vectors, tree
-from jaxarith.merge import _leaves, _order
+from jaxarith.merge import _draws, _leaves, _order
 from jaxarith.merge.della import centered_ranks
-from jaxarith.merge.drop import draw, rescaled
+from jaxarith.merge.drop import rescaled
 from jaxarith.merge.ties import agreeing, weighted
 from jaxarith.typing import Coef, Params, Taus
 
@@ -279,7 +279,7 @@ def _draw(tau, key, task, density, window, ranked, rescale):
     if ranked:
         ranks = centered_ranks(tau, 1 if tau.ndim > 1 else -1)
         shares = jnp.where(density > 0, density + window * ranks, 0)
-    kept = draw(jax.random.fold_in(key, task), shares, tau.shape)
+    kept = _draws.draw(jax.random.fold_in(key, task), shares, tau.shape)
     return rescaled(tau, kept, None, rescale)
 
 
