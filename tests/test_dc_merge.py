@@ -115,9 +115,9 @@ def test_cores_of_orthogonal_tasks_are_their_singular_values():
 @pytest.mark.parametrize("x64", [True, False])
 def test_orthogonal_tasks_add_up_as_in_tsv(x64):
     """Rounding noise in the block of another task would halve that task's entries."""
-    sizes, dtype = [[3.0, 2, 1], [6.0, 5, 4], [1.0, 0.5, 0.1]], np.float32
+    sizes = [[3.0, 2, 1], [6.0, 5, 4], [1.0, 0.5, 0.1]]
+    dtype = np.float64 if x64 else np.float32
     with jax.enable_x64(x64):
-        dtype = np.float64 if x64 else np.float32
         taus = [{"w": tau.astype(dtype)} for tau in orthogonal_tasks(sizes)]
         params_0 = {"w": np.zeros((9, 12), dtype)}
         merged = merge.dc_merge(params_0, taus, keep=1.0)
