@@ -281,3 +281,16 @@ def test_drops_of_a_vector_are_no_task_vectors_of_integers():
     merged = merge.dare(params_0, [{"w": jnp.ones(4)}], key=KEY)
     np.testing.assert_array_equal(merged["ids"], np.arange(3))
     assert task_vectors.difference(merged, params_0).keys() == {"w"}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("rescale", ["inverse", "l1", "none"])
+def test_entries_that_are_not_finite_are_seen_though_they_are_dropped(rescale, value):
+    for place in range(6):  # at least one is dropped: five of six are not kept
+        tau = np.ones(6, np.float32)
+        tau[place] = value
+        vectors = merge.drop(
+            [{"w": tau}], drop_rate=0.8, rescale=rescale, key=jax.random.key(0)
+        )
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            merge.task_arithmetic({"w": np.zeros(6, np.float32)}, vectors)

@@ -156,9 +156,12 @@ def rescaled(
 
     `inverse` is one over the share that is kept, or over each entry's probability.
     """
+    # Zero, but NaN where the entry is NaN or infinite: merges then refuse the vector,
+    # whether or not the entry was dropped.
+    nothing = tau * 0
     if rescale == "inverse":
-        return jnp.where(kept, tau * inverse, 0)
-    rest = jnp.where(kept, tau, 0)
+        return jnp.where(kept, tau * inverse, 0) + nothing
+    rest = jnp.where(kept, tau, 0) + nothing
     if rescale == "none":
         return rest
     before, after = tree.sums([jnp.abs(tau), jnp.abs(rest)])
