@@ -113,6 +113,27 @@ def polar(matrix: jax.Array) -> jax.Array:
     return dot(u, vt)
 
 
+def times_inverse(matrix: jax.Array, gram: jax.Array, cutoff: float) -> jax.Array:
+    """`matrix @ pinv(gram)`, for a symmetric `gram` with no negative eigenvalues.
+
+    Args:
+      matrix: `[m, n]`.
+      gram: `[n, n]`.
+      cutoff: eigenvalues up to this share of the largest count as zero.
+    """
+    # Eigenvectors have no derivative where eigenvalues coincide, so the inverse is a
+    # constant here, and the second step has the derivative of the solution.
+    values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(gram))
+    kept = values > cutoff * values[-1]
+    inverses = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
+
+    def solve(right):
+        return dot(dot(right, vectors) * inverses[None], vectors.T)
+
+    x = jax.lax.stop_gradient(solve(matrix))
+    return x + solve(matrix - dot(x, gram))
+
+
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """The matrix product in full precision, on accelerators too."""
     return jnp.dot(a, b, precision="highest")

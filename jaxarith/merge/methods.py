@@ -283,10 +283,9 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         ),
         "regmean": Method(
             function=regmean,
-            paper="Jin et al. 2023",
+            paper="Jin et al. 2023; LOT, Sun et al. 2025, by `on`",
             cost="2; a forward pass per sample for `capture.input_grams`",
             data="Gram matrices of unlabelled samples",
-            coef=None,
         ),
         "regmean_plusplus": Method(
             function=regmean_plusplus,

@@ -12,16 +12,27 @@ minimises :math:`\sum_i \|X_i W - X_i W_i\|^2` for α = 1. All other parameters 
 averaged. The merge is the same for task vectors, and is solved here as the mean of
 those and a correction, :math:`\bar\tau + (\sum_i \tilde G_i)^{-1} \sum_i \tilde G_i
 (\tau_i - \bar\tau)`, which loses the fewest digits.
+
+Inputs that never occur get the mean. The regression on the task vectors themselves,
+
+.. math:: \tau = \Big(\sum_i G_i\Big)^{+} \sum_i G_i \tau_i,
+
+leaves those at the pre-trained weights, and is the same otherwise (LOT: Sun et al.
+NeurIPS 2025. arXiv:2505.23859). Its authors also solve for the scales of normalisation
+layers, from their inputs; here those are averaged with all other parameters.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxarith import tree
-from jaxarith.merge import _grams, _leaves
-from jaxarith.typing import Params, Taus
+from jaxarith.merge import _grams, _leaves, _matrices
+from jaxarith.typing import Coef, Params, Taus
+
+On = Literal["models", "taus"]
 
 
 def regmean(
@@ -29,8 +40,10 @@ def regmean(
     taus: Taus,
     grams: Sequence[Mapping[str, jax.Array]],
     *,
+    on: On = "models",
     off_diagonal: float = 0.9,
     ridge: float = 1e-6,
+    coef: Coef = 1.0,
 ) -> Params:
     r"""Merges linear layers by regression on their inputs, and averages the rest.
 
@@ -40,20 +53,27 @@ def regmean(
       grams: for every task, the mean of :math:`x x^\top` over the inputs of its model's
         linear layers: `[in, in]` by the path of a kernel `[in, out]`. See
         `capture.input_grams`.
+      on: what the regression is on: "models", RegMean, or "taus", LOT with
+        `off_diagonal=1` and `ridge=0`.
       off_diagonal: the factor α of the off-diagonal entries, in [0, 1]. The paper takes
         0.9 in most settings; fusion_bench 0.95 for CLIP and 0.6 for GPT-2.
       ridge: what is added to the diagonal of the sum of Gram matrices, in units of its
         mean. It pulls towards the mean of the models, which is what inputs that never
-        occur get. With α = 1 and few samples, float32 needs 1e-4 or so.
+        occur get. With α = 1 and few samples, float32 needs 1e-4 or so. On "taus" it
+        pulls to zero, and 0 is the pseudo-inverse, to which eigenvalues up to 1e-6
+        of the largest are zero, or 1e-12 with Gram matrices in float64.
+      coef: the coefficient of the merged vector: one number, or one by path. RegMean
+        has none; LOT has 1.2 for ViT-B/32 and 1.5 for ViT-L/14.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
 
     Raises:
       ValueError: not one set of Gram matrices per task, a matrix that not all tasks
-        have or that does not fit, a singular sum, α out of range, no task vector, one
-        that does not fit, or non-finite values. Under `jit` a singular sum is not
-        detected and its leaf is NaN or infinite.
+        have or that does not fit, a singular sum, an unknown `on`, α out of range,
+        several coefficients, no task vector, one that does not fit, or non-finite
+        values. Under `jit` a singular sum is not detected and its leaf is NaN or
+        infinite.
 
     Example:
       >>> params_0 = {"kernel": jnp.zeros((2, 1))}
@@ -63,13 +83,24 @@ def regmean(
       [[0.5]
        [2. ]]
     """
+    _leaves.one_of(on, On, "on")
     if not 0 <= off_diagonal <= 1:
         raise ValueError(f"off_diagonal is {off_diagonal}; it must be in [0, 1].")
     if not ridge >= 0:
         raise ValueError(f"ridge is {ridge}; it must not be negative.")
     _leaves.check(params_0, taus)
     rows = _grams.aligned(params_0, taus, grams, is_in_out=lambda path: True)
-    merged = _leaves.fold(_merge_leaf, params_0, taus, rows, off_diagonal, ridge)
+    merged = _leaves.fold(
+        _merge_leaf,
+        params_0,
+        taus,
+        rows,
+        off_diagonal,
+        ridge,
+        _leaves.vector_coef(coef, taus),
+        on=on,
+        inverse=on == "taus" and ridge == 0,
+    )
     try:
         solved = [path for path, of_tasks in rows.items() if of_tasks]
         tree.check_finite(tree.restrict(merged, solved), "solution")
@@ -78,25 +109,27 @@ def regmean(
     return merged
 
 
-@_leaves.leaf_function(whole=True)
-def _merge_leaf(leaf_0, taus, grams, off_diagonal, ridge):
+@_leaves.leaf_function(static=("on", "inverse"), whole=True)
+def _merge_leaf(leaf_0, taus, grams, off_diagonal, ridge, coef, on, inverse):
     if not grams:
-        return leaf_0 + sum(taus) / len(taus)
+        return leaf_0 + coef.astype(leaf_0.dtype) * (sum(taus) / len(taus))
     # In float64 where that is on: the condition of Gram matrices is often past 1e6.
     dtype = jnp.promote_types(leaf_0.dtype, jnp.result_type(float))
     taus = [tau.astype(dtype) for tau in taus]
-    mean = sum(taus) / len(taus)
+    start = sum(taus) / len(taus) if on == "models" else jnp.zeros_like(taus[0])
     shrunk = [_shrink(gram.astype(dtype), off_diagonal) for gram in grams]
     total = tree.total(shrunk)
-    target = sum(
-        jnp.dot(gram, tau - mean, precision="highest")
-        for gram, tau in zip(shrunk, taus, strict=True)
+    target = tree.total(
+        _matrices.dot(gram, tau - start) for gram, tau in zip(shrunk, taus, strict=True)
     )
-    # The ridge adds nothing on this side: Σ_i (τ_i - mean) = 0.
+    if inverse:
+        cutoff = 1e-12 if jnp.result_type(*grams) == jnp.float64 else 1e-6
+        return leaf_0 + coef * _matrices.times_inverse(target.T, total, cutoff).T
+    # The ridge adds nothing on this side: Σ_i (τ_i - mean) = 0, or it pulls to zero.
     scale = jnp.trace(total) / len(total)
     total += jnp.where(scale > 0, ridge * scale, 1) * jnp.eye(len(total), dtype=dtype)
     correction = jax.scipy.linalg.solve(total, target, assume_a="pos")
-    return leaf_0 + mean + correction
+    return leaf_0 + coef * start + coef * correction
 
 
 def _shrink(gram, off_diagonal):

@@ -193,7 +193,8 @@ def _merge_matrices(taus, adam, kept, weighting):
         return _adam(gram, right, start, *adam)
     if kept:
         return _filtered(gram, right, start, len(taus), *kept)
-    return _minimum(gram, right)
+    cutoff = len(gram) * float(jnp.finfo(gram.dtype).eps)
+    return _matrices.times_inverse(right, gram, cutoff)
 
 
 def _adam(gram, right, start, steps, learning_rate):
@@ -212,24 +213,9 @@ def _adam(gram, right, start, steps, learning_rate):
     return jax.lax.fori_loop(0, steps, step, (start, zeros, zeros))[0]
 
 
-def _minimum(gram, right):
-    """`right @ pinv(gram)`."""
-    # Eigenvectors have no derivative where eigenvalues coincide, so the inverse is a
-    # constant here, and the second step has the derivative of the solution.
-    values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(gram))
-    kept = values > len(values) * jnp.finfo(values.dtype).eps * values[-1]
-    inverses = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
-
-    def solve(right):
-        return _matrices.dot(_matrices.dot(right, vectors) * inverses[None], vectors.T)
-
-    x = jax.lax.stop_gradient(solve(right))
-    return x + solve(right - _matrices.dot(x, gram))
-
-
 def _filtered(gram, right, start, tasks, time, rank):
     """The gradient flow from `start`, along the leading eigenvectors."""
-    # The eigenvectors are constants for gradients, as in `_minimum`.
+    # The eigenvectors are constants for gradients, as in `_matrices.times_inverse`.
     values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(gram))
     values = jnp.maximum(values, 0)  # rounding
     total = jnp.sum(values)
