@@ -52,6 +52,7 @@ from jaxarith.merge.localize_and_stitch import (
 )
 from jaxarith.merge.magmax import magmax as magmax
 from jaxarith.merge.mask_sharing import mask_sharing as mask_sharing
+from jaxarith.merge.metagpt import metagpt_coefs as metagpt_coefs
 from jaxarith.merge.methods import METHODS as METHODS
 from jaxarith.merge.methods import WRAPPERS as WRAPPERS
 from jaxarith.merge.methods import Method as Method
