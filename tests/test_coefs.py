@@ -88,6 +88,7 @@ MERGES = {
     "dc_merge": (merge.dc_merge, "coef"),
     "cart": (merge.cart, "coef"),
     "esm": (functools.partial(merge.esm, matrices=None, in_out="x"), "coef"),
+    "ace": (functools.partial(merge.ace, matrices=None, in_out="x"), "coef"),
     "awd": (functools.partial(merge.awd, steps=5), "coef"),
     "awd_adam": (functools.partial(merge.awd, steps=5, solver="adam"), "coef"),
     "bases_negation": (

@@ -93,6 +93,7 @@ MERGES = {
     "cart": merge.cart,
     "iso_cts": functools.partial(merge.iso_cts, common=0.4),
     "esm": functools.partial(merge.esm, coef=0.05),  # its vector is long here
+    "ace": merge.ace,
     "wudi": functools.partial(merge.wudi, matrices=None, steps=20),
     "wudi_closed": functools.partial(merge.wudi, matrices=None, solver="closed"),
     "fisher": fisher_of_squares,
@@ -141,7 +142,7 @@ PER_LEAF = {
     "breadcrumbs",  # quantiles
     *("dare", "dare_ties", "della"),  # a leaf's draws are keyed by its path
     *("tsv", "iso_c", "iso_cts", "wudi", "wudi_closed", "regmean"),  # matrices
-    *("dc_merge", "cart", "esm"),
+    *("dc_merge", "cart", "esm", "ace"),
 }
 every_merge = pytest.mark.parametrize("method", MERGES.values(), ids=MERGES)
 

@@ -167,7 +167,7 @@ def test_any_pytree_gives_the_same_as_the_names_of_linen(name, kind):
         window = {"epsilon": 0.0} if name == "della" else {}
         merged = run(name, *own, drop_rate=0.0, **window)
         params = run(name, params_0, taus, drop_rate=0.0, **window)
-    elif kind == "tuple" and name in ("iso_cts", "wudi", "esm"):
+    elif kind == "tuple" and name in ("iso_cts", "wudi", "esm", "ace"):
         with pytest.warns(UserWarning, match=f"{name} merges 0/0 as .output, inp"):
             run(name, *own)
         merged = run(name, *own, in_out=".*/0")

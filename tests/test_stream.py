@@ -36,6 +36,7 @@ METHODS = {
     "dc_merge": functools.partial(merge.dc_merge, smoothing="average"),
     "cart": merge.cart,
     "esm": merge.esm,
+    "ace": merge.ace,
     "karcher": merge.karcher,
     "magmax": merge.magmax,
     "model_stock": merge.model_stock,

@@ -89,6 +89,7 @@ METHODS = {
     "dc_merge": Method(merge.dc_merge, slow=True),
     "cart": Method(merge.cart, slow=True),
     "esm": Method(merge.esm, slow=True),
+    "ace": Method(merge.ace, slow=True),
     "wudi": Method(merge.wudi, slow=True),
 }
 

@@ -7,6 +7,7 @@ float32 or better and cast once, to the dtype of `params_0`.
 """
 
 from jaxarith.merge._matrices import input_axis as input_axis
+from jaxarith.merge.ace import ace as ace
 from jaxarith.merge.adamerging import AdaMerging as AdaMerging
 from jaxarith.merge.adamerging import adamerging as adamerging
 from jaxarith.merge.adamerging_tangent import adamerging_tangent as adamerging_tangent

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxarith.merge.ace import ace
 from jaxarith.merge.adamerging import adamerging
 from jaxarith.merge.adamerging_tangent import adamerging_tangent
 from jaxarith.merge.average import average
@@ -245,6 +246,11 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             function=esm,
             paper="Li et al. 2026, arXiv:2602.20208, with Gram matrices or without",
             cost="3, and SVDs of every matrix of every task, twice",
+        ),
+        "ace": Method(
+            function=ace,
+            paper="Xu et al. 2026, arXiv:2603.02945",
+            cost="2, and a product of every matrix of every task with itself",
         ),
         "wudi": Method(
             function=wudi,

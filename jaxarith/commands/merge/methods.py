@@ -204,9 +204,21 @@ def _bases(
 
 _wudi = functools.partial(merge.wudi, matrices=_LINEAR, in_out=_NONE)
 _iso_cts = functools.partial(merge.iso_cts, in_out=_NONE)
+_ace = functools.partial(merge.ace, matrices=_LINEAR, in_out=_NONE)
 _esm = functools.partial(merge.esm, matrices=_LINEAR, in_out=_NONE)
 
 PAPER = {
+    "ace": Method(
+        _ace,
+        {
+            "coef": _COEF,
+            "eps": NUMBER,
+            "switch": NUMBER,
+            "share": NUMBER,
+            "matrices": PATTERN,
+            "in_out": PATTERN,
+        },
+    ),
     "average": Method(merge.average, {"weight": _WEIGHTS}, base="aside"),
     "task_arithmetic": Method(merge.task_arithmetic, {"coef": _COEFS}),
     "ties": Method(
