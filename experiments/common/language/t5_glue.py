@@ -21,7 +21,8 @@ The code of the τJp paper decides what the paper leaves open:
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -135,7 +136,7 @@ def start(config: Options) -> Study:
         tasks=tasks,
         models={"nonlinear": net, "linear": linear, "tau_jp_cyclic": linear},
         wanted={
-            method: _wanted(config, base, tasks, method) for method in tau_jp.METHODS
+            method: wanted(config, base, tasks, method) for method in tau_jp.METHODS
         },
     )
     for method in tau_jp.METHODS:
@@ -195,16 +196,40 @@ def linearized(checkpoint: t5.T5) -> Model:
 # Training.
 
 
-def _wanted(config, base, tasks, method) -> list[training.Wanted]:
+def candidate(method: str, coef: float) -> str:
+    """The folder in the bank of a method's vectors at a weight λ of the penalty."""
+    return f"{method}_coef_{coef:g}"
+
+
+def wanted(
+    config: Options,
+    base: text_to_text.Base,
+    tasks: Mapping[str, Task],
+    method: str,
+    folder: str | None = None,
+) -> list[training.Wanted]:
+    """How the vectors of a method are trained.
+
+    Args:
+      config: the options.
+      base: the T5.
+      tasks: the tasks, by name.
+      method: one of `tau_jp.METHODS`.
+      folder: the folder in the bank; by default that of the method or, where the bank
+        has it, that of the method's candidate of the same λ.
+    """
     recipe = tau_jp.recipe(config, method, steps=config.steps)
     checksums = {name: bank.checksum(task.train) for name, task in tasks.items()}
     found = []
     for name in TASKS:
         # T_orth: the tasks that a task vector must not disturb.
         others = [other for other in TASKS if other != name] if recipe.penalty else []
+        own = candidate(method, config.penalty_coef)
+        place = functools.partial(bank.vector_file, config.bank, config.model)
+        known = recipe.penalty is not None and place(own, name).exists()
         one = training.Wanted(
             name=name,
-            file=bank.vector_file(config.bank, config.model, method, name),
+            file=place(folder or (own if known else method), name),
             recipe=recipe,
             identity={
                 "method": method,
