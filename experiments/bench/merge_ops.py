@@ -55,6 +55,11 @@ def halves(params_0, taus):
 KEY = jax.random.key(0)
 
 
+def svc(params_0, taus):
+    """Of the sum of the task vectors."""
+    return merge.svc(params_0, taus, merge.task_arithmetic(params_0, taus))
+
+
 def dare_ties(params_0, taus):
     return merge.ties(params_0, merge.drop(taus, key=KEY))
 
@@ -91,6 +96,10 @@ METHODS = {
     "esm": Method(merge.esm, slow=True),
     "ace": Method(merge.ace, slow=True),
     "wudi": Method(merge.wudi, slow=True),
+    "wudi_filter": Method(
+        functools.partial(merge.wudi, solver="closed", time=3.0), slow=True
+    ),
+    "svc": Method(svc, slow=True),
 }
 
 

@@ -143,3 +143,72 @@ def iso_c(params_0, taus):
         u, s, v = torch.linalg.svd(total, full_matrices=False)
         merged[path] = leaf + s.mean() * (u @ v)
     return merged
+
+
+def _out_in(path, leaf):
+    """The layout of PyTorch; kernels of Flax are [input, output]."""
+    return leaf.T if path.endswith("kernel") else leaf
+
+
+def iso_cts(params_0, taus, common=0.8):
+    merged, count = {}, len(taus)
+    for path, leaf in params_0.items():
+        moves = [_out_in(path, tau[path]) for tau in taus]
+        if leaf.ndim != 2:
+            merged[path] = leaf + sum(moves) / count
+            continue
+        size = min(leaf.shape)
+        specific = round((size - int(size * common)) / count)
+        shared = size - specific * count
+        u, s, v = torch.linalg.svd(sum(moves), full_matrices=False)
+        u, s, v = u[:, :shared], s[:shared], v[:shared]
+        parts = [
+            torch.linalg.svd(move - u @ (u.T @ move), full_matrices=False)
+            for move in moves
+        ]
+        left = torch.cat([*(p[0][:, :specific] for p in parts), u], dim=1)
+        values = torch.cat([*(p[1][:specific] for p in parts), s])
+        right = torch.cat([*(p[2][:specific] for p in parts), v])
+        u_left, _, v_left = torch.linalg.svd(left, full_matrices=False)
+        u_right, _, v_right = torch.linalg.svd(right, full_matrices=False)
+        move = values.mean() * (u_left @ v_left @ u_right @ v_right)
+        merged[path] = leaf + _out_in(path, move)
+    return merged
+
+
+def wudi(params_0, taus, steps=300, learning_rate=1e-5):
+    merged = {}
+    for path, leaf in params_0.items():
+        if leaf.ndim != 2 or "embed" in path:
+            merged[path] = leaf
+            continue
+        moves = torch.stack([_out_in(path, tau[path]) for tau in taus])
+        squares = moves.flatten(1).square().sum(dim=1)
+        move = torch.nn.Parameter(moves.sum(dim=0))
+        optimizer = torch.optim.Adam([move], lr=learning_rate)
+        for _ in range(steps):
+            inner = (move.unsqueeze(0) - moves) @ moves.transpose(1, 2)
+            loss = (inner.square().sum(dim=(1, 2)) / squares).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        merged[path] = leaf + _out_in(path, move.detach())
+    return merged
+
+
+def svc(params_0, taus):
+    """Of the sum of the task vectors."""
+    merged, count = {}, len(taus)
+    for path, leaf in params_0.items():
+        moves = [_out_in(path, tau[path]) for tau in taus]
+        total = sum(moves)
+        if leaf.ndim == 2 and "embed" not in path:
+            u, s, v = torch.linalg.svd(total, full_matrices=False)
+            own, shares = u.T @ total, 0
+            for move in moves:
+                part = u.T @ move
+                square = part.square().sum(dim=1).clamp(min=1e-12)
+                shares += ((own * part).sum(dim=1) / square).clamp(min=1 / count)
+            total = u @ (s * count / shares).diag() @ v
+        merged[path] = leaf + _out_in(path, total)
+    return merged
