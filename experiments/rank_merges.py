@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import threadpoolctl
 from tqdm import tqdm
 
 from experiments.common import runs, script, studies, tables
@@ -203,9 +202,7 @@ def of_seed(config: Config) -> dict[tuple[str, str], dict[str, float]]:
             if config.methods and name not in ("task_arithmetic", *config.methods):
                 continue
             bar.set_description(f"seed {config.seed}, {KINDS[kind]}, {name}")
-            # BLAS in one thread: two wait for each other and for XLA's.
-            with threadpoolctl.threadpool_limits(1, user_api="blas"):
-                candidate = merged()
+            candidate = merged()
             row = chosen(candidate, measured(study, kind, taus, candidate))
             found[kind, name] = row
     return found

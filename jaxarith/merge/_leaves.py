@@ -16,6 +16,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxarith import lazy, task_vectors, tree
+from jaxarith.merge import _blas
 from jaxarith.typing import Coef, Params, PerTask, Taus, Tree
 
 
@@ -125,7 +126,9 @@ def leaf_function(
 
     @functools.wraps(function)
     def of_whole(leaf_0, taus, *args, **options):
-        return in_float32(*tree.gathered((leaf_0, taus, *args)), **options)
+        gathered = tree.gathered((leaf_0, taus, *args))
+        with _blas.limited([leaf_0]):
+            return tree.settled(in_float32(*gathered, **options))
 
     return of_whole if whole else in_float32
 

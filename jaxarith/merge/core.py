@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxarith import tree
-from jaxarith.merge import _leaves, _matrices
+from jaxarith.merge import _blas, _leaves, _matrices
 from jaxarith.typing import Params, Taus
 
 Basis = Literal["core", "knots"]
@@ -102,16 +102,21 @@ def core(
     if rank is not None and rank < 1:
         raise ValueError(f"rank is {rank}; it must be at least 1.")
     rows = _rows(adapters)
-    bases = {path: _bases(row, basis) for path, row in rows.items()}
+    # The matrices have a side of at most the sum of the ranks.
+    with _blas.limited(row[0].a for row in rows.values()):
+        bases = tree.settled({p: _bases(row, basis) for p, row in rows.items()})
     cores = [
         {path: _core(rows[path][task], *bases[path]) for path in rows}
         for task in range(len(adapters))
     ]
     merged = method(jax.tree.map(jnp.zeros_like, cores[0]), cores)
-    found = {
-        path: _factored(matrix, *bases[path], rank=rank)
-        for path, matrix in tree.flatten(merged).items()
-    }
+    with _blas.limited(cores[0].values()):
+        found = tree.settled(
+            {
+                path: _factored(matrix, *bases[path], rank=rank)
+                for path, matrix in tree.flatten(merged).items()
+            }
+        )
     return Core(
         {path: factors for path, (factors, _) in found.items()},
         {path: energy for path, (_, energy) in found.items()},

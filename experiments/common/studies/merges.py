@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-import scipy.linalg  # noqa: F401, its BLAS, which XLA uses, must be loaded to be limited
-import threadpoolctl
 from tqdm import tqdm
 
 from experiments.common import study_merges
@@ -29,13 +27,10 @@ def merged_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
         "iso_c": lambda: merge.iso_c(params_0, taus, coef=1.0),
     }
     wanted = [name for name in study_merges.MERGES if name in study.config.merges]
-    # The threads of BLAS wait for each other and for those of XLA: a factorisation of
-    # a small matrix takes up to 40 times as long with two of them as with one.
-    with threadpoolctl.threadpool_limits(1, user_api="blas"):
-        return {
-            name: _vector(operators[name](), params_0, taus)
-            for name in tqdm(wanted, desc="merge", unit="merge")
-        }
+    return {
+        name: _vector(operators[name](), params_0, taus)
+        for name in tqdm(wanted, desc="merge", unit="merge")
+    }
 
 
 def fitted_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
