@@ -39,12 +39,14 @@ def fisher(params_0, taus, weights):
     return merge.fisher(params_0, taus, [first(tau) for tau in taus], weights=weights)
 
 
-def adamerging(params_0, taus, coef):
+def adapted(method, params_0, taus, coef):
+    """AdaMerging and AdaRank before their first step."""
+
     def logits(params, batch):
         return batch["x"] @ params["block"]["kernel"]
 
     batch = {"x": jnp.ones((1, 6))}
-    return merge.adamerging(
+    return method(
         params_0, taus, [logits] * 2, [[batch]] * 2, coef=coef, steps=0
     ).params
 
@@ -96,7 +98,11 @@ MERGES = {
         "coef",
     ),
     "fisher": (fisher, "weights"),
-    "adamerging": (adamerging, "coef"),
+    "adamerging": (functools.partial(adapted, merge.adamerging), "coef"),
+    "adarank": (
+        functools.partial(adapted, functools.partial(merge.adarank, matrices=None)),
+        "coef",
+    ),
     "mergekit_linear": (functools.partial(mergekit.linear, normalize=False), "weight"),
     "mergekit_slerp": (mergekit.slerp, "t"),
     "mergekit_nuslerp": (mergekit.nuslerp, "weight"),

@@ -11,6 +11,8 @@ from jaxarith.merge.ace import ace as ace
 from jaxarith.merge.adamerging import AdaMerging as AdaMerging
 from jaxarith.merge.adamerging import adamerging as adamerging
 from jaxarith.merge.adamerging_tangent import adamerging_tangent as adamerging_tangent
+from jaxarith.merge.adarank import AdaRank as AdaRank
+from jaxarith.merge.adarank import adarank as adarank
 from jaxarith.merge.average import average as average
 from jaxarith.merge.awd import awd as awd
 from jaxarith.merge.bases import Bases as Bases

@@ -113,30 +113,57 @@ def adamerging(
       [0.35] [ True]
     """
     import optax
-    from tqdm import tqdm
 
     _leaves.check(params_0, taus)
-    _check_options(scope, len(taus), logits_fns=logits_fns, batches=batches)
+    _leaves.one_of(scope, Scope, "scope")
+    check_lists(len(taus), logits_fns=logits_fns, batches=batches)
     raw = _initial(coef, taus, scope)
     clamp = None if clamp is None else (clamp[0], clamp[1])
     election = None if density is None else _elect(taus, density)
     # Once, not with every step.
     start, vectors = jax.device_put((params_0, tuple(taus)))
+
+    def step_of(state, step):
+        used = clip(state[0], clamp)
+        params = _merge(start, vectors, used, election)
+        gradient, entropies = jax.tree.map(jnp.zeros_like, used), []
+        for logits_fn, source in zip(logits_fns, batches, strict=True):
+            # The sum goes in and comes out: a task waits for the one before it.
+            batch = batch_of(source, step)
+            value, gradient = _add_gradient(
+                logits_fn, params, vectors, batch, election, gradient
+            )
+            entropies.append(value)
+        return adam_step(state, gradient, learning_rate, clamp), entropies
+
     state = raw, optax.adam(learning_rate).init(raw)
+    state, losses = adapted(step_of, state, steps, len(taus), "AdaMerging")
+    used = clip(state[0], clamp)
+    params = _leaves.fold(_merge_leaf, params_0, taus, used, *(election or ()))
+    return AdaMerging(params, used, losses)
+
+
+def adapted(
+    step_of: Callable, state: Any, steps: int, tasks: int, name: str
+) -> tuple[Any, np.ndarray]:
+    """The state after some steps, and the entropies before each, `[steps, tasks]`.
+
+    Args:
+      step_of: `step_of(state, step) -> state, entropies`, one for each task.
+      state: the state before the first step.
+      steps: the number of steps.
+      tasks: the number of tasks.
+      name: what the progress bar is called.
+
+    Raises:
+      FloatingPointError: an entropy is not finite.
+    """
+    from tqdm import tqdm
+
     losses = []
-    with tqdm(total=steps, desc="AdaMerging", unit="step") as bar:
+    with tqdm(total=steps, desc=name, unit="step") as bar:
         for step in range(steps):
-            used = clip(state[0], clamp)
-            params = _merge(start, vectors, used, election)
-            gradient, entropies = jax.tree.map(jnp.zeros_like, used), []
-            for logits_fn, source in zip(logits_fns, batches, strict=True):
-                batch = source(step) if callable(source) else source[step % len(source)]
-                # The sum goes in and comes out: a task waits for the one before it.
-                value, gradient = _add_gradient(
-                    logits_fn, params, vectors, batch, election, gradient
-                )
-                entropies.append(value)
-            state = adam_step(state, gradient, learning_rate, clamp)
+            state, entropies = step_of(state, step)
             losses.append(entropies)
             if step:  # read the step before while the device computes this one
                 losses[-2] = _finite(losses[-2], step - 1)
@@ -144,9 +171,12 @@ def adamerging(
             bar.update()
     if losses:
         losses[-1] = _finite(losses[-1], steps - 1)
-    used = clip(state[0], clamp)
-    params = _leaves.fold(_merge_leaf, params_0, taus, used, *(election or ()))
-    return AdaMerging(params, used, np.array(losses).reshape(-1, len(taus)))
+    return state, np.array(losses).reshape(-1, tasks)
+
+
+def batch_of(source: Batches, step: int) -> dict:
+    """The batch of a step."""
+    return source(step) if callable(source) else source[step % len(source)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -244,11 +274,13 @@ def _initial(coef, taus, scope):
     return {path: coefs for path in tree.aligned(taus)}
 
 
-def _check_options(scope, tasks, **lists):
-    _leaves.one_of(scope, Scope, "scope")
-    for name, found in lists.items():
-        _leaves.one_each(found, tasks, name)
-    for task, source in enumerate(lists["batches"]):
+def check_lists(
+    tasks: int, *, logits_fns: Sequence[Callable], batches: Sequence[Batches]
+) -> None:
+    """Raises a ValueError unless every task has a network and a batch."""
+    _leaves.one_each(logits_fns, tasks, "logits_fns")
+    _leaves.one_each(batches, tasks, "batches")
+    for task, source in enumerate(batches):
         if not callable(source) and not len(source):
             raise ValueError(f"task {task} has no batch.")
 

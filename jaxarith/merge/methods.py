@@ -24,6 +24,7 @@ import numpy as np
 from jaxarith.merge.ace import ace
 from jaxarith.merge.adamerging import adamerging
 from jaxarith.merge.adamerging_tangent import adamerging_tangent
+from jaxarith.merge.adarank import adarank
 from jaxarith.merge.average import average
 from jaxarith.merge.awd import awd
 from jaxarith.merge.bases import bases, basis_vectors
@@ -319,6 +320,14 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             paper=_YANG + ", for linearised vectors",
             cost="500 steps of the heads alone",
             data="cached tangents",
+            coef=None,
+            returns="coefs",
+        ),
+        "adarank": Method(
+            function=adarank,
+            paper="Lee et al. 2026, arXiv:2503.22178",
+            cost="10 000 training steps, and SVDs of every matrix of every task",
+            data="unlabelled samples",
             coef=None,
             returns="coefs",
         ),
