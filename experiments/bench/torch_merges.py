@@ -147,7 +147,7 @@ def iso_c(params_0, taus):
 
 def _out_in(path, leaf):
     """The layout of PyTorch; kernels of Flax are [input, output]."""
-    return leaf.T if path.endswith("kernel") else leaf
+    return leaf.T if path.endswith("kernel") and leaf.ndim == 2 else leaf
 
 
 def iso_cts(params_0, taus, common=0.8):
