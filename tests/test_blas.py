@@ -39,8 +39,6 @@ def test_leaf_functions_of_whole_leaves_run_so(monkeypatch):
         yield
 
     monkeypatch.setattr(_blas, "limited", limited)
-    function = _leaves.leaf_function(
-        lambda leaf_0, taus: leaf_0 + sum(taus), whole=True
-    )
-    add(jnp.ones((2, 3)), (jnp.ones((2, 3)),))
+    total = _leaves.leaf_function(lambda leaf_0, taus: leaf_0 + sum(taus), whole=True)
+    total(jnp.ones((2, 3)), (jnp.ones((2, 3)),))
     assert seen == [(2, 3)]
