@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxarith import tree
-from jaxarith.merge import _leaves, _matrices
+from jaxarith.merge import _blas, _leaves, _matrices
 from jaxarith.merge.adamerging import (
     Batches,
     adam_step,
@@ -192,7 +192,10 @@ def _parts(row, is_matrix, start):
     if start == "mean":
         mean = sum(row) / len(row)
         row = tuple(tau - mean for tau in row)
-    return (mean, *(_factors(row) if is_matrix else row))
+    if not is_matrix:
+        return mean, *row
+    with _blas.limited(row):
+        return mean, *tree.settled(_factors(row))
 
 
 @jax.jit

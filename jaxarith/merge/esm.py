@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxarith import tree
-from jaxarith.merge import _grams, _leaves, _matrices
+from jaxarith.merge import _blas, _grams, _leaves, _matrices
 from jaxarith.merge.iso_c import mean_of_nonzero
 from jaxarith.merge.polarize import layer_scales
 from jaxarith.typing import Coef, Params, Taus
@@ -161,7 +161,8 @@ def _merge_leaf(
 def _norm(row, grams, is_in_out, scaling, singular_values):
     """The norm of a merged matrix before the layer is scaled."""
     row, grams = tree.gathered((row, grams))
-    return tree.settled(_norm_of(row, grams, is_in_out, scaling, singular_values))
+    with _blas.limited(row):
+        return tree.settled(_norm_of(row, grams, is_in_out, scaling, singular_values))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
