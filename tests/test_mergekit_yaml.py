@@ -245,6 +245,8 @@ def test_every_option_reaches_its_function(base, taus):
             given |= {"into": "ties"} if "into" in given else {}
             given |= {"negative": -0.5} if "negative" in given else {}
             given |= {"gamma": 0.9} if "beta" in given else {}
+            given |= {"ratio": 2.0} if "ratio" in given else {}
+            given |= {"solver": "closed"} if "time" in given else {}
             few = 1 if name in ("wise_ft", "nearswap") else 2
             base_model = None if method.base == "input" else "base"
             asked = request(name, few, parameters=given, preset=preset, base=base_model)
