@@ -4,12 +4,12 @@ import re
 import shlex
 from pathlib import Path
 
+import clip_checkpoint
 import pytest
 import tyro
 
 from experiments import digit_folders
 from experiments.tau_jp import table1_addition
-from jaxarith import hub
 from jaxarith.models import clip
 
 README = Path(__file__).parent.parent / "README.md"
@@ -37,21 +37,10 @@ def test_the_commands_are_those_of_two_scripts():
     assert "--save-merged" in commands()[1]
 
 
-def shallow(folder):
-    """The tiny CLIP with one layer of images, which compiles three times as fast."""
-    config = hub.read_json(clip.TINY_CLIP)
-    config["vision_config"]["num_hidden_layers"] = 1
-    deeper = re.compile(r"vision_model\.encoder\.layers\.[1-9]")
-    tensors = hub.read(clip.TINY_CLIP)
-    kept = {name: x for name, x in tensors.items() if not deeper.match(name)}
-    assert len(kept) < len(tensors)
-    hub.write(folder, kept, config, copy_from=clip.TINY_CLIP)
-
-
 def test_three_folders_become_a_model_that_transformers_loads(tmp_path, monkeypatch):
     pytest.importorskip("torch")
     (tmp_path / "jaxarith" / "assets").mkdir(parents=True)
-    shallow(tmp_path / "jaxarith" / "assets" / "tiny_clip")
+    clip_checkpoint.shallow(tmp_path / "jaxarith" / "assets" / "tiny_clip")
     monkeypatch.chdir(tmp_path)
     for name, *words in commands():
         fewer = FEWER if name.endswith("table1_addition") else []

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import clip_checkpoint
 import numpy as np
 import pytest
 
@@ -14,10 +15,8 @@ from experiments import finetune
 from experiments.common import bank
 from experiments.tau_jp import table3_glue
 from jaxarith import hub
-from jaxarith.models import clip
 
 pytestmark = pytest.mark.devices
-MODEL = str(clip.TINY_CLIP)
 
 
 def test_glue_shares_16_samples_and_4_of_the_penalty(tmp_path):
@@ -32,24 +31,29 @@ def test_glue_shares_16_samples_and_4_of_the_penalty(tmp_path):
 
 JOINT = {"source": "small", "tasks": ("mnist", "uci_digits"), "steps": 2}
 JOINT |= {"samples": 150, "workers": 0, "learning_rate": 1e-3, "save_every": 0}
-JOINT |= {"model": MODEL, "task": "mnist", "method": "multi_task"}
+JOINT |= {"task": "mnist", "method": "multi_task"}
 
 
-def joint_kernel(folder):
-    file = bank.vector_file(folder, MODEL, "multi_task", "joint")
+def joint_kernel(folder, model):
+    file = bank.vector_file(folder, model, "multi_task", "joint")
     return hub.load_tree(file)[0]["visual_projection"]["kernel"]
 
 
 def test_multi_task_training_is_the_same_wherever_it_runs(tmp_path, capfd):
     """It has one vector, whatever the axis `task`: its devices share the batches."""
+    model = str(tmp_path / "tiny_clip")
+    clip_checkpoint.shallow(model)
+    options = JOINT | {"model": model}
     for mesh in ("data=1", "task=8"):
         folder = tmp_path / mesh
-        config = finetune.Config(**JOINT, mesh=mesh, out=folder / "out", bank=folder)
+        config = finetune.Config(**options, mesh=mesh, out=folder / "out", bank=folder)
         assert config.batch_size == 128
         finetune.main(config)
     assert "a mesh of task=1,data=8,fsdp=1" in capfd.readouterr().err
-    expected = joint_kernel(tmp_path / "data=1")
-    np.testing.assert_allclose(joint_kernel(tmp_path / "task=8"), expected, atol=2e-5)
+    expected = joint_kernel(tmp_path / "data=1", model)
+    np.testing.assert_allclose(
+        joint_kernel(tmp_path / "task=8", model), expected, atol=2e-5
+    )
     assert np.abs(expected).max() > 1e-3
 
     with socket.socket() as free:
@@ -60,7 +64,7 @@ def test_multi_task_training_is_the_same_wherever_it_runs(tmp_path, capfd):
     variables |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     flags = [
         word
-        for name, value in JOINT.items()
+        for name, value in options.items()
         for word in (
             f"--{name.replace('_', '-')}",
             *map(str, value if isinstance(value, tuple) else (value,)),
@@ -80,4 +84,6 @@ def test_multi_task_training_is_the_same_wherever_it_runs(tmp_path, capfd):
     ]
     errors = [process.communicate(timeout=400)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], errors[0][-2000:]
-    np.testing.assert_allclose(joint_kernel(tmp_path / "two"), expected, atol=2e-5)
+    np.testing.assert_allclose(
+        joint_kernel(tmp_path / "two", model), expected, atol=2e-5
+    )
