@@ -68,6 +68,16 @@ def check_list(taus: Taus) -> None:
 def check_values(params_0: Params, taus: Taus) -> None:
     """The part of `check` that reads all values: none is NaN or infinite."""
     tree.check_finite(params_0, "pre-trained model")
+    _check_finite(taus)
+
+
+def check_vectors(taus: Taus) -> None:
+    """The part of `check` that needs no model: a list, and finite values."""
+    check_list(taus)
+    _check_finite(taus)
+
+
+def _check_finite(taus):
     for i, tau in enumerate(taus):
         tree.check_finite(tau, f"task vector {i}")
 

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 from jaxarith import tree
 from jaxarith.merge import _blas, _grams, _leaves, _matrices
 from jaxarith.merge.iso_c import mean_of_nonzero
-from jaxarith.merge.polarize import layer_scales
+from jaxarith.merge.polarize import layer_scales, relative
 from jaxarith.typing import Coef, Params, Taus
 
 SingularValues = Literal["mean", "one"]
@@ -228,9 +228,7 @@ def directions(tau: jax.Array, gram: jax.Array | None = None) -> jax.Array:
 def _squares(squares):
     """The squares of norms in units of the mean norm, from the squared norms."""
     norms = tree.safe_sqrt(squares)
-    mean = jnp.mean(norms)
-    zero = mean == 0
-    return jnp.where(zero, 1, norms / jnp.where(zero, 1, mean)) ** 2
+    return relative(norms, jnp.mean(norms)) ** 2
 
 
 def _levelled(matrix, singular_values):

@@ -81,7 +81,7 @@ def pca(taus: Taus, count: int | None = None) -> LinearBases:
       >>> print(found.mean["w"], recover(found, [0])[0]["w"].round(3))
       [2. 1.] [4. 1.]
     """
-    _check(taus)
+    _leaves.check_vectors(taus)
     factors = pca_factors(tree.gram(taus), count)
     mean = jnp.full((len(taus), 1), 1 / len(taus))
     *basis, mean = combined(taus, jnp.concatenate([factors.encoder, mean], axis=1))
@@ -123,7 +123,7 @@ def autoencoder(
       >>> print(recover(found, [1])[0]["w"].round(2) + 0.0)
       [2. 0.]
     """
-    _check(taus)
+    _leaves.check_vectors(taus)
     factors = autoencoder_factors(
         tree.gram(taus),
         count,
@@ -303,12 +303,6 @@ def squared_error(gram: Array, rebuilt: Array) -> jax.Array:
     gram = jnp.asarray(gram)
     rest = rebuilt - jnp.eye(len(gram), dtype=gram.dtype)
     return jnp.sum(rest * jnp.matmul(gram, rest, precision="highest"))
-
-
-def _check(taus):
-    _leaves.check_list(taus)
-    for i, tau in enumerate(taus):
-        tree.check_finite(tau, f"task vector {i}")
 
 
 def _square(gram):

@@ -36,9 +36,7 @@ def metagpt_coefs(taus: Taus) -> jax.Array:
       >>> print(coef)
       [0.2 0.8]
     """
-    _leaves.check_list(taus)
-    for i, tau in enumerate(taus):
-        tree.check_finite(tau, f"task vector {i}")
+    _leaves.check_vectors(taus)
     squares = jnp.diagonal(tree.gram(taus))
     total = jnp.sum(squares)
     zero = total == 0

@@ -353,14 +353,12 @@ class Wrapper:
       paper: authors and year, and an address where the year does not tell.
       does: what it does, in a few words.
       option: the option that is chosen on validation data.
-      grid: the values to try.
     """
 
     function: Callable[..., Any]
     paper: str
     does: str
     option: str = "coef"
-    grid: tuple[float, ...] = ()
 
 
 WRAPPERS: Mapping[str, Wrapper] = types.MappingProxyType(
@@ -369,32 +367,27 @@ WRAPPERS: Mapping[str, Wrapper] = types.MappingProxyType(
             function=svc,
             paper="Li et al. 2026",
             does="shortens directions that the tasks share",
-            grid=(1.0,),
         ),
         "lines": Wrapper(
             function=lines,
             paper="Wang et al. 2025, arXiv:2410.17146",
             does="larger coefficients for deeper blocks",
             option="beta",
-            grid=_grid(0.0, 1.0, 0.1),
         ),
         "subspace_boosting": Wrapper(
             function=subspace_boosting,
             paper="Skorobogat et al. 2025",
             does="raises small singular values",
-            grid=_grid(0.05, 1.0, 0.05),
         ),
         "isotropise": Wrapper(
             function=isotropise,
             paper=_MARCZAK,
             does="one singular value for each matrix",
-            grid=_grid(0.1, 3.0, 0.1),
         ),
         "polarize": Wrapper(
             function=polarize,
             paper="ESM, CVPR 2026, arXiv:2602.20208",
             does="large columns and layers grow, small ones shrink",
-            grid=_grid(0.05, 1.0, 0.05),
         ),
     }
 )

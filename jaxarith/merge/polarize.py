@@ -122,7 +122,7 @@ def layer_scales(
             kinds.setdefault(_kind(path), []).append(norm)
     means = {kind: _mean(found) for kind, found in kinds.items()}
     return {
-        path: None if norm is None else _over(norm, means[_kind(path)]) ** 2
+        path: None if norm is None else relative(norm, means[_kind(path)]) ** 2
         for path, norm in norms.items()
     }
 
@@ -137,11 +137,11 @@ def _columns(vector, taus, is_in_out):
     norms = [_norm(tau) for tau in taus]
     mean = _mean(norms)
     squares = tree.total(
-        _over(norm, mean) ** 4 * jnp.sum(tau**2, axis=outputs)
+        relative(norm, mean) ** 4 * jnp.sum(tau**2, axis=outputs)
         for norm, tau in zip(norms, taus, strict=True)
     )
     lengths = tree.safe_sqrt(squares)
-    scales = _over(lengths, jnp.mean(lengths)) ** 2
+    scales = relative(lengths, jnp.mean(lengths)) ** 2
     return vector * jnp.expand_dims(scales, outputs)
 
 
@@ -154,7 +154,7 @@ def _mean(values: Iterable[jax.Array]) -> jax.Array:
     return tree.total(found) / len(found)
 
 
-def _over(values, mean):
+def relative(values: jax.Array, mean: jax.Array) -> jax.Array:
     """The values in units of their mean; 1 where all are zero."""
     zero = mean == 0
     return jnp.where(zero, 1, values / jnp.where(zero, 1, mean))

@@ -135,7 +135,7 @@ _RESCALE = Option(("inverse", "l1", "none"))
 # The weights of the layers of a stack, which have a number in their names; T5 has a
 # table of positions among them.
 _LINEAR = r"(?!.*relative_attention_bias).*\.\d+\..*weight"
-_NONE = r"(?!)"
+NONE = r"(?!)"  # no matrix is [input, output]: in PyTorch none is
 
 
 def _merged_into(
@@ -202,10 +202,10 @@ def _bases(
     return merge.task_arithmetic(params_0, taus, coef=coefs)
 
 
-_wudi = functools.partial(merge.wudi, matrices=_LINEAR, in_out=_NONE)
-_iso_cts = functools.partial(merge.iso_cts, in_out=_NONE)
-_ace = functools.partial(merge.ace, matrices=_LINEAR, in_out=_NONE)
-_esm = functools.partial(merge.esm, matrices=_LINEAR, in_out=_NONE)
+_wudi = functools.partial(merge.wudi, matrices=_LINEAR, in_out=NONE)
+_iso_cts = functools.partial(merge.iso_cts, in_out=NONE)
+_ace = functools.partial(merge.ace, matrices=_LINEAR, in_out=NONE)
+_esm = functools.partial(merge.esm, matrices=_LINEAR, in_out=NONE)
 
 PAPER = {
     "ace": Method(

@@ -11,15 +11,13 @@ from typing import Any, NamedTuple
 
 from jaxarith.commands.merge import gradients
 from jaxarith.commands.merge.gradients import Value
-from jaxarith.commands.merge.methods import NUMBER, PATTERN, Option, converted
+from jaxarith.commands.merge.methods import NONE, NUMBER, PATTERN, Option, converted
 from jaxarith.merge import wrapped
 from jaxarith.merge.isotropise import plan as isotropise
 from jaxarith.merge.lines import plan as lines
 from jaxarith.merge.polarize import plan as polarize
 from jaxarith.merge.subspace_boosting import plan as subspace_boosting
 from jaxarith.merge.svc import plan as svc
-
-_NONE = r"(?!)"  # matrices of PyTorch are [output, input]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Wrapper:
 _COMMON = {"coef": NUMBER, "matrices": PATTERN}
 _SIDED = _COMMON | {"in_out": PATTERN}
 WRAPPERS: dict[str, Wrapper] = {
-    "svc": Wrapper(functools.partial(svc, in_out=_NONE), {"alpha": NUMBER, **_SIDED}),
+    "svc": Wrapper(functools.partial(svc, in_out=NONE), {"alpha": NUMBER, **_SIDED}),
     "lines": Wrapper(
         lines,
         {"beta": dataclasses.replace(NUMBER, required=True), "alpha": NUMBER},
@@ -48,7 +46,7 @@ WRAPPERS: dict[str, Wrapper] = {
     ),
     "subspace_boosting": Wrapper(subspace_boosting, {"beta": NUMBER, **_COMMON}),
     "isotropise": Wrapper(isotropise, _COMMON),
-    "polarize": Wrapper(functools.partial(polarize, in_out=_NONE), _SIDED),
+    "polarize": Wrapper(functools.partial(polarize, in_out=NONE), _SIDED),
 }
 
 
