@@ -3,6 +3,7 @@
 import pytest
 
 from jaxarith.commands.merge import gradients
+from jaxarith.stream import stacks
 
 
 def stack(name, count):
@@ -14,7 +15,7 @@ def test_layers_that_predict_further_tokens_are_at_the_end():
     names = [*stack("model.layers", 6), "lm_head.weight"]
     found = gradients.depths(names, config)
     assert list(found.values()) == [0, 0.25, 0.5, 0.75, 1, 1, 0]
-    assert gradients.layers(names, config) == 5
+    assert stacks.layers(names, config) == 5
     inner = gradients.depths([*stack("model.layers", 5), "mtp.layers.0.w"], config)
     assert inner["mtp.layers.0.w"] == 1 and inner["model.layers.4.w"] == 1
 
@@ -25,7 +26,7 @@ def test_a_language_model_beside_a_larger_encoder(order):
     names += ["visual.merger.mlp.0.w", "visual.merger.mlp.2.w"]
     config = {"num_hidden_layers": 5, "vision_config": {"depth": 8}}
     for given in (config, {"text_config": {"num_hidden_layers": 5}} | config):
-        assert gradients.layers(names, given) == 5
+        assert stacks.layers(names, given) == 5
         found = gradients.depths(names, given)
         assert found["visual.blocks.7.w"] == found["model.layers.4.w"] == 1
         assert found["model.layers.2.w"] == 0.5
@@ -38,11 +39,11 @@ def test_encoders_and_decoders_have_depths_of_their_own():
     found = gradients.depths(names, config)
     assert found["encoder.layers.2.w"] == found["decoder.layers.1.w"] == 0.5
     assert found["x.0.w"] == 0
-    assert gradients.layers(names, config) == 5
+    assert stacks.layers(names, config) == 5
 
 
 @pytest.mark.parametrize("config", [{}, {"num_hidden_layers": 40}])
 def test_names_count_where_the_configuration_does_not(config):
     names = [*stack("h", 3), "head.0.w"]
     assert gradients.depths(names, config) == gradients.depths(names)
-    assert gradients.layers(names, config) == 3
+    assert stacks.layers(names, config) == 3

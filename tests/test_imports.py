@@ -193,6 +193,10 @@ def test_what_the_experiments_share_knows_no_paper():
     ]
 
 
+def test_mergekits_definitions_come_with_merge():
+    assert "jaxarith.merge.mergekit" in IMPORTS["jaxarith.merge"]
+
+
 # What `import jaxarith` must not load: it takes seconds, and may not be installed.
 HEAVY = {
     *("flax", "transformers", "matplotlib", "torch", "tensorflow"),

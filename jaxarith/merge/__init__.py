@@ -6,6 +6,7 @@ gather small statistics of all leaves where the method needs them. Sums are take
 float32 or better and cast once, to the dtype of `params_0`.
 """
 
+from jaxarith.merge import mergekit as mergekit
 from jaxarith.merge._matrices import input_axis as input_axis
 from jaxarith.merge.ace import ace as ace
 from jaxarith.merge.adamerging import AdaMerging as AdaMerging

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxarith.merge import _draws, _leaves
 from jaxarith.merge._matrices import input_axis
 from jaxarith.merge.drop import Rescale, changed_at_random, rescaled, whole
-from jaxarith.merge.ties import ties
+from jaxarith.merge.ties import chosen, of_checked
 from jaxarith.typing import Coef, Params, Taus
 
 DROP_RATE = 0.3
@@ -76,7 +76,10 @@ def della(
         axis=axis,
         key=key,
     )
-    return ties(params_0, pruned, density=density, coef=coef)
+    options = chosen("official", density=density)
+    # What is pruned is finite where the task vectors are, and costs more to look at.
+    _leaves.check(params_0, taus)
+    return of_checked(params_0, pruned, options, coef)
 
 
 def magprune(
@@ -155,16 +158,21 @@ def centered_ranks(x: jax.Array, axis: int) -> jax.Array:
     magnitudes = jnp.abs(jax.lax.stop_gradient(x))
     rows = jnp.moveaxis(jax.lax.bitcast_convert_type(magnitudes, bits), axis, -1)
     ordered = jnp.sort(rows, axis=-1)
-    below = _count(ordered, lambda entries: entries < rows)
-    up_to = _count(ordered, lambda entries: entries <= rows)
+    below = _count_below(ordered, rows)
+    # Where the run of equal entries ends that starts there.
+    places = 1 + jax.lax.broadcasted_iota(jnp.int32, rows.shape, rows.ndim - 1)
+    is_end = (ordered != jnp.roll(ordered, -1, axis=-1)) | (places == width)
+    ends = jnp.where(is_end, places, width)
+    ends = jax.lax.cummin(ends, axis=ends.ndim - 1, reverse=True)
+    up_to = jnp.take_along_axis(ends, below, -1, mode="promise_in_bounds")
     centered = (below + up_to - width).astype(x.dtype) / (width - 1)
     return jnp.moveaxis(centered, -1, axis)
 
 
-def _count(ordered, holds):
-    """For every entry, how many of its ordered row fulfill a condition: the first ones.
+def _count_below(ordered, rows):
+    """For every entry, how many of its ordered row are below it.
 
-    `holds` tells it of one entry of the row for each. Bisection, one bit at a time.
+    Bisection, one bit at a time.
     """
     width = ordered.shape[-1]
     length = width.bit_length()
@@ -173,6 +181,6 @@ def _count(ordered, holds):
         trial = count + (1 << (length - 1 - i))
         last = jnp.minimum(trial, width) - 1
         entries = jnp.take_along_axis(ordered, last, -1, mode="promise_in_bounds")
-        return jnp.where((trial <= width) & holds(entries), trial, count)
+        return jnp.where((trial <= width) & (entries < rows), trial, count)
 
     return jax.lax.fori_loop(0, length, decide_bit, jnp.zeros(ordered.shape, jnp.int32))

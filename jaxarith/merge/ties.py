@@ -111,9 +111,22 @@ def ties(
       >>> print(ties(params_0, taus, density=0.5, preset="adamerging", coef=1.0)["w"])
       [ 6. -5.  0.]
     """
-    options = _chosen(preset, density, trim, aggregate)
+    options = chosen(preset, density, trim, aggregate)
     _leaves.check(params_0, taus)
-    coefs = _leaves.vector_coef(options.coef if coef is None else coef, taus)
+    return of_checked(
+        params_0, taus, options, options.coef if coef is None else coef, weights
+    )
+
+
+def of_checked(
+    params_0: Params,
+    taus: Taus,
+    options: Preset,
+    coef: Coef,
+    weights: PerTask | None = None,
+) -> Params:
+    """`ties` of task vectors that are known to fit and to be finite."""
+    coefs = _leaves.vector_coef(coef, taus)
     factors = None
     if weights is not None:
         factors = _leaves.per_task(weights, len(taus), "weights")
@@ -132,7 +145,7 @@ def ties(
     )
 
 
-def _chosen(
+def chosen(
     preset: PresetName,
     density: float | None = None,
     trim: Trim | None = None,

@@ -5,11 +5,10 @@ import dataclasses
 import functools
 import math
 import os
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,9 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from jaxarith import hub, lazy, tree
-from jaxarith.hub import Stored, lora, packed
-from jaxarith.stream import configs, leaves, policies, tying
+from jaxarith.hub import Stored, lora
+from jaxarith.stream import configs, inputs, leaves, policies, tying
+from jaxarith.stream.inputs import open_checkpoint, read_config
 
 
 class Progress:
@@ -77,6 +77,9 @@ class Opened:
         them.
       metadata: metadata of the base's weights.
       progress: counts the bytes that are read.
+      config: the content of the new `config.json`, but for dtypes and rows; None is
+        that of the first folder.
+      slices: of a merge of slices, the tensors of each one with their depths.
     """
 
     base: dict[str, Stored]
@@ -90,6 +93,8 @@ class Opened:
     metadata: dict[str, str]
     progress: Progress
     _source: Callable[[Stored, str], lazy.Source]
+    config: dict[str, Any] | None = None
+    slices: tuple[dict[str, float], ...] = ()
 
     @property
     def params_0(self) -> dict[str, lazy.Leaf]:
@@ -125,29 +130,6 @@ class Opened:
         return lazy.Leaf(tensor.shape, wide, (), zeros, go)
 
 
-def open_checkpoint(folder: str | os.PathLike) -> hub.Checkpoint:
-    """Finds the tensors of a checkpoint in safetensors that can be merged.
-
-    Raises:
-      FileNotFoundError: the folder, its weights or one of the shards does not exist.
-      ValueError: a file is corrupt, holds quantised tensors, or is not in safetensors.
-    """
-    found = hub.open_checkpoint(folder)
-    if found.file.name == hub.MSGPACK:
-        raise ValueError(
-            f"{folder} holds no safetensors. Streams read nothing else: run "
-            f"`jaxarith convert {folder} NEW_FOLDER` first."
-        )
-    packed.check(Path(folder), found.tensors, read_config(folder))
-    return found
-
-
-def read_config(folder: str | os.PathLike) -> dict[str, Any]:
-    """The content of a checkpoint's `config.json`; empty if it has none."""
-    exists = (Path(folder) / "config.json").is_file()
-    return hub.read_json(folder) if exists else {}
-
-
 def open_models(
     base: str | os.PathLike | None,
     models: Sequence[str | os.PathLike],
@@ -179,7 +161,7 @@ def open_models(
     policies.check(vocabulary, missing, base is not None)
     if not models:
         raise ValueError("there are no models to merge; give at least one.")
-    places = [_find(str(model)) for model in models]
+    places = [inputs.find(str(model)) for model in models]
     start = places[0].folder if base is None else hub.find(base)
     for model, place in zip(models, places, strict=True):
         if place.vector is not None and base is None:
@@ -205,7 +187,7 @@ def open_models(
             fitted[label], more = policies.fit(first.tensors, found, label, missing)
             notes += more
     tensors = first.tensors
-    changes, parted, more = _changes(tensors, fitted, places, config, missing)
+    changes, parted, more = inputs.changes_of(tensors, fitted, places, config, missing)
     notes += more
     untied = parted is not None
     if parted is not None:
@@ -231,25 +213,11 @@ def open_models(
             "jax_enable_x64 (JAX_ENABLE_X64=1) merges them in float64"
         )
     progress = Progress()
-    source = _sources(progress)
-    taus = []
-    for label, found in fitted.items():
-        change = changes[label]
-        changed = {**found, **change.replaced}
-        tau = {}
-        for name, tensor in of_base.items():
-            if name in skipped or not (name in changed or name in change.deltas):
-                continue
-            of_name = None if base is None else source(tensor, f"{name} of the base")
-            tau[name] = leaves.moved(
-                source,
-                f"{name} of {label}",
-                layout=tensor,
-                base=of_name,
-                model=changed.get(name),
-                delta=change.deltas.get(name),
-            )
-        taus.append(tau)
+    source = sources(progress)
+    taus = task_vectors(of_base, fitted, changes, source, base is not None)
+    for tau in taus:
+        for name in skipped & tau.keys():
+            del tau[name]
     return Opened(
         base=of_base,
         taus=taus,
@@ -269,123 +237,44 @@ def open_models(
     )
 
 
-def adapted(model: str) -> list[str]:
-    """The parts of `model+adapter`, or the one part of another name.
+def task_vectors(
+    of_base: Mapping[str, Stored],
+    fitted: Mapping[str, Mapping[str, Stored]],
+    changes: Mapping[str, lora.Adapter],
+    source: Callable[[Stored, str], lazy.Source],
+    has_base: bool,
+) -> list[dict[str, lazy.Leaf]]:
+    """The leaves of all task vectors, or of the models where there is no base.
 
-    Raises:
-      ValueError: a part is empty.
+    Args:
+      of_base: the tensors of the base by name, with the rows that are merged.
+      fitted: by label, tensors of the models by the base's names.
+      changes: by label, what an adapter or a task vector adds.
+      source: `source(tensor, label)`, the one source of a tensor.
+      has_base: whether there is a base.
     """
-    if "+" not in model or Path(model).expanduser().exists():
-        return [model]
-    parts = list(model.rpartition("+")[::2])
-    if "" in parts:
-        raise ValueError(f"{model!r} must be a model, or `model+adapter`.")
-    return parts
-
-
-class _Place(NamedTuple):
-    """Where a model is: its folder, that of an adapter, and a task vector's file.
-
-    A model has the first, the second or both, or the third.
-    """
-
-    folder: Path | None = None
-    adapter: Path | None = None
-    vector: Path | None = None
-
-
-def _find(model: str) -> _Place:
-    if len(parts := adapted(model)) == 2:
-        folder, adapter = map(hub.find, parts)
-        if not lora.is_adapter(adapter):
-            raise ValueError(
-                f"{adapter} is no PEFT adapter: it has no {lora.CONFIG}. What follows "
-                "the + in `model+adapter` must be one."
+    taus = []
+    for label, found in fitted.items():
+        change = changes[label]
+        changed = {**found, **change.replaced}
+        tau = {}
+        for name, tensor in of_base.items():
+            if not (name in changed or name in change.deltas):
+                continue
+            of_name = source(tensor, f"{name} of the base") if has_base else None
+            tau[name] = leaves.moved(
+                source,
+                f"{name} of {label}",
+                layout=tensor,
+                base=of_name,
+                model=changed.get(name),
+                delta=change.deltas.get(name),
             )
-        return _Place(folder, adapter)
-    if hub.is_vector(model):
-        return _Place(vector=Path(model).expanduser())
-    folder = hub.find(model)
-    return _Place(adapter=folder) if lora.is_adapter(folder) else _Place(folder)
+        taus.append(tau)
+    return taus
 
 
-_QUANTISED = re.compile(r"bnb|gptq|awq|fp8|\dbit|int[48]", re.IGNORECASE)
-
-
-def _changes(
-    base: Mapping[str, Stored],
-    models: Mapping[str, Mapping[str, Stored]],
-    places: Sequence[_Place],
-    config: Mapping[str, Any],
-    missing: policies.Missing,
-) -> tuple[dict[str, lora.Adapter], tying.Pair | None, list[str]]:
-    """What adapters and task vectors add to each model or to the base.
-
-    Returns:
-      The changes by label, the pair that one of them unties, and notes.
-    """
-    changes = dict.fromkeys(models, lora.Adapter({}, {}))
-    parted, notes = None, []
-    tied = None
-    if any(place.adapter for place in places):
-        tied = tying.pair(base, config)
-    for (label, found), place in zip(models.items(), places, strict=True):
-        if place.vector is not None:
-            changes[label], more = _vector(place.vector, base, label, missing)
-            notes += more
-        if place.adapter is None:
-            continue
-        under = base if place.folder is None else found
-        changes[label], parts, more = _adapter(place.adapter, under, tied, label)
-        notes += more
-        if parts and tied is not None:
-            tying.check_untied(config, label)
-            notes.append(f"{label} moves {tied.embedding} and {tied.head} apart")
-            parted = tied
-    return changes, parted, notes
-
-
-def _vector(
-    file: Path, base: Mapping[str, Stored], label: str, missing: policies.Missing
-) -> tuple[lora.Adapter, list[str]]:
-    """What the task vector in a file adds to the base, and notes."""
-    vector = hub.open_vector(file)
-    method = "" if vector.method is None else f" by the method {vector.method}"
-    deltas, notes = policies.fit_vector(base, vector.tensors, label, missing)
-    return lora.Adapter(deltas, {}), [
-        f"{label}: the task vector of {vector.task}{method}",
-        *notes,
-    ]
-
-
-def _adapter(
-    folder: Path, base: Mapping[str, Stored], tied: tying.Pair | None, label: str
-) -> tuple[lora.Adapter, bool, list[str]]:
-    """What an adapter does to a base, whether it unties the head, and notes."""
-    config = hub.read_json(folder, lora.CONFIG)
-    trained_on = str(config.get("base_model_name_or_path"))
-    quantised = _QUANTISED.search(Path(trained_on).name) or (
-        Path(trained_on).is_dir() and packed.stated_format(read_config(trained_on))
-    )
-    notes = [f"{label}: trained on {trained_on}, which is quantised"] * bool(quantised)
-    if tied is None or tied.embedding not in base:
-        change = lora.read_adapter(folder, base)
-        return change, False, [*notes, *change.notes]
-    change = lora.read_adapter(folder, {tied.head: base[tied.embedding], **base})
-    notes += change.notes
-    ensured = bool(config.get("ensure_weight_tying"))
-    change, untied = tying.apply(change, tied, ensured)
-    if not untied:
-        change = tying.spread(change, tied, base, label)
-    if not untied and (tied.embedding in change.deltas):
-        notes.append(
-            f"{label}: {tied.embedding} and {tied.head} are one tied matrix, which its "
-            "factors move, as in PEFT's merge_and_unload"
-        )
-    return change, untied, notes
-
-
-def _sources(progress: Progress) -> Callable[[Stored, str], lazy.Source]:
+def sources(progress: Progress) -> Callable[[Stored, str], lazy.Source]:
     """A function that returns the one source of a tensor."""
 
     @functools.cache

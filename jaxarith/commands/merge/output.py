@@ -15,7 +15,7 @@ from jaxarith.commands.merge.recipe import MergeRecipe
 from jaxarith.hub import config as config_of
 from jaxarith.hub import packed
 from jaxarith.stream import Opened, Plan, Report, tying
-from jaxarith.stream.opened import adapted
+from jaxarith.stream.inputs import adapted
 
 _DTYPE_KEYS = {"dtype", "torch_dtype"}
 _QUANTISED = ("quantization_config", "compression_config")
@@ -75,7 +75,7 @@ def beside(opened: Opened, dtype: str | None, tokenizer: Path | None) -> Beside:
         the rows of the merge.
     """
     folder = opened.folders[0]
-    config = hub.read_json(folder)
+    config = hub.read_json(folder) if opened.config is None else dict(opened.config)
     notes = []
     if dtype is not None:
         config = config_of.replaced(config, lambda key, _: key in _DTYPE_KEYS, dtype)

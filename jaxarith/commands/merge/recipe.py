@@ -15,6 +15,7 @@ from jaxarith.commands.merge.mergekit_methods import MERGEKIT
 from jaxarith.commands.merge.methods import PAPER, Method
 from jaxarith.commands.merge.request import Dtype, MergeRequest, Model, Preset
 from jaxarith.merge import wrapped
+from jaxarith.stream import stacks
 from jaxarith.typing import Params, Taus
 
 PRESETS: dict[Preset, dict[str, Method]] = {"paper": PAPER, "mergekit": MERGEKIT}
@@ -155,7 +156,7 @@ def build(request: MergeRequest, *, seed: int = 0) -> MergeRecipe:
     def options(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, Any]:
         names = list(names)
         if request.layers is not None:
-            _check_layers(request.layers, gradients.layers(names, config))
+            _check_layers(request.layers, stacks.layers(names, config))
         depths = gradients.depths(names, config)
         found = {keyword: bind(depths) for keyword, bind in bound.items()}
         if method.random:
