@@ -1,50 +1,25 @@
-"""LoRA adapters in the folders of PEFT, read as task vectors of a base.
+"""LoRA adapters in the folders of PEFT: read as task vectors, and written.
 
 `adapter_config` reads what a folder says of its adapter, `adapter_tensors` its file,
-and `adapter_writing` writes both.
-
-Hu et al. LoRA: Low-Rank Adaptation of Large Language Models. ICLR 2022.
-arXiv:2106.09685. Kalajdzievski. A Rank Stabilization Scaling Factor for Fine-Tuning
-with LoRA. 2023. arXiv:2312.03732 (`use_rslora`). Liu et al. DoRA: Weight-Decomposed
-Low-Rank Adaptation. ICML 2024. arXiv:2402.09353 (`use_dora`).
+and `adapter_reading` what both do to a base.
 """
 
-import functools
-import math
+import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxarith.hub import (
-    adapter_config,
-    adapter_names,
-    adapter_parameters,
-    adapter_tensors,
-    orientation,
-)
+from jaxarith import tree
+from jaxarith.hub import adapter_names, download, folders, places, writing
 from jaxarith.hub.adapter_config import CONFIG as CONFIG
-from jaxarith.hub.adapter_writing import FACTOR_A as FACTOR_A
-from jaxarith.hub.adapter_writing import FACTOR_B as FACTOR_B
-from jaxarith.hub.adapter_tensors import Factors
-from jaxarith.hub.adapter_writing import save_adapter as save_adapter
-from jaxarith.hub.stored import Stored
+from jaxarith.hub.adapter_reading import Adapter as Adapter
+from jaxarith.hub.adapter_reading import read_adapter as read_adapter
+from jaxarith.hub.adapter_tensors import PREFIX
+from jaxarith.typing import Tree
 
-
-class Adapter(NamedTuple):
-    """What an adapter does to a base. A tensor may be replaced and then moved.
-
-    Attributes:
-      deltas: by name of the base's tensor, what is added to it, in float32.
-      replaced: by name of the base's tensor, the tensor that takes its place.
-      notes: how its names were understood, where they are not the base's.
-    """
-
-    deltas: dict[str, Stored]
-    replaced: dict[str, Stored]
-    notes: tuple[str, ...] = ()
+# Names of the factors beside a kernel in a parameter tree, see `models.lora`.
+FACTOR_A, FACTOR_B = "lora_a", "lora_b"
 
 
 def is_adapter(folder: str | os.PathLike) -> bool:
@@ -52,202 +27,94 @@ def is_adapter(folder: str | os.PathLike) -> bool:
     return (Path(folder) / CONFIG).is_file()
 
 
-def read_adapter(folder: str | os.PathLike, base: Mapping[str, Stored]) -> Adapter:
-    r"""Finds what a LoRA adapter adds to a base; the tensors are read when used.
+def save_adapter(
+    folder: str | os.PathLike, factors: Tree, base: str | os.PathLike, *, alpha: float
+) -> None:
+    """Writes factors as a LoRA adapter that PEFT loads on top of a checkpoint.
 
-    A delta is :math:`s B A` with :math:`s = \alpha / r`, or :math:`\alpha / \sqrt r`
-    for rank-stabilised adapters, computed in float32 whatever the adapter's dtype. That
-    of DoRA, with magnitudes :math:`m` and norms over the inputs of each output, is
-
-    .. math:: \frac{m}{\lVert W_0 + s B A \rVert} (W_0 + s B A) - W_0.
-
-    Trained tokens (`trainable_token_indices`) move the rows of an embedding to theirs.
-
-    The base may have a prefix in front of its names that the adapter has not, or the
-    other way round.
+    `peft.PeftModel.from_pretrained(model, folder)` finds the layers by name, so `model`
+    must be of the class that the checkpoint's config.json states: with a head, say,
+    names begin with `bert.encoder.`, and without one with `encoder.`.
 
     Args:
-      folder: holds `adapter_config.json` and `adapter_model.safetensors`.
-      base: the tensors of the model that the adapter was trained on, by name.
+      folder: it must not exist. It appears whole or not at all.
+      factors: pairs of leaves `lora_a` `[in, r]` and `lora_b` `[r, out]`, beside or
+        without their kernels, as `models.lora` has them; other leaves are left out.
+      base: the checkpoint that was adapted, a folder or an id of the Hugging Face Hub;
+        its tensors' names are those of the adapter, and PEFT's config names it.
+      alpha: the scale α; the rank is that of the factors.
 
     Raises:
-      FileNotFoundError: one of the two files is not there.
-      ValueError: the adapter is of a kind that has no weights to merge, is corrupt, or
-        does not fit the base.
+      FileExistsError: the folder exists.
+      ValueError: there are no factors, they differ in rank, or do not fit the base.
 
     Example:
-      >>> adapter = read_adapter("my_lora", base)  # doctest: +SKIP
-      >>> adapter.deltas["model.layers.0.mlp.up_proj.weight"].read()  # doctest: +SKIP
+      >>> save_adapter("my_lora", params, base, alpha=16)  # doctest: +SKIP
     """
-    folder = Path(folder)
-    config = adapter_config.read(folder)
-    parts = adapter_tensors.read(folder, config)
-    targets = config.get("target_parameters")
-    groups = adapter_parameters.groups(parts.factors, targets, base)
-    of_groups = {name for module in groups for name, _ in _pairs(module, parts)}
-    modules = {m: pair for m, pair in parts.factors.items() if m not in of_groups}
-    wanted = {f"{module}.weight" for module in (*modules, *parts.tokens)}
-    wanted |= {f"{m}.bias" for m, pair in modules.items() if pair.bias is not None}
-    wanted |= {name for group in groups.values() for name in group}
-    wanted |= parts.whole.keys()
-    names, notes = adapter_names.fit(folder, wanted, base)
-    replaced = {names[name]: tensor for name, tensor in parts.whole.items()}
-    start = {name: replaced.get(name, base[name]) for name in names.values()}
-    lines = [
-        f"! {name}: {base[name]} in the base is replaced by {tensor}"
-        for name, tensor in replaced.items()
-        if tensor.shape != base[name].shape or not tensor.is_floating
-    ]
-    deltas, more = _of_modules(config, modules, names, start, orientation.known(base))
-    lines += more
-    for module, group in groups.items():
-        pairs = [pair for _, pair in _pairs(module, parts)]
-        leaves = {name: base[names[name]] for name in group}
-        given = _of_parameters(config, module, pairs, leaves)
-        deltas |= {names[name]: delta for name, delta in given.items()}
-    for module, rows in parts.tokens.items():
-        name = names[f"{module}.weight"]
-        indices = _token_indices(config, module)
-        lines += _misfit_tokens(module, rows, indices, base[name], name in deltas)
-        deltas[name] = _of_tokens(rows, indices, start[name])
-    if lines:
-        raise ValueError(adapter_names.unfit(folder, lines))
-    _check_tied(folder, config, parts, names, base)
-    return Adapter(deltas, replaced, notes)
-
-
-def _pairs(module, parts):
-    return adapter_parameters.pairs(module, parts.factors)
-
-
-def _of_modules(
-    config: Mapping[str, Any],
-    modules: Mapping[str, Factors],
-    names: Mapping[str, str],
-    start: Mapping[str, Stored],
-    known: Mapping[str, bool],
-) -> tuple[dict[str, Stored], list[str]]:
-    """The deltas of modules by the base's names, and a line for each misfit."""
-    deltas: dict[str, Stored] = {}
-    lines: list[str] = []
-    flag = bool(config.get("fan_in_fan_out"))
-    for module, pair in modules.items():
-        name = names[f"{module}.weight"]
-        leaf = start[name]
-        turn = pair.embedding or orientation.in_out(name, leaf.shape, known, flag)
-        rank, scaling = adapter_config.rank_and_scaling(config, module)
-        lines += _misfit(module, pair, rank, turn, name, leaf)
-        read = functools.partial(_product, pair, scaling, turn, leaf.shape)
-        if pair.magnitude is not None:
-            read = functools.partial(_dora, read, pair.magnitude, turn, leaf)
-        deltas[name] = Stored.made(np.float32, leaf.shape, read)
-        if pair.bias is not None:
-            bias = names[f"{module}.bias"]
-            if pair.bias.shape != start[bias].shape:
-                lines.append(f"! {bias} is {start[bias]}, and its factor {pair.bias}")
-            read = functools.partial(_scaled, pair.bias, scaling)
-            deltas[bias] = Stored.made(np.float32, start[bias].shape, read)
-    return deltas, lines
-
-
-def _misfit(module, pair, rank, turned, name, leaf):
-    """What is wrong with the shapes of the factors of a module, in no or one line."""
-    a, b = pair.a.shape, pair.b.shape
-    factors = f"! {module}: A {list(a)} and B {list(b)}"
-    if len(a) < 2 or len(a) != len(b) or (a[0], b[1]) != (rank, rank):
-        return [f"{factors}, and the rank is {rank} by {CONFIG}"]
-    product = (b[0], *a[1:])
-    whole = math.prod(b[2:]) == 1 and (product[::-1] if turned else product)
-    if whole != leaf.shape or not leaf.is_floating:
-        return [f"{factors}, and {name} is {leaf}"]
-    if pair.magnitude is not None and pair.magnitude.size != b[0]:
-        return [f"{factors}, and the magnitudes {pair.magnitude}"]
-    return []
-
-
-def _product(pair, scaling, turned, shape):
-    a = pair.a.read().astype(np.float32).reshape(pair.rank, -1)
-    b = pair.b.read().astype(np.float32).reshape(-1, pair.rank)
-    product = a.T @ b.T if turned else b @ a
-    product *= np.float32(scaling)  # in place: no second array of this size
-    return product.reshape(shape)
-
-
-def _dora(product, magnitude, turned, leaf):
-    start = leaf.read().astype(np.float32)
-    moved = start + product()
-    axes = tuple(range(moved.ndim))[: -1 if turned else None][0 if turned else 1 :]
-    norms = np.sqrt(np.sum(np.square(moved), axis=axes, keepdims=True))
-    lengths = magnitude.read().astype(np.float32).reshape(norms.shape)
-    with np.errstate(invalid="ignore", divide="ignore"):  # reported when it is merged
-        moved *= lengths / norms
-    moved -= start
-    return moved
-
-
-def _scaled(tensor, scaling):
-    return tensor.read().astype(np.float32) * np.float32(scaling)
-
-
-def _of_parameters(config, module, pairs, leaves):
-    """The deltas of the parameters of a module, by the adapter's names."""
-    scales = {name: adapter_config.rank_and_scaling(config, name) for name in leaves}
-    ranks = {name: rank for name, (rank, _) in scales.items()}
-    deltas = {}
-    given = adapter_parameters.assign(module, pairs, leaves, ranks)
-    for name, pair in given.items():
-        leaf, (_, scaling) = leaves[name], scales[name]
-        in_out = adapter_parameters.lies_in_out(name, pair, leaf, leaves.values())
-        read = functools.partial(
-            adapter_parameters.product, pair, scaling, in_out, leaf.shape
+    folder = Path(folder).absolute()
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; name a folder that does not.")
+    pairs = _factors_by_module(factors)
+    ranks = {a.shape[-1] for a, _ in pairs.values()}
+    if len(ranks) != 1:
+        raise ValueError(
+            f"factors of the ranks {sorted(ranks)}; expected lora_a and lora_b of one "
+            "rank, as `models.lora.init` makes them."
         )
-        deltas[name] = Stored.made(np.float32, leaf.shape, read)
-    return deltas
+    base_folder = download.find(base)
+    _, tensors = folders.open_tensors(base_folder)
+    names, _ = adapter_names.fit(
+        folder, {f"{module}.weight" for module in pairs}, tensors
+    )
+    outer = _outer_name(folders.read_json(base_folder))
+    targets, found = [], {}
+    for module, pair in pairs.items():
+        target = names[f"{module}.weight"].removesuffix(".weight").removeprefix(outer)
+        targets.append(target)
+        for side, factor in zip("AB", pair, strict=True):
+            # PyTorch's orientation, [out, in].
+            found[f"{PREFIX}{target}.lora_{side}.weight"] = factor.T
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": str(base),
+        "r": ranks.pop(),
+        "lora_alpha": alpha,
+        "target_modules": sorted(targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    with places.staging(folder.parent) as temporary:
+        new = temporary / "new"
+        new.mkdir()
+        text = json.dumps(config, indent=2) + "\n"
+        (new / CONFIG).write_text(text, encoding="utf-8")
+        writing.save_tree(new / folders.ADAPTER, found, {"format": "pt"})
+        read_adapter(new, tensors)  # shapes are checked before anything appears
+        places.publish(new, folder, None, temporary / "old")
 
 
-def _token_indices(config, module):
-    """PEFT's indices of the trained tokens of an embedding: a list, or by its name."""
-    given = config.get("trainable_token_indices")
-    if isinstance(given, Mapping):
-        ends = [key for key in given if f".{module}".endswith(f".{key}")]
-        given = given[max(ends, key=len)] if ends else None
-    return given
+def _outer_name(config):
+    """What a base model's files may have in front of its modules' names, or nothing.
+
+    A `BertModel` has a module `encoder`, which is `bert.encoder` in the file if that
+    was written by a model with a head, or by `save`.
+    """
+    [architecture, *_] = config.get("architectures") or [""]
+    return f"{config.get('model_type')}." if architecture.endswith("Model") else ""
 
 
-def _misfit_tokens(module, rows, indices, leaf, moved):
-    good = isinstance(indices, list) and all(type(i) is int for i in indices)
-    if not good or len(set(indices)) != len(indices):
-        return [f"! {module}: its trained tokens have the indices {indices}"]
-    if (rows.shape, len(leaf.shape)) != ((len(indices), *leaf.shape[1:]), 2):
-        return [f"! {module}: {len(indices)} trained tokens {rows} of {leaf}"]
-    if not all(0 <= i < leaf.shape[0] for i in indices) or not leaf.is_floating:
-        return [f"! {module}: trained tokens up to {max(indices)} of {leaf}"]
-    return [f"! {module} has factors as well as trained tokens"] * moved
-
-
-def _of_tokens(rows, indices, leaf):
-    def read():
-        delta = np.zeros(leaf.shape, np.float32)
-        start = leaf.read()[indices].astype(np.float32)
-        delta[indices] = rows.read().astype(np.float32) - start
-        return delta
-
-    return Stored.made(np.float32, leaf.shape, read)
-
-
-def _check_tied(folder, config, parts, names, base):
-    """Raises a ValueError if what does not add up moves one matrix by two names."""
-    moved = {m: pair.magnitude is not None for m, pair in parts.factors.items()}
-    moved |= dict.fromkeys(parts.tokens, True)
-    places: dict[int, list[str]] = {}
-    for module in moved:
-        name = names.get(f"{module}.weight")
-        if name is not None:
-            places.setdefault(id(base[name]), []).append(module)
-    for modules in places.values():
-        if len(modules) > 1 and any(moved[module] for module in modules):
-            raise ValueError(
-                f"{folder} moves {' and '.join(modules)}, which are one tied matrix; "
-                "DoRA and trained tokens of both do not add up. Merge it into a model "
-                "in PEFT."
-            )
+def _factors_by_module(factors):
+    """A and B by the module's name, with dots."""
+    leaves = tree.flatten(factors)
+    return {
+        path.removesuffix(f"/{FACTOR_A}").replace("/", "."): (
+            np.asarray(a),
+            np.asarray(leaves[path.removesuffix(FACTOR_A) + FACTOR_B]),
+        )
+        for path, a in leaves.items()
+        if path.endswith(f"/{FACTOR_A}")
+    }
