@@ -205,13 +205,8 @@ def open_models(
         for name, tensor in tensors.items()
     }
     deltas = [change.deltas for change in changes.values()]
-    narrowed = [] if _has_float64() else _double([tensors, *fitted.values(), *deltas])
-    if narrowed:
-        few = ", ".join(tree.first_few(narrowed, most=3))
-        more.append(
-            f"{len(narrowed)} tensors ({few}) are float64 and merged in float32; "
-            "jax_enable_x64 (JAX_ENABLE_X64=1) merges them in float64"
-        )
+    double, of_double = narrowed([tensors, *fitted.values(), *deltas])
+    more += of_double
     progress = Progress()
     source = sources(progress)
     taus = task_vectors(of_base, fitted, changes, source, base is not None)
@@ -224,7 +219,7 @@ def open_models(
         has_base=base is not None,
         folders=[start, *(x for place in places for x in place if x is not None)],
         notes=(*notes, *more),
-        narrowed=tuple(narrowed),
+        narrowed=tuple(double),
         resized={
             tensors[name].shape[0]: count
             for name, count in kept.items()
@@ -289,25 +284,35 @@ def _loaded(progress: Progress, tensor: Stored, label: str) -> jax.Array | np.nd
     """The values; those of small tensors stay in NumPy until a program takes them."""
     numbers = tensor.read()
     if numbers.dtype == np.float64 and not _has_float64():
-        numbers = _narrowed(numbers, label)
+        numbers = _in_float32(numbers, label)
     progress.add(tensor.nbytes)
     if tensor.nbytes < lazy.SMALL:
         return numbers
     return jax.device_put(numbers, may_alias=True)
 
 
-def _double(found: Iterable[Mapping[str, Stored]]) -> list[str]:
-    """The names of float64 tensors."""
-    return sorted(
+def narrowed(
+    found: Iterable[Mapping[str, Stored]],
+) -> tuple[list[str], list[str]]:
+    """The names of float64 tensors that are merged in float32, and a note on them."""
+    names = sorted(
         {n for tensors in found for n, x in tensors.items() if x.dtype == np.float64}
     )
+    if _has_float64() or not names:
+        return [], []
+    few = ", ".join(tree.first_few(names, most=3))
+    note = (
+        f"{len(names)} tensors ({few}) are float64 and merged in float32; "
+        "jax_enable_x64 (JAX_ENABLE_X64=1) merges them in float64"
+    )
+    return names, [note]
 
 
 def _has_float64():
     return jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _narrowed(numbers, label):
+def _in_float32(numbers, label):
     with np.errstate(over="ignore"):
         array = numbers.astype(np.float32)
     if np.isfinite(numbers).all() and not np.isfinite(array).all():

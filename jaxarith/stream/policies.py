@@ -246,7 +246,7 @@ def rows(
             if tensor.shape == base[name].shape:
                 continue
             same_rest = tensor.shape[1:] == base[name].shape[1:]
-            if tensor.shape and same_rest and _is_of_tokens(name):
+            if tensor.shape and same_rest and is_of_tokens(name):
                 counts[name][label] = tensor.shape[0]
             else:
                 wrong.append(
@@ -278,12 +278,13 @@ def rows(
     return kept, set(), notes
 
 
-def _is_of_tokens(name):
-    return _TOKENS.search(name) and not _POSITIONS.search(name)
+def is_of_tokens(name: str) -> bool:
+    """Whether a tensor has a row for every token, by its name."""
+    return bool(_TOKENS.search(name) and not _POSITIONS.search(name))
 
 
 def _may_be_tied(name):
-    return (_is_of_tokens(name) or _HEADS.search(name)) and not _NORMS.search(name)
+    return (is_of_tokens(name) or _HEADS.search(name)) and not _NORMS.search(name)
 
 
 def same_values(a: Stored, b: Stored) -> bool:

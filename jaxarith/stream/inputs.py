@@ -1,0 +1,156 @@
+"""The models of a merge: where they are, and what adapters and vectors add to them."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxarith import hub
+from jaxarith.hub import Stored, lora, packed
+from jaxarith.stream import policies, tying
+
+
+def open_checkpoint(folder: str | os.PathLike) -> hub.Checkpoint:
+    """Finds the tensors of a checkpoint in safetensors that can be merged.
+
+    Raises:
+      FileNotFoundError: the folder, its weights or one of the shards does not exist.
+      ValueError: a file is corrupt, holds quantised tensors, or is not in safetensors.
+    """
+    found = hub.open_checkpoint(folder)
+    if found.file.name == hub.MSGPACK:
+        raise ValueError(
+            f"{folder} holds no safetensors. Streams read nothing else: run "
+            f"`jaxarith convert {folder} NEW_FOLDER` first."
+        )
+    packed.check(Path(folder), found.tensors, read_config(folder))
+    return found
+
+
+def read_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """The content of a checkpoint's `config.json`; empty if it has none."""
+    exists = (Path(folder) / "config.json").is_file()
+    return hub.read_json(folder) if exists else {}
+
+
+def adapted(model: str) -> list[str]:
+    """The parts of `model+adapter`, or the one part of another name.
+
+    Raises:
+      ValueError: a part is empty.
+    """
+    if "+" not in model or Path(model).expanduser().exists():
+        return [model]
+    parts = list(model.rpartition("+")[::2])
+    if "" in parts:
+        raise ValueError(f"{model!r} must be a model, or `model+adapter`.")
+    return parts
+
+
+class Place(NamedTuple):
+    """Where a model is: its folder, that of an adapter, and a task vector's file.
+
+    A model has the first, the second or both, or the third.
+    """
+
+    folder: Path | None = None
+    adapter: Path | None = None
+    vector: Path | None = None
+
+
+def find(model: str) -> Place:
+    """Finds a model, and downloads it where it is on the Hub.
+
+    Raises:
+      FileNotFoundError: there is no such model.
+      ValueError: a part of `model+adapter` is empty, or is no adapter.
+    """
+    if len(parts := adapted(model)) == 2:
+        folder, adapter = map(hub.find, parts)
+        if not lora.is_adapter(adapter):
+            raise ValueError(
+                f"{adapter} is no PEFT adapter: it has no {lora.CONFIG}. What follows "
+                "the + in `model+adapter` must be one."
+            )
+        return Place(folder, adapter)
+    if hub.is_vector(model):
+        return Place(vector=Path(model).expanduser())
+    folder = hub.find(model)
+    return Place(adapter=folder) if lora.is_adapter(folder) else Place(folder)
+
+
+_QUANTISED = re.compile(r"bnb|gptq|awq|fp8|\dbit|int[48]", re.IGNORECASE)
+
+
+def changes_of(
+    base: Mapping[str, Stored],
+    models: Mapping[str, Mapping[str, Stored]],
+    places: Sequence[Place],
+    config: Mapping[str, Any],
+    missing: policies.Missing,
+) -> tuple[dict[str, lora.Adapter], tying.Pair | None, list[str]]:
+    """What adapters and task vectors add to each model or to the base.
+
+    Returns:
+      The changes by label, the pair that one of them unties, and notes.
+    """
+    changes = dict.fromkeys(models, lora.Adapter({}, {}))
+    parted, notes = None, []
+    tied = None
+    if any(place.adapter for place in places):
+        tied = tying.pair(base, config)
+    for (label, found), place in zip(models.items(), places, strict=True):
+        if place.vector is not None:
+            changes[label], more = _vector(place.vector, base, label, missing)
+            notes += more
+        if place.adapter is None:
+            continue
+        under = base if place.folder is None else found
+        changes[label], parts, more = _adapter(place.adapter, under, tied, label)
+        notes += more
+        if parts and tied is not None:
+            tying.check_untied(config, label)
+            notes.append(f"{label} moves {tied.embedding} and {tied.head} apart")
+            parted = tied
+    return changes, parted, notes
+
+
+def _vector(
+    file: Path, base: Mapping[str, Stored], label: str, missing: policies.Missing
+) -> tuple[lora.Adapter, list[str]]:
+    """What the task vector in a file adds to the base, and notes."""
+    vector = hub.open_vector(file)
+    method = "" if vector.method is None else f" by the method {vector.method}"
+    deltas, notes = policies.fit_vector(base, vector.tensors, label, missing)
+    return lora.Adapter(deltas, {}), [
+        f"{label}: the task vector of {vector.task}{method}",
+        *notes,
+    ]
+
+
+def _adapter(
+    folder: Path, base: Mapping[str, Stored], tied: tying.Pair | None, label: str
+) -> tuple[lora.Adapter, bool, list[str]]:
+    """What an adapter does to a base, whether it unties the head, and notes."""
+    config = hub.read_json(folder, lora.CONFIG)
+    trained_on = str(config.get("base_model_name_or_path"))
+    quantised = _QUANTISED.search(Path(trained_on).name) or (
+        Path(trained_on).is_dir() and packed.stated_format(read_config(trained_on))
+    )
+    notes = [f"{label}: trained on {trained_on}, which is quantised"] * bool(quantised)
+    if tied is None or tied.embedding not in base:
+        change = lora.read_adapter(folder, base)
+        return change, False, [*notes, *change.notes]
+    change = lora.read_adapter(folder, {tied.head: base[tied.embedding], **base})
+    notes += change.notes
+    ensured = bool(config.get("ensure_weight_tying"))
+    change, untied = tying.apply(change, tied, ensured)
+    if not untied:
+        change = tying.spread(change, tied, base, label)
+    if not untied and (tied.embedding in change.deltas):
+        notes.append(
+            f"{label}: {tied.embedding} and {tied.head} are one tied matrix, which its "
+            "factors move, as in PEFT's merge_and_unload"
+        )
+    return change, untied, notes
