@@ -1,29 +1,60 @@
-"""One BLAS thread for matrices so small that several only wait for each other.
+"""Small matrices are factored by one BLAS thread each, several of them side by side.
 
 XLA factors matrices on CPUs by SciPy's LAPACK, whose BLAS keeps a thread for each core.
 They wait for each other, and for the cores that XLA's own threads hold: on 2 cores of
 an AMD EPYC with another process at work, the singular value decomposition of a matrix
-of 768 by 768 took 5.4 s with two of them and 0.11 s with one.
+of 768 by 768 took 5.4 s with two of them and 0.11 s with one. XLA runs one program
+after another, however many are given to it by one thread; so each has a thread here.
 """
 
 import contextlib
 import functools
-from collections.abc import Iterable
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import threadpoolctl
+from jax.core import Tracer
 
 _SMALL = 1024  # the shorter side of a matrix
+_ENTRIES = 2**22  # of a matrix that others are factored beside
+_AT_A_TIME = min(os.cpu_count() or 1, 8)  # each holds a leaf of all tasks
 
 
-def limited(leaves: Iterable[jax.Array]) -> contextlib.AbstractContextManager:
+def limited(leaves: Iterable[jax.Array]) -> contextlib.AbstractContextManager[None]:
     """One BLAS thread while small matrices are factored; wait for results inside."""
     shapes = [jnp.shape(leaf) for leaf in leaves]
     sides = [min(shape) for shape in shapes if len(shape) == 2]
     if not sides or max(sides) > _SMALL:
         return contextlib.nullcontext()
-    return _controller().limit(limits=1, user_api="blas")
+    return _one_thread()
+
+
+_lock = threading.Lock()
+_inside = 0
+_limit = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    # The limit is the process's, so the last thread to leave lifts it.
+    global _inside
+    with _lock:
+        if not _inside:
+            _limit.enter_context(_controller().limit(limits=1, user_api="blas"))
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                _limit.close()
 
 
 @functools.cache
@@ -31,3 +62,52 @@ def _controller():
     import scipy.linalg  # noqa: F401, its BLAS must be loaded to be found
 
     return threadpoolctl.ThreadpoolController()
+
+
+def fits_beside_others(leaf: Any) -> bool:
+    """Whether a leaf is a small matrix in the memory of one CPU device."""
+    return (
+        isinstance(leaf, jax.Array)
+        and not isinstance(leaf, Tracer)
+        and leaf.ndim == 2
+        and min(leaf.shape) <= _SMALL
+        and leaf.size <= _ENTRIES
+        and len(leaf.sharding.device_set) == 1
+        and next(iter(leaf.sharding.device_set)).platform == "cpu"
+    )
+
+
+class Queue:
+    """Work on several leaves at a time, whose results are taken in their order.
+
+    Args:
+      put: `put(path, result)` takes a result, in the thread that adds work.
+    """
+
+    def __init__(self, put: Callable[[str, Any], None]):
+        self._put = put
+        self._pool = ThreadPoolExecutor(_AT_A_TIME)
+        self._waiting: deque[tuple[str, Future]] = deque()
+
+    def __enter__(self) -> "Queue":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            self.finish()
+        self._pool.shutdown(cancel_futures=True)
+
+    def add(self, path: str, work: Callable[[], Any]) -> None:
+        """Starts work as soon as fewer than one per core are under way."""
+        while len(self._waiting) >= _AT_A_TIME:
+            self._take()
+        self._waiting.append((path, self._pool.submit(work)))
+
+    def finish(self) -> None:
+        """Waits for all work and takes its results."""
+        while self._waiting:
+            self._take()
+
+    def _take(self):
+        path, future = self._waiting.popleft()
+        self._put(path, future.result())

@@ -6,6 +6,7 @@ its input and its result.
 """
 
 import functools
+import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast, get_args, overload
@@ -134,13 +135,39 @@ def leaf_function(
         start, *moves = (jnp.asarray(leaf, wide) for leaf in (leaf_0, *taus))
         return function(start, tuple(moves), *args, **options).astype(dtype)
 
-    @functools.wraps(function)
-    def of_whole(leaf_0, taus, *args, **options):
+    return _OfWhole(function, in_float32, static) if whole else in_float32
+
+
+class _OfWhole:
+    """A leaf function of leaves that are gathered from all devices."""
+
+    def __init__(self, function, in_float32, static):
+        functools.update_wrapper(self, function)
+        self._in_float32 = in_float32
+        static = (static,) if isinstance(static, str) else static
+        _, _, *names = inspect.signature(function).parameters
+        self._is_static = [name in static for name in names]
+
+    def __call__(self, leaf_0, taus, *args, **options):
         gathered = tree.gathered((leaf_0, taus, *args))
         with _blas.limited([leaf_0]):
-            return tree.settled(in_float32(*gathered, **options))
+            return tree.settled(self._in_float32(*gathered, **options))
 
-    return of_whole if whole else in_float32
+    def work(self, leaf_0, taus, *args, **options) -> Callable[[], jax.Array]:
+        """A function that computes the same in any thread.
+
+        It is compiled here: JAX's settings, such as 64-bit numbers, are a thread's own.
+        """
+        compiled = self._in_float32.lower(leaf_0, taus, *args, **options).compile()
+        pairs = zip(args, self._is_static, strict=False)
+        found = [arg for arg, is_static in pairs if not is_static]
+        arrays = jax.tree.map(jnp.asarray, found)  # Python's numbers have no dtype
+
+        def run():
+            with _blas.limited([leaf_0]):
+                return jax.block_until_ready(compiled(leaf_0, taus, *arrays))
+
+        return run
 
 
 def fold(
@@ -183,19 +210,28 @@ def fold_all(
 
 def _fold(merge_leaf, params_0, taus, args, options, means):
     rows = taus if isinstance(taus, Mapping) else tree.aligned(taus)
+    leaves = tree.flatten(params_0)
 
-    def leaf(path, leaf_0):
-        if path not in rows or not jnp.size(leaf_0):
-            return leaf_0
-        row = rows[path]  # a base in a file was read for the differences to it
-        start = lazy.read(leaf_0)
-        if means(path):
-            merged = _mean(start, row)
-        else:
-            merged = merge_leaf(start, row, *(at(arg, path) for arg in args), **options)
-        return tree.sharded_like(tree.settled(merged), leaf_0)
+    def put(path, merged):
+        leaves[path] = tree.sharded_like(tree.settled(merged), leaves[path])
 
-    return tree.map_with_path(leaf, params_0)
+    with _blas.Queue(put) as queue:
+        for path, leaf_0 in leaves.items():
+            if path not in rows or not jnp.size(leaf_0):
+                continue
+            row = rows[path]  # a base in a file was read for the differences to it
+            start = lazy.read(leaf_0)
+            own = [at(arg, path) for arg in args]
+            if means(path):
+                put(path, _mean(start, row))
+            elif isinstance(merge_leaf, _OfWhole) and all(
+                map(_blas.fits_beside_others, (start, *row))
+            ):
+                queue.add(path, merge_leaf.work(start, row, *own, **options))
+            else:
+                queue.finish()
+                put(path, merge_leaf(start, row, *own, **options))
+    return tree.map_with_path(lambda path, _: leaves[path], params_0)
 
 
 # Of BatchNorm in Linen, NNX and PyTorch, and of Haiku's moving averages.
