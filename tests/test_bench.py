@@ -24,7 +24,9 @@ SAME = {
     "iso_cts": merge.iso_cts,
     "wudi": merge.wudi,
     "svc": merge_ops.svc,
+    "core": functools.partial(merge_ops.core, rank=3),
 }
+OPTIONS = {"dare": {"drop_rate": 0.0}, "core": {"rank": 3}}  # that are not the default
 
 
 def leaves(seed, scale):
@@ -44,13 +46,14 @@ def test_the_transcription_is_the_same_merge(name):
     # A common component, so that Model Stock's cosines are above zero.
     taus = [jax.tree.map(np.add, tau, leaves(9, 0.1)) for tau in taus]
     tensors = [jax.tree.map(torch.from_numpy, tree) for tree in (params_0, *taus)]
-    theirs = functools.partial(getattr(torch_merges, name), tensors[0], tensors[1:])
-    theirs = theirs(drop_rate=0.0) if name == "dare" else theirs()
+    method = getattr(torch_merges, name)
+    theirs = method(tensors[0], tensors[1:], **OPTIONS.get(name, {}))
     nested = [tree.unflatten(flat) for flat in (params_0, *taus)]
     ours = tree.flatten(SAME[name](nested[0], nested[1:]))
     for path, leaf in theirs.items():
         np.testing.assert_allclose(ours[path], leaf.numpy(), rtol=1e-5, atol=1e-5)
-        if name != "wudi" or path.endswith("kernel"):  # it leaves biases as they are
+        # These two leave biases as they are.
+        if name not in ("wudi", "core") or path.endswith("kernel"):
             assert np.abs(ours[path] - params_0[path]).max() > 1e-2
 
 

@@ -60,6 +60,26 @@ def svc(params_0, taus):
     return merge.svc(params_0, taus, merge.task_arithmetic(params_0, taus))
 
 
+def core(params_0, taus, rank=16):
+    """TSV-M of adapters, whose factors are the first rows and columns of kernels."""
+    kernels = [path for path in tree.flatten(params_0) if path.endswith("kernel")]
+    adapters = [
+        {
+            path: merge.Factors(leaf[:, :rank], leaf[:rank])
+            for path, leaf in tree.flatten(tau).items()
+            if path in kernels
+        }
+        for tau in taus
+    ]
+    found = merge.core(adapters, merge.tsv).factors
+    return tree.map_with_path(
+        lambda path, leaf: (
+            leaf + found[path].a @ found[path].b if path in found else leaf
+        ),
+        params_0,
+    )
+
+
 def dare_ties(params_0, taus):
     return merge.ties(params_0, merge.drop(taus, key=KEY))
 
@@ -100,6 +120,7 @@ METHODS = {
         functools.partial(merge.wudi, solver="closed", time=3.0), slow=True
     ),
     "svc": Method(svc, slow=True),
+    "core": Method(core, slow=True),
 }
 
 

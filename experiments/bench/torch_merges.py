@@ -212,3 +212,20 @@ def svc(params_0, taus):
             total = u @ (s * count / shares).diag() @ v
         merged[path] = leaf + _out_in(path, total)
     return merged
+
+
+def core(params_0, taus, rank=16):
+    """TSV-M in core space, of adapters cut out of the kernels."""
+    merged = dict(params_0)
+    for path, leaf in params_0.items():
+        if not path.endswith("kernel"):
+            continue
+        pairs = [(tau[path][:, :rank], tau[path][:rank]) for tau in taus]
+        side_by_side = torch.cat([a for a, _ in pairs], dim=1)
+        left = torch.linalg.svd(side_by_side, full_matrices=False)[0]
+        right = torch.linalg.svd(torch.cat([b for _, b in pairs]), full_matrices=False)
+        right = right[2].T
+        cores = [{path: (left.T @ a) @ (b @ right)} for a, b in pairs]
+        nothing = {path: torch.zeros_like(cores[0][path])}
+        merged[path] = leaf + left @ tsv(nothing, cores)[path] @ right.T
+    return merged
