@@ -19,10 +19,11 @@ MISTAKES = {
     "an unknown key": (TIES + "modules: {}\n", 17, "key 'modules' of the file"),
     "no method": (replaced("merge_method: ties", ""), 2, "names no merge_method"),
     "unknown method": (replaced(": ties", ": magic"), 11, "no method 'magic'; .*ties"),
-    "frankenmerge": (
-        replaced(": ties", ": passthrough"),
-        11,
-        "no method 'passthrough'",
+    "passthrough of three models": (
+        TIES.split("    # no")[0]
+        + "  - model: math\nmerge_method: passthrough\nbase_model: base\n",
+        5,
+        "passthrough takes 1 model; found base, math",
     ),
     "unknown parameter": (
         replaced("  int8_mask", "  int9_mask"),
@@ -75,15 +76,47 @@ MISTAKES = {
     "no YAML": (TIES + "x: ]\n", 17, "this is no YAML"),
     "a Python object": (TIES + "preset: !!python/name:os.system\n", 17, "no YAML"),
     "contains itself": ("a: &a\n  b: *a\n", 1, "contains itself"),
-    "two slices": (
+    "slice without sources": (
         SLERP.replace("merge_method", "  - {sources: []}\nmerge_method"),
         8,
-        "second slice",
+        "sources must be a list",
     ),
-    "part of a model": (
-        SLERP.replace("[0, 5]", "[2, 5]"),
-        5,
-        r"layer_range is \[2, 5\]",
+    "ranges of other lengths": (
+        SLERP.replace("[0, 5]", "[2, 5]", 1),
+        6,
+        r"layer_range is \[0, 5\], of 5 layers, and that of a has 3",
+    ),
+    "range backwards": (SLERP.replace("[0, 5]", "[5, 2]"), 5, "0 <= first"),
+    "no layers": (SLERP.replace("[0, 5]", "[3, 3]"), 2, "slices have no layers"),
+    "half a range": (SLERP.replace("[0, 5]", "[0]"), 5, r"range is \[0\]; it must"),
+    "no range": (
+        SLERP.replace("        layer_range: [0, 5]\n", "", 1),
+        4,
+        "needs a layer_range",
+    ),
+    "two sources to pass through": (
+        SLERP.split("parameters")[0].replace("slerp", "passthrough"),
+        3,
+        "passthrough takes 1 source in a slice; found 2",
+    ),
+    "after slices": (
+        SLERP.replace("[0, 5]", "[1, 5]") + "after: [svc]\n",
+        8,
+        "svc changes the vector of whole models",
+    ),
+    "base without a range": (
+        SLERP.split("merge_method")[0]
+        .replace("[0, 5]", "[1, 5]", 1)
+        .replace("[0, 5]", "[0, 4]", 1)
+        + "merge_method: task_arithmetic\nbase_model: c\nparameters: {weight: 1}\n",
+        3,
+        "base model c is none of the sources, whose ranges differ",
+    ),
+    "no base in a slice": (
+        SLERP.split("merge_method")[0].replace("[0, 5]", "[1, 5]")
+        + "merge_method: task_arithmetic\nparameters: {weight: 1}\n",
+        3,
+        "merges task vectors; name a base_model",
     ),
     "residual": (
         SLERP.replace("merge_method", "    residual_weight: 1\nmerge_method"),

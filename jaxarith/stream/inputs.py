@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxarith import hub
 from jaxarith.hub import Stored, lora, packed
-from jaxarith.stream import policies, tying
+from jaxarith.stream import policies, stacks, tying
 
 
 def open_checkpoint(folder: str | os.PathLike) -> hub.Checkpoint:
@@ -78,6 +78,13 @@ def find(model: str) -> Place:
         return Place(vector=Path(model).expanduser())
     folder = hub.find(model)
     return Place(adapter=folder) if lora.is_adapter(folder) else Place(folder)
+
+
+def layers_of(model: str) -> int | None:
+    """The number of layers of a model; None of an adapter or a task vector alone."""
+    if (folder := find(model).folder) is None:
+        return None
+    return stacks.layers(open_checkpoint(folder).tensors, read_config(folder))
 
 
 _QUANTISED = re.compile(r"bnb|gptq|awq|fp8|\dbit|int[48]", re.IGNORECASE)

@@ -47,6 +47,12 @@ MERGEKIT = {
     "linear": Method(
         mergekit.linear, {"weight": _WEIGHT, "normalize": SWITCH}, base="input"
     ),
+    "passthrough": Method(
+        mergekit.passthrough,
+        {"scale": Option(float, each=True, by_path=True, default=1.0)},
+        base="input",
+        models=1,
+    ),
     "slerp": Method(
         mergekit.slerp, {"t": Option(float, by_path=True, required=True)}, base="input"
     ),

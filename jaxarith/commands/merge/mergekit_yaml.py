@@ -1,6 +1,6 @@
 """Reads the YAML files in which mergekit's users write their merges.
 
-A file says `merge_method`, `models` (or `slices` that are whole models), and perhaps
+A file says `merge_method`, `models` or `slices`, and perhaps
 `base_model`, `parameters`, `dtype`, `out_dtype` and `tokenizer_source`. Methods that
 mergekit has are mergekit's, unless the file says `preset: paper`; all others are those
 of `jaxarith.merge`, whose options are `parameters` too. `after` lists wrappers of the
@@ -10,21 +10,21 @@ line.
 
 import dataclasses
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
-from jaxarith.commands.merge import methods, wrappers, yaml_lines
 from jaxarith.commands.merge import recipe as merge_recipe
-from jaxarith.commands.merge.gradients import Entry, Setting, Value
-from jaxarith.commands.merge.methods import Method, Option
+from jaxarith.commands.merge import slices as sliced
+from jaxarith.commands.merge import wrappers, yaml_lines, yaml_slices
 from jaxarith.commands.merge.recipe import MergeRecipe
 from jaxarith.commands.merge.request import (
     DTYPES,
     PRESETS,
     Dtype,
     MergeRequest,
-    Model,
 )
+from jaxarith.commands.merge.slices import SlicedRecipe
 from jaxarith.commands.merge.yaml_lines import Node
+from jaxarith.commands.merge.yaml_parameters import parameters
 
 _KEYS = (
     "merge_method",
@@ -41,7 +41,7 @@ _KEYS = (
 )
 
 
-def read(path: str | os.PathLike, *, seed: int = 0) -> MergeRecipe:
+def read(path: str | os.PathLike, *, seed: int = 0) -> MergeRecipe | SlicedRecipe:
     """Reads the recipe of a merge from a file.
 
     Parameters may be gradients over the layers and have filters, as in `gradients`. A
@@ -58,13 +58,24 @@ def read(path: str | os.PathLike, *, seed: int = 0) -> MergeRecipe:
         supported; the message has the name of the file and the line.
     """
     root = yaml_lines.read(path)
+    if (modules := root.mapping("the file").get("modules")) is not None:
+        raise modules.error(
+            "the key 'modules' of the file is not supported: parts of a model, such as "
+            "language and images, are merged alike. Give a filter with a weight of 0 "
+            "for those that stay as they are."
+        )
     keys = root.fields(_KEYS, "the file")
     if "merge_method" not in keys:
         raise root.error("the file names no merge_method.")
     request, notes = _request(root, keys)
     try:
-        recipe = merge_recipe.build(request, seed=seed)
+        if request.slices:
+            recipe = sliced.build(request, seed=seed)
+        else:
+            recipe = merge_recipe.build(request, seed=seed)
     except ValueError as error:
+        if str(error).startswith(root.file):
+            raise
         raise keys["merge_method"].error(str(error)) from error
     notes = (*recipe.notes, *notes, *_dtype_notes(request.dtype))
     return dataclasses.replace(recipe, notes=notes)
@@ -82,16 +93,18 @@ def _request(root: Node, keys: Mapping[str, Node]) -> tuple[MergeRequest, list[s
         raise root.error("the file must have either models or slices.")
     base = keys["base_model"].text("base_model") if "base_model" in keys else None
     shared = parameters(keys.get("parameters"), name, method, None)
-    layers = None
+    models, slices, layers, place = (), (), None, ""
     if "models" in keys:
-        entries, known = keys["models"].items("models"), ("model", "parameters")
+        entries = keys["models"].items("models")
+        models, notes = yaml_slices.models(entries, name, method, base)
     else:
-        of_slice, entries = _slice(keys["slices"], base)
-        for key, setting in parameters(of_slice, name, method, None).items():
+        slices, notes = yaml_slices.slices(keys["slices"], name, method, base)
+        layers, place = yaml_slices.whole(slices, base), slices[0].place
+    if layers is not None:
+        one, slices = slices[0], ()
+        models = tuple(source.model for source in one.sources)
+        for key, setting in one.parameters.items():
             shared[key] = setting + shared.get(key, ())  # the slice's count first
-        layers = _layers(entries)
-        known = ("model", "parameters", "layer_range")
-    models, notes = _models(entries, known, name, method, base)
     source = _tokenizer(keys)
     if source is not None:
         notes.append(
@@ -109,6 +122,8 @@ def _request(root: Node, keys: Mapping[str, Node]) -> tuple[MergeRequest, list[s
         tokenizer_source=base if source == "base" else source,
         layers=layers,
         after=_afters(keys.get("after")),
+        slices=slices,
+        place=place,
     )
     return request, notes
 
@@ -136,71 +151,6 @@ def _dtype(keys: Mapping[str, Node], key: str) -> Dtype | None:
     return keys[key].word(DTYPES, key) if key in keys else None
 
 
-def _models(
-    entries: Sequence[Node],
-    known: Collection[str],
-    name: str,
-    method: Method,
-    base: str | None,
-) -> tuple[tuple[Model, ...], list[str]]:
-    models: list[Model] = []
-    notes: list[str] = []
-    seen: dict[str, int] = {}
-    for entry in entries:
-        fields = entry.fields(known, "the entry of a model")
-        if "model" not in fields:
-            raise entry.error("this entry names no model.")
-        model = fields["model"].text("model")
-        if model in seen:
-            raise entry.error(f"{model} is listed twice, first in line {seen[model]}.")
-        seen[model] = entry.line
-        own = parameters(fields.get("parameters"), name, method, model)
-        if own and model == base and method.base in ("needed", "optional"):
-            line = fields["parameters"].line
-            notes.append(
-                f"the parameters of the base model, in line {line}, have no effect: "
-                "its task vector is zero"
-            )
-        models.append(Model(model, own))
-    return tuple(models), notes
-
-
-def _slice(node: Node, base: str | None) -> tuple[Node | None, list[Node]]:
-    """The parameters of the only slice, and its sources."""
-    slices = node.items("slices")
-    if len(slices) > 1:
-        raise slices[1].error(
-            "there is a second slice; slices that are not whole models are not "
-            "supported."
-        )
-    fields = slices[0].fields(("sources", "parameters", "base_model"), "a slice")
-    if "sources" not in fields:
-        raise slices[0].error("the slice names no sources.")
-    own_base = fields.get("base_model")
-    if own_base is not None and own_base.text("base_model") != base:
-        raise own_base.error("a slice has no base model other than that of the file.")
-    return fields.get("parameters"), fields["sources"].items("sources")
-
-
-def _layers(entries: Sequence[Node]) -> int:
-    """The number of layers that the sources of a slice say the models have."""
-    lengths: set[int] = set()
-    for entry in entries:
-        found = entry.mapping("a source").get("layer_range")
-        if found is None:
-            raise entry.error("a source needs a layer_range.")
-        values = [item.value for item in found.items("layer_range")]
-        if len(values) != 2 or not all(type(value) is int for value in values):
-            raise found.error("layer_range must be [0, number of layers].")
-        lengths.add(values[1])
-        if values[0] != 0 or values[1] < 1 or len(lengths) > 1:
-            raise found.error(
-                f"layer_range is {values}; slices that are not whole models are not "
-                "supported."
-            )
-    return lengths.pop()
-
-
 def _tokenizer(keys: Mapping[str, Node]) -> str | None:
     if "tokenizer_source" in keys and "tokenizer" in keys:
         raise keys["tokenizer"].error("there is a tokenizer_source as well.")
@@ -226,72 +176,3 @@ def _tokenizer(keys: Mapping[str, Node]) -> str | None:
 def _dtype_notes(dtype: Dtype | None) -> Iterator[str]:
     if dtype not in (None, "float32"):
         yield f"sums are taken in float32 and cast once (mergekit computes in {dtype})"
-
-
-def parameters(
-    node: Node | None, name: str, method: Method, model: str | None
-) -> dict[str, Setting]:
-    """The settings under a `parameters`; none without it.
-
-    Args:
-      node: the mapping.
-      name, method: the merge method.
-      model: the model that has the mapping in its entry; None at the top and in a
-        slice.
-
-    Raises:
-      ValueError: a parameter is not known, is one for all models, or has a wrong value.
-    """
-    if node is None:
-        return {}
-    fields = node.fields(method.options, f"parameters of {name}")
-    for key, found in fields.items():
-        if model is not None and not method.options[key].each:
-            raise found.error(
-                f"{key} of {name} is one for all models; it belongs under the "
-                "parameters at the top."
-            )
-    return {
-        key: _setting(found, key, method.options[key]) for key, found in fields.items()
-    }
-
-
-def _setting(node: Node, key: str, option: Option) -> Setting:
-    if isinstance(node.value, dict):
-        return (_entry(node, key, option),)
-    if isinstance(node.value, list):
-        items = node.items(key)
-        if any(isinstance(item.value, dict) for item in items):
-            return tuple(_entry(item, key, option) for item in items)
-    return (Entry(_value(node, key, option)),)
-
-
-def _entry(node: Node, key: str, option: Option) -> Entry:
-    fields = node.fields(("filter", "value"), key)
-    if "value" not in fields:
-        raise node.error(f"this entry of {key} has no value.")
-    value = _value(fields["value"], key, option)
-    part = fields.get("filter")
-    if part is None or part.value is None:
-        return Entry(value)
-    if not option.by_path:
-        raise part.error(f"{key} is one for all tensors; it has no filter.")
-    return Entry(value, part.text("filter"))
-
-
-def _value(node: Node, key: str, option: Option) -> Value | tuple[Value, ...]:
-    """One value, or the values of a gradient."""
-    if not isinstance(node.value, list):
-        return _scalar(node, key, option)
-    if not option.by_path:
-        raise node.error(f"{key} is one for all tensors; found a list.")
-    return tuple(_scalar(item, key, option) for item in node.items(key))
-
-
-def _scalar(node: Node, key: str, option: Option) -> Value:
-    if node.value is None or isinstance(node.value, dict | list):
-        raise node.error(f"{key} must be one value; found {node.shown()}.")
-    try:
-        return methods.converted(node.value, option)
-    except ValueError as error:
-        raise node.error(f"{key} {error}") from error

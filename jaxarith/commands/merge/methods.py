@@ -62,6 +62,7 @@ class Method:
       random: whether the function takes a `key`.
       by_shape: whether it can be traced without values.
       note: how it differs from another method of the same name.
+      models: the number of models that it takes; None is any.
     """
 
     merge: Callable
@@ -71,6 +72,7 @@ class Method:
     random: bool = False
     by_shape: bool = True
     note: str = ""
+    models: int | None = None
 
 
 def converted(value: Any, option: Option) -> Value:

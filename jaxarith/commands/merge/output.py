@@ -12,6 +12,7 @@ from jaxarith import hub, tree
 from jaxarith.commands.merge import model_card, sides
 from jaxarith.commands.merge.model_card import Input
 from jaxarith.commands.merge.recipe import MergeRecipe
+from jaxarith.commands.merge.slices import SlicedRecipe
 from jaxarith.hub import config as config_of
 from jaxarith.hub import packed
 from jaxarith.stream import Opened, Plan, Report, tying
@@ -22,7 +23,10 @@ _QUANTISED = ("quantization_config", "compression_config")
 
 
 def planned(
-    recipe: MergeRecipe, plan: Plan, dtype: str | None, notes: Sequence[str]
+    recipe: MergeRecipe | SlicedRecipe,
+    plan: Plan,
+    dtype: str | None,
+    notes: Sequence[str],
 ) -> str:
     """The plan of a merge, for people to read."""
     passes = recipe.function.passes
@@ -137,7 +141,9 @@ def _write_json(path, content):
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def inputs(recipe: MergeRecipe, opened: Opened, report: Report) -> list[Input]:
+def inputs(
+    recipe: MergeRecipe | SlicedRecipe, opened: Opened, report: Report
+) -> list[Input]:
     """The models with the hashes of their weights, those of an adapter among them."""
     folders = iter(opened.folders if recipe.base is not None else opened.folders[1:])
 

@@ -33,6 +33,7 @@ class MergeRecipe:
       function: the method.
       options: a function of the names of all tensors and of a configuration that
         returns the method's options by keyword.
+      options_at: the same of the depths of tensors, by name.
       base: the model from which task vectors are measured, if there is one.
       models: the other models, or all where the method merges models.
       notes: what the user should know.
@@ -42,6 +43,7 @@ class MergeRecipe:
     request: MergeRequest
     function: Method
     options: Callable[[Iterable[str], Mapping[str, Any]], dict[str, Any]]
+    options_at: Callable[[Mapping[str, float]], dict[str, Any]]
     base: str | None
     models: tuple[str, ...]
     notes: tuple[str, ...]
@@ -75,6 +77,12 @@ class MergeRecipe:
         rows = wrapped.rows(params_0, taus) if self.request.after else {}
         for one in self.request.after:
             one.planned(self.config)(rows)
+        self.check_options(options, leaves, taus)
+
+    def check_options(
+        self, options: Mapping[str, Any], leaves: Mapping[str, Any], taus: Taus
+    ) -> None:
+        """Raises what the method would because of these options, as `check` does."""
         if not self.function.by_shape:
             return
         of_shape = {
@@ -93,9 +101,16 @@ class MergeRecipe:
 
     def unused_filters(self, names: Collection[str]) -> list[str]:
         """The filters that fit none of the tensors."""
-        places = [self.request.parameters, *(own for _, own in self.request.models)]
-        settings = [setting for place in places for setting in place.values()]
-        return gradients.unused(settings, names)
+        return unused_filters(self.request, names)
+
+
+def unused_filters(request: MergeRequest, names: Collection[str]) -> list[str]:
+    """The filters of a request that fit none of the tensors."""
+    places = [request.parameters, *(own for _, own in request.models)]
+    for one in request.slices:
+        places += [one.parameters, *(x.model.parameters for x in one.sources)]
+    settings = [setting for place in places for setting in place.values()]
+    return gradients.unused(settings, names)
 
 
 def find(name: str, preset: Preset | None) -> Method:
@@ -132,9 +147,9 @@ def build(request: MergeRequest, *, seed: int = 0) -> MergeRecipe:
     Raises:
       ValueError: a base, a model or a parameter that the method needs is missing.
     """
-    name, base, shared = request.method, request.base, request.parameters
+    name, base = request.method, request.base
     method = find(name, request.preset)
-    of_vectors = shared.get("between") == gradients.constant("task_vectors")
+    of_vectors = request.parameters.get("between") == gradients.constant("task_vectors")
     if base is None and (method.base == "needed" or of_vectors):
         raise ValueError(f"{name} merges task vectors, so it needs a base model.")
     if base is None and request.after:
@@ -144,20 +159,50 @@ def build(request: MergeRequest, *, seed: int = 0) -> MergeRecipe:
         )
     models = request.models
     if method.base != "aside" and base is not None:
-        same = [model for model in models if _place(model.name) == _place(base)]
+        same = [model for model in models if place(model.name) == place(base)]
         models = tuple(model for model in models if model not in same)
         if method.base == "input":
             own = same[0].parameters if same else {}
             models, base = (Model(base, own), *models), None
+    return of_models(request, method, models, base, seed=seed)
+
+
+def of_models(
+    request: MergeRequest,
+    method: Method,
+    models: Sequence[Model],
+    base: str | None,
+    *,
+    seed: int = 0,
+) -> MergeRecipe:
+    """The recipe of a request whose base is told from its models.
+
+    Args:
+      request: what is asked for.
+      method: its method.
+      models: the models to merge, without the base.
+      base: the model from which task vectors are measured, if there is one.
+      seed: seed of random methods.
+
+    Raises:
+      ValueError: a model or a parameter that the method needs is missing.
+    """
     if not models:
         raise ValueError("there is no model to merge besides the base.")
-    bound = _bound(name, method, models, shared)
+    if method.models not in (None, len(models)):
+        raise ValueError(
+            f"{request.method} takes {method.models} model; found "
+            f"{', '.join(model.name for model in models)}."
+        )
+    bound = _bound(request.method, method, models, request.parameters)
 
     def options(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, Any]:
         names = list(names)
         if request.layers is not None:
             _check_layers(request.layers, stacks.layers(names, config))
-        depths = gradients.depths(names, config)
+        return at(gradients.depths(names, config))
+
+    def at(depths: Mapping[str, float]) -> dict[str, Any]:
         found = {keyword: bind(depths) for keyword, bind in bound.items()}
         if method.random:
             found["key"] = jax.random.key(seed)
@@ -167,13 +212,14 @@ def build(request: MergeRequest, *, seed: int = 0) -> MergeRecipe:
         request=request,
         function=method,
         options=options,
+        options_at=at,
         base=base,
         models=tuple(model.name for model in models),
         notes=tuple(_notes(request, method, bound)),
     )
 
 
-def _place(model: str) -> str:
+def place(model: str) -> str:
     """The folder of a local model, however it was written; else its name."""
     path = Path(model).expanduser()
     return str(path.resolve()) if path.is_dir() else model
@@ -245,8 +291,8 @@ def _binding(labels: Sequence[str], settings: Sequence[Setting], same: bool) -> 
 def _check_layers(expected: int, found: int) -> None:
     if found != expected:
         raise ValueError(
-            f"the slice has {expected} layers and the models have {found}; slices that "
-            "are not whole models are not supported."
+            f"the slice has {expected} layers and the models have {found}; this recipe "
+            "is one of whole models."
         )
 
 

@@ -25,6 +25,37 @@ class Model(NamedTuple):
     parameters: Mapping[str, Setting]
 
 
+class Source(NamedTuple):
+    """Layers of a model in a slice.
+
+    Attributes:
+      model: the model, with options of the method that are its own in this slice.
+      start, stop: the first layer, and the first one behind.
+      place: what errors about it begin with, such as the line of a file.
+    """
+
+    model: Model
+    start: int
+    stop: int
+    place: str = ""
+
+
+class Slice(NamedTuple):
+    """Layers of some models that are merged.
+
+    Attributes:
+      sources: the models.
+      parameters: options of the method in this slice.
+      base: the base model of this slice; None is that of the request.
+      place: what errors about it begin with.
+    """
+
+    sources: tuple[Source, ...]
+    parameters: Mapping[str, Setting]
+    base: str | None = None
+    place: str = ""
+
+
 @dataclasses.dataclass(frozen=True)
 class MergeRequest:
     """A merge that is asked for; its options have the right types.
@@ -41,6 +72,8 @@ class MergeRequest:
         adapters have of a tokenizer.
       layers: the number of layers that the largest stack must have; None is any.
       after: what is done to the merged vector, in order.
+      slices: the slices whose layers follow each other, in place of `models`.
+      place: where a file says that there are so many layers; for errors.
     """
 
     method: str
@@ -53,9 +86,11 @@ class MergeRequest:
     tokenizer_source: str | None = None
     layers: int | None = None
     after: tuple[After, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    place: str = dataclasses.field(default="", compare=False)
 
     def as_file(self) -> dict[str, Any]:
-        """The content of a YAML file that asks for the same merge, of whole models."""
+        """The content of a YAML file that asks for the same merge."""
         content = {
             "merge_method": self.method,
             "preset": self.preset,
@@ -64,6 +99,7 @@ class MergeRequest:
                 _filled({"model": name, "parameters": _plain(own)})
                 for name, own in self.models
             ],
+            "slices": [_plain_slice(one) for one in self.slices],
             "parameters": _plain(self.parameters),
             "after": [one.plain for one in self.after],
             "dtype": self.dtype,
@@ -75,6 +111,16 @@ class MergeRequest:
 
 def _plain(parameters):
     return {name: plain(setting) for name, setting in parameters.items()}
+
+
+def _plain_slice(one):
+    sources = [
+        _filled({"model": model.name, "parameters": _plain(model.parameters)})
+        | {"layer_range": [start, stop]}
+        for model, start, stop, _ in one.sources
+    ]
+    rest = {"base_model": one.base, "parameters": _plain(one.parameters)}
+    return _filled({"sources": sources, **rest})
 
 
 def _filled(content):

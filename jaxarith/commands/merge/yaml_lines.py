@@ -27,9 +27,14 @@ class Node:
     line: int
     value: Any
 
+    @property
+    def place(self) -> str:
+        """The file and the line, as errors name them."""
+        return f"{self.file}, line {self.line}"
+
     def error(self, text: str) -> ValueError:
         """What to raise about this value."""
-        return ValueError(f"{self.file}, line {self.line}: {text}")
+        return ValueError(f"{self.place}: {text}")
 
     def fields(self, known: Collection[str], name: str) -> dict[str, "Node"]:
         """The entries of a mapping with known keys.

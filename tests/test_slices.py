@@ -1,0 +1,278 @@
+"""Merges of slices: the layers of one model after those of another."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from merge_command import fails, write
+
+from jaxarith import cli, hub
+from jaxarith.merge import mergekit
+
+LLAMA = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+}
+PART = "self_attn.q_proj.weight"
+
+
+def saved(transformers, torch, folder, name, seed, **options):
+    torch.manual_seed(seed)
+    model_class = getattr(transformers, f"{name}ForCausalLM")
+    model = model_class(model_class.config_class(**LLAMA | options)).eval()
+    with torch.no_grad():  # norms are all ones, and would be the same in all models
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def models(torch, tmp_path_factory):
+    """Two Llamas of three and of four layers."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("llamas")
+    return [
+        saved(transformers, torch, folder / name, "Llama", i, num_hidden_layers=3 + i)
+        for i, name in enumerate("ab")
+    ]
+
+
+@pytest.fixture
+def merged(tmp_path):
+    """A function that merges by a file, and returns the new folder and its tensors."""
+
+    def run(text, *flags):
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        path = write(tmp_path / f"{out.name}.yaml", text)
+        assert cli.main(["merge", path, str(out), "--quiet", *flags]) == 0
+        return out, hub.read(out)
+
+    return run
+
+
+def layer(tensors, index):
+    prefix = f"model.layers.{index}."
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        np.testing.assert_array_equal(tensor, expected[name], err_msg=name)
+
+
+def generated(torch, folder):
+    """The model, after it has made a text, and its logits."""
+    import transformers
+
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys"))
+    texts = torch.arange(3, 13).reshape(2, 5)
+    with torch.no_grad():
+        options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+        assert model.generate(texts, **options).shape == (2, 8)
+        return model, model(texts).logits.numpy()
+
+
+def passed(*sources, rest=""):
+    lines = "".join(
+        f"- sources: [{{model: {model}, layer_range: {[*layers]}}}]\n"
+        for model, *layers in sources
+    )
+    return f"merge_method: passthrough\nslices:\n{lines}{rest}"
+
+
+def test_layers_of_two_llamas_follow_each_other(torch, models, merged):
+    a, b = models
+    out, found = merged(passed((a, 0, 2), (b, 1, 3), (b, 2, 4)))
+    ours, theirs = hub.read(a), hub.read(b)
+    sources = [(ours, 0), (ours, 1), (theirs, 1), (theirs, 2), (theirs, 2), (theirs, 3)]
+    for i, (tensors, index) in enumerate(sources):
+        assert_same(layer(found, i), layer(tensors, index))
+    assert not layer(found, len(sources))
+    for name, tensors in (
+        ("model.embed_tokens.weight", ours),
+        ("model.norm.weight", theirs),
+        ("lm_head.weight", theirs),
+    ):
+        np.testing.assert_array_equal(found[name], tensors[name])
+    model, _ = generated(torch, out)
+    assert model.config.num_hidden_layers == 6
+    card = (out / "README.md").read_text()
+    assert "layer_range" in card and "passthrough" in card
+
+
+def test_two_qwen3_keep_what_each_layer_is(torch, tmp_path, merged):
+    transformers = pytest.importorskip("transformers")
+    full, sliding = "full_attention", "sliding_attention"
+    options = {"head_dim": 8, "sliding_window": 4, "use_sliding_window": True}
+    kinds = {"a": [full, sliding, sliding], "b": [sliding, full, sliding, full]}
+    a, b = (
+        saved(
+            *(transformers, torch, tmp_path / name, "Qwen3", i),
+            **options,
+            num_hidden_layers=len(types),
+            layer_types=types,
+            max_window_layers=2,
+        )
+        for i, (name, types) in enumerate(kinds.items())
+    )
+    out, found = merged(passed((a, 0, 3), (b, 0, 2), (b, 1, 4)))
+    model, logits = generated(torch, out)
+    assert model.config.layer_types == [
+        *kinds["a"],
+        *kinds["b"][:2],
+        *kinds["b"][1:],
+    ]
+    for i, (folder, index) in enumerate([(a, 2), (b, 0), (b, 1), (b, 1)], start=2):
+        assert_same(layer(found, i), layer(hub.read(folder), index))
+    assert np.isfinite(logits).all()
+
+
+def test_copies_that_pass_on_what_they_get_change_nothing(torch, models, merged):
+    a, _ = models
+    zeros = "[{filter: o_proj, value: 0.0}, {filter: down_proj, value: 0}, {value: 1}]"
+    text = passed((a, 0, 2), (a, 1, 2), (a, 2, 3))
+    second = "layer_range: [1, 2]"
+    assert second in text
+    text = text.replace(second, f"{second}, parameters: {{scale: {zeros}}}")
+    out, found = merged(text)
+    assert len({name.split(".")[2] for name in found if ".layers." in name}) == 4
+    expected = generated(torch, a)[1]
+    np.testing.assert_allclose(generated(torch, out)[1], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_one_slice_of_all_layers_is_the_model(models, merged):
+    for model in models:
+        count = 3 + models.index(model)
+        out, found = merged(passed((model, 0, count)))
+        assert_same(found, hub.read(model))
+        config = json.loads((out / "config.json").read_text())
+        assert config == hub.read_json(model)
+
+
+def test_slices_are_merges_of_the_layers_that_they_take(models, merged):
+    a, b = models
+    text = f"""
+merge_method: slerp
+base_model: {a}
+slices:
+- sources: [{{model: {a}, layer_range: [0, 2]}}, {{model: {b}, layer_range: [0, 2]}}]
+- sources: [{{model: {b}, layer_range: [1, 4]}}, {{model: {a}, layer_range: [0, 3]}}]
+  parameters: {{t: [0, 1]}}
+parameters:
+  t: [{{filter: mlp, value: 0.3}}, {{value: 0.6}}]
+"""
+    _, found = merged(text)
+    ours, theirs = hub.read(a), hub.read(b)
+    for i in range(5):
+        first = layer(ours, i if i < 2 else i - 2)
+        second = layer(theirs, i if i < 2 else i - 1)
+        zero = {name: np.zeros_like(tensor) for name, tensor in first.items()}
+
+        def t(name, i=i):
+            return (0.3 if "mlp" in name else 0.6) if i < 2 else (i - 2) / 2
+
+        expected = mergekit.slerp(zero, [first, second], t=t)
+        assert_same(layer(found, i), {n: np.asarray(x) for n, x in expected.items()})
+    # Outside of layers t is that of the first and of the last slice, at depth 0.
+    np.testing.assert_array_equal(found["lm_head.weight"], ours["lm_head.weight"])
+    assert not np.allclose(
+        found["model.embed_tokens.weight"], ours["model.embed_tokens.weight"]
+    )
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
+def test_slices_of_whole_models_are_their_merge(method, torch, tmp_path, merged):
+    transformers = pytest.importorskip("transformers")
+    base, a, b = (
+        saved(transformers, torch, tmp_path / n, "Llama", i, num_hidden_layers=4)
+        for i, n in enumerate(("base", "a", "b"))
+    )
+    density = "" if method == "linear" else ", density: 0.5"
+    rest = f"merge_method: {method}\n" + (
+        f"base_model: {base}\n" if method != "linear" else ""
+    )
+    models = [(a, 0.25), (b, 0.5)]
+
+    def sources(layers):
+        return "\n".join(
+            f"  - {{model: {model}, {layers}parameters: {{weight: {w}{density}}}}}"
+            for model, w in models
+        )
+
+    _, whole = merged(f"models:\n{sources('')}\n{rest}")
+    for ranges in ([(0, 4)], [(0, 1), (1, 4)], [(0, 2), (2, 2), (2, 4)]):
+        slices = "".join(
+            f"- sources:\n{sources(f'layer_range: [{x}, {y}], ')}\n" for x, y in ranges
+        )
+        _, found = merged(f"slices:\n{slices}{rest}")
+        assert_same(found, whole)
+
+
+def test_a_layer_that_is_taken_twice_is_written_twice(models, merged):
+    a, _ = models
+    out, found = merged(passed((a, 1, 2), (a, 1, 2), (a, 1, 2)))
+    one = layer(hub.read(a), 1)
+    for i in range(3):
+        assert_same(layer(found, i), one)
+    size = sum(tensor.nbytes for tensor in found.values())
+    assert (out / "model.safetensors").stat().st_size > size
+
+
+def test_a_slice_without_layers_has_the_embedding_alone(models, merged):
+    a, b = models
+    _, found = merged(passed((b, 0, 0), (a, 0, 3)))
+    ours, theirs = hub.read(a), hub.read(b)
+    name = "model.embed_tokens.weight"
+    np.testing.assert_array_equal(found[name], theirs[name])
+    assert_same({**found, name: 0}, {**ours, name: 0})
+
+
+def test_fewer_layers_than_the_models_have(torch, models, merged):
+    a, b = models
+    out, found = merged(passed((b, 0, 2)))
+    assert generated(torch, out)[0].config.num_hidden_layers == 2
+    assert_same(layer(found, 1), layer(hub.read(b), 1))
+    text = f"""
+merge_method: linear
+slices:
+- sources:
+  - {{model: {a}, layer_range: [0, 3], parameters: {{weight: 1}}}}
+  - {{model: {b}, layer_range: [0, 3], parameters: {{weight: 3}}}}
+"""
+    _, found = merged(text)
+    ours, theirs = hub.read(a), hub.read(b)
+    np.testing.assert_allclose(
+        layer(found, 2)[PART],
+        layer(ours, 2)[PART] / 4 + 3 * layer(theirs, 2)[PART] / 4,
+        rtol=1e-6,
+    )
+
+
+MISTAKES = {
+    "range": ([("a", 0, 2), ("b", 1, 5)], 4, r"\[1, 5\], and .*b has 4 layers"),
+    "unknown": ([("a", 0, 2), ("nowhere", 0, 1)], 4, "nowhere"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_name_the_line(mistake, models, tmp_path, capsys):
+    sources, line, message = MISTAKES[mistake]
+    known = dict(zip("ab", models, strict=True))
+    text = passed(*((known.get(n, f"{tmp_path}/{n}"), *r) for n, *r in sources))
+    path = write(tmp_path / "config.yaml", text)
+    found = fails(capsys, path, tmp_path / "out")
+    assert re.search(rf"config\.yaml, line {line}: .*{message}", found)
