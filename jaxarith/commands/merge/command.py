@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 
 from jaxarith import hub, stream
+from jaxarith.commands.adapters import to_adapter
 from jaxarith.commands.merge import flags, mergekit_yaml, model_card, output
 from jaxarith.commands.merge import recipe as merge_recipe
 from jaxarith.commands.merge.mergekit_methods import MERGEKIT
@@ -28,6 +29,12 @@ def _run(args: argparse.Namespace) -> None:
     out = _out(args)
     recipes = [] if args.config is None else [args.config]
     stream.check_out(out, args.overwrite, recipes)
+    if args.to_adapter:
+        with _device(args.device):
+            to_adapter.run(args, out)
+        return
+    if args.adapter_rank is not None:
+        raise ValueError("--adapter-rank is the rank of a --to-adapter; add that flag.")
     if args.config is not None:
         flags.check_alone(args)
         recipe = mergekit_yaml.read(args.config, seed=args.seed)

@@ -36,6 +36,8 @@ examples:
   jaxarith merge --method task_arithmetic --coef 0.3 --base ./clip --out M \\
     --model bank/clip/nonlinear/dtd.safetensors --model ./clip-svhn
   jaxarith merge --method ties --base B --model M1 --model M2 --after svc --out M
+  jaxarith merge --to-adapter --adapter-rank 32 --method task_arithmetic --coef 0.5 \\
+    --model lora1 --model lora2 --out lora
 
 methods and their options:
 """
@@ -81,6 +83,20 @@ def add(
         metavar="WRAPPER",
         help="change the merged vector before it is written, as in svc or "
         "lines:beta=0.5; see below; may be given several times",
+    )
+    command.add_argument(
+        "--to-adapter",
+        action="store_true",
+        help="merge PEFT adapters of one base to an adapter, by the method in the "
+        "small space that they span; no weights of the base are needed; float32, "
+        "unless --dtype says otherwise",
+    )
+    command.add_argument(
+        "--adapter-rank",
+        type=_rank,
+        metavar="R",
+        help="the largest rank of the layers of the new adapter, which is the best of "
+        "that rank (default: the sum of the ranks)",
     )
     common = command.add_argument_group("flags of every merge")
     common.add_argument(
@@ -191,6 +207,12 @@ def _seed(text: str) -> int:
     if text.isdecimal() and int(text) < 2**32:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is no whole number below 2^32.")
+
+
+def _rank(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0.")
 
 
 def _size(text: str) -> int:

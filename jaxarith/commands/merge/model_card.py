@@ -98,17 +98,18 @@ def dump(values: Any) -> str:
 
 def _front_matter(facts):
     # The Hub accepts only ids of its models here, those of adapters among them.
+    is_adapter = facts.get("kind") == "adapter"
     ids = [
         part
         for model in facts["inputs"]
-        if not model["local"]
+        if not model["local"] and (model["role"] == "base" or not is_adapter)
         for part in model["model"].split("+")
     ]
     known = [name for name in ids if _HUB_ID.fullmatch(name)]
     fields = {
         "base_model": list(dict.fromkeys(known)),
-        "base_model_relation": "merge",
-        "library_name": "transformers",
+        "base_model_relation": "adapter" if is_adapter else "merge",
+        "library_name": "peft" if is_adapter else "transformers",
         "tags": ["merge", "jaxarith", facts["method"].replace("_", "-")],
     }
     if not known:

@@ -1,0 +1,1 @@
+"""Adapters as results: merged, extracted from models, and verified in models."""

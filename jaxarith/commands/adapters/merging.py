@@ -1,0 +1,245 @@
+"""Adapters merged to an adapter, layer by layer.
+
+Linear methods have an exact answer, whose rank is the sum of the ranks:
+
+.. math:: \\sum_t c_t B_t A_t = [c_1 B_1 \\cdots c_T B_T]\\,[A_1; \\cdots; A_T].
+
+Others, and truncations to a rank, are done in core space (`merge.core`).
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxarith import lazy, merge, tree
+from jaxarith.commands.adapters.opened import Adapters, Product
+from jaxarith.hub import Stored
+from jaxarith.merge.core import Factors
+from jaxarith.typing import Params, Taus
+
+Method = Callable[[Params, Taus], Params]
+
+
+class Merged(NamedTuple):
+    """The merged factors of a layer.
+
+    Attributes:
+      module: its name.
+      product: the delta, in float64.
+      energy: the share of the squared norm that they keep.
+      squared_norm: of what they keep.
+    """
+
+    module: str
+    product: Product
+    energy: float
+    squared_norm: float
+
+
+class Whole(NamedTuple):
+    """A tensor that adapters replace (`modules_to_save`).
+
+    Attributes:
+      tensors: that of each adapter, None where it leaves the base's.
+      start: that of the base, if it is at hand.
+    """
+
+    tensors: list[Stored | None]
+    start: Stored | None
+
+
+def coefficients(
+    method: Method, adapters: Adapters, whole: Mapping[str, Whole]
+) -> dict[str, np.ndarray]:
+    """By tensor, the coefficients `[adapter]` of a linear method.
+
+    They are what it makes of unit vectors.
+    """
+    names = [*map(_name, adapters.layers), *whole]
+    count = len(adapters.folders)
+    units = [dict.fromkeys(names, unit) for unit in np.eye(count)]
+    zeros = dict.fromkeys(names, np.zeros(count))
+    return {
+        path: np.asarray(leaf)
+        for path, leaf in tree.flatten(method(zeros, units)).items()
+    }
+
+
+def _name(module: str) -> str:
+    """The name of a layer's weight, which methods see."""
+    return f"{module}.weight"
+
+
+def linear(
+    adapters: Adapters, coefs: Mapping[str, np.ndarray], rank: int | None
+) -> Iterator[Merged]:
+    """The weighted sum of the deltas, layer by layer.
+
+    Args:
+      adapters: the adapters.
+      coefs: the coefficients by tensor.
+      rank: the largest rank; None keeps the sum of the ranks.
+    """
+    for module in adapters.layers:
+        given = adapters.products(module)
+        scaled = [
+            Product(coef * product.left, product.right)
+            for coef, product in zip(coefs[_name(module)], given, strict=True)
+            if product is not None
+        ]
+        if rank is not None and rank < sum(product.rank for product in scaled):
+            yield _in_core_space(module, scaled, _total, rank)
+            continue
+        left = np.concatenate([product.left for product in scaled], axis=1)
+        right = np.concatenate([product.right for product in scaled])
+        squared_norm = float(np.sum((left.T @ left) * (right @ right.T)))
+        yield Merged(module, Product(left, right), 1.0, squared_norm)
+
+
+def _total(params_0: Params, taus: Taus) -> Params:
+    return jax.tree.map(lambda *leaves: sum(leaves), params_0, *taus)
+
+
+def in_core_space(
+    method: Method,
+    adapters: Adapters,
+    whole: Mapping[str, Whole],
+    rank: int | None,
+    place: Callable[[str, np.ndarray], None],
+) -> Iterator[Merged]:
+    """What a method makes of the cores of all layers.
+
+    Factors are read twice, one layer after another: before the method is called and
+    after. In between, the cores are kept.
+
+    Args:
+      method: the method.
+      adapters: the adapters.
+      whole: by name, tensors that are merged as they are, each with the base's.
+      rank: the largest rank; None keeps the sum of the ranks.
+      place: `place(name, merged)` writes a merged whole tensor.
+    """
+    count = len(adapters.folders)
+    taus: list[dict] = [{} for _ in range(count)]
+    for module in adapters.layers:
+        cores = _cores(module, adapters.products(module))
+        for tau, found in zip(taus, cores, strict=True):
+            tau[_name(module)] = found
+    found: dict[str, np.ndarray] = {}
+
+    def put(name: str, merged: jax.Array) -> None:
+        if name in whole:
+            place(name, np.asarray(merged))
+        else:
+            found[name] = np.asarray(merged)
+
+    params_0 = {
+        name: lazy.Leaf(
+            leaf.shape,
+            leaf.dtype,
+            (),
+            functools.partial(jnp.zeros, leaf.shape, leaf.dtype),
+            functools.partial(put, name),
+        )
+        for name, leaf in taus[0].items()
+    }
+    for name, leaf in whole.items():
+        assert leaf.start is not None
+        start = _source(f"{name} of the base", leaf.start)
+        params_0[name] = _leaf(leaf.start, [start], _in_float32, name, put)
+        for tau, tensor in zip(taus, leaf.tensors, strict=True):
+            if tensor is not None:
+                sources = [_source(f"{name} of an adapter", tensor), start]
+                tau[name] = _leaf(tensor, sources, lazy.Difference)
+    for name, leaf in tree.flatten(method(params_0, taus)).items():
+        if not isinstance(leaf, lazy.Leaf):
+            put(name, leaf)
+    for module in adapters.layers:
+        result = found[_name(module)]
+        most = rank or sum(adapters.ranks(module))
+        yield _in_core_space(
+            module,
+            adapters.products(module),
+            lambda params_0, _, result=result: dict.fromkeys(params_0, result),
+            most,
+        )
+
+
+def _source(label, tensor):
+    return lazy.Source(label, tensor.nbytes, tensor.read)
+
+
+def _leaf(tensor, sources, combine, name="", put=None):
+    placed = None if put is None else functools.partial(put, name)
+    return lazy.Leaf(tensor.shape, np.float32, sources, combine, placed)
+
+
+def _in_float32(array):
+    return jnp.asarray(array, jnp.float32)
+
+
+def _wide(tensor):
+    return tensor.read().astype(np.float32)
+
+
+def _cores(module: str, given: Sequence[Product | None]) -> Taus:
+    """The core of every adapter's delta of a layer."""
+    cores: list[np.ndarray] = []
+
+    def keep(params_0, taus):
+        cores.extend(np.asarray(tau[module]) for tau in taus)
+        return params_0
+
+    merge.core(_by_path(module, given), keep)
+    return cores
+
+
+def _by_path(module, given):
+    return [
+        {} if product is None else {module: Factors(*map(jnp.asarray, product))}
+        for product in given
+    ]
+
+
+def _in_core_space(
+    module: str, given: Sequence[Product | None], method: Method, rank: int
+) -> Merged:
+    products = [product for product in given if product is not None]
+    shape = len(products[0].left), products[0].right.shape[1]
+    most = min(rank, sum(product.rank for product in products), *shape)
+    found = merge.core(_by_path(module, given), method, rank=most)
+    product = Product(*map(np.asarray, found.factors[module]))
+    lengths = [np.sum(product.left**2, axis=0), np.sum(product.right**2, axis=1)]
+    squared_norm = float(np.dot(*lengths))  # of orthogonal terms
+    return Merged(module, product, float(found.energy[module]), squared_norm)
+
+
+def weighted(name: str, leaf: Whole, coefs: np.ndarray) -> np.ndarray:
+    """The linear merge of a whole tensor, in float32.
+
+    Raises:
+      ValueError: it moves the base, which is not at hand.
+    """
+    if leaf.start is None and (
+        None in leaf.tensors or abs(float(np.sum(coefs)) - 1) > 1e-6
+    ):
+        raise ValueError(needs_base(name))
+    start = np.float32(0) if leaf.start is None else _wide(leaf.start)
+    total = np.asarray(start)
+    for coef, tensor in zip(coefs, leaf.tensors, strict=True):
+        if tensor is not None:
+            total = total + np.float32(coef) * (_wide(tensor) - start)
+    return total
+
+
+def needs_base(name: str) -> str:
+    """What an error says of a whole tensor without a base."""
+    return (
+        f"{name} is a whole tensor of the adapters (modules_to_save): its merge moves "
+        "the base's, unless weights sum to 1 and all adapters have it. Give --base "
+        "with the base's weights."
+    )

@@ -1,0 +1,127 @@
+"""Merged adapters in PEFT: they load, and give the outputs that the deltas give."""
+
+import numpy as np
+import pytest
+
+from jaxarith import cli
+
+pytestmark = pytest.mark.torch
+IDS = np.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+@pytest.fixture(scope="module")
+def torch():
+    return pytest.importorskip("torch", reason="PyTorch, under PEFT, is missing")
+
+
+@pytest.fixture(scope="module")
+def peft(torch):
+    return pytest.importorskip("peft", reason="the oracle: pip install peft==0.21.2")
+
+
+def llama(transformers):
+    config = transformers.LlamaConfig(
+        vocab_size=19,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_labels=3,
+        pad_token_id=0,
+    )
+    return transformers.LlamaForSequenceClassification(config)
+
+
+def gpt2(transformers):
+    config = transformers.GPT2Config(
+        vocab_size=19, n_positions=12, n_embd=16, n_layer=2, n_head=2
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+MODELS = {"llama": llama, "gpt2": gpt2}
+LLAMA = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+ADAPTERS = {
+    "llama": [
+        LLAMA | {"target_modules": ["q_proj", "up_proj"], "r": 2, "lora_alpha": 3},
+        LLAMA
+        | {
+            "target_modules": ["v_proj", "up_proj", "embed_tokens"],
+            "r": 3,
+            "use_rslora": True,
+            "rank_pattern": {"layers.1.mlp.up_proj": 4},
+            "alpha_pattern": {"v_proj": 7},
+        },
+    ],
+    "gpt2": [
+        {"target_modules": ["c_attn", "c_fc"], "r": 2, "fan_in_fan_out": True},
+        {"target_modules": ["c_attn", "c_proj"], "r": 1, "fan_in_fan_out": True},
+    ],
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request, torch, peft, tmp_path_factory):
+    """The folder of a base, those of two adapters, and the class of the model."""
+    import transformers
+
+    kind, place = request.param, tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    MODELS[kind](transformers).save_pretrained(place / "base")
+    build = type(MODELS[kind](transformers))
+    for i, options in enumerate(ADAPTERS[kind]):
+        model = build.from_pretrained(place / "base")
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_" in name or "modules_to_save" in name:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        adapted.save_pretrained(place / f"{i}")
+    return place / "base", [place / "0", place / "1"], build
+
+
+def logits(torch, model):
+    with torch.no_grad():
+        return model.eval()(torch.from_numpy(IDS)).logits.numpy()
+
+
+def merged(base, models, out, *options, method):
+    named = [part for model in models for part in ("--model", str(model))]
+    arguments = ["merge", "--quiet", "--method", method, "--base", str(base), *named]
+    assert cli.main([*arguments, "--out", str(out), *map(str, options)]) == 0
+    return out
+
+
+@pytest.mark.parametrize("coefs", [(1, 1), (0.5, -1.5)])
+def test_peft_gives_the_outputs_of_the_merged_model(torch, peft, case, tmp_path, coefs):
+    base, models, build = case
+    options = {"method": "task_arithmetic"}
+    flags = ("--coef", *coefs)
+    merged(base, models, tmp_path / "model", *flags, **options)
+    merged(base, models, tmp_path / "lora", "--to-adapter", *flags, **options)
+    expected = logits(torch, build.from_pretrained(tmp_path / "model"))
+    start = build.from_pretrained(base)
+    plain = logits(torch, start)
+    found = peft.PeftModel.from_pretrained(start, tmp_path / "lora")
+    actual = logits(torch, found)
+    assert np.abs(expected - plain).max() > 0.02
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    whole = logits(torch, found.merge_and_unload())
+    np.testing.assert_allclose(whole, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_one_adapter_comes_back(torch, peft, case, tmp_path):
+    base, models, build = case
+    for i, model in enumerate(models):
+        out = tmp_path / f"{i}"
+        flags = ("--to-adapter", "--coef", 1)
+        merged(base, [model], out, *flags, method="task_arithmetic")
+        expected, actual = (
+            logits(
+                torch,
+                peft.PeftModel.from_pretrained(build.from_pretrained(base), folder),
+            )
+            for folder in (model, out)
+        )
+        np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
