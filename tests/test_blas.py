@@ -102,7 +102,7 @@ def test_side_by_side_gives_the_bits_of_one_by_one(monkeypatch, x64):
         )
         found = merge.tsv(params_0, taus)
         assert len(seen) == len(params_0)
-        monkeypatch.setattr(_blas, "fits_beside_others", lambda leaf: False)
+        monkeypatch.setattr(_blas, "fit_beside_others", lambda *_: False)
         expected = merge.tsv(params_0, taus)
         assert len(seen) == len(params_0)
     for path, leaf in expected.items():
@@ -112,18 +112,26 @@ def test_side_by_side_gives_the_bits_of_one_by_one(monkeypatch, x64):
 
 def test_large_leaves_and_others_are_merged_one_by_one():
     matrix = jnp.ones((3, 4))
-    assert _blas.fits_beside_others(matrix)
+    assert _blas.fit_beside_others([matrix, matrix], 0.5, matrix, None, jnp.ones(9))
     devices = jax.sharding.Mesh(jax.devices()[:2], "d")
     spread = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec())
-    others = [
-        jnp.ones(3),
-        np.ones((3, 4)),
-        jnp.ones((1025, 1025)),
-        jnp.ones((1024, 4097)),
-        jax.device_put(matrix, spread),
-    ]
-    assert not any(map(_blas.fits_beside_others, others))
-    jax.eval_shape(lambda x: (not _blas.fits_beside_others(x)) or 1 / 0, matrix)
+    spread = jax.device_put(matrix, spread)
+    vector, array = jnp.ones(3), np.ones((3, 4))
+    for other in (vector, array, jnp.ones((1025, 1025)), jnp.ones((1024, 4097))):
+        assert not _blas.fit_beside_others([matrix, other])
+    assert not _blas.fit_beside_others([matrix, spread])
+    assert not _blas.fit_beside_others([matrix], {"a": spread})
+
+
+def test_what_is_traced_is_merged_where_it_is_traced():
+    matrix = jnp.ones((3, 4))
+
+    def traced(x):
+        assert not _blas.fit_beside_others([x])
+        assert not _blas.fit_beside_others([matrix], x)
+        return x
+
+    jax.eval_shape(traced, matrix)
 
 
 def test_leaf_functions_of_whole_leaves_run_so(monkeypatch):

@@ -64,17 +64,28 @@ def _controller():
     return threadpoolctl.ThreadpoolController()
 
 
-def fits_beside_others(leaf: Any) -> bool:
-    """Whether a leaf is a small matrix in the memory of one CPU device."""
+def fit_beside_others(leaves: Iterable[Any], *args: Any) -> bool:
+    """Whether leaves are small matrices, in the memory of a CPU as their arguments."""
+    return all(map(_is_small, leaves)) and all(map(_is_here, jax.tree.leaves(args)))
+
+
+def _is_small(leaf):
     return (
-        isinstance(leaf, jax.Array)
-        and not isinstance(leaf, Tracer)
-        and leaf.ndim == 2
+        jnp.ndim(leaf) == 2
         and min(leaf.shape) <= _SMALL
         and leaf.size <= _ENTRIES
-        and len(leaf.sharding.device_set) == 1
-        and next(iter(leaf.sharding.device_set)).platform == "cpu"
+        and isinstance(leaf, jax.Array)
+        and _is_here(leaf)
     )
+
+
+def _is_here(value):
+    if not isinstance(value, jax.Array):
+        return True
+    if isinstance(value, Tracer):
+        return False
+    devices = value.sharding.device_set
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
 class Queue:

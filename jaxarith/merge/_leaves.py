@@ -224,8 +224,8 @@ def _fold(merge_leaf, params_0, taus, args, options, means):
             own = [at(arg, path) for arg in args]
             if means(path):
                 put(path, _mean(start, row))
-            elif isinstance(merge_leaf, _OfWhole) and all(
-                map(_blas.fits_beside_others, (start, *row))
+            elif isinstance(merge_leaf, _OfWhole) and _blas.fit_beside_others(
+                (start, *row), own
             ):
                 queue.add(path, merge_leaf.work(start, row, *own, **options))
             else:
