@@ -5,9 +5,11 @@ import re
 
 import numpy as np
 import pytest
+from checks import assert_close
 from merge_command import fails, write
 
 from jaxarith import cli, hub
+from jaxarith.commands.merge import model_card
 from jaxarith.merge import mergekit
 
 LLAMA = {
@@ -75,9 +77,8 @@ def generated(torch, folder):
     """The model, after it has made a text, and its logits."""
     import transformers
 
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True
-    )
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, info = load(folder, output_loading_info=True)  # pyright: ignore
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys"))
     texts = torch.arange(3, 13).reshape(2, 5)
     with torch.no_grad():
@@ -110,8 +111,10 @@ def test_layers_of_two_llamas_follow_each_other(torch, models, merged):
         np.testing.assert_array_equal(found[name], tensors[name])
     model, _ = generated(torch, out)
     assert model.config.num_hidden_layers == 6
-    card = (out / "README.md").read_text()
-    assert "layer_range" in card and "passthrough" in card
+    recipe = json.loads((out / "jaxarith_merge.json").read_text())["recipe"]
+    again, tensors = merged(model_card.dump(recipe))
+    assert_same(tensors, found)
+    assert json.loads((again / "jaxarith_merge.json").read_text())["recipe"] == recipe
 
 
 def test_two_qwen3_keep_what_each_layer_is(torch, tmp_path, merged):
@@ -260,6 +263,106 @@ slices:
         layer(ours, 2)[PART] / 4 + 3 * layer(theirs, 2)[PART] / 4,
         rtol=1e-6,
     )
+
+
+def test_an_adapter_moves_the_layers_that_a_slice_takes(models, tmp_path, merged):
+    peft = pytest.importorskip("peft")
+    import transformers
+
+    a, b = models
+    model = transformers.AutoModelForCausalLM.from_pretrained(b)
+    options = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = {
+        name: tensor.numpy()
+        for name, tensor in adapted.merge_and_unload().state_dict().items()
+    }
+    _, found = merged(passed((a, 0, 1), (f"{b}+{tmp_path / 'adapter'}", 2, 4)))
+    for i in (1, 2):
+        moved, still = layer(expected, i + 1), layer(hub.read(b), i + 1)
+        assert not np.allclose(moved[PART], still[PART])
+        assert_close(layer(found, i), moved, 1e-6)
+
+
+def test_task_vectors_are_measured_from_the_base_of_the_same_range(models, merged):
+    a, b = models
+    text = f"""
+merge_method: task_arithmetic
+base_model: {a}
+slices:
+- sources: [{{model: {b}, layer_range: [0, 2]}}]
+- sources:
+  - {{model: {b}, layer_range: [1, 3]}}
+  - {{model: {a}, layer_range: [0, 2]}}
+parameters: {{weight: 0.5}}
+"""
+    _, found = merged(text)
+    ours, theirs = hub.read(a), hub.read(b)
+    for i, j, k in ((0, 0, 0), (1, 1, 1), (2, 0, 1), (3, 1, 2)):
+        expected = layer(ours, j)[PART] / 2 + layer(theirs, k)[PART] / 2
+        np.testing.assert_allclose(layer(found, i)[PART], expected, atol=1e-6)
+
+
+def test_tied_heads_stay_tied_and_others_are_written(torch, tmp_path, models, merged):
+    transformers = pytest.importorskip("transformers")
+    options = {"num_hidden_layers": 2, "tie_word_embeddings": True}
+    tied = [
+        saved(transformers, torch, tmp_path / f"t{i}", "Llama", 5 + i, **options)
+        for i in range(2)
+    ]
+    out, found = merged(passed((tied[0], 0, 1), (tied[1], 1, 2)))
+    assert "lm_head.weight" not in found
+    assert generated(torch, out)[0].config.tie_word_embeddings
+    notes = json.loads((out / "jaxarith_merge.json").read_text())["notes"]
+    assert any("head is tied to the embedding, which is that of" in x for x in notes)
+
+    for first, last in ((tied[0], models[0]), (models[0], tied[0])):
+        out, found = merged(passed((first, 0, 1), (last, 1, 2)))
+        head = hub.read(last)
+        name = "lm_head.weight" if last == models[0] else "model.embed_tokens.weight"
+        np.testing.assert_array_equal(found["lm_head.weight"], head[name])
+        model, _ = generated(torch, out)
+        assert not model.config.tie_word_embeddings
+        np.testing.assert_array_equal(model.lm_head.weight.detach(), head[name])
+
+
+def test_other_names_of_stacks(torch, tmp_path, merged):
+    transformers = pytest.importorskip("transformers")
+    gpt2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    config = transformers.GPT2Config(**gpt2, vocab_size=64)
+    for i, name in enumerate("ab"):
+        torch.manual_seed(i)
+        # The second file has other names: no `transformer.` in front.
+        model = transformers.GPT2LMHeadModel(config)
+        (model if name == "a" else model.transformer).save_pretrained(tmp_path / name)
+    a, b = tmp_path / "a", tmp_path / "b"
+    out, found = merged(passed((a, 0, 2), (b, 1, 2)))
+    model, _ = generated(torch, out)
+    assert model.config.n_layer == 3
+    for name in ("h.2.mlp.c_fc.weight", "ln_f.weight"):
+        ours = name.replace("h.2", "h.1")
+        np.testing.assert_array_equal(found[f"transformer.{name}"], hub.read(b)[ours])
+
+
+def test_a_dry_run_plans_slices(models, tmp_path, capsys):
+    text = passed((models[0], 0, 2), (models[1], 0, 4))
+    text += "parameters: {scale: [{filter: nothing, value: 2}]}\n"
+    path = write(tmp_path / "config.yaml", text)
+    assert cli.main(["merge", path, str(tmp_path / "out"), "--dry-run"]) == 0
+    found = capsys.readouterr().out
+    assert "lists the 6 layers of the slices" in found
+    assert "the filter 'nothing' fits no tensor" in found
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_of_other_sizes_are_refused(torch, tmp_path, models, capsys):
+    transformers = pytest.importorskip("transformers")
+    options = {"num_hidden_layers": 2, "intermediate_size": 40}
+    wide = saved(transformers, torch, tmp_path / "wide", "Llama", 7, **options)
+    path = write(tmp_path / "c.yaml", passed((models[0], 0, 1), (wide, 1, 2)))
+    message = fails(capsys, path, tmp_path / "out")
+    assert "c.yaml, line 4: " in message and "mlp.down_proj" in message
 
 
 MISTAKES = {

@@ -21,6 +21,8 @@ from jaxarith.commands.merge.request import (
     PRESETS,
     Dtype,
     MergeRequest,
+    Model,
+    Slice,
 )
 from jaxarith.commands.merge.slices import SlicedRecipe
 from jaxarith.commands.merge.yaml_lines import Node
@@ -93,18 +95,20 @@ def _request(root: Node, keys: Mapping[str, Node]) -> tuple[MergeRequest, list[s
         raise root.error("the file must have either models or slices.")
     base = keys["base_model"].text("base_model") if "base_model" in keys else None
     shared = parameters(keys.get("parameters"), name, method, None)
-    models, slices, layers, place = (), (), None, ""
+    models: tuple[Model, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    layers, place = None, ""
     if "models" in keys:
         entries = keys["models"].items("models")
         models, notes = yaml_slices.models(entries, name, method, base)
     else:
         slices, notes = yaml_slices.slices(keys["slices"], name, method, base)
         layers, place = yaml_slices.whole(slices, base), slices[0].place
-    if layers is not None:
-        one, slices = slices[0], ()
-        models = tuple(source.model for source in one.sources)
-        for key, setting in one.parameters.items():
-            shared[key] = setting + shared.get(key, ())  # the slice's count first
+        if layers is not None:
+            one, slices = slices[0], ()
+            models = tuple(source.model for source in one.sources)
+            for key, setting in one.parameters.items():
+                shared[key] = setting + shared.get(key, ())  # the slice's count first
     source = _tokenizer(keys)
     if source is not None:
         notes.append(
