@@ -13,10 +13,11 @@ import jax
 
 from jaxarith import hub, stream
 from jaxarith.commands.adapters import to_adapter
-from jaxarith.commands.merge import flags, mergekit_yaml, model_card, output
+from jaxarith.commands.merge import flags, mergekit_yaml, model_card, output, slices
 from jaxarith.commands.merge import recipe as merge_recipe
 from jaxarith.commands.merge.mergekit_methods import MERGEKIT
 from jaxarith.commands.merge.recipe import MergeRecipe
+from jaxarith.commands.merge.slices import SlicedRecipe
 from jaxarith.report import printable, shown
 
 
@@ -40,6 +41,8 @@ def _run(args: argparse.Namespace) -> None:
         recipe = mergekit_yaml.read(args.config, seed=args.seed)
     else:
         recipe = merge_recipe.build(flags.request(args), seed=args.seed)
+    if isinstance(recipe, MergeRecipe):
+        recipe = slices.settled(recipe, seed=args.seed)
     dtype = args.dtype or recipe.dtype
     with contextlib.ExitStack() as stack:
         stack.enter_context(_device(args.device))
@@ -50,7 +53,10 @@ def _run(args: argparse.Namespace) -> None:
             opened = _opened(recipe, args, temporary)
         _check_apart(out, opened.folders)
         config = hub.read_json(opened.folders[0])
-        recipe = dataclasses.replace(recipe, config=config)
+        if isinstance(recipe, SlicedRecipe):
+            recipe = recipe.of(opened, config)
+        else:
+            recipe = dataclasses.replace(recipe, config=config)
         unused = [
             f"the filter {part!r} fits no tensor and has no effect"
             for part in recipe.unused_filters(opened.base)
@@ -99,8 +105,16 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _opened(
-    recipe: MergeRecipe, args: argparse.Namespace, temporary: Path
+    recipe: MergeRecipe | SlicedRecipe, args: argparse.Namespace, temporary: Path
 ) -> stream.Opened:
+    if isinstance(recipe, SlicedRecipe):
+        return stream.open_slices(
+            recipe.slices,
+            recipe.models,
+            base=recipe.base,
+            vocabulary=args.vocabulary,
+            missing=args.missing,
+        )
     named = [name for name in (recipe.base, *recipe.models) if name is not None]
     places = [_in_safetensors(*pair, temporary) for pair in enumerate(named)]
     return stream.open_models(
