@@ -9,6 +9,7 @@ import pytest
 import tyro
 
 from experiments import digit_folders
+from experiments.common.vision import fitted
 from experiments.tau_jp import table1_addition
 from jaxarith.models import clip
 
@@ -42,6 +43,7 @@ def test_three_folders_become_a_model_that_transformers_loads(tmp_path, monkeypa
     (tmp_path / "jaxarith" / "assets").mkdir(parents=True)
     clip_checkpoint.shallow(tmp_path / "jaxarith" / "assets" / "tiny_clip")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fitted, "ADAMERGING_STEPS", 2)
     for name, *words in commands():
         fewer = FEWER if name.endswith("table1_addition") else []
         script = SCRIPTS[name]

@@ -59,7 +59,8 @@ def test_multi_task_training_is_the_same_wherever_it_runs(tmp_path, capfd):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    variables = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
+    variables = {"XLA_FLAGS": flags}
     variables |= {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
     variables |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     flags = [

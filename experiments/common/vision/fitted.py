@@ -63,6 +63,9 @@ def validation_samples(setup: setups.Setup) -> list[list[dict]]:
     ]
 
 
+ADAMERGING_STEPS = 500
+
+
 def adamerging(
     setup: setups.Setup,
     taus: Taus,
@@ -85,7 +88,7 @@ def adamerging(
     """
     # It runs the network on one device, whatever the mesh, in every process.
     params_0, taus = sharding.to_host((setup.params_0, list(taus)))
-    steps, count = 500, len(setup.tasks)
+    steps, count = ADAMERGING_STEPS, len(setup.tasks)
     planned.passes(setup, 3 * 16 * steps * count)  # a backward pass is two more
     if setup.options.smoke or setup.full:
         steps = 2
