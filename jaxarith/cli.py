@@ -1,4 +1,4 @@
-"""The `jaxarith` command: `merge`, `inspect`, `convert`, and `data check`."""
+"""The `jaxarith` command: `merge`, `extract`, `inspect`, `convert`, `data check`."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ import warnings
 import jaxarith
 from jaxarith import report
 from jaxarith.commands import convert, data, inspect, merge, signals
+from jaxarith.commands.adapters import extract
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -15,7 +16,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=jaxarith.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (merge, inspect, convert, data):
+    for command in (merge, extract, inspect, convert, data):
         command.add(commands)
     return parser
 

@@ -1,7 +1,11 @@
 """Merged adapters in PEFT: they load, and give the outputs that the deltas give."""
 
+import functools
+import shutil
+
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxarith import cli
 
@@ -86,6 +90,18 @@ def logits(torch, model):
         return model.eval()(torch.from_numpy(IDS)).logits.numpy()
 
 
+@pytest.fixture(scope="module")
+def tuned(torch, case):
+    """A model whose parameters all differ from the base's."""
+    base, _, build = case
+    model = build.from_pretrained(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(base.parent / "tuned")
+    return base.parent / "tuned"
+
+
 def merged(base, models, out, *options, method):
     named = [part for model in models for part in ("--model", str(model))]
     arguments = ["merge", "--quiet", "--method", method, "--base", str(base), *named]
@@ -125,3 +141,44 @@ def test_one_adapter_comes_back(torch, peft, case, tmp_path):
             for folder in (model, out)
         )
         np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+def check_extracted(torch, peft, build, base, tuned, out):
+    """An adapter of full rank gives the outputs of the model, merged and not."""
+    arguments = ["extract", str(base), str(tuned), "--rank", "16", "--keep-rest"]
+    assert cli.main([*arguments, "--out", str(out), "--quiet"]) == 0
+    expected = logits(torch, build.from_pretrained(tuned))
+    start = build.from_pretrained(base)
+    plain = logits(torch, start)
+    found = peft.PeftModel.from_pretrained(start, out)
+    assert np.abs(expected - plain).max() > 0.02
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
+    close(logits(torch, found), expected)
+    close(logits(torch, found.merge_and_unload()), expected)
+
+
+def test_an_extracted_adapter_gives_the_outputs_of_the_model(
+    torch, peft, case, tuned, tmp_path
+):
+    base, _, build = case
+    check_extracted(torch, peft, build, base, tuned, tmp_path / "out")
+
+
+@pytest.mark.parametrize("case", ["gpt2"], indirect=True)
+def test_an_adapter_of_a_file_without_the_classes_prefix(
+    torch, peft, case, tuned, tmp_path
+):
+    base, _, build = case
+    short = [without_prefix(x, tmp_path / x.name) for x in (base, tuned)]
+    check_extracted(torch, peft, build, *short, tmp_path / "out")
+
+
+def without_prefix(folder, new):
+    """The checkpoint with the names that OpenAI's files have."""
+    new.mkdir()
+    for file in folder.glob("*.json"):
+        shutil.copyfile(file, new / file.name)
+    tensors = load_file(folder / "model.safetensors")
+    short = {name.removeprefix("transformer."): x for name, x in tensors.items()}
+    save_file(short, new / "model.safetensors", {"format": "pt"})
+    return new

@@ -26,7 +26,7 @@ from jaxarith.commands.merge.recipe import MergeRecipe
 from jaxarith.hub import Stored, adapter_names, adapter_writing, safetensors
 from jaxarith.hub.adapter_tensors import PREFIX
 from jaxarith.report import printable, shown
-from jaxarith.stream.opened import open_checkpoint
+from jaxarith.stream.inputs import open_checkpoint
 
 # Methods of either preset that are weighted sums of whatever they merge.
 _LINEAR = ("average", "linear", "task_arithmetic")

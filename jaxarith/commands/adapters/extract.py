@@ -1,0 +1,293 @@
+"""`jaxarith extract`: the difference of two models as a LoRA adapter."""
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+import jaxarith
+from jaxarith import files, hub, report, stream
+from jaxarith.commands.adapters import differences, kept
+from jaxarith.commands.adapters.low_rank import low_rank
+from jaxarith.commands.merge.request import DTYPES
+from jaxarith.hub import Stored, adapter_writing, safetensors
+from jaxarith.report import printable, shown
+from jaxarith.stream.inputs import read_config
+
+_DESCRIPTION = """\
+Finds the LoRA adapter that comes closest to the difference of two checkpoints, and
+writes it as a folder that PEFT loads on the base: for each linear layer the best
+product of a rank, or of the rank that keeps a share of the squared norm.
+
+Tensors are read one after another, so models may be larger than memory. Layers that
+did not change are left out. What is no linear layer and changed, such as embeddings,
+norms and biases, is named; --keep-rest keeps it whole in the adapter.
+
+MODEL may itself be an adapter of any kind, such as a DoRA, or MODEL+ADAPTER."""
+
+_EXAMPLES = """\
+examples:
+  jaxarith extract ./base ./tuned --rank 32 --out ./lora
+  jaxarith extract ./base ./tuned --energy 0.9 --rank 128 --keep-rest --out ./lora"""
+
+_MOST_ROWS = 40  # of the table on the screen
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the subcommand to what `add_subparsers` returned."""
+    command = commands.add_parser(
+        "extract",
+        help="extract a LoRA adapter from the difference of two models",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=_run)
+    command.add_argument("base", metavar="BASE", help="a folder or hub id")
+    command.add_argument(
+        "model", metavar="MODEL", help="the fine-tuned model: a folder or hub id"
+    )
+    command.add_argument("--out", type=Path, required=True, help="the new folder")
+    command.add_argument(
+        "--rank", type=_rank, metavar="R", help="the largest rank of a layer"
+    )
+    command.add_argument(
+        "--energy",
+        type=_share,
+        metavar="E",
+        help="the share of each layer's squared norm to keep, above 0 and up to 1; "
+        "each layer gets the rank that it needs, up to --rank",
+    )
+    command.add_argument(
+        "--keep-rest",
+        action="store_true",
+        help="keep changed tensors that are no linear layers whole: in "
+        "modules_to_save, or as biases",
+    )
+    command.add_argument(
+        "--exclude",
+        metavar="REGEX",
+        help="whole names of modules that are no linear layers, where their names do "
+        "not tell",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="dtype of the factors (default: float32)",
+    )
+    command.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an existing folder once the new one is complete",
+    )
+    command.add_argument(
+        "--quiet", action="store_true", help="print nothing but errors"
+    )
+
+
+def _rank(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0.")
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if 0 < share <= 1:
+        return share
+    raise argparse.ArgumentTypeError(f"{text!r} is no share above 0 and up to 1.")
+
+
+class Row(NamedTuple):
+    """What is known of an extracted layer.
+
+    Attributes:
+      module: its name.
+      rank: the rank of its factors.
+      energy: the share of the squared norm of its change that they keep.
+      squared_norm: of its change.
+    """
+
+    module: str
+    rank: int
+    energy: float
+    squared_norm: float
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.rank is None and args.energy is None:
+        raise ValueError("say how large the adapter may be: --rank R, --energy E.")
+    if args.exclude is not None:
+        _check_pattern(args.exclude)
+    opened = stream.open_models(args.base, [args.model])
+    folders = opened.folders
+    out = hub.check_out(args.out.expanduser(), args.overwrite, folders)
+    before = hub.state(out)
+    stamps = {x: files.stamp(x) for folder in folders for x in stream.weights(folder)}
+    config = read_config(folders[0])
+    linear = differences.linear(opened.base, config, args.exclude)
+    outer = kept.outer_name(opened.base, config)
+    if not args.quiet:
+        for note in opened.notes:
+            print(shown(f"note: {note}"), file=sys.stderr)
+    with hub.staging(out.parent) as temporary:
+        new = temporary / "new"
+        new.mkdir()
+        bytes_in = sum(
+            source.nbytes for leaf in opened.taus[0].values() for source in leaf.sources
+        )
+        with (
+            adapter_writing.Spill(temporary / "factors") as spill,
+            opened.progress.shown(bytes_in, args.quiet),
+        ):
+            tensors, rows, rest = _extracted(args, opened, linear, outer, spill)
+        if not rows:
+            rest_too = f"; {len(rest)} other tensors did" if rest else ""
+            raise ValueError(
+                f"no linear layer of {args.model} differs from {args.base}{rest_too}."
+            )
+        places: dict[str, Any] = {"modules_to_save": None, "bias": "none"}
+        if args.keep_rest:
+            adapted = {row.module.removeprefix(outer) for row in rows}
+            saved = kept.rest(opened.base, config, rest, adapted, outer)
+            tensors |= saved.tensors()
+            places = {"modules_to_save": saved.modules, "bias": saved.bias}
+        size = adapter_writing.write(
+            new,
+            tensors,
+            adapter_writing.config(
+                {row.module: row.rank for row in rows},
+                args.base,
+                task_type=kept.task_type(config),
+                fan_in_fan_out=any(
+                    linear[f"{row.module.removeprefix(outer)}.weight"] for row in rows
+                ),
+                **places,
+            ),
+        )
+        _beside(new, args, out.name, rows, [] if args.keep_rest else [*rest])
+        safetensors.check_unchanged(stamps)
+        hub.publish(new, out, before, temporary / "old")
+    if not args.quiet:
+        print(_told(out, rows, rest, size, args.keep_rest))
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"--exclude {pattern!r} is no regular expression: {error}."
+        ) from error
+
+
+def _extracted(
+    args: argparse.Namespace,
+    opened: stream.Opened,
+    linear: Mapping[str, bool],
+    outer: str,
+    spill: adapter_writing.Spill,
+) -> tuple[dict[str, Stored], list[Row], dict[str, Stored]]:
+    """The factors by their names in the file, the layers, and the changed rest."""
+    tensors: dict[str, Stored] = {}
+    rows: list[Row] = []
+    rest: dict[str, Stored] = {}
+    for name, delta, whole in differences.changes(opened):
+        if name not in linear:
+            rest[name] = spill.put(name, whole)
+            continue
+        matrix = jnp.asarray(delta.T if linear[name] else delta, jnp.float32)
+        found = low_rank(matrix, rank=args.rank, energy=args.energy)
+        module = outer + name.removesuffix(".weight")
+        factors = (found.right, found.left)
+        names = adapter_writing.factor_names(module)
+        for key, factor in zip(names, factors, strict=True):
+            tensors[key] = spill.put(module, factor.astype(jnp.dtype(args.dtype)))
+        row = Row(module, len(found.right), found.energy, found.squared_norm)
+        rows.append(row)
+    return tensors, rows, rest
+
+
+def _total(rows: Sequence[Row]) -> float:
+    """The share of the squared norm of all changes that is kept."""
+    kept_norm = sum(row.energy * row.squared_norm for row in rows)
+    return kept_norm / sum(row.squared_norm for row in rows)
+
+
+def _table(rows: Sequence[Row]) -> str:
+    header = ["module", "rank", "energy kept", "norm of the change"]
+    cells = [
+        [row.module, row.rank, f"{row.energy:.2%}", f"{np.sqrt(row.squared_norm):.4g}"]
+        for row in rows
+    ]
+    return report.markdown_table(header, cells, right=[False, True, True, True])
+
+
+def _left(rest: Sequence[str]) -> str:
+    return f"{len(rest)} changed tensors: {report.listed(rest, 6)}"
+
+
+def _told(
+    out: Path, rows: Sequence[Row], rest: Mapping[str, Stored], size: int, keep: bool
+) -> str:
+    worst = sorted(rows, key=lambda row: row.energy)
+    few = rows if len(rows) <= _MOST_ROWS else worst[:_MOST_ROWS]
+    lines = [printable(_table(few))]
+    if len(few) < len(rows):
+        lines.append(f"(the {len(few)} layers that keep least; all are in README.md)")
+    lines.append(
+        f"{out}: {len(rows)} layers, rank {max(row.rank for row in rows)}, energy kept "
+        f"{_total(rows):.2%}, least {worst[0].energy:.2%} in "
+        f"{printable(worst[0].module)} ({size / 1e6:.2f} MB)"
+    )
+    if rest:
+        place = "kept whole" if keep else "not in the adapter (--keep-rest keeps them)"
+        lines.append(f"{place}: {printable(_left([*rest]))}")
+    return "\n".join(lines)
+
+
+def _beside(
+    folder: Path,
+    args: argparse.Namespace,
+    name: str,
+    rows: Sequence[Row],
+    left: Sequence[str],
+) -> None:
+    """Writes the model card, and the same as data."""
+    command = shlex.join(["jaxarith", *args.arguments])
+    facts = {
+        "jaxarith": jaxarith.__version__,
+        "base": args.base,
+        "model": args.model,
+        "command": command,
+        "energy": _total(rows),
+        "layers": [row._asdict() for row in rows],
+        "left": [*left],
+        "files": [],
+    }
+    text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+    (folder / hub.RECORD).write_text(text, encoding="utf-8")
+    lines = [
+        "---\nlibrary_name: peft\ntags:\n- jaxarith\n- lora\n---\n",
+        f"# {name}\n",
+        f"A LoRA adapter extracted from `{args.model}` on `{args.base}` with jaxarith "
+        f"{jaxarith.__version__}. It keeps {_total(rows):.2%} of the squared norm of "
+        "the changes of linear layers.\n",
+        f"```sh\n{command}\n```\n",
+        printable(_table(rows)) + "\n",
+    ]
+    if left:
+        lines.append(f"Not in the adapter: {_left(left)}.\n")
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
