@@ -1,4 +1,4 @@
-"""Every merge without data on the vectors of the quickstart, ranked, over seeds.
+"""The merges on the vectors of the quickstart, ranked, over seeds.
 
     python -m experiments.rank_merges --out runs/rank_merges
     python -m experiments.rank_merges --out runs/one --seeds 1 --methods tsv iso_c svc
@@ -7,9 +7,13 @@ Trains the quickstart's tiny CLIP on its small tasks, in three ways (ordinary,
 linearised, linearised with the τJp penalty) and with several seeds; merges the vectors
 of each by every method of `merge.METHODS` that needs no data and by every wrapper of
 `merge.WRAPPERS` after task arithmetic; and evaluates the merged vector of ordinary
-training as a network, and the others in the tangent space. Each method has its
-published coefficient, and the one of a grid that validation data choose: compare it
-with task arithmetic *at its best coefficient*. Test data choose nothing.
+training as a network, and the others in the tangent space. Ordinary vectors are merged
+by three methods more, which look at validation images without their labels: ESM at 32
+of a task, AdaMerging and AdaRank at all, in 300 steps of 0.01 (not tuned).
+
+Each method has its published coefficient, and the one of a grid that validation data
+choose: compare it with task arithmetic *at its best coefficient*. Test data choose
+nothing.
 
 The vectors of a merge are linear in its coefficient, so the grid is one of the merged
 vector's. Where they are not (LiNeS, CART), the grid is one of merges.
@@ -24,14 +28,16 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common import runs, script, studies, tables
+from experiments.common import runs, script, studies, study_merges, tables
 from experiments.common.studies import evaluation, training
+from experiments.common.studies.study import classifier
 from experiments.common.vision import small_study, small_tasks
 from jaxarith import merge, task_vectors, tree
 from jaxarith.typing import Params, Taus, Tree
 
 KINDS = {"nonlinear": "ordinary", "linear": "linearised", "cyclic": "τJp"}
 COEFS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0)
+ESM_SAMPLES = 32  # as many as its paper takes of a task
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # β of LiNeS
 # They take one or two vectors, or a list whose order counts for something else.
 _OTHERS = ("wise_ft", "slerp", "greedy_soup")
@@ -39,7 +45,7 @@ _OTHERS = ("wise_ft", "slerp", "greedy_soup")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(runs.Options):
-    """Rank the merges without data."""
+    """Rank the merges."""
 
     kinds: tuple[str, ...] = tuple(KINDS)
     """How the vectors are trained: nonlinear, linear, cyclic (τJp)."""
@@ -123,6 +129,41 @@ def candidates(
     yield "svc after tsv", lambda: of(_svc_after_tsv)
 
 
+def looking(
+    study: studies.Study, taus: Taus, config: Config
+) -> Iterator[tuple[str, Callable[[], Candidate]]]:
+    """Merges that look at validation samples, as `candidates`."""
+    params_0 = study.params_0
+    samples = [dataset.batches for dataset in study.validation]
+    few = [
+        [{name: leaf[:ESM_SAMPLES] for name, leaf in batches[0].items()}]
+        for batches in samples
+    ]
+
+    def esm():
+        grams = study_merges.input_grams(
+            *(study.apply_fn, params_0, taus, few), inputs=study.inputs
+        )
+        vector = _vector(merge.esm(params_0, taus, grams), params_0, taus)
+        return Candidate([vector], COEFS, 1.0)
+
+    def adapted(method):
+        merged = method(
+            classifier(study.apply_fn, study.logits),
+            *(params_0, taus),
+            [dataset.padded for dataset in study.validation],
+            samples,
+            inputs=study.inputs,
+            steps=2 if config.smoke else 300,
+            learning_rate=1e-2,
+        )
+        return Candidate([_vector(merged, params_0, taus)], (1.0,), None)
+
+    yield "esm, 32 inputs", esm
+    yield "adamerging", lambda: adapted(study_merges.adamerging)
+    yield "adarank", lambda: adapted(study_merges.adarank)
+
+
 def _svc_after_tsv(params_0, taus):
     return merge.svc(params_0, taus, merge.tsv(params_0, taus), alpha=1.0)
 
@@ -195,9 +236,10 @@ def of_seed(config: Config) -> dict[tuple[str, str], dict[str, float]]:
         )
         alone = 100 * float(np.mean(single["test"]))
         found[kind, "each alone"] = {"searched": alone}
-        bar = tqdm(
-            [*candidates(study.params_0, taus, study.blocks, config)], unit="row"
-        )
+        merges = [*candidates(study.params_0, taus, study.blocks, config)]
+        if kind == "nonlinear":  # the others are no networks to look through
+            merges += looking(study, taus, config)
+        bar = tqdm(merges, unit="row")
         for name, merged in bar:
             if config.methods and name not in ("task_arithmetic", *config.methods):
                 continue
@@ -247,7 +289,7 @@ def main(config: Config) -> dict:
         for kind in config.kinds
     }
     results = {"tasks": list(config.tasks), "seeds": config.seeds, "rows": rows}
-    title = "Merges without data, ranked"
+    title = "Merges, ranked"
     return tables.write(config.out, title, shown, results, digits=1)
 
 

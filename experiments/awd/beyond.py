@@ -1,14 +1,18 @@
 """What the AWD paper's tables lack: later merges, and the simplest rivals of AWD.
 
-Merges without data, with the library's defaults, at the coefficients of their papers:
-TSV-M and WUDI at 1, Iso-C and Iso-CTS at the best of 0.1, 0.2, …, 3 on validation data,
-PCB-Merging at that of 0.8, 0.9, …, 1.3. Published, mean test accuracy in percent on the
-same eight tasks:
+Merges with the library's defaults, at the coefficients of their papers: TSV-M and WUDI
+at 1, Iso-C, Iso-CTS, DC-Merge and ESM at the best of 0.1, 0.2, …, 3 on validation data,
+PCB-Merging at that of 0.8, 0.9, …, 1.3. ESM looks at 32 validation images of a task
+without their labels, the others at none. "WUDI, spectral filter" is the closed form
+along as many directions as the participation ratio says. Published, mean test accuracy
+in percent on the same eight tasks:
 
     merge        source            ViT-B-32  ViT-B-16  ViT-L-14
     TSV-M        arXiv:2606.19164  85.9      89.0      93.0
     Iso-C        arXiv:2606.19164  86.3      90.6      94.2
     Iso-CTS      arXiv:2606.19164  86.2      91.1      94.7
+    DC-Merge     arXiv:2606.19164  87.1      90.8      94.3
+    ESM          arXiv:2606.19164  88.6      91.6      94.7
     WUDI         WUDI's README     85.2      -         92.6
     PCB-Merging  WUDI's README     76.3      -         87.5
 
@@ -32,28 +36,48 @@ penalty, whose merges are evaluated in the tangent space.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from tqdm import tqdm
 
 from experiments.awd import disentangled, solving
 from experiments.common import tables
-from experiments.common.vision import scores, setups, vectors
+from experiments.common.vision import fitted, scores, setups, vectors
 from jaxarith import merge, task_vectors
-from jaxarith.typing import Numbers, Taus
+from jaxarith.typing import Numbers, Taus, Tree
 
+Merge: TypeAlias = Callable[[setups.Setup, Taus], Tree]  # a vector, at coefficient 1
 Other = Literal["linear_layers_1", "tau_jp_cyclic"]
 NAMES: dict[Other, str] = {
     "linear_layers_1": "attention weights",
     "tau_jp_cyclic": "linearised, τJp",
 }
-MERGES = {  # with the coefficients to try
-    "TSV-M": (merge.tsv, (1.0,)),
-    "Iso-C": (merge.iso_c, np.linspace(0.1, 3, 30)),
-    "Iso-CTS": (merge.iso_cts, np.linspace(0.1, 3, 30)),
-    "WUDI": (merge.wudi, (1.0,)),
-    "PCB-Merging": (merge.pcb, np.linspace(0.8, 1.3, 6)),
+
+
+def of_vectors(operator: Callable, **options: Any) -> Merge:
+    """A merge that looks at the vectors alone, as a merge of a setup."""
+
+    def merged(setup: setups.Setup, taus: Taus) -> Tree:
+        model = operator(setup.params_0, taus, **options)
+        return task_vectors.difference(model, setup.params_0)
+
+    return merged
+
+
+_TO_THREE = np.linspace(0.1, 3, 30)
+MERGES: dict[str, tuple[Merge, Numbers]] = {  # with the coefficients to try
+    "TSV-M": (of_vectors(merge.tsv), (1.0,)),
+    "Iso-C": (of_vectors(merge.iso_c), _TO_THREE),
+    "Iso-CTS": (of_vectors(merge.iso_cts), _TO_THREE),
+    "DC-Merge": (of_vectors(merge.dc_merge), _TO_THREE),
+    "ESM": (fitted.esm, _TO_THREE),
+    "WUDI": (of_vectors(merge.wudi), (1.0,)),
+    "WUDI, spectral filter": (
+        of_vectors(merge.wudi, solver="closed", rank="participation"),
+        (1.0,),
+    ),
+    "PCB-Merging": (of_vectors(merge.pcb), np.linspace(0.8, 1.3, 6)),
 }
 PUBLISHED = tables.published_by_column(__doc__, "merge", "source")
 PLAIN, SEARCHED = "Task Arithmetic, linear weights", "K weights searched"
@@ -142,9 +166,8 @@ def rows_of(
         rows.append(row | (beside or {"cosine with sum": None, "effective λ": None}))
 
     progress = tqdm(MERGES.items(), desc="merges", unit="merge")
-    for name, (method, candidates) in progress:
-        model = method(setup.params_0, taus, coef=1.0)
-        vector = task_vectors.difference(model, setup.params_0)
+    for name, (merged, candidates) in progress:
+        vector = merged(setup, taus)
         found = disentangled.searched(setup, {"": vector}, candidates)
         add(name, found.test, coef=found.coef)
     parts = disentangled.linear_weights(taus)

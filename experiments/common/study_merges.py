@@ -10,7 +10,7 @@ from jaxarith import merge, task_vectors
 from jaxarith.merge import capture
 from jaxarith.typing import ApplyFn, Params, Taus, Tree
 
-DataFree = Literal["ties", "dare_ties", "consensus", "awd", "tsv", "iso_c"]
+DataFree = Literal["ties", "dare_ties", "consensus", "awd", "tsv", "iso_c", "wudi"]
 Fitted = Literal["fisher", "regmean", "adamerging"]
 Merge = Literal[DataFree, Fitted]
 MERGES: tuple[DataFree, ...] = get_args(DataFree)
@@ -68,8 +68,31 @@ def regmean(
     select: str = ".*",
 ) -> Params:
     """The RegMean merge of T encoders; see `capture.input_grams` for the options."""
+    grams = input_grams(
+        apply_fn,
+        params_0,
+        taus,
+        samples,
+        inputs=inputs,
+        token_mask=token_mask,
+        select=select,
+    )
+    return merge.regmean(params_0, taus, grams)
+
+
+def input_grams(
+    apply_fn: ApplyFn,
+    params_0: Params,
+    taus: Taus,
+    samples: Sequence[Sequence[dict]],
+    *,
+    inputs: Sequence[str],
+    token_mask: str | None = None,
+    select: str = ".*",
+) -> list[dict[str, jax.Array]]:
+    """For every task, what `merge.regmean` and `merge.esm` take of its samples."""
     progress = tqdm(taus, desc="Gram matrices", unit="task")
-    grams = [
+    return [
         capture.input_grams(
             apply_fn,
             task_vectors.apply(params_0, tau),
@@ -80,7 +103,6 @@ def regmean(
         )
         for tau, batches in zip(progress, samples, strict=True)
     ]
-    return merge.regmean(params_0, taus, grams)
 
 
 def adamerging(
@@ -98,6 +120,27 @@ def adamerging(
     Samples are taken in batches of 16, as the authors do. `options` are those of
     `merge.adamerging`.
     """
+    entropies = _in_sixteens(logits_of, heads, samples, inputs)
+    return merge.adamerging(params_0, taus, *entropies, **options).params
+
+
+def adarank(
+    logits_of: Callable[..., jax.Array],
+    params_0: Params,
+    taus: Taus,
+    heads: Sequence[Tree],
+    samples: Sequence[Sequence[dict]],
+    *,
+    inputs: Sequence[str],
+    **options: Any,
+) -> Params:
+    """AdaRank of T encoders; see `adamerging`."""
+    entropies = _in_sixteens(logits_of, heads, samples, inputs)
+    return merge.adarank(params_0, taus, *entropies, **options).params
+
+
+def _in_sixteens(logits_of, heads, samples, inputs):
+    """The functions and the batches of what minimises entropies."""
 
     def logits_of_batch(params, batch):
         own = {"encoder": params, "head": batch["head"]}
@@ -112,5 +155,4 @@ def adamerging(
         ]
         for head, batches in zip(heads, samples, strict=True)
     ]
-    logits = [logits_of_batch] * len(taus)
-    return merge.adamerging(params_0, taus, logits, sixteens, **options).params
+    return [logits_of_batch] * len(heads), sixteens

@@ -25,6 +25,10 @@ def merged_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
         "awd": lambda: merge.awd(params_0, blocks, coef=1.0),
         "tsv": lambda: merge.tsv(params_0, taus, coef=1.0),
         "iso_c": lambda: merge.iso_c(params_0, taus, coef=1.0),
+        # Adam's learning rate would have to be made for these vectors.
+        "wudi": lambda: merge.wudi(
+            params_0, taus, solver="closed", rank="participation"
+        ),
     }
     wanted = [name for name in study_merges.MERGES if name in study.config.merges]
     return {

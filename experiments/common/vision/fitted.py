@@ -1,4 +1,4 @@
-"""Merges of the vision papers that look at images: Fisher, RegMean, AdaMerging.
+"""Merges that look at images: Fisher, RegMean, ESM, AdaMerging.
 
 None looks at labels. Each gives a merged task vector, to be added at coefficient 1.
 """
@@ -17,6 +17,7 @@ from jaxarith.models import heads
 from jaxarith.typing import Taus, Tree
 
 SAMPLES = 256  # of every task; so many have the public tables of FusionBench
+ESM_SAMPLES = 32  # as many as its paper takes
 
 
 def fisher(setup: setups.Setup, taus: Taus) -> Tree:
@@ -55,10 +56,23 @@ def regmean(setup: setups.Setup, taus: Taus) -> Tree:
     return task_vectors.difference(merged, params_0)
 
 
-def validation_samples(setup: setups.Setup) -> list[list[dict]]:
-    """Batches of 256 validation images of every task, drawn with a fixed seed."""
+def esm(setup: setups.Setup, taus: Taus) -> Tree:
+    """The ESM merge on 32 validation images of every task (arXiv:2606.19164)."""
+    params_0, taus = sharding.to_host((setup.params_0, list(taus)))
+    grams = study_merges.input_grams(
+        setup.apply_fn,
+        params_0,
+        taus,
+        validation_samples(setup, ESM_SAMPLES),
+        inputs=("image",),
+    )
+    return task_vectors.difference(merge.esm(params_0, taus, grams), params_0)
+
+
+def validation_samples(setup: setups.Setup, count: int = SAMPLES) -> list[list[dict]]:
+    """Batches of some validation images of every task, drawn with a fixed seed."""
     return [
-        list(setups.drawn(setup, task.validation, SAMPLES).batches)
+        list(setups.drawn(setup, task.validation, count).batches)
         for task in setup.tasks
     ]
 
