@@ -1,4 +1,4 @@
-"""The `jaxarith` command: `merge`, `extract`, `inspect`, `convert`, `data check`."""
+"""The `jaxarith` command, with a subcommand for each task."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ import warnings
 import jaxarith
 from jaxarith import report
 from jaxarith.commands import convert, data, inspect, merge, signals
-from jaxarith.commands.adapters import extract
+from jaxarith.commands.adapters import extract, verify
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -16,7 +16,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=jaxarith.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (merge, extract, inspect, convert, data):
+    for command in (merge, extract, verify, inspect, convert, data):
         command.add(commands)
     return parser
 

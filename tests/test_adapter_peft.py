@@ -143,6 +143,20 @@ def test_one_adapter_comes_back(torch, peft, case, tmp_path):
         np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_peft_merges_is_verified(torch, peft, case, tmp_path, capsys, dtype):
+    base, models, build = case
+    start = build.from_pretrained(base, dtype=getattr(torch, dtype))
+    found = peft.PeftModel.from_pretrained(start, models[0])
+    found.merge_and_unload().save_pretrained(tmp_path / "merged")
+    given = ["verify", *map(str, (base, models[0], tmp_path / "merged")), "--quiet"]
+    assert cli.main([*given, "--roundings", "3"]) == 0
+    assert cli.main(given) == (dtype == "bfloat16")
+    other = ["verify", *map(str, (base, models[1], tmp_path / "merged"))]
+    assert cli.main([*other, "--roundings", "3"]) == 1
+    assert "is NOT" in capsys.readouterr().out
+
+
 def check_extracted(torch, peft, build, base, tuned, out):
     """An adapter of full rank gives the outputs of the model, merged and not."""
     arguments = ["extract", str(base), str(tuned), "--rank", "16", "--keep-rest"]
