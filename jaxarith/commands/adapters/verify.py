@@ -197,7 +197,9 @@ def _of_weights(
     given = actual.read().astype(np.float32)
     exact = _eps(np.float32)
     half = max(_eps(actual.dtype), exact) / 2
-    allowed = half * np.abs(expected)
+    # Half of a unit in the last place: eps is that of the numbers from 1 to 2.
+    allowed = np.ldexp(np.float32(half), np.frexp(expected)[1] - 1)
+    allowed[expected == 0] = 0
     if delta is not None:
         size = np.abs(delta)
         allowed += half * (roundings - 1) * size + _SLACK * (size + size.max(initial=0))
