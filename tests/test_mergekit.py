@@ -274,6 +274,9 @@ METHODS = {
     "model_stock": (mergekit.model_stock, {}, 3),
     "sce": (mergekit.sce, {"select_topk": 0.5}, 3),
     "nearswap": (mergekit.nearswap, {"t": 0.3}, 1),
+    "arcee_fusion": (mergekit.arcee_fusion, {}, 1),
+    "ram": (mergekit.ram, {}, 3),
+    "ramplus_tl": (mergekit.ramplus_tl, {}, 3),
 } | {
     name: (
         mergekit.generalized_task_arithmetic,

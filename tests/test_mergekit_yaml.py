@@ -204,6 +204,9 @@ parameters: {weight: 0.5, density: 0.5}
     assert all(np.array_equal(one[name], expected[name]) for name in NAMES)
 
 
+ONE = ("wise_ft", "nearswap", "passthrough", "arcee_fusion")  # take one model
+
+
 @pytest.mark.parametrize(
     ("preset", "name"),
     [
@@ -214,7 +217,7 @@ parameters: {weight: 0.5, density: 0.5}
 )
 def test_every_method_runs_under_pytorchs_names(preset, name, base, taus):
     method = merge_recipe.find(name, preset)
-    one = name in ("wise_ft", "nearswap", "passthrough")
+    one = name in ONE
     models = taus[:1] if one else taus
     given = {key: 0.5 for key, option in method.options.items() if option.required}
     given |= {"clusters": 1} if name == "bases" else {}
@@ -248,7 +251,7 @@ def test_every_option_reaches_its_function(base, taus):
             given |= {"gamma": 0.9} if "beta" in given else {}
             given |= {"ratio": 2.0} if "ratio" in given else {}
             given |= {"solver": "closed"} if "time" in given else {}
-            few = 1 if name in ("wise_ft", "nearswap", "passthrough") else 2
+            few = 1 if name in ONE else 2
             base_model = None if method.base == "input" else "base"
             asked = request(name, few, parameters=given, preset=preset, base=base_model)
             params = merge_recipe.build(asked).merge(base, taus[:few])

@@ -109,4 +109,16 @@ MERGEKIT = {
     "nearswap": Method(
         mergekit.nearswap, {"t": Option(float, by_path=True, required=True)}
     ),
+    "arcee_fusion": Method(
+        mergekit.arcee_fusion,
+        {},
+        note=(
+            "its quantiles are those of all entries; mergekit draws a million of them "
+            "without a seed"
+        ),
+    ),
+    "ram": Method(mergekit.ram, {"epsilon": NUMBER}),
+    "ramplus_tl": Method(
+        mergekit.ramplus_tl, {"r": NUMBER, "alpha": NUMBER, "epsilon": NUMBER}
+    ),
 }

@@ -25,6 +25,9 @@ from jaxarith.merge.mergekit.averages import model_stock as model_stock
 from jaxarith.merge.mergekit.averages import multislerp as multislerp
 from jaxarith.merge.mergekit.averages import nuslerp as nuslerp
 from jaxarith.merge.mergekit.averages import slerp as slerp
+from jaxarith.merge.mergekit.fusion import arcee_fusion as arcee_fusion
+from jaxarith.merge.mergekit.fusion import ram as ram
+from jaxarith.merge.mergekit.fusion import ramplus_tl as ramplus_tl
 from jaxarith.merge.mergekit.passthrough import passthrough as passthrough
 from jaxarith.merge.mergekit.selections import nearswap as nearswap
 from jaxarith.merge.mergekit.selections import sce as sce
