@@ -63,11 +63,41 @@ MISTAKES = {
     "model twice": (replaced("- model: code", "- model: math"), 7, "twice, .* line 5"),
     "model without a name": (replaced("- model: code", "- lora: x"), 7, "key 'lora'"),
     "no such dtype": (replaced("bfloat16", "int3"), 16, "dtype is 'int3'; .*float32"),
-    "union": (TIES + "tokenizer_source: union\n", 17, "union .* not supported"),
-    "tokens": (
-        TIES + "tokenizer:\n  source: base\n  tokens: {x: {source: base}}\n",
+    "two tokenizers": (
+        TIES + "tokenizer_source: union\ntokenizer: {source: base}\n",
+        18,
+        "there is a tokenizer_source as well",
+    ),
+    "key of a tokenizer": (
+        TIES + "tokenizer:\n  source: base\n  token: {x: {source: base}}\n",
         19,
-        "key 'tokens' of tokenizer",
+        "key 'token' of tokenizer",
+    ),
+    "key of a token": (
+        TIES + "tokenizer:\n  tokens: {x: {sauce: base}}\n",
+        18,
+        "key 'sauce' of the token x",
+    ),
+    "kind of a token": (
+        TIES + "tokenizer:\n  tokens: {x: {source: {kind: one}}}\n",
+        18,
+        "kind is 'one'; it must be one of model_token, zero",
+    ),
+    "row of no token": (
+        TIES + "tokenizer:\n  tokens: {x: {source: {kind: model_token, model: m}}}\n",
+        18,
+        "a model_token has a model, and a token or a token_id",
+    ),
+    "no force": (TIES + "tokenizer:\n  tokens: {x: {force: 1}}\n", 18, "force is 1"),
+    "no multiple": (
+        TIES + "tokenizer:\n  pad_to_multiple_of: 0\n",
+        18,
+        "pad_to_multiple_of is 0",
+    ),
+    "template by name": (
+        TIES + "chat_template: chatml\n",
+        17,
+        "chat_template is 'chatml'; .*give the template itself",
     ),
     "preset": (TIES + "preset: ours\n", 17, "preset is 'ours'; .* paper, mergekit"),
     "number beyond floats": (replaced("0.25", "1" * 400), 9, "it must be a number"),

@@ -3,6 +3,7 @@
 from jaxarith.hub import check_out as check_out
 from jaxarith.stream.opened import Opened as Opened
 from jaxarith.stream.opened import open_models as open_models
+from jaxarith.stream.rerowed import Rerowing as Rerowing
 from jaxarith.stream.restacked import Slice as Slice
 from jaxarith.stream.restacked import open_slices as open_slices
 from jaxarith.stream.stacked import Layers as Layers

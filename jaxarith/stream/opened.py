@@ -20,6 +20,7 @@ from jaxarith import hub, lazy, tree
 from jaxarith.hub import Stored, lora
 from jaxarith.stream import configs, inputs, leaves, policies, tying
 from jaxarith.stream.inputs import open_checkpoint, read_config
+from jaxarith.stream.rerowed import Rerowing, rerowed
 
 
 class Progress:
@@ -136,6 +137,7 @@ def open_models(
     *,
     vocabulary: policies.Vocabulary = "error",
     missing: policies.Missing = "error",
+    rerowing: Rerowing | None = None,
 ) -> Opened:
     """Opens checkpoints as a base and its task vectors, without reading them.
 
@@ -149,6 +151,8 @@ def open_models(
       models: the fine-tuned checkpoints.
       vocabulary: what to do where numbers of tokens differ, as for `policies.rows`.
       missing: what to do where tensors are missing, as for `policies.fit`.
+      rerowing: where rows of embeddings and heads come from, by the names of base and
+        models as given; None leaves them where they are.
 
     Raises:
       FileNotFoundError: a checkpoint or a part of one does not exist.
@@ -199,7 +203,16 @@ def open_models(
             f"{x}: {tying.KEY} is true, but its head and embedding differ"
             for x in apart
         ]
+    rows = {}
+    if rerowing is not None:
+        key = str(models[0] if base is None else base)
+        called = dict(zip(labels, map(str, models), strict=True))
+        rows = {rerowing.rows[key]: rerowing.count}
+        tensors, fitted, changes = rerowed(
+            rerowing, key, tensors, fitted, changes, called
+        )
     kept, skipped, more = policies.rows(tensors, fitted, vocabulary)
+    rows |= {tensors[name].shape[0]: count for name, count in kept.items()}
     of_base = {
         name: tensor.rows(kept[name]) if name in kept else tensor
         for name, tensor in tensors.items()
@@ -220,11 +233,7 @@ def open_models(
         folders=[start, *(x for place in places for x in place if x is not None)],
         notes=(*notes, *more),
         narrowed=tuple(double),
-        resized={
-            tensors[name].shape[0]: count
-            for name, count in kept.items()
-            if count != tensors[name].shape[0]
-        },
+        resized={old: new for old, new in rows.items() if old != new},
         untied=untied,
         metadata=first.metadata,
         progress=progress,

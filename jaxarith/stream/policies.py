@@ -74,9 +74,9 @@ def fit(
 
     tied = {}
     for name in sorted(wanted - found.keys()):
-        if not _may_be_tied(name) or _is_constant(base[name]):  # as a bias of zeros
+        if not may_be_tied(name) or _is_constant(base[name]):  # as a bias of zeros
             continue
-        others = filter(_may_be_tied, found)
+        others = filter(may_be_tied, found)
         twins = (other for other in others if same_values(base[name], base[other]))
         if (twin := next(twins, None)) is not None:
             tied[name] = found[twin]
@@ -88,8 +88,8 @@ def fit(
     copies = {
         name: other
         for name, tensor in extra.items()
-        for other in filter(_may_be_tied, found)
-        if _may_be_tied(name) and same_values(tensor, found[other])
+        for other in filter(may_be_tied, found)
+        if may_be_tied(name) and same_values(tensor, found[other])
     }
     buffers = sorted(name for name, t in extra.items() if not _is_merged(name, t))
     notes += _of_the_base(base, ours, label)
@@ -159,9 +159,9 @@ def fit_vector(
         _check_share(found, strange, ours, label)
         notes.append(f"{label}: {_some(strange)} left out")
     still = sorted(n for n, x in base.items() if _is_merged(n, x) and n not in found)
-    for name in filter(_may_be_tied, still):
+    for name in filter(may_be_tied, still):
         twins = (
-            x for x in found if _may_be_tied(x) and same_values(base[name], base[x])
+            x for x in found if may_be_tied(x) and same_values(base[name], base[x])
         )
         if (twin := next(twins, None)) is not None and not _is_constant(base[name]):
             found[name] = found[twin]
@@ -283,8 +283,10 @@ def is_of_tokens(name: str) -> bool:
     return bool(_TOKENS.search(name) and not _POSITIONS.search(name))
 
 
-def _may_be_tied(name):
-    return (is_of_tokens(name) or _HEADS.search(name)) and not _NORMS.search(name)
+def may_be_tied(name: str) -> bool:
+    """Whether a tensor is an embedding or a head, by its name."""
+    of_tokens = is_of_tokens(name) or _HEADS.search(name)
+    return bool(of_tokens and not _NORMS.search(name))
 
 
 def same_values(a: Stored, b: Stored) -> bool:

@@ -18,12 +18,14 @@ from jaxarith.hub import Stored, lora
 from jaxarith.stream import inputs, layer_configs, opened, policies, tying
 from jaxarith.stream.layer_configs import Layer
 from jaxarith.stream.opened import Opened
+from jaxarith.stream.rerowed import Rerowing
 from jaxarith.stream.stacked import (
     Layers,
     Stacked,
     Template,
     depths,
     read,
+    rerowed,
     rows,
     taken,
 )
@@ -58,6 +60,7 @@ def open_slices(
     base: str | None = None,
     vocabulary: policies.Vocabulary = "error",
     missing: policies.Missing = "error",
+    rerowing: Rerowing | None = None,
 ) -> Opened:
     """Opens the models of slices as a base and its task vectors, without reading them.
 
@@ -70,6 +73,8 @@ def open_slices(
         `policies.rows`.
       missing: what to do where models of a slice lack tensors of its first one, as for
         `policies.fit`.
+      rerowing: where rows of embeddings and heads come from, by the names of models;
+        None leaves them where they are.
 
     Raises:
       FileNotFoundError: a checkpoint or a part of one does not exist.
@@ -102,6 +107,8 @@ def open_slices(
                 )
         notes += more
     stacks = _with_heads(stacks)
+    if rerowing is not None:
+        stacks = rerowed(stacks, rerowing)
     progress = opened.Progress()
     source = opened.sources(progress)
     parts, at = [], 0

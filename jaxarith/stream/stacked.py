@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 from jaxarith import tree
 from jaxarith.hub import Stored, lora
 from jaxarith.stream import inputs, names, policies, tying
+from jaxarith.stream.rerowed import Rerowing
 from jaxarith.stream.stacks import LAYER, layers, stacks
 
 # By name and, in a layer, the layer's number.
@@ -110,7 +111,7 @@ class Template(NamedTuple):
             if index is not None and index < count:
                 kinds[index] |= _shape(name, tensor)
         inside = [kind for i, kind in enumerate(kinds) if kind not in kinds[:i]]
-        outside = {name: x for (name, index), x in found.items() if index is None}
+        outside = _outside(found)
         return cls(stack, count, config, {n for n, _ in found}, outside, inside)
 
     def check(self, tensors: Mapping[str, Stored], of: Layers) -> None:
@@ -232,6 +233,36 @@ def read(
         untied=pair is None and stored is not None,
     )
     return model, [*notes, *more]
+
+
+def rerowed(stacks: Mapping[str, Stacked], rerowing: Rerowing) -> dict[str, Stacked]:
+    """The models with new rows for tokens."""
+    found = {name: _outside(model.tensors) for name, model in stacks.items()}
+    changes = {
+        name: lora.Adapter(_outside(model.deltas), _outside(model.replaced))
+        for name, model in stacks.items()
+    }
+    new, rest = rerowing.apply(found, changes)
+    return {
+        name: model._replace(
+            tensors=_inside(model.tensors) | _back(new[name]),
+            deltas=_inside(model.deltas) | _back(rest[name].deltas),
+            replaced=_inside(model.replaced) | _back(rest[name].replaced),
+        )
+        for name, model in stacks.items()
+    }
+
+
+def _outside(found: Found) -> dict[str, Stored]:
+    return {name: x for (name, index), x in found.items() if index is None}
+
+
+def _inside(found: Found) -> Found:
+    return {key: x for key, x in found.items() if key[1] is not None}
+
+
+def _back(found: Mapping[str, Stored]) -> Found:
+    return {(name, None): x for name, x in found.items()}
 
 
 def taken(

@@ -6,14 +6,21 @@ import dataclasses
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
 
 from jaxarith import hub, stream
 from jaxarith.commands.adapters import to_adapter
-from jaxarith.commands.merge import flags, mergekit_yaml, model_card, output, slices
+from jaxarith.commands.merge import (
+    flags,
+    mergekit_yaml,
+    model_card,
+    output,
+    slices,
+    vocabulary,
+)
 from jaxarith.commands.merge import recipe as merge_recipe
 from jaxarith.commands.merge.mergekit_methods import MERGEKIT
 from jaxarith.commands.merge.recipe import MergeRecipe
@@ -47,10 +54,12 @@ def _run(args: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_device(args.device))
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        opened = _opened(recipe, args, temporary)
+        places = _places(recipe, temporary)
+        tokenizer = vocabulary.plan(recipe.request, places)
+        opened = _opened(recipe, args, places, tokenizer.rerowing)
         if opened.narrowed:
             stack.enter_context(_float64())
-            opened = _opened(recipe, args, temporary)
+            opened = _opened(recipe, args, places, tokenizer.rerowing)
         _check_apart(out, opened.folders)
         config = hub.read_json(opened.folders[0])
         if isinstance(recipe, SlicedRecipe):
@@ -61,10 +70,9 @@ def _run(args: argparse.Namespace) -> None:
             f"the filter {part!r} fits no tensor and has no effect"
             for part in recipe.unused_filters(opened.base)
         ]
-        source = recipe.request.tokenizer_source
-        tokenizer = None if source is None else hub.find(source)
         beside = output.beside(opened, dtype, tokenizer)
-        notes = (*recipe.notes, *opened.notes, *unused, *beside.notes)
+        notes = (*recipe.notes, *tokenizer.notes, *opened.notes)
+        notes = (*notes, *unused, *beside.notes)
         plan = stream.plan(opened, dtype=dtype, shard_bytes=args.shard_size)
         if args.dry_run:
             recipe.check(opened.params_0, opened.taus)
@@ -104,8 +112,19 @@ def _run(args: argparse.Namespace) -> None:
         )
 
 
+def _places(recipe: MergeRecipe | SlicedRecipe, temporary: Path) -> dict[str, str]:
+    """Where all models are, by their names, the base first."""
+    named = [name for name in (recipe.base, *recipe.models) if name is not None]
+    if isinstance(recipe, SlicedRecipe):
+        return {name: name for name in named}
+    return {name: _in_safetensors(i, name, temporary) for i, name in enumerate(named)}
+
+
 def _opened(
-    recipe: MergeRecipe | SlicedRecipe, args: argparse.Namespace, temporary: Path
+    recipe: MergeRecipe | SlicedRecipe,
+    args: argparse.Namespace,
+    places: Mapping[str, str],
+    rerowing: stream.Rerowing | None,
 ) -> stream.Opened:
     if isinstance(recipe, SlicedRecipe):
         return stream.open_slices(
@@ -114,14 +133,14 @@ def _opened(
             base=recipe.base,
             vocabulary=args.vocabulary,
             missing=args.missing,
+            rerowing=rerowing,
         )
-    named = [name for name in (recipe.base, *recipe.models) if name is not None]
-    places = [_in_safetensors(*pair, temporary) for pair in enumerate(named)]
     return stream.open_models(
-        None if recipe.base is None else places[0],
-        places[len(places) - len(recipe.models) :],
+        None if recipe.base is None else places[recipe.base],
+        [places[name] for name in recipe.models],
         vocabulary=args.vocabulary,
         missing=args.missing,
+        rerowing=rerowing,
     )
 
 

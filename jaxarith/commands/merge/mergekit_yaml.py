@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 
 from jaxarith.commands.merge import recipe as merge_recipe
 from jaxarith.commands.merge import slices as sliced
-from jaxarith.commands.merge import wrappers, yaml_lines, yaml_slices
+from jaxarith.commands.merge import wrappers, yaml_lines, yaml_slices, yaml_tokenizer
 from jaxarith.commands.merge.recipe import MergeRecipe
 from jaxarith.commands.merge.request import (
     DTYPES,
@@ -38,6 +38,7 @@ _KEYS = (
     "out_dtype",
     "tokenizer_source",
     "tokenizer",
+    "chat_template",
     "preset",
     "after",
 )
@@ -109,12 +110,6 @@ def _request(root: Node, keys: Mapping[str, Node]) -> tuple[MergeRequest, list[s
             models = tuple(source.model for source in one.sources)
             for key, setting in one.parameters.items():
                 shared[key] = setting + shared.get(key, ())  # the slice's count first
-    source = _tokenizer(keys)
-    if source is not None:
-        notes.append(
-            "the files of the tokenizer are copied; rows of embeddings stay where they "
-            "are, so tokens must have the same ids in all models"
-        )
     request = MergeRequest(
         method=name,
         models=models,
@@ -123,7 +118,8 @@ def _request(root: Node, keys: Mapping[str, Node]) -> tuple[MergeRequest, list[s
         preset=preset,
         dtype=_dtype(keys, "dtype"),
         out_dtype=_dtype(keys, "out_dtype"),
-        tokenizer_source=base if source == "base" else source,
+        **yaml_tokenizer.tokenizer(keys),
+        chat_template=yaml_tokenizer.chat_template(keys.get("chat_template")),
         layers=layers,
         after=_afters(keys.get("after")),
         slices=slices,
@@ -153,28 +149,6 @@ def _after(node: Node) -> wrappers.After:
 
 def _dtype(keys: Mapping[str, Node], key: str) -> Dtype | None:
     return keys[key].word(DTYPES, key) if key in keys else None
-
-
-def _tokenizer(keys: Mapping[str, Node]) -> str | None:
-    if "tokenizer_source" in keys and "tokenizer" in keys:
-        raise keys["tokenizer"].error("there is a tokenizer_source as well.")
-    node = keys.get("tokenizer_source")
-    if "tokenizer" in keys:
-        fields = keys["tokenizer"].fields(("source",), "tokenizer")
-        node = fields.get("source")
-        if node is None:
-            raise keys["tokenizer"].error("the tokenizer has no source.")
-    if node is None:
-        return None
-    source = node.text("the source of the tokenizer")
-    if source == "union":
-        raise node.error(
-            "a union of vocabularies is not supported; the source of the tokenizer is "
-            '"base" or the path of a model.'
-        )
-    if source == "base" and "base_model" not in keys:
-        raise node.error('the source of the tokenizer is "base"; there is none.')
-    return source
 
 
 def _dtype_notes(dtype: Dtype | None) -> Iterator[str]:

@@ -13,11 +13,13 @@ from jaxarith.commands.merge import model_card, sides
 from jaxarith.commands.merge.model_card import Input
 from jaxarith.commands.merge.recipe import MergeRecipe
 from jaxarith.commands.merge.slices import SlicedRecipe
+from jaxarith.commands.merge.vocabulary import Planned
 from jaxarith.hub import config as config_of
 from jaxarith.hub import packed
 from jaxarith.stream import Opened, Plan, Report, tying
 from jaxarith.stream.inputs import adapted
 
+_GENERATION = "generation_config.json"
 _DTYPE_KEYS = {"dtype", "torch_dtype"}
 _QUANTISED = ("quantization_config", "compression_config")
 
@@ -57,26 +59,28 @@ class Beside:
     Attributes:
       config: the content of `config.json`.
       files: files to copy, such as those of the tokenizer, by their new names.
+      made: the content of files that are no copies, by their names.
       notes: what the user should know of them.
     """
 
     config: dict[str, Any]
     files: Mapping[str, Path]
+    made: Mapping[str, str]
     notes: tuple[str, ...]
 
 
-def beside(opened: Opened, dtype: str | None, tokenizer: Path | None) -> Beside:
+def beside(opened: Opened, dtype: str | None, tokenizer: Planned) -> Beside:
     """Finds what belongs beside the weights of a merge.
 
     Args:
       opened: the models.
       dtype: dtype of the new weights; None is the base's.
-      tokenizer: the folder whose tokenizer is copied; None is the base's.
+      tokenizer: the tokenizer of the merge.
 
     Raises:
       FileNotFoundError: the base has no configuration.
-      ValueError: it is no JSON, `tokenizer` has no tokenizer, or tokens lie beyond
-        the rows of the merge.
+      ValueError: it is no JSON, `tokenizer` has no files, or tokens lie beyond the
+        rows of the merge.
     """
     folder = opened.folders[0]
     config = hub.read_json(folder) if opened.config is None else dict(opened.config)
@@ -107,14 +111,38 @@ def beside(opened: Opened, dtype: str | None, tokenizer: Path | None) -> Beside:
             f"config.json says that the weights are quantised ({said}), which they are "
             "not; quantization_config is left out"
         )
-    files, more = sides.choose([x for x in opened.folders if x.is_dir()], tokenizer)
+    folders = [x for x in opened.folders if x.is_dir()]
+    files, more = sides.choose(folders, tokenizer.folder)
     notes += more
+    files, made, more = _replaced(files, tokenizer)
+    notes += more
+    if tokenizer.renumber is not None:
+        config, more = tokenizer.renumber(config, hub.CONFIG)
+        notes += more
     if rows:
         _check_tokens(config, files, min(rows.values()))
     elif lines := sides.beyond({}, files, tying.rows(opened.base)):
         few = "; ".join(tree.first_few(lines, most=3))
         notes.append(f"the embeddings have no rows for {len(lines)} tokens: {few}")
-    return Beside(config, files, tuple(notes))
+    return Beside(config, files, made, tuple(notes))
+
+
+def _replaced(
+    files: Mapping[str, Path], tokenizer: Planned
+) -> tuple[dict[str, Path], dict[str, str], list[str]]:
+    """The files that are copied, those that are written, and notes."""
+    made, notes = dict(tokenizer.made), []
+    file = files.get(_GENERATION)
+    if file is not None and tokenizer.renumber is not None:
+        before = hub.read_json(file.parent, file.name)
+        after, notes = tokenizer.renumber(before, _GENERATION)
+        if after != before:
+            made[_GENERATION] = json.dumps(after, indent=2, ensure_ascii=False) + "\n"
+    left = [name for name in tokenizer.left if name in files and name not in made]
+    if left:
+        notes.append(f"{', '.join(left)} of another vocabulary or template stay behind")
+    kept = {n: file for n, file in files.items() if n not in made and n not in left}
+    return kept, made, notes
 
 
 def write(folder: Path, found: Beside, name: str, facts: Mapping[str, Any]) -> None:
@@ -130,8 +158,11 @@ def write(folder: Path, found: Beside, name: str, facts: Mapping[str, Any]) -> N
         place = folder / relative
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, place)
+    for relative, text in found.made.items():
+        (folder / relative).write_text(text, encoding="utf-8")
     _write_json(folder / "config.json", found.config)
-    _write_json(folder / hub.RECORD, {**facts, "files": sorted(found.files)})
+    names = sorted([*found.files, *found.made])
+    _write_json(folder / hub.RECORD, {**facts, "files": names})
     card = model_card.render(name, facts)
     (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -56,6 +56,27 @@ class Slice(NamedTuple):
     place: str = ""
 
 
+class TokenRow(NamedTuple):
+    """Where the row of a token comes from in models that lack it.
+
+    Attributes:
+      token: the token; it is added where the tokenizer lacks it.
+      source: "model": from that model's row of this token; "row": from its row of
+        another one; "zero": it is zero; "default": as for tokens that are not listed.
+      model: the model.
+      of: the other token, or its id.
+      force: whether models that have the token get that row too.
+      place: what errors about it begin with.
+    """
+
+    token: str
+    source: Literal["model", "row", "zero", "default"]
+    model: str = ""
+    of: str | int = ""
+    force: bool = False
+    place: str = ""
+
+
 @dataclasses.dataclass(frozen=True)
 class MergeRequest:
     """A merge that is asked for; its options have the right types.
@@ -68,8 +89,12 @@ class MergeRequest:
       preset: the table of methods to use where both have one of that name.
       dtype: dtype of the new weights (mergekit computes in it as well).
       out_dtype: dtype of the new weights, if it differs from `dtype`.
-      tokenizer_source: the model whose tokenizer is copied; None is the base, and what
-        adapters have of a tokenizer.
+      tokenizer_source: the model whose tokenizer the new one has, or "union" for the
+        base's with the tokens of all others; None is the base's, and what adapters
+        have of a tokenizer, while rows of tokens stay where they are.
+      tokens: where rows of single tokens come from.
+      pad_to_multiple_of: of what the number of rows is a multiple; None is any.
+      chat_template: the new chat template; "auto" is the one that most models have.
       layers: the number of layers that the largest stack must have; None is any.
       after: what is done to the merged vector, in order.
       slices: the slices whose layers follow each other, in place of `models`.
@@ -84,6 +109,9 @@ class MergeRequest:
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
     tokenizer_source: str | None = None
+    tokens: tuple[TokenRow, ...] = ()
+    pad_to_multiple_of: int | None = None
+    chat_template: str | None = None
     layers: int | None = None
     after: tuple[After, ...] = ()
     slices: tuple[Slice, ...] = ()
@@ -104,9 +132,18 @@ class MergeRequest:
             "after": [one.plain for one in self.after],
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
-            "tokenizer_source": self.tokenizer_source,
+            **self._tokenizer(),
+            "chat_template": self.chat_template,
         }
         return _filled(content)
+
+    def _tokenizer(self) -> dict[str, Any]:
+        if not self.tokens and self.pad_to_multiple_of is None:
+            return {"tokenizer_source": self.tokenizer_source}
+        tokens = {row.token: _plain_row(row) for row in self.tokens}
+        multiple = {"pad_to_multiple_of": self.pad_to_multiple_of}
+        block = {"source": self.tokenizer_source, "tokens": tokens, **multiple}
+        return {"tokenizer": _filled(block)}
 
 
 def _plain(parameters):
@@ -121,6 +158,17 @@ def _plain_slice(one):
     ]
     rest = {"base_model": one.base, "parameters": _plain(one.parameters)}
     return _filled({"sources": sources, **rest})
+
+
+def _plain_row(row):
+    of = "token_id" if isinstance(row.of, int) else "token"
+    source = {
+        "model": row.model,
+        "row": {"kind": "model_token", "model": row.model, of: row.of},
+        "zero": {"kind": "zero"},
+        "default": None,
+    }[row.source]
+    return _filled({"source": source, "force": row.force})
 
 
 def _filled(content):

@@ -214,7 +214,12 @@ def _ids(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     for key, value in config.items():
         if key in inner:
             yield from ((f"{key}.{k}", x) for k, x in _ids(inner[key]))
-        elif key.endswith(("token_id", "token_ids", "token_index")):
+        elif is_id(key):
             yield from (
                 (key, x) for x in (value if isinstance(value, list) else [value])
             )
+
+
+def is_id(key: str) -> bool:
+    """Whether a key of a configuration holds ids of tokens."""
+    return key.endswith(("token_id", "token_ids", "token_index"))

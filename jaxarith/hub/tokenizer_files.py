@@ -1,0 +1,146 @@
+"""Vocabularies of tokenizers, from the files that the tokenizers library writes."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxarith import files
+
+FILE = "tokenizer.json"
+SETTINGS = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
+# Files that hold the vocabulary once more, for tokenizers in Python.
+OTHERS = (
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "added_tokens.json",
+)
+# How a text that is added as a token is found, where nothing else is said.
+_PLAIN = {
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": True,
+    "special": False,
+}
+
+
+class Tokenizer(NamedTuple):
+    """A tokenizer's vocabulary.
+
+    Attributes:
+      ids: every token with its id, those of the model and added ones.
+      added: added tokens with how they are found in a text, by the token.
+      content: the content of `tokenizer.json`.
+    """
+
+    ids: dict[str, int]
+    added: dict[str, dict[str, Any]]
+    content: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        """The number of rows that an embedding needs for all tokens."""
+        return max(self.ids.values(), default=-1) + 1
+
+
+def read(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a folder; None if it has no `tokenizer.json`.
+
+    Raises:
+      ValueError: the file is no JSON of a tokenizer.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    try:
+        content = files.read_json(file)
+        vocabulary = content["model"]["vocab"]
+        if not isinstance(vocabulary, Mapping):  # of Unigram: pieces with scores
+            vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
+        entries = {x["content"]: dict(x) for x in content.get("added_tokens") or ()}
+        ids = {**vocabulary, **{token: x["id"] for token, x in entries.items()}}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is no file of the tokenizers library ({error!r}). Load the "
+            "tokenizer with transformers and save it again."
+        ) from error
+    settings = folder / SETTINGS
+    more = files.read_json(settings) if settings.is_file() else {}
+    decoder = more.get("added_tokens_decoder") if isinstance(more, Mapping) else None
+    taken = set(ids.values())
+    for key, entry in (decoder or {}).items():
+        if entry["content"] not in ids and int(key) not in taken:
+            ids[entry["content"]] = int(key)
+            entries[entry["content"]] = {"id": int(key), **entry}
+    return Tokenizer(ids, entries, content)
+
+
+def plain(token: str) -> dict[str, Any]:
+    """How a token is added of which only the text is known."""
+    return {"content": token, **_PLAIN}
+
+
+def with_tokens(
+    tokenizer: Tokenizer, entries: Iterable[Mapping[str, Any]]
+) -> Tokenizer:
+    """The tokenizer with more added tokens; new ones get the next ids, in order.
+
+    Args:
+      tokenizer: the tokenizer.
+      entries: as in `added_tokens` of its file, without ids. One of a token that the
+        vocabulary has says how it is found from now on.
+
+    Raises:
+      ValueError: the ids have gaps, into which the tokenizers library would put new
+        tokens.
+    """
+    ids, added = dict(tokenizer.ids), dict(tokenizer.added)
+    for entry in entries:
+        token = entry["content"]
+        if token not in ids:
+            if len(ids) != max(ids.values(), default=-1) + 1:
+                raise ValueError(
+                    "the ids of the base's tokenizer have gaps, so no tokens can be "
+                    "added. Choose another model as the base, or as the source."
+                )
+            ids[token] = len(ids)
+        added[token] = {**entry, "id": ids[token]}
+    content = copy.copy(tokenizer.content)
+    content["added_tokens"] = sorted(added.values(), key=lambda entry: entry["id"])
+    return Tokenizer(ids, added, content)
+
+
+def with_added(
+    settings: Mapping[str, Any], added: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The content of `tokenizer_config.json` with these added tokens."""
+    if "added_tokens_decoder" not in settings:
+        return dict(settings)
+    decoder = {
+        str(entry["id"]): {k: v for k, v in entry.items() if k != "id"}
+        for entry in sorted(added.values(), key=lambda entry: entry["id"])
+    }
+    return {**settings, "added_tokens_decoder": decoder}
+
+
+def template(folder: Path) -> str | None:
+    """The chat template of a folder; None if it has none."""
+    if (file := folder / TEMPLATE).is_file():
+        return files.read(file).decode("utf-8")
+    for name in ("chat_template.json", SETTINGS):
+        if not (file := folder / name).is_file():
+            continue
+        content = files.read_json(file)
+        found = content.get("chat_template") if isinstance(content, Mapping) else None
+        if isinstance(found, list):  # several by name
+            named = {x.get("name"): x.get("template") for x in found}
+            found = named.get("default")
+        if isinstance(found, str) and found:
+            return found
+    return None
