@@ -15,7 +15,7 @@ import numpy as np
 import jaxarith
 from jaxarith import files, hub, report, stream
 from jaxarith.commands.adapters import differences, kept
-from jaxarith.commands.adapters.low_rank import low_rank
+from jaxarith.commands.adapters.low_rank import low_rank, one_blas_thread
 from jaxarith.commands.merge.request import DTYPES
 from jaxarith.hub import Stored, adapter_writing, safetensors
 from jaxarith.report import printable, shown
@@ -150,6 +150,7 @@ def _run(args: argparse.Namespace) -> None:
         )
         with (
             adapter_writing.Spill(temporary / "factors") as spill,
+            one_blas_thread(),
             opened.progress.shown(bytes_in, args.quiet),
         ):
             tensors, rows, rest = _extracted(args, opened, linear, outer, spill)
