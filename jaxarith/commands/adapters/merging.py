@@ -4,7 +4,8 @@ Linear methods have an exact answer, whose rank is the sum of the ranks:
 
 .. math:: \\sum_t c_t B_t A_t = [c_1 B_1 \\cdots c_T B_T]\\,[A_1; \\cdots; A_T].
 
-Others, and truncations to a rank, are done in core space (`merge.core`).
+Its best approximation of a lower rank is found between the QR factors of the two
+sides. Other methods merge in core space (`merge.core`).
 """
 
 import functools
@@ -91,17 +92,27 @@ def linear(
             for coef, product in zip(coefs[_name(module)], given, strict=True)
             if product is not None
         ]
-        if rank is not None and rank < sum(product.rank for product in scaled):
-            yield _in_core_space(module, scaled, _total, rank)
-            continue
         left = np.concatenate([product.left for product in scaled], axis=1)
         right = np.concatenate([product.right for product in scaled])
-        squared_norm = float(np.sum((left.T @ left) * (right @ right.T)))
-        yield Merged(module, Product(left, right), 1.0, squared_norm)
+        total = Product(left, right)
+        if rank is not None and rank < total.rank:
+            yield _truncated(module, total, rank)
+        else:
+            squared_norm = float(np.sum((left.T @ left) * (right @ right.T)))
+            yield Merged(module, total, 1.0, squared_norm)
 
 
-def _total(params_0: Params, taus: Taus) -> Params:
-    return jax.tree.map(lambda *leaves: sum(leaves), params_0, *taus)
+def _truncated(module: str, product: Product, rank: int) -> Merged:
+    """The best product of a rank, through the small core between two QR factors."""
+    q_left, r_left = np.linalg.qr(product.left)
+    q_right, r_right = np.linalg.qr(product.right.T)
+    u, s, vt = np.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    kept, total = np.sum(s[:rank] ** 2), np.sum(s**2)
+    roots = np.sqrt(s[:rank])
+    best = Product(
+        q_left @ (u[:, :rank] * roots), (roots[:, None] * vt[:rank]) @ q_right.T
+    )
+    return Merged(module, best, float(kept / total) if total else 1.0, float(kept))
 
 
 def in_core_space(

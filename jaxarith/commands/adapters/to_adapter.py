@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from jaxarith import files, hub, stream
 from jaxarith.commands.adapters import merging, opened
+from jaxarith.commands.adapters.low_rank import one_blas_thread
 from jaxarith.commands.adapters.merging import Merged, Whole
 from jaxarith.commands.adapters.opened import Adapters
 from jaxarith.commands.merge import flags, gradients, mergekit_yaml, model_card
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace, out: Path) -> None:
     with hub.staging(out.parent) as temporary, jax.enable_x64(True):
         new = temporary / "new"
         new.mkdir()
-        with adapter_writing.Spill(temporary / "factors") as spill:
+        with adapter_writing.Spill(temporary / "factors") as spill, one_blas_thread():
             tensors, rows = _merged(args, recipe, adapters, spill, dtype)
         ranks = {row["module"]: row["rank"] for row in rows}
         config = adapter_writing.config(
