@@ -11,6 +11,7 @@ from layouts import generate
 from tiny import random_params, tiny_clip, tiny_clip_config
 
 from jaxarith import hub, tree
+from jaxarith.hub import pickles
 from jaxarith.merge import capture
 from jaxarith.models import clip
 
@@ -298,6 +299,9 @@ def test_conversion_of_a_pickle_that_the_error_gives_works(
     folder = tmp_path / "pickle"
     folder.mkdir()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    loaded = hub.load(folder, clip.layout(config))
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    monkeypatch.setattr(pickles, "readable", lambda: False)
     with pytest.raises(FileNotFoundError) as error:
         hub.load(folder, clip.layout(config))
     lines = str(error.value).splitlines()

@@ -13,6 +13,7 @@ from flax import serialization
 from safetensors.numpy import load_file, save_file
 
 from jaxarith import hub
+from jaxarith.hub import pickles
 
 params, checkpoint = clip_checkpoint.params, clip_checkpoint.checkpoint  # fixtures
 
@@ -33,9 +34,18 @@ def test_folder_without_checkpoint_is_an_error_that_lists_it(tmp_path):
     assert "found config.json" in str(error.value)
 
 
-def test_pickle_is_never_opened_and_the_error_says_how_to_convert(tmp_path):
+def test_without_pytorch_the_error_says_how_to_convert_its_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(pickles, "readable", lambda: False)
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(FileNotFoundError, match="opens no pickle(.|\n)*weights_only"):
+    with pytest.raises(FileNotFoundError, match="pip install(.|\n)*weights_only"):
+        hub.load(tmp_path, LAYOUT)
+
+
+@pytest.mark.torch
+def test_a_file_of_pytorch_that_is_none_is_an_error_that_names_it(tmp_path):
+    pytest.importorskip("torch")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ValueError, match="does not read .*pytorch_model.bin"):
         hub.load(tmp_path, LAYOUT)
 
 

@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 
 from jaxarith import hub
-from jaxarith.hub import open_clip
+from jaxarith.hub import open_clip, pickles
 
 # Finding a checkpoint. The Hub's client is replaced: no test uses the network.
 
@@ -78,7 +78,26 @@ def test_find_downloads_what_belongs_to_a_model(monkeypatch):
     assert not set(unwanted) & set(options["allow_patterns"])
 
 
+def test_a_name_may_have_a_revision(monkeypatch):
+    downloads = []
+    pretend_hub(monkeypatch, ["model.safetensors"], downloads)
+    hub.find("a/b@v1.0")
+    [(model, options)] = downloads
+    assert (model, options["revision"]) == ("a/b", "v1.0")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_find_downloads_files_of_pytorch_where_it_is_installed(monkeypatch, name):
+    monkeypatch.setattr(pickles, "readable", lambda: True)
+    downloads = []
+    pretend_hub(monkeypatch, ["config.json", name, "tf_model.h5"], downloads)
+    hub.find("a/b")
+    [(_, options)] = downloads
+    assert options["allow_patterns"][-1] == "pytorch_model*.bin"
+
+
 def test_find_refuses_a_repository_of_pickles_before_any_download(monkeypatch):
+    monkeypatch.setattr(pickles, "readable", lambda: False)
     downloads = []
     pretend_hub(monkeypatch, ["config.json", "pytorch_model.bin"], downloads)
     with pytest.raises(ValueError, match="no checkpoint in openai/clip(.|\n)*pickle"):

@@ -19,6 +19,7 @@ from jaxarith.hub.folders import open_tensors as open_tensors
 from jaxarith.hub.folders import read_json as read_json
 from jaxarith.hub.folders import shards as shards
 from jaxarith.hub.folders import side_files as side_files
+from jaxarith.hub.folders import weight_files as weight_files
 from jaxarith.hub.places import RECORD as RECORD
 from jaxarith.hub.places import check_out as check_out
 from jaxarith.hub.places import publish as publish

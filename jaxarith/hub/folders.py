@@ -1,7 +1,8 @@
 """Folders of checkpoints: which files they hold, and which tensors, none of them read.
 
-The weights are in `model.safetensors`, in shards of it, or in `flax_model.msgpack`. No
-pickle is opened here; only `open_clip` reads some, as data.
+The weights are in `model.safetensors`, in shards of it, or in `flax_model.msgpack`; or,
+where PyTorch is installed to read them as data, in `pytorch_model.bin` or shards of it.
+A checkpoint may also be a single file, which then has no configuration.
 """
 
 import os
@@ -14,12 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxarith import files, tree
-from jaxarith.hub import checks, safetensors
+from jaxarith.hub import checks, pickles, safetensors
 from jaxarith.hub.stored import Stored
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MSGPACK = "flax_model.msgpack"
+PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
 CONFIG = "config.json"
 ADAPTER = "adapter_model.safetensors"  # PEFT's; `lora` reads it
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py")
@@ -37,9 +40,9 @@ _HEAVY = re.compile(
 )
 _MODULES = "modules.json"  # of sentence-transformers: names the folders of layers
 _TEMPLATES = "additional_chat_templates"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-_CONVERT = """jaxarith opens no pickle. Convert the file once, where PyTorch is:
+_CONVERT = """PyTorch's own files are pickles, which PyTorch reads as data: pip install
+torch, for a whole model, or convert the file once, where PyTorch is:
   import torch, safetensors.torch
   weights = torch.load("pytorch_model.bin", weights_only=True, map_location="cpu")
   weights = {name: w.clone().contiguous() for name, w in weights.items()}
@@ -63,10 +66,17 @@ class Checkpoint(NamedTuple):
 def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
     """Finds the tensors of a checkpoint, of whatever types.
 
+    Args:
+      folder: a folder, or a single file of safetensors or of PyTorch.
+
     Raises:
       FileNotFoundError: the folder, its weights or one of the shards does not exist.
-      ValueError: a file is corrupt, or shards lack tensors that their index names.
+      ImportError: the file is PyTorch's, and PyTorch is not installed.
+      ValueError: a file is corrupt or of another kind, or shards lack tensors that
+        their index names.
     """
+    if (file := Path(folder)).is_file():
+        return Checkpoint(*_open_file(file), file)
     folder = existing(folder)
     if (file := folder / WEIGHTS).is_file():
         return Checkpoint(*safetensors.open_file(file), file)
@@ -74,6 +84,10 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
         return _open_shards(file)
     if (file := folder / MSGPACK).is_file():
         return Checkpoint(_open_msgpack(file), {}, file)
+    if pickles.readable() and (file := folder / PICKLE).is_file():
+        return Checkpoint(pickles.open_file(file), {}, file)
+    if pickles.readable() and (file := folder / PICKLE_INDEX).is_file():
+        return _open_shards(file)
     names = [file.name for file in folder.iterdir()]
     raise FileNotFoundError(no_weights(str(folder), names))
 
@@ -100,6 +114,34 @@ def names(folder: str | os.PathLike) -> set[str]:
     return {name.replace(".", "/") for name in open_checkpoint(folder).tensors}
 
 
+def _open_file(file):
+    """The tensors of a file of whatever kind, and its metadata."""
+    if file.suffix == ".safetensors":
+        return safetensors.open_file(file)
+    if file.suffix in pickles.SUFFIXES:
+        return pickles.open_file(file), {}
+    raise ValueError(
+        f"{file} is a file; expected the folder of a checkpoint, or a file that ends "
+        f"with .safetensors or {', '.join(pickles.SUFFIXES)}."
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a checkpoint or of an adapter.
+
+    Args:
+      folder: a folder, or a single file, which is the one.
+    """
+    if folder.is_file():
+        return [folder]
+    for single, index in ((WEIGHTS, INDEX), (MSGPACK, None), (PICKLE, PICKLE_INDEX)):
+        if (folder / single).is_file():
+            return [folder / single]
+        if index is not None and (folder / index).is_file():
+            return sorted(set(shards(folder / index).values()))
+    return [file for file in [folder / ADAPTER] if file.is_file()]
+
+
 def shards(index: Path) -> dict[str, Path]:
     """By tensor, the file that holds it, of a `model.safetensors.index.json`.
 
@@ -109,7 +151,7 @@ def shards(index: Path) -> dict[str, Path]:
     """
     shard_of = read_json(index.parent, index.name).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
-        raise ValueError(f"{index} has no weight_map: it is no index of safetensors.")
+        raise ValueError(f"{index} has no weight_map: it is no index of shards.")
     for shard in sorted(set(map(str, shard_of.values()))):
         path = index.parent / shard
         if path.parent != index.parent or not path.is_file():
@@ -166,11 +208,8 @@ def is_side_file(name: str) -> bool:
 def left_behind(folder: Path) -> list[str]:
     """What a copy of a model does not have of its folder, but for merged weights."""
     kept = {file.relative_to(folder).parts[0] for file in side_files(folder)}
-    kept |= {CONFIG, INDEX, MSGPACK, "README.md", "jaxarith_merge.json"}
-    if (folder / INDEX).is_file():
-        kept |= {file.name for file in shards(folder / INDEX).values()}
-    else:
-        kept.add(WEIGHTS)
+    kept |= {CONFIG, INDEX, PICKLE_INDEX, "README.md", "jaxarith_merge.json"}
+    kept |= {MSGPACK, *(file.name for file in weight_files(folder))}
     return [
         f"{path.name}/" if path.is_dir() else path.name
         for path in sorted(folder.iterdir())
@@ -238,8 +277,8 @@ def no_weights(place: str, names: Iterable[str]) -> str:
             f"{text}\nThat is OpenCLIP's format, from which `jaxarith convert IN OUT` "
             "makes a folder of transformers."
         )
-    pickles = any(Path(name).suffix in _PICKLES for name in names)
-    return f"{text}\n{_CONVERT}" if pickles else text
+    is_pickle = any(Path(name).suffix in pickles.SUFFIXES for name in names)
+    return f"{text}\n{_CONVERT}" if is_pickle else text
 
 
 def _listing(folder):
@@ -249,7 +288,7 @@ def _listing(folder):
 
 def _open_shards(index):
     file_of = shards(index)
-    opened = {p: safetensors.open_file(p) for p in sorted({*file_of.values()})}
+    opened = {path: _open_file(path) for path in sorted({*file_of.values()})}
     absent = [name for name, path in file_of.items() if name not in opened[path][0]]
     if absent:
         raise ValueError(

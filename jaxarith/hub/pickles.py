@@ -4,9 +4,11 @@ A pickle may run any code. `torch.load(weights_only=True)` builds tensors and pl
 containers of them and refuses everything else.
 """
 
+import importlib.util
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,17 @@ from jaxarith.hub.stored import Stored
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def open_file(path: Path) -> dict[str, Stored]:
-    """The tensors of a state dict by name; all are in memory from then on.
+def readable() -> bool:
+    """Whether PyTorch is installed, which reads these files."""
+    return importlib.util.find_spec("torch") is not None
 
-    A dict that has the state dict as its entry "state_dict", as OpenCLIP's training
-    writes, is looked into.
+
+def open_file(path: Path) -> dict[str, Stored]:
+    """The tensors of a state dict by name.
+
+    Files of PyTorch 1.6 or newer are mapped, and a tensor takes memory when it is read;
+    others are in memory from then on. A dict that has the state dict as its entry
+    "state_dict", as OpenCLIP's training writes, is looked into.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -53,7 +61,8 @@ def open_file(path: Path) -> dict[str, Stored]:
 
 def _loaded(torch: Any, path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        mapped = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         if "TorchScript" in str(error):
             how = "It is a TorchScript archive, as OpenAI's are: torch.jit.load(FILE)"

@@ -12,4 +12,3 @@ from jaxarith.stream.written import Plan as Plan
 from jaxarith.stream.written import Report as Report
 from jaxarith.stream.written import merge as merge
 from jaxarith.stream.written import plan as plan
-from jaxarith.stream.written import weights as weights

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxarith import hub
-from jaxarith.hub import Stored, lora, packed
+from jaxarith.hub import Stored, lora, packed, safetensors
 from jaxarith.stream import policies, stacks, tying
 
 
@@ -51,7 +51,8 @@ def adapted(model: str) -> list[str]:
 class Place(NamedTuple):
     """Where a model is: its folder, that of an adapter, and a task vector's file.
 
-    A model has the first, the second or both, or the third.
+    A model has the first, the second or both, or the third. A checkpoint in a single
+    file has that in place of the folder.
     """
 
     folder: Path | None = None
@@ -74,10 +75,28 @@ def find(model: str) -> Place:
                 "the + in `model+adapter` must be one."
             )
         return Place(folder, adapter)
+    path = Path(model).expanduser()
+    if path.is_file() and not _names_task(path):
+        return Place(path)
     if hub.is_vector(model):
-        return Place(vector=Path(model).expanduser())
+        return Place(vector=path)
     folder = hub.find(model)
     return Place(adapter=folder) if lora.is_adapter(folder) else Place(folder)
+
+
+def _names_task(file: Path) -> bool:
+    """Whether a file is that of a task vector, by its metadata."""
+    return hub.is_vector(file) and "task" in safetensors.open_file(file)[1]
+
+
+def find_base(base: str | os.PathLike) -> Path:
+    """The folder or the single file of a base model.
+
+    Raises:
+      FileNotFoundError: there is no such model.
+    """
+    file = Path(base).expanduser()
+    return file if file.is_file() else hub.find(base)
 
 
 def layers_of(model: str) -> int | None:

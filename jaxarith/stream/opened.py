@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from jaxarith import hub, lazy, tree
+from jaxarith import lazy, tree
 from jaxarith.hub import Stored, lora
 from jaxarith.stream import configs, inputs, leaves, policies, tying
 from jaxarith.stream.inputs import open_checkpoint, read_config
@@ -141,9 +141,10 @@ def open_models(
 ) -> Opened:
     """Opens checkpoints as a base and its task vectors, without reading them.
 
-    Each is a folder or the id of a model on the Hub with safetensors, in one file or
-    several; a folder of a PEFT adapter, on the base; or `model+adapter`. A model may
-    also be a file of a task vector of the base, see `hub.open_vector`.
+    Each is a folder or the id of a model on the Hub, with its weights in one file or
+    several; a single file of weights; a folder of a PEFT adapter, on the base; or
+    `model+adapter`. A model may also be a file of a task vector of the base, see
+    `hub.open_vector`.
 
     Args:
       base: the pre-trained checkpoint. None makes the base zero, for methods that merge
@@ -166,7 +167,7 @@ def open_models(
     if not models:
         raise ValueError("there are no models to merge; give at least one.")
     places = [inputs.find(str(model)) for model in models]
-    start = places[0].folder if base is None else hub.find(base)
+    start = places[0].folder if base is None else inputs.find_base(base)
     for model, place in zip(models, places, strict=True):
         if place.vector is not None and base is None:
             raise ValueError(

@@ -167,7 +167,7 @@ def merge(
     """
     out = hub.check_out(out, overwrite, opened.folders)
     before = hub.state(out)
-    stamps = {file: stamp(file) for x in opened.folders for file in weights(x)}
+    stamps = {file: stamp(file) for x in opened.folders for file in hub.weight_files(x)}
     planned = plan(opened, dtype=dtype, shard_bytes=shard_bytes)
     with hub.staging(out.parent) as temporary:
         _check_space(temporary, planned.bytes_out)
@@ -307,22 +307,11 @@ def _sha256(
 ) -> dict[str, dict[str, str]]:
     hashes: dict[str, dict[str, str]] = {}
     for folder in dict.fromkeys(folders):
-        for file in weights(folder):
+        for file in hub.weight_files(folder):
             if stop.is_set():  # nobody waits for the rest of a merge that failed
                 return hashes
             hashes.setdefault(str(folder), {})[file.name] = _of_file(file)
     return hashes
-
-
-def weights(folder: Path) -> list[Path]:
-    """The files of weights: of a checkpoint, an adapter or, as it is, a task vector."""
-    if folder.is_file():
-        return [folder]
-    if (file := folder / hub.WEIGHTS).is_file():
-        return [file]
-    if (index := folder / hub.INDEX).is_file():
-        return sorted(set(hub.shards(index).values()))
-    return [file for file in [folder / hub.ADAPTER] if file.is_file()]
 
 
 def _of_file(path):

@@ -135,7 +135,7 @@ def _run(args: argparse.Namespace) -> None:
     folders = opened.folders
     out = hub.check_out(args.out.expanduser(), args.overwrite, folders)
     before = hub.state(out)
-    stamps = {x: files.stamp(x) for folder in folders for x in stream.weights(folder)}
+    stamps = {x: files.stamp(x) for folder in folders for x in hub.weight_files(folder)}
     config = read_config(folders[0])
     linear = differences.linear(opened.base, config, args.exclude)
     outer = kept.outer_name(opened.base, config)

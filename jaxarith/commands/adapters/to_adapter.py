@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxarith import files, hub, stream
+from jaxarith import files, hub
 from jaxarith.commands.adapters import merging, opened
 from jaxarith.commands.adapters.low_rank import one_blas_thread
 from jaxarith.commands.adapters.merging import Merged, Whole
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, out: Path) -> None:
     adapters = opened.open_adapters(recipe.models, recipe.base)
     out = hub.check_out(out, args.overwrite, adapters.folders)
     before = hub.state(out)
-    stamps = {x: files.stamp(x) for f in adapters.folders for x in stream.weights(f)}
+    stamps = {x: files.stamp(x) for f in adapters.folders for x in hub.weight_files(f)}
     recipe, more = _with_config(recipe, adapters)
     copied, left = opened.side_files(adapters.folders)
     named = [f"{module}.weight" for module in adapters.layers]
@@ -292,7 +292,7 @@ def _is_local(name):
 
 def _sha256(folder, hashes):
     found = {}
-    for path in stream.weights(folder) if hashes else ():
+    for path in hub.weight_files(folder) if hashes else ():
         with path.open("rb", buffering=0) as file:
             found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found

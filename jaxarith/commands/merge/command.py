@@ -26,6 +26,7 @@ from jaxarith.commands.merge.mergekit_methods import MERGEKIT
 from jaxarith.commands.merge.recipe import MergeRecipe
 from jaxarith.commands.merge.slices import SlicedRecipe
 from jaxarith.report import printable, shown
+from jaxarith.stream.inputs import read_config
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -61,7 +62,7 @@ def _run(args: argparse.Namespace) -> None:
             stack.enter_context(_float64())
             opened = _opened(recipe, args, places, tokenizer.rerowing)
         _check_apart(out, opened.folders)
-        config = hub.read_json(opened.folders[0])
+        config = read_config(opened.folders[0])
         if isinstance(recipe, SlicedRecipe):
             recipe = recipe.of(opened, config)
         else:

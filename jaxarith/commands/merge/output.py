@@ -11,9 +11,9 @@ from typing import Any, Literal
 from jaxarith import hub, tree
 from jaxarith.commands.merge import model_card, sides
 from jaxarith.commands.merge.model_card import Input
+from jaxarith.commands.merge.new_tokenizer import Planned
 from jaxarith.commands.merge.recipe import MergeRecipe
 from jaxarith.commands.merge.slices import SlicedRecipe
-from jaxarith.commands.merge.vocabulary import Planned
 from jaxarith.hub import config as config_of
 from jaxarith.hub import packed
 from jaxarith.stream import Opened, Plan, Report, tying
@@ -57,13 +57,13 @@ class Beside:
     """What belongs beside the weights.
 
     Attributes:
-      config: the content of `config.json`.
+      config: the content of `config.json`; None of a base in a single file.
       files: files to copy, such as those of the tokenizer, by their new names.
       made: the content of files that are no copies, by their names.
       notes: what the user should know of them.
     """
 
-    config: dict[str, Any]
+    config: dict[str, Any] | None
     files: Mapping[str, Path]
     made: Mapping[str, str]
     notes: tuple[str, ...]
@@ -82,8 +82,31 @@ def beside(opened: Opened, dtype: str | None, tokenizer: Planned) -> Beside:
       ValueError: it is no JSON, `tokenizer` has no files, or tokens lie beyond the
         rows of the merge.
     """
-    folder = opened.folders[0]
-    config = hub.read_json(folder) if opened.config is None else dict(opened.config)
+    folder, rows = opened.folders[0], opened.resized
+    if folder.is_file() and opened.config is None:
+        note = f"{folder} is a single file, so the merge has weights and no config.json"
+        return Beside(None, {}, {}, (note,))
+    config, notes = _config(opened, dtype)
+    folders = [x for x in opened.folders if x.is_dir()]
+    files, more = sides.choose(folders, tokenizer.folder)
+    notes += more
+    files, made, more = _replaced(files, tokenizer)
+    notes += more
+    if tokenizer.renumber is not None:
+        config, more = tokenizer.renumber(config, hub.CONFIG)
+        notes += more
+    if rows:
+        _check_tokens(config, files, min(rows.values()))
+    elif lines := sides.beyond({}, files, tying.rows(opened.base)):
+        few = "; ".join(tree.first_few(lines, most=3))
+        notes.append(f"the embeddings have no rows for {len(lines)} tokens: {few}")
+    return Beside(config, files, made, tuple(notes))
+
+
+def _config(opened: Opened, dtype: str | None) -> tuple[dict[str, Any], list[str]]:
+    """The content of the new `config.json`, but for ids of tokens, and notes."""
+    found = opened.config
+    config = hub.read_json(opened.folders[0]) if found is None else dict(found)
     notes = []
     if dtype is not None:
         config = config_of.replaced(config, lambda key, _: key in _DTYPE_KEYS, dtype)
@@ -93,8 +116,7 @@ def beside(opened: Opened, dtype: str | None, tokenizer: Planned) -> Beside:
         config = config_of.replaced(config, lambda key, _: key == tying.KEY, False)
         config[tying.KEY] = False
         notes.append(f"config.json: {tying.KEY} is now false")
-    rows = opened.resized
-    for old, new in rows.items():
+    for old, new in opened.resized.items():
         vocabulary = ("vocab_size", old)
         before = config
         config = config_of.replaced(
@@ -111,20 +133,7 @@ def beside(opened: Opened, dtype: str | None, tokenizer: Planned) -> Beside:
             f"config.json says that the weights are quantised ({said}), which they are "
             "not; quantization_config is left out"
         )
-    folders = [x for x in opened.folders if x.is_dir()]
-    files, more = sides.choose(folders, tokenizer.folder)
-    notes += more
-    files, made, more = _replaced(files, tokenizer)
-    notes += more
-    if tokenizer.renumber is not None:
-        config, more = tokenizer.renumber(config, hub.CONFIG)
-        notes += more
-    if rows:
-        _check_tokens(config, files, min(rows.values()))
-    elif lines := sides.beyond({}, files, tying.rows(opened.base)):
-        few = "; ".join(tree.first_few(lines, most=3))
-        notes.append(f"the embeddings have no rows for {len(lines)} tokens: {few}")
-    return Beside(config, files, made, tuple(notes))
+    return config, notes
 
 
 def _replaced(
@@ -160,7 +169,8 @@ def write(folder: Path, found: Beside, name: str, facts: Mapping[str, Any]) -> N
         shutil.copyfile(file, place)
     for relative, text in found.made.items():
         (folder / relative).write_text(text, encoding="utf-8")
-    _write_json(folder / "config.json", found.config)
+    if found.config is not None:
+        _write_json(folder / hub.CONFIG, found.config)
     names = sorted([*found.files, *found.made])
     _write_json(folder / hub.RECORD, {**facts, "files": names})
     card = model_card.render(name, facts)
