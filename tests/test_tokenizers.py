@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from checks import assert_close
 from merge_command import fails, write
+from safetensors.numpy import save_file
 
 from jaxarith import cli, hub
 from jaxarith.commands.merge import model_card
@@ -334,6 +335,46 @@ def test_an_adapters_rows_are_those_of_the_sum(torch, merged, models, tmp_path, 
     a, b = rows(EMBEDDING, "base", "cat"), whole[own["cat"]]
     assert_close(found[EMBEDDING][ids["cat"]], mean((1, a), (2, b), (1, a)), 1e-6)
     assert_close(found[EMBEDDING][ids["dog"]], whole[own["dog"]], 1e-6)
+
+
+@pytest.mark.parametrize("source", ["base", "union"])
+def test_tied_heads_have_the_rows_of_the_embedding(source, torch, merged, models):
+    """A file that lacks the head, and one that holds it twice."""
+    transformers = pytest.importorskip("transformers")
+    folder = Path(models["base"]).parent
+    tied = {}
+    for name in ("base", "chat"):
+        tied[name] = str(folder / f"tied-{name}")
+        if Path(tied[name]).exists():
+            continue
+        model = transformers.AutoModelForCausalLM.from_pretrained(models[name])
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        model.save_pretrained(tied[name])
+        for file in Path(models[name]).glob("tokenizer*"):
+            shutil.copy(file, tied[name])
+    assert HEAD not in hub.read(tied["base"])
+    text = BASED.replace("{base}", tied["base"]).replace("{chat}", tied["chat"])
+    text = "\n".join(line for line in text.splitlines() if "{code}" not in line)
+    out, ids, found = merged(f"{text}\ntokenizer_source: {source}\n")
+    assert HEAD not in found
+    assert found[EMBEDDING].shape[0] == len(ids) == {"base": 6, "union": 9}[source]
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_a_head_of_other_rows_is_refused(models, tmp_path, capsys):
+    odd = tmp_path / "odd"
+    shutil.copytree(models["chat"], odd)
+    tensors = hub.read(odd)
+    tensors[HEAD] = tensors[HEAD][:-1]
+    save_file(tensors, odd / "model.safetensors")
+    text = BASED.replace("{base}", str(odd)).format(**models)
+    path = write(tmp_path / "c.yaml", text + "tokenizer_source: union\n")
+    message = fails(capsys, path, tmp_path / "out")
+    assert (
+        "lm_head.weight of" in message and "has 7 rows and its embedding 8" in message
+    )
 
 
 def test_mistakes_are_told(models, tmp_path, capsys):

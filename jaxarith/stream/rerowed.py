@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxarith.hub import Stored
 from jaxarith.hub.lora import Adapter
-from jaxarith.stream import policies
+from jaxarith.stream import policies, tying
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,10 @@ class Rerowing:
 
         Raises:
           ValueError: a model lacks the tensor that has another one's rows, or their
-            rows are of other lengths.
+            rows are of other lengths; a head has other rows than the embedding.
         """
+        for model, tensors in found.items():
+            _check_head(model, tensors, self.rows[model])
         moved = {
             model: _moved(tensors, changes.get(model), self.rows[model])
             for model, tensors in found.items()
@@ -75,6 +77,8 @@ class Rerowing:
     def _rerowed(self, model, name, moved):
         tensor = moved[model][name]
         own = self.own[model]
+        if np.array_equal(own, np.arange(self.count)) and len(own) == tensor.shape[0]:
+            return tensor  # as it is in its file
         lacking = np.flatnonzero(own < 0)
         donors = {}
         for row in lacking:
@@ -150,6 +154,17 @@ def rerowed(
         of_models,
         {label: rest[names[label]] for label in fitted},
     )
+
+
+def _check_head(model: str, tensors: Mapping[str, Stored], rows: int) -> None:
+    head = tying.head(tensors)
+    if head is None or not policies.may_be_tied(head):
+        return
+    if len(tensors[head].shape) == 2 and tensors[head].shape[0] != rows:
+        raise ValueError(
+            f"{head} of {model} has {tensors[head].shape[0]} rows and its embedding "
+            f"{rows}, so its rows cannot follow tokens. Leave the tokenizer out."
+        )
 
 
 def _has_rows(name, tensor, rows):

@@ -76,6 +76,11 @@ def rows(tensors: Mapping[str, Stored]) -> float:
     return math.inf if embedding is None else tensors[embedding].shape[0]
 
 
+def head(tensors: Mapping[str, Stored]) -> str | None:
+    """The name of the head that a file holds; None if there is none."""
+    return _outermost(_HEAD, tensors)
+
+
 def states(config: Mapping[str, Any]) -> bool | None:
     """Whether a configuration ties head and embedding; None if it does not say."""
     text = config.get("text_config")

@@ -36,6 +36,13 @@ class Planned(NamedTuple):
 
 
 def with_files(planned: Planned, out: Tokenizer, folder: Path) -> Planned:
+    """The same with the files of a tokenizer that has other tokens than its folder's.
+
+    Args:
+      planned: what a merge does about tokens.
+      out: the tokenizer.
+      folder: where it came from, before it got further tokens.
+    """
     made = {tokenizer_files.FILE: _json(out.content)}
     settings = _settings(folder)
     new = tokenizer_files.with_added(settings, out.added)
@@ -47,7 +54,16 @@ def with_files(planned: Planned, out: Tokenizer, folder: Path) -> Planned:
 def renumbering(
     before: Tokenizer, out: Tokenizer, folder: Path
 ) -> Callable[[dict, str], tuple[dict, list[str]]]:
-    """How ids of the old vocabulary change in configuration files."""
+    """How ids change in configuration files, as a function for `Planned.renumber`.
+
+    A key that the new tokenizer's model has in its file of the same name takes that
+    value. Others name the same tokens as before; they become null where one is lost.
+
+    Args:
+      before: the tokenizer whose ids the files have.
+      out: the new one.
+      folder: that of the new tokenizer's model.
+    """
     token_of = {row: token for token, row in before.ids.items()}
 
     def renumber(config: dict, name: str) -> tuple[dict, list[str]]:
@@ -87,7 +103,13 @@ def _renumbered(config, theirs, token_of, ids, name, notes):
 def with_template(
     planned: Planned, request: MergeRequest, places: Mapping[str, str]
 ) -> Planned:
-    """The same with the chat template that is asked for."""
+    """The same with the chat template that is asked for.
+
+    Args:
+      planned: what a merge does about tokens.
+      request: what is asked for.
+      places: where each model is, by its name.
+    """
     template = request.chat_template
     if template is None:
         return planned

@@ -161,9 +161,7 @@ def united(
         for token, row in sorted(theirs.ids.items(), key=lambda pair: pair[1]):
             if row < rows[name] and token not in start.ids and token not in added:
                 words.setdefault(token, tokenizer_files.plain(token))
-    entries = [
-        _found(entry) for entry in added.values() if entry not in start.added.values()
-    ]
+    entries = [_found(x) for token, x in added.items() if token not in start.added]
     new = tokenizer_files.with_tokens(start, [*words.values(), *entries])
     notes = []
     if words:
