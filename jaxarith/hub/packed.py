@@ -12,6 +12,8 @@ from typing import Any
 from jaxarith.hub.config import parts
 from jaxarith.hub.stored import NUMERIC, Stored, short
 
+# What configurations call their description of packed weights.
+KEYS = ("quantization_config", "compression_config")
 # How the names of packed tensors, or of their scales, end.
 _ENDS = {
     "bitsandbytes, 4 bits": r"\.(absmax|quant_map|nested_absmax|nested_quant_map)|"
@@ -53,19 +55,39 @@ def check(
     for name, label in _signs(tensors, said):
         raise ValueError(
             f"{place} is quantised ({said or label}): {name} is {tensors[name]}, part "
-            "of packed weights, which cannot be merged. Give the model in floating "
-            "point: the one that was quantised, or this one dequantised "
-            "(`model.dequantize()` in transformers) and saved again."
+            "of packed weights, which cannot be merged. Let `jaxarith merge` unpack "
+            "them (--dequantize), or give the model in floating point: the one that "
+            "was quantised, or this one dequantised (`model.dequantize()` in "
+            "transformers) and saved again."
         )
+
+
+def found(tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> str | None:
+    """The format of packed weights, by the first tensor of one; None without any.
+
+    Args:
+      tensors: the tensors by name.
+      config: the content of `config.json`.
+    """
+    for _, label in _signs(tensors, stated_format(config)):
+        return label
+    return None
 
 
 def stated_format(config: Mapping[str, Any]) -> str | None:
     """The format of packed weights that a configuration or a part of it names."""
+    if (found := settings(config)) is None:
+        return None
+    method = found.get("quant_method") or found.get("format")
+    return str(method or "of a format without a name")[:40]
+
+
+def settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The `quantization_config` of a configuration or of a part of it."""
     for part in (config, *parts(config).values()):
-        for key in ("quantization_config", "compression_config"):
+        for key in KEYS:
             if isinstance(found := part.get(key), Mapping):
-                method = found.get("quant_method") or found.get("format")
-                return str(method or "of a format without a name")[:40]
+                return found
     return None
 
 

@@ -1,0 +1,92 @@
+"""AWQ, layout "gemm": integers of 4 bits, with a scale and a zero for groups of inputs.
+
+`X.qweight` `[in, out / 8]`, `X.qzeros` `[groups, out / 8]`, `X.scales` `[groups, out]`.
+The fields of a word, from the lowest, are the columns 0, 2, 4, 6, 1, 3, 5, 7.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxarith.hub.quantised import bits
+from jaxarith.hub.quantised.unpacked import Unpacked
+from jaxarith.hub.stored import Stored
+
+_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # of the columns in a word
+_ENDS = ("qweight", "qzeros", "scales")
+
+
+def columns(words: np.ndarray) -> np.ndarray:
+    """The fields of words `[..., n]` in the order of columns, `[..., 8 n]`."""
+    found = bits.fields(words[..., None], 4, 8)[..., _PLACES]
+    return found.reshape(*words.shape[:-1], -1)
+
+
+def values(qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The numbers `[out, in]`, in float32.
+
+    Args:
+      qweight: words `[in, out / 8]`.
+      qzeros: words `[groups, out / 8]`.
+      scales: `[groups, out]`.
+    """
+    size = len(qweight) // len(scales)
+    zeros = np.repeat(columns(qzeros), size, axis=0)
+    factors = np.repeat(scales.astype(np.float32), size, axis=0)
+    return ((columns(qweight) - zeros).astype(np.float32) * factors).T
+
+
+def read(
+    tensors: Mapping[str, Stored], settings: Mapping[str, Any], dtype: np.dtype
+) -> Unpacked:
+    """The weights of this format; see `quantised.READERS`."""
+    version = str(settings.get("version") or "gemm").lower()
+    width = settings.get("bits", settings.get("w_bit", 4))
+    if version != "gemm" or width != 4:
+        raise ValueError(
+            f"AWQ in the layout {version} with {width} bits is not read, only gemm "
+            "with 4 bits. Give the model as it was before it was repacked."
+        )
+    found = Unpacked({}, set())
+    for name in tensors:
+        module = name.removesuffix(".qweight")
+        if module == name:
+            continue
+        parts = [f"{module}.{end}" for end in _ENDS]
+        if missing := [part for part in parts if part not in tensors]:
+            raise ValueError(f"{name} has no {', '.join(missing)}, which AWQ needs.")
+        given = [tensors[part] for part in parts]
+        _check(name, *given)
+        qweight = given[0]
+        shape = (8 * qweight.shape[1], qweight.shape[0])
+        make = functools.partial(_made, given, shape, dtype)
+        found.weights[f"{module}.weight"] = Stored.made(dtype, shape, make)
+        found.parts.update(parts)
+    return found
+
+
+def _check(name, qweight, qzeros, scales):
+    inputs, words = qweight.shape
+    groups = scales.shape[0]
+    if (
+        qweight.dtype != np.int32
+        or scales.shape != (groups, 8 * words)
+        or qzeros.shape != (groups, words)
+        or inputs % max(groups, 1)
+    ):
+        raise ValueError(
+            f"{name} is {qweight}, with zeros {qzeros} and scales {scales}; expected "
+            "i32[in, out / 8], i32[groups, out / 8] and [groups, out] of AWQ's gemm."
+        )
+
+
+def _made(given, shape, dtype):
+    qweight, qzeros, scales = [part.read() for part in given]
+
+    def rows(at):
+        words = slice(at.start // 8, at.stop // 8)
+        return values(qweight[:, words], qzeros[:, words], scales[:, at])
+
+    return bits.rounded(shape, dtype, rows, multiple=8)

@@ -1,0 +1,86 @@
+"""Weights of 8 bits with a scale for each block, as in DeepSeek-V3.
+
+`X.weight` is multiplied by `X.weight_scale_inv`, in spite of the name. Scales may be
+exponents (UE8M0), and experts FP4 with a scale for 32 numbers, as in DeepSeek-V4.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxarith.hub.quantised import bits, blocks
+from jaxarith.hub.quantised.unpacked import Unpacked
+from jaxarith.hub.stored import Stored
+
+_END = "_scale_inv"
+_EXPONENTS = (np.dtype(np.uint8), np.dtype(ml_dtypes.float8_e8m0fnu))
+_BYTES = (np.dtype(np.int8), np.dtype(np.uint8))
+_FP4_BLOCK = (1, 32)
+
+
+def values(
+    packed: np.ndarray, scales: np.ndarray, block: tuple[int, int]
+) -> np.ndarray:
+    """The numbers, in float32.
+
+    Args:
+      packed: `[..., out, in]` in float8.
+      scales: `[..., block rows, block columns]`.
+      block: rows and columns of a block.
+    """
+    factors = blocks.spread(bits.factors(scales), block, packed.shape)
+    return packed.astype(np.float32) * factors
+
+
+def read(
+    tensors: Mapping[str, Stored], settings: Mapping[str, Any], dtype: np.dtype
+) -> Unpacked:
+    """The weights of this format; see `quantised.READERS`."""
+    found = Unpacked({}, set())
+    stated = settings.get("weight_block_size")
+    stated = [(stated[0], stated[1])] if stated else [(128, 128)]
+    for name, scale in _pairs(tensors):
+        packed, scales = tensors[name], tensors[scale]
+        *lead, columns = packed.shape
+        if is_fp4 := packed.dtype in _BYTES:
+            columns *= 2
+        shape = (*lead, columns)
+        known = [_FP4_BLOCK] if is_fp4 else stated
+        block = blocks.size(name, scales.shape, shape, known)
+        make = functools.partial(_made, packed, scales, block, shape, dtype)
+        found.weights[name] = Stored.made(dtype, shape, make)
+        found.parts.update((name, scale))
+    return found
+
+
+def _pairs(tensors: Mapping[str, Stored]) -> Iterator[tuple[str, str]]:
+    """Names of weights, each with that of its scales."""
+    for name, tensor in tensors.items():
+        scale = f"{name}{_END}"
+        if scale not in tensors and name.endswith(".weight"):
+            scale = f"{name.removesuffix('weight')}scale"  # in DeepSeek's own files
+        if scale not in tensors or len(tensor.shape) < 2:
+            continue
+        is_float8 = tensor.dtype.itemsize == 1 and tensor.dtype.kind not in "iub"
+        if is_float8 or (tensor.dtype in _BYTES and tensors[scale].dtype in _EXPONENTS):
+            yield name, scale
+
+
+def _made(packed, scales, block, shape, dtype):
+    numbers, factors = packed.read(), scales.read()
+
+    def rows(at):
+        part = numbers[at]
+        if packed.dtype in _BYTES:
+            part = bits.e2m1(part)
+        if len(shape) > 2:
+            return values(part, factors.reshape(shape[0], -1)[at], block)
+        first = at.start // block[0]
+        grid = factors.reshape(-(-shape[0] // block[0]), -1)
+        return values(part, grid[first : -(-at.stop // block[0])], block)
+
+    multiple = block[0] if len(shape) == 2 else 1
+    return bits.rounded(shape, dtype, rows, multiple)

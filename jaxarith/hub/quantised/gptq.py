@@ -1,0 +1,118 @@
+"""GPTQ: integers of 2, 3, 4 or 8 bits, with scales and zeros for groups of inputs.
+
+`X.qweight` `[in · bits / 32, out]`, `X.qzeros` `[groups, out · bits / 32]`, `X.scales`
+`[groups, out]`, and in `X.g_idx` `[in]` the group of each input. The first version of
+the format stores zeros less one.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxarith.hub.quantised import bits
+from jaxarith.hub.quantised.unpacked import Unpacked
+from jaxarith.hub.stored import Stored
+
+_VERSIONS = ("gptq", "gptq_v2")
+_BITS = (2, 3, 4, 8)
+
+
+def zeros(qzeros: np.ndarray, width: int, count: int, *, less_one: bool) -> np.ndarray:
+    """The zeros of all groups `[groups, count]`.
+
+    Args:
+      qzeros: words `[groups, n]`.
+      width: bits of a field.
+      count: the number of outputs.
+      less_one: whether the first version is read. One is added to each field alone: a
+        field that is full becomes 0 and does not carry into the next.
+    """
+    found = bits.fields(qzeros, width, count)
+    return found + 1 & 2**width - 1 if less_one else found
+
+
+def values(
+    qweight: np.ndarray,
+    zeros: np.ndarray,
+    scales: np.ndarray,
+    groups: np.ndarray,
+    width: int,
+) -> np.ndarray:
+    """The numbers `[out, in]`, in float32.
+
+    Args:
+      qweight: words `[n, out]`.
+      zeros, scales: `[groups, out]`.
+      groups: the group of each input.
+      width: bits of a field.
+    """
+    found = bits.fields(np.ascontiguousarray(qweight.T), width, len(groups))
+    centred = (found - zeros.T[:, groups]).astype(np.float32)
+    return centred * scales.astype(np.float32).T[:, groups]
+
+
+def read(
+    tensors: Mapping[str, Stored], settings: Mapping[str, Any], dtype: np.dtype
+) -> Unpacked:
+    """The weights of this format; see `quantised.READERS`."""
+    version = str(settings.get("checkpoint_format") or "gptq")
+    if version not in _VERSIONS or settings.get("is_marlin_format"):
+        version = version if version not in _VERSIONS else "marlin"
+        raise ValueError(
+            f"the layout {version} of GPTQ is not read, only "
+            f"{' and '.join(_VERSIONS)}. Give the model as it was before that."
+        )
+    found = Unpacked({}, set())
+    for name, qweight in tensors.items():
+        module = name.removesuffix(".qweight")
+        if module == name:
+            continue
+        parts = {end: f"{module}.{end}" for end in ("qweight", "qzeros", "scales")}
+        if f"{module}.g_idx" in tensors:
+            parts["g_idx"] = f"{module}.g_idx"
+        if missing := [part for part in parts.values() if part not in tensors]:
+            raise ValueError(f"{name} has no {', '.join(missing)}, which GPTQ needs.")
+        given = {end: tensors[part] for end, part in parts.items()}
+        width = _width(name, given, settings)
+        shape = (qweight.shape[1], 32 * qweight.shape[0] // width)
+        make = functools.partial(
+            _made, given, width, version == "gptq", _size(settings), shape, dtype
+        )
+        found.weights[f"{module}.weight"] = Stored.made(dtype, shape, make)
+        found.parts.update(parts.values())
+    return found
+
+
+def _width(name, given, settings):
+    """Bits of a field; single modules may have others than the configuration says."""
+    width = settings.get("bits")
+    if "g_idx" in given:
+        width = 32 * given["qweight"].shape[0] / given["g_idx"].shape[0]
+    if width not in _BITS or given["qweight"].dtype != np.int32:
+        raise ValueError(
+            f"{name} is {given['qweight']} of {width} bits; expected words of i32 with "
+            f"fields of {', '.join(map(str, _BITS))} bits."
+        )
+    return int(width)
+
+
+def _size(settings):
+    return int(settings.get("group_size") or -1)
+
+
+def _made(given, width, less_one, size, shape, dtype):
+    out, inputs = shape
+    found = {end: part.read() for end, part in given.items()}
+    if "g_idx" in found:
+        groups = found["g_idx"]
+    else:
+        groups = np.arange(inputs) // (size if size > 0 else inputs)
+    offsets = zeros(found["qzeros"], width, out, less_one=less_one)
+
+    def rows(at):
+        parts = found["qweight"][:, at], offsets[:, at], found["scales"][:, at]
+        return values(*parts, groups, width)
+
+    return bits.rounded(shape, dtype, rows)

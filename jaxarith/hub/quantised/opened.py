@@ -1,0 +1,138 @@
+"""The weights of a packed checkpoint, unpacked when they are read."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxarith import tree
+from jaxarith.hub import packed
+from jaxarith.hub.quantised import (
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gptq,
+    mxfp4,
+)
+from jaxarith.hub.quantised.unpacked import Unpacked
+from jaxarith.hub.stored import Stored, short
+
+Reader: TypeAlias = Callable[
+    [Mapping[str, Stored], Mapping[str, Any], np.dtype], Unpacked
+]
+
+# By `quant_method`: `read(tensors, settings, dtype)` finds the packed weights among the
+# tensors of a checkpoint, from its `quantization_config`.
+READERS: dict[str, Reader] = {
+    "fp8": fp8.read,
+    "compressed-tensors": compressed_tensors.read,
+    "mxfp4": mxfp4.read,
+    "bitsandbytes": bitsandbytes.read,
+    "gptq": gptq.read,
+    "awq": awq.read,
+}
+# What tensors alone tell, by what `packed.found` calls it; those of GPTQ and AWQ look
+# alike.
+_BY_TENSORS = {
+    "bitsandbytes, 4 bits": "bitsandbytes",
+    "bitsandbytes, 8 bits": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "fp8 with scales": "fp8",
+    "f8_e4m3 numbers": "fp8",
+    "integers or fp8 with scales": "compressed-tensors",
+    "MXFP4": "mxfp4",
+}
+# Formats of compressed-tensors where they stand in place of a method.
+_COMPRESSED = re.compile(r"(\w+-)*quantized|dense")
+# Scales of what a model computes, and of its cache: nothing of the weights.
+_OF_ACTIVATIONS = re.compile(
+    r".*\.(([kvq]|input|output|activation|prob|kv_cache)(_activation|_global)?_"
+    r"(scale|zero_point)|k_proj\.k_scale|v_proj\.v_scale)"
+)
+
+
+def dequantised(
+    place: Path,
+    tensors: Mapping[str, Stored],
+    config: Mapping[str, Any],
+    dtype: DTypeLike = ml_dtypes.bfloat16,
+) -> tuple[dict[str, Stored], tuple[str, ...]]:
+    """The tensors of a checkpoint with its packed weights as floating-point numbers.
+
+    They are unpacked in float32 and rounded once, each when it is read. A checkpoint
+    without packed weights is returned as it is.
+
+    Args:
+      place: its folder, which notes and errors name.
+      tensors: the tensors by name.
+      config: the content of its `config.json`.
+      dtype: dtype of the weights that were packed.
+
+    Returns:
+      The tensors, and notes on what was done.
+
+    Raises:
+      ValueError: the format is none that is read, or its tensors do not fit together.
+
+    Example:
+      >>> found = hub.open_checkpoint("gpt-oss-20b")  # doctest: +SKIP
+      >>> config = hub.read_json("gpt-oss-20b")  # doctest: +SKIP
+      >>> tensors, notes = dequantised(".", found.tensors, config)  # doctest: +SKIP
+    """
+    label = packed.found(tensors, config)
+    if label is None:
+        return dict(tensors), ()
+    method = _method(label, packed.stated_format(config))
+    if method is None:
+        raise ValueError(
+            f"{place} is quantised ({label}), which --dequantize does not read; it "
+            f"reads {', '.join(READERS)}, as config.json's quantization_config names "
+            "them. Give the model in floating point."
+        )
+    dtype = np.dtype(dtype)
+    try:
+        found = READERS[method](tensors, packed.settings(config) or {}, dtype)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    rest = {name: x for name, x in tensors.items() if name not in found.parts}
+    dropped = [name for name in rest if _OF_ACTIVATIONS.fullmatch(name)]
+    result = {name: x for name, x in rest.items() if name not in dropped}
+    result |= found.weights
+    packed.check(place, result, {})  # the rest of it is plain
+    return result, tuple(_notes(place, method, dtype, found, result, dropped))
+
+
+def _method(label: str, said: str | None) -> str | None:
+    """The name of a reader by what tensors and configuration say; None without one."""
+    said = (said or "").lower()
+    if said in READERS:
+        return said
+    if _COMPRESSED.fullmatch(said):
+        return "compressed-tensors"
+    return _BY_TENSORS.get(label) if not said or " " in said else None
+
+
+def _notes(place, method, dtype, found, result, dropped):
+    yield (
+        f"{place}: {len(found.weights)} weights of the format {method} are dequantised "
+        f"to {short(dtype)}"
+    )
+    stay = [
+        name
+        for name, x in result.items()
+        if name not in found.weights and x.is_floating and len(x.shape) > 1
+    ]
+    if stay:
+        few = ", ".join(tree.first_few(sorted(stay), most=3))
+        yield f"{place}: {len(stay)} matrices were not quantised and stay: {few}"
+    if dropped:
+        few = ", ".join(tree.first_few(sorted(dropped), most=3))
+        yield (
+            f"{place}: {len(dropped)} scales of activations or of the cache are left "
+            f"out: {few}"
+        )
