@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxarith import hub
-from jaxarith.hub import Stored, lora, packed, safetensors
+from jaxarith.hub import Stored, lora, lycoris, packed, safetensors
 from jaxarith.stream import policies, stacks, tying
 
 
@@ -49,10 +49,11 @@ def adapted(model: str) -> list[str]:
 
 
 class Place(NamedTuple):
-    """Where a model is: its folder, that of an adapter, and a task vector's file.
+    """Where a model is: its folder, that of an adapter, and the file of a change.
 
-    A model has the first, the second or both, or the third. A checkpoint in a single
-    file has that in place of the folder.
+    A model has the first, the second or both, or the third: a task vector, or an
+    adapter of kohya or LyCORIS. A checkpoint in a single file has that in place of the
+    folder.
     """
 
     folder: Path | None = None
@@ -76,6 +77,8 @@ def find(model: str) -> Place:
             )
         return Place(folder, adapter)
     path = Path(model).expanduser()
+    if lycoris.is_lycoris(path):
+        return Place(vector=path)
     if path.is_file() and not _names_task(path):
         return Place(path)
     if hub.is_vector(model):
@@ -145,7 +148,10 @@ def changes_of(
 def _vector(
     file: Path, base: Mapping[str, Stored], label: str, missing: policies.Missing
 ) -> tuple[lora.Adapter, list[str]]:
-    """What the task vector in a file adds to the base, and notes."""
+    """What the task vector or adapter in a file adds to the base, and notes."""
+    if lycoris.is_lycoris(file):
+        change = lycoris.read(file, base)
+        return change, [*change.notes]
     vector = hub.open_vector(file)
     method = "" if vector.method is None else f" by the method {vector.method}"
     deltas, notes = policies.fit_vector(base, vector.tensors, label, missing)
