@@ -345,6 +345,44 @@ def test_other_names_of_stacks(torch, tmp_path, merged):
         np.testing.assert_array_equal(found[f"transformer.{name}"], hub.read(b)[ours])
 
 
+def test_the_language_model_beside_an_encoder_of_images(torch, tmp_path, merged):
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    images = small | {"num_hidden_layers": 3, "image_size": 8, "patch_size": 4}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**LLAMA, num_hidden_layers=2),
+        vision_config=transformers.CLIPVisionConfig(**images),
+        image_token_index=60,
+    )
+    for i, name in enumerate("ab"):
+        torch.manual_seed(i)
+        model = transformers.LlavaForConditionalGeneration(config)
+        model.save_pretrained(tmp_path / name)
+    a, b = tmp_path / "a", tmp_path / "b"
+    out, found = merged(passed((a, 0, 2), (b, 0, 2)))
+    ours, theirs = hub.read(a), hub.read(b)
+    for name, tensor in found.items():
+        if "layers.3." in name:
+            twin = theirs[name.replace("layers.3.", "layers.1.")]
+        else:
+            from_first = (
+                "vision" in name or "embed_tokens" in name or "layers.0" in name
+            )
+            twin = (ours if from_first or "projector" in name else theirs).get(name)
+        if twin is not None and ".layers.1." not in name:
+            np.testing.assert_array_equal(tensor, twin)
+    load = transformers.LlavaForConditionalGeneration.from_pretrained
+    model, info = load(out, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys"))
+    assert model.config.text_config.num_hidden_layers == 4
+    assert model.config.vision_config.num_hidden_layers == 3
+    texts = torch.tensor([[1, 60, 60, 60, 60, 2]])
+    assert (
+        model(input_ids=texts, pixel_values=torch.zeros(1, 3, 8, 8)).logits.shape[1]
+        == 6
+    )
+
+
 def test_a_dry_run_plans_slices(models, tmp_path, capsys):
     text = passed((models[0], 0, 2), (models[1], 0, 4))
     text += "parameters: {scale: [{filter: nothing, value: 2}]}\n"

@@ -74,6 +74,9 @@ def test_rules_by_a_layers_number_are_kept_or_refused():
 
 REFUSED = {
     "cache_layer_ids": [0, 2],
+    "kv_source_layers": [0, 0, 2, 2],
+    "rope_scaling_layers": [0, 1, 2, 3],
+    "moe_layer_end_index": 3,
     "attention_types": [[["global", "local"], 2]],
     "num_kv_shared_layers": 2,
     "num_nextn_predict_layers": 1,
@@ -85,6 +88,31 @@ def test_what_is_not_known_is_refused_by_name(key):
     a = config(4, **{key: REFUSED[key]})
     with pytest.raises(ValueError, match=key):
         restacked(a, 4, layers(a, 4, 0, 1))
+
+
+def test_numbers_that_are_not_known_are_told():
+    a = config(2, num_adapter_layers=3, attn_layer_offset=4, sparse_layers=0)
+    new, [note] = restacked(a, 2, layers(a, 2, 0, 1, 1))
+    assert new == a | {"num_hidden_layers": 3}
+    assert "keeps num_adapter_layers: whether" in note
+
+
+def test_configurations_of_transformers_stay_if_the_layers_do():
+    """And they still load if the layers are there twice."""
+    transformers = pytest.importorskip("transformers")
+    for name in ("Qwen3", "Gemma3Text", "Llama4Text", "GptOss", "Lfm2", "Jamba"):
+        found = getattr(transformers, f"{name}Config")().to_dict()
+        count = found["num_hidden_layers"]
+        for stacked in ([*range(count)], [*range(count)] * 2):
+            new, _ = restacked(found, count, layers(found, count, *stacked))
+            assert new["num_hidden_layers"] == len(stacked)
+            again = getattr(transformers, f"{name}Config")(**new).to_dict()
+            kinds = {
+                k: v for k, v in again.items() if k in ("layer_types", "moe_layers")
+            }
+            assert kinds == {k: new[k] for k in kinds}
+            if len(stacked) == count:
+                assert new == found
 
 
 def test_lists_that_are_no_layers_stay():

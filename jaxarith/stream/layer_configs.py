@@ -15,7 +15,7 @@ from jaxarith.hub.config import parts
 from jaxarith.stream import configs
 from jaxarith.stream.stacks import MAIN
 
-_TYPES = "layer_types"
+_TYPES, _MLP_TYPES = "layer_types", "mlp_layer_types"
 # Lists of the numbers of layers.
 _INDICES = {
     "mlp_only_layers",
@@ -27,7 +27,7 @@ _INDICES = {
     "global_attention_layers",
 }
 # Numbers of layers from the first one on that differ from the others.
-_FIRST = {"max_window_layers", "first_k_dense_replace"}
+_FIRST = {"max_window_layers", "first_k_dense_replace", "num_dense_layers"}
 # Layers are what their number is, modulo the value.
 _PERIODS = {
     "sliding_window_pattern",
@@ -48,6 +48,10 @@ _SAID_BY = {
     "full_attention_interval": _TYPES,
     "global_attn_every_n_layers": _TYPES,
     "max_window_layers": _TYPES,
+    "first_k_dense_replace": _MLP_TYPES,
+    "num_dense_layers": _MLP_TYPES,
+    "decoder_sparse_step": _MLP_TYPES,
+    "moe_layer_freq": _MLP_TYPES,
     "no_rope_layer_interval": "no_rope_layers",
     "interleave_moe_layer_step": "moe_layers",
 }
@@ -69,9 +73,18 @@ _REFUSED = {
     "num_nextn_predict_layers": "there are layers that predict further tokens",
     "layer_group_size": "layers come in groups",
     "num_hidden_groups": "layers share weights",
+    "moe_layer_end_index": "it is the number of a layer",
+    "loop_layer_index_end": "it is the number of a layer",
+    "n_layers_per_attn_res_block": "layers come in groups",
+    "num_layers_per_stack": "layers come in groups",
+    "n_recurrent_layers": "layers are of three kinds in order",
 }
 _NOT_OF_LAYERS = re.compile(r"architectures|.*token.*|rope_.*|.*_sections?|.*_factors?")
 _OF_INDICES = re.compile(r".*(layer|block|idx|indices|indexes).*")
+# Lists of layers' numbers even where they have an entry for each layer.
+_NUMBERS = re.compile(r".*(source|target).*layer.*|.*(_ids|idxs?|indices|indexes)")
+_KNOWN_NUMBERS = {*MAIN, *_FIRST, *_PERIODS, *_REFUSED}
+_KNOWN_NUMBERS |= {"attn_layer_offset", "expert_layer_offset"}  # beside a period
 
 
 class Layer(NamedTuple):
@@ -134,6 +147,17 @@ def restacked(
                 "how it changes with the layers is not known. Take whole models, or "
                 "files (base_model) whose config.json has no such key."
             )
+    unknown = [
+        key
+        for key, value in part.items()
+        if type(value) is int and value > 1 and "layer" in key
+        if key not in _KNOWN_NUMBERS
+    ]
+    if unknown:
+        notes.append(
+            f"config.json keeps {', '.join(unknown)}: whether they count or number the "
+            "layers that changed is not known"
+        )
     _check_periods(part, layers, owns)
     for layer, own in zip(layers, owns, strict=True):
         _check_lacking(part, own, layer)
@@ -169,7 +193,9 @@ def _check(config, label):
 
 
 def _is_per_layer(key, value, count):
-    if key in _INDICES or _NOT_OF_LAYERS.fullmatch(key):
+    if key in _INDICES or _NOT_OF_LAYERS.fullmatch(key) or _NUMBERS.fullmatch(key):
+        return False
+    if value == [*range(count)] and count > 3:  # numbers of layers, and no switches
         return False
     if isinstance(value, str):
         return key == "hybrid_override_pattern"
