@@ -62,12 +62,11 @@ def svc(params_0, taus):
 
 def core(params_0, taus, rank=16):
     """TSV-M of adapters, whose factors are the first rows and columns of kernels."""
-    kernels = [path for path in tree.flatten(params_0) if path.endswith("kernel")]
     adapters = [
         {
             path: merge.Factors(leaf[:, :rank], leaf[:rank])
             for path, leaf in tree.flatten(tau).items()
-            if path in kernels
+            if path.endswith("kernel") and leaf.ndim == 2
         }
         for tau in taus
     ]

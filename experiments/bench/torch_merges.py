@@ -218,7 +218,7 @@ def core(params_0, taus, rank=16):
     """TSV-M in core space, of adapters cut out of the kernels."""
     merged = dict(params_0)
     for path, leaf in params_0.items():
-        if not path.endswith("kernel"):
+        if not path.endswith("kernel") or leaf.ndim != 2:
             continue
         pairs = [(tau[path][:, :rank], tau[path][:rank]) for tau in taus]
         side_by_side = torch.cat([a for a, _ in pairs], dim=1)
