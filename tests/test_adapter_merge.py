@@ -81,6 +81,14 @@ def test_the_sum_of_deltas_is_exact_and_ranks_add(folders, tmp_path, coefs):
     assert ranks == {m: 6 if "layers.0" in m else 5 for m in SHAPES} | {DOWN: 1}
 
 
+def test_a_base_without_a_name(tmp_path):
+    models = [
+        write(tmp_path / f"{i}", i, base_model_name_or_path=None) for i in range(2)
+    ]
+    assert run(models, tmp_path / "out", "--coef", 1, 2) == 0
+    close(result(tmp_path / "out"), expected(models, (1, 2)))
+
+
 def test_means_and_mergekits_linear_methods(folders, tmp_path):
     models = [folders["one"], folders["stable"]]
     assert run(models, tmp_path / "a", "--weight", 3, 1, method="average") == 0

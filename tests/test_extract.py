@@ -12,7 +12,7 @@ from merge_command import checkpoint
 from safetensors.numpy import load_file
 
 from jaxarith import cli, stream
-from jaxarith.commands.adapters.low_rank import low_rank
+from jaxarith.commands.adapters.low_rank import low_rank, one_blas_thread
 
 SHAPES = {
     "model.embed_tokens.weight": (11, 8),
@@ -31,6 +31,12 @@ def tensors():
 
 def product(seed, rank, rows, columns):
     return (normal(seed, rows, rank) @ normal(seed + 1, rank, columns)) / 8
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with one_blas_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -110,9 +110,9 @@ def stored(layer: Layer, product: Product) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def stated_base(names: Sequence[str]) -> str | None:
-    """The base that the configuration of the first adapter names."""
-    config = adapter_config.read(_folder(names[0]))
+def stated_base(name: str) -> str | None:
+    """The base that the configuration of an adapter names."""
+    config = adapter_config.read(_folder(name))
     return config.get("base_model_name_or_path")
 
 

@@ -27,7 +27,7 @@ from jaxarith.commands.merge.recipe import MergeRecipe
 from jaxarith.hub import Stored, adapter_names, adapter_writing, safetensors
 from jaxarith.hub.adapter_tensors import PREFIX
 from jaxarith.report import printable, shown
-from jaxarith.stream.inputs import open_checkpoint
+from jaxarith.stream.inputs import find_base, open_checkpoint
 
 # Methods of either preset that are weighted sums of whatever they merge.
 _LINEAR = ("average", "linear", "task_arithmetic")
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, out: Path) -> None:
     if args.vocabulary != "error" or args.missing != "error":
         raise ValueError("--vocabulary and --missing are for models, not for adapters.")
     recipe = _recipe(args)
-    adapters = opened.open_adapters(recipe.models, recipe.base)
+    adapters = opened.open_adapters(recipe.models, recipe.base or None)
     out = hub.check_out(out, args.overwrite, adapters.folders)
     before = hub.state(out)
     stamps = {x: files.stamp(x) for f in adapters.folders for x in hub.weight_files(f)}
@@ -113,7 +113,8 @@ def _recipe(args: argparse.Namespace) -> MergeRecipe:
         request = flags.request(args)
         method = merge_recipe.find(request.method, request.preset)
         if request.base is None and method.base in ("needed", "optional"):
-            base = opened.stated_base([model.name for model in request.models])
+            # An adapter of a model without a name has none.
+            base = opened.stated_base(request.models[0].name) or ""
             request = dataclasses.replace(request, base=base)
         recipe = merge_recipe.build(request, seed=args.seed)
     name, shared = recipe.request.method, recipe.request.parameters
@@ -152,7 +153,8 @@ def _merged(
 ) -> tuple[dict[str, Stored], list[dict[str, Any]]]:
     """The tensors of the merged adapter, and what is known of each layer."""
     tensors: dict[str, Stored] = {}
-    whole = _whole(recipe, adapters)
+    given = args.base if args.config is None else recipe.request.base
+    whole = _whole(adapters, given)
 
     def place(name: str, merged: np.ndarray) -> None:
         own = next(x for x in whole[name].tensors if x is not None)
@@ -192,16 +194,13 @@ def _shown(layers: Iterator[Merged], count: int, quiet: bool) -> Iterator[Merged
     return iter(tqdm(layers, total=count, unit="layer", disable=quiet))
 
 
-def _whole(recipe: MergeRecipe, adapters: Adapters) -> dict[str, Whole]:
+def _whole(adapters: Adapters, given: str | None) -> dict[str, Whole]:
     """The tensors that adapters replace, with the base's where it is given."""
     copied = {name for parts in adapters.parts for name in parts.inner}
     found = {n: x for n, x in opened.replaced(adapters).items() if n not in copied}
     if not found:
         return {}
-    base: Mapping[str, Stored] = {}
-    given = recipe.request.base
-    if given is not None and Path(given).expanduser().is_dir():
-        base = open_checkpoint(Path(given).expanduser()).tensors
+    base = {} if given is None else open_checkpoint(find_base(given)).tensors
     names = adapter_names.fit(adapters.folders[0], found, base)[0] if base else {}
     whole = {}
     for name, tensors in found.items():

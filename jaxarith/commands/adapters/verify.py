@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxarith import hub, lazy, report, stream
+from jaxarith import lazy, report, stream
 from jaxarith.hub import Stored
 from jaxarith.report import printable, shown
 from jaxarith.stream import names, tying
-from jaxarith.stream.inputs import open_checkpoint, read_config
+from jaxarith.stream.inputs import find_base, open_checkpoint, read_config
 
 _DESCRIPTION = """\
 Compares every tensor of MERGED with BASE + ADAPTER, computed in float32, and says which
@@ -110,7 +110,7 @@ class Verdict(NamedTuple):
 
 def _run(args: argparse.Namespace) -> int:
     opened = stream.open_models(args.base, [args.adapter])
-    folder = hub.find(args.merged)
+    folder = find_base(args.merged)
     tensors = open_checkpoint(folder).tensors
     config = read_config(opened.folders[0])
     ours, notes = _fitted(opened.base, tensors, config, args.merged)
