@@ -1,7 +1,9 @@
 """Merges of slices: the layers of one model after those of another."""
 
+import hashlib
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,6 +75,10 @@ def assert_same(found, expected):
         np.testing.assert_array_equal(tensor, expected[name], err_msg=name)
 
 
+def weights(folder):
+    return (Path(folder) / "model.safetensors").read_bytes()
+
+
 def generated(torch, folder):
     """The model, after it has made a text, and its logits."""
     import transformers
@@ -111,7 +117,11 @@ def test_layers_of_two_llamas_follow_each_other(torch, models, merged):
         np.testing.assert_array_equal(found[name], tensors[name])
     model, _ = generated(torch, out)
     assert model.config.num_hidden_layers == 6
-    recipe = json.loads((out / "jaxarith_merge.json").read_text())["recipe"]
+    facts = json.loads((out / "jaxarith_merge.json").read_text())
+    assert [x["model"] for x in facts["inputs"]] == models
+    digests = [hashlib.sha256(weights(model)).hexdigest() for model in models]
+    assert [[*x["sha256"].values()] for x in facts["inputs"]] == [[x] for x in digests]
+    recipe = facts["recipe"]
     again, tensors = merged(model_card.dump(recipe))
     assert_same(tensors, found)
     assert json.loads((again / "jaxarith_merge.json").read_text())["recipe"] == recipe

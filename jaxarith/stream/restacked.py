@@ -13,6 +13,8 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jax.typing import DTypeLike
+
 from jaxarith import lazy
 from jaxarith.hub import Stored, lora
 from jaxarith.stream import inputs, layer_configs, opened, policies, tying
@@ -61,6 +63,7 @@ def open_slices(
     vocabulary: policies.Vocabulary = "error",
     missing: policies.Missing = "error",
     rerowing: Rerowing | None = None,
+    dequantize: DTypeLike | None = None,
 ) -> Opened:
     """Opens the models of slices as a base and its task vectors, without reading them.
 
@@ -75,6 +78,8 @@ def open_slices(
         `policies.fit`.
       rerowing: where rows of embeddings and heads come from, by the names of models;
         None leaves them where they are.
+      dequantize: dtype in which packed (quantised) weights are read, such as
+        `"bfloat16"`; None refuses them.
 
     Raises:
       FileNotFoundError: a checkpoint or a part of one does not exist.
@@ -88,24 +93,37 @@ def open_slices(
     for model in named:
         with _named(lines.get(model)):
             places[model] = inputs.find(model)
+    if base is not None and places[base].adapter is not None:
+        raise ValueError(
+            f"the base model {base} is no whole model; merge the adapter first."
+        )
     if (folder := places[named[0]].folder) is None:
         raise ValueError(
             f"{named[0]} is an adapter or a task vector, whose configuration is that "
             "of a model: give a base model first."
         )
-    checkpoint = inputs.open_checkpoint(folder)
+    checkpoint = inputs.open_checkpoint(folder, dequantize)
     template = Template.of(checkpoint.tensors, inputs.read_config(folder))
     stacks, notes = {}, []
     for model, place in places.items():
         with _named(lines.get(model)):
             under = None if base is None else places[base]
-            stacks[model], more = read(model, place, under, template, missing)
+            stacks[model], more = read(
+                model, place, under, template, missing, dequantize
+            )
             if model != named[0]:
                 stack = stacks[model]
                 more += layer_configs.compare(
                     template.config, template.count, stack.config, stack.count, model
                 )
         notes += more
+    if base is not None and slices[0].base is not None:
+        whole = {
+            model: stack.was_packed
+            for model, stack in stacks.items()
+            if model != base and stack.was_packed is not None
+        }
+        notes += inputs.rounding_notes(bool(stacks[base].was_packed), whole)
     stacks = _with_heads(stacks)
     if rerowing is not None:
         stacks = rerowed(stacks, rerowing)

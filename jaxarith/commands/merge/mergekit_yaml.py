@@ -1,11 +1,11 @@
 """Reads the YAML files in which mergekit's users write their merges.
 
-A file says `merge_method`, `models` or `slices`, and perhaps
-`base_model`, `parameters`, `dtype`, `out_dtype` and `tokenizer_source`. Methods that
-mergekit has are mergekit's, unless the file says `preset: paper`; all others are those
-of `jaxarith.merge`, whose options are `parameters` too. `after` lists wrappers of the
-merged vector, which mergekit has not. What is not supported is an error that names its
-line.
+A file says `merge_method`, `models` or `slices`, and perhaps `base_model`,
+`parameters`, `dtype`, `out_dtype`, `tokenizer_source` or `tokenizer`, and
+`chat_template`. Methods that mergekit has are mergekit's, unless the file says `preset:
+paper`; all others are those of `jaxarith.merge`, whose options are `parameters` too.
+`after` lists wrappers of the merged vector, which mergekit has not. What is not
+supported is an error that names its line.
 """
 
 import dataclasses
