@@ -1,30 +1,43 @@
 """The `jaxarith` command, with a subcommand for each task."""
 
 import argparse
+import importlib
 import sys
 import warnings
+from collections.abc import Iterable
 
 import jaxarith
 from jaxarith import report
-from jaxarith.commands import convert, data, inspect, merge, signals
-from jaxarith.commands.adapters import extract, verify
+from jaxarith.commands import signals
+
+# Where the `add` of each subcommand is.
+COMMANDS = {
+    "merge": "jaxarith.commands.merge",
+    "extract": "jaxarith.commands.adapters.extract",
+    "verify": "jaxarith.commands.adapters.verify",
+    "inspect": "jaxarith.commands.inspect",
+    "convert": "jaxarith.commands.convert",
+    "data": "jaxarith.commands.data",
+}
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(names: Iterable[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "jaxarith", description="Merges and inspects models, and checks data."
     )
     parser.add_argument("--version", action="version", version=jaxarith.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (merge, extract, verify, inspect, convert, data):
-        command.add(commands)
+    for name in names:
+        importlib.import_module(COMMANDS[name]).add(commands)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    args = _parser().parse_args(arguments)
+    # The modules of a command take a tenth of a second or more to import.
+    asked = [name for name in arguments[:1] if name in COMMANDS]
+    args = _parser(asked or COMMANDS).parse_args(arguments)
     args.arguments = arguments
     format_before, warnings.formatwarning = warnings.formatwarning, _note
     try:

@@ -200,7 +200,7 @@ def test_mergekits_definitions_come_with_merge():
 # What `import jaxarith` must not load: it takes seconds, and may not be installed.
 HEAVY = {
     *("flax", "transformers", "matplotlib", "torch", "tensorflow"),
-    *("orbax", "grain", "datasets", "tensorflow_datasets"),
+    *("optax", "orbax", "grain", "datasets", "tensorflow_datasets"),
 }
 
 

@@ -26,7 +26,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxarith import tree
 from jaxarith.merge import _leaves
@@ -263,6 +262,8 @@ def autoencoder_factors(
 
 @jax.jit
 def _trained(gram, start, steps, learning_rate, weight_decay, temperature):
+    import optax  # here, so that `import jaxarith` stays light
+
     optimizer = optax.chain(
         optax.add_decayed_weights(weight_decay), optax.adam(learning_rate)
     )
