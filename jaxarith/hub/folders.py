@@ -30,7 +30,8 @@ SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py")
 # card, which is of another model.
 _LEFT_OVERS = re.compile(
     r".*\.index\.json|.*_results\.json|trainer_state\.json|log_history\.json|"
-    r"adapter_config\.json|quantize_config\.json|params\.json|requirements\.txt|"
+    r"adapter_config\.json|(hf_)?quant\w*_config\.json|recipe\.yaml|params\.json|"
+    r"requirements\.txt|"
     r"jaxarith_merge\.json|mergekit_config\.ya?ml|README\.md|.*tfevents.*|.*\.(log|lock)"
 )
 # Weights in any format, and the states of optimizers.
@@ -56,11 +57,13 @@ class Checkpoint(NamedTuple):
       tensors: the tensors by their names in the file; those of msgpack have slashes.
       metadata: what the header of the file says, or that of the first shard.
       file: the file that holds or lists the tensors.
+      notes: what was done to tensors of a packed checkpoint.
     """
 
     tensors: dict[str, Stored]
     metadata: dict[str, str]
     file: Path
+    notes: tuple[str, ...] = ()
 
 
 def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:

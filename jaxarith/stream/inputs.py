@@ -6,17 +6,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jax.typing import DTypeLike
+
 from jaxarith import hub
-from jaxarith.hub import Stored, lora, lycoris, packed, safetensors
+from jaxarith.hub import Stored, lora, lycoris, packed, quantised, safetensors
 from jaxarith.stream import policies, stacks, tying
 
 
-def open_checkpoint(folder: str | os.PathLike) -> hub.Checkpoint:
+def open_checkpoint(
+    folder: str | os.PathLike, dequantize: DTypeLike | None = None
+) -> hub.Checkpoint:
     """Finds the tensors of a checkpoint in safetensors that can be merged.
+
+    Args:
+      folder: the folder, or a single file.
+      dequantize: dtype in which packed weights are read; None refuses them.
 
     Raises:
       FileNotFoundError: the folder, its weights or one of the shards does not exist.
-      ValueError: a file is corrupt, holds quantised tensors, or is not in safetensors.
+      ValueError: a file is corrupt, holds quantised tensors that are refused, or is not
+        in safetensors.
     """
     found = hub.open_checkpoint(folder)
     if found.file.name == hub.MSGPACK:
@@ -24,8 +33,31 @@ def open_checkpoint(folder: str | os.PathLike) -> hub.Checkpoint:
             f"{folder} holds no safetensors. Streams read nothing else: run "
             f"`jaxarith convert {folder} NEW_FOLDER` first."
         )
-    packed.check(Path(folder), found.tensors, read_config(folder))
-    return found
+    config = read_config(folder)
+    if dequantize is None:
+        packed.check(Path(folder), found.tensors, config)
+        return found
+    tensors, notes = quantised.dequantised(
+        Path(folder), found.tensors, config, dequantize
+    )
+    return found._replace(tensors=tensors, notes=notes)
+
+
+def rounding_notes(base: bool, models: Mapping[str, bool]) -> list[str]:
+    """Warns where base and models were rounded each on its own.
+
+    Args:
+      base: whether the base was packed.
+      models: by label, whether models that are whole checkpoints were.
+    """
+    labels = [label for label, was_packed in models.items() if base or was_packed]
+    if not labels:
+        return []
+    return [
+        f"warning: {', '.join(labels)} and the base were not quantised together: their "
+        "difference holds the rounding of the packed weights, about 3 % of a weight "
+        "at 8 bits and 10 % at 4, where fine-tuning moves weights by less"
+    ]
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:
@@ -106,7 +138,8 @@ def layers_of(model: str) -> int | None:
     """The number of layers of a model; None of an adapter or a task vector alone."""
     if (folder := find(model).folder) is None:
         return None
-    return stacks.layers(open_checkpoint(folder).tensors, read_config(folder))
+    # Whether packed weights are read is asked when the model is opened.
+    return stacks.layers(hub.open_checkpoint(folder).tensors, read_config(folder))
 
 
 _QUANTISED = re.compile(r"bnb|gptq|awq|fp8|\dbit|int[48]", re.IGNORECASE)

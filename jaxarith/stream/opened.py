@@ -138,6 +138,7 @@ def open_models(
     vocabulary: policies.Vocabulary = "error",
     missing: policies.Missing = "error",
     rerowing: Rerowing | None = None,
+    dequantize: DTypeLike | None = None,
 ) -> Opened:
     """Opens checkpoints as a base and its task vectors, without reading them.
 
@@ -154,6 +155,8 @@ def open_models(
       missing: what to do where tensors are missing, as for `policies.fit`.
       rerowing: where rows of embeddings and heads come from, by the names of base and
         models as given; None leaves them where they are.
+      dequantize: dtype in which packed (quantised) weights are read, such as
+        `"bfloat16"`; None refuses them.
 
     Raises:
       FileNotFoundError: a checkpoint or a part of one does not exist.
@@ -179,18 +182,23 @@ def open_models(
             f"{models[0]} is an adapter, which needs a model: give a base, or "
             "model+adapter."
         )
-    first = open_checkpoint(start)
+    first = open_checkpoint(start, dequantize)
     labels = [f"model {i} ({model})" for i, model in enumerate(models)]
     config = read_config(start)
-    notes: list[str] = []
+    notes = [*first.notes]
     fitted: dict[str, dict[str, Stored]] = {}
+    were_packed: dict[str, bool] = {}
     for label, place in zip(labels, places, strict=True):
         fitted[label] = {}
         if place.folder is not None:
             notes += configs.compare(config, read_config(place.folder), label)
-            found = open_checkpoint(place.folder).tensors
-            fitted[label], more = policies.fit(first.tensors, found, label, missing)
-            notes += more
+            found = open_checkpoint(place.folder, dequantize)
+            ours, more = policies.fit(first.tensors, found.tensors, label, missing)
+            fitted[label] = ours
+            were_packed[label] = bool(found.notes)
+            notes += [*found.notes, *more]
+    if base is not None:
+        notes += inputs.rounding_notes(bool(first.notes), were_packed)
     tensors = first.tensors
     changes, parted, more = inputs.changes_of(tensors, fitted, places, config, missing)
     notes += more
@@ -232,7 +240,7 @@ def open_models(
         taus=taus,
         has_base=base is not None,
         folders=[start, *(x for place in places for x in place if x is not None)],
-        notes=(*notes, *more),
+        notes=tuple(dict.fromkeys((*notes, *more))),
         narrowed=tuple(double),
         resized={old: new for old, new in rows.items() if old != new},
         untied=untied,

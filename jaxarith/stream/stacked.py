@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
+from jax.typing import DTypeLike
+
 from jaxarith import tree
 from jaxarith.hub import Stored, lora
 from jaxarith.stream import inputs, names, policies, tying
@@ -52,6 +54,8 @@ class Stacked(NamedTuple):
       count: its number of layers.
       tied: the embedding and the head, if they are one.
       untied: whether it has a head of its own.
+      was_packed: whether it is a whole checkpoint of packed weights; None of what
+        moves the base.
     """
 
     tensors: Found
@@ -61,6 +65,7 @@ class Stacked(NamedTuple):
     count: int
     tied: tying.Pair | None
     untied: bool
+    was_packed: bool | None
 
     def with_head(self) -> "Stacked":
         """The same with a tied head as a tensor of its own."""
@@ -183,6 +188,7 @@ def read(
     base: inputs.Place | None,
     template: Template,
     missing: policies.Missing,
+    dequantize: DTypeLike | None = None,
 ) -> tuple[Stacked, list[str]]:
     """Opens a model as a stack with the names of the template, and notes.
 
@@ -192,6 +198,7 @@ def read(
       base: where the model is that an adapter or a task vector alone moves.
       template: whose names it gets.
       missing: what to do where a task vector has tensors that its base lacks.
+      dequantize: dtype in which packed weights are read; None refuses them.
 
     Raises:
       FileNotFoundError: the checkpoint or a part of it does not exist.
@@ -203,7 +210,8 @@ def read(
             f"{label} is an adapter or a task vector, which needs a model: give a "
             "base, or model+adapter."
         )
-    tensors = inputs.open_checkpoint(folder).tensors
+    checkpoint = inputs.open_checkpoint(folder, dequantize)
+    tensors = checkpoint.tensors
     config = inputs.read_config(folder)
     stack, count = main_stack(tensors, config)
     under = {label: tensors}
@@ -231,8 +239,9 @@ def read(
         count=count,
         tied=tied,
         untied=pair is None and stored is not None,
+        was_packed=bool(checkpoint.notes) if place.folder else None,
     )
-    return model, [*notes, *more]
+    return model, [*checkpoint.notes, *notes, *more]
 
 
 def rerowed(stacks: Mapping[str, Stacked], rerowing: Rerowing) -> dict[str, Stacked]:

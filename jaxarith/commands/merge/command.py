@@ -127,6 +127,10 @@ def _opened(
     places: Mapping[str, str],
     rerowing: stream.Rerowing | None,
 ) -> stream.Opened:
+    dequantize = None
+    if args.dequantize:
+        in_bfloat16 = (args.dtype or recipe.dtype) in (None, "bfloat16")
+        dequantize = "bfloat16" if in_bfloat16 else "float32"
     if isinstance(recipe, SlicedRecipe):
         return stream.open_slices(
             recipe.slices,
@@ -135,6 +139,7 @@ def _opened(
             vocabulary=args.vocabulary,
             missing=args.missing,
             rerowing=rerowing,
+            dequantize=dequantize,
         )
     return stream.open_models(
         None if recipe.base is None else places[recipe.base],
@@ -142,6 +147,7 @@ def _opened(
         vocabulary=args.vocabulary,
         missing=args.missing,
         rerowing=rerowing,
+        dequantize=dequantize,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from jaxarith.commands.merge import gradients, methods, recipe, wrappers
 from jaxarith.commands.merge.gradients import Setting, Value
 from jaxarith.commands.merge.request import DTYPES, PRESETS, MergeRequest, Model
+from jaxarith.hub.quantised import READERS
 from jaxarith.merge import METHODS
 from jaxarith.stream import SHARD_BYTES, policies
 
@@ -105,6 +106,12 @@ def add(
         help="dtype of the new weights (default: the base's); sums are in float32",
     )
     add_policies(common)
+    common.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="read quantised models as numbers, in bfloat16 or, with another --dtype, "
+        f"in float32: {', '.join(READERS)}; without it they are refused",
+    )
     common.add_argument(
         "--shard-size",
         type=_size,

@@ -1,5 +1,6 @@
 """What `jaxarith merge` prints before a merge, and writes beside the weights."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -21,7 +22,6 @@ from jaxarith.stream.inputs import adapted
 
 _GENERATION = "generation_config.json"
 _DTYPE_KEYS = {"dtype", "torch_dtype"}
-_QUANTISED = ("quantization_config", "compression_config")
 
 
 def planned(
@@ -108,6 +108,8 @@ def _config(opened: Opened, dtype: str | None) -> tuple[dict[str, Any], list[str
     found = opened.config
     config = hub.read_json(opened.folders[0]) if found is None else dict(found)
     notes = []
+    if dtype is None and packed.stated_format(config) is not None:
+        dtype = _most(opened)  # a packed model's says in what it is computed
     if dtype is not None:
         config = config_of.replaced(config, lambda key, _: key in _DTYPE_KEYS, dtype)
         if not _DTYPE_KEYS & config.keys():
@@ -128,12 +130,20 @@ def _config(opened: Opened, dtype: str | None) -> tuple[dict[str, Any], list[str
                 f"{new} rows"
             )
     if (said := packed.stated_format(config)) is not None:
-        config = config_of.without(config, _QUANTISED)
+        config = config_of.without(config, packed.KEYS)
         notes.append(
-            f"config.json says that the weights are quantised ({said}), which they are "
-            "not; quantization_config is left out"
+            f"config.json says that the weights are quantised ({said}), which those of "
+            "the merge are not; quantization_config is left out"
         )
     return config, notes
+
+
+def _most(opened: Opened) -> str:
+    """The dtype that most of the new weights have."""
+    sizes = collections.Counter()
+    for tensor in opened.base.values():
+        sizes[tensor.dtype.name] += tensor.size * tensor.is_floating
+    return sizes.most_common(1)[0][0]
 
 
 def _replaced(

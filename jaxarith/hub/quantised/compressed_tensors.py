@@ -162,11 +162,9 @@ def _made(given, shape, block, width, dtype):
     if width is not None and zeros is not None and zeros.dtype == np.int32:
         # Those of integers of a few bits are packed along the rows.
         zeros = unpacked(np.ascontiguousarray(zeros.T), width, shape[0]).T
-    # One row of scales for each row of blocks.
-    scales, zeros = (
-        None if x is None else x.reshape(-(-shape[0] // high), -1)
-        for x in (scales, zeros)
-    )
+    grid = (-(-shape[0] // high), -1)  # a row of scales for each row of blocks
+    scales = scales.reshape(grid)
+    zeros = None if zeros is None else zeros.reshape(grid)
 
     def rows(at):
         part = numbers[at]
