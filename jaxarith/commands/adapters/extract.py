@@ -145,44 +145,48 @@ def _run(args: argparse.Namespace) -> None:
     with hub.staging(out.parent) as temporary:
         new = temporary / "new"
         new.mkdir()
-        bytes_in = sum(
-            source.nbytes for leaf in opened.taus[0].values() for source in leaf.sources
-        )
+        sources = [x for leaf in opened.taus[0].values() for x in leaf.sources]
         with (
             adapter_writing.Spill(temporary / "factors") as spill,
             one_blas_thread(),
-            opened.progress.shown(bytes_in, args.quiet),
+            opened.progress.shown(sum(x.nbytes for x in sources), args.quiet),
         ):
             tensors, rows, rest = _extracted(args, opened, linear, outer, spill)
         if not rows:
-            rest_too = f"; {len(rest)} other tensors did" if rest else ""
+            others = f"; {len(rest)} other tensors do" if rest else ""
             raise ValueError(
-                f"no linear layer of {args.model} differs from {args.base}{rest_too}."
+                f"no linear layer of {args.model} differs from {args.base}{others}."
             )
-        places: dict[str, Any] = {"modules_to_save": None, "bias": "none"}
+        more: dict[str, Any] = {}
         if args.keep_rest:
             adapted = {row.module.removeprefix(outer) for row in rows}
             saved = kept.rest(opened.base, config, rest, adapted, outer)
             tensors |= saved.tensors()
-            places = {"modules_to_save": saved.modules, "bias": saved.bias}
-        size = adapter_writing.write(
-            new,
-            tensors,
-            adapter_writing.config(
-                {row.module: row.rank for row in rows},
-                args.base,
-                task_type=kept.task_type(config),
-                fan_in_fan_out=any(
-                    linear[f"{row.module.removeprefix(outer)}.weight"] for row in rows
-                ),
-                **places,
-            ),
+            more = {"modules_to_save": saved.modules, "bias": saved.bias}
+        name, revision = _named(args.base)
+        turned = [linear[f"{row.module.removeprefix(outer)}.weight"] for row in rows]
+        content = adapter_writing.config(
+            {row.module: row.rank for row in rows},
+            name,
+            task_type=kept.task_type(config),
+            fan_in_fan_out=any(turned),
+            more={"revision": revision},
+            **more,
         )
+        size = adapter_writing.write(new, tensors, content)
         _beside(new, args, out.name, rows, [] if args.keep_rest else [*rest])
         safetensors.check_unchanged(stamps)
         hub.publish(new, out, before, temporary / "old")
     if not args.quiet:
         print(_told(out, rows, rest, size, args.keep_rest))
+
+
+def _named(base: str) -> tuple[str, str | None]:
+    """The name of a base as PEFT wants it, and its revision on the Hub."""
+    if "@" not in base or Path(base).expanduser().exists():
+        return base, None
+    name, _, revision = base.partition("@")
+    return name, revision
 
 
 def _check_pattern(pattern: str) -> None:

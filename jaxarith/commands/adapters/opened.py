@@ -192,7 +192,8 @@ def _check_bases(folders, configs, base):
 
 def _place(name):
     path = Path(str(name)).expanduser()
-    return str(path.resolve()) if path.is_dir() else name
+    # A configuration has the revision apart.
+    return str(path.resolve()) if path.is_dir() else str(name).partition("@")[0]
 
 
 def _check_ranks(folder, config, parts):
