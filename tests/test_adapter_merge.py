@@ -189,6 +189,18 @@ parameters: {{normalize: false}}
     close(result(out), {m: ("layers.1" in m) * one[m] + other[m] for m in SHAPES})
 
 
+def test_tokenizers_belong_to_models(folders, tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        f"merge_method: task_arithmetic\nbase_model: org/base\n"
+        f"tokenizer_source: base\nmodels: [{{model: {folders['one']}, "
+        "parameters: {weight: 1}}]\n"
+    )
+    arguments = ["merge", str(file), str(tmp_path / "out"), "--to-adapter"]
+    assert cli.main(arguments) == 1
+    assert "tokenizer_source is for models" in capsys.readouterr().err
+
+
 def test_embeddings_and_convolutions_keep_their_form(tmp_path):
     def tensors(seed):
         return {

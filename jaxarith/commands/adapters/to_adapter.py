@@ -117,7 +117,14 @@ def _recipe(args: argparse.Namespace) -> MergeRecipe:
             base = opened.stated_base(request.models[0].name) or ""
             request = dataclasses.replace(request, base=base)
         recipe = merge_recipe.build(request, seed=args.seed)
-    name, shared = recipe.request.method, recipe.request.parameters
+    request = recipe.request
+    for key in ("tokenizer_source", "tokens", "pad_to_multiple_of", "chat_template"):
+        if getattr(request, key):
+            raise ValueError(
+                f"{args.config}: {key} is for models; an adapter keeps its base's "
+                "tokens. Leave it out of a merge --to-adapter."
+            )
+    name, shared = request.method, request.parameters
     of_vectors = shared.get("between") == gradients.constant("task_vectors")
     if recipe.function.base in ("aside", "input") and name not in _LINEAR:
         if not of_vectors:
