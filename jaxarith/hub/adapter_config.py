@@ -22,6 +22,19 @@ _UNSUPPORTED = {
     "use_qalora": "the factors see averaged inputs",
     "velora_config": "VeLoRA is not LoRA",
 }
+# What may be given, beside nothing.
+_KINDS: dict[str, Any] = {
+    "base_model_name_or_path": str,
+    "task_type": str,
+    "target_parameters": list,
+    "modules_to_save": list,
+    "trainable_token_indices": list | dict,
+}
+_WORDS: dict[Any, str] = {
+    str: "a name",
+    list: "a list of names",
+    list | dict: "a list of indices, or lists by names",
+}
 # Starts that leave the base's weights as they are; PiSSA and others subtract from them.
 _STARTS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 
@@ -65,6 +78,16 @@ def read(folder: Path) -> dict[str, Any]:
             "number, and by patterns of names the same in rank_pattern and "
             "alpha_pattern. Save the adapter again."
         )
+    for key, kinds in _KINDS.items():
+        found = config.get(key)
+        good = not found or isinstance(found, kinds)
+        if good and kinds is list:
+            good = all(isinstance(name, str) for name in found or ())
+        if not good:
+            raise ValueError(
+                f"{folder / CONFIG} says {key} is {str(found)[:60]!r}; expected "
+                f"{_WORDS[kinds]}. Save the adapter again."
+            )
     return config
 
 
