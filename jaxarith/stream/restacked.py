@@ -104,27 +104,9 @@ def open_slices(
         )
     checkpoint = inputs.open_checkpoint(folder, dequantize)
     template = Template.of(checkpoint.tensors, inputs.read_config(folder))
-    stacks, notes = {}, []
-    for model, place in places.items():
-        with _named(lines.get(model)):
-            under = None if base is None else places[base]
-            stacks[model], more = read(
-                model, place, under, template, missing, dequantize
-            )
-            if model != named[0]:
-                stack = stacks[model]
-                more += layer_configs.compare(
-                    template.config, template.count, stack.config, stack.count, model
-                )
-        notes += more
-    if base is not None and slices[0].base is not None:
-        whole = {
-            model: stack.was_packed
-            for model, stack in stacks.items()
-            if model != base and stack.was_packed is not None
-        }
-        notes += inputs.rounding_notes(bool(stacks[base].was_packed), whole)
-    stacks = _with_heads(stacks)
+    stacks, notes = _read(places, lines, base, template, missing, dequantize)
+    if slices[0].base is not None:
+        notes += _rounding(stacks, base)
     if rerowing is not None:
         stacks = rerowed(stacks, rerowing)
     progress = opened.Progress()
@@ -160,6 +142,41 @@ def open_slices(
         config=config,
         slices=tuple(part.depths for part in parts),
     )
+
+
+def _read(
+    places: Mapping[str, inputs.Place],
+    lines: Mapping[str, str],
+    base: str | None,
+    template: Template,
+    missing: policies.Missing,
+    dequantize: DTypeLike | None,
+) -> tuple[dict[str, Stacked], list[str]]:
+    """All models as stacks, which are compared with the first one, and notes."""
+    stacks, notes = {}, []
+    under = None if base is None else places[base]
+    for model, place in places.items():
+        with _named(lines.get(model)):
+            stack, more = read(model, place, under, template, missing, dequantize)
+            notes += more
+            if stacks:
+                notes += layer_configs.compare(
+                    template.config, template.count, stack.config, stack.count, model
+                )
+        stacks[model] = stack
+    return _with_heads(stacks), notes
+
+
+def _rounding(stacks: Mapping[str, Stacked], base: str | None) -> list[str]:
+    """Notes on models that were packed apart from their base."""
+    if base is None:
+        return []
+    packed = {
+        model: stack.was_packed
+        for model, stack in stacks.items()
+        if model != base and stack.was_packed is not None
+    }
+    return inputs.rounding_notes(bool(stacks[base].was_packed), packed)
 
 
 class _Part(NamedTuple):

@@ -106,7 +106,7 @@ def _rows(place: str, places: Mapping[str, str]) -> int:
     )
     if folder is None:
         raise ValueError(f"{place} is no whole model; name a base model.")
-    rows = tying.rows(inputs.open_checkpoint(folder).tensors)
+    rows = tying.rows(hub.open_checkpoint(folder).tensors)
     if not isinstance(rows, int):
         raise ValueError(f"{folder} has no embedding whose rows could follow tokens.")
     return rows
