@@ -142,7 +142,9 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / single]
         if index is not None and (folder / index).is_file():
             return sorted(set(shards(folder / index).values()))
-    return [file for file in [folder / ADAPTER] if file.is_file()]
+    if (file := folder / ADAPTER).is_file():
+        return [file]
+    return sorted(folder.glob("*.gguf"))  # where there is nothing else
 
 
 def shards(index: Path) -> dict[str, Path]:

@@ -24,9 +24,18 @@ def open_checkpoint(
 
     Raises:
       FileNotFoundError: the folder, its weights or one of the shards does not exist.
+      ImportError: a file is in GGUF, and the package gguf is not installed.
       ValueError: a file is corrupt, holds quantised tensors that are refused, or is not
         in safetensors.
     """
+    if (file := quantised.gguf.find(Path(folder))) is not None:
+        if dequantize is None:
+            raise ValueError(
+                f"{file} is in GGUF, llama.cpp's format. Let `jaxarith merge` unpack "
+                "it (--dequantize), or give the model in floating point."
+            )
+        tensors, notes = quantised.gguf.read(file, dequantize)
+        return hub.Checkpoint(tensors, {"format": "pt"}, file, notes)
     found = hub.open_checkpoint(folder)
     if found.file.name == hub.MSGPACK:
         raise ValueError(
@@ -138,8 +147,9 @@ def layers_of(model: str) -> int | None:
     """The number of layers of a model; None of an adapter or a task vector alone."""
     if (folder := find(model).folder) is None:
         return None
-    # Whether packed weights are read is asked when the model is opened.
-    return stacks.layers(hub.open_checkpoint(folder).tensors, read_config(folder))
+    # Whether packed weights may be read is asked when the model is opened.
+    found = open_checkpoint(folder, "bfloat16")
+    return stacks.layers(found.tensors, read_config(folder))
 
 
 _QUANTISED = re.compile(r"bnb|gptq|awq|fp8|\dbit|int[48]", re.IGNORECASE)

@@ -4,5 +4,6 @@ Every format has a function of its arrays, and `read`, which finds its weights a
 tensors of a checkpoint. A weight is unpacked whenever it is read, and not kept.
 """
 
+from jaxarith.hub.quantised import gguf as gguf
 from jaxarith.hub.quantised.opened import READERS as READERS
 from jaxarith.hub.quantised.opened import dequantised as dequantised
