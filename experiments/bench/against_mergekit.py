@@ -2,8 +2,9 @@
 
 Tiny random models of several architectures, a base and three fine-tunes each, are
 merged by mergekit in its own environment and by `jaxarith.merge.mergekit`, and the
-merged tensors are compared. Random methods are compared by what their draws share: the
-number of entries that are kept, and the sum of magnitudes of every tensor.
+merged tensors are compared. So are the folders that mergekit and `jaxarith merge` make
+of files with slices and tokenizers. Random methods are compared by what their draws
+share: the number of entries that are kept, and the sum of magnitudes of every tensor.
 
     python -m venv mergekit && mergekit/bin/pip install mergekit==0.1.5
     python -m experiments.bench.against_mergekit --mergekit mergekit/bin --out runs/mk
@@ -14,8 +15,6 @@ Needs PyTorch and transformers, which make the models.
 
 import dataclasses
 import functools
-import json
-import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from experiments.bench import measure
+from experiments.bench import measure, mergekit_files
+from experiments.bench.mergekit_runs import make_models, run_mergekit
 from experiments.common import script
 from jaxarith import hub, report, task_vectors
 from jaxarith.merge import mergekit
@@ -48,26 +48,6 @@ KNOWN_DIFFERENCES = (
     "Its DARE and DELLA leave tensors whose sum of magnitudes is below 1e-7 unscaled.",
     "Weights that sum to zero give infinite values in its linear; ours is an error.",
 )
-
-# One process for all merges: to import mergekit takes longer than to merge.
-DRIVER = """
-import json, sys, traceback
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
-
-options = MergeOptions(
-    copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=0
-)
-errors = {}
-for name, (config, out) in json.load(open(sys.argv[1])).items():
-    try:
-        run_merge(MergeConfiguration.model_validate(config), out, options)
-    except Exception as error:
-        traceback.print_exc()
-        errors[name] = f"{type(error).__name__}: {error}"
-json.dump(errors, open(sys.argv[2], "w"))
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,50 +177,14 @@ CASES = {
     "sce": plain("sce"),
     "sce, select_topk 0.3": plain("sce", select_topk=0.3),
     "nearswap": plain("nearswap", models=1, t=0.01),
+    "arcee_fusion": plain("arcee_fusion", models=1),
+    "ram": plain("ram"),
+    "ramplus_tl": plain("ramplus_tl", epsilon=0.01, r=0.5),
     "dare_linear": draws("dare_linear"),
     "dare_ties": draws("dare_ties"),
     "della": draws("della"),
     "della_linear": draws("della_linear"),
 }
-
-
-def make_models(architecture: str, folder: Path) -> list[Path]:
-    """A random base and its fine-tunes, in float32, as transformers writes them."""
-    import torch
-    import transformers
-
-    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48}
-    sizes |= {"num_attention_heads": 4, "num_hidden_layers": 2}
-    sizes |= {"vocab_size": 64, "dtype": "float32"}
-    transformers.utils.logging.disable_progress_bar()
-    torch.manual_seed(0)
-    if architecture == "llama":
-        config = transformers.LlamaConfig(**sizes, num_key_value_heads=2)
-        model = transformers.LlamaForCausalLM(config)
-    elif architecture == "gpt2":
-        gpt2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4}
-        gpt2 |= {"n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
-        config = transformers.GPT2Config(vocab_size=64, dtype="float32", **gpt2)
-        model = transformers.GPT2LMHeadModel(config)
-    elif architecture == "bert":
-        # mergekit 0.1.5 fails at a BertModel: it adds a tuple, the other names of the
-        # optional position_ids, to a list.
-        sizes["num_labels"] = 32
-        config = transformers.BertConfig(**sizes)
-        model = transformers.BertForTokenClassification(config)
-    else:
-        del sizes["vocab_size"]
-        config = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
-        model = transformers.CLIPVisionModel(config)
-    base = {name: leaf.clone() for name, leaf in model.named_parameters()}
-    folders = [folder / architecture / name for name in ("base", "m1", "m2", "m3")]
-    with torch.no_grad():
-        for target in folders:
-            if target != folders[0]:
-                for name, leaf in model.named_parameters():
-                    leaf.copy_(base[name] + 0.02 * torch.randn_like(leaf))
-            model.save_pretrained(target)
-    return folders
 
 
 def recipe(case: Case, folders: list[Path]) -> dict:
@@ -267,20 +211,6 @@ def merged_by_ours(case: Case, trees: list[dict]) -> dict[str, np.ndarray]:
             {name: np.zeros_like(x) for name, x in base.items()}, inputs
         )
     return {name: np.asarray(leaf) for name, leaf in merged.items()}
-
-
-def run_mergekit(programs: Path, jobs: dict[str, tuple[dict, str]], folder: Path):
-    """Merges all; returns what went wrong, by job."""
-    asked, answered = folder / "jobs.json", folder / "errors.json"
-    asked.write_text(json.dumps(jobs), encoding="utf-8")
-    python = programs.absolute() / "python"
-    # Its warnings would hide the table; a failed import is shown.
-    done = subprocess.run(
-        [python, "-c", DRIVER, asked, answered], capture_output=True, text=True
-    )
-    if done.returncode or not answered.exists():
-        raise RuntimeError(f"mergekit did not run by {python}:\n{done.stderr[-2000:]}")
-    return json.loads(answered.read_text(encoding="utf-8"))
 
 
 def compare(case: Case, ours: dict, theirs: dict, base: dict) -> dict:
@@ -339,11 +269,13 @@ def main(config: Config) -> dict:
                     theirs = hub.read(jobs[job][1])
                     row |= compare(case, ours, theirs, trees[0])
                 rows.append(row)
-    results = {"rows": rows, "known_differences": KNOWN_DIFFERENCES}
-    return measure.write(config.out, "Beside mergekit", parts_of(rows), results)
+        files = mergekit_files.compared(config.mergekit, folder / "files")
+    results = {"rows": rows, "files": files, "known_differences": KNOWN_DIFFERENCES}
+    parts = parts_of(rows, files)
+    return measure.write(config.out, "Beside mergekit", parts, results)
 
 
-def parts_of(rows) -> list[str]:
+def parts_of(rows, files) -> list[str]:
     """The paragraphs and tables of the report."""
 
     def verdict(row):
@@ -370,6 +302,7 @@ def parts_of(rows) -> list[str]:
     drawn = ["method", "architecture", "kept by ours", "kept by mergekit"]
     drawn += ["sums of magnitudes apart", "verdict"]
     parts = [report.markdown_table(header, exact), report.markdown_table(drawn, random)]
+    parts.append(mergekit_files.table(files))
     parts.append("Known differences, in none of these merges:")
     return [*parts, "\n".join(f"- {line}" for line in KNOWN_DIFFERENCES)]
 
