@@ -101,15 +101,15 @@ def with_tokens(
         tokens.
     """
     ids, added = dict(tokenizer.ids), dict(tokenizer.added)
+    has_gaps = len(ids) != tokenizer.size
     for entry in entries:
         token = entry["content"]
-        if token not in ids:
-            if len(ids) != max(ids.values(), default=-1) + 1:
-                raise ValueError(
-                    "the ids of the base's tokenizer have gaps, so no tokens can be "
-                    "added. Choose another model as the base, or as the source."
-                )
-            ids[token] = len(ids)
+        if token not in ids and has_gaps:
+            raise ValueError(
+                "the ids of the base's tokenizer have gaps, so no tokens can be added. "
+                "Choose another model as the base, or as the source."
+            )
+        ids.setdefault(token, len(ids))
         added[token] = {**entry, "id": ids[token]}
     content = copy.copy(tokenizer.content)
     content["added_tokens"] = sorted(added.values(), key=lambda entry: entry["id"])

@@ -2,8 +2,7 @@
 
 Models that were given tokens of their own have rows in other orders, and rows that
 others lack. Before such models are merged, each one gets a row for every token of one
-vocabulary. Rows are gathered when a tensor is read, so that no more than two tensors of
-the kind are held at a time.
+vocabulary. Rows are gathered when a tensor is read, from one model after the other.
 """
 
 import dataclasses
