@@ -233,6 +233,23 @@ def test_packed_weights_are_not_rounded(tmp_path, capsys):
     assert "is quantised (bitsandbytes" in capsys.readouterr().err
 
 
+def test_a_stale_quantization_config_is_left_out(tmp_path, capsys):
+    said = {"quantization_config": {"quant_method": "fp8"}, "hidden_size": 4}
+    plain = checkpoint(
+        tmp_path / "a", {"q.weight": np.ones((2, 2), np.float32)}, **said
+    )
+    assert convert(plain, tmp_path / "flax", "--names", "keep") == 0
+    assert "quantised (fp8), which they are not" in capsys.readouterr().out
+    assert "quantization_config" not in hub.read_json(tmp_path / "flax")
+    assert hub.read_json(tmp_path / "flax")["hidden_size"] == 4
+
+    tensors = {"q.qweight": np.ones((8, 1), np.int32), "q.scales": np.ones((1, 1))}
+    packed = checkpoint(tmp_path / "b", tensors, **said)
+    for i, folder in enumerate((packed, tmp_path / "0")):  # to Flax, and back
+        assert convert(folder, tmp_path / f"{i}", "--names", "keep") == 0
+        assert "quantization_config" in hub.read_json(tmp_path / f"{i}")
+
+
 def test_conversions_list_what_stays_behind(tmp_path, capsys):
     folder = checkpoint(tmp_path / "a", {"w": np.ones(2, np.float32)})
     (folder / "optimizer.pt").write_text("")

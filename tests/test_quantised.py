@@ -78,11 +78,12 @@ def test_fp8_blocks_at_the_edges_are_partial(shape, scale_type, rng):
     np.testing.assert_array_equal(value, expected)
 
 
+@pytest.mark.parametrize("end", ["_scale_inv", "_scale"])
 @pytest.mark.parametrize("scales", [(), (1,), (1, 1), (6,), (6, 1)])
-def test_fp8_may_have_one_scale_for_a_tensor_or_for_each_row(scales, rng):
+def test_fp8_may_have_one_scale_for_a_tensor_or_for_each_row(scales, end, rng):
     packed = rng.normal(size=(6, 130)).astype(F8)
     factors = np.asarray(rng.normal(size=scales), np.float32)
-    arrays = {".weight": packed, ".weight_scale_inv": factors}
+    arrays = {".weight": packed, f".weight{end}": factors}
     _, value = read("fp8", arrays, {"weight_block_size": None})
     each = np.broadcast_to(factors.reshape(-1, 1), (6, 1))
     np.testing.assert_array_equal(value, packed.astype(np.float32) * each)

@@ -100,8 +100,14 @@ def _run(args: argparse.Namespace) -> None:
 def _between(folder: Path, out: Path, dtype: str | None, *, keep: bool) -> None:
     """Converts from safetensors to msgpack, or the other way round."""
     file, stored = hub.open_tensors(folder)
+    config = hub.read_json(folder)
     if dtype is not None:  # packed numbers would be rounded
-        packed.check(folder, stored, hub.read_json(folder))
+        packed.check(folder, stored, config)
+    dotted = {name.replace("/", "."): leaf for name, leaf in stored.items()}
+    is_packed = packed.found(dotted, config) is not None
+    stale = None if is_packed else packed.stated_format(config)
+    if stale is not None:
+        config = config_of.without(config, packed.KEYS)
     to_flax = file.name != hub.MSGPACK
     left_out: list[str] = []
     if to_flax:
@@ -111,9 +117,14 @@ def _between(folder: Path, out: Path, dtype: str | None, *, keep: bool) -> None:
         leaves = {path.replace("/", "."): leaf for path, leaf in leaves.items()}
     elif not to_flax:
         leaves = layouts.to_torch(leaves)
-    contents = {hub.CONFIG: _config(hub.read_json(folder), dtype)}
+    contents = {hub.CONFIG: _config(config, dtype)}
     _write(out.absolute(), leaves, to_flax, contents, folder, hub.side_files(folder))
     _report(out, leaves, folders.left_behind(folder))
+    if stale is not None:
+        print(
+            f"config.json said that the weights are quantised ({printable(stale)}), "
+            "which they are not: quantization_config is left out"
+        )
     if left_out:
         print(
             "left out, since jaxarith's model has no place for it: "

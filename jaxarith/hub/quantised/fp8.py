@@ -15,7 +15,7 @@ from jaxarith.hub.quantised import bits, blocks
 from jaxarith.hub.quantised.unpacked import Unpacked
 from jaxarith.hub.stored import Stored
 
-_END = "_scale_inv"
+_ENDS = ("_scale_inv", "_scale")
 _EXPONENTS = (np.dtype(np.uint8), np.dtype(ml_dtypes.float8_e8m0fnu))
 _BYTES = (np.dtype(np.int8), np.dtype(np.uint8))
 _FP4_BLOCK = (1, 32)
@@ -59,10 +59,11 @@ def read(
 def _pairs(tensors: Mapping[str, Stored]) -> Iterator[tuple[str, str]]:
     """Names of weights, each with that of its scales."""
     for name, tensor in tensors.items():
-        scale = f"{name}{_END}"
-        if scale not in tensors and name.endswith(".weight"):
-            scale = f"{name.removesuffix('weight')}scale"  # in DeepSeek's own files
-        if scale not in tensors or len(tensor.shape) < 2:
+        scales = [f"{name}{end}" for end in _ENDS]
+        if name.endswith(".weight"):
+            scales.append(f"{name.removesuffix('weight')}scale")  # in DeepSeek's files
+        scale = next((x for x in scales if x in tensors), None)
+        if scale is None or len(tensor.shape) < 2:
             continue
         is_float8 = tensor.dtype.itemsize == 1 and tensor.dtype.kind not in "iub"
         if is_float8 or (tensor.dtype in _BYTES and tensors[scale].dtype in _EXPONENTS):
