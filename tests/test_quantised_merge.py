@@ -175,6 +175,24 @@ def test_without_the_flag_packed_models_are_refused(models, tmp_path, capsys):
 
 
 @pytest.mark.torch
+def test_slices_of_packed_models(models, tmp_path):
+    _, [(base, plain), (model, other)] = models
+    parts = [
+        {"sources": [{"model": x, "layer_range": [i, i + 1]}]}
+        for i, x in enumerate((base, model))
+    ]
+    recipe = {"merge_method": "passthrough", "slices": parts}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    arguments = ("merge", str(tmp_path / "recipe.yaml"), str(tmp_path / "out"))
+    assert cli.main([*arguments, "--dequantize", "--quiet"]) == 0
+    plain, other, found = read(plain), read(other), read(tmp_path / "out")
+    assert found.keys() == plain.keys()
+    for name, tensor in found.items():
+        first = ".layers.0." in name or "embed" in name
+        np.testing.assert_array_equal(tensor, (plain if first else other)[name])
+
+
+@pytest.mark.torch
 def test_another_dtype_is_rounded_from_float32(models, tmp_path):
     _, [(base, plain), (model, _)] = models
     flags = ("--dequantize", "--dtype", "float32")

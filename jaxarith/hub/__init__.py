@@ -2,8 +2,8 @@
 
 `download` finds the folder of a checkpoint, `folders` its tensors, `reading` and
 `writing` do what they say. `safetensors` knows the files, `layouts` the names of
-tensors, `lora` adapters, `vectors` files of task vectors, and `open_clip` the files of
-OpenCLIP, where `pickles` reads PyTorch's.
+tensors, `lora` adapters, `quantised` packed weights, `vectors` files of task vectors,
+and `open_clip` the files of OpenCLIP, where `pickles` reads PyTorch's.
 """
 
 from jaxarith.hub.download import find as find
@@ -25,6 +25,7 @@ from jaxarith.hub.places import check_out as check_out
 from jaxarith.hub.places import publish as publish
 from jaxarith.hub.places import staging as staging
 from jaxarith.hub.places import state as state
+from jaxarith.hub.quantised import dequantised as dequantised
 from jaxarith.hub.reading import filled as filled
 from jaxarith.hub.reading import load as load
 from jaxarith.hub.reading import load_tree as load_tree

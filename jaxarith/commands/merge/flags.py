@@ -110,7 +110,8 @@ def add(
         "--dequantize",
         action="store_true",
         help="read quantised models as numbers, in bfloat16 or, with another --dtype, "
-        f"in float32: {', '.join(READERS)}; without it they are refused",
+        f"in float32: {', '.join(READERS)}, and files in GGUF (with jaxarith[gguf]); "
+        "without it they are refused",
     )
     common.add_argument(
         "--shard-size",

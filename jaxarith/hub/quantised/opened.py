@@ -80,19 +80,22 @@ def dequantised(
       ValueError: the format is none that is read, or its tensors do not fit together.
 
     Example:
-      >>> found = hub.open_checkpoint("gpt-oss-20b")  # doctest: +SKIP
-      >>> config = hub.read_json("gpt-oss-20b")  # doctest: +SKIP
-      >>> tensors, notes = dequantised(".", found.tensors, config)  # doctest: +SKIP
+      >>> folder = hub.find("openai/gpt-oss-20b")  # doctest: +SKIP
+      >>> found = hub.open_checkpoint(folder)  # doctest: +SKIP
+      >>> config = hub.read_json(folder)  # doctest: +SKIP
+      >>> tensors, notes = dequantised(folder, found.tensors, config)  # doctest: +SKIP
     """
     label = packed.found(tensors, config)
     if label is None:
         return dict(tensors), ()
-    method = _method(label, packed.stated_format(config))
+    said = packed.stated_format(config) or ""
+    said = "" if " " in said else said  # it has no name
+    method = _method(label, said.lower())
     if method is None:
         raise ValueError(
-            f"{place} is quantised ({label}), which --dequantize does not read; it "
-            f"reads {', '.join(READERS)}, as config.json's quantization_config names "
-            "them. Give the model in floating point."
+            f"{place} is quantised ({said or label}), which --dequantize does not "
+            f"read; it reads {', '.join(READERS)}, as config.json's quantization_config "
+            "names them. Give the model in floating point."
         )
     dtype = np.dtype(dtype)
     try:
@@ -107,14 +110,13 @@ def dequantised(
     return result, tuple(_notes(place, method, dtype, found, result, dropped))
 
 
-def _method(label: str, said: str | None) -> str | None:
+def _method(label: str, said: str) -> str | None:
     """The name of a reader by what tensors and configuration say; None without one."""
-    said = (said or "").lower()
     if said in READERS:
         return said
     if _COMPRESSED.fullmatch(said):
         return "compressed-tensors"
-    return _BY_TENSORS.get(label) if not said or " " in said else None
+    return None if said else _BY_TENSORS.get(label)
 
 
 def _notes(place, method, dtype, found, result, dropped):
