@@ -13,6 +13,7 @@ from jaxarith.commands import signals
 # Where the `add` of each subcommand is.
 COMMANDS = {
     "merge": "jaxarith.commands.merge",
+    "recipe": "jaxarith.commands.recipe",
     "extract": "jaxarith.commands.adapters.extract",
     "verify": "jaxarith.commands.adapters.verify",
     "inspect": "jaxarith.commands.inspect",

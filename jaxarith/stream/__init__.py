@@ -12,3 +12,4 @@ from jaxarith.stream.written import Plan as Plan
 from jaxarith.stream.written import Report as Report
 from jaxarith.stream.written import merge as merge
 from jaxarith.stream.written import plan as plan
+from jaxarith.stream.written import sha256 as sha256

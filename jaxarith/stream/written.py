@@ -175,7 +175,7 @@ def merge(
         new.mkdir()
         begin, stop = time.perf_counter(), threading.Event()
         with ThreadPoolExecutor(1, "hash") as pool:
-            hashing = pool.submit(_sha256, opened.folders, stop) if hashes else None
+            hashing = pool.submit(sha256, opened.folders, stop) if hashes else None
             try:
                 with opened.progress.shown(planned.bytes_in, quiet):
                     _write(method, opened, new, planned.files, dtype)
@@ -302,13 +302,19 @@ class _Places:
         )
 
 
-def _sha256(
-    folders: Iterable[Path], stop: threading.Event
+def sha256(
+    folders: Iterable[Path], stop: threading.Event | None = None
 ) -> dict[str, dict[str, str]]:
+    """By folder and file, the hashes of the weights of models.
+
+    Args:
+      folders: folders of checkpoints and adapters, and single files.
+      stop: ends the work when it is set.
+    """
     hashes: dict[str, dict[str, str]] = {}
     for folder in dict.fromkeys(folders):
         for file in hub.weight_files(folder):
-            if stop.is_set():  # nobody waits for the rest of a merge that failed
+            if stop is not None and stop.is_set():  # nobody waits for the rest
                 return hashes
             hashes.setdefault(str(folder), {})[file.name] = _of_file(file)
     return hashes

@@ -20,7 +20,10 @@ file of a task vector, such as the experiments keep in their bank, as the base p
 vector. Weights are streamed: memory is a few tensors of every model, whatever their
 size.
 
-The merge is described in a YAML file of mergekit's form, or by flags.
+The merge is described in a YAML file of mergekit's form, or by flags. A file may have
+several documents with names, which refer to each other as models: they run in the
+order that this asks for, and the one that no other refers to goes to the new folder.
+All are checked from headers before the first one runs; --dtype is that of the last.
 """
 _USAGE = """jaxarith merge CONFIG.yaml OUT [flags of every merge]
        jaxarith merge --method METHOD [--base BASE] --model MODEL [--model MODEL ...]
@@ -100,33 +103,7 @@ def add(
         "that rank (default: the sum of the ranks)",
     )
     common = command.add_argument_group("flags of every merge")
-    common.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="dtype of the new weights (default: the base's); sums are in float32",
-    )
-    add_policies(common)
-    common.add_argument(
-        "--dequantize",
-        action="store_true",
-        help="read quantised models as numbers, in bfloat16 or, with another --dtype, "
-        f"in float32: {', '.join(READERS)}, and files in GGUF (with jaxarith[gguf]); "
-        "without it they are refused",
-    )
-    common.add_argument(
-        "--shard-size",
-        type=_size,
-        default=SHARD_BYTES,
-        metavar="SIZE",
-        help="the most that a file may hold, such as 500MB (default: 5GB)",
-    )
-    common.add_argument(
-        "--seed",
-        type=_seed,
-        default=0,
-        metavar="SEED",
-        help="seed of random methods, from 0 (the default) to 2^32 - 1",
-    )
+    add_outcome(common)
     common.add_argument(
         "--device",
         choices=("cpu", "gpu", "tpu"),
@@ -136,6 +113,14 @@ def add(
         "--overwrite",
         action="store_true",
         help="replace an existing folder once the new one is complete",
+    )
+    common.add_argument(
+        "--intermediate-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep the results of the other documents of a file in DIR, by their "
+        "names, and use those of an earlier run whose recipe, flags and models (by "
+        "SHA-256) are the same (default: a temporary folder)",
     )
     common.add_argument(
         "--dry-run", action="store_true", help="print the plan, and write nothing"
@@ -160,6 +145,37 @@ def add(
             help="; ".join(f"{kind}: {', '.join(of)}" for kind, of in owners.items()),
         )
     return command
+
+
+def add_outcome(group: "argparse._ArgumentGroup") -> None:
+    """Adds the flags, besides the recipe, that decide what a merge gives."""
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="dtype of the new weights (default: the base's); sums are in float32",
+    )
+    add_policies(group)
+    group.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="read quantised models as numbers, in bfloat16 or, with another --dtype, "
+        f"in float32: {', '.join(READERS)}, and files in GGUF (with jaxarith[gguf]); "
+        "without it they are refused",
+    )
+    group.add_argument(
+        "--shard-size",
+        type=_size,
+        default=SHARD_BYTES,
+        metavar="SIZE",
+        help="the most that a file may hold, such as 500MB (default: 5GB)",
+    )
+    group.add_argument(
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="SEED",
+        help="seed of random methods, from 0 (the default) to 2^32 - 1",
+    )
 
 
 def add_policies(group: "argparse._ArgumentGroup") -> None:

@@ -4,17 +4,19 @@ A file says `merge_method`, `models` or `slices`, and perhaps `base_model`,
 `parameters`, `dtype`, `out_dtype`, `tokenizer_source` or `tokenizer`, and
 `chat_template`. Methods that mergekit has are mergekit's, unless the file says `preset:
 paper`; all others are those of `jaxarith.merge`, whose options are `parameters` too.
-`after` lists wrappers of the merged vector, which mergekit has not. What is not
-supported is an error that names its line.
+`after` lists wrappers of the merged vector, which mergekit has not, and `name` is what
+other documents of the file call the result. What is not supported is an error that
+names its line.
 """
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from jaxarith.commands.merge import recipe as merge_recipe
 from jaxarith.commands.merge import slices as sliced
 from jaxarith.commands.merge import wrappers, yaml_lines, yaml_slices, yaml_tokenizer
+from jaxarith.commands.merge.located import located
 from jaxarith.commands.merge.recipe import MergeRecipe
 from jaxarith.commands.merge.request import (
     DTYPES,
@@ -41,11 +43,12 @@ _KEYS = (
     "chat_template",
     "preset",
     "after",
+    "name",
 )
 
 
 def read(path: str | os.PathLike, *, seed: int = 0) -> MergeRecipe | SlicedRecipe:
-    """Reads the recipe of a merge from a file.
+    """Reads the recipe of a merge from a file of one document.
 
     Parameters may be gradients over the layers and have filters, as in `gradients`. A
     parameter is looked for in the entry of the model, then in the slice, then at the
@@ -60,7 +63,22 @@ def read(path: str | os.PathLike, *, seed: int = 0) -> MergeRecipe | SlicedRecip
       ValueError: it is no YAML, or something in it is not known, is missing, or is not
         supported; the message has the name of the file and the line.
     """
-    root = yaml_lines.read(path)
+    return build(yaml_lines.read(path), seed=seed)
+
+
+def build(
+    root: Node, *, seed: int = 0, folder_of: Callable[[str], str] = str
+) -> MergeRecipe | SlicedRecipe:
+    """The recipe of a document, as `read` returns it.
+
+    Args:
+      root: the document.
+      seed: seed of random methods.
+      folder_of: the folder to open for the name of a model, or the name itself.
+
+    Raises:
+      ValueError: as for `read`.
+    """
     if (modules := root.mapping("the file").get("modules")) is not None:
         raise modules.error(
             "the key 'modules' of the file is not supported: parts of a model, such as "
@@ -71,6 +89,7 @@ def read(path: str | os.PathLike, *, seed: int = 0) -> MergeRecipe | SlicedRecip
     if "merge_method" not in keys:
         raise root.error("the file names no merge_method.")
     request, notes = _request(root, keys)
+    request = located(request, folder_of)
     try:
         if request.slices:
             recipe = sliced.build(request, seed=seed)

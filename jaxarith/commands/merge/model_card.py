@@ -73,14 +73,14 @@ def render(name: str, facts: Mapping[str, Any]) -> str:
       # mean
     """
     notes = [f"- {_inline(note)}" for note in facts["notes"]]
-    rows = [_row(model) for model in facts["inputs"]]
+    rows = [_row(model) for model in _inputs(facts)]
     parts = [
         f"---\n{_front_matter(facts)}---\n",
         f"# {_inline(name)}\n",
         f"A merge of {_models(facts)} by `{facts['method']}`, made with jaxarith "
         f"{facts['jaxarith']}.\n",
         "## Recipe\n",
-        _fenced(dump(facts["recipe"]), "yaml"),
+        _fenced(_recipe(facts), "yaml"),
         "## Models\n",
         "\n".join(["| model | role | weights (SHA-256) |", "|---|---|---|", *rows, ""]),
         "## Command\n",
@@ -101,7 +101,7 @@ def _front_matter(facts):
     is_adapter = facts.get("kind") == "adapter"
     ids = [
         part
-        for model in facts["inputs"]
+        for model in _inputs(facts)
         if not model["local"] and (model["role"] == "base" or not is_adapter)
         for part in model["model"].split("+")
     ]
@@ -115,6 +115,21 @@ def _front_matter(facts):
     if not known:
         del fields["base_model"], fields["base_model_relation"]
     return dump(fields)
+
+
+def _inputs(facts):
+    """The models, with those of earlier documents, each once."""
+    found = [*facts["inputs"]]
+    for document in facts.get("documents", ()):
+        found += [model for model in document["inputs"] if model not in found]
+    return found
+
+
+def _recipe(facts):
+    """The recipe as a file, with those of earlier documents before it."""
+    earlier = facts.get("documents", ())
+    parts = [dump({"name": x["name"], **x["recipe"]}) for x in earlier]
+    return "---\n".join([*parts, dump(facts["recipe"])])
 
 
 def _models(facts):

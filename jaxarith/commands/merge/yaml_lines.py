@@ -87,19 +87,35 @@ class Node:
 
 
 def read(path: str | os.PathLike) -> Node:
-    """Reads a YAML file of scalars, lists and mappings.
+    """Reads a YAML file of scalars, lists and mappings, in one document.
 
     Raises:
       OSError: there is no such file.
-      ValueError: it is no YAML, is empty, has a key twice, or contains itself.
+      ValueError: it is no YAML, is empty, has a key twice, contains itself, or has
+        several documents.
+    """
+    first, *more = read_all(path)
+    if more:
+        raise more[0].error("this is a second document; expected one.")
+    return first
+
+
+def read_all(path: str | os.PathLike) -> list[Node]:
+    """Reads all documents of a YAML file, which begin with `---`; empty ones are none.
+
+    Raises:
+      OSError: there is no such file.
+      ValueError: it is no YAML, has no document that is not empty, or one of them has
+        a key twice or contains itself.
     """
     file = str(path)
     try:
         loader = yaml.SafeLoader(files.read(path))
-        document = loader.get_single_node()
-        if document is None:
-            raise ValueError(f"{file} is empty; expected the YAML of a merge.")
-        return _node(loader, document, file, {})
+        found = []
+        while loader.check_node():
+            node = _node(loader, loader.get_node(), file, {})
+            if node.value is not None:
+                found.append(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = file if mark is None else f"{file}, line {mark.line + 1}"
@@ -108,6 +124,9 @@ def read(path: str | os.PathLike) -> Node:
         raise ValueError(f"{file} is no YAML: {error}") from error
     except RecursionError:
         raise ValueError(f"{file} is nested too deeply, or contains itself.") from None
+    if not found:
+        raise ValueError(f"{file} is empty; expected the YAML of a merge.")
+    return found
 
 
 def _node(loader, found, file, done):

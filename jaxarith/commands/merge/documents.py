@@ -1,0 +1,178 @@
+"""Files of several documents, which are merges that refer to each other by name."""
+
+import dataclasses
+import graphlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from jaxarith.commands.merge import yaml_lines
+from jaxarith.commands.merge.yaml_lines import Node
+from jaxarith.stream import inputs
+
+_NAME = re.compile(r"\w[\w.-]*")  # of a folder, too
+_RESERVED = ("base", "union", "auto")  # what tokenizers and templates may be
+# Where a file names models.
+_MODEL_KEYS = ("model", "base_model")
+_TOKENIZER_KEYS = ("tokenizer_source", "source")
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A merge that others may refer to.
+
+    Attributes:
+      root: its content.
+      name: its name; None of one to which no other refers.
+      models: what it names as models, each with the first place where it does.
+      tokenizers: the same of sources of tokenizers.
+      uses: the documents whose results it merges, in the order of the file.
+    """
+
+    root: Node
+    name: str | None
+    models: dict[str, Node]
+    tokenizers: dict[str, Node]
+    uses: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What it is called where it is told of."""
+        return f"{self.name or 'the result'} ({self.root.place})"
+
+
+def read(path: str | os.PathLike) -> list[Document]:
+    """Reads the documents of a file, each behind all that it refers to.
+
+    The last one is the one that no other refers to.
+
+    Args:
+      path: a YAML file.
+
+    Raises:
+      OSError: there is no such file.
+      ValueError: it is no YAML; a name is none or is given twice; documents refer to
+        each other in a circle, or to none; or several have no other that refers to
+        them.
+    """
+    roots = yaml_lines.read_all(path)
+    names = [_name(root) for root in roots]
+    _check_names(roots, names)
+    known = [name for name in names if name is not None]
+    found = []
+    for root, name in zip(roots, names, strict=True):
+        models, tokenizers = _named(root, _MODEL_KEYS), _named(root, _TOKENIZER_KEYS)
+        parts = {part for model in {**models, **tokenizers} for part in adapted(model)}
+        uses = tuple(other for other in known if other in parts)
+        found.append(Document(root, name, models, tokenizers, uses))
+    return _in_order(found)
+
+
+def _name(root: Node) -> str | None:
+    if (node := root.mapping("the document").get("name")) is None:
+        return None
+    name = node.text("name")
+    if not _NAME.fullmatch(name) or name in _RESERVED:
+        raise node.error(
+            f"name is {name!r}; it must be the name of a folder, of letters, digits, "
+            f"'_', '-' and '.', and none of {', '.join(_RESERVED)}."
+        )
+    return name
+
+
+def _check_names(roots: Sequence[Node], names: Sequence[str | None]) -> None:
+    seen: dict[str | None, Node] = {}
+    for root, name in zip(roots, names, strict=True):
+        node = root if name is None else root.value["name"]
+        if name in seen:
+            first = seen[name].line
+            if name is None:
+                raise node.error(
+                    f"this document has no name, nor has that of line {first}; one "
+                    "document goes to the new folder, and the others need names."
+                )
+            raise node.error(
+                f"the name {name!r} is given twice, first in line {first}."
+            )
+        seen[name] = node
+
+
+def _named(node: Node, keys: Sequence[str]) -> dict[str, Node]:
+    """What is named under some keys, with the first place of each."""
+    found: dict[str, Node] = {}
+    for value in _values(node, keys):
+        found.setdefault(value.value, value)
+    return found
+
+
+def _values(node: Node, keys: Sequence[str]) -> Iterator[Node]:
+    inner = node.value.items() if isinstance(node.value, dict) else ()
+    for key, value in inner:
+        if key in keys and isinstance(value.value, str):
+            yield value
+        yield from _values(value, keys)
+    for item in node.value if isinstance(node.value, list) else ():
+        yield from _values(item, keys)
+
+
+def adapted(model: str) -> list[str]:
+    """The parts of `model+adapter`; of a name that is wrong, the name."""
+    try:
+        return inputs.adapted(model)
+    except ValueError:  # whoever opens it says so, with more to say
+        return [model]
+
+
+def _in_order(found: Sequence[Document]) -> list[Document]:
+    by_name = {one.name: one for one in found}
+    graph = {one.name: [by_name[name].name for name in one.uses] for one in found}
+    try:
+        names = [*graphlib.TopologicalSorter(graph).static_order()]
+    except graphlib.CycleError as error:
+        circle = error.args[1]
+        nodes = [by_name[name].root for name in circle]
+        first = min(nodes, key=lambda node: node.line)
+        raise first.error(
+            f"documents refer to each other in a circle: {' <- '.join(circle)}."
+        ) from None
+    used = {name for one in found for name in one.uses}
+    last = [one for one in found if one.name not in used]
+    if len(last) > 1:
+        lines = ", ".join(str(one.root.line) for one in last)
+        raise last[-1].root.error(
+            f"no document refers to those of the lines {lines}; one of them can go to "
+            "the new folder. Refer to the others, or give them files of their own."
+        )
+    return [by_name[name] for name in names]
+
+
+def check_models(found: Sequence[Document]) -> None:
+    """Finds what is named and no document, so that nothing is merged in vain.
+
+    Raises:
+      FileNotFoundError: a model is not there; the message has the line.
+      ValueError: one is no model.
+    """
+    names = [one.name for one in found if one.name is not None]
+    for one in found:
+        for model, node in one.models.items():
+            parts = adapted(model)
+            rest = [part for part in parts if part not in names]
+            try:
+                for part in [model] if rest == parts else rest:
+                    inputs.find(part)
+            except FileNotFoundError as error:
+                known = f"The documents are {', '.join(names)}."
+                raise FileNotFoundError(f"{node.place}: {error}\n{known}") from error
+            except ValueError as error:
+                raise node.error(str(error)) from error
+
+
+def shadowed(found: Sequence[Document]) -> list[str]:
+    """Notes on folders here that have the name of a document, which is merged."""
+    return [
+        f"{name} is the document of that name, not the folder {Path(name).resolve()}"
+        for name in dict.fromkeys(name for one in found for name in one.uses)
+        if Path(name).is_dir()
+    ]

@@ -1,0 +1,228 @@
+"""The merges of a file of several documents, one after the other."""
+
+import argparse
+import contextlib
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxarith import hub, stream
+from jaxarith.commands.merge import documents, kept, mergekit_yaml
+from jaxarith.commands.merge.documents import Document
+from jaxarith.commands.merge.located import Located
+from jaxarith.commands.merge.prepared import Prepared, prepared
+from jaxarith.report import printable, shown
+
+
+def described(
+    found: Sequence[Document],
+    args: argparse.Namespace,
+    temporary: Path,
+    names: Located | None = None,
+) -> Iterator[tuple[Document, Prepared, str]]:
+    """Each document with what its merge would do; no weights are read.
+
+    What it merges of other documents is described by the headers that they will write.
+
+    Args:
+      found: the documents, in order.
+      args: the flags of the command.
+      temporary: a folder for the headers.
+      names: models that are elsewhere.
+
+    Raises:
+      FileNotFoundError, ValueError: a merge would fail, as its headers tell.
+    """
+    names = names or Located()
+    for one in found:
+        with (
+            _named_errors(one, found, names),
+            _opened(one, found, args, names) as ready,
+        ):
+            yield one, ready, ready.described()
+            if one is not found[-1]:
+                ready.sketch(temporary / str(one.name))
+                names = names.also(str(one.name), str(temporary / str(one.name)))
+
+
+def plans(
+    found: Sequence[Document],
+    args: argparse.Namespace,
+    temporary: Path,
+    names: Located | None = None,
+) -> str:
+    """What all merges would do, for people to read.
+
+    Args:
+      found, args, temporary, names: as for `described`.
+    """
+    texts, before = [], {}
+    for one, ready, text in described(found, args, temporary, names):
+        if len(found) > 1:
+            place = _fate(one, found, ready, args, before)
+            before[one.name] = _of_record(one, ready.facts({}), before)
+            text = f"document {one.label}\ngoes to  {place}\n{text}"
+        texts.append(text)
+    return printable("\n\n".join(texts))
+
+
+def _fate(one, found, ready, args, before):
+    """Where the result of a document goes."""
+    if one is found[-1]:
+        return str(args.out or args.folder or "the new folder")
+    folder = args.intermediate_dir and args.intermediate_dir / one.name
+    if not folder:
+        return "a temporary folder, which is removed"
+    if not folder.exists():
+        return f"{folder}, where it is kept"
+    if why := kept.changed(folder, ready, _used(one, before)):
+        return f"{folder}, anew: {why}"
+    return f"{folder}, where it is; used if the hashes of its models are the same"
+
+
+def run(found: Sequence[Document], args: argparse.Namespace, out: Path) -> None:
+    """Runs the merges of all documents; the last one makes `out`.
+
+    All are checked from headers before the first one begins.
+
+    Args:
+      found: the documents, in order.
+      args: the flags of the command.
+      out: the new folder.
+
+    Raises:
+      FileNotFoundError, ValueError, OSError: a merge fails; the message has the line
+        of its document. There is no `out` then.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        for _ in described(found, args, Path(temporary)):
+            pass
+    with contextlib.ExitStack() as stack:
+        folder = args.intermediate_dir
+        if folder is None:
+            folder = stack.enter_context(hub.staging(out.parent.resolve()))
+        folder = folder.resolve()
+        names, before = Located(), {}
+        for note in [] if args.quiet else documents.shadowed(found):
+            _tell(note)
+        for one in found:
+            is_last = one is found[-1]
+            place = out if is_last else folder / str(one.name)
+            with (
+                _named_errors(one, found, names),
+                _opened(one, found, args, names) as ready,
+            ):
+                ready.check_apart(place)
+                _made(one, ready, place, args, _used(one, before), is_last)
+            facts = hub.read_json(place, hub.RECORD)
+            before[one.name] = _of_record(one, facts, before)
+            names = names.also(str(one.name), str(place))
+
+
+def check_folders(
+    found: Sequence[Document], args: argparse.Namespace, out: Path
+) -> None:
+    """Raises a ValueError if results would replace others, or hold the new folder."""
+    if args.intermediate_dir is None:
+        return
+    for one in found[:-1]:
+        folder = (args.intermediate_dir / str(one.name)).resolve()
+        if folder.exists() and not kept.is_kept(folder):
+            raise ValueError(
+                f"{folder} exists and is no result that `jaxarith merge` kept there; "
+                "name another --intermediate-dir."
+            )
+        new = out.resolve()
+        if new.is_relative_to(folder) or folder.is_relative_to(new):
+            raise ValueError(
+                f"{folder} and {out} hold each other; name another --intermediate-dir."
+            )
+
+
+def _made(one, ready, place, args, used, is_last):
+    """Merges a document, unless its result is there from before."""
+    keeps = not is_last and args.intermediate_dir is not None
+    if keeps and place.exists():
+        why = kept.changed(place, ready, used) or kept.stale(place, ready)
+        if why is None:
+            if not args.quiet:
+                _tell(f"{one.name}: {place} is used as it is")
+            return
+        if not args.quiet:
+            _tell(f"{one.name}: made anew, since {why}")
+    facts = kept.facts(ready) if keeps else {}
+
+    def more(folder: Path) -> dict[str, Any]:
+        whole = keeps and args.hashes
+        found = kept.with_weights(facts, folder) if whole else facts
+        return {**found, "documents": used}
+
+    if not args.quiet:
+        for note in ready.notes:
+            _tell(f"{one.name or 'the result'}: {note}")
+    report = ready.merge(place, overwrite=keeps or args.overwrite, more=more)
+    if not args.quiet:
+        where = place if is_last or keeps else one.name
+        print(done(ready, where, report))
+
+
+def done(ready: Prepared, place: Any, report: stream.Report) -> str:
+    """What a merge did, in a line."""
+    recipe = ready.recipe
+    return (
+        f"{recipe.request.method} of {len(recipe.models)} models: {place} "
+        f"({report.bytes_read / 1e9:.2f} GB read, {report.bytes_written / 1e9:.2f} "
+        f"GB written, {report.seconds:.1f} s)"
+    )
+
+
+def _tell(note):
+    print(shown(f"note: {note}"), file=sys.stderr)
+
+
+def _of_record(one, facts, before):
+    """A document and those before it, as the record of a later one has them."""
+    own = {"name": one.name, "recipe": facts["recipe"], "inputs": facts["inputs"]}
+    return {"uses": one.uses, "own": own, "before": _used(one, before)}
+
+
+def _used(one, before):
+    """All documents that a document needs, in order and each once."""
+    found = {}
+    for name in one.uses:
+        for earlier in (*before[name]["before"], before[name]["own"]):
+            found[earlier["name"]] = earlier
+    return [*found.values()]
+
+
+@contextlib.contextmanager
+def _opened(
+    one: Document, found: Sequence[Document], args: argparse.Namespace, names: Located
+) -> Iterator[Prepared]:
+    if one is not found[-1]:  # results in between are not rounded by a flag
+        args = argparse.Namespace(**{**vars(args), "dtype": None})
+    recipe = mergekit_yaml.build(one.root, seed=args.seed, folder_of=names.folder)
+    with prepared(recipe, args, names) as ready:
+        yield ready
+
+
+@contextlib.contextmanager
+def _named_errors(
+    one: Document, found: Sequence[Document], names: Located
+) -> Iterator[None]:
+    """Errors say of which document they are, and call its models by their names."""
+
+    def text(error):
+        said = names.named(str(error))
+        if len(found) == 1 or said.startswith(one.root.file):
+            return said
+        return f"{one.root.place}: {said}"
+
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(text(error)) from error
+    except ValueError as error:
+        raise ValueError(text(error)) from error
