@@ -14,13 +14,13 @@ from jaxarith.hub.quantised import bits
 from jaxarith.hub.quantised.unpacked import Unpacked
 from jaxarith.hub.stored import Stored
 
-_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # of the columns in a word
+_SHIFTS = 4 * np.array([0, 4, 1, 5, 2, 6, 3, 7], np.uint32)  # of the columns of a word
 _ENDS = ("qweight", "qzeros", "scales")
 
 
 def columns(words: np.ndarray) -> np.ndarray:
     """The fields of words `[..., n]` in the order of columns, `[..., 8 n]`."""
-    found = bits.fields(words[..., None], 4, 8)[..., _PLACES]
+    found = words.view(np.uint32)[..., None] >> _SHIFTS & np.uint32(15)
     return found.reshape(*words.shape[:-1], -1)
 
 
@@ -33,9 +33,10 @@ def values(qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray) -> np.nd
       scales: `[groups, out]`.
     """
     size = len(qweight) // len(scales)
-    zeros = np.repeat(columns(qzeros), size, axis=0)
-    factors = np.repeat(scales.astype(np.float32), size, axis=0)
-    return ((columns(qweight) - zeros).astype(np.float32) * factors).T
+    found = columns(qweight).astype(np.float32)
+    found -= np.repeat(columns(qzeros).astype(np.float32), size, axis=0)
+    found *= np.repeat(scales.astype(np.float32), size, axis=0)
+    return found.T
 
 
 def read(

@@ -12,43 +12,52 @@ _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _E2M1 = np.concatenate([_E2M1, -_E2M1])
 
 
-def fields(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Unsigned fields of a stream of bits, the lowest bits of a word first.
+def fields(words: np.ndarray, bits: int, count: int, axis: int = -1) -> np.ndarray:
+    """Unsigned fields of streams of bits, the lowest bits of a word first.
 
     A field of 3 bits may lie in two words.
 
     Args:
-      words: 32-bit words `[..., n]`.
+      words: 32-bit words.
       bits: bits of a field.
-      count: how many fields to take; the rest is padding.
+      count: how many fields to take from a stream; the rest is padding.
+      axis: the axis along which streams lie.
 
     Returns:
-      The fields as int32 `[..., count]`.
+      The fields as int32, `count` along the axis.
     """
-    words = words.view(np.uint32)
+    words, axis = words.view(np.uint32), axis % words.ndim
+    before, after = words.shape[:axis], words.shape[axis + 1 :]
+    flat = (-1, *[1] * len(after))
+    mask = np.uint32(2**bits - 1)
     if 32 % bits == 0:
-        shifts = np.arange(0, 32, bits, dtype=np.uint32)
-        found = words[..., None] >> shifts & np.uint32(2**bits - 1)
-        found = found.reshape(*words.shape[:-1], -1)[..., :count]
-        return found.astype(np.int32)
+        shifts = np.arange(0, 32, bits, dtype=np.uint32).reshape(flat)
+        found = np.expand_dims(words, axis + 1) >> shifts & mask
+        found = found.reshape(*before, -1, *after)
+        return found[(slice(None),) * axis + (slice(count),)].view(np.int32)
     first, shift = np.divmod(bits * np.arange(count), 32)
-    second = np.minimum(first + 1, words.shape[-1] - 1)
-    wide = words.astype(np.uint64)
-    both = wide[..., first] | wide[..., second] << np.uint64(32)
-    return (both >> shift.astype(np.uint64) & np.uint64(2**bits - 1)).astype(np.int32)
+    second = np.minimum(first + 1, words.shape[axis] - 1)
+    low, high = (words.take(x, axis).astype(np.uint64) for x in (first, second))
+    both = (low | high << np.uint64(32)) >> shift.astype(np.uint64).reshape(flat)
+    return (both.astype(np.uint32) & mask).view(np.int32)
 
 
-def nibbles(packed: np.ndarray, *, low_first: bool) -> np.ndarray:
-    """The two halves of each byte, `[..., n]` to `[..., 2 n]`."""
-    packed = packed.view(np.uint8)
-    halves = packed & 15, packed >> 4
-    both = np.stack(halves if low_first else halves[::-1], axis=-1)
-    return both.reshape(*packed.shape[:-1], -1)
+def looked_up(packed: np.ndarray, table: np.ndarray, *, low_first: bool) -> np.ndarray:
+    """Numbers of 4 bits, `[..., n]` bytes to `[..., 2 n]`.
+
+    Args:
+      packed: numbers of 8 bits, each with two of 4.
+      table: the 16 numbers.
+      low_first: whether the lower half of a byte is the first of the two.
+    """
+    low, high = table[np.arange(256) & 15], table[np.arange(256) >> 4]
+    pairs = np.stack((low, high) if low_first else (high, low), axis=-1)
+    return pairs[packed.view(np.uint8)].reshape(*packed.shape[:-1], -1)
 
 
 def e2m1(packed: np.ndarray) -> np.ndarray:
     """FP4 numbers, two in a byte with the first one in its lower half, as float32."""
-    return _E2M1[nibbles(packed, low_first=True)]
+    return looked_up(packed, _E2M1, low_first=True)
 
 
 def factors(scales: np.ndarray) -> np.ndarray:

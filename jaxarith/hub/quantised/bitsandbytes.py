@@ -31,7 +31,7 @@ def values(
       scales: one for each block.
       blocksize: numbers in a block.
     """
-    numbers = table[bits.nibbles(packed, low_first=False)]
+    numbers = bits.looked_up(packed, table, low_first=False)
     return numbers * np.repeat(scales, blocksize)[: len(numbers)]
 
 

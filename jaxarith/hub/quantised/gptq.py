@@ -48,9 +48,10 @@ def values(
       groups: the group of each input.
       width: bits of a field.
     """
-    found = bits.fields(np.ascontiguousarray(qweight.T), width, len(groups))
-    centred = (found - zeros.T[:, groups]).astype(np.float32)
-    return centred * scales.astype(np.float32).T[:, groups]
+    found = bits.fields(qweight, width, len(groups), axis=0).astype(np.float32)
+    found -= zeros.astype(np.float32)[groups]
+    found *= scales.astype(np.float32)[groups]
+    return found.T
 
 
 def read(

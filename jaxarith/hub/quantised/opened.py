@@ -94,8 +94,8 @@ def dequantised(
     if method is None:
         raise ValueError(
             f"{place} is quantised ({said or label}), which --dequantize does not "
-            f"read; it reads {', '.join(READERS)}, as config.json's quantization_config "
-            "names them. Give the model in floating point."
+            f"read; it reads {', '.join(READERS)}, by the quantization_config in "
+            "config.json. Give the model in floating point."
         )
     dtype = np.dtype(dtype)
     try:
