@@ -189,6 +189,75 @@ def test_an_adapter_of_a_file_without_the_classes_prefix(
     check_extracted(torch, peft, build, *short, tmp_path / "out")
 
 
+TEXT = {
+    "vocab_size": 20,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+IMAGE = {x: TEXT[x] for x in TEXT if x != "vocab_size"}
+IMAGE |= {"image_size": 8, "patch_size": 4}
+
+
+def vit(transformers):
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**IMAGE))
+
+
+def t5(transformers):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=20, **sizes)
+    )
+
+
+def llava(transformers):
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**TEXT),
+        vision_config=transformers.CLIPVisionConfig(**IMAGE),
+        image_token_index=19,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def clip(transformers):
+    config = transformers.CLIPConfig(
+        text_config={**TEXT, "projection_dim": 8, "eos_token_id": 1},
+        vision_config={**IMAGE, "projection_dim": 8},
+        projection_dim=8,
+    )
+    return transformers.CLIPModel(config)
+
+
+@pytest.mark.parametrize("make", [vit, t5, llava, clip])
+def test_extracted_adapters_have_the_names_of_the_class(
+    torch, peft, tmp_path, capsys, make
+):
+    """Files of ViT and LLaVA have other names than the modules of their classes."""
+    import transformers
+
+    torch.manual_seed(0)
+    model = make(transformers)
+    model.save_pretrained(tmp_path / "base")
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "tuned")
+    given = ["extract", str(tmp_path / "base"), str(tmp_path / "tuned")]
+    options = ["--rank", "24", "--keep-rest", "--out", str(tmp_path / "out")]
+    assert cli.main([*given, *options]) == 0
+    told = capsys.readouterr().out
+    alone = {"logit_scale"} if make is clip else set()
+    assert ("not in the adapter (none can keep them): 1 changed" in told) == bool(alone)
+    start = type(model).from_pretrained(tmp_path / "base")
+    found = peft.PeftModel.from_pretrained(start, tmp_path / "out")
+    after = found.merge_and_unload().state_dict()
+    for name, expected in model.state_dict().items():
+        wanted = before[name] if name in alone else expected
+        torch.testing.assert_close(after[name], wanted, rtol=1e-5, atol=2e-6)
+
+
 def without_prefix(folder, new):
     """The checkpoint with the names that OpenAI's files have."""
     new.mkdir()

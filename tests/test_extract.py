@@ -2,6 +2,7 @@
 
 import functools
 import json
+import sys
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,7 +13,9 @@ from merge_command import checkpoint
 from safetensors.numpy import load_file
 
 from jaxarith import cli, stream
+from jaxarith.commands.adapters import classes
 from jaxarith.commands.adapters.low_rank import low_rank, one_blas_thread
+from jaxarith.hub import Stored
 
 SHAPES = {
     "model.embed_tokens.weight": (11, 8),
@@ -164,7 +167,8 @@ def test_what_is_no_linear_layer_is_said_or_kept(models, tmp_path, capsys):
         np.testing.assert_allclose(found, tensor, atol=1e-5, err_msg=name)
 
 
-def test_a_tied_head_is_kept_with_its_embedding(tmp_path):
+def test_a_tied_head_is_kept_with_its_embedding(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)  # names must do
     shapes = {**SHAPES}
     del shapes["lm_head.weight"]
     start = {name: x for name, x in tensors().items() if name in shapes}
@@ -187,6 +191,24 @@ def test_a_tied_head_is_kept_with_its_embedding(tmp_path):
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
         expected = moved["model.embed_tokens.weight"]
         np.testing.assert_array_equal(found[f"base_model.model.{name}"], expected)
+
+
+@pytest.mark.parametrize(
+    ("names", "is_linear"),
+    [
+        ("lm_head embed_out embeddings_project visual_projection project_in", True),
+        ("h.0.attn.c_attn mlp.gate_proj mlp.shared_expert_gate mlp.up_proj", True),
+        ("model.embed_tokens bert.embeddings.word_embeddings wte wpe shared", False),
+        ("position_embedding decoder.embed_positions embed_in tok_embeddings", False),
+        ("0.SelfAttention.relative_attention_bias 0.mlp.gate moe.router", False),
+        ("0.mlp.experts.0.up_proj 0.block_sparse_moe.gate", False),
+    ],
+)
+def test_linear_layers_by_their_names(names, is_linear):
+    weights = [f"{name}.weight" for name in names.split()]
+    base = {x: Stored.made("f4", (4, 6), lambda: np.zeros(24)) for x in weights}
+    found = classes.by_names({}, base).linear
+    assert list(found) == (weights if is_linear else [])
 
 
 def test_excluded_layers_and_narrow_factors(models, tmp_path):

@@ -7,14 +7,14 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 import jaxarith
 from jaxarith import files, hub, report, stream
-from jaxarith.commands.adapters import differences, kept
+from jaxarith.commands.adapters import classes, differences, kept
 from jaxarith.commands.adapters.low_rank import low_rank, one_blas_thread
 from jaxarith.commands.merge.request import DTYPES
 from jaxarith.hub import Stored, adapter_writing, safetensors
@@ -28,7 +28,9 @@ product of a rank, or of the rank that keeps a share of the squared norm.
 
 Tensors are read one after another, so models may be larger than memory. Layers that
 did not change are left out. What is no linear layer and changed, such as embeddings,
-norms and biases, is named; --keep-rest keeps it whole in the adapter.
+norms and biases, is named; --keep-rest keeps it whole in the adapter. Names and kinds
+of layers are those of the model's class, for which transformers is asked where it is
+installed; otherwise the names in the file must tell.
 
 MODEL may itself be an adapter of any kind, such as a DoRA, or MODEL+ADAPTER."""
 
@@ -75,8 +77,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     command.add_argument(
         "--exclude",
         metavar="REGEX",
-        help="whole names of modules that are no linear layers, where their names do "
-        "not tell",
+        help="whole names in BASE of modules that get no factors",
     )
     command.add_argument(
         "--dtype",
@@ -137,10 +138,10 @@ def _run(args: argparse.Namespace) -> None:
     before = hub.state(out)
     stamps = {x: files.stamp(x) for folder in folders for x in hub.weight_files(folder)}
     config = read_config(folders[0])
-    linear = differences.linear(opened.base, config, args.exclude)
-    outer = kept.outer_name(opened.base, config)
+    layout, notes = classes.layout(folders[0], config, opened.base)
+    linear = _linear(layout, args.exclude)
     if not args.quiet:
-        for note in opened.notes:
+        for note in (*opened.notes, *notes):
             print(shown(f"note: {note}"), file=sys.stderr)
     with hub.staging(out.parent) as temporary:
         new = temporary / "new"
@@ -151,20 +152,22 @@ def _run(args: argparse.Namespace) -> None:
             one_blas_thread(),
             opened.progress.shown(sum(x.nbytes for x in sources), args.quiet),
         ):
-            tensors, rows, rest = _extracted(args, opened, linear, outer, spill)
+            tensors, rows, rest = _extracted(args, opened, layout, linear, spill)
         if not rows:
             others = f"; {len(rest)} other tensors do" if rest else ""
             raise ValueError(
                 f"no linear layer of {args.model} differs from {args.base}{others}."
             )
-        more: dict[str, Any] = {}
+        more, left = {}, [*rest]
         if args.keep_rest:
-            adapted = {row.module.removeprefix(outer) for row in rows}
-            saved = kept.rest(opened.base, config, rest, adapted, outer)
+            adapted = {row.module for row in rows}
+            saved = kept.rest(opened.base, layout, rest, adapted)
             tensors |= saved.tensors()
             more = {"modules_to_save": saved.modules, "bias": saved.bias}
+            left = saved.left
         name, revision = _named(args.base)
-        turned = [linear[f"{row.module.removeprefix(outer)}.weight"] for row in rows]
+        modules = {f"{row.module}.weight" for row in rows}
+        turned = [x for name, x in linear.items() if layout.names[name] in modules]
         content = adapter_writing.config(
             {row.module: row.rank for row in rows},
             name,
@@ -174,11 +177,12 @@ def _run(args: argparse.Namespace) -> None:
             **more,
         )
         size = adapter_writing.write(new, tensors, content)
-        _beside(new, args, out.name, rows, [] if args.keep_rest else [*rest])
+        _beside(new, args, out.name, rows, left)
         safetensors.check_unchanged(stamps)
         hub.publish(new, out, before, temporary / "old")
     if not args.quiet:
-        print(_told(out, rows, rest, size, args.keep_rest))
+        whole = [name for name in rest if name not in left]
+        print(_told(args, out, rows, whole, left, size))
 
 
 def _named(base: str) -> tuple[str, str | None]:
@@ -187,6 +191,16 @@ def _named(base: str) -> tuple[str, str | None]:
         return base, None
     name, _, revision = base.partition("@")
     return name, revision
+
+
+def _linear(layout: classes.Layout, exclude: str | None) -> dict[str, bool]:
+    """The weights that get factors: of linear layers that are tied to no other."""
+    return {
+        name: in_out
+        for name, in_out in layout.linear.items()
+        if layout.names[name] not in layout.tied
+        and not re.fullmatch(exclude or "", name.removesuffix(".weight"))
+    }
 
 
 def _check_pattern(pattern: str) -> None:
@@ -201,8 +215,8 @@ def _check_pattern(pattern: str) -> None:
 def _extracted(
     args: argparse.Namespace,
     opened: stream.Opened,
+    layout: classes.Layout,
     linear: Mapping[str, bool],
-    outer: str,
     spill: adapter_writing.Spill,
 ) -> tuple[dict[str, Stored], list[Row], dict[str, Stored]]:
     """The factors by their names in the file, the layers, and the changed rest."""
@@ -215,7 +229,7 @@ def _extracted(
             continue
         matrix = jnp.asarray(delta.T if linear[name] else delta, jnp.float32)
         found = low_rank(matrix, rank=args.rank, energy=args.energy)
-        module = outer + name.removesuffix(".weight")
+        module = layout.names[name].removesuffix(".weight")
         factors = (found.right, found.left)
         names = adapter_writing.factor_names(module)
         for key, factor in zip(names, factors, strict=True):
@@ -240,12 +254,17 @@ def _table(rows: Sequence[Row]) -> str:
     return report.markdown_table(header, cells, right=[False, True, True, True])
 
 
-def _left(rest: Sequence[str]) -> str:
-    return f"{len(rest)} changed tensors: {report.listed(rest, 6)}"
+def _listed(names: Sequence[str]) -> str:
+    return f"{len(names)} changed tensors: {report.listed(names, 6)}"
 
 
 def _told(
-    out: Path, rows: Sequence[Row], rest: Mapping[str, Stored], size: int, keep: bool
+    args: argparse.Namespace,
+    out: Path,
+    rows: Sequence[Row],
+    whole: Sequence[str],
+    left: Sequence[str],
+    size: int,
 ) -> str:
     worst = sorted(rows, key=lambda row: row.energy)
     few = rows if len(rows) <= _MOST_ROWS else worst[:_MOST_ROWS]
@@ -257,9 +276,11 @@ def _told(
         f"{_total(rows):.2%}, least {worst[0].energy:.2%} in "
         f"{printable(worst[0].module)} ({size / 1e6:.2f} MB)"
     )
-    if rest:
-        place = "kept whole" if keep else "not in the adapter (--keep-rest keeps them)"
-        lines.append(f"{place}: {printable(_left([*rest]))}")
+    if whole:
+        lines.append(f"kept whole: {printable(_listed(whole))}")
+    if left:
+        hint = "none can keep them" if args.keep_rest else "--keep-rest keeps them"
+        lines.append(f"not in the adapter ({hint}): {printable(_listed(left))}")
     return "\n".join(lines)
 
 
@@ -294,5 +315,5 @@ def _beside(
         printable(_table(rows)) + "\n",
     ]
     if left:
-        lines.append(f"Not in the adapter: {_left(left)}.\n")
+        lines.append(f"Not in the adapter: {_listed(left)}.\n")
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")

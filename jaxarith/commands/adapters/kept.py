@@ -4,35 +4,11 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from jaxarith.commands.adapters.classes import Layout
 from jaxarith.hub import Stored
 from jaxarith.hub.adapter_tensors import BASE_LAYER, PREFIX
-from jaxarith.stream import tying
 
-# The module of the trunk in models with a head, by `model_type`, that old files lack.
-_OUTER = {
-    "gpt2": "transformer",
-    "gpt_neo": "transformer",
-    "gptj": "transformer",
-    "bloom": "transformer",
-    "falcon": "transformer",
-    **{kind: kind for kind in ("bert", "roberta", "distilbert", "electra", "albert")},
-}
 _LANGUAGE_MODEL = re.compile(r".*(ForCausalLM|LMHeadModel)")
-
-
-def outer_name(base: Mapping[str, Stored], config: Mapping[str, Any]) -> str:
-    """What the modules of a model with a head have in front of the file's names.
-
-    Files of OpenAI's GPT-2, say, hold `h.0.attn`, and their configuration names a class
-    in which that is `transformer.h.0.attn`.
-    """
-    [architecture, *_] = config.get("architectures") or [""]
-    outer = _OUTER.get(str(config.get("model_type")))
-    is_trunk = architecture.endswith("Model") and "LMHead" not in architecture
-    if outer is None or not architecture or is_trunk:
-        return ""
-    inside = any(name.startswith(f"{outer}.") for name in base)
-    return "" if inside else f"{outer}."
 
 
 def task_type(config: Mapping[str, Any]) -> str | None:
@@ -52,12 +28,14 @@ class Rest(NamedTuple):
     Attributes:
       whole: by module, its tensors by their last names.
       biases: by adapted module, its bias.
+      left: the base's names of tensors that no adapter can keep.
 
     Modules have the names of the model's class.
     """
 
     whole: dict[str, dict[str, Stored]]
     biases: dict[str, Stored]
+    left: list[str]
 
     @property
     def bias(self) -> str:
@@ -84,46 +62,65 @@ class Rest(NamedTuple):
 
 def rest(
     base: Mapping[str, Stored],
-    config: Mapping[str, Any],
+    layout: Layout,
     changed: Mapping[str, Stored],
     adapted: Collection[str],
-    outer: str,
 ) -> Rest:
     """Where an adapter keeps changed tensors: whole modules, and biases of layers.
 
-    A head that is tied to an embedding is kept with it, for PEFT's copy of the one is
-    no longer the other.
+    Modules that are tied to a kept one are kept with it, for PEFT's copy of the one is
+    no longer the other. What the class joins with other tensors or turns, and what is
+    in no module without adapted layers, is left.
 
     Args:
       base: the tensors of the base.
-      config: the content of its `config.json`.
+      layout: their names in the model's class.
       changed: the model's tensors by the base's names.
-      adapted: the modules that have factors, by the base's names.
-      outer: what the class has in front of the base's names.
-
-    Raises:
-      ValueError: a tensor is no module's own, or its module holds adapted ones.
+      adapted: the modules that have factors, by the class's names.
     """
-    tied = tying.pair(base, config)
-    alone = set() if tied is None or tied.head in base else {tied.head}
-    if tied is not None and tied.embedding in changed:
-        changed = {tied.head: changed[tied.embedding], **changed}
-    whole: dict[str, dict[str, Stored]] = {}
-    biases: dict[str, Stored] = {}
-    for name in changed:
-        module, _, last = name.rpartition(".")
-        if module in adapted and last == "bias":
-            biases[outer + module] = changed[name]
-            continue
-        inside = [name, *(x for x in base if x.startswith(f"{module}."))]
-        if not module or any(f"{x}.".startswith(f"{module}.") for x in adapted):
-            raise ValueError(
-                f"{name} changed, and PEFT can keep it only with the whole module "
-                f"{module or 'of the model'}, which holds adapted layers. Leave "
-                "--keep-rest out."
-            )
-        whole[module if name in alone else outer + module] = {
-            x.removeprefix(f"{module}."): changed[x] if x in changed else base[x]
-            for x in inside
+    tensors = {layout.names[name]: base[name] for name in base if name in layout.names}
+    new = {
+        layout.names[name]: tensor
+        for name, tensor in changed.items()
+        if name in layout.names
+    }
+    for name, tensor in [*new.items()]:
+        new = dict.fromkeys(layout.tied.get(name, ()), tensor) | new
+    tensors |= new
+    biases = {
+        name.removesuffix(".bias"): tensor
+        for name, tensor in new.items()
+        if name.endswith(".bias") and name.removesuffix(".bias") in adapted
+    }
+    modules = {
+        name.rpartition(".")[0]
+        for name in new
+        if name.removesuffix(".bias") not in biases
+    }
+    modules = {
+        module
+        for module in modules
+        if module and not any(_is_in(other, module) for other in adapted)
+    }
+    # PEFT wants no module to be kept inside another one.
+    outermost = {
+        x for x in modules if not any(x != y and _is_in(x, y) for y in modules)
+    }
+    whole = {
+        module: {
+            name.removeprefix(f"{module}."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(f"{module}.")
         }
-    return Rest(whole, biases)
+        for module in outermost
+    }
+    found = Rest(whole, biases, [])
+    kept = {name.replace(f"{BASE_LAYER}.", ".") for name in found.tensors()}
+    left = [
+        name for name in changed if PREFIX + layout.names.get(name, " ") not in kept
+    ]
+    return found._replace(left=left)
+
+
+def _is_in(module: str, other: str) -> bool:
+    return f"{module}.".startswith(f"{other}.")
