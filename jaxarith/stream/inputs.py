@@ -65,7 +65,7 @@ def rounding_notes(base: bool, models: Mapping[str, bool]) -> list[str]:
     return [
         f"warning: {', '.join(labels)} and the base were not quantised together: their "
         "difference holds the rounding of the packed weights, about 3 % of a weight "
-        "at 8 bits and 10 % at 4, where fine-tuning moves weights by less"
+        "at 8 bits and 10 % at 4, and fine-tuning may move weights by less"
     ]
 
 

@@ -58,7 +58,8 @@ def read(
     tensors: Mapping[str, Stored], settings: Mapping[str, Any], dtype: np.dtype
 ) -> Unpacked:
     """The weights of this format; see `quantised.READERS`."""
-    version = str(settings.get("checkpoint_format") or "gptq")
+    stated = settings.get("checkpoint_format") or settings.get("format")
+    version = str(stated or "gptq")
     if version not in _VERSIONS or settings.get("is_marlin_format"):
         version = version if version not in _VERSIONS else "marlin"
         raise ValueError(
