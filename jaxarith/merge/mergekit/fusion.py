@@ -66,8 +66,10 @@ def _importance(leaf_0, tau):
     if not leaf_0.ndim:
         return jnp.zeros_like(tau)  # the softmax of one entry does not move
     before, after = (jax.nn.softmax(x) + _EPSILON for x in (leaf_0, leaf_0 + tau))
-    divergence = jnp.sum(after * jnp.log(after / before), axis=-1, keepdims=True)
-    return jnp.abs(tau * divergence)
+    # With after - before, which sums to zero, no term is negative and none cancels.
+    terms = after * jnp.log1p((after - before) / before) - (after - before)
+    divergence = jnp.sum(jnp.maximum(terms, 0), axis=-1, keepdims=True)
+    return jnp.abs(tau) * divergence
 
 
 def ram(params_0: Params, taus: Taus, *, epsilon: float = 1e-5) -> Params:
