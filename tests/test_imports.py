@@ -45,8 +45,13 @@ ONLY_IN = {
     "orbax": ["jaxarith.train.checkpoint"],
     "tensorboardX": ["jaxarith.train.observers"],
     "matplotlib": ["jaxarith.plots"],
-    "transformers": ["jaxarith.data", "jaxarith.models"],
-    "torch": ["jaxarith.hub.pickles"],
+    # Where they are installed, they tell the names of a model's class.
+    "transformers": [
+        "jaxarith.data",
+        "jaxarith.models",
+        "jaxarith.commands.adapters.classes",
+    ],
+    "torch": ["jaxarith.hub.pickles", "jaxarith.commands.adapters.classes"],
     "tyro": [],
 }
 
