@@ -95,9 +95,9 @@ MISTAKES = {
         "pad_to_multiple_of is 0",
     ),
     "template by name": (
-        TIES + "chat_template: chatml\n",
+        TIES + "chat_template: vicuna\n",
         17,
-        "chat_template is 'chatml'; .*give the template itself",
+        "chat_template is 'vicuna'; .*one of chatml, llama3, alpaca",
     ),
     "preset": (TIES + "preset: ours\n", 17, "preset is 'ours'; .* paper, mergekit"),
     "number beyond floats": (replaced("0.25", "1" * 400), 9, "it must be a number"),

@@ -16,6 +16,7 @@ from experiments.bench.mergekit_runs import run_mergekit
 from jaxarith import cli, hub, report
 
 LIMIT = 1e-6  # as in `against_mergekit`
+_TOKENIZER = "tokenizer.json"
 SPECIAL = ("<unk>", "<s>", "</s>")
 WORDS = {
     "base": ("the", "cat", "sat", "on", "mat"),
@@ -170,9 +171,11 @@ def compared(programs: Path | None, folder: Path) -> list[dict[str, Any]]:
 
 def differences(ours: Path, theirs: Path) -> dict[str, Any]:
     """How far two merged folders are apart; rows of embeddings by their tokens."""
-    mine, other = ids(ours), ids(theirs)
+    # mergekit writes no tokenizer where the file asks for none.
+    mine, other = (ids(x) if (x / _TOKENIZER).is_file() else {} for x in (ours, theirs))
+    mine = mine if other else {}
     tensors = [hub.read(folder) for folder in (ours, theirs)]
-    for found, of in zip(tensors, (mine, other), strict=True):
+    for found, of in zip(tensors, (mine, other), strict=True) if other else ():
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             rows = [of[token] for token in sorted(mine.keys() & other.keys())]
             found[name] = found[name][rows]
@@ -191,7 +194,7 @@ def differences(ours: Path, theirs: Path) -> dict[str, Any]:
 
 def ids(folder: Path) -> dict[str, int]:
     """The ids of all tokens."""
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content = json.loads((folder / _TOKENIZER).read_text(encoding="utf-8"))
     added = {entry["content"]: entry["id"] for entry in content["added_tokens"]}
     return content["model"]["vocab"] | added
 

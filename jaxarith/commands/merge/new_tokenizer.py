@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxarith import files, hub
 from jaxarith.commands.merge import sides
+from jaxarith.commands.merge.chat_templates import NAMED
 from jaxarith.commands.merge.request import MergeRequest
 from jaxarith.hub import tokenizer_files
 from jaxarith.hub.config import parts
@@ -119,6 +120,7 @@ def with_template(
         notes.append(note)
         if template is None:
             return planned._replace(notes=tuple(notes))
+    template = NAMED.get(template, template)
     folder = planned.folder or folder_of(next(iter(places.values())))
     made = {**planned.made, tokenizer_files.TEMPLATE: template}
     text = made.get(tokenizer_files.SETTINGS)

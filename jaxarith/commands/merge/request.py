@@ -94,7 +94,8 @@ class MergeRequest:
         have of a tokenizer, while rows of tokens stay where they are.
       tokens: where rows of single tokens come from.
       pad_to_multiple_of: of what the number of rows is a multiple; None is any.
-      chat_template: the new chat template; "auto" is the one that most models have.
+      chat_template: the new chat template, or the name of one; "auto" is the one that
+        most models have.
       layers: the number of layers that the largest stack must have; None is any.
       after: what is done to the merged vector, in order.
       slices: the slices whose layers follow each other, in place of `models`.

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jaxarith.commands.merge.chat_templates import NAMED
 from jaxarith.commands.merge.request import TokenRow
 from jaxarith.commands.merge.yaml_lines import Node
 
@@ -36,20 +37,20 @@ def tokenizer(keys: Mapping[str, Node]) -> dict[str, Any]:
 
 
 def chat_template(node: Node | None) -> str | None:
-    """The chat template of a file: "auto" or a template.
+    """The chat template of a file: "auto", the name of one, or a template.
 
     Raises:
-      ValueError: it is neither.
+      ValueError: it is none of them.
     """
     if node is None:
         return None
     text = node.text("chat_template")
-    if text == "auto" or (len(text) >= _SHORTEST and "{" in text):
+    is_named = text == "auto" or text in NAMED
+    if is_named or (len(text) >= _SHORTEST and "{" in text):
         return text
     raise node.error(
         f'chat_template is {text!r}; it must be "auto", for the one that most models '
-        "have, or a template in Jinja. Templates by name are not supported: give the "
-        "template itself."
+        f"have, one of {', '.join(NAMED)}, or a template in Jinja."
     )
 
 
