@@ -53,7 +53,9 @@ def tensors(content):
 def test_packed_weights_are_refused_by_the_name_of_their_format(label, tmp_path):
     content, said = FORMATS[label]
     config = {} if said is None else {"quantization_config": said}
-    with pytest.raises(ValueError, match=rf"quantised \({label}.*\): {X}.*floating"):
+    with pytest.raises(
+        ValueError, match=rf"quantised \({label}.*\): {X}.*--dequantize.*floating"
+    ):
         packed.check(tmp_path, tensors(content), config)
 
 
@@ -61,6 +63,16 @@ def test_the_format_is_found_in_a_part_of_the_configuration():
     config = {"text_config": {"quantization_config": {"quant_method": "awq"}}}
     assert packed.stated_format(config) == "awq"
     assert packed.stated_format({"text_config": {"a": 1}}) is None
+
+
+def test_the_first_part_of_packed_weights_is_found_with_its_format():
+    content, said = FORMATS["gptq"]
+    config = {"text_config": {"compression_config": said}}
+    assert packed.found(tensors(content), config) == (f"{X}.g_idx", "GPTQ")
+    assert packed.settings(config) == said
+    plain = tensors({".weight": (BF16, (4, 4))})
+    assert packed.found(plain, config) is None
+    assert packed.settings({"text_config": {}}) is None
 
 
 def test_plain_numbers_are_not_packed(tmp_path):

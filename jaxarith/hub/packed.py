@@ -62,16 +62,16 @@ def check(
         )
 
 
-def found(tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> str | None:
-    """The format of packed weights, by the first tensor of one; None without any.
+def found(
+    tensors: Mapping[str, Stored], config: Mapping[str, Any]
+) -> tuple[str, str] | None:
+    """The first part of packed weights and what format it is of; None without any.
 
     Args:
       tensors: the tensors by name.
       config: the content of `config.json`.
     """
-    for _, label in _signs(tensors, stated_format(config)):
-        return label
-    return None
+    return next(_signs(tensors, stated_format(config)), None)
 
 
 def stated_format(config: Mapping[str, Any]) -> str | None:

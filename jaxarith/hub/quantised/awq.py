@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxarith.hub.quantised import bits
-from jaxarith.hub.quantised.unpacked import Unpacked
+from jaxarith.hub.quantised.unpacked import Unpacked, expect
 from jaxarith.hub.stored import Stored
 
 _SHIFTS = 4 * np.array([0, 4, 1, 5, 2, 6, 3, 7], np.uint32)  # of the columns of a word
@@ -59,28 +59,18 @@ def read(
         if missing := [part for part in parts if part not in tensors]:
             raise ValueError(f"{name} has no {', '.join(missing)}, which AWQ needs.")
         given = [tensors[part] for part in parts]
-        _check(name, *given)
-        qweight = given[0]
-        shape = (8 * qweight.shape[1], qweight.shape[0])
+        inputs, words = given[0].shape
+        groups = given[2].shape[0]
+        for part, tensor, length in zip(parts, given, (inputs, groups), strict=False):
+            expect(part, tensor, (length, words), np.int32)
+        expect(parts[2], given[2], (groups, 8 * words))
+        if inputs % groups:
+            raise ValueError(f"{name} has {inputs} inputs in {groups} groups.")
+        shape = (8 * words, inputs)
         make = functools.partial(_made, given, shape, dtype)
         found.weights[f"{module}.weight"] = Stored.made(dtype, shape, make)
         found.parts.update(parts)
     return found
-
-
-def _check(name, qweight, qzeros, scales):
-    inputs, words = qweight.shape
-    groups = scales.shape[0]
-    if (
-        qweight.dtype != np.int32
-        or scales.shape != (groups, 8 * words)
-        or qzeros.shape != (groups, words)
-        or inputs % max(groups, 1)
-    ):
-        raise ValueError(
-            f"{name} is {qweight}, with zeros {qzeros} and scales {scales}; expected "
-            "i32[in, out / 8], i32[groups, out / 8] and [groups, out] of AWQ's gemm."
-        )
 
 
 def _made(given, shape, dtype):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxarith.hub.quantised import bits
-from jaxarith.hub.quantised.unpacked import Unpacked
+from jaxarith.hub.quantised.unpacked import Unpacked, expect
 from jaxarith.hub.stored import Stored
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -86,6 +86,13 @@ def _read_4(tensors, weight, state, dtype, found):
     shape = tuple(about["shape"])
     if given[0].nbytes != (math.prod(shape) + 1) // 2:
         raise ValueError(f"{weight} is {given[0]}; expected 4 bits for {list(shape)}.")
+    count = -(-math.prod(shape) // about["blocksize"])
+    expect(parts[1], given[1], (count,), np.uint8 if given[3:] else np.float32)
+    expect(parts[2], given[2], (16,), np.float32)
+    if given[3:]:
+        count = -(-count // about["nested_blocksize"])
+        expect(parts[3], given[3], (count,), np.float32)
+        expect(parts[4], given[4], (256,), np.float32)
     make = functools.partial(_made_4, given, about, shape, dtype)
     found.weights[weight] = Stored.made(dtype, shape, make)
     found.parts.update((state, *parts))
@@ -123,13 +130,14 @@ def _read_8(tensors, module, dtype, found):
                 "read). Save the model again with a current bitsandbytes."
             )
     packed = tensors[name]
+    expect(scales, tensors[scales], packed.shape[:1])
     make = functools.partial(_made_8, packed, tensors[scales], dtype)
     found.weights[name] = Stored.made(dtype, packed.shape, make)
     found.parts.update((name, scales))
 
 
 def _made_8(packed, scales, dtype):
-    numbers, factors = packed.read(), scales.read().reshape(-1)
+    numbers, factors = packed.read(), scales.read()
     return bits.rounded(
         packed.shape, dtype, lambda at: integers(numbers[at], factors[at])
     )

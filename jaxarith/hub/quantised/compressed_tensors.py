@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxarith.hub.quantised import bits, blocks
-from jaxarith.hub.quantised.unpacked import Unpacked
+from jaxarith.hub.quantised.unpacked import Unpacked, expect
 from jaxarith.hub.stored import Stored
 
 _ENDS = ("", "_packed", "_scale", "_zero_point", "_global_scale", "_g_idx", "_shape")
@@ -110,10 +110,18 @@ def _leaf(name, given, schemes, dtype):
         columns = _columns(name, packed, given)
         width = _width(name, packed, columns, schemes)
     shape = (out, columns)
+    scales = given["_scale"].shape
+    if "_global_scale" in given:
+        expect(f"{name}_global_scale", given["_global_scale"], (1,))
+    if (zeros := given.get("_zero_point")) is not None:
+        is_packed = width is not None and zeros.dtype == np.int32
+        rows = -(-out * width // 32) if is_packed else None
+        expect(f"{name}_zero_point", zeros, (rows, *scales[1:]) if rows else scales)
     if "_g_idx" in given and (given["_g_idx"].read() >= 0).all():
+        expect(f"{name}_g_idx", given["_g_idx"], (columns,))
+        expect(f"{name}_scale", given["_scale"], (out, scales[1]))
         block = None
     else:
-        scales = given["_scale"].shape
         stated = {(1, size)} if size else _blocks(schemes, scales, columns)
         block = blocks.size(name, scales, shape, stated)
     make = functools.partial(_made, given, shape, block, width, dtype)

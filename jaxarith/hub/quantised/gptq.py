@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxarith.hub.quantised import bits
-from jaxarith.hub.quantised.unpacked import Unpacked
+from jaxarith.hub.quantised.unpacked import Unpacked, expect
 from jaxarith.hub.stored import Stored
 
 _VERSIONS = ("gptq", "gptq_v2")
@@ -79,6 +79,9 @@ def read(
         given = {end: tensors[part] for end, part in parts.items()}
         width = _width(name, given, settings)
         shape = (qweight.shape[1], 32 * qweight.shape[0] // width)
+        groups, words = given["scales"].shape[0], -(-width * shape[0] // 32)
+        expect(parts["scales"], given["scales"], (groups, shape[0]))
+        expect(parts["qzeros"], given["qzeros"], (groups, words), np.int32)
         make = functools.partial(
             _made, given, width, version == "gptq", _size(settings), shape, dtype
         )
@@ -91,7 +94,8 @@ def _width(name, given, settings):
     """Bits of a field; single modules may have others than the configuration says."""
     width = settings.get("bits")
     if "g_idx" in given:
-        width = 32 * given["qweight"].shape[0] / given["g_idx"].shape[0]
+        [inputs] = given["g_idx"].shape
+        width = 32 * given["qweight"].shape[0] / inputs
     if width not in _BITS or given["qweight"].dtype != np.int32:
         raise ValueError(
             f"{name} is {given['qweight']} of {width} bits; expected words of i32 with "
@@ -111,6 +115,11 @@ def _made(given, width, less_one, size, shape, dtype):
         groups = found["g_idx"]
     else:
         groups = np.arange(inputs) // (size if size > 0 else inputs)
+    if groups.min() < 0 or groups.max() >= len(found["scales"]):
+        raise ValueError(
+            f"g_idx names the groups {groups.min()} to {groups.max()}, and there are "
+            f"scales of {len(found['scales'])}."
+        )
     offsets = zeros(found["qzeros"], width, out, less_one=less_one)
 
     def rows(at):

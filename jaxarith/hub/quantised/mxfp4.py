@@ -40,14 +40,17 @@ def read(
         scales = tensors.get(f"{weight}_scales")
         if weight == name or scales is None:
             continue
-        if len(blocks.shape) != 4 or blocks.shape[:-1] != scales.shape:
+        if len(blocks.shape) != 4 or (
+            (*scales.shape, 16) != blocks.shape
+            or {blocks.dtype, scales.dtype} != {np.dtype(np.uint8)}
+        ):
             raise ValueError(
-                f"{name} is {blocks} and its scales {scales}; expected "
+                f"{name} is {blocks} and its scales {scales}; expected u8 "
                 "[experts, out, groups, 16] and [experts, out, groups]. MXFP4 in "
                 "another arrangement is not read."
             )
-        experts, out, groups, width = blocks.shape
-        shape = (experts, 2 * groups * width, out)
+        experts, out, groups = scales.shape
+        shape = (experts, 32 * groups, out)
         make = functools.partial(_made, blocks, scales, shape, dtype)
         found.weights[weight] = Stored.made(dtype, shape, make)
         found.parts.update((name, f"{weight}_scales"))

@@ -1,7 +1,9 @@
 """The weights of a packed checkpoint, unpacked when they are read."""
 
+import contextlib
+import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -85,9 +87,9 @@ def dequantised(
       >>> config = hub.read_json(folder)  # doctest: +SKIP
       >>> tensors, notes = dequantised(folder, found.tensors, config)  # doctest: +SKIP
     """
-    label = packed.found(tensors, config)
-    if label is None:
+    if (sign := packed.found(tensors, config)) is None:
         return dict(tensors), ()
+    label = sign[1]
     said = packed.stated_format(config) or ""
     said = "" if " " in said else said  # it has no name
     method = _method(label, said.lower())
@@ -98,16 +100,40 @@ def dequantised(
             "config.json. Give the model in floating point."
         )
     dtype = np.dtype(dtype)
-    try:
+    with _named(str(place)):
         found = READERS[method](tensors, packed.settings(config) or {}, dtype)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
     rest = {name: x for name, x in tensors.items() if name not in found.parts}
     dropped = [name for name in rest if _OF_ACTIVATIONS.fullmatch(name)]
     result = {name: x for name, x in rest.items() if name not in dropped}
-    result |= found.weights
-    packed.check(place, result, {})  # the rest of it is plain
+    for name, leaf in found.weights.items():
+        make = functools.partial(_read, f"{place}: {name}", leaf)
+        result[name] = Stored.made(leaf.dtype, leaf.shape, make)
+    if (sign := packed.found(result, {})) is not None:
+        raise ValueError(
+            f"{place}: {sign[0]} is {result[sign[0]]}, which is no part of a weight in "
+            f"the format {method} as it is read here. Give the model in floating point."
+        )
     return result, tuple(_notes(place, method, dtype, found, result, dropped))
+
+
+def _read(label, leaf):
+    with _named(label):
+        return leaf.read()
+
+
+@contextlib.contextmanager
+def _named(label: str) -> Iterator[None]:
+    """Errors about files that are not as their format says, as one that names them."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from error
+    # Settings of other types, missing ones, and parts of other sizes.
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{label}: quantization_config and packed tensors do not go together "
+            f"({error!r}). Download the model again."
+        ) from error
 
 
 def _method(label: str, said: str) -> str | None:

@@ -1,8 +1,12 @@
 """What the reader of a format finds in a checkpoint."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxarith.hub.stored import Stored
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxarith.hub.stored import Stored, described
 
 
 class Unpacked(NamedTuple):
@@ -15,3 +19,15 @@ class Unpacked(NamedTuple):
 
     weights: dict[str, Stored]
     parts: set[str]
+
+
+def expect(
+    name: str, part: Stored, shape: Sequence[int], dtype: DTypeLike | None = None
+) -> None:
+    """Raises a ValueError unless a part of a weight has this shape and dtype.
+
+    Others might be unpacked without an error, to other numbers.
+    """
+    dtype = part.dtype if dtype is None else np.dtype(dtype)
+    if part.shape != tuple(shape) or part.dtype != dtype:
+        raise ValueError(f"{name} is {part}; expected {described(dtype, shape)}.")
