@@ -333,6 +333,8 @@ def test_methods_and_flags_that_do_not_fit_are_refused(folders, tmp_path, capsys
         return capsys.readouterr().err
 
     assert "slerp merges whole models" in error("--t", 0.5, method="slerp")
+    fusion = {"method": "arcee_fusion", "models": models[:1]}
+    assert "looks at the base's weights" in error(**fusion)
     assert "not of 'org/another'" in error("--base", "org/another")
     assert "for models, not for adapters" in error("--missing", "base")
     from merge_command import checkpoint

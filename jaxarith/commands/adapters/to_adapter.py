@@ -31,6 +31,10 @@ from jaxarith.stream.inputs import find_base, open_checkpoint
 
 # Methods of either preset that are weighted sums of whatever they merge.
 _LINEAR = ("average", "linear", "task_arithmetic")
+# Methods that give the same for whole deltas, which turn with the bases.
+_TURNING = ("tsv", "iso_c")
+# Methods that look at the base's values.
+_OF_THE_BASE = ("arcee_fusion",)
 
 
 def run(args: argparse.Namespace, out: Path) -> None:
@@ -56,6 +60,12 @@ def run(args: argparse.Namespace, out: Path) -> None:
         for part in recipe.unused_filters(named)
     ]
     notes = [*recipe.notes, *more, *unused, *left]
+    method = recipe.request.method
+    if not _is_linear(recipe) and method not in _TURNING:
+        notes.append(
+            f"{method} merges the cores of the adapters; methods that look at single "
+            "entries give another result there than on whole matrices"
+        )
     if args.dry_run:
         print(printable(_planned(recipe, adapters, args.adapter_rank, notes)))
         return
@@ -125,6 +135,11 @@ def _recipe(args: argparse.Namespace) -> MergeRecipe:
                 "tokens. Leave it out of a merge --to-adapter."
             )
     name, shared = request.method, request.parameters
+    if name in _OF_THE_BASE:
+        raise ValueError(
+            f"{name} looks at the base's weights, which adapters do not have. Choose "
+            "another method, or merge into a model: leave out --to-adapter."
+        )
     of_vectors = shared.get("between") == gradients.constant("task_vectors")
     if recipe.function.base in ("aside", "input") and name not in _LINEAR:
         if not of_vectors:
@@ -133,6 +148,10 @@ def _recipe(args: argparse.Namespace) -> MergeRecipe:
                 "another method, such as task_arithmetic, ties or tsv."
             )
     return recipe
+
+
+def _is_linear(recipe: MergeRecipe) -> bool:
+    return recipe.request.method in _LINEAR and not recipe.request.after
 
 
 def _with_config(
@@ -168,8 +187,7 @@ def _merged(
         wanted = own.dtype if dtype is None else jnp.dtype(dtype)
         tensors[PREFIX + name] = spill.put(name, merged.astype(wanted))
 
-    is_linear = recipe.request.method in _LINEAR and not recipe.request.after
-    if is_linear:
+    if _is_linear(recipe):
         coefs = merging.coefficients(recipe.merge, adapters, whole)
         _check_shares(recipe, coefs)
         for name, leaf in whole.items():
