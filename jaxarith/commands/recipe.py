@@ -19,7 +19,8 @@ passes, memory and notes.
 
 Of models on the Hub it downloads configurations, tokenizers and the headers of
 safetensors, and no weights. What only values tell stays open: whether they are finite,
-and whether a head that is stored beside its tied embedding is equal to it.
+whether buffers of models differ, and whether a head that is stored beside its tied
+embedding is equal to it.
 
 The exit status is 0 if the merge can begin, and 1 with the reason if it cannot."""
 
@@ -67,7 +68,6 @@ def _headers(found: Sequence[Document], temporary: Path) -> Located:
         if part in results or Path(part).expanduser().exists():
             continue
         folder = temporary / "hub" / str(len(names.folders))
-        folder.mkdir(parents=True)
         try:
             names = names.also(part, str(headers.fetch(part, folder)))
         except FileNotFoundError as error:

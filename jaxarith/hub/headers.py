@@ -2,7 +2,9 @@
 
 Their files have the true headers and the true lengths, and take no space: what was
 never written is a hole. So whatever looks at names, shapes and types of tensors works
-on them, for a model that is not downloaded, or that is yet to be merged.
+on them, for a model that is not downloaded, or that is yet to be merged. All numbers
+are zero, but for one in each tensor where no two are to be equal: equal ones are taken
+to be tied where the configuration does not say whether they are.
 """
 
 import dataclasses
@@ -11,6 +13,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from jaxarith.hub.config import parts
 from jaxarith.hub.folders import (
     ADAPTER,
     CONFIG,
@@ -22,22 +25,39 @@ from jaxarith.hub.folders import (
 )
 from jaxarith.hub.safetensors import Shard
 
+_TIED = "tie_word_embeddings"
 _BESIDE = (CONFIG, INDEX, "adapter_config.json")
 
 
-def sketch(folder: Path, shards: Iterable[Shard]) -> None:
-    """Writes planned files of weights, but for the weights."""
+def sketch(folder: Path, shards: Iterable[Shard], *, tied: bool) -> None:
+    """Writes planned files of weights, but for the weights.
+
+    Args:
+      folder: where to write them.
+      shards: the files.
+      tied: whether the configuration ties embedding and head.
+    """
     shards = list(shards)
     for shard in shards:
-        _write(folder / shard.name, shard.header, shard.nbytes)
+        _write(folder / shard.name, shard.header, shard.nbytes, tied)
     if len(shards) > 1:
         of_name = {name: shard.name for shard in shards for name in shard.offsets}
         (folder / INDEX).write_text(json.dumps({"weight_map": of_name}))
 
 
-def _write(path: Path, header: bytes, nbytes: int) -> None:
+def _write(path: Path, header: bytes, nbytes: int, tied: bool) -> None:
     path.write_bytes(header)
     os.truncate(path, nbytes)
+    if tied:
+        return
+    entries = json.loads(header[8:])
+    with path.open("r+b") as file:
+        for number, (name, entry) in enumerate(entries.items()):
+            if name != "__metadata__" and entry["dtype"] in ("F32", "F16", "BF16"):
+                start, end = entry["data_offsets"]
+                file.seek(len(header) + start)
+                # The low byte of small numbers that are finite, whatever the dtype.
+                file.write(bytes([number % 255 + 1])[: end - start])
 
 
 def fetch(model: str, folder: Path) -> Path:
@@ -81,6 +101,7 @@ def fetch(model: str, folder: Path) -> Path:
             f"{no_weights(model, names)}\nOnly files of safetensors have headers that "
             "can be read without the weights."
         )
+    folder.mkdir(parents=True)
     at = info.sha or revision or None  # all files of one commit
     beside = [x for x in names if "/" not in x and (x in _BESIDE or is_side_file(x))]
     huggingface_hub.snapshot_download(
@@ -89,15 +110,17 @@ def fetch(model: str, folder: Path) -> Path:
     if wanted == [INDEX]:
         of_name = read_json(folder, INDEX).get("weight_map")
         wanted = sorted({*map(str, of_name.values())}) if of_name else []
+    config = read_json(folder) if (folder / CONFIG).is_file() else {}
+    tied = any(x.get(_TIED) for x in (config, *parts(config).values()))
     for file in wanted:
         if "/" in file:
             raise ValueError(f"{model}: {INDEX} names {file!r}, outside the folder.")
         found = huggingface_hub.parse_safetensors_file_metadata(name, file, revision=at)
-        _write_found(folder / file, found)
+        _write_found(folder / file, found, tied)
     return folder
 
 
-def _write_found(path, found):
+def _write_found(path, found, tied):
     """A file with a header that the Hub's client has read."""
     header = {"__metadata__": dict(found.metadata)} if found.metadata else {}
     for name, info in found.tensors.items():
@@ -107,4 +130,4 @@ def _write_found(path, found):
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     start = len(text).to_bytes(8, "little") + text
-    _write(path, start, len(start) + max(ends, default=0))
+    _write(path, start, len(start) + max(ends, default=0), tied)

@@ -18,6 +18,7 @@ from jaxarith.commands.merge.output import Beside
 from jaxarith.commands.merge.recipe import MergeRecipe
 from jaxarith.commands.merge.slices import SlicedRecipe
 from jaxarith.hub import headers
+from jaxarith.stream import tying
 from jaxarith.stream.inputs import read_config
 
 
@@ -118,7 +119,8 @@ class Prepared:
     def sketch(self, folder: Path) -> None:
         """Makes the folder of the merge with headers of weights and no weights."""
         folder.mkdir()
-        headers.sketch(folder, self.plan.files)
+        tied = bool(tying.states(self.beside.config or {}))
+        headers.sketch(folder, self.plan.files, tied=tied)
         output.write(folder, self.beside, folder.name, self.facts({}))
 
 
