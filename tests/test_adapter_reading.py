@@ -269,6 +269,39 @@ def test_parameters_of_experts_that_files_hold_one_by_one(torch, peft, tmp_path,
         np.testing.assert_allclose(actual, after[name], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2"])
+def test_vision_models_whose_files_have_other_names(torch, peft, tmp_path, kind):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+    )
+    model = getattr(transformers, f"{kind}ForImageClassification")(config)
+    model.save_pretrained(tmp_path / "base")
+    adapted = wrapped(
+        torch,
+        peft,
+        model,
+        tmp_path / "adapter",
+        target_modules=["q_proj", "o_proj", "fc1", "fc2"],
+        modules_to_save=["classifier"],
+    )
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    after = load_file(tmp_path / "merged" / "model.safetensors")
+    opened = stream.open_models(tmp_path / "base", [tmp_path / "adapter"])
+    [tau] = opened.taus
+    assert len(tau) == 2 * 4 + 2
+    for name, leaf in opened.base.items():
+        actual = leaf.read() + (jnp.asarray(tau[name]) if name in tau else 0)
+        np.testing.assert_allclose(actual, after[name], rtol=1e-6, atol=1e-6)
+
+
 def spoiled(folder, config=None, **tensors):
     """The adapter of a folder, with another configuration or tensors."""
     file = folder / "adapter_model.safetensors"

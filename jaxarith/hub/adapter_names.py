@@ -1,13 +1,28 @@
 """Names of tensors in adapters, and in the models that they were trained on."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from jaxarith import tree
 
 # What stands before the layers of a language model.
 _OUTER = re.compile(r"^((model|language_model)\.)+")
+
+# Names of ViT, DINOv2 and their like in files, and in the classes of transformers 5.
+_VISION = tuple(
+    (re.compile(pattern), spelling)
+    for pattern, spelling in (
+        (r"^(vit|deit|beit|dinov2)\.", ""),
+        (r"encoder\.layer\.", "layers."),
+        (r"attention\.attention\.query", "attention.q_proj"),
+        (r"attention\.attention\.key", "attention.k_proj"),
+        (r"attention\.attention\.value", "attention.v_proj"),
+        (r"attention\.output\.dense", "attention.o_proj"),
+        (r"intermediate\.dense", "mlp.fc1"),
+        (r"output\.dense", "mlp.fc2"),
+    )
+)
 
 
 def fit(
@@ -44,7 +59,8 @@ def fit(
             taken.add(found[0])
     if not lines:
         return names, ()
-    if (spelled := _spelled_otherwise(wanted, base)) is None:
+    spelled = _spelled_otherwise(wanted, base, _inside)
+    if (spelled := spelled or _spelled_otherwise(wanted, base, _of_vision)) is None:
         few = ", ".join(tree.first_few(base, most=3))
         raise ValueError(f"{unfit(folder, lines)} The base has {few}.")
     first = min(wanted)
@@ -52,20 +68,36 @@ def fit(
     return spelled, (note,)
 
 
-def _spelled_otherwise(wanted, base):
-    """The base's names for those of a language model inside or outside another.
+def _spelled_otherwise(
+    wanted: Collection[str], base: Collection[str], spell: Callable[[str], str]
+) -> dict[str, str] | None:
+    """The base's names for those of an adapter, where both become one in a spelling.
 
-    They begin with model, model.language_model or language_model.model, by the class
-    and version that saved them. None unless each has one place, and each its own.
+    None unless each has one place, and each its own.
     """
     inner: dict[str, list[str]] = {}
     for name in base:
-        inner.setdefault(_OUTER.sub("", name), []).append(name)
-    found = {name: inner.get(_OUTER.sub("", name), []) for name in wanted}
+        inner.setdefault(spell(name), []).append(name)
+    found = {name: inner.get(spell(name), []) for name in wanted}
     if any(len(names) != 1 for names in found.values()):
         return None
     spelled = {name: names[0] for name, names in found.items()}
     return spelled if len({*spelled.values()}) == len(spelled) else None
+
+
+def _inside(name: str) -> str:
+    """A language model may be inside or outside another.
+
+    Its names begin with model, model.language_model or language_model.model, by the
+    class and version that saved them.
+    """
+    return _OUTER.sub("", name)
+
+
+def _of_vision(name: str) -> str:
+    for pattern, spelling in _VISION:
+        name = pattern.sub(spelling, name)
+    return name
 
 
 def _ends(name):
