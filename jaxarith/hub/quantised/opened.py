@@ -150,14 +150,15 @@ def _notes(place, method, dtype, found, result, dropped):
         f"{place}: {len(found.weights)} weights of the format {method} are dequantised "
         f"to {short(dtype)}"
     )
-    stay = [
-        name
+    stay = {
+        name: short(x.dtype)
         for name, x in result.items()
         if name not in found.weights and x.is_floating and len(x.shape) > 1
-    ]
+    }
     if stay:
+        kinds = " and ".join(sorted({*stay.values()}))
         few = ", ".join(tree.first_few(sorted(stay), most=3))
-        yield f"{place}: {len(stay)} matrices were not quantised and stay: {few}"
+        yield f"{place}: {len(stay)} matrices were not quantised, stay {kinds}: {few}"
     if dropped:
         few = ", ".join(tree.first_few(sorted(dropped), most=3))
         yield (
