@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jaxarith.commands.merge import yaml_lines
+from jaxarith.commands.merge import mergekit_yaml, yaml_lines
 from jaxarith.commands.merge.yaml_lines import Node
 from jaxarith.stream import inputs
 
@@ -70,7 +70,7 @@ def read(path: str | os.PathLike) -> list[Document]:
 
 
 def _name(root: Node) -> str | None:
-    if (node := root.mapping("the document").get("name")) is None:
+    if (node := mergekit_yaml.fields(root).get("name")) is None:
         return None
     name = node.text("name")
     if not _NAME.fullmatch(name) or name in _RESERVED:

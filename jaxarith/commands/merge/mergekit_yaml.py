@@ -46,6 +46,17 @@ _KEYS = (
     "name",
 )
 
+_REFUSED = {
+    "modules": "parts of a model, such as language and images, are merged alike. Give "
+    "a filter with a weight of 0 for those that stay as they are.",
+    "out_path": "the new folder is named on the command line. Give a document a name "
+    "where others merge its result, and refer to it by that.",
+    "align_weights": "weights are merged as they are, and not permuted. Leave it out.",
+    "metric_method": "this file measures models and merges none; `jaxarith inspect` "
+    "shows norms and cosines.",
+    "genome": "this file searches for a merge by evolution, which jaxarith does not.",
+}
+
 
 def read(path: str | os.PathLike, *, seed: int = 0) -> MergeRecipe | SlicedRecipe:
     """Reads the recipe of a merge from a file of one document.
@@ -79,13 +90,7 @@ def build(
     Raises:
       ValueError: as for `read`.
     """
-    if (modules := root.mapping("the file").get("modules")) is not None:
-        raise modules.error(
-            "the key 'modules' of the file is not supported: parts of a model, such as "
-            "language and images, are merged alike. Give a filter with a weight of 0 "
-            "for those that stay as they are."
-        )
-    keys = root.fields(_KEYS, "the file")
+    keys = fields(root)
     if "merge_method" not in keys:
         raise root.error("the file names no merge_method.")
     request, notes = _request(root, keys)
@@ -101,6 +106,21 @@ def build(
         raise keys["merge_method"].error(str(error)) from error
     notes = (*recipe.notes, *notes, *_dtype_notes(request.dtype))
     return dataclasses.replace(recipe, notes=notes)
+
+
+def fields(root: Node) -> dict[str, Node]:
+    """The entries of a document.
+
+    Raises:
+      ValueError: it is no mapping, or has a key that is not supported.
+    """
+    given = root.mapping("the file")
+    for key, why in _REFUSED.items():
+        if key in given:
+            raise given[key].error(
+                f"the key {key!r} of the file is not supported: {why}"
+            )
+    return root.fields(_KEYS, "the file")
 
 
 def _request(root: Node, keys: Mapping[str, Node]) -> tuple[MergeRequest, list[str]]:
