@@ -140,6 +140,19 @@ def test_a_stale_configuration_changes_nothing(tmp_path):
     assert found == tensors and notes == ()
 
 
+def test_scales_of_activations_and_caches_are_left_out():
+    names = ("self_attn.k_scale", "attn.kv_scale", "k_proj.output_scale")
+    names += ("up_proj.input_activation_scale", "up_proj.input_zero_point")
+    one = stored.Stored.made(np.float32, (1,), lambda: np.ones(1, np.float32))
+    content, said = FORMATS["fp8"]
+    tensors = tensors_of(content) | {f"model.layers.0.{name}": one for name in names}
+    tensors |= {"model.layers.0.logit_scale": one}
+    config = {"quantization_config": said}
+    found, [_, note] = hub.dequantised("model", tensors, config)
+    assert found.keys() == {f"{X}.weight", "model.layers.0.logit_scale"}
+    assert "5 scales of activations or of the cache are left out" in note
+
+
 def tensors_of(content):
     return {
         X + end: stored.Stored.made(x.dtype, x.shape, lambda x=x: x)
@@ -248,6 +261,13 @@ def test_what_is_not_read_is_refused_by_name(kind):
     content, said, message = REFUSED[kind]
     error = refusal(content, said)
     assert error.startswith("model") and message in error
+
+
+def test_models_whose_matrices_lie_the_other_way_round_are_refused():
+    content, said = FORMATS["gptq"]
+    config = {"model_type": "gpt2", "quantization_config": said}
+    with pytest.raises(ValueError, match=r"a quantised gpt2, .* lie \[in, out\]"):
+        hub.dequantised("model", tensors_of(content), config)
 
 
 def test_tensors_alone_tell_most_formats():

@@ -51,10 +51,12 @@ _BY_TENSORS = {
 }
 # Formats of compressed-tensors where they stand in place of a method.
 _COMPRESSED = re.compile(r"(\w+-)*quantized|dense")
+# Models of transformers whose layers are called Conv1D.
+_IN_OUT = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 # Scales of what a model computes, and of its cache: nothing of the weights.
 _OF_ACTIVATIONS = re.compile(
-    r".*\.(([kvq]|input|output|activation|prob|kv_cache)(_activation|_global)?_"
-    r"(scale|zero_point)|k_proj\.k_scale|v_proj\.v_scale)"
+    r".*\.([kvq]|kv|kv_cache|prob|input|output|activation)(_activation|_global)?"
+    r"_(scale|zero_point)"
 )
 
 
@@ -98,6 +100,11 @@ def dequantised(
             f"{place} is quantised ({said or label}), which --dequantize does not "
             f"read; it reads {', '.join(READERS)}, by the quantization_config in "
             "config.json. Give the model in floating point."
+        )
+    if (kind := config.get("model_type")) in _IN_OUT:
+        raise ValueError(
+            f"{place} is a quantised {kind}, whose matrices lie [in, out] and are "
+            "packed the other way round. Give the model in floating point."
         )
     dtype = np.dtype(dtype)
     with _named(str(place)):
