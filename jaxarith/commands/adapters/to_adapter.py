@@ -47,6 +47,8 @@ def run(args: argparse.Namespace, out: Path) -> None:
     """
     if args.vocabulary != "error" or args.missing != "error":
         raise ValueError("--vocabulary and --missing are for models, not for adapters.")
+    if args.dequantize:
+        raise ValueError("--dequantize is for models; adapters are not quantised.")
     recipe = _recipe(args)
     adapters = opened.open_adapters(recipe.models, recipe.base or None)
     out = hub.check_out(out, args.overwrite, adapters.folders)
