@@ -256,6 +256,12 @@ def test_extracted_adapters_have_the_names_of_the_class(
     for name, expected in model.state_dict().items():
         wanted = before[name] if name in alone else expected
         torch.testing.assert_close(after[name], wanted, rtol=1e-5, atol=2e-6)
+    # The adapter is read on the base's file, whatever names that has.
+    given = ["verify", *(str(tmp_path / x) for x in ("base", "out", "tuned"))]
+    # An SVD is not exact: its errors are those of more than one rounding.
+    assert cli.main([*given, "--roundings", "64"]) == bool(alone)
+    told = capsys.readouterr().out
+    assert all(f"| {name}" in told for name in alone)
 
 
 def without_prefix(folder, new):

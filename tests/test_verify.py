@@ -22,6 +22,7 @@ def tensors():
         "model.norm.weight": normal(80, 6),
         "model.embed_tokens.weight": normal(81, 11, 6),
         "model.zeros.weight": np.zeros(4, np.float32),
+        "model.scale": np.array(3, np.float32),
         "steps": np.arange(3),
     }
 
@@ -56,7 +57,7 @@ def changed(place, folder, change, dtype="bfloat16"):
 def test_what_merge_made_agrees(place, capsys, dtype):
     assert run(place, place / dtype) == 0
     told = capsys.readouterr().out
-    assert "8 of 8 tensors agree" in told
+    assert "9 of 9 tensors agree" in told
     assert f"{dtype} is {place}/base + {place}/adapter" in told
     assert run(place, place / dtype, "--quiet") == 0
     assert capsys.readouterr() == ("", "")
@@ -72,7 +73,7 @@ def test_one_number_that_is_one_unit_off_is_found(place, tmp_path, capsys):
     merged = changed(place, tmp_path / "merged", a_unit_of_the_last_place)
     assert run(place, merged) == 1
     told = capsys.readouterr().out
-    assert f"| {UP} |" in told and "7 of 8 tensors agree" in told
+    assert f"| {UP} |" in told and "8 of 9 tensors agree" in told
     assert "is NOT" in told
     assert run(place, merged, "--roundings", "3") == 0
 
@@ -117,6 +118,7 @@ def test_programs_that_round_more_often(place, tmp_path, times):
             "no weights, and not the base",
         ),
         (lambda x: x.update({"model.norm.weight": normal(5, 6)}), "model.norm.weight"),
+        (lambda x: x.update({"model.scale": np.array(2, "f4")}), "model.scale"),
         (lambda x: x["model.zeros.weight"].__setitem__(1, 1e-6), "model.zeros.weight"),
     ],
 )
@@ -130,7 +132,7 @@ def test_what_differs_is_said(place, tmp_path, capsys, change, message):
 def test_an_adapter_of_weight_2_is_not_the_adapter(place, tmp_path, capsys):
     write(tmp_path / "twice", 1, lora_alpha=10)
     assert run(place, place / "bfloat16", adapter=tmp_path / "twice") == 1
-    assert "4 of 8 tensors agree" in capsys.readouterr().out
+    assert "5 of 9 tensors agree" in capsys.readouterr().out
 
 
 def test_names_with_another_prefix_and_tied_heads(place, tmp_path, capsys):

@@ -9,6 +9,7 @@ Low-Rank Adaptation. ICML 2024. arXiv:2402.09353 (`use_dora`).
 import functools
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from jaxarith.hub import (
 from jaxarith.hub.adapter_config import CONFIG
 from jaxarith.hub.adapter_tensors import Factors
 from jaxarith.hub.stored import Stored
+
+_OF_STACK = re.compile(r"(.*?)(encoder|decoder)\.embed_tokens\.weight")
 
 
 class Adapter(NamedTuple):
@@ -73,6 +76,7 @@ def read_adapter(folder: str | os.PathLike, base: Mapping[str, Stored]) -> Adapt
     folder = Path(folder)
     config = adapter_config.read(folder)
     parts = adapter_tensors.read(folder, config)
+    parts = parts._replace(whole=_without_copies(parts.whole, base))
     targets = config.get("target_parameters")
     fused = fused_experts.find(base) if targets else {}
     places = {**base, **{name: found.leaf for name, found in fused.items()}}
@@ -115,6 +119,24 @@ def read_adapter(folder: str | os.PathLike, base: Mapping[str, Stored]) -> Adapt
         raise ValueError(adapter_names.unfit(folder, lines))
     _check_tied(folder, config, parts, names, base)
     return Adapter(deltas, replaced, notes)
+
+
+def _without_copies(
+    whole: Mapping[str, Stored], base: Mapping[str, Stored]
+) -> dict[str, Stored]:
+    """The whole tensors without further names of an embedding of two stacks.
+
+    A file of T5 holds its one matrix once, and its class has it three times.
+    """
+
+    def is_copy(name: str) -> bool:
+        found = _OF_STACK.fullmatch(name)
+        shared = whole.get(f"{found[1]}shared.weight") if found else None
+        if name in base or shared is None or str(shared) != str(whole[name]):
+            return False
+        return shared.read().tobytes() == whole[name].read().tobytes()
+
+    return {name: tensor for name, tensor in whole.items() if not is_copy(name)}
 
 
 def _pairs(module, parts):

@@ -198,15 +198,14 @@ def _of_weights(
     exact = _eps(np.float32)
     half = max(_eps(actual.dtype), exact) / 2
     # Half of a unit in the last place: eps is that of the numbers from 1 to 2.
-    allowed = np.ldexp(np.float32(half), np.frexp(expected)[1] - 1)
-    allowed[expected == 0] = 0
+    units = np.ldexp(np.float32(half), np.frexp(expected)[1] - 1)
+    allowed = np.where(expected == 0, np.float32(0), units)
     if delta is not None:
         size = np.abs(delta)
         allowed += half * (roundings - 1) * size + _SLACK * (size + size.max(initial=0))
         allowed += 4 * exact * np.abs(base)  # DoRA's lengths are the whole sum's
     allowed += float(jnp.finfo(actual.dtype).smallest_subnormal)
-    difference = np.abs(given - expected)
-    difference[~np.isfinite(given)] = np.inf
+    difference = np.where(np.isfinite(given), np.abs(given - expected), np.inf)
     excess = float(np.max(difference / allowed, initial=0))
     remark = ""
     if excess > 1 and delta is not None and np.any(delta):
