@@ -2,8 +2,9 @@
 
 `download` finds the folder of a checkpoint, `folders` its tensors, `reading` and
 `writing` do what they say. `safetensors` knows the files, `layouts` the names of
-tensors, `lora` adapters, `quantised` packed weights, `vectors` files of task vectors,
-and `open_clip` the files of OpenCLIP, where `pickles` reads PyTorch's.
+tensors, `lora` PEFT's adapters, `lycoris` those of kohya and LyCORIS, `quantised` packed
+weights, `vectors` files of task vectors, and `open_clip` the files of OpenCLIP, where
+`pickles` reads PyTorch's.
 """
 
 from jaxarith.hub.download import find as find
