@@ -6,6 +6,7 @@ import checkpoints
 import numpy as np
 import packing
 import pytest
+from merge_command import fails
 from packing import BF16, F8
 from safetensors.numpy import save_file
 
@@ -268,6 +269,12 @@ def test_models_whose_matrices_lie_the_other_way_round_are_refused():
     config = {"model_type": "gpt2", "quantization_config": said}
     with pytest.raises(ValueError, match=r"a quantised gpt2, .* lie \[in, out\]"):
         hub.dequantised("model", tensors_of(content), config)
+
+
+def test_adapters_are_not_dequantised(capsys):
+    flags = ("--to-adapter", "--dequantize", "--method", "average")
+    error = fails(capsys, *flags, "--model", "a", "--out", "b")
+    assert "--dequantize is for models" in error
 
 
 def test_tensors_alone_tell_most_formats():
