@@ -2,7 +2,7 @@
 
 `download` finds the folder of a checkpoint, `folders` its tensors, `reading` and
 `writing` do what they say. `safetensors` knows the files, `layouts` the names of
-tensors, `lora` PEFT's adapters, `lycoris` those of kohya and LyCORIS, `quantised` packed
+tensors, `lora` adapters of PEFT, `lycoris` those of kohya, `quantised` packed
 weights, `vectors` files of task vectors, and `open_clip` the files of OpenCLIP, where
 `pickles` reads PyTorch's.
 """
