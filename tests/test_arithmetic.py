@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from experiments.common import tables
-from experiments.common.vision import objectives, scores, setups, sources, vectors
+from experiments.common.vision import (
+    objectives,
+    pairwise,
+    scores,
+    setups,
+    sources,
+    vectors,
+)
 from jaxarith import losses, sharding, task_vectors, tree
 from jaxarith.data import images, pipeline
 from jaxarith.models import heads
@@ -168,8 +175,8 @@ def test_negation_forgets_most_where_the_control_is_kept(setup, taus, linearized
 @pytest.mark.parametrize("of_labels", [False, True])
 def test_disentanglement_error_is_its_definition(setup, taus, linearized, of_labels):
     coefs = np.array([-1.0, 0.0, 0.5])
-    both = [scores.symmetric_kl, scores.labels_differ]
-    found = scores.disentanglement_error(
+    both = [pairwise.symmetric_kl, pairwise.labels_differ]
+    found = pairwise.disentanglement_error(
         setup, taus, linearized=linearized, coefs=coefs, distances=both
     )[int(of_labels)]
 
@@ -197,7 +204,7 @@ def test_disentanglement_error_is_its_definition(setup, taus, linearized, of_lab
 
 def test_a_pair_has_the_mean_of_both_directions():
     matrix = np.arange(9.0).reshape(3, 3)
-    assert scores.pair_values(matrix) == [2.0, 4.0, 6.0]
+    assert pairwise.pair_values(matrix) == [2.0, 4.0, 6.0]
 
 
 def test_the_loss_of_all_tasks_is_the_mean_of_theirs():

@@ -313,7 +313,7 @@ class TestBeyondThePaper:
 
     def test_published_rows_name_their_source(self):
         own = ["WUDI, spectral filter"]
-        names = [name for name in beyond.MERGES if name not in own]
+        names = [name for name in (*beyond.MERGES, beyond.ESM) if name not in own]
         assert sorted(beyond.published("ViT-B-32")) == sorted(names)
         assert beyond.published("ViT-L-14")["WUDI"] == (92.6, "WUDI's README")
         assert beyond.published("ViT-B-16")["Iso-CTS"] == (91.1, "arXiv:2606.19164")
@@ -346,7 +346,8 @@ def test_table_1_has_what_the_paper_lacks_below_its_rows(as_b32, shared_bank, tm
         for name in beyond.NAMES.values()
         for method in ("Task Arithmetic", "AWD")
     ]
-    assert list(rows) == [*beyond.MERGES, beyond.PLAIN, beyond.SEARCHED, *others]
+    merges = [*beyond.MERGES, beyond.ESM]
+    assert list(rows) == [*merges, beyond.PLAIN, beyond.SEARCHED, *others]
     plain = rows[beyond.PLAIN]
     np.testing.assert_allclose(plain["cosine with sum"], 1, rtol=1e-5)
     np.testing.assert_allclose(plain["effective λ"], plain["coef"], rtol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 import smoke
 from PIL import Image
 
-from experiments.common.vision import options, scores
+from experiments.common.vision import options, pairwise
 from experiments.editing import (
     custom,
     figure2_subsets,
@@ -92,18 +92,18 @@ def test_published_averages_are_those_of_the_published_subpopulations():
 
 
 def test_subsets_are_all_by_size_and_in_order():
-    found = scores.subsets(4)
+    found = pairwise.subsets(4)
     every = {tuple(row) for row in itertools.product((0, 1), repeat=4)}
     assert found.shape == (16, 4) and {tuple(row) for row in found} == every
     assert list(found.sum(1)) == sorted(found.sum(1))
     assert [list(np.flatnonzero(row)) for row in found if row.sum() == 2] == [
-        list(pair) for pair in scores.pairs(4)
+        list(pair) for pair in pairwise.pairs(4)
     ]
 
 
 def test_a_subset_takes_the_coefficient_that_is_best_for_the_tasks_that_count():
     rng = np.random.default_rng(0)
-    curves, members = rng.random((8, 5, 3)), scores.subsets(3)
+    curves, members = rng.random((8, 5, 3)), pairwise.subsets(3)
     found = figure2_subsets.choose(curves, members)
     for i, own in enumerate(members):
         means = [np.mean(row[own == 1]) if own.any() else 0.0 for row in curves[i]]

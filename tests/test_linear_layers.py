@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from experiments.common.vision import scores, setups
+from experiments.common.vision import pairwise, scores, setups
 from experiments.linear_layers import figure4_disentanglement
 from jaxarith import plots
 
@@ -34,7 +34,7 @@ def setup(monkeypatch):
 
 
 def test_a_vector_that_is_not_added_leaves_the_other_tasks_part_alone(setup):
-    kl, labels = scores.disentanglement_error(
+    kl, labels = pairwise.disentanglement_error(
         setup,
         [],
         linearized=False,

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.common.vision import scores, setups
+from experiments.common.vision import pairwise, scores, setups
 from experiments.tau_jp import figure1_disentanglement, pairs
 from jaxarith import evaluate, metrics, plots, sharding, task_vectors, tau_jp
 
@@ -71,8 +71,8 @@ def test_a_pair_has_the_mean_of_its_two_directions(model, rows):
 
 def test_the_addition_of_a_pair_is_that_of_its_two_vectors_alone(model, rows):
     setup, taus = model
-    for row, pair in zip(rows, scores.pairs(3), strict=True):
-        own = scores.pair_setup(setup, pair)
+    for row, pair in zip(rows, pairwise.pairs(3), strict=True):
+        own = pairwise.pair_setup(setup, pair)
         both = [taus[i] for i in pair]
         coefs = np.array([*((c, c) for c in COEFS), (1, 0), (0, 1)])
 

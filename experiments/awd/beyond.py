@@ -35,8 +35,9 @@ weights alone (linear-layers paper, paradigm 1), and linearised ones with the cy
 penalty, whose merges are evaluated in the tangent space.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -45,40 +46,27 @@ from experiments.awd import disentangled, solving
 from experiments.common import tables
 from experiments.common.vision import fitted, scores, setups, vectors
 from jaxarith import merge, task_vectors
-from jaxarith.typing import Numbers, Taus, Tree
+from jaxarith.typing import Numbers, Taus
 
-Merge: TypeAlias = Callable[[setups.Setup, Taus], Tree]  # a vector, at coefficient 1
 Other = Literal["linear_layers_1", "tau_jp_cyclic"]
 NAMES: dict[Other, str] = {
     "linear_layers_1": "attention weights",
     "tau_jp_cyclic": "linearised, τJp",
 }
-
-
-def of_vectors(operator: Callable, **options: Any) -> Merge:
-    """A merge that looks at the vectors alone, as a merge of a setup."""
-
-    def merged(setup: setups.Setup, taus: Taus) -> Tree:
-        model = operator(setup.params_0, taus, **options)
-        return task_vectors.difference(model, setup.params_0)
-
-    return merged
-
-
 _TO_THREE = np.linspace(0.1, 3, 30)
-MERGES: dict[str, tuple[Merge, Numbers]] = {  # with the coefficients to try
-    "TSV-M": (of_vectors(merge.tsv), (1.0,)),
-    "Iso-C": (of_vectors(merge.iso_c), _TO_THREE),
-    "Iso-CTS": (of_vectors(merge.iso_cts), _TO_THREE),
-    "DC-Merge": (of_vectors(merge.dc_merge), _TO_THREE),
-    "ESM": (fitted.esm, _TO_THREE),
-    "WUDI": (of_vectors(merge.wudi), (1.0,)),
+MERGES: dict[str, tuple[Callable, Numbers]] = {  # with the coefficients to try
+    "TSV-M": (merge.tsv, (1.0,)),
+    "Iso-C": (merge.iso_c, _TO_THREE),
+    "Iso-CTS": (merge.iso_cts, _TO_THREE),
+    "DC-Merge": (merge.dc_merge, _TO_THREE),
+    "WUDI": (merge.wudi, (1.0,)),
     "WUDI, spectral filter": (
-        of_vectors(merge.wudi, solver="closed", rank="participation"),
+        functools.partial(merge.wudi, solver="closed", rank="participation"),
         (1.0,),
     ),
-    "PCB-Merging": (of_vectors(merge.pcb), np.linspace(0.8, 1.3, 6)),
+    "PCB-Merging": (merge.pcb, np.linspace(0.8, 1.3, 6)),
 }
+ESM = "ESM"  # looks at images
 PUBLISHED = tables.published_by_column(__doc__, "merge", "source")
 PLAIN, SEARCHED = "Task Arithmetic, linear weights", "K weights searched"
 TENTHS = np.linspace(0, 1, 11)
@@ -165,9 +153,14 @@ def rows_of(
         row |= {"weights": None} | found
         rows.append(row | (beside or {"cosine with sum": None, "effective λ": None}))
 
-    progress = tqdm(MERGES.items(), desc="merges", unit="merge")
-    for name, (merged, candidates) in progress:
-        vector = merged(setup, taus)
+    progress = tqdm([*MERGES.items(), (ESM, (None, _TO_THREE))], unit="merge")
+    for name, (method, candidates) in progress:
+        progress.set_description(name)
+        if method is None:
+            vector = fitted.esm(setup, taus)
+        else:
+            model = method(setup.params_0, taus, coef=1.0)
+            vector = task_vectors.difference(model, setup.params_0)
         found = disentangled.searched(setup, {"": vector}, candidates)
         add(name, found.test, coef=found.coef)
     parts = disentangled.linear_weights(taus)

@@ -33,7 +33,14 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.common import partial, runs, script, tables
-from experiments.common.vision import options, planned, scores, setups, vectors
+from experiments.common.vision import (
+    options,
+    pairwise,
+    planned,
+    scores,
+    setups,
+    vectors,
+)
 from jaxarith import fingerprint, plots
 from jaxarith.typing import Tree
 
@@ -118,7 +125,7 @@ def subset_rows(setup: setups.Setup, config: Config) -> tuple[list[dict], np.nda
     taus = vectors.vectors(setup, config.method)
     coefs = scores.coefs_of(config, scores.COEFS)
     # The empty one too: it is the pre-trained model.
-    members = scores.subsets(len(taus))
+    members = pairwise.subsets(len(taus))
     grid = (coefs[None, :, None] * members[:, None]).reshape(-1, len(taus))
     ones = np.eye(len(taus))
     found = accuracies(setup, taus, np.concatenate([ones, grid]), config, "validation")

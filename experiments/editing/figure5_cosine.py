@@ -15,7 +15,7 @@ paper does not name the CLIP; we take ViT-L-14.
 import dataclasses
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import banked, options, scores
+from experiments.common.vision import banked, options, pairwise, scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,10 +30,10 @@ def main(config: Config) -> dict:
     if runs.is_first():
         file = config.out / "figure5.png"
         scores.draw_cosines(file, {own.title: found}, own.titles)
-    couples = scores.pairs(len(found))
+    couples = pairwise.pairs(len(found))
     rows = [
         {"pair": " – ".join(own.titles[i] for i in pair), "cosine": value}
-        for pair, value in zip(couples, scores.pair_values(found), strict=True)
+        for pair, value in zip(couples, pairwise.pair_values(found), strict=True)
     ]
     rows.sort(key=lambda row: -row["cosine"])
     results = {

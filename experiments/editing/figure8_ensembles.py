@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, setups, vectors
+from experiments.common.vision import options, pairwise, scores, setups, vectors
 from jaxarith import metrics, plots
 from jaxarith.models import heads
 
@@ -36,7 +36,7 @@ class Config(options.LargeModel): ...
 def accuracies(setup: setups.Setup) -> tuple[np.ndarray, np.ndarray]:
     """Test accuracies `[P, 2]` of every pair's weights, and of its ensemble."""
     taus = vectors.vectors(setup, "nonlinear")
-    couples = scores.pairs(len(taus))
+    couples = pairwise.pairs(len(taus))
     weights, ensembles = np.zeros((2, len(couples), 2))
     ones = np.eye(len(taus))
     for index, task in enumerate(tqdm(setup.tasks, desc="ensembles", unit="task")):
@@ -71,7 +71,7 @@ def main(config: Config) -> dict:
             "ensemble": float(theirs.mean()),
         }
         for pair, own, theirs in zip(
-            scores.pairs(len(setup.tasks)), weights, ensembles, strict=True
+            pairwise.pairs(len(setup.tasks)), weights, ensembles, strict=True
         )
     ]
     xs, ys = ([row[name] for row in pairs] for name in ("ensemble", "weights"))

@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, setups, vectors
+from experiments.common.vision import options, pairwise, setups, vectors
 from jaxarith import plots
 
 METHODS: dict[str, vectors.Method] = {
@@ -40,8 +40,8 @@ METHODS: dict[str, vectors.Method] = {
 }
 PAIRS = {4: ("dtd", "sun397"), 7: ("stanford_cars", "resisc45")}
 DISTANCES = {
-    "representation": scores.symmetric_kl,
-    "label": scores.labels_differ,
+    "representation": pairwise.symmetric_kl,
+    "label": pairwise.labels_differ,
 }
 # The largest value of the colours; 0.2 is that of the authors' code.
 SCALES = (("ξ of representations (KL)", 0.2), ("ξ of labels (0/1)", 1.0))
@@ -86,10 +86,10 @@ def main(config: Config) -> dict:
         raise ValueError(f"ξ compares two tasks; --tasks names {list(config.tasks)}.")
     config = options.started(config, points=3, test_samples=48)
     setup = setups.load(config, config.model, control=False)
-    setup = scores.pair_setup(setup, (0, 1))  # a smoke run has three
+    setup = pairwise.pair_setup(setup, (0, 1))  # a smoke run has three
     coefs = np.linspace(-config.limit, config.limit, config.points)
     maps = {
-        label: scores.disentanglement_error(
+        label: pairwise.disentanglement_error(
             setup,
             vectors.vectors(setup, method),
             linearized=vectors.is_linearized(method),

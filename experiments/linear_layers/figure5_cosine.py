@@ -19,7 +19,7 @@ import dataclasses
 import numpy as np
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import banked, options, scores, vectors
+from experiments.common.vision import banked, options, pairwise, scores, vectors
 
 METHODS: dict[str, vectors.Method] = {
     "Standard": "nonlinear",
@@ -39,7 +39,7 @@ def main(config: Config) -> dict:
     cosines = {
         label: banked.cosines(own.vectors(method)) for label, method in METHODS.items()
     }
-    pairs = {label: scores.pair_values(found) for label, found in cosines.items()}
+    pairs = {label: pairwise.pair_values(found) for label, found in cosines.items()}
     rows = [
         {"method": label, "mean": float(np.mean(of)), "largest": max(of)}
         for label, of in pairs.items()

@@ -23,7 +23,7 @@ import dataclasses
 import numpy as np
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, setups, vectors
+from experiments.common.vision import options, pairwise, setups, vectors
 from experiments.tau_jp import pairs
 from jaxarith import plots
 
@@ -72,7 +72,7 @@ def main(config: Config) -> dict:
     taus = {name: vectors.vectors(setup, m) for name, m in pairs.METHODS.items()}
     measured = {name: pairs.tau_jp(setup, own).of_pairs() for name, own in taus.items()}
     values = [pair["tau_jp"] for pair in measured["Linear FT"]]
-    couples = scores.pairs(len(setup.tasks))
+    couples = pairwise.pairs(len(setup.tasks))
     order = [couples[i] for i in np.argsort(values, kind="stable")]
     columns = [pair for pair in order if pair in wanted]
     columns = columns or at_even_ranks(order, config.columns)
@@ -80,8 +80,8 @@ def main(config: Config) -> dict:
     for name, own in taus.items():
         cells.append([])
         for pair in columns:
-            [grid] = scores.disentanglement_error(
-                scores.pair_setup(setup, pair),
+            [grid] = pairwise.disentanglement_error(
+                pairwise.pair_setup(setup, pair),
                 [own[i] for i in pair],
                 linearized=True,
                 coefs=coefs,

@@ -22,7 +22,7 @@ correlation is printed.
 import numpy as np
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import options, scores, setups, vectors
+from experiments.common.vision import options, pairwise, scores, setups, vectors
 from experiments.tau_jp import pairs
 from jaxarith import plots, task_vectors
 
@@ -43,7 +43,7 @@ def points_of(setup: setups.Setup, method: vectors.Method, coefs) -> list[dict]:
     added = pairs.additions(setup, taus, coefs)
     return [
         {"model": setup.title, **row, "cosine": float(cosines[pair])}
-        for row, pair in zip(added, scores.pairs(len(taus)), strict=True)
+        for row, pair in zip(added, pairwise.pairs(len(taus)), strict=True)
     ]
 
 

@@ -20,7 +20,7 @@ import dataclasses
 import numpy as np
 
 from experiments.common import runs, script, tables
-from experiments.common.vision import banked, options, scores
+from experiments.common.vision import banked, options, pairwise, scores
 from experiments.tau_jp import pairs
 
 
@@ -39,8 +39,8 @@ def of_tau_jp(lengths: pairs.TauJp) -> dict:
 
 def of_cosines(cosines: np.ndarray, names: list[str]) -> dict:
     """Cells of a row: mean and largest cosine of two tasks."""
-    values = scores.pair_values(cosines)
-    largest = scores.pairs(len(cosines))[int(np.argmax(values))]
+    values = pairwise.pair_values(cosines)
+    largest = pairwise.pairs(len(cosines))[int(np.argmax(values))]
     cells = {"mean cosine": float(np.mean(values)), "largest cosine": max(values)}
     return cells | {"pair of the largest cosine": pairs.title(names, largest)}
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from experiments.common.vision import planned, scores, setups, vectors
+from experiments.common.vision import pairwise, planned, scores, setups, vectors
 from jaxarith import evaluate, metrics
 from jaxarith.typing import Numbers, Taus
 
@@ -34,12 +34,12 @@ class TauJp(NamedTuple):
     square: np.ndarray
 
     def of_pairs(self) -> list[dict[str, float]]:
-        """Both measures of every pair, in the order of `scores.pairs`."""
+        """Both measures of every pair, in the order of `pairwise.pairs`."""
         return [
             {"tau_jp": norm, "tau_jp_squared": square}
             for norm, square in zip(
-                scores.pair_values(self.norm),
-                scores.pair_values(self.square),
+                pairwise.pair_values(self.norm),
+                pairwise.pair_values(self.square),
                 strict=True,
             )
         ]
@@ -63,7 +63,7 @@ def additions(setup: setups.Setup, taus: Taus, coefs: Numbers) -> list[dict]:
       For every pair, as plain data: the names, both measures of τJp, the coefficient,
       and on test data the two accuracies and their means in percent.
     """
-    couples = scores.pairs(len(taus))
+    couples = pairwise.pairs(len(taus))
     curves, single, _ = _accuracies(
         setup, taus, "validation", dict.fromkeys(couples, coefs)
     )

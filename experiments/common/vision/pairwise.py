@@ -1,0 +1,106 @@
+"""Two tasks at a time, or some of several: subsets, pairs, disentanglement errors."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from experiments.common.vision import scores, setups
+from jaxarith.typing import Numbers, Taus
+
+
+def subsets(count: int) -> np.ndarray:
+    """All subsets of so many tasks, by size and then lexicographically.
+
+    Returns:
+      `[2^count, count]` of zeros and ones; the first is the empty one.
+
+    Example:
+      >>> print(subsets(2).tolist())
+      [[0, 0], [1, 0], [0, 1], [1, 1]]
+    """
+    sizes = range(count + 1)
+    members = [c for n in sizes for c in itertools.combinations(range(count), n)]
+    rows = np.zeros((len(members), count), int)
+    for row, own in zip(rows, members, strict=True):
+        row[list(own)] = 1
+    return rows
+
+
+def pairs(count: int) -> list[tuple[int, int]]:
+    """All pairs of so many tasks.
+
+    Example:
+      >>> pairs(3)
+      [(0, 1), (0, 2), (1, 2)]
+    """
+    return [(i, j) for i in range(count) for j in range(i + 1, count)]
+
+
+def pair_values(matrix: np.ndarray) -> list[float]:
+    """Of every pair, the mean of a matrix's two entries (Eq. 9 for τJp)."""
+    return [float(matrix[i, j] + matrix[j, i]) / 2 for i, j in pairs(len(matrix))]
+
+
+def pair_setup(setup: setups.Setup, pair: tuple[int, int]) -> setups.Setup:
+    """The same model with two of the tasks."""
+    return setup._replace(tasks=[setup.tasks[i] for i in pair])
+
+
+def disentanglement_error(
+    setup: setups.Setup,
+    taus: Taus,
+    *,
+    linearized: bool,
+    coefs: Numbers,
+    samples: int = 2048,
+    distances: Sequence[Callable] | None = None,
+) -> np.ndarray:
+    """ξ of the two tasks of `setup` on test data.
+
+    Args:
+      setup: with two tasks, see `pair_setup`.
+      taus: their vectors.
+      linearized: whether they belong to the tangent-space model.
+      coefs: the n values of both coefficients.
+      samples: how many test samples of each task are drawn, with a fixed seed.
+      distances: R of `distance(dataset, features_1, features_2)`, means over samples;
+        by default `labels_differ` alone. All are taken of one pass over the images.
+
+    Returns:
+      `[R, n, n]`: rows are the coefficient of the first task.
+    """
+    distances = distances or [labels_differ]
+    grid = [(a, b) for a in coefs for b in coefs]
+    alone = [[(a, 0) for a in coefs], [(0, b) for b in coefs]]
+    shape = (len(coefs), len(coefs))
+    total = np.zeros((len(distances), *shape))
+    for axis, task in enumerate(setup.tasks):
+        dataset = setups.drawn(setup, task.test, samples)
+        at = scores.outputs(setup, taus, dataset, linearized)
+        found = at(np.array(grid + alone[axis]))
+        both, own = found[: len(grid)], found[len(grid) :]
+        index = np.indices(shape)[axis].ravel()
+        for part, distance in zip(total, distances, strict=True):
+            values = [
+                distance(dataset, own[i], x) for i, x in zip(index, both, strict=True)
+            ]
+            part += np.reshape(values, shape)
+    return total
+
+
+def labels_differ(dataset: setups.Dataset, first, second) -> float:
+    """For ξ of classification (τJp paper, Eq. 2): the share of labels that differ."""
+    return float(np.mean(dataset.predict(first) != dataset.predict(second)))
+
+
+def symmetric_kl(dataset: setups.Dataset, first, second) -> float:
+    """Of representations: the symmetric KL divergence of their softmax.
+
+    Half the sum of both directions, the mean over samples (linear-layers paper,
+    section 4).
+    """
+    del dataset
+    p, q = (jax.nn.log_softmax(np.asarray(x), axis=-1) for x in (first, second))
+    return float(0.5 * np.mean(np.sum((np.exp(p) - np.exp(q)) * (p - q), axis=-1)))
