@@ -81,9 +81,11 @@ def test_the_sum_of_deltas_is_exact_and_ranks_add(folders, tmp_path, coefs):
     assert ranks == {m: 6 if "layers.0" in m else 5 for m in SHAPES} | {DOWN: 1}
 
 
-def test_a_base_without_a_name(tmp_path):
+def test_configurations_of_older_versions_and_bases_without_a_name(tmp_path):
+    nameless = {"base_model_name_or_path": None}
     models = [
-        write(tmp_path / f"{i}", i, base_model_name_or_path=None) for i in range(2)
+        write(tmp_path / "0", 0, **nameless),
+        write(tmp_path / "1", 1, **nameless, ensure_weight_tying=False, revision=None),
     ]
     assert run(models, tmp_path / "out", "--coef", 1, 2) == 0
     close(result(tmp_path / "out"), expected(models, (1, 2)))

@@ -132,7 +132,7 @@ def open_adapters(names: Sequence[str], base: str | None) -> Adapters:
     configs = [adapter_config.read(folder) for folder in folders]
     _check_bases(folders, configs, base)
     for key in _SHARED:
-        if len({str(config.get(key)) for config in configs}) > 1:
+        if len({str(config.get(key) or None) for config in configs}) > 1:
             raise ValueError(
                 f"the adapters differ in {key}: {_each(folders, configs, key)}. The "
                 f"new one says it for all: make it the same in each {lora.CONFIG}."
