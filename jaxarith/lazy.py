@@ -6,6 +6,7 @@ asked for it, and the next ones ahead, in threads. What was read is kept only as
 as somebody holds it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -19,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+
+from jaxarith import resources
 
 _READERS = 2
 SMALL = 2**18  # bytes that are read, or written, in less time than a thread starts to
@@ -244,11 +247,28 @@ class Rows(Mapping):
             large = path if path in self._large else large
         self._budget = max(max(sizes.values(), default=0), _AHEAD)
         self._ahead: dict[str, list[Future]] = {}
+        self._devices: dict[str, resources.Device] = {}
 
     @property
     def unmapped(self) -> Mapping[str, tuple]:
         """The leaves before they are read: their shapes and dtypes, at no cost."""
         return self._leaves
+
+    @contextlib.contextmanager
+    def spread(self) -> Iterator[None]:
+        """Reads large rows to the devices of `resources`, while the context lasts.
+
+        What computes with a row must do it within `on(path)`.
+        """
+        self._devices = resources.spread(self._large)
+        try:
+            yield
+        finally:
+            self._devices = {}
+
+    def on(self, path: str) -> contextlib.AbstractContextManager:
+        """Computes in this thread on the device of a row."""
+        return resources.on(self._devices.get(path))
 
     def __getitem__(self, path: str) -> tuple:
         if path not in self._large:
@@ -275,13 +295,18 @@ class Rows(Mapping):
         return len(self._leaves)
 
     def _start(self, path):
-        return [_readers().submit(source.read) for source in self._sources[path]]
+        device = self._devices.get(path)
+        return [
+            _readers().submit(_read_to, device, source)
+            for source in self._sources[path]
+        ]
 
     def _read_ahead(self, path):
         wanted, used = [], 0
+        budget = self._budget * (resources.devices() if self._devices else 1)
         while (path := self._next[path]) is not None:
             used += self._large[path]
-            if wanted and (used > self._budget or len(wanted) == _ROWS_AHEAD):
+            if wanted and (used > budget or len(wanted) == _ROWS_AHEAD):
                 break
             wanted.append(path)
         self._ahead = {
@@ -309,6 +334,15 @@ def _nbytes(sources):
     return sum(source.nbytes for source in sources)
 
 
-@functools.cache
+def _read_to(device, source):
+    with resources.on(device):
+        return source.read()
+
+
 def _readers():
-    return ThreadPoolExecutor(_READERS, thread_name_prefix="read")
+    return _pool(resources.at_most(_READERS))
+
+
+@functools.cache
+def _pool(count):
+    return ThreadPoolExecutor(count, thread_name_prefix="read")

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports from its own floor and those above it in this list, never below.
 FLOORS = [
-    ["typing", "files"],
+    ["typing", "files", "resources"],
     ["lazy"],
     ["tree"],
     ["batches", "tangent", "task_vectors", "losses", "metrics", "precision", "report"],

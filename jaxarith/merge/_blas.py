@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import threadpoolctl
 from jax.core import Tracer
 
+from jaxarith import resources
+
 _SMALL = 1024  # the shorter side of a matrix
 _ENTRIES = 2**22  # of a matrix that others are factored beside
 _AT_A_TIME = min(os.cpu_count() or 1, 8)  # each holds a leaf of all tasks
@@ -97,7 +99,8 @@ class Queue:
 
     def __init__(self, put: Callable[[str, Any], None]):
         self._put = put
-        self._pool = ThreadPoolExecutor(_AT_A_TIME)
+        self._most = resources.at_most(_AT_A_TIME)
+        self._pool = ThreadPoolExecutor(self._most)
         self._waiting: deque[tuple[str, Future]] = deque()
 
     def __enter__(self) -> "Queue":
@@ -110,7 +113,7 @@ class Queue:
 
     def add(self, path: str, work: Callable[[], Any]) -> None:
         """Starts work as soon as fewer than one per core are under way."""
-        while len(self._waiting) >= _AT_A_TIME:
+        while len(self._waiting) >= self._most:
             self._take()
         self._waiting.append((path, self._pool.submit(work)))
 

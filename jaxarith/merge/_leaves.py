@@ -5,6 +5,7 @@ of a function of one leaf. Neither holds more than a leaf of all tasks at a time
 its input and its result.
 """
 
+import contextlib
 import functools
 import inspect
 import re
@@ -215,23 +216,41 @@ def _fold(merge_leaf, params_0, taus, args, options, means):
     def put(path, merged):
         leaves[path] = tree.sharded_like(tree.settled(merged), leaves[path])
 
-    with _blas.Queue(put) as queue:
+    with _spread(rows), _blas.Queue(put) as queue:
         for path, leaf_0 in leaves.items():
             if path not in rows or not jnp.size(leaf_0):
                 continue
-            row = rows[path]  # a base in a file was read for the differences to it
-            start = lazy.read(leaf_0)
-            own = [at(arg, path) for arg in args]
-            if means(path):
-                put(path, _mean(start, row))
-            elif isinstance(merge_leaf, _OfWhole) and _blas.fit_beside_others(
-                (start, *row), own
-            ):
-                queue.add(path, merge_leaf.work(start, row, *own, **options))
-            else:
-                queue.finish()
-                put(path, merge_leaf(start, row, *own, **options))
+            with _on(rows, path):
+                row = rows[path]  # a base in a file was read for the differences to it
+                start = lazy.read(leaf_0)
+                own = [at(arg, path) for arg in args]
+                if means(path):
+                    put(path, _mean(start, row))
+                elif isinstance(merge_leaf, _OfWhole) and _blas.fit_beside_others(
+                    (start, *row), own
+                ):
+                    queue.add(path, merge_leaf.work(start, row, *own, **options))
+                else:
+                    queue.finish()
+                    put(path, merge_leaf(start, row, *own, **options))
     return tree.map_with_path(lambda path, _: leaves[path], params_0)
+
+
+def _in_files(rows):
+    """The rows that are read from files, beneath functions of them; None without."""
+    while isinstance(rows, Mapped):
+        rows = rows.rows
+    return rows if isinstance(rows, lazy.Rows) else None
+
+
+def _spread(rows):
+    found = _in_files(rows)
+    return contextlib.nullcontext() if found is None else found.spread()
+
+
+def _on(rows, path):
+    found = _in_files(rows)
+    return contextlib.nullcontext() if found is None else found.on(path)
 
 
 # Of BatchNorm in Linen, NNX and PyTorch, and of Haiku's moving averages.

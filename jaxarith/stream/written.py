@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxarith import hub, lazy, tree
+from jaxarith import hub, lazy, resources, tree
 from jaxarith.files import is_blob, stamp
 from jaxarith.hub import Stored, safetensors
 from jaxarith.stream.opened import Opened
@@ -258,7 +258,9 @@ class _Places:
         # For a small one, NumPy has the answer before XLA begins.
         is_small = rounded.nbytes < lazy.SMALL
         array = np.asarray(rounded)
-        if not (np.isfinite(array).all() if is_small else lazy.all_finite(rounded)):
+        with resources.beside(rounded):
+            finite = np.isfinite(array).all() if is_small else lazy.all_finite(rounded)
+        if not finite:
             raise ValueError(self._blame(name))
         self._writer.put(name, array.astype(dtype, copy=False))
 
@@ -280,7 +282,8 @@ class _Places:
         if tensor.nbytes < lazy.SMALL:
             function(*args)
             return
-        while self._waiting and self._used + tensor.nbytes > _WAITING:
+        most = _WAITING * resources.devices()
+        while self._waiting and self._used + tensor.nbytes > most:
             self._wait()
         self._used += tensor.nbytes
         self._waiting.append((tensor.nbytes, self._pool.submit(function, *args)))

@@ -10,7 +10,7 @@ from jaxarith import stream
 from jaxarith.commands.adapters import to_adapter
 from jaxarith.commands.merge import documents, flags, mergekit_yaml, steps
 from jaxarith.commands.merge import recipe as merge_recipe
-from jaxarith.commands.merge.devices import computing_on
+from jaxarith.commands.merge.devices import computing_on, with_threads
 from jaxarith.commands.merge.mergekit_methods import MERGEKIT
 from jaxarith.commands.merge.prepared import prepared
 from jaxarith.report import printable, shown
@@ -25,7 +25,7 @@ def _run(args: argparse.Namespace) -> None:
     out = _out(args)
     recipes = [] if args.config is None else [args.config]
     stream.check_out(out, args.overwrite, recipes)
-    with computing_on(args.device):
+    with with_threads(args.threads), computing_on(args.device):
         if args.to_adapter:
             to_adapter.run(args, out)
             return

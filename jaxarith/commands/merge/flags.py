@@ -97,7 +97,7 @@ def add(
     )
     command.add_argument(
         "--adapter-rank",
-        type=_rank,
+        type=_count,
         metavar="R",
         help="the largest rank of the layers of the new adapter, which is the best of "
         "that rank (default: the sum of the ranks)",
@@ -107,7 +107,18 @@ def add(
     common.add_argument(
         "--device",
         choices=("cpu", "gpu", "tpu"),
-        help="where to compute (default: the best that JAX finds)",
+        help="where to compute: on all devices of the kind that this machine has, over "
+        "which tensors are spread, with the bits of one (default: one device, the best "
+        "that JAX finds)",
+    )
+    common.add_argument(
+        "--threads",
+        type=_count,
+        metavar="N",
+        help="at most N threads that compute (of XLA on CPUs, of BLAS, and of matrices "
+        "side by side) and at most N, never more than 2, that read; one more hashes "
+        "and one writes (default: a thread for each core, and 2 that read). Products "
+        "of matrices may differ in their last bits from those of other numbers",
     )
     common.add_argument(
         "--overwrite",
@@ -233,7 +244,7 @@ def _seed(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is no whole number below 2^32.")
 
 
-def _rank(text: str) -> int:
+def _count(text: str) -> int:
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0.")
