@@ -42,10 +42,27 @@ def test_without_pytorch_the_error_says_how_to_convert_its_files(tmp_path, monke
 
 
 @pytest.mark.torch
-def test_a_file_of_pytorch_that_is_none_is_an_error_that_names_it(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", r"pytorch_model.bin \(0 bytes\) is truncated"), (b"pickle", "not read")],
+)
+def test_a_file_of_pytorch_that_is_none_is_an_error_that_names_it(
+    tmp_path, content, message
+):
     pytest.importorskip("torch")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(ValueError, match="does not read .*pytorch_model.bin"):
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        hub.load(tmp_path, LAYOUT)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("lost", [1, 30, 500, 5000])
+def test_a_truncated_file_of_pytorch_is_an_error_that_names_it(tmp_path, lost):
+    torch = pytest.importorskip("torch")
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"w": torch.ones(1000)}, file)
+    file.write_bytes(file.read_bytes()[:-lost])
+    with pytest.raises(ValueError, match=r"pytorch_model.bin \(\d+ bytes\) is trunc"):
         hub.load(tmp_path, LAYOUT)
 
 

@@ -203,7 +203,7 @@ def test_an_index_with_tricks_is_one_error_and_nothing_is_written(kind, tmp_path
 
 
 def test_pickles_and_msgpack_are_refused_with_what_to_do(tmp_path):
-    for name, advice in (("pytorch_model.bin", "torch"), ("weights.h5", "looked for")):
+    for name, advice in (("other.bin", "torch"), ("weights.h5", "looked for")):
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).touch()

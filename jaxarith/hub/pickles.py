@@ -63,7 +63,13 @@ def _loaded(torch: Any, path: Path) -> Any:
     try:
         mapped = zipfile.is_zipfile(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    except (EOFError, OSError) as error:
+        if isinstance(error, PermissionError):
+            raise
+        raise ValueError(_cut(path)) from error
+    except (RuntimeError, pickle.UnpicklingError, ValueError) as error:
+        if "PytorchStreamReader" in str(error):  # the archive, not what is in it
+            raise ValueError(_cut(path)) from error
         if "TorchScript" in str(error):
             how = "It is a TorchScript archive, as OpenAI's are: torch.jit.load(FILE)"
         else:
@@ -79,6 +85,11 @@ def _loaded(torch: Any, path: Path) -> Any:
             f"PyTorch does not read {path} as tensors alone: {reason}\n{how}; then "
             "torch.save(_.state_dict(), NEW)."
         ) from error
+
+
+def _cut(path):
+    size = path.stat().st_size
+    return f"{path} ({size} bytes) is truncated or corrupt. Download or write it again."
 
 
 def _stored(torch: Any, leaf: Any) -> Stored:
