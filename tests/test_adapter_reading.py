@@ -312,6 +312,20 @@ def spoiled(folder, config=None, **tensors):
     return folder
 
 
+def test_factors_that_fit_no_parameter_are_refused(torch, peft, tmp_path):
+    import transformers
+
+    model = experts(transformers, "gpt_oss", 12)
+    before = state(model)
+    options = {"target_modules": ["q_proj"], "target_parameters": PARAMETERS}
+    wrapped(torch, peft, model, tmp_path, **options)
+    key = "base_model.model.model.layers.0.mlp.experts.lora_A.weight"
+    for shape in ((6, 5), (6,), (4, 16)):
+        folder = spoiled(tmp_path, **{key: np.zeros(shape, "f4")})
+        with pytest.raises(ValueError, match=r"experts has the factors A \["):
+            lora.read_adapter(folder, stored(before))
+
+
 TOKENS = "base_model.model.embed.token_adapter.trainable_tokens_delta"
 
 

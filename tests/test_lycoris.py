@@ -228,6 +228,13 @@ def test_modules_of_another_model_are_left_out_and_noted(tmp_path):
         ),
         ({QUERY: lora(6, 9)}, r"is of the shape \[6, 9\]"),
         ({QUERY: {"lora_up.weight": normal(0, 6, 2), "alpha": 1}}, "is incomplete"),
+        ({QUERY: lora(6, 8) | {"lora_up.weight": normal(0, 6, 3)}}, "do not fit each"),
+        ({QUERY: lora(6, 8) | {"lora_down.weight": normal(0, 8)}}, "do not fit each"),
+        ({QUERY: hada((6, 2), (2, 8), (6, 3), (2, 8))}, "do not fit each other"),
+        (
+            {QUERY: {**W1, "lokr_w2_a": normal(0, 3, 2), "lokr_w2_b": normal(0, 3, 4)}},
+            "fit",
+        ),
         ({QUERY: {"oft_blocks": normal(0, 2, 2), **lora(6, 8)}}, "supported are"),
         ({QUERY: {"dora_scale": normal(0, 6), **lora(6, 8)}}, "has dora_scale"),
         ({QUERY: {"diff_b": normal(0, 5), **lora(6, 8)}}, "has diff_b"),

@@ -82,12 +82,14 @@ def assign(
 
 def _fits(pair, leaf, rank):
     experts, *sides = _experts(leaf.shape)
-    (total, inputs), (outputs, other) = pair.a.shape[:2], pair.b.shape[:2]
+    if not len(pair.a.shape) == len(pair.b.shape) == len(sides) == 2:
+        return False
+    (total, inputs), (outputs, other) = pair.a.shape, pair.b.shape
     return (
-        len(pair.a.shape) == len(pair.b.shape) == len(sides) == 2
-        and total == other == rank * experts
+        total == other == rank * experts
         and sorted(sides) == sorted([inputs, outputs])
         and (experts > 1 or sides == [outputs, inputs])
+        and leaf.is_floating
     )
 
 

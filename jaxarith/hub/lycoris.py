@@ -192,7 +192,20 @@ def _formula(
             f"{file} holds of {module} {', '.join(sorted(kinds)) or 'no factors'}, "
             "which is no LoRA, LoHa or LoKr. The file is incomplete: save it again."
         )
-    return make(parts)
+    try:
+        return make(parts)
+    except (IndexError, ValueError):
+        shapes = ", ".join(f"{kind} {parts[kind]}" for kind in sorted(kinds))
+        raise ValueError(
+            f"{file} holds of {module} {shapes}, whose ranks do not fit each other. "
+            "Save it again."
+        ) from None
+
+
+def _check(*ranks: int) -> None:
+    """Raises a ValueError if sizes that meet in a product differ."""
+    if len({*ranks}) > 1:
+        raise ValueError("ranks that do not fit each other")
 
 
 def _scale(parts: _Parts, rank: int) -> np.float32:
@@ -207,6 +220,7 @@ def _wide(tensor: Stored) -> np.ndarray:
 def _lora(parts):
     up, down, mid = (parts.get(f"lora_{kind}.weight") for kind in ("up", "down", "mid"))
     rank = down.shape[0]
+    _check(rank, up.shape[1], *(mid.shape[:2] if mid is not None else ()))
     window = down.shape[2:] if mid is None else mid.shape[2:]
 
     def make():
@@ -233,6 +247,13 @@ def _loha(parts):
     a1, b1, a2, b2 = (parts[f"hada_w{i}_{side}"] for i in (1, 2) for side in "ab")
     middle = parts.get("hada_t1")
     rank = b1.shape[0]
+    axis = 1 if middle is None else 0
+    _check(a1.shape[axis], rank)
+    _check(a2.shape[axis], b2.shape[0])
+    _check(a1.shape[1 - axis], a2.shape[1 - axis])
+    _check(b1.shape[1], b2.shape[1])
+    for i, side in ((1, rank), (2, b2.shape[0])) if middle is not None else ():
+        _check(side, *parts[f"hada_t{i}"].shape[:2])
 
     def make():
         pairs = [(_wide(a1), _wide(b1)), (_wide(a2), _wide(b2))]
@@ -272,8 +293,10 @@ def _side(parts, name):
         return whole.shape, functools.partial(_wide, whole)
     a, b = (parts[f"lokr_{name}_{side}"] for side in "ab")
     middle = parts.get("lokr_t2") if name == "w2" else None
+    _check(a.shape[1 if middle is None else 0], b.shape[0])
     if middle is None:
         return (a.shape[0], *b.shape[1:]), lambda: np.tensordot(_wide(a), _wide(b), 1)
+    _check(b.shape[0], *middle.shape[:2])
     shape = (a.shape[1], b.shape[1], *middle.shape[2:])
     return shape, lambda: _tucker(_wide(middle), _wide(a), _wide(b))
 
