@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import adapter_folders
@@ -12,6 +15,7 @@ import pytest
 from merge_command import checkpoint, fails, load, write
 
 from jaxarith import cli, stream
+from jaxarith.commands.merge import located
 
 models = merge_command.models  # a fixture
 
@@ -338,3 +342,75 @@ def test_adapters_and_tokenizers_of_results(models, tmp_path):
     assert weights(tmp_path / "out") == weights(tmp_path / "alone")
     record = json.loads((tmp_path / "out" / "jaxarith_merge.json").read_text())
     assert record["inputs"][0]["model"] == f"step+{lora}"
+
+
+def test_names_stand_for_whole_folders():
+    names = located.Located({"a": "/w/a", "b": "/w/a-b", "org/c@v1": "/h/0"})
+    for name, folder in names.folders.items():
+        assert names.folder(name) == folder
+        assert names.named(f"of {folder} and ({folder}/x.json).") == (
+            f"of {name} and ({name}/x.json)."
+        )
+    assert names.folder("a+org/c@v1") == "/w/a+/h/0"
+    assert names.named("/w/a+/h/0") == "a+org/c@v1"
+    assert names.folder("d") == "d" and names.named("/w/a.b /w/ab") == "/w/a.b /w/ab"
+
+
+def test_a_chain_of_llamas_loads_and_generates(torch, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for i, name in enumerate("ab"):
+        torch.manual_seed(i)
+        config = transformers.LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+        model = transformers.LlamaForCausalLM(config)
+        model.save_pretrained(tmp_path / name)
+    text = "merge_method: slerp\nbase_model: tall-a\nparameters: {t: 0.5}\n"
+    text += "models: [{model: tall-a}, {model: tall-b}]\n"
+    for name in "ab":
+        slices = [
+            f"- sources: [{{model: {tmp_path / name}, layer_range: {layers}}}]\n"
+            for layers in ([0, 2], [1, 2])
+        ]
+        text += f"---\nname: tall-{name}\nmerge_method: passthrough\nslices:\n"
+        text += "".join(slices)
+    ran(write(tmp_path / "c.yaml", text), tmp_path / "out")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, info = load(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys"))
+    assert model.config.num_hidden_layers == 3
+    texts = torch.arange(3, 8).reshape(1, 5)
+    assert model.generate(texts, max_new_tokens=2, pad_token_id=0).shape == (1, 7)
+
+
+def test_after_kills_outputs_are_absent_or_complete(chain, tmp_path):
+    ran(chain, tmp_path / "true", "--intermediate-dir", tmp_path / "true-work")
+    work, out = tmp_path / "work", tmp_path / "out"
+    code = "import sys; from jaxarith import cli; sys.exit(cli.main(sys.argv[1:]))"
+    arguments = ["merge", chain, out, "--intermediate-dir", work, "--quiet"]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    begin = time.perf_counter()
+    assert subprocess.run(command).returncode == 0
+    seconds = time.perf_counter() - begin
+    for part in (0.6, 0.75, 0.85, 0.95):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
+        process = subprocess.Popen(command)
+        time.sleep(part * seconds)
+        process.kill()
+        process.communicate()
+        for path in (out, work / "mean", work / "tuned"):
+            if path.exists():
+                true = tmp_path / ("true" if path == out else f"true-work/{path.name}")
+                assert weights(path) == weights(true)
+                assert {x.name for x in path.iterdir()} == {
+                    x.name for x in true.iterdir()
+                }
+        if not out.exists():
+            ran(chain, out, "--intermediate-dir", work)
+            assert weights(out) == weights(tmp_path / "true")

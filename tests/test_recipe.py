@@ -123,6 +123,7 @@ tokenizer_source: org/one
         (TEXT.replace("MORE", "org/two"), ("--dtype", "bfloat16")),
         (TEXT.replace("MORE", "org/lora"), ()),
         (TEXT.replace("MORE", "org/two+org/lora"), ("--shard-size", "1kB")),
+        (SEVERAL, ()),
         (SEVERAL.replace("tokenizer_source: org/one", ""), ()),
     ],
 )
@@ -213,6 +214,16 @@ def test_what_headers_tell_against_a_merge_is_an_error(
     assert error.startswith("jaxarith recipe: ")
     assert re.search(message, error), error
     assert str(tmp_path / "hub") not in error
+
+
+def test_a_failure_on_the_way_is_one_error(pretended, tmp_path, monkeypatch, capsys):
+    def failing(*args, **options):
+        raise RuntimeError("the line is down")
+
+    monkeypatch.setattr(huggingface_hub, "parse_safetensors_file_metadata", failing)
+    assert checked(write(tmp_path / "c.yaml", TEXT.replace("MORE", "org/two"))) == 1
+    error = capsys.readouterr().err
+    assert re.search("line 3: the Hub has org/base .*: the line is down\n", error)
 
 
 def test_without_the_hub_an_earlier_copy_is_checked(

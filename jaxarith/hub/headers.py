@@ -104,20 +104,35 @@ def fetch(model: str, folder: Path) -> Path:
     folder.mkdir(parents=True)
     at = info.sha or revision or None  # all files of one commit
     beside = [x for x in names if "/" not in x and (x in _BESIDE or is_side_file(x))]
-    huggingface_hub.snapshot_download(
-        name, revision=at, allow_patterns=beside, local_dir=folder
-    )
-    if wanted == [INDEX]:
-        of_name = read_json(folder, INDEX).get("weight_map")
-        wanted = sorted({*map(str, of_name.values())}) if of_name else []
-    config = read_json(folder) if (folder / CONFIG).is_file() else {}
-    tied = any(x.get(_TIED) for x in (config, *parts(config).values()))
-    for file in wanted:
-        if "/" in file:
-            raise ValueError(f"{model}: {INDEX} names {file!r}, outside the folder.")
-        found = huggingface_hub.parse_safetensors_file_metadata(name, file, revision=at)
-        _write_found(folder / file, found, tied)
+    try:
+        huggingface_hub.snapshot_download(
+            name, revision=at, allow_patterns=beside, local_dir=folder
+        )
+        if wanted == [INDEX]:
+            wanted = _shards(model, folder)
+        config = read_json(folder) if (folder / CONFIG).is_file() else {}
+        tied = any(x.get(_TIED) for x in (config, *parts(config).values()))
+        for file in wanted:
+            found = huggingface_hub.parse_safetensors_file_metadata(
+                name, file, revision=at
+            )
+            _write_found(folder / file, found, tied)
+    except ValueError:
+        raise
+    except Exception as error:  # of the client, as above
+        raise FileNotFoundError(
+            f"the Hub has {model} and did not give all of it: {str(error).strip()}"
+        ) from error
     return folder
+
+
+def _shards(model, folder):
+    """The files of an index, all of them beside it."""
+    of_name = read_json(folder, INDEX).get("weight_map")
+    files = sorted({*map(str, of_name.values())}) if isinstance(of_name, dict) else []
+    if not files or any("/" in file for file in files):
+        raise ValueError(f"{INDEX} of {model} names no files beside it.")
+    return files
 
 
 def _write_found(path, found, tied):

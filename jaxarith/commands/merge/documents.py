@@ -59,12 +59,12 @@ def read(path: str | os.PathLike) -> list[Document]:
     roots = yaml_lines.read_all(path)
     names = [_name(root) for root in roots]
     _check_names(roots, names)
-    known = [name for name in names if name is not None]
+    order = {name: i for i, name in enumerate(names) if name is not None}
     found = []
     for root, name in zip(roots, names, strict=True):
         models, tokenizers = _named(root, _MODEL_KEYS), _named(root, _TOKENIZER_KEYS)
         parts = {part for model in {**models, **tokenizers} for part in adapted(model)}
-        uses = tuple(other for other in known if other in parts)
+        uses = tuple(sorted(parts & order.keys(), key=order.__getitem__))
         found.append(Document(root, name, models, tokenizers, uses))
     return _in_order(found)
 
