@@ -303,7 +303,9 @@ class Rows(Mapping):
 
     def _read_ahead(self, path):
         wanted, used = [], 0
-        budget = self._budget * (resources.devices() if self._devices else 1)
+        budget = self._budget
+        if self._devices:  # all of them shall have a row
+            budget = max(budget, _AHEAD * resources.devices())
         while (path := self._next[path]) is not None:
             used += self._large[path]
             if wanted and (used > budget or len(wanted) == _ROWS_AHEAD):

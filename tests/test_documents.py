@@ -246,11 +246,17 @@ def test_folders_of_others_are_not_replaced(chain, models, tmp_path, capsys):
     shutil.copytree(models[0], tmp_path / "mean")
     error = fails(capsys, chain, tmp_path / "out", *flags)
     assert "mean exists and is no result that `jaxarith merge` kept there" in error
+    for record in ("[]", "{", '{"inputs": [1]}', '{"inputs": 1, "files_beside": ""}'):
+        write(tmp_path / "mean" / "jaxarith_merge.json", record)
+        error = fails(capsys, chain, tmp_path / "out", *flags)
+        assert "mean exists and is no result" in error
     shutil.rmtree(tmp_path / "mean")
     error = fails(capsys, chain, tmp_path / "mean", *flags)
     assert "hold each other" in error
     single = write(tmp_path / "single.yaml", linear(models[1]))
     error = fails(capsys, single, tmp_path / "out", *flags)
+    assert "--intermediate-dir is for a YAML file of several documents" in error
+    error = fails(capsys, chain, tmp_path / "out", "--to-adapter", *flags)
     assert "--intermediate-dir is for a YAML file of several documents" in error
     error = fails(capsys, chain, tmp_path / "out", "--to-adapter")
     assert re.search(r"chain.yaml, line \d+: this is a second document", error)

@@ -27,6 +27,7 @@ def _run(args: argparse.Namespace) -> None:
     stream.check_out(out, args.overwrite, recipes)
     with with_threads(args.threads), computing_on(args.device):
         if args.to_adapter:
+            _refuse_intermediates(args)
             to_adapter.run(args, out)
             return
         if args.adapter_rank is not None:
@@ -44,11 +45,7 @@ def _merge(args: argparse.Namespace, out: Path) -> None:
     if len(found) > 1:
         _merge_documents(found, args, out)
         return
-    if args.intermediate_dir is not None:
-        raise ValueError(
-            "--intermediate-dir is for a YAML file of several documents; this merge "
-            "has no intermediate results."
-        )
+    _refuse_intermediates(args)
     if found:
         recipe = mergekit_yaml.build(found[0].root, seed=args.seed)
     else:
@@ -64,6 +61,14 @@ def _merge(args: argparse.Namespace, out: Path) -> None:
         report = ready.merge(out, overwrite=args.overwrite)
     if not args.quiet:
         print(steps.done(ready, out, report))
+
+
+def _refuse_intermediates(args: argparse.Namespace) -> None:
+    if args.intermediate_dir is not None:
+        raise ValueError(
+            "--intermediate-dir is for a YAML file of several documents; this merge "
+            "has no intermediate results."
+        )
 
 
 def _merge_documents(

@@ -94,16 +94,19 @@ def stale(folder: Path, one: Prepared) -> str | None:
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
+    """The record of a folder; None if it has none, or one of another form."""
     try:
         record = files.read_json(folder / hub.RECORD)
-        whole = isinstance(record["inputs"], list) and isinstance(record, dict)
-    except (OSError, ValueError, KeyError, TypeError):
+        documents = record.get("documents", [])
+        entries = [*record["inputs"], *documents]
+        whole = all(isinstance(x, dict) for x in entries)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return record if whole else None
 
 
 def _recipes(documents: list[dict[str, Any]]) -> list[Any]:
-    return [(x["name"], _plain(x["recipe"])) for x in documents]
+    return [(x.get("name"), _plain(x.get("recipe"))) for x in documents]
 
 
 def _plain(values: Any) -> Any:
