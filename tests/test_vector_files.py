@@ -153,12 +153,13 @@ def test_a_vector_that_does_not_fit_is_refused(tmp_path, base, taus, change, cap
 
 
 def test_what_is_no_task_vector_is_refused(tmp_path, base, files, capsys):
-    assert merged(tmp_path / "out", base, [base / "model.safetensors"]) == 1
+    hub.save_tree(tmp_path / "tree.safetensors", {"a": {"kernel": np.ones((3, 2))}})
+    assert merged(tmp_path / "out", base, [tmp_path / "tree.safetensors"]) == 1
     assert "its metadata names no task" in capsys.readouterr().err
     assert merged(tmp_path / "out", base, [tmp_path / "none.safetensors"]) == 1
     assert "there is no file" in capsys.readouterr().err
     assert merged(tmp_path / "out", files[0], [files[1]]) == 1
-    assert "expected the folder of a checkpoint" in capsys.readouterr().err
+    assert "is a task vector or another tree" in capsys.readouterr().err
 
 
 def test_a_vector_needs_a_base(files):

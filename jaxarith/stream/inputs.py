@@ -120,7 +120,7 @@ def find(model: str) -> Place:
     path = Path(model).expanduser()
     if lycoris.is_lycoris(path):
         return Place(vector=path)
-    if path.is_file() and not _names_task(path):
+    if path.is_file() and not _is_tree(path):
         return Place(path)
     if hub.is_vector(model):
         return Place(vector=path)
@@ -128,9 +128,15 @@ def find(model: str) -> Place:
     return Place(adapter=folder) if lora.is_adapter(folder) else Place(folder)
 
 
-def _names_task(file: Path) -> bool:
-    """Whether a file is that of a task vector, by its metadata."""
-    return hub.is_vector(file) and "task" in safetensors.open_file(file)[1]
+def _is_tree(file: Path) -> bool:
+    """Whether a file is of `hub.save_tree`, a task vector's or another, by its header.
+
+    Its metadata names a task, or its tensors have slash paths.
+    """
+    if not hub.is_vector(file):
+        return False
+    tensors, metadata = safetensors.open_file(file)
+    return "task" in metadata or any("/" in name for name in tensors)
 
 
 def find_base(base: str | os.PathLike) -> Path:
@@ -138,9 +144,17 @@ def find_base(base: str | os.PathLike) -> Path:
 
     Raises:
       FileNotFoundError: there is no such model.
+      ValueError: it is a file of `hub.save_tree`, such as that of a task vector.
     """
     file = Path(base).expanduser()
-    return file if file.is_file() else hub.find(base)
+    if not file.is_file():
+        return hub.find(base)
+    if _is_tree(file):
+        raise ValueError(
+            f"{file} is a task vector or another tree of jaxarith's; expected the "
+            "folder or the file of the model from which task vectors are measured."
+        )
+    return file
 
 
 def layers_of(model: str) -> int | None:
