@@ -123,7 +123,7 @@ tokenizer_source: org/one
         (TEXT.replace("MORE", "org/two"), ("--dtype", "bfloat16")),
         (TEXT.replace("MORE", "org/lora"), ()),
         (TEXT.replace("MORE", "org/two+org/lora"), ("--shard-size", "1kB")),
-        (SEVERAL, ()),
+        (SEVERAL, ("--shard-size", "1kB")),
         (SEVERAL.replace("tokenizer_source: org/one", ""), ()),
     ],
 )

@@ -4,7 +4,7 @@ import dataclasses
 import graphlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxarith.commands.merge import mergekit_yaml, yaml_lines
@@ -98,22 +98,26 @@ def _check_names(roots: Sequence[Node], names: Sequence[str | None]) -> None:
         seen[name] = node
 
 
-def _named(node: Node, keys: Sequence[str]) -> dict[str, Node]:
+def _named(root: Node, keys: Sequence[str]) -> dict[str, Node]:
     """What is named under some keys, with the first place of each."""
     found: dict[str, Node] = {}
-    for value in _values(node, keys):
-        found.setdefault(value.value, value)
+    seen = set()
+    waiting = [root]
+    while waiting:
+        value = waiting.pop().value
+        # An alias is looked into once: aliases of aliases would be without end.
+        if not isinstance(value, dict | list) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, list):
+            waiting += value
+            continue
+        for key, node in value.items():
+            if key in keys and isinstance(node.value, str):
+                first = found.setdefault(node.value, node)
+                found[node.value] = min(first, node, key=lambda x: x.line)
+        waiting += value.values()
     return found
-
-
-def _values(node: Node, keys: Sequence[str]) -> Iterator[Node]:
-    inner = node.value.items() if isinstance(node.value, dict) else ()
-    for key, value in inner:
-        if key in keys and isinstance(value.value, str):
-            yield value
-        yield from _values(value, keys)
-    for item in node.value if isinstance(node.value, list) else ():
-        yield from _values(item, keys)
 
 
 def adapted(model: str) -> list[str]:
@@ -163,8 +167,10 @@ def check_models(found: Sequence[Document]) -> None:
                 for part in [model] if rest == parts else rest:
                     inputs.find(part)
             except FileNotFoundError as error:
-                known = f"The documents are {', '.join(names)}."
-                raise FileNotFoundError(f"{node.place}: {error}\n{known}") from error
+                said = " ".join(str(error).split())
+                raise FileNotFoundError(
+                    f"{node.place}: {said} The documents are {', '.join(names)}."
+                ) from error
             except ValueError as error:
                 raise node.error(str(error)) from error
 
