@@ -41,6 +41,21 @@ def test_merge_writes_what_the_operator_returns(models, tmp_path):
     assert (out / "tokenizer.json").exists()
 
 
+def test_an_option_may_be_a_number_or_a_word(models, tmp_path, capsys):
+    base, *rest = map(load, models)
+    taus = [{"a.weight": m["a.weight"] - base["a.weight"]} for m in rest]
+    closed = ("--method", "wudi", "--solver", "closed", "--matrices", ".*")
+    for text, rank in (("participation", "participation"), ("2", 2)):
+        assert run(models, tmp_path / text, *closed, "--rank", text) == 0
+        expected = merge.wudi(
+            {"a.weight": base["a.weight"]}, taus, solver="closed", rank=rank
+        )
+        found = load(tmp_path / text)["a.weight"]
+        np.testing.assert_array_equal(found, expected["a.weight"])
+    error = failure(capsys, models, tmp_path / "none", *closed, "--rank", "few")
+    assert "'few'; it must be a whole number or participation" in error
+
+
 def test_msgpack_checkpoints_merge_under_pytorchs_names(tmp_path):
     models = []
     for i in range(3):

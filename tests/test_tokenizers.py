@@ -137,6 +137,13 @@ def test_a_union_has_the_tokens_of_all_in_order_of_models(name, merged, rows):
         assert_close(found[ids[token]], rows(name, model, token), 1e-6)
 
 
+def test_no_note_names_files_that_are_written_anew(models, tmp_path, capsys):
+    text = LINEAR.format(**models) + "tokenizer_source: union\n"
+    path = write(tmp_path / "c.yaml", text)
+    assert cli.main(["merge", path, str(tmp_path / "out")]) == 0
+    assert "tokenizer.json" not in capsys.readouterr().err
+
+
 def test_a_base_gives_the_rows_that_it_has(merged, rows):
     _, ids, found = merged(BASED + "tokenizer_source: union\n")
     a, b = (rows(EMBEDDING, model, "cat") for model in ("base", "chat"))

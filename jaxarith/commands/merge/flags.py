@@ -223,7 +223,7 @@ def _values(option: methods.Option) -> str:
     if isinstance(option.kind, tuple):
         return "|".join(option.kind)
     each = ", or one for each model" if option.each else ""
-    return methods.KINDS[option.kind] + each
+    return "|".join([methods.KINDS[option.kind], *option.words]) + each
 
 
 def _table() -> str:

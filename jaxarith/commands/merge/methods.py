@@ -38,6 +38,7 @@ class Option:
       required: whether it must be given.
       default: its value for models and tensors for which it is not given, if it is
         given for others.
+      words: values beside those of its type.
     """
 
     kind: type | tuple[str, ...]
@@ -46,6 +47,7 @@ class Option:
     keyword: str | None = None
     required: bool = False
     default: float | None = None
+    words: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +88,8 @@ def converted(value: Any, option: Option) -> Value:
         if value not in kind:
             raise ValueError(f"is {value!r}; it must be one of {', '.join(kind)}.")
         return value
+    if isinstance(value, str) and value in option.words:
+        return value
     if kind is str and isinstance(value, str):
         return _pattern(value)
     if kind is bool and str(value).lower() in _SWITCHES:
@@ -98,7 +102,8 @@ def converted(value: Any, option: Option) -> Value:
             number = math.nan
         if abs(number) <= _LARGEST and number == kind(number):
             return kind(number)
-    raise ValueError(f"is {value!r}; it must be {KINDS[kind]}.")
+    known = " or ".join([KINDS[kind], *option.words])
+    raise ValueError(f"is {value!r}; it must be {known}.")
 
 
 def _pattern(text: str) -> str:
@@ -350,7 +355,7 @@ PAPER = {
             "steps": INTEGER,
             "learning_rate": NUMBER,
             "time": NUMBER,
-            "rank": INTEGER,
+            "rank": Option(int, words=("participation",)),
             "weighting": Option(("norm", "none")),
             "matrices": PATTERN,
             "in_out": PATTERN,

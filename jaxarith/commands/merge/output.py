@@ -88,7 +88,8 @@ def beside(opened: Opened, dtype: str | None, tokenizer: Planned) -> Beside:
         return Beside(None, {}, {}, (note,))
     config, notes = _config(opened, dtype)
     folders = [x for x in opened.folders if x.is_dir()]
-    files, more = sides.choose(folders, tokenizer.folder)
+    new = {*tokenizer.made, *tokenizer.left}
+    files, more = sides.choose(folders, tokenizer.folder, new)
     notes += more
     files, made, more = _replaced(files, tokenizer)
     notes += more

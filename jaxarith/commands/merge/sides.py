@@ -4,7 +4,7 @@ import contextlib
 import filecmp
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ _IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 
 
 def choose(
-    inputs: Sequence[Path], tokenizer: Path | None
+    inputs: Sequence[Path], tokenizer: Path | None, made: Collection[str] = ()
 ) -> tuple[dict[str, Path], list[str]]:
     """The files to copy, by their names in the new folder, and notes.
 
@@ -34,6 +34,7 @@ def choose(
     Args:
       inputs: the folders of the base, the models and the adapters.
       tokenizer: the folder whose tokenizer is copied; None is as said.
+      made: names of files that are written anew, of which no note is needed.
 
     Raises:
       ValueError: `tokenizer` has no tokenizer, or other code of the same name.
@@ -50,6 +51,7 @@ def choose(
         theirs = _named(folder)
         if lora.is_adapter(folder):
             theirs = {n: f for n, f in theirs.items() if _TOKENIZER.match(n)}
+        theirs = {name: file for name, file in theirs.items() if name not in made}
         notes += _differences(found, theirs, kept, folder)
     if left := folders.left_behind(base):
         notes.append(f"not copied: {', '.join(tree.first_few(left, most=12))}")
