@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxarith import hub
+from jaxarith.models.blocked_attention import Mask, causal
 from jaxarith.models.generate import Decoder
 from jaxarith.models.layers import Dense, LayerNorm, attend
 from jaxarith.typing import ApplyFn
@@ -130,7 +131,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array, past: KeysValues | None, at: Any
+        self, x: jax.Array, mask: Mask, past: KeysValues | None, at: Any
     ) -> tuple[jax.Array, KeysValues]:
         c = self.config
         qkv = Conv1D(3 * c.n_embd, name="c_attn")(x)
@@ -166,7 +167,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array, past: KeysValues | None, at: Any
+        self, x: jax.Array, mask: Mask, past: KeysValues | None, at: Any
     ) -> tuple[jax.Array, KeysValues]:
         c = self.config
         normed = LayerNorm(c.layer_norm_epsilon, name="ln_1")(x)
@@ -183,7 +184,7 @@ class Blocks(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        mask: jax.Array,
+        mask: Mask,
         past: list[KeysValues] | None,
         at: Any,
     ) -> tuple[jax.Array, list[KeysValues]]:
@@ -203,7 +204,7 @@ class Transformer(nn.Module):
         self,
         input_ids: jax.Array,
         positions: jax.Array,
-        mask: jax.Array,
+        mask: Mask,
         past: list[KeysValues] | None,
         at: Any,
     ) -> tuple[jax.Array, list[KeysValues]]:
@@ -221,7 +222,7 @@ class Model(nn.Module):
       input_ids: i32[B, S].
       positions: i32[B, S], the rows of `wpe`.
       mask: bool[B, 1, S, T], False where a token must not see another; T is S, or the
-        length of the cache.
+        length of the cache. For long texts `blocked_attention.Causal`.
       past: by block, the keys and values that the new ones are written into.
       at: the column where they are written.
     """
@@ -233,7 +234,7 @@ class Model(nn.Module):
         self,
         input_ids: jax.Array,
         positions: jax.Array,
-        mask: jax.Array,
+        mask: Mask,
         past: list[KeysValues] | None = None,
         at: Any = 0,
     ) -> tuple[jax.Array, list[KeysValues]]:
@@ -264,8 +265,7 @@ def _positions_and_mask(config, input_ids, attention_mask):
     _check_length(config, input_ids.shape[1], "the texts are")
     real = attention_mask != 0
     positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
-    causal = jnp.tril(jnp.ones((input_ids.shape[1],) * 2, bool))
-    return positions, causal[None, None] & real[:, None, None]
+    return positions, causal(real[:, None, None])
 
 
 def _check_length(config, length, what):

@@ -26,6 +26,7 @@ from flax import linen as nn
 
 from jaxarith import hub, tree
 from jaxarith.losses import IGNORED
+from jaxarith.models.blocked_attention import causal
 from jaxarith.models.generate import Decoder
 from jaxarith.models.t5_stacks import Linear, Past, Stack, T5Config, Texts
 from jaxarith.typing import ApplyFn, Array
@@ -73,11 +74,11 @@ class Transformer(nn.Module):
         texts = self.encode(input_ids, attention_mask)
         _check_targets(decoder_input_ids, decoder_mask, len(input_ids))
         length = decoder_input_ids.shape[-1]
-        mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
+        real = jnp.ones((1, 1, 1, length), bool)
         if decoder_mask is not None:
-            mask &= decoder_mask.reshape(-1, 1, 1, length) != 0
+            real = decoder_mask.reshape(-1, 1, 1, length) != 0
         x = self.shared(decoder_input_ids.reshape(-1, length))
-        x, _ = self.decoder(x, mask, texts)
+        x, _ = self.decoder(x, causal(real), texts)
         return x.reshape(*decoder_input_ids.shape, -1)
 
     def encode(self, input_ids: jax.Array, attention_mask: jax.Array) -> Texts:

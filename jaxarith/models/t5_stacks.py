@@ -20,6 +20,7 @@ import numpy as np
 from flax import linen as nn
 from numpy.typing import ArrayLike
 
+from jaxarith.models.blocked_attention import Bias, Mask, RelativeBias, is_long
 from jaxarith.models.layers import Dense, attend
 
 KeysValues = tuple[jax.Array, jax.Array]
@@ -217,8 +218,8 @@ class Attention(nn.Module):
         self,
         x: jax.Array,
         keys_values: KeysValues,
-        mask: jax.Array | None,
-        bias: jax.Array | None = None,
+        mask: Mask | None,
+        bias: Bias | None = None,
     ) -> jax.Array:
         q = self._heads(self.q(x))
         k, v = keys_values
@@ -231,18 +232,27 @@ class Attention(nn.Module):
         c = self.config
         return projected.reshape(*projected.shape[:-1], c.num_heads, c.d_kv)
 
-    def relative_bias(self, length: int, at: jax.Array | None = None) -> jax.Array:
-        """`[1, H, length, length]`, or `[1, H, 1, length]` for the token `at` alone."""
+    def relative_bias(self, length: int, at: jax.Array | None = None) -> Bias:
+        """`[1, H, length, length]`, or `[1, H, 1, length]` for the token `at` alone.
+
+        Of a long text only the diagonals; blocks of queries make their rows of them.
+        """
+        if at is None and is_long(length, length):
+            diagonals = self._buckets(np.arange(1 - length, length))
+            return RelativeBias(self.relative_attention_bias(diagonals).T[None])
         tokens = np.arange(length)
-        buckets = relative_position_bucket(
-            tokens[None] - tokens[:, None],
+        buckets = self._buckets(tokens[None] - tokens[:, None])
+        if at is not None:
+            buckets = jnp.asarray(buckets)[at][None]
+        return self.relative_attention_bias(buckets).transpose(2, 0, 1)[None]
+
+    def _buckets(self, position):
+        return relative_position_bucket(
+            position,
             self.config.relative_attention_num_buckets,
             self.config.relative_attention_max_distance,
             self.bidirectional,
         )
-        if at is not None:
-            buckets = jnp.asarray(buckets)[at][None]
-        return self.relative_attention_bias(buckets).transpose(2, 0, 1)[None]
 
 
 class Texts(NamedTuple):
@@ -291,11 +301,11 @@ class SelfAttentionLayer(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        mask: jax.Array | None,
-        bias: jax.Array | None,
+        mask: Mask | None,
+        bias: Bias | None,
         past: KeysValues | None,
         at: Any,
-    ) -> tuple[jax.Array, jax.Array, KeysValues]:
+    ) -> tuple[jax.Array, Bias, KeysValues]:
         normed = RMSNorm(self.config.layer_norm_epsilon, name="layer_norm")(x)
         attention = Attention(self.config, not self.decoder, name="SelfAttention")
         keys, values = attention.keys_values(normed)
@@ -345,12 +355,12 @@ class Layers(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        mask: jax.Array | None,
-        bias: jax.Array | None,
+        mask: Mask | None,
+        bias: Bias | None,
         texts: Any,
         past: Past,
         at: Any,
-    ) -> tuple[jax.Array, jax.Array, Past]:
+    ) -> tuple[jax.Array, Bias, Past]:
         c = self.config
         attention = SelfAttentionLayer(c, self.decoder, name="0")
         x, bias, own = attention(x, mask, bias, past.own, at)
@@ -368,12 +378,12 @@ class Block(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        mask: jax.Array | None,
-        bias: jax.Array | None,
+        mask: Mask | None,
+        bias: Bias | None,
         texts: Any,
         past: Past,
         at: Any,
-    ) -> tuple[jax.Array, jax.Array, Past]:
+    ) -> tuple[jax.Array, Bias, Past]:
         layers = Layers(self.config, self.decoder, name="layer")
         return layers(x, mask, bias, texts, past, at)
 
@@ -386,7 +396,7 @@ class Blocks(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        mask: jax.Array | None,
+        mask: Mask | None,
         texts: Texts | None,
         pasts: Sequence[Past] | None,
         at: Any,
@@ -411,7 +421,7 @@ class Stack(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        mask: jax.Array | None,
+        mask: Mask | None,
         texts: Texts | None = None,
         pasts: Sequence[Past] | None = None,
         at: Any = None,
