@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxarith.models import blocked_attention
+from jaxarith.models.blocked_attention import (
+    Bias,
+    Causal,
+    Mask,
+    RelativeBias,
+    attend_in_blocks,
+    is_long,
+)
 
 
 def _rows_dot(x, kernel, dimension_numbers, precision=None):
@@ -120,20 +127,20 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     *,
-    mask: blocked_attention.Mask | None = None,
-    bias: blocked_attention.Bias | None = None,
+    mask: Mask | None = None,
+    bias: Bias | None = None,
 ) -> jax.Array:
     r"""Softmax attention: :math:`\operatorname{softmax}(q k^\top + \text{bias})\,v`.
 
     Vaswani et al. 2017, arXiv:1706.03762, Eq. 1, its root of D left to the caller. The
-    softmax is float32 or better. Where there are as many scores as in a text of 512
-    tokens, or more, it is computed by blocks of queries (`blocked_attention`).
+    softmax is float32 or better. Texts of 512 tokens and more, or as many
+    scores of other shapes, are computed by blocks of queries: `blocked_attention`.
 
     Args:
       q, k, v: `[..., Q, H, D]`, `[..., K, H, D]` and `[..., K, H, D]`, H being heads.
-      mask: bool, to be broadcast to `[..., H, Q, K]`, False where q must not see k; for
-        blocks also `Causal`.
-      bias: likewise, added to the scores; for blocks also `RelativeBias`.
+      mask: bool, to be broadcast to `[..., H, Q, K]`, False where q must not see k; or
+        `Causal`.
+      bias: likewise, added to the scores; or `RelativeBias`.
 
     Returns:
       `[..., Q, H · D]`.
@@ -143,8 +150,9 @@ def attend(
       >>> print(attend(jnp.zeros((1, 1, 1, 1)), v, v))
       [[[3.]]]
     """
-    if blocked_attention.is_long(q.shape[-3], k.shape[-3]):
-        return blocked_attention.attend_in_blocks(q, k, v, mask=mask, bias=bias)
+    long = is_long(q.shape[-3], k.shape[-3])
+    if long or isinstance(mask, Causal) or isinstance(bias, RelativeBias):
+        return attend_in_blocks(q, k, v, mask=mask, bias=bias)
     scores = jnp.einsum("...qhd,...khd->...hqk", q, k)
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     if bias is not None:
