@@ -288,6 +288,8 @@ def main(config: Config) -> dict:
     unknown = [name for name in config.methods if name not in METHODS]
     if unknown:
         raise ValueError(f"unknown methods {unknown}; known are {', '.join(METHODS)}.")
+    # Of slow methods the compilation counts, so none is kept from an earlier run.
+    jax.config.update("jax_enable_compilation_cache", False)
     layout = shapes(config)
     params_0 = random_leaves(layout, 0, 2e-2)
     taus = [

@@ -25,7 +25,7 @@ import jax
 import tyro
 from tqdm import tqdm
 
-from experiments.common import planning
+from experiments.common import compiled, planning
 from jaxarith import report
 from jaxarith.commands import signals
 
@@ -129,6 +129,7 @@ def run(config_type: Callable[..., C], main: Callable[[C], Any]) -> None:
     try:
         # Inside, so that a wrong value found by `__post_init__` is one line too.
         config = _parse(config_type, _description(main), arguments)
+        compiled.keep()
         with signals.raised():
             if getattr(config, "plan", 0):
                 planning.run(main, config)
