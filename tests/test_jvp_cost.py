@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench import encoders, jvp_cost
+from experiments.bench import encoders, jvp_cost, measure
 from jaxarith import curvature, tree
 
 CONFIG = jvp_cost.Config("unused", model="tiny", batch=8, layers=1, torch=False)
@@ -90,13 +90,13 @@ def test_many_tangents_are_those_of_single_calls(work):
 
 def row_of(name, seconds, **changes):
     found = {"row": name, "seconds": seconds, "flops": 3e9, "temporary_bytes": 8}
-    return found | {"torch_seconds": None} | changes
+    return found | {"torch_over_jaxarith": None} | changes
 
 
 def test_goals_are_ratios_of_the_rows_that_were_measured():
     rows = [
         row_of("ordinary step", 2.0),
-        row_of("linearised step", 3.0, flops=6e9, torch_seconds=4.5),
+        row_of("linearised step", 3.0, flops=6e9, torch_over_jaxarith=1.5),
         row_of("+ strict τJp", 9.0),
         row_of("linearised step, remat", 3.6, temporary_bytes=2),
     ]
@@ -107,7 +107,7 @@ def test_goals_are_ratios_of_the_rows_that_were_measured():
         "strict over linearised": (3.0, False),
         "linearised step, remat: memory saved": (4.0, True),
         "linearised step, remat: time": (1.2, True),
-        "linearised step: PyTorch's time over ours": (1.5, True),
+        "linearised step: PyTorch's faster time over ours": (1.5, True),
     }
 
 
@@ -117,10 +117,20 @@ def test_the_report_holds_the_rows_asked_for(tmp_path):
     results = jvp_cost.main(config)
     assert [row["row"] for row in results["rows"]] == list(rows)
     assert results["rows"][0]["ratio"] == 1
+    assert results["goals"] == [] and results["machine"]["load"] >= 0
+    for row in results["rows"]:
+        assert 0 < row["shortest"] <= row["seconds"] <= row["longest"]
+        assert row["compile_seconds"] > 0
     assert 1.5 < results["rows"][1]["flop_ratio"] < 1.7
     assert {"report.json", "report.md", "cost.png"} <= {
         path.name for path in tmp_path.iterdir()
     }
+
+
+def test_a_machine_that_is_not_quiet_is_named():
+    assert not measure.unquiet({"load": 0.5, "cores": 2})
+    [text] = measure.unquiet({"load": 3.1, "cores": 2})
+    assert "3.1 processes ran on its 2 cores" in text
 
 
 def test_wrong_options_are_refused_before_any_work(tmp_path):

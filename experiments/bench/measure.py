@@ -124,3 +124,27 @@ def machine() -> dict:
         "jax": jax.__version__,
         "numpy": np.__version__,
     }
+
+
+def load() -> dict[str, float]:
+    """What else the machine does, to be asked before anything is timed."""
+    return {"load": round(os.getloadavg()[0], 2)}
+
+
+def unquiet(machine: Mapping) -> list[str]:
+    """What a reader of the times must know of the machine, as paragraphs.
+
+    Args:
+      machine: what `machine` and `load` returned before anything was timed.
+
+    Example:
+      >>> unquiet({"load": 0.1, "cores": 2})
+      []
+    """
+    if machine["load"] <= 0.25 * (machine["cores"] or 1):
+        return []
+    return [
+        f"The machine was not quiet: {machine['load']} processes ran on its "
+        f"{machine['cores']} cores in the minute before. Ratios of rows that run in "
+        "turn say more than seconds."
+    ]

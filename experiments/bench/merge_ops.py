@@ -290,6 +290,7 @@ def main(config: Config) -> dict:
         raise ValueError(f"unknown methods {unknown}; known are {', '.join(METHODS)}.")
     # Of slow methods the compilation counts, so none is kept from an earlier run.
     jax.config.update("jax_enable_compilation_cache", False)
+    where = measure.machine() | measure.load()
     layout = shapes(config)
     params_0 = random_leaves(layout, 0, 2e-2)
     taus = [
@@ -304,7 +305,7 @@ def main(config: Config) -> dict:
         work.set_description(name)
         rows.append(row_of(name, config, layout, params_0, taus, theirs))
         work.write(str(rows[-1]))  # a run takes long, and may be cut short
-    where = measure.machine() | {
+    where |= {
         "model": config.model,
         "entries": tree.size(layout),
         "tasks": config.tasks,
@@ -317,7 +318,8 @@ def main(config: Config) -> dict:
         "rows": rows,
         "goals": goals(rows, config, layout, taus, copied),
     }
-    parts = [named(where), table(rows), measure.table(results["goals"])]
+    parts = [named(where), *measure.unquiet(where), table(rows)]
+    parts.append(measure.table(results["goals"]))
     return measure.write(config.out, "Merge operators", parts, results)
 
 
