@@ -73,14 +73,23 @@ def _evaluate(jaxpr, consts, args, moving, dtype):
                 params = tuple(eqn.params.items())
                 outputs = [_product(params, result, dtype, *map(jnp.asarray, operands))]
             else:
-                loops = eqn.primitive.name in ("scan", "while")  # outputs come back in
-                known = [True] * len(moves) if loops else moves
-                params = {k: _rounded(p, known, dtype) for k, p in eqn.params.items()}
+                inside = _moves_inside(eqn, moves)
+                params = {k: _rounded(p, inside, dtype) for k, p in eqn.params.items()}
                 params = eqn.primitive.get_bind_params(params)
                 outputs = eqn.primitive.bind(*operands, **params)
                 outputs = outputs if eqn.primitive.multiple_results else [outputs]
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _moves_inside(eqn, moves):
+    """Which operands are not constants inside; outputs of a loop come back into it."""
+    if eqn.primitive.name == "while":
+        return [True] * len(moves)
+    if eqn.primitive.name == "scan":
+        first, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+        return [*moves[:first], *[True] * carried, *moves[first + carried :]]
+    return moves
 
 
 def _is_wide_product(eqn, dtype):
