@@ -241,7 +241,7 @@ class Accuracies(NamedTuple):
 
     Attributes:
       single: by split, of each task's own model on its task, `[T]`.
-      along: of sums on validation texts, at `COEFS`, `[n, T]`.
+      along: accuracies of sums on validation texts, at `COEFS`, `[n, T]`.
       coef: the best of them.
       merged: on test texts without task vectors, at coefficient 1 and at the best.
     """
@@ -258,7 +258,7 @@ def accuracies(
     """Searches the coefficient of the sum, and evaluates.
 
     Args:
-      at: of a split, a task and sets of coefficients `[n, T]`, accuracies `[n]`.
+      at: accuracies `[n]` by a split, a task and sets of coefficients `[n, T]`.
       tasks: T.
     """
     own = np.eye(tasks)

@@ -34,7 +34,7 @@ def ties_thresholds(taus, rank):
 
 
 def awd_loss(delta, taus, alpha):
-    """S3 Eq. 14 as printed, on `delta[d]` and `taus[task, d]`, with ‖δ‖' = 0 at 0."""
+    """AWD paper, Eq. 14 as printed, of `delta[d]`, `taus[task, d]`; ‖δ‖' = 0 at 0."""
     tasks = len(taus)
     rest = taus - delta[None]
     norms = jnp.sqrt(jnp.sum(rest**2, axis=1))
@@ -49,7 +49,7 @@ awd_gradient = jax.jit(jax.grad(awd_loss))
 
 
 def awd_descent(taus, alpha, learning_rate, steps):
-    """S3 Algorithm 1 on whole vectors, by automatic differentiation."""
+    """AWD paper, Algorithm 1 on whole vectors, by automatic differentiation."""
     delta = jnp.zeros_like(taus[0])
     for _ in range(steps):
         delta = delta - learning_rate * awd_gradient(delta, taus, alpha)

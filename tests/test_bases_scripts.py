@@ -1,4 +1,4 @@
-"""Every script of S2 on images runs; partitions, tables and losses are the paper's."""
+"""Scripts of the bases paper on images run; partitions, tables, losses are its own."""
 
 import collections
 import importlib

@@ -162,7 +162,7 @@ def test_tangents_in_bfloat16_are_summed_in_float32():
 
 
 def xi_by_definition(outputs_at, coefs):
-    """S0 Eq. 2, transcribed with a loop over everything."""
+    """τJp paper, Eq. 2, transcribed with a loop over everything."""
     grid = np.zeros((len(coefs), len(coefs)))
     for i, a in enumerate(coefs):
         for j, b in enumerate(coefs):

@@ -1,9 +1,9 @@
 """What the papers claim of numbers, where no large model is needed to see it.
 
-More such claims are beside what they are of: linear interpolation in tangent space (S0,
-theorem 1) in `test_tangent`, the mean of means of equal clusters (S2) in `test_bases`,
-bounds of loss gaps (S2) in `test_bounds`, what both AWD objectives do to cosines (S3)
-in `test_awd`.
+Other claims are tested beside the functions that they are about: linear interpolation
+in tangent space (τJp paper, theorem 1) in `test_tangent`, the mean of means of equal
+clusters (bases paper) in `test_bases`, bounds of loss gaps (bases paper) in
+`test_bounds`, and what both AWD objectives do to cosines (AWD paper) in `test_awd`.
 """
 
 import jax
@@ -78,7 +78,7 @@ def optimal():
 
 
 def test_the_loss_of_the_linearised_model_is_convex_in_the_coefficients():
-    """S0, theorem 2, with the cross-entropy. That of the network is not."""
+    """τJp paper, theorem 2, with the cross-entropy. That of the network is not."""
     taus = [jax.tree.map(lambda x, s=s: normal(s, *x.shape), PARAMS_0) for s in (4, 5)]
     ends = normal(6, 2, 50, len(taus), scale=3.0)
     triples = np.stack([ends[0], ends.mean(0), ends[1]])
@@ -88,7 +88,7 @@ def test_the_loss_of_the_linearised_model_is_convex_in_the_coefficients():
 
 
 def test_without_tau_jp_all_coefficients_are_best_at_one(optimal):
-    """S0, appendix A: each at its own minimum, and none in the way of another."""
+    """τJp paper, appendix A: each is at its own minimum, none disturbs another."""
     datasets = [[data] for data in DATA]
     measured = tau_jp.matrix(mlp, PARAMS_0, optimal, datasets)
     np.testing.assert_allclose(measured[~np.eye(2, dtype=bool)], 0, atol=1e-10)
@@ -106,7 +106,7 @@ def test_without_tau_jp_all_coefficients_are_best_at_one(optimal):
 
 
 def test_without_tau_jp_weights_are_disentangled(optimal):
-    """S0, Eq. 1 and 2."""
+    """τJp paper, Eq. 1 and 2."""
     at = [evaluate.tangent(mlp, PARAMS_0, optimal, [data]) for data in DATA]
     predict = [lambda outputs: outputs.argmax(-1)] * 2
     assert not evaluate.disentanglement_error(at, predict, [-1.0, 0.3, 1.0, 2.0]).any()
@@ -115,7 +115,7 @@ def test_without_tau_jp_weights_are_disentangled(optimal):
 def test_a_negated_optimum_forgets_more_and_more_without_tau_jp_and_nothing_else(
     optimal,
 ):
-    """S0, appendix A: there is no best coefficient of negation."""
+    """τJp paper, appendix A: there is no best coefficient of negation."""
     coefs = -np.arange(0, 20.0)[:, None] * [[1, 0]]
     forgotten, kept = (losses(data, optimal, coefs) for data in DATA)
     assert (np.diff(forgotten) > 0).all()
@@ -123,7 +123,7 @@ def test_a_negated_optimum_forgets_more_and_more_without_tau_jp_and_nothing_else
 
 
 def test_no_tau_jp_means_no_cosine_but_no_cosine_does_not_mean_no_tau_jp(optimal):
-    """S0, Eq. 13: vectors of gradient descent in tangent space are J^T times errors."""
+    """τJp paper, Eq. 13: gradient descent in tangent space gives J^T times errors."""
     model, data = tangent.linearize(mlp, jax.tree.map(jnp.asarray, PARAMS_0)), DATA[1]
 
     def loss(params):
@@ -150,7 +150,7 @@ def test_no_tau_jp_means_no_cosine_but_no_cosine_does_not_mean_no_tau_jp(optimal
 
 
 def test_half_of_two_vectors_is_the_average_and_in_tangent_space_the_ensemble():
-    """S4, appendix A: of the weights always, of the outputs in the NTK regime."""
+    """Editing paper, appendix A: weights always, outputs in the NTK regime."""
     start = jax.tree.map(jnp.asarray, PARAMS_0)
     taus = [jax.tree.map(lambda x, s=s: normal(s, *x.shape), start) for s in (8, 9)]
     tuned = [task_vectors.apply(start, tau) for tau in taus]
@@ -166,7 +166,7 @@ def test_half_of_two_vectors_is_the_average_and_in_tangent_space_the_ensemble():
 
 
 def test_cosines_of_random_vectors_vanish_with_their_number_of_entries():
-    """S2, section 4.1: their mean magnitude, and its variance."""
+    """Bases paper, section 4.1: their mean magnitude, and its variance."""
     pairs = np.triu_indices(8, 1)
     for entries in (100, 1600):
         like, found = {"w": jnp.ones(entries)}, []

@@ -54,7 +54,7 @@ def disentangled(
     """The vectors τ_i - δ of the linear weights.
 
     Args:
-      params_0: of the model; those of a tree of the vectors' form do as well.
+      params_0: parameters of the model, or any tree of the vectors' form.
       taus: whole task vectors, or their linear weights.
       how: options of the script.
       alpha: the weight of the norm of δ.
@@ -156,7 +156,7 @@ def shown(
 
     Args:
       setup: the model and the tasks.
-      rows: of the model.
+      rows: rows of the model.
       published: by model and row, a value of each of `TASKS`, and the mean, which is
         shown beside ours where the tasks are the same.
       keys: the fields that name a row.

@@ -41,7 +41,7 @@ def cells(setup: setups.Setup, own, other, apart) -> dict[str, list[dict]]:
     """The cells of one column, by the reading of the caption.
 
     Args:
-      setup: of the column's model.
+      setup: setup of the column's model.
       own: the vectors of its pre-training.
       other: those of the other one.
       apart: the other pre-trained parameters minus those of `setup`.

@@ -96,10 +96,10 @@ def row_of(
     Args:
       task: the held-out task.
       inner: the inner merge.
-      nearest: of every partition the cluster that is taken.
+      nearest: the cluster that is taken, for every partition.
       several: all partitions.
-      cosines: of every cluster's basis with the task's vector.
-      accuracies: of every cluster, `(at coefficient 1, at the tuned one)`.
+      cosines: cosine of every cluster's basis with the task's vector.
+      accuracies: for every cluster, `(at coefficient 1, at the tuned one)`.
       chosen: the partition with columns of its own.
     """
     found = dict(zip(map(partitions.frozen, several), nearest, strict=True))

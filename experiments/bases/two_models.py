@@ -77,7 +77,7 @@ def noisy(setup: setups.Setup, share: float = 0.05) -> setups.Setup:
     """The setup of the same model with Gaussian noise, as of another pre-training.
 
     Args:
-      setup: of a smoke run.
+      setup: setup of a smoke run.
       share: the norm of the noise in every leaf, relative to that of the leaf.
     """
     original = clip.load(setup.model)

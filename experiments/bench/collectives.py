@@ -52,7 +52,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
     """The collectives of a compiled program, each as often as a step runs it.
 
     Args:
-      text: of a compiled program, `compiled.as_text()`.
+      text: text of a compiled program, `compiled.as_text()`.
       devices: that the program is for.
 
     Raises:

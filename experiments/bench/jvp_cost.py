@@ -87,7 +87,7 @@ class Work(NamedTuple):
       inputs: arrays `[B, ...]`.
       parts: for every paradigm of partial fine-tuning, its part of a direction.
       penalties: for every kind of penalty, arrays `[P, ...]` of other tasks.
-      factors: of the curvature of other tasks, in float32.
+      factors: curvature of other tasks, in float32.
       labels: `[B]`.
       head: `[classes, D]`, rows of length 1.
     """

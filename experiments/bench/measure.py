@@ -99,7 +99,7 @@ def write(out: Path | None, title: str, parts: Sequence[str], results: dict) -> 
 
     Args:
       out: the folder.
-      title: of report.md; none if it is empty.
+      title: title of report.md; none if it is empty.
       parts: paragraphs and tables.
       results: plain data.
 

@@ -68,7 +68,7 @@ class Chip(NamedTuple):
 
     Attributes:
       name: the chip and what connects it to others.
-      flops: of dense products in bfloat16, per second.
+      flops: operations of dense products in bfloat16, per second.
       sends: bytes that one chip can send per second.
     """
 

@@ -75,7 +75,7 @@ class Config:
       mergekit: the command `mergekit-yaml` of an environment that has it.
       earlier: a checkout of another commit, whose merges are timed in turn.
       repetitions: runs of each.
-      layers: of the models; fewer make a quicker, smaller measurement.
+      layers: layers of the models; fewer make a quicker, smaller measurement.
       hashes: also time the average with hashes of its inputs.
     """
 

@@ -121,7 +121,7 @@ def steps(work, device: str, dtype: str, coef: float) -> dict[str, Callable]:
     Args:
       work: a `jvp_cost.Work`.
       device, dtype: as PyTorch calls them.
-      coef: of the penalty.
+      coef: weight of the penalty.
     """
     kind: Any = getattr(torch, dtype)
     as_tensors = functools.partial(tensors, device=device, dtype=kind)
@@ -176,7 +176,7 @@ def compare(ours: Mapping, theirs: Mapping, dtype: str) -> dict[str, float]:
 
     Args:
       ours, theirs: functions by row. Rows that only one has are left out.
-      dtype: of the numbers, "float32" or another.
+      dtype: dtype of the numbers, "float32" or another.
 
     Raises:
       ValueError: one is larger than rounding explains.

@@ -81,7 +81,7 @@ class Training(NamedTuple):
       recipe: how.
       loss, constants: as for `train.fine_tune`, of the model's sizes.
       others: how many other tasks a strict penalty reads.
-      joint: of how many tasks one vector learns.
+      joint: how many tasks one vector learns.
     """
 
     full: Full

@@ -94,7 +94,7 @@ def collected(
       read: function of one.
       errors: what it raises where an item is wrong.
       named: say of which item an error is.
-      desc: of the progress.
+      desc: label of the progress bar.
 
     Raises:
       ValueError: at least one was wrong; the message has all errors.

@@ -172,7 +172,7 @@ def compared(
 
     Args:
       out, title: as for `write`.
-      caption: of the table.
+      caption: caption of the table.
       rows, published, keys, values, published_keys: as for `beside`.
       digits: as for `markdown`.
       results: what report.json holds besides the rows.
@@ -202,11 +202,11 @@ def write(
 
     Args:
       out: the folder.
-      title: of report.md.
+      title: title of report.md.
       tables: by their captions rows, see `markdown`, or tables in Markdown.
       results: what report.json holds, as plain data.
       note: what a reader of the tables must know.
-      digits: of the rows, as for `markdown`.
+      digits: digits of the rows, as for `markdown`.
 
     Returns:
       The results.

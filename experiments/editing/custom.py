@@ -19,8 +19,8 @@ class Relabelled:
     """Some samples of a source, with other labels.
 
     Attributes:
-      source: of raw images.
-      indices: of the samples in it, `i[N]`.
+      source: raw images.
+      indices: indices of the samples in it, `i[N]`.
       labels: their new labels, `i32[N]`.
     """
 
@@ -97,7 +97,7 @@ def analogy(taus: Taus, target: int) -> Tree:
     opposite, such as king = queen + (man - woman).
 
     Args:
-      taus: of four tasks.
+      taus: the vectors of four tasks.
       target: the index of the one whose own vector is not used.
 
     Example:

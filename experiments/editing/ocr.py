@@ -29,7 +29,7 @@ class Written:
     What is written, and how, depends on the place of a sample alone.
 
     Attributes:
-      source: of raw images.
+      source: raw images.
       classes: the names, two or more.
       seed: another one for every split.
     """

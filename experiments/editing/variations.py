@@ -12,7 +12,7 @@ def trained(setup: setups.Setup, name: str, **changes) -> list[Tree]:
 
     Args:
       setup: the model and the tasks.
-      name: of the variation; its folder in the bank is `nonlinear/<name>`.
+      name: name of the variation; its folder in the bank is `nonlinear/<name>`.
       changes: options of the script and their values, such as `seed=3`; where they are
         what the options say anyway, the vectors are those of "nonlinear".
     """

@@ -77,7 +77,7 @@ def ratios(
     """Root mean squares of the others' moves, `[T, layers]`.
 
     Args:
-      grams: of the inputs of every task.
+      grams: Gram matrices of the inputs of every task.
       kernels: the pre-trained kernels by path.
       taus: T task vectors.
 

@@ -20,7 +20,7 @@ iteration on four V100; "No reg." is Linear FT:
     Cyclical reg.  0.374
     Strict reg.    2.027
 
-The seconds here are those of one training step of one task on the devices at hand,
+The seconds here are those of one training step of one task on the available devices,
 without reading images, the medians of steps of all kinds in turn; FLOPs are XLA's.
 """
 

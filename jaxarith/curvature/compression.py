@@ -97,7 +97,7 @@ def eigen(factors: Factors) -> EigenFactors:
     """The same curvature in the eigenbasis of its factors, for `correct`.
 
     Args:
-      factors: of one Kronecker term, in whole matrices; those of several tasks merged.
+      factors: one Kronecker term, in whole matrices; several tasks are merged first.
 
     Returns:
       `EigenFactors`. Until it is corrected, the form is that of `factors`.

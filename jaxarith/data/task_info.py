@@ -35,8 +35,8 @@ class Layout(NamedTuple):
     """Which splits of a source are a task's parts.
 
     Without `validation`, a share of `train` validates. Without `test`, the one split is
-    divided: of each class a tenth of the samples of the average class to validate, as
-    many to test (270 of EuroSAT's).
+    divided: a tenth of the samples of the average class are taken of each class to
+    validate, as many to test (270 of EuroSAT's).
     """
 
     train: tuple[str, ...]

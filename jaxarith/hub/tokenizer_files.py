@@ -20,7 +20,7 @@ OTHERS = (
     "sentencepiece.bpe.model",
     "added_tokens.json",
 )
-# How a text that is added as a token is found, where nothing else is said.
+# How a text that is added as a token is found, by default.
 _PLAIN = {
     "single_word": False,
     "lstrip": False,

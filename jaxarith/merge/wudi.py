@@ -80,10 +80,10 @@ def wudi(
         or the spectral filter where `time` or `rank` is given.
       steps: the number of steps of Adam.
       learning_rate: learning rate of Adam: about how far an entry moves in every step.
-      time: of "closed", the time s of the gradient flow, 0 or more, in units in which
+      time: for "closed", the time s of the gradient flow, 0 or more, in units in which
         the eigenvalues of a matrix sum to the number of tasks; 0 is the plain sum, and
         None is without end.
-      rank: of "closed", the number K of leading eigenvectors, the others of which keep
+      rank: for "closed", the number K of leading eigenvectors, the others of which keep
         the plain sum; "participation" takes, for each matrix, (Σ√λ)² / Σλ, rounded up.
         None is all.
       weighting: "norm" as above, or "none" for ACTMat's, with which long task vectors

@@ -80,7 +80,7 @@ class Opened:
       progress: counts the bytes that are read.
       config: the content of the new `config.json`, but for dtypes and rows; None is
         that of the first folder.
-      slices: of a merge of slices, the tensors of each one with their depths.
+      slices: tensors of each slice with their depths; empty for whole models.
     """
 
     base: dict[str, Stored]

@@ -73,9 +73,10 @@ class TrainConfig:
         curvature that stands for the other tasks' samples, see `jaxarith.curvature`,
         which serves ordinary training too; None for no penalty.
       penalty_coef: the penalty's weight λ (Yoshida et al. 2025: 0.1 with power 1).
-      penalty_power: of τJp, 1 (the code of Yoshida et al.) or 2 (as they print it).
-      penalty_norm: of τJp, "l2", or "mean_absolute", as the code of Yoshida et al. has
-        it for T5, see `tau_jp.penalty`.
+      penalty_power: power of τJp, 1 as in the code of Yoshida et al. or 2 as in their
+        paper.
+      penalty_norm: norm in τJp, "l2" or "mean_absolute", the one of the code of Yoshida
+        et al. for T5; see `tau_jp.penalty`.
       penalty_start: the number of steps before τJp acts; its samples are read in them
         all the same.
       penalty_batch_size: samples of τJp per step; in strict mode per other task.

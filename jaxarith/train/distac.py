@@ -126,7 +126,7 @@ def divergence(
 
     Args:
       student, teacher: logits `[B, classes]`; -inf where both have no class.
-      temperatures: of the teacher and of the student.
+      temperatures: the teacher's and the student's.
 
     Example:
       >>> logits = jnp.array([[0.0, jnp.log(3.0)]])

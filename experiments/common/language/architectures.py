@@ -55,7 +55,7 @@ def bert_of(model: str, outputs: int | None = None) -> bert.BertConfig:
 
     Args:
       model: the model.
-      outputs: of its classification head; by default as many as it has.
+      outputs: outputs of its classification head; by default as many as it has.
     """
     config = bert.BertConfig.from_json(_raw(model))
     return dataclasses.replace(config, num_labels=outputs or config.num_labels)

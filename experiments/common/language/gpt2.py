@@ -265,7 +265,7 @@ def plan_measures(
       record: the plan.
       options: the classifier and the windows of perplexity.
       model: the GPT-2.
-      states: of how many states the perplexity is measured.
+      states: how many states the perplexity is measured on.
       texts: how many texts all states write.
       length: tokens of one, with its prompt.
       linear: whether the states are those of the linearisation.

@@ -198,7 +198,7 @@ class Evaluation(NamedTuple):
       alone: rows of models of single tasks, and of the pre-trained one.
       merged: rows of merged models.
       searches: the searches of coefficients, by their title.
-      outputs: of the linearised methods.
+      outputs: outputs of the linearised methods.
     """
 
     alone: list[dict]

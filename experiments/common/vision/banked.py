@@ -33,7 +33,7 @@ class Banked(NamedTuple):
 
     Attributes:
       title: what the papers call the model.
-      names: of the tasks in the bank.
+      names: names of the tasks in the bank.
       titles: what the papers call the tasks.
       vectors: `vectors(method)`, in the order of the tasks.
       setup: the model and the data; None with `--bank-only`.

@@ -127,10 +127,10 @@ def render(
     of mass is the centre of the image.
 
     Args:
-      weight: of a variable font; one of `weights(font)`.
+      weight: weight of a variable font; one of `weights(font)`.
       rotate: degrees, counter-clockwise.
       shear: horizontal displacement per unit of height; positive leans to the right.
-      scale: of the glyph, relative to the box.
+      scale: size of the glyph, relative to the box.
       shift: (right, down) as fractions of the image.
     """
     face = _load(font, weight)

@@ -25,9 +25,9 @@ class Addition(NamedTuple):
     """Accuracies on every task, `[T]`, on test data.
 
     Attributes:
-      zero_shot: of the pre-trained model.
-      single: of the model of the task's own vector.
-      at_one: of all vectors added, at coefficient 1.
+      zero_shot: accuracy of the pre-trained model.
+      single: accuracy of the model of the task's own vector.
+      at_one: accuracy of all vectors added, at coefficient 1.
       searched: at the coefficient that was found on validation data.
       search: that search.
     """
@@ -212,11 +212,11 @@ class Negation(NamedTuple):
 
     Attributes:
       pretrained: `(target, control)` of the pre-trained model.
-      at_one: of the model with a vector subtracted, the mean over the vectors.
+      at_one: model with a vector subtracted, the mean over the vectors.
       searched: at the coefficients that were found on validation data.
       kept: whether the control accuracy is above its limit, `(at_one, searched)`.
       coefs: the coefficient of every task.
-      accuracies: of every task, `[T, 2, 3]`: on target and control; of the pre-trained
+      accuracies: for every task, `[T, 2, 3]`: on target and control; of the pre-trained
         model, at 1 and at the coefficient found.
     """
 
@@ -248,8 +248,8 @@ def negation(
       linearized: whether they belong to the tangent-space model.
       allowed: the share of the control accuracy that is to be kept.
       coefs: the candidates.
-      largest: of the coefficients that keep the control accuracy take the largest, as
-        Ilharco et al. (2023, B.1), whatever the accuracy on the task.
+      largest: take the largest coefficient that keeps the control accuracy, as Ilharco
+        et al. (2023, B.1), whatever the accuracy on the task.
     """
     coefs = coefs_of(setup.options, coefs)
 

@@ -34,9 +34,9 @@ class Dataset(NamedTuple):
     """One split of one task: batches, labels, and the frozen head.
 
     Attributes:
-      source: of raw images.
+      source: raw images.
       size: number of samples; in a plan that of the split, of which a few are here.
-      batches: of preprocessed images, made anew in every pass.
+      batches: preprocessed images, made anew in every pass.
       labels: `i32[N]`.
       head: `[C, D]`.
     """
@@ -78,14 +78,14 @@ class Setup(NamedTuple):
     """A CLIP and the tasks.
 
     Attributes:
-      options: of the script.
+      options: options of the script.
       model: its name in the bank.
       apply_fn: `apply_fn(params, images) -> features[B, D]`, what is linearised.
       trained_fn: the same as training computes it, see `--remat`.
-      params_0: of the image encoder.
+      params_0: parameters of the image encoder.
       identity: a fingerprint of them.
-      preprocess: of images that are evaluated.
-      augment: of training samples.
+      preprocess: preprocessing of images that are evaluated.
+      augment: augmentation of training samples.
       tasks: the tasks.
       control: the control task, if the script needs one.
       mesh: the devices.

@@ -34,7 +34,7 @@ def alone(options: Any) -> Config:
     """The options of a study that a benchmark trains by itself, on one device.
 
     Args:
-      options: of the benchmark; those that a study has by the same name count.
+      options: options of the benchmark; those that a study has too count.
     """
     names = {field.name for field in dataclasses.fields(Config)}
     own = {name: value for name, value in vars(options).items() if name in names}

@@ -175,7 +175,7 @@ def of_tasks(
       tasks: what they are trained on.
       folder: the folder in the bank; by default that of the method, or, of a method
         with a penalty, that of its candidate of the same weight where the bank has it.
-      kind: of a method with curvature, how that is measured and merged.
+      kind: how curvature is measured and merged, for a method with curvature.
     """
     given = (method, tasks, folder, kind or curved.KINDS.get(method))
     wanted = [one for own in seeds.setups(setup) for one in _wanted(own, *given)]

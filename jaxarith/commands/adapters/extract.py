@@ -118,7 +118,7 @@ class Row(NamedTuple):
       module: its name.
       rank: the rank of its factors.
       energy: the share of the squared norm of its change that they keep.
-      squared_norm: of its change.
+      squared_norm: squared norm of its change.
     """
 
     module: str

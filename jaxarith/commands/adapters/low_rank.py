@@ -25,7 +25,7 @@ class LowRank(NamedTuple):
     Attributes:
       left: `[m, r]`.
       right: `[r, n]`.
-      squared_norm: of the whole matrix.
+      squared_norm: squared norm of the whole matrix.
       energy: the share of it that the product keeps.
     """
 

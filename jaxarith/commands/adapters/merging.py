@@ -32,7 +32,7 @@ class Merged(NamedTuple):
       module: its name.
       product: the delta, in float64.
       energy: the share of the squared norm that they keep.
-      squared_norm: of what they keep.
+      squared_norm: squared norm of what they keep.
     """
 
     module: str
@@ -46,7 +46,7 @@ class Whole(NamedTuple):
 
     Attributes:
       tensors: that of each adapter, None where it leaves the base's.
-      start: that of the base, if it is at hand.
+      start: that of the base, if it is available.
     """
 
     tensors: list[Stored | None]
@@ -233,7 +233,7 @@ def weighted(name: str, leaf: Whole, coefs: np.ndarray) -> np.ndarray:
     """The linear merge of a whole tensor, in float32.
 
     Raises:
-      ValueError: it moves the base, which is not at hand.
+      ValueError: it moves the base, which is not available.
     """
     if leaf.start is None and (
         None in leaf.tensors or abs(float(np.sum(coefs)) - 1) > 1e-6

@@ -93,7 +93,7 @@ class MergeRequest:
         base's with the tokens of all others; None is the base's, and what adapters
         have of a tokenizer, while rows of tokens stay where they are.
       tokens: where rows of single tokens come from.
-      pad_to_multiple_of: of what the number of rows is a multiple; None is any.
+      pad_to_multiple_of: the number of rows is a multiple of it; None is any number.
       chat_template: the new chat template, or the name of one; "auto" is the one that
         most models have.
       layers: the number of layers that the largest stack must have; None is any.

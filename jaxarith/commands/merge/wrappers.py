@@ -54,7 +54,7 @@ class After(NamedTuple):
     """A wrapper that is asked for.
 
     Attributes:
-      name: of the wrapper.
+      name: name of the wrapper.
       options: those that are given, in their types.
     """
 
