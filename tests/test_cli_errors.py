@@ -49,6 +49,20 @@ def test_models_that_do_not_fit_are_refused_by_name(
     assert not (tmp_path / "merged").exists()
 
 
+def test_one_model_by_two_names_is_noted(models, tmp_path, capsys):
+    same = [*models[:2], f"{models[0]}/../m1/"]
+    assert run(same, tmp_path / "merged", "--method", "average", "--dry-run") == 0
+    told = f"{same[1]} and {same[2]}: one model that is given twice, and counts twice"
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", ["1e400", "1e39", "inf"])
+def test_numbers_beyond_float32_are_refused(models, tmp_path, capsys, number):
+    options = ("--method", "task_arithmetic", "--coef", number)
+    error = failure(capsys, models, tmp_path / "merged", *options)
+    assert f"'{number}'; it must be a number that float32 holds" in error
+
+
 def test_unknown_methods_are_refused(models, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(models, tmp_path / "merged", "--method", "magic")

@@ -78,6 +78,16 @@ def test_one_number_that_is_one_unit_off_is_found(place, tmp_path, capsys):
     assert run(place, merged, "--roundings", "3") == 0
 
 
+def test_what_moved_away_from_zero_is_told_without_warnings(place, tmp_path, capsys):
+    def moved(found):
+        found["model.zeros.weight"][1] = 3
+
+    assert run(place, changed(place, tmp_path / "merged", moved, "float32")) == 1
+    told = capsys.readouterr()
+    assert "| model.zeros.weight |                 3 |" in told.out
+    assert "overflow" not in told.err
+
+
 def rounded(place, folder, times):
     """The sum as programs make it that round products, scales and sums."""
     sums = {k: x.astype(BFLOAT16) for k, x in tensors().items() if k != "steps"}
@@ -170,3 +180,14 @@ def test_refusals(place, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(place, place / "float32", "--roundings", "0")
     assert "'0' is no whole number above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stated", "noted"), [("org/Base@main", False), ("org/other", True), (None, False)]
+)
+def test_an_adapter_of_another_base_is_noted(place, tmp_path, capsys, stated, noted):
+    adapter = tmp_path / "adapter"
+    write(adapter, 1, base_model_name_or_path=stated)
+    run(place, place / "float32", adapter=adapter)
+    told = f"trained on org/other by its adapter_config.json, and added to {place}/base"
+    assert (told in capsys.readouterr().err) == noted

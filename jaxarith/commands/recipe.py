@@ -67,7 +67,9 @@ def _headers(found: Sequence[Document], temporary: Path) -> Located:
     for part, node in _parts(found).items():
         if part in results or Path(part).expanduser().exists():
             continue
-        folder = temporary / "hub" / str(len(names.folders))
+        # Named as the model is, for adapters name the model that they were trained on.
+        name = Path(part.partition("@")[0]).name
+        folder = temporary / "hub" / str(len(names.folders)) / name
         try:
             names = names.also(part, str(headers.fetch(part, folder)))
         except FileNotFoundError as error:

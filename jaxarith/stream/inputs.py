@@ -202,6 +202,33 @@ def changes_of(
     return changes, parted, notes
 
 
+def trained_elsewhere(adapter: Path, model: str, label: str) -> list[str]:
+    """A note if an adapter names another base than the model that it is added to.
+
+    Folders and ids of the Hub are one model if their last parts are equal. A quantised
+    base has another name than the model, and a note of its own.
+    """
+    stated = hub.read_json(adapter, lora.CONFIG).get("base_model_name_or_path")
+    if not isinstance(stated, str) or not stated:
+        return []
+    if _called(stated) == _called(model) or _is_quantised(stated):
+        return []
+    return [f"{label}: trained on {stated} by its {lora.CONFIG}, and added to {model}"]
+
+
+def _is_quantised(model: str) -> bool:
+    path = Path(model)
+    if _QUANTISED.search(path.name):
+        return True
+    return path.is_dir() and bool(packed.stated_format(read_config(path)))
+
+
+def _called(model: str) -> str:
+    path = Path(model).expanduser()
+    name = path.resolve().name if path.is_dir() else path.name.partition("@")[0]
+    return name.casefold()
+
+
 def _vector(
     file: Path, base: Mapping[str, Stored], label: str, missing: policies.Missing
 ) -> tuple[lora.Adapter, list[str]]:
@@ -224,10 +251,9 @@ def _adapter(
     """What an adapter does to a base, whether it unties the head, and notes."""
     config = hub.read_json(folder, lora.CONFIG)
     trained_on = str(config.get("base_model_name_or_path"))
-    quantised = _QUANTISED.search(Path(trained_on).name) or (
-        Path(trained_on).is_dir() and packed.stated_format(read_config(trained_on))
-    )
-    notes = [f"{label}: trained on {trained_on}, which is quantised"] * bool(quantised)
+    notes = []
+    if _is_quantised(trained_on):
+        notes.append(f"{label}: trained on {trained_on}, which is quantised")
     if tied is None or tied.embedding not in base:
         change = lora.read_adapter(folder, base)
         return change, False, [*notes, *change.notes]

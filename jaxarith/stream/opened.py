@@ -188,7 +188,7 @@ def open_models(
     notes = [*first.notes]
     fitted: dict[str, dict[str, Stored]] = {}
     were_packed: dict[str, bool] = {}
-    for label, place in zip(labels, places, strict=True):
+    for name, label, place in zip(map(str, models), labels, places, strict=True):
         fitted[label] = {}
         if place.folder is not None:
             notes += configs.compare(config, read_config(place.folder), label)
@@ -197,6 +197,11 @@ def open_models(
             fitted[label] = ours
             were_packed[label] = bool(found.notes)
             notes += [*found.notes, *more]
+        if place.adapter is not None:
+            [on, *own] = inputs.adapted(name)
+            if not own:
+                on = inputs.adapted(str(models[0]))[0] if base is None else str(base)
+            notes += inputs.trained_elsewhere(place.adapter, on, label)
     if base is not None:
         notes += inputs.rounding_notes(bool(first.notes), were_packed)
     tensors = first.tensors

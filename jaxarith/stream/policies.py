@@ -100,7 +100,8 @@ def fit(
         lines += [f"+ {name} {ours[name]}: not in the base" for name in strange]
         raise ValueError(
             _listed(f"{label} does not fit the base ({len(lines)} tensors):", lines)
-            + '\nmissing="base" (--missing base) keeps the tensors of the base there.'
+            + '\nmissing="base" (--missing base), in `jaxarith merge` and `inspect`, '
+            "keeps the tensors of the base there."
         )
     if strange:
         _check_share(found, strange, ours, label)
@@ -267,7 +268,8 @@ def rows(
         raise ValueError(
             _listed("the vocabularies differ:", lines)
             + '\nChoose: vocabulary="truncate" keeps the rows that all have, '
-            '"base-rows" those of the base, "skip" the base itself (--vocabulary).'
+            '"base-rows" those of the base, "skip" the base itself (--vocabulary), in '
+            "`jaxarith merge` and `inspect`."
         )
     notes = [f"{line} ({vocabulary})" for line in lines]
     if vocabulary == "skip":

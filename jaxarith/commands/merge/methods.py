@@ -102,6 +102,8 @@ def converted(value: Any, option: Option) -> Value:
             number = math.nan
         if abs(number) <= _LARGEST and number == kind(number):
             return kind(number)
+        if abs(number) > _LARGEST:
+            raise ValueError(f"is {value!r}; it must be a number that float32 holds.")
     known = " or ".join([KINDS[kind], *option.words])
     raise ValueError(f"is {value!r}; it must be {known}.")
 

@@ -164,7 +164,8 @@ def build(request: MergeRequest, *, seed: int = 0) -> MergeRecipe:
         if method.base == "input":
             own = same[0].parameters if same else {}
             models, base = (Model(base, own), *models), None
-    return of_models(request, method, models, base, seed=seed)
+    recipe = of_models(request, method, models, base, seed=seed)
+    return dataclasses.replace(recipe, notes=(*recipe.notes, *_twice(recipe.models)))
 
 
 def of_models(
@@ -223,6 +224,17 @@ def place(model: str) -> str:
     """The folder of a local model, however it was written; else its name."""
     path = Path(model).expanduser()
     return str(path.resolve()) if path.is_dir() else model
+
+
+def _twice(models: Sequence[str]) -> Iterator[str]:
+    """Notes on models that are given twice, perhaps by two names."""
+    seen: dict[str, str] = {}
+    for model in models:
+        first = seen.get(place(model))
+        if first is not None:
+            names = model if first == model else f"{first} and {model}"
+            yield f"{names}: one model that is given twice, and counts twice"
+        seen[place(model)] = model
 
 
 def _bound(

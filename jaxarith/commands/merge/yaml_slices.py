@@ -109,7 +109,10 @@ def _source(
         )
     start, stop = values
     if not 0 <= start <= stop:
-        raise found.error(f"layer_range is {values}; it must be 0 <= first <= behind.")
+        raise found.error(
+            f"layer_range is {values}; it must be [first layer, first one behind], "
+            "with 0 <= first layer <= first one behind."
+        )
     return Source(model, start, stop, found.place), notes
 
 
