@@ -1,5 +1,7 @@
 """Attention by blocks against its definition, in values, derivatives and memory."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from oracles import normal
 from tiny_gpt2 import random_params
 
+from experiments.bench import long_texts
 from jaxarith import precision, tangent, tree
 from jaxarith.merge import capture
 from jaxarith.models import bert, blocked_attention, clip, generate, gpt2, t5
@@ -311,3 +314,14 @@ def test_rounded_products_leave_the_point_as_it_is():
     expected = push(v)
     error = jnp.abs(found - expected).max() / jnp.abs(expected).max()
     assert 1e-4 < error < 0.01
+
+
+def test_the_report_has_both_forms_of_attention(tmp_path):
+    config = long_texts.Config(
+        tmp_path, model="t5-small-encoder", lengths=(140,), layers=1, repetitions=1
+    )
+    found = long_texts.main(config)
+    assert json.loads((tmp_path / "report.json").read_text()) == found
+    whole, blocks = found["rows"]
+    assert (whole["attention"], blocks["attention"]) == ("whole", "blocks")
+    assert blocks["temporary MB, over whole"] < 1
