@@ -137,6 +137,21 @@ def test_a_union_has_the_tokens_of_all_in_order_of_models(name, merged, rows):
         assert_close(found[ids[token]], rows(name, model, token), 1e-6)
 
 
+def test_tokens_that_the_new_vocabulary_lacks_are_told(models, tmp_path, capsys):
+    path = write(
+        tmp_path / "c.yaml", BASED.format(**models) + "tokenizer_source: base\n"
+    )
+    assert cli.main(["merge", path, str(tmp_path / "out"), "--dry-run"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    ids = {name: ids_of(Path(folder)) for name, folder in models.items()}
+    for name in ("chat", "code"):
+        lost = [repr(x) for x in ids[name] if x not in ids["base"]]
+        note = f"{name} has {len(lost)} tokens that the new vocabulary lacks"
+        assert lost and note in told
+        assert all(token in told for token in lost)
+    assert "base has" not in told
+
+
 def test_no_note_names_files_that_are_written_anew(models, tmp_path, capsys):
     text = LINEAR.format(**models) + "tokenizer_source: union\n"
     path = write(tmp_path / "c.yaml", text)

@@ -64,6 +64,13 @@ def rerowing(
     for name, table in own.items():
         if lacking := int((table[ids] < 0).sum()):
             notes.append(f"{name} has no rows of its own for {lacking} tokens")
+        theirs = known[name].ids
+        if lost := [token for token in theirs if token not in out.ids]:
+            few = ", ".join(tree.first_few([repr(x) for x in lost], most=5))
+            notes.append(
+                f"{name} has {len(lost)} tokens that the new vocabulary lacks, whose "
+                f"rows are left out: {few}"
+            )
     new = Rerowing(
         count=count,
         words=out.size,
