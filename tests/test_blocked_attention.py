@@ -325,3 +325,10 @@ def test_the_report_has_both_forms_of_attention(tmp_path):
     whole, blocks = found["rows"]
     assert (whole["attention"], blocks["attention"]) == ("whole", "blocks")
     assert blocks["temporary MB, over whole"] < 1
+
+
+def test_masks_and_biases_may_be_arrays_of_numpy():
+    q, k, v = (normal((0, i), 2, 600, HEADS, WIDTH) for i in range(3))
+    mask, bias = real(1, 600, 600), bias_of(600, 600)
+    found = attend(q, k, v, mask=mask, bias=bias)
+    assert_close(found, plain(q, k, v, mask, bias), 1e-5)

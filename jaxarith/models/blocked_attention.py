@@ -12,9 +12,9 @@ With :math:`e = \exp(s - \max s)` and :math:`l = \sum e`, a block divides the pr
 
 .. math:: \dot o = \frac{(e\dot s)\,v + e\,\dot v - o \sum e\dot s}{l}
 
-and its transpose the ordinary backward pass of attention, which computes `e` again. In
-products of all scores with D numbers, of which a forward pass has 2: a tangent with its
-values takes 6, its transpose 4, and 1 for `e` (without blocks 10 in all, here 11).
+and its transpose the ordinary backward pass of attention, which computes `e` again. A
+forward pass has 2 products of all scores with D numbers. Value and tangent have 6, the
+transpose 4, and `e` 1 again: 11 in all, against 10 without blocks.
 
 On a CPU XLA finds what is computed twice from one input and keeps the first result
 instead, see `layers.rematerialized`; it does not see through the loop.
@@ -136,24 +136,23 @@ def attend_in_blocks(
         x = jnp.pad(x, padding)
         return jnp.moveaxis(x.reshape(*x.shape[:-2], count, size, x.shape[-1]), -3, 0)
 
+    def split_rows(given):
+        if given is None or isinstance(given, Causal | RelativeBias):
+            return None
+        return split(given) if given.shape[-2] > 1 else None
+
     def rows(given, part, start):
         if isinstance(given, Causal | RelativeBias):
             return given.rows(start, size)
         return given if part is None else part
 
     @jax.checkpoint
-    def block(start, q, parts):
-        of_block = (
-            rows(given, part, start)
-            for given, part in zip((mask, bias), parts, strict=True)
-        )
-        return _attend(q, k, v, *of_block)
+    def block(start, q, mask_part, bias_part):
+        mask_rows = rows(mask, mask_part, start)
+        return _attend(q, k, v, mask_rows, rows(bias, bias_part, start))
 
-    parts = [
-        split(x) if isinstance(x, jax.Array) and x.shape[-2] > 1 else None
-        for x in (mask, bias)
-    ]
-    blocks = jnp.arange(count) * size, split(q), parts
+    starts = jnp.arange(count) * size
+    blocks = starts, split(q), split_rows(mask), split_rows(bias)
     _, mixed = jax.lax.scan(lambda _, x: (None, block(*x)), None, blocks)
     mixed = jnp.moveaxis(mixed, 0, -3)
     mixed = mixed.reshape(*mixed.shape[:-3], -1, mixed.shape[-1])[..., :queries, :]

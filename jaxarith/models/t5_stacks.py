@@ -235,7 +235,7 @@ class Attention(nn.Module):
     def relative_bias(self, length: int, at: jax.Array | None = None) -> Bias:
         """`[1, H, length, length]`, or `[1, H, 1, length]` for the token `at` alone.
 
-        Of a long text only the diagonals; blocks of queries make their rows of them.
+        For a long text the diagonals alone: each block of queries makes its rows.
         """
         if at is None and is_long(length, length):
             diagonals = self._buckets(np.arange(1 - length, length))
