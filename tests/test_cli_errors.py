@@ -9,6 +9,7 @@ import pytest
 from merge_command import fails, failure, run, write
 from safetensors.numpy import load_file, save_file
 
+from jaxarith import cli
 from jaxarith.hub import safetensors
 
 models = merge_command.models  # a fixture
@@ -54,6 +55,25 @@ def test_one_model_by_two_names_is_noted(models, tmp_path, capsys):
     assert run(same, tmp_path / "merged", "--method", "average", "--dry-run") == 0
     told = f"{same[1]} and {same[2]}: one model that is given twice, and counts twice"
     assert told in capsys.readouterr().out
+
+
+def test_a_plan_says_whose_dtype_is_written(models, tmp_path, capsys):
+    named = ["--model", models[1], "--model", models[2]]
+    out = ["--out", str(tmp_path / "merged"), "--dry-run"]
+    for base in (["--base", models[0]], []):
+        assert cli.main(["merge", "--method", "karcher", *named, *base, *out]) == 0
+        whose = "base" if base else "first model"
+        assert f"dtype    that of the {whose}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("method", "hinted"), [("ties", True), ("dare_ties", False)])
+def test_presets_are_told_of_methods_that_both_have(
+    models, tmp_path, capsys, method, hinted
+):
+    options = ("--method", method, "--density", "0.5", "--weight", "1")
+    assert run(models, tmp_path / "merged", *options) == 0
+    hint = "--preset mergekit uses mergekit's" in capsys.readouterr().err
+    assert hint == hinted
 
 
 @pytest.mark.parametrize("number", ["1e400", "1e39", "inf"])

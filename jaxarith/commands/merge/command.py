@@ -12,6 +12,7 @@ from jaxarith.commands.merge import documents, flags, mergekit_yaml, steps
 from jaxarith.commands.merge import recipe as merge_recipe
 from jaxarith.commands.merge.devices import computing_on, with_threads
 from jaxarith.commands.merge.mergekit_methods import MERGEKIT
+from jaxarith.commands.merge.methods import PAPER
 from jaxarith.commands.merge.prepared import prepared
 from jaxarith.report import printable, shown
 
@@ -87,7 +88,8 @@ def _merge_documents(
 
 def _hints(args: argparse.Namespace) -> Iterator[str]:
     """What the user may not know of the flags."""
-    if args.method in MERGEKIT and args.preset is None and MERGEKIT[args.method].note:
+    in_both = args.method in MERGEKIT and args.method in PAPER
+    if in_both and args.preset is None and MERGEKIT[args.method].note:
         yield f"{args.method} is that of its paper; --preset mergekit uses mergekit's"
 
 

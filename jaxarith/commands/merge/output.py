@@ -32,12 +32,15 @@ def planned(
 ) -> str:
     """The plan of a merge, for people to read."""
     passes = recipe.function.passes
+    first = "base" if recipe.base else "first model"
+    if isinstance(recipe, SlicedRecipe) and recipe.base is None:
+        first = "first model of each slice"
     rows = [
         ("method", recipe.request.method),
         ("base", recipe.base or "none"),
         *(("model", model) for model in recipe.models),
         ("tensors", f"{plan.tensors}, the largest of {_bytes(plan.largest)}"),
-        ("dtype", dtype or "that of the base"),
+        ("dtype", dtype or f"that of the {first}"),
         ("reads", f"{_bytes(plan.bytes_in)} in each of about {passes} passes"),
         ("writes", f"{_bytes(plan.bytes_out)} in {len(plan.files)} files"),
         ("memory", f"about {_bytes(plan.peak_bytes)}"),
