@@ -382,6 +382,8 @@ def test_the_language_model_beside_an_encoder_of_images(torch, tmp_path, merged)
         if twin is not None and ".layers.1." not in name:
             np.testing.assert_array_equal(tensor, twin)
     load = transformers.LlavaForConditionalGeneration.from_pretrained
+    notes = json.loads((out / "jaxarith_merge.json").read_text())["notes"]
+    assert any(x.endswith(f"the encoder beside them is that of {a}") for x in notes)
     model, info = load(out, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys"))
     assert model.config.text_config.num_hidden_layers == 4

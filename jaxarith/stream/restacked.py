@@ -282,6 +282,11 @@ def _config(
     )
     notes.append(f"config.json counts and lists the {len(layers)} layers of the slices")
     first, last = slices[0].first.model, slices[-1].first.model
+    if template.has_encoder:
+        notes.append(
+            f"layers of {template.stack} are sliced; the encoder beside them is that "
+            f"of {first}"
+        )
     if stacks[first].tied and first != last and not stacks[last].untied:
         notes.append(f"the head is tied to the embedding, which is that of {first}")
     return config, [*notes, *layer_configs.disagreements(layers)]

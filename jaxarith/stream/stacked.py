@@ -119,6 +119,11 @@ class Template(NamedTuple):
         outside = _outside(found)
         return cls(stack, count, config, {n for n, _ in found}, outside, inside)
 
+    @property
+    def has_encoder(self) -> bool:
+        """Whether an encoder of images or sounds stands beside the layers."""
+        return any(map(_ENCODER.search, self.outside))
+
     def check(self, tensors: Mapping[str, Stored], of: Layers) -> None:
         """Raises a ValueError unless the configuration fits layers of a slice."""
         kinds: dict[int, dict[str, tuple[int, ...]]] = {}
