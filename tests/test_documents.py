@@ -253,6 +253,8 @@ def test_folders_of_others_are_not_replaced(chain, models, tmp_path, capsys):
     shutil.rmtree(tmp_path / "mean")
     error = fails(capsys, chain, tmp_path / "mean", *flags)
     assert "hold each other" in error
+    error = fails(capsys, chain, tmp_path / "out", "--intermediate-dir", chain)
+    assert f"{chain} is a file; name another --intermediate-dir." in error
     single = write(tmp_path / "single.yaml", linear(models[1]))
     error = fails(capsys, single, tmp_path / "out", *flags)
     assert "--intermediate-dir is for a YAML file of several documents" in error

@@ -127,6 +127,10 @@ def check_folders(
     """Raises a ValueError if results would replace others, or hold the new folder."""
     if args.intermediate_dir is None:
         return
+    if args.intermediate_dir.is_file():
+        raise ValueError(
+            f"{args.intermediate_dir} is a file; name another --intermediate-dir."
+        )
     for one in found[:-1]:
         folder = (args.intermediate_dir / str(one.name)).resolve()
         if folder.exists() and not kept.is_kept(folder):
