@@ -32,6 +32,7 @@ from jaxarith.stream.opened import Opened
 from jaxarith.typing import Params, Taus
 
 SHARD_BYTES = 5_000_000_000
+_HASHERS = 2  # files that are hashed at a time
 _WAITING = 256 * 2**20  # bytes of merged leaves that wait to be written
 _PROGRAM = 700 * 2**20  # what Python, JAX and compiled programs take
 
@@ -148,7 +149,7 @@ def merge(
       dtype: dtype of the floating-point tensors that are written, to which results are
         rounded once; None keeps those of the base.
       shard_bytes: the most bytes of tensors in a file.
-      hashes: whether to hash all weights that are read (SHA-256), in another thread.
+      hashes: whether to hash all weights that are read (SHA-256), in other threads.
         The Hub's cache has the hashes of its files.
       overwrite: whether to replace an existing `out`.
       quiet: whether to show no progress bar.
@@ -314,12 +315,22 @@ def sha256(
       folders: folders of checkpoints and adapters, and single files.
       stop: ends the work when it is set.
     """
+    pairs = [
+        (str(folder), file)
+        for folder in dict.fromkeys(folders)
+        for file in hub.weight_files(folder)
+    ]
+
+    def of(file):
+        # Nobody waits for the rest of a merge that failed.
+        return None if stop is not None and stop.is_set() else _of_file(file)
+
     hashes: dict[str, dict[str, str]] = {}
-    for folder in dict.fromkeys(folders):
-        for file in hub.weight_files(folder):
-            if stop is not None and stop.is_set():  # nobody waits for the rest
-                return hashes
-            hashes.setdefault(str(folder), {})[file.name] = _of_file(file)
+    with ThreadPoolExecutor(resources.at_most(_HASHERS), "hash") as pool:
+        found = pool.map(of, [file for _, file in pairs])
+        for (folder, file), digest in zip(pairs, found, strict=True):
+            if digest is not None:
+                hashes.setdefault(folder, {})[file.name] = digest
     return hashes
 
 
