@@ -68,6 +68,16 @@ def test_files_of_other_kinds_are_refused(models, tmp_path, capsys, name):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_is_no_base(models, tmp_path, capsys):
+    _, one, two = models
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    error = failure(
+        capsys, [str(tmp_path / "lora"), one, two], tmp_path / "out", *DOUBLE
+    )
+    assert "lora is an adapter; the base must be a whole model" in error
+
+
 def in_pytorch(torch, folder, shards, zipped=True):
     """Replaces the weights of a folder by PyTorch's files."""
     file = Path(folder) / "model.safetensors"

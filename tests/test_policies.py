@@ -296,3 +296,18 @@ def test_packed_weights_of_quantised_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match=rf"{name} is a matrix of int32 that differs"):
         merged(tmp_path, base, model)
     assert merged(tmp_path / "same", base, model | {name: packed[0]})
+
+
+def stored(dtype):
+    return hub.Stored.made(np.dtype(dtype), (2, 3), lambda: np.ones((2, 3), dtype))
+
+
+def test_a_model_with_more_digits_than_the_base_is_noted():
+    base = {"a": stored("float16"), "b": stored("float32")}
+    _, notes = policies.fit(base, {"a": stored("float32"), "b": stored("f4")}, "m1")
+    assert notes == [
+        "m1: 1 tensors (a) float32, float16 in the base; the merge has the base's "
+        "types, unless a dtype is given (--dtype)"
+    ]
+    _, notes = policies.fit(base, {"a": stored("f2"), "b": stored("f2")}, "m1")
+    assert notes == []

@@ -144,11 +144,18 @@ def find_base(base: str | os.PathLike) -> Path:
 
     Raises:
       FileNotFoundError: there is no such model.
-      ValueError: it is a file of `hub.save_tree`, such as that of a task vector.
+      ValueError: it is an adapter, or a file of `hub.save_tree`, such as that of a task
+        vector.
     """
     file = Path(base).expanduser()
     if not file.is_file():
-        return hub.find(base)
+        folder = hub.find(base)
+        if lora.is_adapter(folder):
+            raise ValueError(
+                f"{base} is an adapter; the base must be a whole model. Adapters are "
+                "models to merge, alone or as `model+adapter`."
+            )
+        return folder
     if _is_tree(file):
         raise ValueError(
             f"{file} is a task vector or another tree of jaxarith's; expected the "

@@ -109,7 +109,20 @@ def fit(
         notes.append(f"{label}: {_some(lacking)} missing: the base's stay")
     if strange or buffers:
         notes.append(f"{label}: {_some([*strange, *buffers])} left out")
+    notes += _wider(base, found, label)
     return dict(sorted(found.items())), notes
+
+
+def _wider(base, found, label):
+    """A note on tensors of which the base's type holds fewer digits."""
+    wider = [n for n, x in found.items() if x.dtype.itemsize > base[n].dtype.itemsize]
+    if not wider:
+        return []
+    pairs = sorted({f"{found[n].dtype}, {base[n].dtype} in the base" for n in wider})
+    return [
+        f"{label}: {_some(wider)} {'; '.join(pairs)}; the merge has the base's types, "
+        "unless a dtype is given (--dtype)"
+    ]
 
 
 def fit_vector(
