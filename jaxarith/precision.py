@@ -87,9 +87,21 @@ def _moves_inside(eqn, moves):
     if eqn.primitive.name == "while":
         return [True] * len(moves)
     if eqn.primitive.name == "scan":
-        first, carried = eqn.params["num_consts"], eqn.params["num_carry"]
-        return [*moves[:first], *[True] * carried, *moves[first + carried :]]
+        consts, carried, slices = _parts_of_scan(eqn.params, moves)
+        return [*consts, *[True] * len(carried), *slices]
     return moves
+
+
+def _parts_of_scan(params, operands):
+    """Operands that the body closes over, that it carries, and that it has slices of.
+
+    JAX 0.10 says how many there are of each by two numbers, JAX 0.12 by a tree.
+    """
+    if "ft_in" in params:
+        return map(list, params["ft_in"].update(operands).unpack())
+    first, count = params["num_consts"], params["num_carry"]
+    last = first + count
+    return operands[:first], operands[first:last], operands[last:]
 
 
 def _is_wide_product(eqn, dtype):
