@@ -12,7 +12,7 @@ import functools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -69,6 +69,15 @@ def _controller():
 def fit_beside_others(leaves: Iterable[Any], *args: Any) -> bool:
     """Whether leaves are small matrices, in the memory of a CPU as their arguments."""
     return all(map(_is_small, leaves)) and all(map(_is_here, jax.tree.leaves(args)))
+
+
+def are_vectors(leaves: Collection[Any], *args: Any) -> bool:
+    """Whether leaves, such as biases, are merged at once while matrices are factored.
+
+    They have one axis or none, and are in the memory of a CPU as their arguments.
+    """
+    few = all(jnp.ndim(leaf) < 2 for leaf in leaves)
+    return few and all(map(_is_here, jax.tree.leaves((list(leaves), args))))
 
 
 def _is_small(leaf):

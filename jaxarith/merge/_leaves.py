@@ -231,7 +231,8 @@ def _fold(merge_leaf, params_0, taus, args, options, means):
                 ):
                     queue.add(path, merge_leaf.work(start, row, *own, **options))
                 else:
-                    queue.finish()
+                    if not _blas.are_vectors((start, *row), own):
+                        queue.finish()
                     put(path, merge_leaf(start, row, *own, **options))
     return tree.map_with_path(lambda path, _: leaves[path], params_0)
 
