@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import shlex
 import shutil
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxarith import files, hub
+from jaxarith import files, hub, stream
 from jaxarith.commands.adapters import merging, opened
 from jaxarith.commands.adapters.low_rank import one_blas_thread
 from jaxarith.commands.adapters.merging import Merged, Whole
@@ -303,10 +302,11 @@ def _inputs(
     recipe: MergeRecipe, adapters: Adapters, hashes: bool
 ) -> list[model_card.Input]:
     base = model_card.Input(str(adapters.base), "base", _is_local(adapters.base), {})
+    of = stream.sha256(adapters.folders) if hashes else {}
     return [
         base,
         *(
-            model_card.Input(name, "model", _is_local(name), _sha256(folder, hashes))
+            model_card.Input(name, "model", _is_local(name), of.get(str(folder), {}))
             for name, folder in zip(recipe.models, adapters.folders, strict=True)
         ),
     ]
@@ -314,14 +314,6 @@ def _inputs(
 
 def _is_local(name):
     return Path(str(name)).expanduser().exists()
-
-
-def _sha256(folder, hashes):
-    found = {}
-    for path in hub.weight_files(folder) if hashes else ():
-        with path.open("rb", buffering=0) as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
 
 
 def _beside(
