@@ -14,6 +14,7 @@ import numpy as np
 
 import jaxarith
 from jaxarith import files, hub, report, stream
+from jaxarith.commands import arguments
 from jaxarith.commands.adapters import classes, differences, kept
 from jaxarith.commands.adapters.low_rank import low_rank, one_blas_thread
 from jaxarith.commands.merge.request import DTYPES
@@ -59,7 +60,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     command.add_argument("--out", type=Path, required=True, help="the new folder")
     command.add_argument(
-        "--rank", type=_rank, metavar="R", help="the largest rank of a layer"
+        "--rank", type=arguments.count, metavar="R", help="the largest rank of a layer"
     )
     command.add_argument(
         "--energy",
@@ -93,12 +94,6 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     command.add_argument(
         "--quiet", action="store_true", help="print nothing but errors"
     )
-
-
-def _rank(text: str) -> int:
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0.")
 
 
 def _share(text: str) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxarith import lazy, report, stream
+from jaxarith.commands import arguments
 from jaxarith.hub import Stored
 from jaxarith.report import printable, shown
 from jaxarith.stream import names, tying
@@ -53,7 +54,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     command.add_argument("merged", metavar="MERGED", help="a folder or hub id")
     command.add_argument(
         "--roundings",
-        type=_count,
+        type=arguments.count,
         default=1,
         metavar="N",
         help="how often MERGED may have been rounded to its dtype: once (the default) "
@@ -62,12 +63,6 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     command.add_argument(
         "--quiet", action="store_true", help="print nothing if all agree"
     )
-
-
-def _count(text: str) -> int:
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0.")
 
 
 class Compared(NamedTuple):

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from jaxarith.commands import arguments
 from jaxarith.commands.merge import gradients, methods, recipe, wrappers
 from jaxarith.commands.merge.gradients import Setting, Value
 from jaxarith.commands.merge.request import DTYPES, PRESETS, MergeRequest, Model
@@ -97,7 +98,7 @@ def add(
     )
     command.add_argument(
         "--adapter-rank",
-        type=_count,
+        type=arguments.count,
         metavar="R",
         help="the largest rank of the layers of the new adapter, which is the best of "
         "that rank (default: the sum of the ranks)",
@@ -113,7 +114,7 @@ def add(
     )
     common.add_argument(
         "--threads",
-        type=_count,
+        type=arguments.count,
         metavar="N",
         help="at most N threads that compute (of XLA on CPUs, of BLAS, and of matrices "
         "side by side) and at most N, never more than 2, that read; one more hashes "
@@ -242,12 +243,6 @@ def _seed(text: str) -> int:
     if text.isdecimal() and int(text) < 2**32:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is no whole number below 2^32.")
-
-
-def _count(text: str) -> int:
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0.")
 
 
 def _size(text: str) -> int:
