@@ -12,9 +12,9 @@ from adapter_folders import normal, read
 from merge_command import checkpoint
 from safetensors.numpy import load_file
 
-from jaxarith import cli, stream
+from jaxarith import cli, resources, stream
 from jaxarith.commands.adapters import classes
-from jaxarith.commands.adapters.low_rank import low_rank, one_blas_thread
+from jaxarith.commands.adapters.low_rank import low_rank
 from jaxarith.hub import Stored
 
 SHAPES = {
@@ -38,7 +38,7 @@ def product(seed, rank, rows, columns):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    with one_blas_thread():
+    with resources.one_blas_thread():
         yield
 
 

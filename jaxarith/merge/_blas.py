@@ -8,17 +8,14 @@ after another, however many are given to it by one thread; so each has a thread 
 """
 
 import contextlib
-import functools
 import os
-import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import threadpoolctl
 from jax.core import Tracer
 
 from jaxarith import resources
@@ -34,36 +31,7 @@ def limited(leaves: Iterable[jax.Array]) -> contextlib.AbstractContextManager[No
     sides = [min(shape) for shape in shapes if len(shape) == 2]
     if not sides or max(sides) > _SMALL:
         return contextlib.nullcontext()
-    return _one_thread()
-
-
-_lock = threading.Lock()
-_inside = 0
-_limit = contextlib.ExitStack()
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    # The limit is the process's, so the last thread to leave lifts it.
-    global _inside
-    with _lock:
-        if not _inside:
-            _limit.enter_context(_controller().limit(limits=1, user_api="blas"))
-        _inside += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside -= 1
-            if not _inside:
-                _limit.close()
-
-
-@functools.cache
-def _controller():
-    import scipy.linalg  # noqa: F401, its BLAS must be loaded to be found
-
-    return threadpoolctl.ThreadpoolController()
+    return resources.one_blas_thread()
 
 
 def fit_beside_others(leaves: Iterable[Any], *args: Any) -> bool:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxarith
-from jaxarith import files, hub, report, stream
+from jaxarith import files, hub, report, resources, stream
 from jaxarith.commands import arguments
 from jaxarith.commands.adapters import classes, differences, kept
-from jaxarith.commands.adapters.low_rank import low_rank, one_blas_thread
+from jaxarith.commands.adapters.low_rank import low_rank
 from jaxarith.commands.merge.request import DTYPES
 from jaxarith.hub import Stored, adapter_writing, safetensors
 from jaxarith.report import printable, shown
@@ -144,7 +144,7 @@ def _run(args: argparse.Namespace) -> None:
         sources = [x for leaf in opened.taus[0].values() for x in leaf.sources]
         with (
             adapter_writing.Spill(temporary / "factors") as spill,
-            one_blas_thread(),
+            resources.one_blas_thread(),
             opened.progress.shown(sum(x.nbytes for x in sources), args.quiet),
         ):
             tensors, rows, rest = _extracted(args, opened, layout, linear, spill)

@@ -4,14 +4,12 @@ Halko, Martinsson, Tropp. Finding Structure with Randomness. SIAM Review 2011.
 arXiv:0909.4061 (algorithms 4.4 and 5.1).
 """
 
-import contextlib
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import threadpoolctl
 
 _EXACT = 256  # the shorter side up to which all singular values are computed
 _MORE = 16  # directions beside those that are wanted
@@ -82,17 +80,6 @@ def low_rank(matrix: jax.Array, *, rank: int | None, energy: float | None) -> Lo
         total,
         min(1.0, float(kept[count - 1]) / total) if total else 1.0,
     )
-
-
-def one_blas_thread() -> contextlib.AbstractContextManager:
-    """Keeps LAPACK to one thread, for work of one matrix after another.
-
-    Several wait for each other and for XLA's: on 2 busy cores the sketch of a matrix of
-    4096 by 1536 took 2.4 s with them, and 0.13 s with one.
-    """
-    import scipy.linalg  # noqa: F401, its BLAS must be loaded to be found
-
-    return threadpoolctl.threadpool_limits(limits=1, user_api="blas")
 
 
 @jax.jit

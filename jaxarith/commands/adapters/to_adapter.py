@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxarith import files, hub, stream
+from jaxarith import files, hub, resources, stream
 from jaxarith.commands.adapters import merging, opened
-from jaxarith.commands.adapters.low_rank import one_blas_thread
 from jaxarith.commands.adapters.merging import Merged, Whole
 from jaxarith.commands.adapters.opened import Adapters
 from jaxarith.commands.merge import flags, gradients, mergekit_yaml, model_card
@@ -77,7 +76,10 @@ def run(args: argparse.Namespace, out: Path) -> None:
     with hub.staging(out.parent) as temporary, jax.enable_x64(True):
         new = temporary / "new"
         new.mkdir()
-        with adapter_writing.Spill(temporary / "factors") as spill, one_blas_thread():
+        with (
+            adapter_writing.Spill(temporary / "factors") as spill,
+            resources.one_blas_thread(),
+        ):
             tensors, rows = _merged(args, recipe, adapters, spill, dtype)
         ranks = {row["module"]: row["rank"] for row in rows}
         config = adapter_writing.config(
