@@ -153,16 +153,16 @@ def rows_of(
         row |= {"weights": None} | found
         rows.append(row | (beside or {"cosine with sum": None, "effective λ": None}))
 
-    progress = tqdm([*MERGES.items(), (ESM, (None, _TO_THREE))], unit="merge")
-    for name, (method, candidates) in progress:
-        progress.set_description(name)
-        if method is None:
-            vector = fitted.esm(setup, taus)
-        else:
-            model = method(setup.params_0, taus, coef=1.0)
-            vector = task_vectors.difference(model, setup.params_0)
+    def add_merge(name, vector, candidates):
         found = disentangled.searched(setup, {"": vector}, candidates)
         add(name, found.test, coef=found.coef)
+
+    progress = tqdm(MERGES.items(), desc="merges", unit="merge")
+    for name, (method, candidates) in progress:
+        model = method(setup.params_0, taus, coef=1.0)
+        vector = task_vectors.difference(model, setup.params_0)
+        add_merge(name, vector, candidates)
+    add_merge(ESM, fitted.esm(setup, taus), _TO_THREE)
     parts = disentangled.linear_weights(taus)
     total = task_vectors.add(parts)
     plain = disentangled.searched(setup, {"": total}, coefs)

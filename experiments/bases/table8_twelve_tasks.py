@@ -262,6 +262,15 @@ def fitted(setup: prompted.Setup, taus: Taus) -> dict[str, Params]:
         return logits(params["encoder"], params["head"], *inputs)
 
     samples = [task.validation.batches for task in setup.tasks]
+    grams = study_merges.input_grams(
+        setup.apply_fn,
+        setup.params_0,
+        taus,
+        samples,
+        inputs=prompted.INPUTS,
+        token_mask="attention_mask",
+        select=bert.BLOCK_LINEAR_WEIGHTS,
+    )
     return {
         "Fisher merging": study_merges.fisher(
             logits_of,
@@ -272,15 +281,7 @@ def fitted(setup: prompted.Setup, taus: Taus) -> dict[str, Params]:
             key=jax.random.key(setup.options.seed),
             inputs=prompted.INPUTS,
         ),
-        "RegMean": study_merges.regmean(
-            setup.apply_fn,
-            setup.params_0,
-            taus,
-            samples,
-            inputs=prompted.INPUTS,
-            token_mask="attention_mask",
-            select=bert.BLOCK_LINEAR_WEIGHTS,
-        ),
+        "RegMean": merge.regmean(setup.params_0, taus, grams),
         "AdaMerging": study_merges.adamerging(
             logits_of,
             setup.params_0,

@@ -57,29 +57,6 @@ def fisher(
     return merge.fisher(params_0, taus, diagonals)
 
 
-def regmean(
-    apply_fn: ApplyFn,
-    params_0: Params,
-    taus: Taus,
-    samples: Sequence[Sequence[dict]],
-    *,
-    inputs: Sequence[str],
-    token_mask: str | None = None,
-    select: str = ".*",
-) -> Params:
-    """The RegMean merge of T encoders; see `capture.input_grams` for the options."""
-    grams = input_grams(
-        apply_fn,
-        params_0,
-        taus,
-        samples,
-        inputs=inputs,
-        token_mask=token_mask,
-        select=select,
-    )
-    return merge.regmean(params_0, taus, grams)
-
-
 def input_grams(
     apply_fn: ApplyFn,
     params_0: Params,
@@ -90,7 +67,10 @@ def input_grams(
     token_mask: str | None = None,
     select: str = ".*",
 ) -> list[dict[str, jax.Array]]:
-    """For every task, what `merge.regmean` and `merge.esm` take of its samples."""
+    """For every task, what `merge.regmean` and `merge.esm` take of its samples.
+
+    See `capture.input_grams` for the options.
+    """
     progress = tqdm(taus, desc="Gram matrices", unit="task")
     return [
         capture.input_grams(

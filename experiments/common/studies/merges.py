@@ -62,7 +62,7 @@ def fitted_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
         )
 
     def regmean():
-        return study_merges.regmean(
+        grams = study_merges.input_grams(
             study.apply_fn,
             params_0,
             taus,
@@ -72,6 +72,7 @@ def fitted_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
             # What follows the tokens, such as a prompt's head, has no mask.
             select=study.blocks if study.token_mask else ".*",
         )
+        return merge.regmean(params_0, taus, grams)
 
     def adamerging():
         return study_merges.adamerging(

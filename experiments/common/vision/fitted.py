@@ -49,24 +49,22 @@ def fisher(setup: setups.Setup, taus: Taus) -> Tree:
 def regmean(setup: setups.Setup, taus: Taus) -> Tree:
     """The RegMean merge on 256 validation images of every task (Jin et al. 2023)."""
     params_0, taus = sharding.to_host((setup.params_0, list(taus)))
-    samples = validation_samples(setup)
-    merged = study_merges.regmean(
-        setup.apply_fn, params_0, taus, samples, inputs=("image",)
-    )
-    return task_vectors.difference(merged, params_0)
+    grams = _input_grams(setup, params_0, taus, SAMPLES)
+    return task_vectors.difference(merge.regmean(params_0, taus, grams), params_0)
 
 
 def esm(setup: setups.Setup, taus: Taus) -> Tree:
     """The ESM merge on 32 validation images of every task (arXiv:2606.19164)."""
     params_0, taus = sharding.to_host((setup.params_0, list(taus)))
-    grams = study_merges.input_grams(
-        setup.apply_fn,
-        params_0,
-        taus,
-        validation_samples(setup, ESM_SAMPLES),
-        inputs=("image",),
-    )
+    grams = _input_grams(setup, params_0, taus, ESM_SAMPLES)
     return task_vectors.difference(merge.esm(params_0, taus, grams), params_0)
+
+
+def _input_grams(setup, params_0, taus, count):
+    samples = validation_samples(setup, count)
+    return study_merges.input_grams(
+        setup.apply_fn, params_0, taus, samples, inputs=("image",)
+    )
 
 
 def validation_samples(setup: setups.Setup, count: int = SAMPLES) -> list[list[dict]]:
