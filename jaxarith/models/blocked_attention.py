@@ -160,14 +160,22 @@ def attend_in_blocks(
     return mixed.reshape(*mixed.shape[:-2], -1)
 
 
-def _attend(q, k, v, mask, bias):
-    """`[..., H, Q, D]` from q of that shape and k, v `[..., H, K, D]`."""
-    scores = jnp.einsum("...qd,...kd->...qk", q, k)
+def masked(
+    scores: jax.Array, mask: jax.Array | None, bias: jax.Array | None
+) -> jax.Array:
+    """Scores `[..., H, Q, K]` in float32 or better, with a bias, least where masked."""
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     if bias is not None:
         scores = scores + bias
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    return scores
+
+
+def _attend(q, k, v, mask, bias):
+    """`[..., H, Q, D]` from q of that shape and k, v `[..., H, K, D]`."""
+    scores = jnp.einsum("...qd,...kd->...qk", q, k)
+    scores = masked(scores, mask, bias)
     # The result does not depend on what is subtracted, nor does its derivative.
     largest = jax.lax.stop_gradient(scores).max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - largest)

@@ -19,6 +19,7 @@ from jaxarith.models.blocked_attention import (
     RelativeBias,
     attend_in_blocks,
     is_long,
+    masked,
 )
 
 
@@ -154,11 +155,7 @@ def attend(
     if long or isinstance(mask, Causal) or isinstance(bias, RelativeBias):
         return attend_in_blocks(q, k, v, mask=mask, bias=bias)
     scores = jnp.einsum("...qhd,...khd->...hqk", q, k)
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    if bias is not None:
-        scores = scores + bias
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    scores = masked(scores, mask, bias)
     weights = nn.softmax(scores).astype(v.dtype)
     mixed = jnp.einsum("...hqk,...khd->...qhd", weights, v)
     return mixed.reshape(*mixed.shape[:-2], -1)
