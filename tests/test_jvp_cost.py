@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench import encoders, jvp_cost, measure
+from experiments.bench import encoders, jvp_cost, jvp_report, measure
 from jaxarith import curvature, tree
 
 CONFIG = jvp_cost.Config("unused", model="tiny", batch=8, layers=1, torch=False)
@@ -80,9 +80,9 @@ def test_curvature_adds_the_gradient_of_its_form(work):
 
 def test_many_tangents_are_those_of_single_calls(work):
     rows = jvp_cost.steps(work)
-    function, args = rows[f"{jvp_cost.TASKS} tangents by jvps"]
+    function, args = rows[f"{jvp_report.TASKS} tangents by jvps"]
     outputs, tangents = jax.jit(function)(*args)
-    function, args = rows[f"{jvp_cost.TASKS} JVPs"]
+    function, args = rows[f"{jvp_report.TASKS} JVPs"]
     for moved, (f0, expected) in zip(tangents, function(*args), strict=True):
         np.testing.assert_allclose(outputs, f0, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(moved, expected, rtol=1e-4, atol=1e-5)
@@ -100,7 +100,7 @@ def test_goals_are_ratios_of_the_rows_that_were_measured():
         row_of("+ strict τJp", 9.0),
         row_of("linearised step, remat", 3.6, temporary_bytes=2),
     ]
-    found = {g["goal"]: (g["reached"], g["met"]) for g in jvp_cost.goals(rows, True)}
+    found = {g["goal"]: (g["reached"], g["met"]) for g in jvp_report.goals(rows, True)}
     assert found == {
         "linearised over ordinary": (1.5, True),
         "linearised over ordinary, FLOPs": (2.0, False),
@@ -159,7 +159,7 @@ def test_pytorch_computes_the_same(model, monkeypatch):
     names = ["forward", "linearised step"]
     if model == "tiny":  # the other rows are made of the same calls
         names += ["ordinary step", "JVP", "+ cyclic τJp", "+ strict τJp"]
-        names += [jvp_cost.part_name("1")]
+        names += [jvp_report.part_name("1")]
     rows = jvp_cost.steps(work)
     ours = {name: jvp_cost.compile_row(name, *rows[name]).run for name in names}
     theirs = torch_tangent.steps(work, "cpu", "float32", jvp_cost.PENALTY_COEF)

@@ -33,13 +33,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments.bench import encoders, factors, measure
+from experiments.bench import encoders, factors, jvp_report, measure
+from experiments.bench.jvp_report import TASKS, part_name
 from experiments.common import script
 from jaxarith import (
     curvature,
     losses,
     plots,
-    report,
     tangent,
     task_vectors,
     tau_jp,
@@ -48,7 +48,6 @@ from jaxarith import (
 from jaxarith.typing import Params, Tree
 
 CLASSES = 100
-TASKS = 8
 PENALTY_COEF = 0.1
 
 
@@ -140,10 +139,6 @@ def prepare(config: Config) -> Work:
         jnp.asarray(rng.integers(CLASSES, size=config.batch)),
         jnp.asarray(head / np.linalg.norm(head, axis=-1, keepdims=True)),
     )
-
-
-def part_name(paradigm: str) -> str:
-    return f"linearised, paradigm ({paradigm})"
 
 
 def linearized_step(work: Work, apply_fn=None, product_dtype=None) -> Callable:
@@ -307,36 +302,6 @@ def rounding(work: Work, ours: dict[str, Compiled]) -> dict:
     }
 
 
-def goals(rows: list[dict], with_torch: bool) -> list[dict]:
-    """The goals of the project for ViT-B/32 on a CPU, and what was reached."""
-    by_name = {row["row"]: row for row in rows}
-    found = []
-
-    def goal(what, key, above, below, limit, *, least=False):
-        if above in by_name and below in by_name:
-            high, low = by_name[above][key], by_name[below][key]
-            if high and low:
-                found.append(measure.goal(what, high / low, limit, least=least))
-
-    linear, ordinary = "linearised step", "ordinary step"
-    goal("linearised over ordinary", "seconds", linear, ordinary, 1.75)
-    goal("linearised over ordinary, FLOPs", "flops", linear, ordinary, 1.68)
-    for mode, limit in {"cyclic": 1.2, "mixed": 1.2, "strict": 2.15}.items():
-        goal(f"{mode} over linearised", "seconds", f"+ {mode} τJp", linear, limit)
-    goal("paradigm (1) over ordinary", "seconds", part_name("1"), ordinary, 1.35)
-    many, separate = f"{TASKS} tangents by jvps", f"{TASKS} JVPs"
-    goal("jvps over separate JVPs", "seconds", many, separate, 0.85)
-    for step in (ordinary, linear):
-        remat = f"{step}, remat"
-        goal(f"{remat}: memory saved", "temporary_bytes", step, remat, 4, least=True)
-        goal(f"{remat}: time", "seconds", remat, step, 1.35)
-    for row in rows:
-        if with_torch and row["torch_over_jaxarith"]:
-            what = f"{row['row']}: PyTorch's faster time over ours"
-            found.append(measure.goal(what, row["torch_over_jaxarith"], 1.0))
-    return found
-
-
 def measure_rows(config: Config, work: Work):
     """All rows, and what else the report holds."""
     chosen = steps(work)
@@ -395,26 +360,6 @@ def measure_rows(config: Config, work: Work):
     return rows, checks
 
 
-HEADER = ["row", "s", "shortest to longest", "over ordinary", "GFLOP"]
-HEADER += ["over ordinary", "temporary MB", "compile s", "samples/s"]
-HEADER += ["PyTorch s", "torch.compile s", "faster PyTorch / ours"]
-
-
-def table(rows) -> str:
-    def cells(row):
-        bytes_ = row["temporary_bytes"]
-        return [
-            *(row["row"], row["seconds"]),
-            f"{row['shortest']:.3f} to {row['longest']:.3f}",
-            *(row["ratio"], row["flops"] / 1e9, row["flop_ratio"]),
-            *(None if bytes_ is None else bytes_ / 1e6, row["compile_seconds"]),
-            *(row["samples_per_second"], row["torch_seconds"]),
-            *(row["torch_compile_seconds"], row["torch_over_jaxarith"]),
-        ]
-
-    return report.markdown_table(HEADER, [cells(row) for row in rows])
-
-
 @script.full_precision
 def main(config: Config) -> dict:
     """Measures, prints and writes; returns what `report.json` holds."""
@@ -441,9 +386,9 @@ def main(config: Config) -> dict:
         "machine": where,
         "rows": rows,
         "checks": checks,
-        "goals": goals(rows, config.torch) if config.goals else [],
+        "goals": jvp_report.goals(rows, config.torch) if config.goals else [],
     }
-    parts = [measure.named(where), table(rows), *measure.unquiet(where)]
+    parts = [measure.named(where), jvp_report.table(rows), *measure.unquiet(where)]
     if config.goals:
         names = ["goal", "reached", "limit", "met"]
         parts.append(measure.table(results["goals"], names))
