@@ -2,9 +2,7 @@
 
 import argparse
 import dataclasses
-import json
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +17,13 @@ from jaxarith import files, hub, resources, stream
 from jaxarith.commands.adapters import merging, opened
 from jaxarith.commands.adapters.merging import Merged, Whole
 from jaxarith.commands.adapters.opened import Adapters
-from jaxarith.commands.merge import flags, gradients, mergekit_yaml, model_card
+from jaxarith.commands.merge import (
+    flags,
+    gradients,
+    mergekit_yaml,
+    model_card,
+    output,
+)
 from jaxarith.commands.merge import recipe as merge_recipe
 from jaxarith.commands.merge.recipe import MergeRecipe
 from jaxarith.hub import Stored, adapter_names, adapter_writing, safetensors
@@ -101,7 +105,7 @@ def run(args: argparse.Namespace, out: Path) -> None:
         )
         summary = _summary(rows)
         facts |= {"kind": "adapter", "adapter": {**summary, "layers": rows}}
-        _beside(new, copied, out.name, facts)
+        output.write(new, output.Beside(None, copied, {}, ()), out.name, facts)
         safetensors.check_unchanged(stamps)
         hub.publish(new, out, before, temporary / "old")
     if not args.quiet:
@@ -316,16 +320,3 @@ def _inputs(
 
 def _is_local(name):
     return Path(str(name)).expanduser().exists()
-
-
-def _beside(
-    folder: Path, copied: Mapping[str, Path], name: str, facts: Mapping[str, Any]
-) -> None:
-    for relative, file in copied.items():
-        place = folder / relative
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, place)
-    text = json.dumps({**facts, "files": sorted(copied)}, indent=2, ensure_ascii=False)
-    (folder / hub.RECORD).write_text(text + "\n", encoding="utf-8")
-    card = model_card.render(name, facts)
-    (folder / "README.md").write_text(card, encoding="utf-8")
