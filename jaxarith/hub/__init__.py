@@ -3,8 +3,8 @@
 `download` finds the folder of a checkpoint, `folders` its tensors, `reading` and
 `writing` do what they say. `safetensors` knows the files, `layouts` the names of
 tensors, `lora` adapters of PEFT, `lycoris` those of kohya, `quantised` packed
-weights, `vectors` files of task vectors, and `open_clip` the files of OpenCLIP, where
-`pickles` reads PyTorch's.
+weights, `vectors` files of task vectors, `open_clip` the files of OpenCLIP, and
+`pickles` PyTorch's own, which it reads as data.
 """
 
 from jaxarith.hub.download import find as find

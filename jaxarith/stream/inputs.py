@@ -16,7 +16,7 @@ from jaxarith.stream import policies, stacks, tying
 def open_checkpoint(
     folder: str | os.PathLike, dequantize: DTypeLike | None = None
 ) -> hub.Checkpoint:
-    """Finds the tensors of a checkpoint in safetensors that can be merged.
+    """Finds the tensors of a checkpoint that can be read one by one and merged.
 
     Args:
       folder: the folder, or a single file.
@@ -25,8 +25,8 @@ def open_checkpoint(
     Raises:
       FileNotFoundError: the folder, its weights or one of the shards does not exist.
       ImportError: a file is in GGUF, and the package gguf is not installed.
-      ValueError: a file is corrupt, holds quantised tensors that are refused, or is not
-        in safetensors.
+      ValueError: a file is corrupt, holds quantised tensors that are refused, or is in
+        msgpack.
     """
     if (file := quantised.gguf.find(Path(folder))) is not None:
         if dequantize is None:
@@ -39,8 +39,8 @@ def open_checkpoint(
     found = hub.open_checkpoint(folder)
     if found.file.name == hub.MSGPACK:
         raise ValueError(
-            f"{folder} holds no safetensors. Streams read nothing else: run "
-            f"`jaxarith convert {folder} NEW_FOLDER` first."
+            f"{folder} holds its weights in {hub.MSGPACK} alone, which is not read "
+            f"tensor by tensor: run `jaxarith convert {folder} NEW_FOLDER` first."
         )
     config = read_config(folder)
     if dequantize is None:
