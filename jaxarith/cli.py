@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import jaxarith
 from jaxarith import report
-from jaxarith.commands import signals
+from jaxarith.commands import completion, signals
 
 # Where the `add` of each subcommand is.
 COMMANDS = {
@@ -27,6 +27,13 @@ def _parser(names: Iterable[str]) -> argparse.ArgumentParser:
         "jaxarith", description="Merges and inspects models, and checks data."
     )
     parser.add_argument("--version", action="version", version=jaxarith.__version__)
+    parser.add_argument(
+        "--print-completion",
+        action=completion.PrintCompletion,
+        choices=completion.SHELLS,
+        help="print a script by which this shell completes the command (needs "
+        "jaxarith[completion])",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name in names:
         importlib.import_module(COMMANDS[name]).add(commands)
