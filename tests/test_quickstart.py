@@ -117,7 +117,7 @@ def test_the_quickstart_writes_everything_it_promises(tmp_path, shallow_clip):
         assert row["absolute"] == pytest.approx(mean)
     assert rows["linear", "task_arithmetic", False]["coef"] == 1.0
     assert rows["individual_linear", "none", False]["normalized"] == 1.0
-    for figure in ("xi", "tau_jp", "cosine", "coefficients", "tasks"):
+    for figure in ("xi", "tau_jp", "cosine", "coefficients", "tasks", "overview"):
         assert (tmp_path / f"{figure}.png").stat().st_size > 5000
     # What was saved is what was evaluated.
     chosen = rows["nonlinear", "task_arithmetic", True]["coef"]

@@ -7,16 +7,32 @@ from experiments.common.studies.evaluation import Evaluation, Outputs
 from experiments.common.studies.study import Study
 from jaxarith import evaluate, plots
 from jaxarith import report as reports
+from jaxarith.plots import style
 
 XI_COEFS = np.linspace(-2, 2, 15)
-# What methods are called in sentences.
+# What methods are called in sentences and figures.
 NAMES = {
+    "zero_shot": "zero-shot",
     "nonlinear": "ordinary",
     "linear": "linearised",
     "curvature": "linearised + curvature",
     "tau_jp_cyclic": "cyclic τJp",
     "tau_jp_mixed": "mixed τJp",
     "tau_jp_strict": "strict τJp",
+}
+# What merges are called in figures.
+MERGES = {
+    "task_arithmetic": "sum",
+    "ties": "TIES",
+    "dare_ties": "DARE and TIES",
+    "consensus": "Consensus",
+    "awd": "AWD",
+    "tsv": "TSV-M",
+    "iso_c": "Iso-C",
+    "wudi": "WUDI",
+    "fisher": "Fisher",
+    "regmean": "RegMean",
+    "adamerging": "AdaMerging",
 }
 
 
@@ -69,18 +85,15 @@ def figures(
     """
     out, names = study.config.out, study.names
     pair = worst_pair(matrices["linear"])
-    plots.disentanglement(
-        out / "xi.png",
-        {
-            method: xi_grid(study, found.outputs[method], pair)
-            for method in tqdm(matrices, desc="ξ grids", unit="grid")
-        },
-        XI_COEFS,
-        (names[pair[0]], names[pair[1]]),
-    )
+    maps = {
+        NAMES[method]: xi_grid(study, found.outputs[method], pair)
+        for method in tqdm(matrices, desc="ξ grids", unit="grid")
+    }
+    tasks = (names[pair[0]], names[pair[1]])
+    plots.disentanglement(out / "xi.png", maps, XI_COEFS, tasks)
     plots.matrices(
         out / "tau_jp.png",
-        matrices,
+        {NAMES[method]: matrix for method, matrix in matrices.items()},
         names,
         rows="task vector",
         columns="data",
@@ -88,7 +101,7 @@ def figures(
     )
     plots.matrices(
         out / "cosine.png",
-        cosines,
+        {NAMES[method]: matrix for method, matrix in cosines.items()},
         names,
         rows="task vector",
         columns="task vector",
@@ -96,22 +109,82 @@ def figures(
     )
     plots.curves(
         out / "coefficients.png",
-        {label: (s.coefs, s.normalized) for label, s in found.searches.items()},
+        {
+            name_of(*label.replace(" ", "_").split(",_")): (s.coefs, s.normalized)
+            for label, s in found.searches.items()
+        },
         x="coefficient of every task vector",
         y="normalised accuracy (validation)",
     )
-    shown = [r for r in found.rows if r["method"] == "zero_shot" or r["searched"]]
-    plots.bars(
+    best = best_of_families(found.rows)
+    plots.by_task(
         out / "tasks.png",
-        {
-            f"{r['method']} {r['merge'].replace('none', '')}": list(
-                r["per_task"].values()
-            )
-            for r in shown
-        },
+        {label: list(row["per_task"].values()) for label, row in best.items()},
         names,
-        y="test accuracy (searched coefficient)",
+        x="test accuracy (searched coefficient)",
     )
+    at_one = {
+        name_of(row["method"], row["merge"]): row["absolute"]
+        for row in found.rows
+        if not row["searched"] and not row["method"].startswith("individual")
+    }
+    plots.overview(
+        out / "overview.png",
+        maps,
+        XI_COEFS,
+        tasks,
+        {label: at_one[label] for label in best},
+        {label: row["absolute"] for label, row in best.items() if row["searched"]},
+        x="test accuracy at coefficient 1, mean over tasks",
+        tick="at the coefficient that is best on validation data",
+    )
+
+
+def name_of(method: str, merge: str) -> str:
+    """What the row of a method and a merge is called in figures.
+
+    Example:
+      >>> name_of("nonlinear", "ties"), name_of("zero_shot", "none")
+      ('ordinary, TIES', 'zero-shot')
+    """
+    own = NAMES[method]
+    return own if merge == "none" else f"{own}, {MERGES[merge]}"
+
+
+def best_of_families(rows: list[dict]) -> dict[str, dict]:
+    """The rows that figures show; the table has all.
+
+    These are the pre-trained model, every plain sum, and of the other families of
+    merges the one with the highest accuracy, at the searched coefficients.
+
+    Args:
+      rows: the rows of the table.
+
+    Returns:
+      Name to row, in falling order of accuracy.
+    """
+    searched = {(r["method"], r["merge"]) for r in rows if r["searched"]}
+    candidates = [
+        r
+        for r in rows
+        if (r["searched"] or (r["method"], r["merge"]) not in searched)
+        and not r["method"].startswith("individual")
+    ]
+    candidates.sort(key=lambda row: -row["absolute"])
+    plain = {"none", "task_arithmetic"}
+    taken = {
+        style.family(name_of(r["method"], r["merge"]))
+        for r in candidates
+        if r["merge"] in plain
+    }
+    found = {}
+    for row in candidates:
+        label = name_of(row["method"], row["merge"])
+        own = style.family(label)
+        if row["merge"] in plain or own not in taken:
+            found[label] = row
+            taken.add(own)
+    return found
 
 
 def table(rows: list[dict], names: list[str]) -> str:

@@ -1,0 +1,159 @@
+"""Bars as PNG files."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxarith.plots import style
+
+
+@style.look
+def bars(
+    path: str | os.PathLike,
+    groups: Mapping[str, Sequence[float]],
+    names: Sequence[str],
+    *,
+    y: str,
+) -> style.Picture:
+    """Bars of several methods side by side for every task.
+
+    For more than about five methods `by_task` is easier to read.
+
+    Args:
+      path: the PNG file.
+      groups: method to its T values.
+      names: the T tasks.
+      y: what the values are.
+    """
+    width = 0.84 / len(groups)
+    size = 1.5 + max(1.0, 0.22 * len(groups)) * len(names)
+    figure = style.figure(max(7, size), 4)
+    axis, looks = figure.subplots(), style.styles(groups)
+    for i, (label, values) in enumerate(groups.items()):
+        places = np.arange(len(names)) - 0.42 + (i + 0.5) * width
+        axis.bar(places, values, width, label=label, **style.bar(looks[label]))
+    axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
+    axis.set(ylabel=y)
+    axis.grid(axis="y")
+    if len(groups) > 1:
+        figure.legend(loc="outside upper center", ncols=min(len(groups), 4))
+    return style.save(figure, path)
+
+
+@style.look
+def horizontal_bars(
+    path: str | os.PathLike,
+    groups: Mapping[str, Sequence[float]],
+    names: Sequence[str],
+    *,
+    x: str,
+) -> style.Picture:
+    """Bars of several methods side by side for every row, for long names of rows.
+
+    Args:
+      path: the PNG file.
+      groups: method to its values, one for each row; NaN draws none.
+      names: the rows, from top to bottom.
+      x: what the values are.
+    """
+    figure = style.figure(7.5, 1.2 + (0.16 + 0.18 * len(groups)) * len(names))
+    axis, looks = figure.subplots(), style.styles(groups)
+    height = 0.84 / len(groups)
+    for i, (label, values) in enumerate(groups.items()):
+        places = np.arange(len(names)) - 0.42 + (i + 0.5) * height
+        axis.barh(places, values, height, label=label, **style.bar(looks[label]))
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set(xlabel=x)
+    axis.grid(axis="x")
+    if len(groups) > 1:
+        figure.legend(loc="outside upper center", ncols=min(len(groups), 4))
+    return style.save(figure, path)
+
+
+@style.look
+def by_task(
+    path: str | os.PathLike,
+    groups: Mapping[str, Sequence[float]],
+    names: Sequence[str],
+    *,
+    x: str,
+) -> style.Picture:
+    """A panel of bars for every method, tasks from top to bottom, values written in.
+
+    Args:
+      path: the PNG file.
+      groups: method to its T values; the panels stand in this order.
+      names: the T tasks.
+      x: what the values are.
+    """
+    figure = style.figure(1.6 + 1.35 * len(groups), 1.3 + 0.3 * len(names))
+    axes = figure.subplots(1, len(groups), squeeze=False, sharex=True, sharey=True)[0]
+    looks = style.styles(groups)
+    for axis, (label, values) in zip(axes, groups.items(), strict=True):
+        axis.barh(range(len(names)), values, 0.8, **style.bar(looks[label]))
+        for place, value in enumerate(values):
+            axis.text(value, place, f" {value:.2f}", va="center", ha="left")
+        color = style.darker(looks[label].color)
+        axis.set_title(f"{_broken(label)}\nmean {np.mean(values):.3f}", color=color)
+        axis.spines["bottom"].set_visible(False)
+        axis.set_xticks([])
+        axis.tick_params(axis="y", length=0)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    axes[0].set_xlim(0, 1.35 * max(max(values) for values in groups.values()))
+    figure.supxlabel(x, fontsize=style.FONT_SIZE)
+    return style.save(figure, path)
+
+
+def _broken(label):
+    """The label in two lines, for a narrow panel."""
+    for mark in (", ", " + "):
+        first, found, last = label.partition(mark)
+        if found:
+            return f"{first}{mark.rstrip()}\n{last}"
+    return f"{label}\n"
+
+
+@style.look
+def ranked(
+    path: str | os.PathLike,
+    values: Mapping[str, float],
+    *,
+    x: str,
+    ticks: Mapping[str, float] | None = None,
+    tick: str = "",
+) -> style.Picture:
+    """One bar for every method, the largest on top, values written in.
+
+    Args:
+      path: the PNG file.
+      values: method to its value.
+      x: what the values are.
+      ticks: method to a second value, marked by a stroke.
+      tick: what the strokes are.
+    """
+    figure = style.figure(6.4, 1.0 + 0.28 * len(values))
+    ranked_on(figure.subplots(), values, x=x, ticks=ticks or {}, tick=tick)
+    return style.save(figure, path)
+
+
+def ranked_on(axis, values, *, x, ticks, tick):
+    """Draws the bars of `ranked` on these axes."""
+    order = sorted(values, key=lambda label: -values[label])
+    looks = style.styles(values)
+    top = max([*values.values(), *ticks.values()])
+    for place, label in enumerate(order):
+        axis.barh(place, values[label], 0.78, **style.bar(looks[label]))
+        end, text = values[label], f"{values[label]:.3f}"
+        if label in ticks:
+            axis.plot([ticks[label]] * 2, [place - 0.39, place + 0.39], color="black")
+            end, text = max(end, ticks[label]), f"{text} ({ticks[label]:.3f})"
+        axis.text(end + 0.015 * top, place, text, va="center")
+    axis.set_yticks(range(len(order)), order)
+    axis.tick_params(axis="y", length=0)
+    axis.invert_yaxis()
+    axis.set_xlim(0, (1.28 if ticks else 1.14) * top)
+    axis.set_xlabel(f"{x}\n(stroke, brackets: {tick})" if ticks else x)
+    axis.grid(axis="x")
