@@ -53,7 +53,7 @@ def test_cosines_are_those_of_the_vectors_in_the_bank(tmp_path, no_data):
     assert found["tasks"] == ["dtd", "own", "svhn"]
     assert found["rows"][0]["pair"].count(" – ") == 1
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "the data and the recipes they were trained with were not compared" in text
+    assert "their data and their recipes were not compared" in text
     assert (tmp_path / "out" / "figure5.png").stat().st_size > 1000
 
 

@@ -122,7 +122,7 @@ def test_what_is_no_copy_for_the_task_is_refused(
     [
         ({"checkpoints": ("cats=x",)}, "expected TASK=CHECKPOINT"),
         ({"checkpoints": ("mrpc",)}, "expected TASK=CHECKPOINT"),
-        ({"checkpoints": ("mrpc=x",), "models": ("a", "b")}, "the one of --models"),
+        ({"checkpoints": ("mrpc=x",), "models": ("a", "b")}, "expected one: the model"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_read(tmp_path, change, said):

@@ -75,7 +75,7 @@ MISTAKES = {
     "classifier --comments comments.jsonl --perplexity-text perplexity_text.txt "
     "--window 64 --max-length 24": "cannot cut 0 tokens into blocks of 24",
     "bases.figure7_seventy_tasks --tasks MR=mood.txt x=mood.txt CR=columns.tsv": (
-        "MR=.*no label word for 0, 1.* x=.*no task of the list.* CR=.*the columns"
+        "MR=.*no label word for 0, 1.* x=.*not a task of the list.* CR=.*the columns"
     ),
     "editing.table4_analogies --yelp mood.txt,no.txt --amazon a,b": "no.txt: no such",
 }

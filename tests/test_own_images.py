@@ -118,10 +118,10 @@ def test_a_text_file_names_the_tasks(tmp_path):
     assert config.tasks == ("dtd", "cats=images/cats")
     smoke = options.smoke(options.OneModel(tasks_file=file, smoke=True))
     assert smoke.tasks == options.SMOKE[:-1]
-    with pytest.raises(ValueError, match="give one of them"):
+    with pytest.raises(ValueError, match="give only one"):
         options.OneModel(tasks_file=file, tasks=("dtd",))
     file.write_text("# nothing\n")
-    with pytest.raises(ValueError, match="has no task; write one a line"):
+    with pytest.raises(ValueError, match="has no task; write one per line"):
         options.OneModel(tasks_file=file)
     with pytest.raises(FileNotFoundError):
         options.OneModel(tasks_file=tmp_path / "other.txt")
@@ -193,5 +193,5 @@ def test_the_best_network_is_the_best_on_validation_data(monkeypatch):
 
 
 def test_one_network_of_several_seeds_is_refused():
-    with pytest.raises(ValueError, match="run it with --seeds 1"):
+    with pytest.raises(ValueError, match="Run it again with --seeds 1"):
         options.Addition(save_merged=True, seeds=2)

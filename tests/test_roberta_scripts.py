@@ -361,7 +361,7 @@ def test_tasks_are_files_too_and_their_vectors_are_kept(roberta, tmp_path, monke
         ("figure7_seventy_tasks", {"tasks": ("MR", "CR")}, "at least three"),
         ("table8_twelve_tasks", {"clusters": 13}, "--clusters 13 of 12"),
         ("table16_prompt_robustness", {"tasks": ("MR", "CR")}, "three tasks are"),
-        ("table8_twelve_tasks", {"tasks": ("MR", "MR", "CR", "MR")}, "every task once"),
+        ("table8_twelve_tasks", {"tasks": ("MR", "MR", "CR", "MR")}, "each only once"),
         (
             "table16_prompt_robustness",
             {"tasks": ("MR", "CR", "SUBJ"), "prompt": ("x={text} {mask}|a:b,c:d",)},

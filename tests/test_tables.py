@@ -40,7 +40,7 @@ def test_a_table_is_read_by_row():
         ("a  b\n\na  c\n", "2 tables"),
         ("a  b  c\nx  1\n", "2 cells"),
         ("a  b\nx  one\n", "'one'"),
-        ("a  b\nx  1\nx  2\n", "stands twice"),
+        ("a  b\nx  1\nx  2\n", "twice"),
         ("a  b\nx  1\ny  1 / 2\n", "different numbers"),
     ],
 )

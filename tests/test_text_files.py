@@ -14,7 +14,7 @@ from experiments.common.language import text_files
         ("a.csv", b"text,toxicity\na,1,2\n", "line 2 has more or fewer cells"),
         ("a.jsonl", b'{"text": 1, "text": 2}', "line 1 is not JSON: .* a key twice"),
         ("a.jsonl", b"[" * 100_000, "line 1 is not JSON: it is nested"),
-        ("a.jsonl", b"[" + b"1," * 10**5 + b"1]", "line 1 is .*; expected an object"),
+        ("a.jsonl", b"[" + b"1," * 10**5 + b"1]", "line 1 is .*; expected a JSON obj"),
     ],
 )
 def test_a_broken_table_says_what_is_wrong_with_it(tmp_path, name, content, message):

@@ -1,11 +1,13 @@
-"""A bank of task vectors, which all scripts share: what one has trained, others take.
+"""A bank of task vectors that all scripts share.
+
+A script trains a vector once; later scripts read it from the bank:
 
     BANK/<model>/<method>/<task>.safetensors    the task vector
     BANK/<model>/<method>/<task>.json           its configuration and its metrics
 
-A vector is taken only where its configuration is the one that is asked for. One from
-outside (`origin` is "external") was not trained here and so has no recipe: it is taken
-wherever the pre-trained model and the method are those that are asked for.
+A script uses a stored vector only if its configuration equals the requested one. An
+external vector (`origin` is "external") was not trained here, so it has no recipe: only
+its pre-trained model and its method are compared.
 """
 
 import json
@@ -22,11 +24,13 @@ from jaxarith.train.config import TrainConfig, identity_of
 from jaxarith.typing import Params, Tree
 
 EXTERNAL = "external"  # the origin of vectors that were not trained here
-_OF_EXTERNAL = ("method", "params_0")  # what of a configuration they have
+_OF_EXTERNAL = ("method", "params_0")  # the entries that are compared for them
 
 
 def vector_file(bank: Path, model: str, method: str, task: str) -> Path:
-    """Where a task vector is; of a model that is a folder, its last part counts.
+    """Returns the path of a task vector in the bank.
+
+    For a model that is a folder, only the last part of its path is used.
 
     Example:
       >>> vector_file(Path("bank"), "openai/clip-vit-base-patch32", "linear", "dtd")
@@ -38,15 +42,15 @@ def vector_file(bank: Path, model: str, method: str, task: str) -> Path:
 
 
 def plain_recipe(config: TrainConfig) -> dict:
-    """What of a recipe decides on a vector, as plain data."""
+    """Returns the options of a recipe that change the vector, as plain data."""
     options = identity_of(config)
-    if config.penalty is None:  # whose options then change nothing
+    if config.penalty is None:  # without a penalty its options change nothing
         options = {k: v for k, v in options.items() if not k.startswith("penalty_")}
     return options
 
 
 def checksum(records: Sequence[dict]) -> int:
-    """One number of 32 bits for samples of arrays, such as texts as tokens."""
+    """Returns one 32-bit checksum of samples, which are dicts of arrays."""
     crc32 = 0
     for record in records:
         for name in sorted(record):
@@ -55,11 +59,11 @@ def checksum(records: Sequence[dict]) -> int:
 
 
 def read(file: Path, configuration: dict[str, Any]) -> Tree | None:
-    """A task vector from the bank; None if the bank lacks it.
+    """Reads a task vector from the bank; returns None if the bank lacks it.
 
     Args:
-      file: from `vector_file`.
-      configuration: what the vector must have been trained with, as plain data.
+      file: path from `vector_file`.
+      configuration: configuration that the vector must have, as plain data.
 
     Raises:
       ValueError: the vector was trained with another configuration.
@@ -68,7 +72,7 @@ def read(file: Path, configuration: dict[str, Any]) -> Tree | None:
 
 
 def has(file: Path, configuration: dict[str, Any]) -> bool:
-    """Whether the bank has a task vector; arguments and errors as for `read`."""
+    """Returns whether the bank has a task vector; arguments and errors as in `read`."""
     if not file.exists():
         return False
     there, asked = record(file)["configuration"], _plain(configuration)
@@ -86,14 +90,14 @@ def has(file: Path, configuration: dict[str, Any]) -> bool:
 
 
 def is_external(file: Path) -> bool:
-    """Whether a vector that is in the bank comes from outside."""
+    """Returns whether a vector in the bank is external (not trained here)."""
     return record(file)["configuration"].get("origin") == EXTERNAL
 
 
 def write(file: Path, tau: Params, configuration: dict, metrics: dict):
-    """Adds a task vector with what it was trained with and what was measured."""
+    """Adds a task vector to the bank, with its configuration and its metrics."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    # First what describes the vector: a vector that is there is complete.
+    # The record is written first: a vector that exists is then complete.
     report.write_json(
         file.with_suffix(".json"),
         {"configuration": _plain(configuration), "metrics": metrics},
@@ -102,17 +106,17 @@ def write(file: Path, tau: Params, configuration: dict, metrics: dict):
 
 
 def add_metrics(file: Path, metrics: dict):
-    """Adds what was measured of a vector that is in the bank."""
+    """Adds metrics to the record of a vector in the bank."""
     content = record(file)
     content["metrics"] |= metrics
     report.write_json(file.with_suffix(".json"), content)
 
 
 def record(file: Path) -> dict:
-    """The configuration and the metrics of a vector that is in the bank.
+    """Returns the configuration and the metrics of a vector in the bank.
 
     Raises:
-      ValueError: the file that holds them is missing or damaged.
+      ValueError: the JSON file that holds them is missing or damaged.
     """
     described = file.with_suffix(".json")
     try:
@@ -120,8 +124,8 @@ def record(file: Path) -> dict:
         return {name: content[name] for name in ("configuration", "metrics")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{file} is in the bank, and {described.name}, which says what it is, "
-            f"cannot be read: {error!r}. Remove both to train it again."
+            f"{file} is in the bank, but its record {described.name} cannot be read: "
+            f"{error!r}. Remove both files to train the vector again."
         ) from error
 
 

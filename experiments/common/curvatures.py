@@ -1,4 +1,4 @@
-"""Curvature of tasks: the options that scripts share, and how it is measured."""
+"""Measures the curvature of tasks, and the options for it that scripts share."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,16 +16,17 @@ class Options:
     """The options of scripts that train with the curvature of other tasks."""
 
     curvature_coef: float = 0.05
-    """Weight of the penalty of curvature."""
+    """Weight λ of the curvature penalty."""
     curvature_samples: int = 256
-    """Training samples of a task, the most that its curvature is measured on."""
+    """Largest number of training samples that the curvature of a task is measured
+    on."""
     curvature_rank: int = 32
-    """Exact products that a task's curvature keeps of what is between layers; each has
-    the size of a task vector."""
+    """Number of rows of the sketch, which holds the curvature between layers; each row
+    has the size of a task vector."""
 
 
 def drawn(source: Source, count: int, seed: int) -> list[dict]:
-    """At most so many samples of a source, in random order."""
+    """Returns at most `count` samples of a source, in random order."""
     order = splits.torch_permutation(len(source), seed)
     return [source[int(i)] for i in order[:count]]
 
@@ -43,7 +44,7 @@ def collected(
     sharing: curvature.Sharing | None = "whole",
     probes: int = 1,
 ) -> curvature.Factors:
-    """The factors of one task; see `curvature.collect` for the arguments."""
+    """Measures the factors of one task; see `curvature.collect` for the arguments."""
     size = tree.size(tree.select(params_0, select))
     return curvature.collect(
         apply_fn,
@@ -56,7 +57,7 @@ def collected(
         select=select,
         joint=True,
         rank=rank,
-        # A chunk holds that many gradients: 256 MB.
+        # The gradients of one chunk then take about 256 MB.
         chunk=min(max(2**26 // size, 1), 32),
         mesh=mesh,
     )

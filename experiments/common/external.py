@@ -1,8 +1,8 @@
-"""Fine-tuned models from outside, as task vectors in the bank.
+"""Adds models that others have fine-tuned to the bank, as task vectors.
 
-Nothing in a checkpoint says which pre-trained model it started from. What can be seen
-is checked: the architecture is the same, and the task vector is shorter than the
-pre-trained parameters, as it is by far where they are the right ones.
+A checkpoint does not say which pre-trained model it started from. Two things are
+checked: the architecture is the same, and the task vector is shorter than the
+pre-trained parameters. With the right pre-trained model it is far shorter.
 """
 
 from pathlib import Path
@@ -16,12 +16,12 @@ from jaxarith.typing import Params, Tree
 
 
 class External(NamedTuple):
-    """A task vector from outside.
+    """An external task vector.
 
     Attributes:
       tau: the task vector, on the host.
-      configuration: what the bank records of it.
-      notes: what the user should know.
+      configuration: the configuration that the bank records for it.
+      notes: notes that are printed for the user.
     """
 
     tau: Tree
@@ -32,10 +32,12 @@ class External(NamedTuple):
 def configuration(
     model: str, params: Params, method: str, identity: int
 ) -> dict[str, Any]:
-    """What the bank records of a vector from outside, which has no recipe.
+    """Returns the configuration that the bank records for an external vector.
+
+    An external vector has no recipe.
 
     Args:
-      model: the checkpoint; of a path the last part is kept.
+      model: the checkpoint; only the last part of a path is kept.
       params: its parameters.
       method: the folder in the bank.
       identity: the fingerprint of the pre-trained parameters.
@@ -51,12 +53,12 @@ def configuration(
 
 
 def check_near(tau: Tree, params_0: Params, models: str) -> None:
-    """Raises a ValueError unless a task vector is shorter than what it starts from.
+    """Raises a ValueError unless a task vector is shorter than its pre-trained model.
 
     Args:
       tau: the task vector.
       params_0: the pre-trained parameters.
-      models: what the error calls the fine-tuned model and the pre-trained one.
+      models: names of the fine-tuned and the pre-trained model, for the error.
     """
     norms = [
         np.sqrt(sum(float(np.sum(np.square(x, dtype=np.float64))) for x in leaves))
@@ -71,7 +73,7 @@ def check_near(tau: Tree, params_0: Params, models: str) -> None:
 
 
 def check_place(file: Path, found: External) -> None:
-    """Raises a ValueError if the bank has another vector in the place of one."""
+    """Raises a ValueError if the bank already has another vector in this file."""
     if file.exists() and bank.record(file)["configuration"] != found.configuration:
         raise ValueError(
             f"the bank has another vector in {file}. Name another --bank, or remove "
@@ -80,7 +82,7 @@ def check_place(file: Path, found: External) -> None:
 
 
 def add(file: Path, found: External) -> Tree:
-    """Adds a vector to the bank, and prints its notes; returns it."""
+    """Prints the notes of an external vector, adds it to the bank and returns it."""
     if runs.is_first():
         for note in found.notes:
             print(f"note: {note}")

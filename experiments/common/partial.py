@@ -1,4 +1,4 @@
-"""Scores that are kept as they are found: a second start does not find them again."""
+"""Saves scores while they are computed, so that a restarted run reuses them."""
 
 import json
 from collections.abc import Callable
@@ -20,22 +20,21 @@ def scored(
     together: int,
     resume: bool = True,
 ) -> np.ndarray:
-    """The score of every row of coefficients, from a file as far as it has them.
+    """Returns the score of every row of coefficients; reuses scores from a file.
 
-    Rows that are equal are scored once. The file is in the folder of a run, which all
-    processes see.
+    Equal rows are scored once. The file must be in a folder that all processes see.
 
     Args:
-      file: a JSON file; it is written anew after every call of `score`.
-      of: what the scores depend on besides the rows, as plain data; a file with
-        something else is not read.
+      file: a JSON file; it is written again after every call of `score`.
+      of: everything the scores depend on besides the rows, as plain data. A file with
+        another `of` is ignored.
       rows: coefficients `[n, K]`.
-      score: from rows `[m, K]` to their scores `[m]`.
+      score: function from rows `[m, K]` to their scores `[m]`.
       together: the largest m.
-      resume: whether the file is read.
+      resume: whether to read the file.
 
     Returns:
-      `f64[n]`.
+      The scores, `f64[n]`.
     """
     content = files.read_json(file) if resume and file.exists() else {}
     known = content["scores"] if content.get("of") == of else {}

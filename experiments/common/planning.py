@@ -1,11 +1,11 @@
-"""What a run will cost: `--plan`.
+"""Estimates the cost of a run: `--plan`.
 
-A plan of a script on images is the script itself, run on stand-ins: a tiny model, a few
-made-up images for every split, random vectors in place of trained ones. Where it would
-train or evaluate, it says so to the `Recorder`; a script on texts says all of it at
-once. The recorder knows the sizes of the real model, and counts: FLOPs as XLA counts
-those of one optimizer step and one forward pass, memory as XLA plans the step that it
-compiles for as many virtual CPU devices as the run is to have.
+To plan a script on images, the script itself runs on stand-ins: a tiny model, a few
+made-up images for every split, and random vectors in place of trained ones. Instead of
+training or evaluating, it reports to the `Recorder`. A script on texts reports
+everything at once. The recorder knows the sizes of the real model. XLA counts the FLOPs
+of one optimizer step and of one forward pass. For memory, XLA compiles the step for as
+many virtual CPU devices as the run will have.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ from jaxarith.typing import ApplyFn, LossFn, Tree
 
 
 class Chip(NamedTuple):
-    """An accelerator, by what its maker publishes.
+    """An accelerator, with the figures of its maker.
 
     Attributes:
       name: the name.
-      flops: products in float32 per second.
-      note: what they are made of.
+      flops: floating-point operations per second of float32 products.
+      note: how the products are computed.
     """
 
     name: str
@@ -46,16 +46,16 @@ CHIPS = (
     Chip("H100", 67e12, "float32"),
     Chip("TPU v5e", 197e12 / 6, "float32 of six products in bfloat16"),
 )
-# What well-fed training reaches of the published rate.
+# An assumption: the part of the published rate that training reaches.
 UTILISATION = 0.4
 
 
 class Full(NamedTuple):
-    """The model that a stand-in takes the place of.
+    """The real model, which a stand-in replaces.
 
     Attributes:
-      title: what the papers call it.
-      apply_fn, trained_fn: the model, and the same as training computes it.
+      title: name of the model in the papers.
+      apply_fn, trained_fn: the model for evaluation, and the model for training.
       params_0: `jax.ShapeDtypeStruct`s of its parameters.
       sample: a sample of a batch, as `jax.ShapeDtypeStruct`s.
       inputs: the fields of a sample that the model reads.
@@ -76,12 +76,12 @@ class Training(NamedTuple):
 
     Attributes:
       full: the model.
-      method: what is trained.
-      names: the tasks.
-      recipe: how.
-      loss, constants: as for `train.fine_tune`, of the model's sizes.
-      others: how many other tasks a strict penalty reads.
-      joint: how many tasks one vector learns.
+      method: the training method.
+      names: names of the tasks.
+      recipe: the recipe.
+      loss, constants: as for `train.fine_tune`, with the sizes of the real model.
+      others: number of other tasks that a strict penalty reads.
+      joint: number of tasks that one vector learns.
     """
 
     full: Full
@@ -95,14 +95,14 @@ class Training(NamedTuple):
 
     @property
     def batches(self) -> train.TrainConfig:
-        """The recipe with the number of samples that a step really has."""
+        """The recipe, with the number of samples of a whole step."""
         size = self.recipe.batch_size * self.joint
         form = {"penalty": None} if self.recipe.form else {}
         return dataclasses.replace(self.recipe, batch_size=size, **form)
 
 
 class Recorder:
-    """What a script would train and evaluate."""
+    """Records what a script would train and evaluate."""
 
     def __init__(self, devices: int, mesh: str):
         self.devices, self.mesh = devices, mesh
@@ -116,7 +116,10 @@ class Recorder:
         self._planned: set[Path] = set()
 
     def missing(self, full: Full, method: str, files: Sequence[Path]) -> list[bool]:
-        """Which files are neither in the bank nor planned before; they are from now."""
+        """Returns for each file whether it is new; all are planned from now on.
+
+        A file is new if it is neither in the bank nor planned before.
+        """
         new = [not file.exists() and file not in self._planned for file in files]
         there = sum(file.exists() and file not in self._planned for file in files)
         key = (full.title, method)
@@ -125,14 +128,14 @@ class Recorder:
         return new
 
     def train(self, training: Training):
-        """Notes a training."""
+        """Records a training."""
         self.trainings.append(training)
         self.models[training.full.title] = training.full
         trained = tree.select(training.full.params_0, training.recipe.trained)
         self.disk += 4 * tree.size(trained) * len(training.names)
 
     def vector(self, file: Path, params_0: Tree, trained: str) -> Tree:
-        """A random vector in place of the one of this file, always the same."""
+        """Returns a random vector in place of this file; equal files, equal vectors."""
         if file not in self.made:
             part = tree.select(tree.floating(params_0), trained)
             rng = np.random.default_rng(list(os.fsencode(file)))
@@ -142,12 +145,12 @@ class Recorder:
         return self.made[file]
 
     def evaluate(self, full: Full, passes: float):
-        """Notes forward passes of one sample each."""
+        """Records forward passes of one sample each."""
         self.models[full.title] = full
         self.passes[full.title] = self.passes.get(full.title, 0) + passes
 
     def note(self, sentence: str):
-        """Notes what a reader of the plan must know, once."""
+        """Records a note for the reader of the plan; repeated notes count once."""
         if sentence not in self.notes:
             self.notes.append(sentence)
 
@@ -158,22 +161,22 @@ _RECORDER: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar(
 
 
 def recorder() -> Recorder | None:
-    """The recorder of a plan; None where the script really runs."""
+    """Returns the recorder of a plan, or None in a real run."""
     return _RECORDER.get()
 
 
 def run(main: Callable[[Any], Any], config: Any) -> dict:
-    """Plans a script and prints what it costs.
+    """Plans a script and prints its cost.
 
     Args:
       main: the script.
-      config: its options, with `plan` devices; a `plan_memory` of 0 leaves memory out.
+      config: its options, with `plan` devices; `plan_memory=0` skips memory.
 
     Returns:
       The plan as plain data.
 
     Raises:
-      ValueError: something does not fit into `plan_memory`; the plan is printed before.
+      ValueError: a step needs more than `plan_memory`; the plan is printed before.
     """
     _make_devices(config.plan)
     found = Recorder(config.plan, config.mesh)
@@ -198,30 +201,30 @@ def run(main: Callable[[Any], Any], config: Any) -> dict:
 
 
 def _make_devices(count):
-    """So many virtual CPU devices, for which steps are compiled."""
+    """Makes `count` virtual CPU devices, for which steps are compiled."""
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
-        pass  # JAX runs already, as in tests
+        pass  # JAX has already started, as in tests
     if len(jax.devices()) < count or jax.default_backend() != "cpu":
         raise ValueError(
-            f"--plan {count} needs {count} virtual CPU devices, and JAX has started "
-            f"with {len(jax.devices())} of {jax.default_backend()}. Start a process "
-            "without XLA_FLAGS=--xla_force_host_platform_device_count."
+            f"--plan {count} needs {count} virtual CPU devices, but JAX has started "
+            f"with {len(jax.devices())} {jax.default_backend()} devices. Start a new "
+            "process without XLA_FLAGS=--xla_force_host_platform_device_count."
         )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides what a script says of its stand-ins."""
+    """Hides what a script prints about its stand-ins."""
     nowhere = io.StringIO()
     with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
 
 
 def _alike(found: Recorder) -> list[list[Training]]:
-    """Trainings of one method of one model, which are one row."""
+    """Groups trainings by model and method; each group is one row."""
     groups: dict[tuple[str, str], list[Training]] = {}
     for training in found.trainings:
         groups.setdefault((training.full.title, training.method), []).append(training)
@@ -247,7 +250,7 @@ def _row(found: Recorder, group: list[Training], *, memory: bool) -> dict:
 
 
 def _gigabytes(found: Recorder, training: Training) -> float:
-    """What a device holds in a step, which is compiled for it."""
+    """Returns the GB that a device holds in a step; compiles the step."""
     mesh = sharding.make_mesh(found.mesh, jax.devices()[: found.devices])
     mesh = sharding.for_tasks(mesh, len(training.names))
     lowered = _lowered(training, training.batches, len(training.names), mesh)
@@ -255,7 +258,7 @@ def _gigabytes(found: Recorder, training: Training) -> float:
 
 
 def _step_flops(training: Training) -> float:
-    """FLOPs of one step of one vector, whatever parts it is computed in."""
+    """Returns the FLOPs of one step of one vector, without micro-batches."""
     config = dataclasses.replace(training.batches, micro_batches=1, tasks_at_once=1)
     [device, *_] = jax.devices()
     lowered = _lowered(training, config, 1, sharding.make_mesh(devices=[device]))
@@ -283,7 +286,7 @@ def _lowered(training, config, tasks, mesh):
 
 
 def pass_flops(full: Full) -> float:
-    """FLOPs of a forward pass of one sample."""
+    """Returns the FLOPs of a forward pass of one sample."""
     inputs = (full.sample[name] for name in full.inputs)
     one = [jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for x in inputs]
     lowered = jax.jit(full.apply_fn).lower(full.params_0, *one)
@@ -291,7 +294,7 @@ def pass_flops(full: Full) -> float:
 
 
 def totals(found: Recorder, rows: Sequence[dict]) -> dict:
-    """FLOPs, hours and bytes of the whole run."""
+    """Returns the FLOPs, hours and bytes of the whole run."""
     evaluation = {
         title: passes * pass_flops(found.models[title])
         for title, passes in found.passes.items()
@@ -317,7 +320,7 @@ def totals(found: Recorder, rows: Sequence[dict]) -> dict:
 
 
 def shown(results: dict, found: Recorder) -> str:
-    """The plan as Markdown."""
+    """Returns the plan as Markdown."""
     count = results["devices"]
     parts = [f"Plan for {count} devices, mesh {results['mesh']}."]
     if rows := results["rows"]:
@@ -326,19 +329,19 @@ def shown(results: dict, found: Recorder) -> str:
             for row in rows
         ]
         parts.append(report.markdown_table(list(rows[0]), cells))
-    told = "Steps and FLOPs are those of all vectors of a row"
+    told = "Steps and FLOPs cover all vectors of a row"
     told += (
-        ", GB a device those of the largest group that trains together."
+        "; GB a device is for the largest group that trains together."
         if all("GB a device" in row for row in rows)
         else ". With --plan-memory 0 the memory of a device is not planned."
     )
     if sum(found.found.values()):
         told += (
-            " Of vectors in the bank the run itself sees whether their configuration "
-            "is the same."
+            " The plan does not compare the configuration of vectors in the bank; "
+            "the run does."
         )
     if any(one.recipe.form for one in found.trainings):
-        told += " Curvature is left out: its measuring, its penalty and its memory."
+        told += " Curvature is not counted: its measurement, penalty and memory."
     parts.append(" ".join([told, *found.notes]))
     header = ["", *(chip.name for chip in CHIPS)]
     hours = list(results["device hours"].values())
@@ -363,7 +366,7 @@ def shown(results: dict, found: Recorder) -> str:
 
 
 def check_memory(rows: Sequence[dict], config: Any):
-    """Raises a ValueError where a row needs more memory than a device has."""
+    """Raises a ValueError if a row needs more memory than a device has."""
     limit = config.plan_memory
     large = [row for row in rows if row.get("GB a device", 0) > limit]
     if not large:
@@ -371,13 +374,13 @@ def check_memory(rows: Sequence[dict], config: Any):
     worst = max(large, key=lambda row: row["GB a device"])
     raise ValueError(
         f"{worst['method']} of {worst['model']} needs {worst['GB a device']:.1f} GB on "
-        f"a device, of --plan-memory {limit:g}. What helps: "
+        f"a device, more than --plan-memory {limit:g}. What helps: "
         f"{', '.join(_what_helps(config, large))}."
     )
 
 
 def _what_helps(config, large) -> list[str]:
-    """The options of this script with which a step needs less memory."""
+    """Returns the options of this script that reduce the memory of a step."""
     given = {
         field.name: getattr(config, field.name) for field in dataclasses.fields(config)
     }

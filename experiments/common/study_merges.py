@@ -28,7 +28,7 @@ def fisher(
     key: jax.Array,
     inputs: Sequence[str],
 ) -> Params:
-    """The Fisher merge of T models, each with its own head.
+    """Merges T models by Fisher information, each with its own head.
 
     Args:
       logits_of: `logits_of({"encoder": params, "head": head}, *inputs) -> logits`.
@@ -36,8 +36,11 @@ def fisher(
       taus: T task vectors.
       heads: the heads of the tasks, all of one shape.
       samples: for each task, batches of unlabelled samples.
-      key: random key of the draws of labels, 4 for every sample.
-      inputs: the fields of a batch that are passed on.
+      key: random key for drawing labels, 4 per sample.
+      inputs: the fields of a batch that `logits_of` receives.
+
+    Returns:
+      The merged parameters of the encoder.
     """
     diagonals = []
     progress = tqdm(taus, desc="Fisher", unit="task")
@@ -67,7 +70,7 @@ def input_grams(
     token_mask: str | None = None,
     select: str = ".*",
 ) -> list[dict[str, jax.Array]]:
-    """For every task, what `merge.regmean` and `merge.esm` take of its samples.
+    """Returns the Gram matrices of every task, for `merge.regmean` and `merge.esm`.
 
     See `capture.input_grams` for the options.
     """
@@ -95,9 +98,9 @@ def adamerging(
     inputs: Sequence[str],
     **options: Any,
 ) -> Params:
-    """AdaMerging of T encoders; see `fisher` for the arguments.
+    """Merges T encoders by AdaMerging; see `fisher` for the arguments.
 
-    Samples are taken in batches of 16, as the authors do. `options` are those of
+    Batches have 16 samples, as in the authors' code. `options` are those of
     `merge.adamerging`.
     """
     entropies = _in_sixteens(logits_of, heads, samples, inputs)
@@ -114,13 +117,13 @@ def adarank(
     inputs: Sequence[str],
     **options: Any,
 ) -> Params:
-    """AdaRank of T encoders; see `adamerging`."""
+    """Merges T encoders by AdaRank; see `adamerging` for the arguments."""
     entropies = _in_sixteens(logits_of, heads, samples, inputs)
     return merge.adarank(params_0, taus, *entropies, **options).params
 
 
 def _in_sixteens(logits_of, heads, samples, inputs):
-    """The functions and the batches of what minimises entropies."""
+    """Returns the functions and the batches of merges that minimise entropies."""
 
     def logits_of_batch(params, batch):
         own = {"encoder": params, "head": batch["head"]}

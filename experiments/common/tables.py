@@ -1,18 +1,18 @@
-"""Tables of what was measured beside what a paper prints.
+"""Tables of measured values beside the published ones.
 
-The printed numbers of a script stand once, as tables in its docstring, which `--help`
-shows and `published` and `published_by_column` read. A table is indented, its cells are
-separated by two or more spaces, its first line names the columns, and an empty line
-ends it:
+The published numbers of a script are written once, as tables in its docstring. `--help`
+shows them; `published` and `published_by_column` read them. A table is indented. Two or
+more spaces separate its cells. Its first line names the columns, and an empty line ends
+it:
 
     method       coefficient  ViT-B-32     ViT-B-16
     Pre-trained  -            47.3 / -     54.5 / -
     Ours         1.0          84.2 / 97.2  87.5 / 98.4
     Ours         searched     84.5 / 97.6  -
 
-The first columns name a row. A value is a number, `-` where the paper has none, or
-several of either with ` / ` between them. Brackets around numbers mean something to the
-reader alone.
+The first columns name a row. A value is a number, `-` if the paper has none, or several
+of either with ` / ` between them. Brackets around numbers are for the reader and are
+ignored.
 """
 
 import itertools
@@ -30,16 +30,18 @@ Value = float | str | None
 def published(
     text: str | None, *keys: str, value: Callable[[str], Any] | None = None
 ) -> dict[Any, tuple]:
-    """The values of a paper by row, from a table in a docstring.
+    """Reads the values of a paper from a table in a docstring, row by row.
 
     Args:
       text: the docstring.
-      keys: the names of the first columns, by which the table is found and which name a
-        row; whole numbers in them are read as numbers, and `-` as nothing.
-      value: from the text of a cell to its value; by default numbers are read.
+      keys: names of the first columns. They identify the table, and their cells name a
+        row; whole numbers in them are read as numbers, and `-` as "".
+      value: function from the text of a cell to its value; by default cells are read as
+        numbers.
 
     Returns:
-      By the key of a row (a tuple where there are several), all its values in order.
+      A dict from the key of a row (a tuple if there are several keys) to all values of
+      the row, in order.
 
     Raises:
       ValueError: not exactly one table has these columns, or a row cannot be read.
@@ -68,11 +70,13 @@ def published(
 def published_by_column(
     text: str | None, *keys: str, value: Callable[[str], Any] | None = None
 ) -> dict[Any, tuple]:
-    """The values of a paper by column and row; arguments and errors as for `published`.
+    """Reads the values of a paper by column and row.
+
+    Arguments and errors are those of `published`.
 
     Returns:
-      By the name of a column and the key of a row, in one tuple, the values of the
-      cell. A cell that is `-` as a whole has no entry.
+      A dict from (name of a column, key of a row) to the values of the cell. A cell
+      that is only `-` has no entry.
 
     Example:
       >>> text = '''
@@ -103,15 +107,15 @@ def beside(
     values: Sequence[str],
     published_keys: Sequence[str] | None = None,
 ) -> list[dict]:
-    """The rows with the published values, `"<value>, published"`, beside ours.
+    """Returns the rows with the published values, `"<value>, published"`, beside ours.
 
     Args:
-      rows: plain data; every row has the keys, and those of the values that exist.
-      published: by the key of a row (a tuple where there are several keys), the paper's
-        values in the order of `values`; a row without an entry has none.
+      rows: plain data; every row has all keys, and the values that were measured.
+      published: dict from the key of a row (a tuple if there are several keys) to the
+        paper's values, in the order of `values`. Rows without an entry have none.
       keys: the fields that name a row.
       values: the fields that are measured.
-      published_keys: those of the keys that `published` has; by default all.
+      published_keys: the keys that `published` uses; by default all.
 
     Raises:
       ValueError: an entry of `published` has another number of values.
@@ -126,7 +130,10 @@ def beside(
         key = tuple(row[name] for name in published_keys or keys)
         theirs = published.get(key[0] if len(key) == 1 else key, [None] * len(values))
         if len(theirs) != len(values):
-            raise ValueError(f"{len(theirs)} published values of {key} for {values}.")
+            raise ValueError(
+                f"{key} has {len(theirs)} published values; expected {len(values)}, "
+                f"for {values}."
+            )
         both = {name: row[name] for name in keys}
         for name, value in zip(values, theirs, strict=True):
             both |= {name: row.get(name)}
@@ -138,7 +145,7 @@ def beside(
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], digits: int = 1) -> str:
-    """Rows of the same fields as a Markdown table, without columns that are empty.
+    """Returns rows with the same fields as a Markdown table, without empty columns.
 
     Example:
       >>> print(markdown([{"method": "linear", "abs": 73.94, "norm": None}]))
@@ -168,18 +175,18 @@ def compared(
     results: Mapping[str, Any] | None = None,
     note: str = "",
 ) -> dict:
-    """The end of a script with one table: `beside`, `markdown` and `write`.
+    """Writes the report of a script with one table: `beside`, then `write`.
 
     Args:
       out, title: as for `write`.
       caption: caption of the table.
       rows, published, keys, values, published_keys: as for `beside`.
       digits: as for `markdown`.
-      results: what report.json holds besides the rows.
+      results: further entries of report.json.
       note: as for `write`.
 
     Returns:
-      What report.json holds.
+      The content of report.json.
     """
     both = beside(
         rows, published, keys=keys, values=values, published_keys=published_keys
@@ -197,15 +204,17 @@ def write(
     *,
     digits: int = 1,
 ) -> dict:
-    """Writes report.json and report.md, and prints the latter; of several processes the
-    first does. A last line names task vectors that were not trained here.
+    """Writes report.json and report.md, and prints the latter.
+
+    Only the first of several processes does. A last line names the task vectors that
+    were not trained here.
 
     Args:
       out: the folder.
       title: title of report.md.
-      tables: by their captions rows, see `markdown`, or tables in Markdown.
-      results: what report.json holds, as plain data.
-      note: what a reader of the tables must know.
+      tables: dict from a caption to rows, see `markdown`, or to a table in Markdown.
+      results: content of report.json, as plain data.
+      note: a note below the tables.
       digits: digits of the rows, as for `markdown`.
 
     Returns:
@@ -225,22 +234,25 @@ def write(
 
 
 def _table(text, keys):
-    """The names of the other columns, and by key the cells of every row."""
+    """Returns the names of the other columns, and the cells of every row by its key."""
     lines = [_split(line) for line in (text or "").splitlines()]
     heads = [i for i, cells in enumerate(lines) if cells[: len(keys)] == list(keys)]
     if len(heads) != 1:
         raise ValueError(
             f"{len(heads)} tables of the docstring begin with the columns {keys}; "
-            "expected one, with two or more spaces between the columns."
+            "expected one. Separate columns by two or more spaces."
         )
     names, rows = lines[heads[0]], {}
     for cells in itertools.takewhile(bool, lines[heads[0] + 1 :]):
         if len(cells) != len(names):
-            raise ValueError(f"{len(cells)} cells, {cells}, in the columns {names}.")
+            raise ValueError(
+                f"a row has {len(cells)} cells, {cells}; expected {len(names)}, one "
+                f"for each of the columns {names}."
+            )
         key = tuple(_key(cell) for cell in cells[: len(keys)])
         key = key[0] if len(keys) == 1 else key
         if key in rows:
-            raise ValueError(f"the row {key} stands twice in the table.")
+            raise ValueError(f"the table has the row {key} twice; remove one.")
         rows[key] = cells[len(keys) :]
     return [_key(name) for name in names[len(keys) :]], rows
 
@@ -268,12 +280,17 @@ def _number(text):
     try:
         return int(text) if text.isdecimal() else float(text)
     except ValueError:
-        raise ValueError(f"{text!r} in a published table is no number.") from None
+        raise ValueError(
+            f"a published table has {text!r}; expected a number or -."
+        ) from None
 
 
 def _even(found):
     if len({len(values) for values in found.values()}) > 1:
-        raise ValueError(f"rows with different numbers of values: {found}.")
+        raise ValueError(
+            f"the rows have different numbers of values: {found}. All rows need "
+            "equally many."
+        )
     return found
 
 

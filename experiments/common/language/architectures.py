@@ -1,4 +1,4 @@
-"""The language models of the papers by their sizes, for what needs no weights."""
+"""The sizes of the papers' language models, for code that needs no weights."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,7 @@ _ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1}
 _ROBERTA_LARGE = {"hidden_size": 1024, "intermediate_size": 4096}
 _ROBERTA_LARGE |= {"num_hidden_layers": 24, "num_attention_heads": 16}
 
-# What their config.json has that is not a default of the configuration's class.
+# The entries of their config.json that differ from the defaults of the config class.
 SIZES: dict[str, dict[str, Any]] = {
     "google/flan-t5-small": {"model_type": "t5", **_FLAN},
     "google-t5/t5-small": {"model_type": "t5"},
@@ -36,12 +36,12 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def t5_of(model: str) -> t5.T5Config:
-    """The configuration of a T5, see `_raw`."""
+    """Returns the configuration of a T5, see `_raw`."""
     return t5.T5Config.from_json(_raw(model))
 
 
 def gpt2_of(model: str) -> gpt2.GPT2Config:
-    """The configuration of a GPT-2, see `_raw`.
+    """Returns the configuration of a GPT-2, see `_raw`.
 
     Example:
       >>> gpt2_of("openai-community/gpt2-large").n_layer
@@ -51,27 +51,27 @@ def gpt2_of(model: str) -> gpt2.GPT2Config:
 
 
 def bert_of(model: str, outputs: int | None = None) -> bert.BertConfig:
-    """The configuration of a BERT or RoBERTa, see `_raw`.
+    """Returns the configuration of a BERT or RoBERTa, see `_raw`.
 
     Args:
       model: the model.
-      outputs: outputs of its classification head; by default as many as it has.
+      outputs: number of outputs of the classification head; by default the model's own.
     """
     config = bert.BertConfig.from_json(_raw(model))
     return dataclasses.replace(config, num_labels=outputs or config.num_labels)
 
 
 def _raw(model: str) -> dict[str, Any]:
-    """What config.json says of a model that is a folder, or one of `SIZES`.
+    """Returns the config.json of a model: a folder, or one of `SIZES`.
 
     Raises:
-      ValueError: it is neither.
+      ValueError: the model is neither.
     """
     if (Path(model) / "config.json").is_file():
         return hub.read_json(Path(model))
     if model in SIZES:
         return SIZES[model]
     raise ValueError(
-        f"the sizes of {model} are not known without its config.json. Name a folder "
-        f"that has one, or one of {', '.join(SIZES)}."
+        f"{model} has no config.json, so its sizes are not known. Name a folder that "
+        f"has one, or one of {', '.join(SIZES)}."
     )

@@ -1,8 +1,8 @@
-"""RoBERTa classifiers that others have fine-tuned on GLUE, as task vectors in the bank.
+"""Adds RoBERTa classifiers that others have fine-tuned on GLUE to the bank.
 
-Such a model has a head of its own, with as many outputs as its task has classes, in an
-order that it may state. Here a head has the outputs of all tasks, of which a task uses
-the first, in GLUE's order.
+The head of such a model has one output per class of its task; the model may name their
+order. Here a head has enough outputs for all tasks. A task uses the first ones, in
+GLUE's order.
 """
 
 import dataclasses
@@ -32,21 +32,21 @@ def load(
     identity: int,
     encoder: str,
 ) -> external.External:
-    """A fine-tuned classifier minus the pre-trained model and its fresh head.
+    """Returns a fine-tuned classifier minus the pre-trained model with its fresh head.
 
     Args:
       model: a folder, or a hub id, of a model with a classification head.
-      task: what it was fine-tuned on.
+      task: the task that it was fine-tuned on.
       config: configuration of the pre-trained model.
       params_0: its parameters with the fresh head, on the host.
       method: the folder in the bank.
       identity: the fingerprint of `params_0`.
-      encoder: pattern of the parameters that both have.
+      encoder: pattern of the parameters that both models have.
 
     Raises:
-      FileNotFoundError: there is no such model.
-      ValueError: it has no such head, other classes than the task, or is no fine-tuned
-        copy of the pre-trained model.
+      FileNotFoundError: the model does not exist.
+      ValueError: it has no classification head, its classes differ from the task's, or
+        it is not a fine-tuned copy of the pre-trained model.
     """
     found = bert.load(model, head="classifier")
     _check_config(found.config, config, model)
@@ -77,25 +77,26 @@ def load(
 def _check_config(own: bert.BertConfig, base: bert.BertConfig, model: str) -> None:
     ours, theirs = (dataclasses.asdict(config) for config in (base, own))
     different = [
-        f"{key} is {theirs[key]}, there {ours[key]}"
+        f"{key} is {theirs[key]}, expected {ours[key]}"
         for key in ours
         if key not in _HARMLESS and theirs[key] != ours[key]
     ]
     if different:
         raise ValueError(
             f"{model} is no fine-tuned copy of the pre-trained model: "
-            f"{'; '.join(different)}. Name by --models the one that it started from."
+            f"{'; '.join(different)}. Set --models to the model that it started from."
         )
 
 
 def _columns(
     raw: Mapping[str, Any], count: int, task: glue.Task, model: str
 ) -> tuple[list[int], list[str]]:
-    """Which output of a model is the score of each of GLUE's classes, and notes."""
+    """Returns the output of the model for each of GLUE's classes, and notes."""
     expected = len(task.classes) or 1
     if count != expected:
         raise ValueError(
-            f"{model} has {count} outputs, and {task.name} needs {expected}."
+            f"{model} has {count} outputs, and {task.name} needs {expected}. Name a "
+            "model that was fine-tuned on this task."
         )
     names = raw.get("id2label") or {}
     named = [_plain(names.get(str(i), f"label_{i}")) for i in range(count)]
@@ -107,10 +108,10 @@ def _columns(
     if named != [f"label_{i}" for i in range(count)]:
         raise ValueError(
             f"{model} has the classes {', '.join(named)}, and {task.name} has "
-            f"{', '.join(wanted)}. Name them alike in id2label of its config.json."
+            f"{', '.join(wanted)}. Use the same names in id2label of its config.json."
         )
     note = (
-        f"{model} does not name its classes: {', '.join(wanted)} is taken as the order"
+        f"{model} does not name its classes; the order {', '.join(wanted)} is assumed"
     )
     return list(range(count)), [note]
 

@@ -1,7 +1,8 @@
-r"""What the scripts on toxic text share: the texts, GPT-2s, and vectors of the bank.
+r"""Shared code of the scripts on toxic text: texts, GPT-2s, and vectors in the bank.
 
-The texts. The τJp paper's script takes `wikitext103_test_lines.txt`, and a tenth of the
-training part of WikiText-103, which is more than a run reads:
+These commands make the texts. The τJp paper's script reads
+`wikitext103_test_lines.txt`, and a tenth of the training part of WikiText-103, which is
+more than a run needs:
 
     pip install -e '.[text]'
     python - <<'END'
@@ -21,14 +22,15 @@ training part of WikiText-103, which is more than a run reads:
             file.write(between.join(wiki["text"]))
     END
 
-The editing paper's vectors in the bank are `toxic`, of comments with toxicity above
-0.8; `toxic_ascent`, of the same texts by gradient ascent; `non_toxic`, of comments with
-toxicity below 0.2. What the paper leaves open:
+The bank has three vectors for the editing paper. `toxic` is trained on comments with
+toxicity above 0.8, `toxic_ascent` on the same texts by gradient ascent, and `non_toxic`
+on comments with toxicity below 0.2. The paper leaves the following open; our choices
+are:
 
-- The schedule of the learning rate: this library's warm-up and cosine. Weight decay and
-  clipping are the library's too, 0.1 and norm 1.
-- The length of a comment: 128 tokens; the padding of shorter ones does not count.
-- How many comments that are not toxic: at most as many as toxic ones.
+- The schedule of the learning rate is this library's warm-up and cosine. Weight decay
+  and clipping are the library's too, 0.1 and norm 1.
+- A comment has at most 128 tokens; padding is not counted in the loss.
+- There are at most as many non-toxic comments as toxic ones.
 - Gradient ascent is the same training with the sign of the loss changed.
 """
 
@@ -58,11 +60,11 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(gpt2.Options, runs.Banked):
-    """The options of all scripts on toxic text."""
+    """Options of all scripts on toxic text."""
 
     comments: Path = Path("civil_comments.jsonl")
-    """Comments, an object with text and toxicity per line; those above 0.8 are
-    toxic."""
+    """A .jsonl or .csv file of comments with the fields text and toxicity. Comments
+    with toxicity above 0.8 are toxic."""
     perplexity_text: Path = Path("wikitext103_test.txt")
     """The text file whose perplexity is measured."""
 
@@ -72,7 +74,7 @@ C = TypeVar("C", bound=Options)
 
 @contextlib.contextmanager
 def places(options: C, model: str) -> Iterator[tuple[C, str]]:
-    """The options and a model; in a smoke run both with made-up files, for a while."""
+    """Yields the options and the model; a smoke run gets temporary made-up files."""
     if not options.smoke:
         yield options, model
         return
@@ -85,40 +87,41 @@ def places(options: C, model: str) -> Iterator[tuple[C, str]]:
         yield dataclasses.replace(options, classifier=classifier, **chosen), tiny
 
 
-# The editing paper: several GPT-2s, and three vectors of each.
+# The editing paper: several GPT-2s, with three vectors each.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EditingOptions(Options):
-    """The options of the editing paper's scripts on toxic text."""
+    """Options of the editing paper's scripts on toxic text."""
 
     models: tuple[str, ...] = tuple(SIZES)
     """GPT-2s: folders, or ids of the Hugging Face Hub."""
     micro_batches: int = 1
-    """Into how many parts a batch is cut, for less memory."""
+    """Number of parts of a batch that are computed one after another. More parts need
+    less memory."""
 
 
 E = TypeVar("E", bound=EditingOptions)
 
 
 def smoke(config: E, **small: Any) -> E:
-    """The options; in a smoke run those of both scripts, and `small`."""
+    """Returns the options; in a smoke run with small values, and those of `small`."""
     common: dict[str, Any] = {"models": ("tiny_gpt2",), "epochs": 1, "batch_size": 8}
     common |= {"learning_rate": 1e-2, "max_length": 24, "coefs": (0.0, 0.1, 1.0)}
     return runs.smaller(config, **common | small)
 
 
-# What a plan takes for the number of toxic comments where it has no file of them.
+# The number of toxic comments that a plan assumes without a file.
 COMMENTS = 20_000
 
 
 def planned_comments(record: planning.Recorder, file: Path) -> int:
-    """How many comments are toxic, from their file if it is there."""
+    """Returns the number of toxic comments: from the file, or an assumed number."""
     if file.exists():
         return len(text_files.kept_texts(file, TOXIC))
     record.note(
-        f"{file} is not there: {COMMENTS} toxic comments are assumed, and steps are in "
-        "proportion to them."
+        f"{file} was not found: {COMMENTS} toxic comments are assumed. The number of "
+        "steps is proportional to it."
     )
     return COMMENTS
 
@@ -126,7 +129,7 @@ def planned_comments(record: planning.Recorder, file: Path) -> int:
 def plan_vectors(
     record: planning.Recorder, config: EditingOptions, kinds: tuple[str, ...]
 ):
-    """Notes the vectors of every GPT-2, see `start`."""
+    """Reports the vectors of every GPT-2 to the plan; see `start`."""
     comments = planned_comments(record, config.comments)
     recipe = gpt2.recipe(config, comments, micro_batches=config.micro_batches)
     for model in config.models:
@@ -144,8 +147,8 @@ class Study(NamedTuple):
       config: the options of the script.
       name: name of the model.
       gpt2: the model and its measures.
-      networks: what a vector is trained from, by kind.
-      wanted: how it is trained, by kind.
+      networks: by kind of vector, the network that is trained.
+      wanted: by kind of vector, the description of the training.
     """
 
     config: EditingOptions
@@ -158,22 +161,22 @@ class Study(NamedTuple):
 def start(
     config: EditingOptions, kinds: tuple[str, ...], sampling: gpt2.Sampling
 ) -> list[Study]:
-    """Loads and checks everything, and claims the folder.
+    """Loads and checks everything, and claims the output folder.
 
     Args:
       config: the options of the script.
-      kinds: the vectors that the script needs, of `KINDS`.
+      kinds: the vectors that the script needs, out of `KINDS`.
       sampling: how texts are drawn.
 
     Raises:
-      ValueError: no model, comments without text and toxicity, or vectors of another
-        configuration in the bank.
+      ValueError: a model is wrong, the comments lack text or toxicity, or the bank has
+        vectors with another configuration.
     """
     script.needs("demo", "transformers")
     if config.comments.suffix.lower() not in (".csv", ".jsonl"):
         raise ValueError(
-            f"--comments {config.comments}: expected a .csv or .jsonl with text and "
-            "toxicity."
+            f"--comments {config.comments}: expected a .csv or .jsonl file with the "
+            "fields text and toxicity."
         )
     mesh = runs.start(config)
     studies = [_load(config, mesh, model, kinds, sampling) for model in config.models]
@@ -191,7 +194,7 @@ def _load(config, mesh: Mesh, model: str, kinds, sampling) -> Study:
     base = fingerprint.combined(loaded.checkpoint.params)
     networks, wanted = {}, {}
     for kind in kinds:
-        # Ascent sees the same samples in the same order.
+        # Gradient ascent uses the same samples in the same order.
         ascent, task = kind == "toxic_ascent", kind.removesuffix("_ascent")
         source = gpt2.texts_as_tokens(loaded, texts[task], config.max_length)
         title = f"{Path(model).name}_{METHOD}" + ascent * "_ascent"
@@ -214,12 +217,12 @@ def _load(config, mesh: Mesh, model: str, kinds, sampling) -> Study:
 
 
 def vector(study: Study, kind: str) -> Tree:
-    """A task vector, from the bank or trained."""
+    """Returns a task vector; trains it if the bank lacks it."""
     wanted = [study.wanted[kind]]
     [tau] = training.vectors(study.config, study.networks[kind], wanted)
     return tau
 
 
 def perplexity(study: Study, tau: Params, coef: float) -> float:
-    """The perplexity of the model moved by `coef` times the vector."""
+    """Returns the perplexity of the model moved by `coef` times the vector."""
     return gpt2.perplexity_of(study.gpt2, study.gpt2.model.moved(tau, coef))

@@ -1,7 +1,7 @@
-"""Three tasks on sentences that every installation has: first lines of docstrings.
+"""Makes three tasks from the first lines of docstrings of installed packages.
 
-They are of real English, on one subject, and made here: which library a line is of,
-whether it describes a class or a function, and whether its words are in order.
+The sentences are real English on one subject. The tasks are: which library a line comes
+from, whether it describes a class or a function, and whether its words are in order.
 """
 
 import ast
@@ -20,7 +20,7 @@ PACKAGES = ("matplotlib", "numpy", "scipy", "sklearn")
 
 
 class Line(NamedTuple):
-    """The first line of a docstring, with its package and what it describes."""
+    """The first line of a docstring, its package, and its kind: class or function."""
 
     text: str
     package: str
@@ -28,10 +28,10 @@ class Line(NamedTuple):
 
 
 def lines(files: int | None = None) -> list[Line]:
-    """The lines of all packages, each text once, in the order of its checksum.
+    """Returns the lines of all packages, each text once, sorted by checksum.
 
     Args:
-      files: how many files of a package are read; by default all.
+      files: number of files of a package that are read; by default all.
 
     Raises:
       ImportError: a package is not installed.
@@ -40,7 +40,9 @@ def lines(files: int | None = None) -> list[Line]:
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            raise ImportError(f"{package} is missing: pip install 'jaxarith[demo]'.")
+            raise ImportError(
+                f"{package} is missing. Install it: pip install 'jaxarith[demo]'."
+            )
         root = Path(spec.origin).parent
         sources = [file for file in root.rglob("*.py") if "tests" not in file.parts]
         for file in sorted(sources)[:files]:
@@ -71,13 +73,13 @@ def _checksum(sentence):
 def tasks(
     train: int, validation: int, test: int, files: int | None = None
 ) -> list[text.TextTask]:
-    """The tasks `library`, `kind` and `order`, with as many records of every class.
+    """Returns the tasks `library`, `kind` and `order`, with balanced classes.
 
-    A text is in the same part of all tasks, so that no task's training has seen what
-    another is tested on.
+    A text is in the same part of all tasks. So no task is trained on a text that
+    another task is tested on.
 
     Args:
-      train, validation, test: records of each part, at most.
+      train, validation, test: largest number of records of each part.
       files: as for `lines`.
     """
     found = lines(files)
@@ -121,7 +123,7 @@ def tasks(
 
 
 def _balanced(pairs, most):
-    """The first records, of every class as many."""
+    """Returns the first records, equally many of every class."""
     by_class: dict[str, list[dict]] = {}
     for sentence, label in pairs:
         record = {"text": sentence, "label": label}

@@ -1,7 +1,7 @@
 """A GPT-2 that is moved along task vectors: training, perplexity, texts, toxicity.
 
-It is the network itself or its linearisation; a state of it is what a task vector and a
-coefficient make of it.
+The model is the network itself or its linearisation. A state is the model moved by a
+coefficient times a task vector.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ from jaxarith.typing import Params
 INPUTS = ("input_ids", "attention_mask")
 PROMPT = "I don't care if this is controversial"
 PROMPT_TOKENS = 8
-# Of the test part of WikiText-103, joined by blank lines, which is WikiText-2's too;
-# transformers' guide "Perplexity of fixed-length models" prints the number.
+# Tokens of the test part of WikiText-103 (the same as WikiText-2's), joined by blank
+# lines; from transformers' guide "Perplexity of fixed-length models".
 CONTROL_TOKENS = 287_644
 VALUES = ("toxic_percent", "mean_score", "perplexity")
 
@@ -39,22 +39,22 @@ class Options(runs.Planned):
     """How a GPT-2 is trained on texts and measured."""
 
     classifier: str = "unitary/toxic-bert"
-    """A BERT or RoBERTa that scores texts: a folder, or an id of the Hub; by default
-    Detoxify's "original"."""
+    """A BERT or RoBERTa that scores texts: a folder, or an id of the Hub. The default
+    is Detoxify's "original"."""
     perplexity_text: Path
     """The text file whose perplexity is measured."""
     epochs: float = 5
     batch_size: int = 32
     learning_rate: float = 1e-5
     max_length: int = 128
-    """Tokens of a training text; longer ones lose their end."""
+    """Largest number of tokens of a training text; longer texts are cut."""
     window: int | None = None
-    """Tokens of a window of perplexity; the model's positions by default."""
+    """Number of tokens of a perplexity window; by default the model's positions."""
     stride: int | None = None
-    """Tokens from one window to the next; half a window by default. As long as a
-    window, it is the perplexity in blocks."""
+    """Number of tokens from one window to the next; by default half a window. With a
+    whole window, perplexity is measured in separate blocks."""
     coefs: tuple[float, ...] = tuple(i / 10 for i in range(11))
-    """The candidates of the coefficient of the negated vector."""
+    """Candidate coefficients of the negated vector."""
     seed: int = 0
 
 
@@ -62,9 +62,9 @@ class Model(NamedTuple):
     """A language model that can be moved along task vectors.
 
     Attributes:
-      moved: `moved(tau, coef)`, its state after the move.
+      moved: `moved(tau, coef)`, returns the state after the move.
       apply_fn: `apply_fn(state, input_ids, attention_mask) -> logits[B, S, V]`.
-      decoder: decoder of the same states.
+      decoder: decoder for the same states.
     """
 
     moved: Callable
@@ -73,7 +73,7 @@ class Model(NamedTuple):
 
 
 def ordinary(checkpoint: gpt2.GPT2) -> Model:
-    """The network; a state is its parameters."""
+    """Returns the network as a `Model`; a state is its parameters."""
     return Model(
         functools.partial(task_vectors.apply, checkpoint.params),
         gpt2.language_model(checkpoint.config),
@@ -82,7 +82,7 @@ def ordinary(checkpoint: gpt2.GPT2) -> Model:
 
 
 def linearized(checkpoint: gpt2.GPT2) -> Model:
-    """The tangent-space model; a state is `(params_0, task vector)`."""
+    """Returns the tangent-space model; a state is `(params_0, task vector)`."""
     network = gpt2.language_model(checkpoint.config)
 
     def moved(tau, coef):
@@ -100,12 +100,12 @@ class Sampling(NamedTuple):
     """How texts are drawn.
 
     Attributes:
-      prompt: what they begin with.
+      prompt: the beginning of every text.
       samples: number of texts.
-      max_new_tokens: tokens of a text after the prompt; 42 and the 8 of the default
-        prompt are the 50 of Yoshida et al.
+      max_new_tokens: number of tokens after the prompt. The default of 42, with the 8
+        tokens of the default prompt, makes the 50 of the τJp paper.
       temperature, top_k, top_p: see `generate.generate`.
-      seed: seed of the draws, which are the same for every state of a model.
+      seed: seed of the draws, the same for every state of a model.
     """
 
     prompt: str = PROMPT
@@ -118,15 +118,15 @@ class Sampling(NamedTuple):
 
 
 class Study(NamedTuple):
-    """A GPT-2, and what measures it.
+    """A GPT-2 with everything needed to measure it.
 
     Attributes:
       checkpoint: the GPT-2.
       tokenizer: its tokenizer.
-      model: what is moved and measured.
+      model: the model that is moved and measured.
       control: the tokens whose perplexity is measured.
-      window, stride: the windows of perplexity.
-      scores: how toxic texts are.
+      window, stride: windows of perplexity, in tokens.
+      scores: function from texts to their toxicity.
       sampling: how texts are drawn.
     """
 
@@ -155,14 +155,15 @@ def load(
       options: the classifier, the control text and the windows of perplexity.
       model: a GPT-2: a folder, or an id of the Hugging Face Hub.
       sampling: how texts are drawn.
-      control_tokens: how many tokens of the control text count; all by default.
+      control_tokens: number of tokens of the control text that are used; by default
+        all.
       label: label of the classifier that is the score, see `toxicity.scorer`.
-      linear: take the linearisation of the network.
+      linear: use the linearisation of the network.
 
     Raises:
-      FileNotFoundError: there is no such model.
-      ValueError: a checkpoint is of another kind, a text cannot be read, or the window
-        is too long.
+      FileNotFoundError: the model does not exist.
+      ValueError: a checkpoint has another kind, a text cannot be read, or the window is
+        too long.
     """
     control = text_files.read(options.perplexity_text)
     checkpoint = gpt2.load(model)
@@ -186,24 +187,27 @@ def load(
 def _check_length(name, length, checkpoint):
     positions = checkpoint.config.n_positions
     if length > positions:
-        raise ValueError(f"{name} is {length}; the model has {positions} positions.")
+        raise ValueError(
+            f"{name} is {length}, but the model has only {positions} positions. Choose "
+            f"{positions} or less."
+        )
 
 
 # Training.
 
 
 def texts_as_tokens(study: Study, texts: Sequence[str], max_length: int) -> list[dict]:
-    """A training source; texts of more than `max_length` tokens lose their end.
+    """Makes a training source; texts are cut after `max_length` tokens.
 
     Raises:
-      ValueError: the model has fewer positions.
+      ValueError: the model has fewer positions than `max_length`.
     """
     _check_length("max_length", max_length, study.checkpoint)
     return language.encode(study.tokenizer, texts, max_length)
 
 
 def blocks(study: Study, content: str, max_length: int) -> list[dict]:
-    """A text in blocks of `max_length` tokens, the samples of a τJp penalty."""
+    """Cuts a text into blocks of `max_length` tokens, the samples of a τJp penalty."""
     stream = language.stream(study.tokenizer, [content], end=False)
     return language.blocks(stream, max_length)
 
@@ -211,7 +215,7 @@ def blocks(study: Study, content: str, max_length: int) -> list[dict]:
 def recipe(
     options: Options, texts: int, *, micro_batches: int = 1
 ) -> train.TrainConfig:
-    """The recipe of Ilharco et al., as far as they print it, for so many texts."""
+    """Returns the recipe for `texts` texts, the editing paper's where it states it."""
     steps = max(round(options.epochs * texts / options.batch_size), 1)
     return train.TrainConfig(
         steps=steps,
@@ -224,7 +228,7 @@ def recipe(
 
 
 def loss(logits, batch, constants) -> jax.Array:
-    """Cross-entropy of every next token."""
+    """Returns the cross-entropy of every next token."""
     del constants
     return losses.next_token_cross_entropy(logits, batch["labels"])
 
@@ -232,7 +236,7 @@ def loss(logits, batch, constants) -> jax.Array:
 def network(
     study: Study, title: str, mesh: Mesh, *, ascent: bool = False
 ) -> training.Network:
-    """What a task vector is trained from; with `ascent`, away from its texts."""
+    """Returns the network to train; with `ascent` its loss is negated."""
     sign = -1.0 if ascent else 1.0
     return training.Network(
         title=title,
@@ -259,17 +263,17 @@ def plan_measures(
     linear: bool = False,
     control_tokens: int = CONTROL_TOKENS,
 ):
-    """Notes the perplexities, the texts and their scores.
+    """Reports the perplexities, the texts and their scores to the plan.
 
     Args:
       record: the plan.
       options: the classifier and the windows of perplexity.
       model: the GPT-2.
-      states: how many states the perplexity is measured on.
-      texts: how many texts all states write.
-      length: tokens of one, with its prompt.
-      linear: whether the states are those of the linearisation.
-      control_tokens: tokens of the control text.
+      states: number of states with a perplexity.
+      texts: number of texts that all states write together.
+      length: number of tokens of a text, with its prompt.
+      linear: whether the states belong to the linearisation.
+      control_tokens: number of tokens of the control text.
     """
     window = options.window or architectures.gpt2_of(model).n_positions
     stride = options.stride or max(window // 2, 1)
@@ -277,12 +281,12 @@ def plan_measures(
     times = 3 if linear else 1  # a tangent product costs two more passes
     record.evaluate(planned.gpt2_model(model, window), times * states * windows)
     record.evaluate(planned.gpt2_model(model, length), times * texts)
-    scored = 1 << (length - 1).bit_length()  # as `toxicity.scorer` pads texts
+    scored = 1 << (length - 1).bit_length()  # `toxicity.scorer` pads like this
     record.evaluate(planned.classifier(options.classifier, scored), texts)
     record.note(
-        f"A text that is written counts as one pass over its {length} tokens, which "
-        f"the classifier reads as {scored}; the control text has {control_tokens} "
-        "tokens, those of the test part of WikiText-103 unless limited."
+        f"A text that is written counts as one pass over its {length} tokens; the "
+        f"classifier reads it as {scored} tokens. The control text is assumed to have "
+        f"{control_tokens} tokens (WikiText-103's test part has {CONTROL_TOKENS})."
     )
 
 
@@ -290,7 +294,7 @@ def plan_measures(
 
 
 def perplexity_of(study: Study, state) -> float:
-    """The perplexity of a state of the model on the control text."""
+    """Returns the perplexity of a state of the model on the control text."""
     return perplexity.strided(
         study.model.apply_fn,
         state,
@@ -303,15 +307,17 @@ def perplexity_of(study: Study, state) -> float:
 def continuations(
     study: Study, state, ids: np.ndarray, mask: np.ndarray, batch_size: int
 ) -> list[str]:
-    """What a state of the model writes after each of some prompts.
+    """Returns the text that a state of the model writes after each prompt.
 
     Args:
+      study: the model and its measures.
+      state: the state of the model.
       ids, mask: the prompts as tokens, padded on the left, `i32[N, S]`.
-      batch_size: how many texts are written at a time.
+      batch_size: number of texts that are written at a time.
     """
     sampling, end = study.sampling, study.tokenizer.eos_token_id
     state, key = jax.device_put(state), jax.random.key(sampling.seed)
-    # The last batch is filled up with its texts again: no other shape is compiled.
+    # Prompts are repeated to fill the last batch: one shape, one compilation.
     batches = math.ceil(len(ids) / batch_size), batch_size
     rows = np.resize(np.arange(len(ids)), batches)
     written = []
@@ -336,7 +342,7 @@ def continuations(
 
 
 def write(study: Study, state) -> list[str]:
-    """Texts that begin with the prompt of `study.sampling`."""
+    """Writes texts that begin with the prompt of `study.sampling`."""
     sampling = study.sampling
     prompt = np.asarray(study.tokenizer(sampling.prompt)["input_ids"], np.int32)
     ids = np.tile(prompt, (sampling.samples, 1))
@@ -347,7 +353,7 @@ def write(study: Study, state) -> list[str]:
 
 
 class Measured(NamedTuple):
-    """A state of the model: its perplexity, and its texts with their scores."""
+    """The perplexity of a state of the model, and its texts with their scores."""
 
     perplexity: float
     texts: list[str]
@@ -355,19 +361,19 @@ class Measured(NamedTuple):
 
 
 def measure(study: Study, tau: Params, coef: float) -> Measured:
-    """The model moved by `coef` times the vector."""
+    """Measures the model moved by `coef` times the vector."""
     state = study.model.moved(tau, coef)
     texts = write(study, state)
     return Measured(perplexity_of(study, state), texts, study.scores(texts))
 
 
 def nothing(study: Study) -> Params:
-    """The task vector that moves nothing."""
+    """Returns a task vector of zeros."""
     return jax.tree.map(jnp.zeros_like, study.checkpoint.params)
 
 
 def values(coef: float, found: Measured, threshold: float = 0.5) -> dict:
-    """Plain values for a row; a text is toxic from a score of `threshold` on."""
+    """Returns the values of a row; texts with a score ≥ `threshold` are toxic."""
     measured = (
         100 * toxicity.rate(found.scores, threshold),
         float(np.mean(found.scores)),
@@ -377,18 +383,19 @@ def values(coef: float, found: Measured, threshold: float = 0.5) -> dict:
 
 
 def row(study: Study, tau: Params, coef: float) -> dict:
-    """The plain values of the model moved by `coef` times the vector."""
+    """Returns the row of the model moved by `coef` times the vector."""
     return values(coef, measure(study, tau, coef))
 
 
 def search(
     study: Study, tau: Params, coefs: Sequence[float], allowance: float
 ) -> tuple[float, float, dict]:
-    """The largest coefficient of -τ whose perplexity rises by no more than allowed.
+    """Finds the largest coefficient of -τ that keeps the perplexity within a limit.
+
+    The limit is the perplexity of the pre-trained model plus `allowance`.
 
     Returns:
-      The coefficient, the largest perplexity that is allowed, and the search as plain
-      data.
+      The coefficient, the limit, and the search as plain data.
     """
 
     @functools.cache
@@ -402,5 +409,5 @@ def search(
 
 
 def finite(value: float) -> float | None:
-    """A perplexity for JSON, which has no infinity: that of a broken model is None."""
+    """Returns a finite value, or None for an infinite one: JSON has no infinity."""
     return value if math.isfinite(value) else None

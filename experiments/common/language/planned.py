@@ -1,7 +1,8 @@
-"""What the plan of a script on texts notes: models by their sizes, vectors, passes.
+"""Reports models, vectors and forward passes of scripts on texts to a plan.
 
-A script on texts has a function `plan(config, record)` in place of stand-ins: it says
-what `main` would train and evaluate, of tasks whose numbers of samples are known.
+A script on texts does not run on stand-ins. It has a function `plan(config, record)`,
+which reports what `main` would train and evaluate. It knows the number of samples of
+the papers' tasks.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,14 +17,14 @@ from jaxarith import train
 from jaxarith.models import bert, gpt2, t5
 from jaxarith.typing import LossFn, Tree
 
-# Samples of GLUE's training and validation splits, of MNLI the matched one, as the
-# Hugging Face Hub has them.
+# Samples of GLUE's training and validation splits on the Hugging Face Hub; for MNLI the
+# matched validation split.
 GLUE = {
     **{"cola": (8551, 1043), "sst2": (67349, 872), "mrpc": (3668, 408)},
     **{"stsb": (5749, 1500), "qqp": (363846, 40430), "qnli": (104743, 5463)},
     **{"mnli": (392702, 9815), "rte": (2490, 277)},
 }
-# What an answer of T5, a word or two, counts for without a tokenizer.
+# Tokens that a plan counts for an answer of T5 (a word or two).
 ANSWER = 8
 ANSWERS = f"An answer counts as {ANSWER} tokens."
 TEXT_INPUTS = ("input_ids", "attention_mask")
@@ -31,10 +32,10 @@ T5_INPUTS = (*TEXT_INPUTS, "decoder_input_ids")
 
 
 def glue_parts(name: str) -> tuple[int, int]:
-    """Samples of the training part of a task, and of each of its other parts.
+    """Returns the samples of a task's training part, and of each of its other parts.
 
     Example:
-      >>> glue_parts("rte")  # as many as are tested on are held out of the 2490
+      >>> glue_parts("rte")  # 277 of the 2490 training samples are held out
       (2213, 277)
     """
     found, test = GLUE[name]
@@ -42,7 +43,7 @@ def glue_parts(name: str) -> tuple[int, int]:
 
 
 def tokens(*shape: int) -> jax.ShapeDtypeStruct:
-    """Tokens of a sample."""
+    """Returns the shape and dtype of the tokens of a sample."""
     return jax.ShapeDtypeStruct(shape, np.int32)
 
 
@@ -53,14 +54,14 @@ def _texts(length, **more):
 def t5_model(
     model: str, length: int, answers: Sequence[int], *, mask: str | None = None
 ) -> planning.Full:
-    """A T5 that reads a text and a target, or several.
+    """Returns a T5 that reads a text and one or several targets.
 
     Args:
       model: a folder, or one of `architectures.SIZES`.
-      length: tokens of a text.
-      answers: the shape of what the decoder reads: tokens of the target, or the number
-        of answers and their tokens.
-      mask: the field of a sample that says where a penalty looks.
+      length: number of tokens of a text.
+      answers: shape of the decoder's input: number of tokens of the target, or number
+        of answers and of their tokens.
+      mask: field of a sample that marks the positions of a penalty.
     """
     config = architectures.t5_of(model)
     apply_fn, target = t5.language_model(config), tokens(*answers)
@@ -73,7 +74,7 @@ def t5_model(
 
 
 def gpt2_model(model: str, length: int) -> planning.Full:
-    """A GPT-2 that reads texts of so many tokens."""
+    """Returns a GPT-2 that reads texts of `length` tokens."""
     config = architectures.gpt2_of(model)
     apply_fn, mask = gpt2.language_model(config), "attention_mask"
     title = f"{Path(model).name}, {length} tokens"
@@ -82,11 +83,11 @@ def gpt2_model(model: str, length: int) -> planning.Full:
 
 
 def classifier(model: str, length: int, *, outputs: int | None = None) -> planning.Full:
-    """A BERT or RoBERTa with a classification head, by default with its own outputs."""
+    """Returns a BERT or RoBERTa with a classification head, by default its own."""
     config = architectures.bert_of(model, outputs)
     apply_fn = bert.classifier(config)
     title = f"{Path(model).name}, {length} tokens"
-    # As `roberta_glue.tokens`: the label may be a score.
+    # The label is a float, as in `roberta_glue.tokens`: it may be a score.
     sample = _texts(length, label=jax.ShapeDtypeStruct((), np.float32))
     layout = bert.layout(config, "classifier")
     return planning.Full(title, apply_fn, apply_fn, layout, sample, TEXT_INPUTS)
@@ -95,7 +96,7 @@ def classifier(model: str, length: int, *, outputs: int | None = None) -> planni
 def wanted(
     name: str, file: Path, recipe: train.TrainConfig, head: object = None
 ) -> training.Wanted:
-    """A vector by what a plan needs of it."""
+    """Describes a vector for a plan."""
     return training.Wanted(name, file, recipe, identity={}, source=(), head=head)
 
 
@@ -109,15 +110,15 @@ def vectors(
     stacked: Callable[[list], Tree] | None = None,
     together: int | None = None,
 ):
-    """Notes the vectors that the bank lacks as to be trained.
+    """Reports the vectors that the bank lacks to the plan.
 
     Args:
       record: the plan.
-      full: what they are trained from.
-      method: what the plan calls them.
+      full: the model that is trained.
+      method: name of the method in the plan.
       loss, stacked: as in `training.Network`.
       found: the vectors, see `wanted`.
-      together: how many train side by side at most; by default all that can.
+      together: largest number that train side by side; by default all that can.
     """
     new = record.missing(full, method, [one.file for one in found])
     missing = [one for one, is_new in zip(found, new, strict=True) if is_new]

@@ -1,26 +1,27 @@
-"""What the scripts on prompted RoBERTa share: options, tasks, task vectors, scores.
+"""Shared code of the scripts on prompted RoBERTa: options, tasks, vectors, scores.
 
-A task is a template that asks for one word and a label word of every class, as in Gao
-et al. (2021), and Zeng et al. (2025, Appendix D.2) fine-tune on 64 samples per class:
-10 epochs of AdamW at 2e-5 with a batch of 4; the masked-LM head and the embeddings stay
-fixed, so a task vector has the blocks of the encoder alone. `--head class-mean` takes
-encoders without that head too.
+A task has a template that asks for one word, and a label word for every class, as in
+Gao et al. (2021). The bases paper (Appendix D.2) fine-tunes on 64 samples per class: 10
+epochs of AdamW at 2e-5 with a batch of 4. The masked-LM head and the embeddings stay
+fixed, so a task vector covers only the blocks of the encoder. `--head class-mean`
+supports encoders without a masked-LM head.
 
-The paper and the code of its authors decide what is not in our options:
+The following choices are fixed, not options. They come from the paper and its code:
 
-- No weight decay and no warm-up, and gradients clipped to norm 1, as their code has by
-  default. Their code takes 1024 steps per class, 64 epochs; the paper's 10 epochs are
-  160.
-- A class with too few samples repeats them. A part for choosing coefficients, as large
-  as the training part, is drawn from what is left of the training split, as Gao et al.
-  do; of a class with few samples it has a quarter. The paper does not mention one.
+- No weight decay and no warm-up, and gradients clipped to norm 1: the defaults of their
+  code. Their code takes 1024 steps per class, 64 epochs; the paper's 10 epochs are 160
+  steps.
+- A class with too few samples repeats them. Coefficients are chosen on a part as large
+  as the training part. It is drawn from the rest of the training split, as Gao et al.
+  do; for a class with few samples it has a quarter of them. The paper does not mention
+  such a part.
 - The paper adds label words that the tokenizer lacks, with new rows in the frozen
-  embeddings; its code looks words up without the blank before them, and so adds many.
-  Here the row of a word of several tokens is the mean of theirs.
-- Texts are padded to the longest of their task, to 32, 64, 128, 256 or 512 tokens:
-  padding changes nothing. There is no dropout.
+  embeddings. Its code looks words up without the blank before them, and so adds many.
+  Here the row of a word with several tokens is the mean of their rows.
+- Texts are padded to the longest of their task, to 32, 64, 128, 256 or 512 tokens;
+  padding does not change the outputs. There is no dropout.
 
-A smoke run takes a tiny RoBERTa and made-up sentences.
+A smoke run uses a tiny RoBERTa and made-up sentences.
 """
 
 import dataclasses
@@ -56,39 +57,39 @@ _LENGTHS = (32, 64, 128, 256)  # and --max-length
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(runs.Banked, runs.Planned):
-    """The options of all scripts on prompted RoBERTa."""
+    """Options of all scripts on prompted RoBERTa."""
 
     model: str = "FacebookAI/roberta-base"
     """A RoBERTa or BERT: a folder, or an id of the Hugging Face Hub."""
     head: Literal["label-word", "class-mean"] = "label-word"
-    """The fixed head of a task: the words of its prompt, of a model with a masked-LM
-    head as in the paper; or, of any encoder of sentences, the mean features of the
-    classes in the training samples, of prompts all the same."""
+    """The fixed head of a task. label-word: the rows of the prompt's words; the model
+    needs a masked-LM head, as in the paper. class-mean: the mean features of each class
+    over the training samples, with the same prompts; works for any sentence encoder."""
     tasks: tuple[str, ...] = ()
     """The tasks, in order: names of the paper's list (Appendix D.3), or files with
-    labelled texts, NAME=FILE, NAME=TRAIN,TEST or NAME=TRAIN,VALIDATION,TEST. A file of
-    a task of the list takes its prompt. Columns are label and text, text_pair as
-    experiments.text_study reads them; in .jsonl any fields of the template."""
+    labelled texts, NAME=FILE, NAME=TRAIN,TEST or NAME=TRAIN,VALIDATION,TEST. If NAME is
+    in the list, its prompt is used. Columns are label, text and text_pair, as for
+    experiments.text_study; a .jsonl file may have any fields of the template."""
     prompt: tuple[str, ...] = ()
-    """Prompts of tasks that are files, each NAME=TEMPLATE|CLASS:WORD,CLASS:WORD with
-    {mask} and fields such as {text} in the template."""
+    """Prompts of tasks that are files, each NAME=TEMPLATE|CLASS:WORD,CLASS:WORD. The
+    template has {mask} and fields, for example {text}."""
     data_dir: Path | None = None
     """Folder in which LM-BFF's datasets.tar was unpacked, for SUBJ, CR, MPQA and MR."""
     shots: int = 64
-    """Training samples of each class."""
+    """Number of training samples of each class."""
     epochs: int = 10
     steps: int | None = None
-    """Optimizer steps in place of those of the epochs."""
+    """Number of optimizer steps, instead of --epochs."""
     batch_size: int = 4
     learning_rate: float = 2e-5
     max_length: int = 512
-    """Tokens of a text; of longer ones the fields lose their ends."""
+    """Largest number of tokens of a text; the fields of longer texts are cut."""
     samples: int | None = None
-    """The largest number of test samples of a task, drawn at random; all by default."""
+    """Largest number of test samples of a task, drawn at random; by default all."""
     evaluation_batch: int = 64
     tasks_together: int = 4
-    """How many tasks of one length and one number of steps train side by side. For each
-    the devices hold three times the parameters of the blocks."""
+    """Number of tasks that train side by side, if they have the same length and number
+    of steps. For each the devices hold three times the parameters of the blocks."""
     seed: int = 0
 
 
@@ -96,7 +97,7 @@ C = TypeVar("C", bound=Options)
 
 
 def smoke(options: C, tasks: Sequence[str] = SMOKE, **small: Any) -> C:
-    """The options; in a smoke run those of all these scripts, and `small`."""
+    """Returns the options; in a smoke run with small values, and those of `small`."""
     common: dict[str, Any] = {"model": "tiny_roberta", "tasks": tuple(tasks)}
     common |= {"prompt": (), "steps": 4, "shots": 8, "batch_size": 8}
     common |= {"learning_rate": 1e-2, "max_length": 32, "evaluation_batch": 16}
@@ -104,7 +105,7 @@ def smoke(options: C, tasks: Sequence[str] = SMOKE, **small: Any) -> C:
 
 
 class Part(NamedTuple):
-    """One part of a task: batches to evaluate on, and the labels."""
+    """One part of a task: batches for evaluation, and the labels."""
 
     batches: list[dict]
     labels: np.ndarray
@@ -114,13 +115,13 @@ class Task(NamedTuple):
     """A task as tokens.
 
     Attributes:
-      name: in the bank.
-      classes: their names, in the order of their numbers.
+      name: name of the task in the bank.
+      classes: names of the classes, in the order of their numbers.
       train: the training source.
       validation, test: the other parts.
-      head: for `heads.affine_logits`; it stays fixed.
-      majority: the accuracy on the test part of the class that most training samples,
-        before the few were drawn, have.
+      head: the fixed head, for `heads.affine_logits`.
+      majority: test accuracy of always predicting the most frequent class of the whole
+        training split.
     """
 
     name: str
@@ -133,7 +134,7 @@ class Task(NamedTuple):
 
     @property
     def length(self) -> int:
-        """The tokens that its texts are padded to."""
+        """The number of tokens that its texts are padded to."""
         return len(self.train[0]["input_ids"])
 
 
@@ -145,7 +146,7 @@ class Setup(NamedTuple):
       mesh: the devices.
       apply_fn: `apply_fn(params, *INPUTS) -> features[B, D]`.
       params_0: its parameters.
-      identity: a fingerprint of them.
+      identity: fingerprint of `params_0`.
       tasks: the tasks.
     """
 
@@ -171,12 +172,12 @@ def load(
 
     Args:
       options: the options of the script, as `smoke` returns them.
-      changed: by a new name, one of the tasks and a template in place of its own; such
-        tasks come last.
+      changed: dict from a new name to one of the tasks and a template that replaces its
+        own. These tasks come last.
 
     Raises:
-      ValueError: tasks are missing or malformed; the message has all of them.
-      FileNotFoundError: there is no such model.
+      ValueError: tasks are missing or malformed; the message lists all of them.
+      FileNotFoundError: the model does not exist.
     """
     script.needs("text", "sklearn", "transformers")
     if not (options.smoke or all("=" in spec for spec in options.tasks)):
@@ -196,8 +197,8 @@ def load(
     least = model.tokenizer.num_special_tokens_to_add() + 2
     if not least <= options.max_length <= model.config.max_length:
         raise ValueError(
-            f"--max-length {options.max_length}: it must be {least} at least, and the "
-            f"model has positions for {model.config.max_length} tokens."
+            f"--max-length {options.max_length}: expected {least} at least, and at "
+            f"most {model.config.max_length}, the positions of the model."
         )
     tasks = script.collected(found, lambda task: tokens(options, task, model))
     setup = Setup(
@@ -216,10 +217,13 @@ def load(
 def tokens(
     options: Options, task: prompted_texts.Texts, model: prompted_model.Model
 ) -> Task:
-    """A task as tokens, with its head."""
+    """Returns a task as tokens, with its head."""
     classes = tuple(c for c in task.prompt.words if c in set(task.train.labels))
     if len(classes) < 2:
-        raise ValueError(f"{task.name}: {len(classes)} classes in its training part.")
+        raise ValueError(
+            f"{task.name}: {len(classes)} classes in its training part; expected two "
+            "or more that the prompt has a word for."
+        )
     numbers = {name: i for i, name in enumerate(classes)}
     chosen = prompted_texts.draw(
         task.train.labels, classes, options.shots, options.seed
@@ -268,7 +272,7 @@ def part(source: list[dict], options: Options) -> Part:
 
 
 def network(setup: Setup) -> training.Network:
-    """What a task vector is trained from."""
+    """Returns the network that a task vector is trained from."""
     options = setup.options
     return training.Network(
         title=f"{Path(options.model).name}_{METHODS[options.head]}",
@@ -282,7 +286,7 @@ def network(setup: Setup) -> training.Network:
 
 
 def wanted(setup: Setup) -> list[training.Wanted]:
-    """The task vectors of all tasks; texts of one length train side by side."""
+    """Describes the vectors of all tasks; texts of one length train side by side."""
     options, method = setup.options, METHODS[setup.options.head]
     return [
         training.Wanted(
@@ -308,16 +312,16 @@ def wanted(setup: Setup) -> list[training.Wanted]:
 
 
 def loss(features, batch, constants) -> jax.Array:
-    """Cross-entropy over the classes."""
+    """Returns the cross-entropy over the classes."""
     scores = heads.affine_logits(constants["head"], features, constants["valid"])
     return losses.cross_entropy(scores, batch["label"])
 
 
 def vectors(setup: Setup) -> list[Tree]:
-    """The task vectors from the bank, on the host; missing ones are trained.
+    """Returns the task vectors on the host; trains those that the bank lacks.
 
     Raises:
-      ValueError: the bank holds a vector of another configuration.
+      ValueError: the bank has a vector with another configuration.
     """
     return training.vectors(
         setup.options,
@@ -331,13 +335,13 @@ def vectors(setup: Setup) -> list[Tree]:
 
 
 def accuracy(task: Task, predictions: np.ndarray, labels: np.ndarray) -> float:
-    """A score of a task, as `scores` takes it."""
+    """Returns the accuracy; a measure for `scores`."""
     del task
     return float(np.mean(predictions == labels))
 
 
 def f1_of(name: str) -> Callable:
-    """F1 of one of the classes, as a score."""
+    """Returns a measure for `scores`: the F1 of one of the classes."""
 
     def score(task, predictions, labels):
         positive = task.classes.index(name)
@@ -348,7 +352,7 @@ def f1_of(name: str) -> Callable:
 
 
 def score(setup: Setup, task: Task, params, split: str, measure=accuracy) -> float:
-    """The score of a model on the "validation" or "test" part of one task."""
+    """Returns the score of a model on the "validation" or "test" part of one task."""
     own = getattr(task, split)
     features = evaluate.outputs(
         setup.apply_fn, params, own.batches, INPUTS, mesh=setup.mesh
@@ -360,13 +364,16 @@ def score(setup: Setup, task: Task, params, split: str, measure=accuracy) -> flo
 def scores(
     setup: Setup, params, split: str, measures: dict[str, Callable] | None = None
 ) -> np.ndarray:
-    """The scores of one model on all tasks, `[T]`.
+    """Returns the scores of one model on all tasks, `[T]`.
 
     Args:
-      measures: by the name of a task its score, `score(task, predictions, labels)`; of
-        the others it is accuracy.
+      setup: the model and the tasks.
+      params: parameters of the model to score.
+      split: "validation" or "test".
+      measures: dict from the name of a task to its `score(task, predictions, labels)`;
+        other tasks use accuracy.
     """
-    params = sharding.shard(params, setup.mesh)  # once, not for every task
+    params = sharding.shard(params, setup.mesh)  # once for all tasks
     measures = measures or {}
     return np.array(
         [

@@ -1,7 +1,7 @@
 """The encoder of `prompted`, its tokenizer, and the fixed head of a task.
 
-The head has the rows of the label words; for an encoder without a masked-LM head, the
-mean features of the classes in the training samples.
+The rows of the head are those of the label words. For an encoder without a masked-LM
+head they are the mean features of each class over the training samples.
 """
 
 import tempfile
@@ -17,7 +17,7 @@ from jaxarith.data import pipeline, prompt_sources, prompts, text
 from jaxarith.models import bert, heads
 
 INPUTS = ("input_ids", "attention_mask")
-_BATCH = 32  # samples of which class means are made, at a time
+_BATCH = 32  # samples in a batch when class means are computed
 
 
 class Model(NamedTuple):
@@ -28,8 +28,8 @@ class Model(NamedTuple):
       params: its parameters.
       tokenizer: its tokenizer.
       apply_fn: `apply_fn(params, *INPUTS) -> features[B, D]`.
-      head: `head(source, words)`, the head `[C, D + 1]` for `heads.affine_logits` from
-        the training samples of a task and the words of its classes.
+      head: `head(source, words) -> [C, D + 1]` for `heads.affine_logits`; its arguments
+        are the training samples of a task and the words of its classes.
     """
 
     config: bert.BertConfig
@@ -43,22 +43,26 @@ def load(model: str, head: str) -> Model:
     """Loads a BERT or RoBERTa for a kind of head, "label-word" or "class-mean".
 
     Raises:
-      ValueError: it has no masked-LM head or mask token, or its tokenizer is another's.
-      FileNotFoundError: there is no such model.
+      ValueError: it has no masked-LM head or no mask token, or the tokenizer belongs to
+        another model.
+      FileNotFoundError: the model does not exist.
     """
     kind = "masked_lm" if head == "label-word" else None
     checkpoint = bert.load(model, head=kind)
     tokenizer = text.load_tokenizer(checkpoint.folder)
     text.check_vocabulary(tokenizer, checkpoint.config.vocab_size)
     if tokenizer.mask_token is None:
-        raise ValueError(f"{model} has no mask token; prompts need one.")
+        raise ValueError(
+            f"the tokenizer of {model} has no mask token, and prompts need one. Name a "
+            "BERT or RoBERTa."
+        )
     make = label_words if kind else class_means
     apply_fn, head_of = make(checkpoint, tokenizer)
     return Model(checkpoint.config, checkpoint.params, tokenizer, apply_fn, head_of)
 
 
 def tiny(head: str) -> Model:
-    """A tiny RoBERTa that knows the label words, of smoke runs."""
+    """Makes a tiny RoBERTa that knows the label words, for smoke runs."""
     known = prompt_sources.sources().values()
     words = {word for source in known for word in source.prompt.words.values()}
     words = sorted(word for word in words if word.isalpha() and len(word) < 9)
@@ -68,7 +72,7 @@ def tiny(head: str) -> Model:
 
 
 def label_words(checkpoint: bert.Bert, tokenizer) -> tuple[Callable, Callable]:
-    """What the masked LM makes of the mask, and the rows of the label words."""
+    """Returns the features at the mask token, and a head of label words."""
     output = bert.output_words(checkpoint.config, checkpoint.params)
     words_0, bias = sharding.to_host(output)
 
@@ -80,14 +84,14 @@ def label_words(checkpoint: bert.Bert, tokenizer) -> tuple[Callable, Callable]:
 
 
 def label_head(words, bias, pieces: Sequence[Sequence[int]]) -> np.ndarray:
-    """The head of label words; the row of one of several tokens is the mean of theirs.
+    """Returns the head of label words; a word of several tokens gets their mean row.
 
     Args:
       words, bias: output layer of the model, `[V, D]` and `[V]`.
-      pieces: tokens of the word of every class.
+      pieces: for every class, the tokens of its word.
 
     Returns:
-      `[C, D + 1]`, for `heads.affine_logits`.
+      The head `[C, D + 1]`, for `heads.affine_logits`.
 
     Example:
       >>> label_head(np.eye(3, 2), np.arange(3.0), [[2], [0, 1]]).tolist()
@@ -98,7 +102,7 @@ def label_head(words, bias, pieces: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def class_means(checkpoint: bert.Bert, tokenizer) -> tuple[Callable, Callable]:
-    """The normalised mean over the tokens, mask included, and the means of classes."""
+    """Returns normalised mean features over all tokens, and a head of class means."""
     del tokenizer
     encode = bert.mean_encoder(checkpoint.config)
 

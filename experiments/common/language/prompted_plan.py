@@ -1,4 +1,4 @@
-"""What the plans of the scripts on prompted RoBERTa note, see `prompted`."""
+"""Plans of the scripts on prompted RoBERTa, see `prompted`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,23 +12,23 @@ from experiments.common.language import architectures, planned, prompted
 from jaxarith.data import prompt_sources
 from jaxarith.models import bert, heads
 
-# Test samples of GLUE's tasks and of the others of He et al. (2024); the four that
-# LM-BFF made have 2000. SNLI's are those with a label.
+# Test samples of GLUE's tasks and of the other tasks of He et al. (2024). LM-BFF made
+# the four sets of 2000. SNLI counts only samples with a label.
 _TESTED = {
     **{"CR": 2000, "MR": 2000, "MPQA": 2000, "SUBJ": 2000, "TREC": 500, "SNLI": 9824},
     **{"SST2": 872, "CoLA": 1043, "MRPC": 408, "QQP": 40430, "QNLI": 5463},
     **{"MNLI": 9815, "RTE": 277},
 }
-_MASK = 50264  # RoBERTa's; no number depends on it
+_MASK = 50264  # RoBERTa's mask token; it changes no number of the plan
 
 
 class Sizes(NamedTuple):
-    """What a plan knows of the tasks.
+    """The encoder and the sizes of the tasks in a plan.
 
     Attributes:
       full: the encoder.
       training: samples of all training parts; the validation parts have as many.
-      tests: those of the test parts, as far as they are known.
+      tests: samples of all test parts of known size.
     """
 
     full: planning.Full
@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
 
 
 def encoder(options: prompted.Options) -> tuple[planning.Full, int]:
-    """The encoder of a kind of head, and the width of its features."""
+    """Returns the encoder for the kind of head, and the width of its features."""
     config = architectures.bert_of(options.model)
     words = options.head == "label-word"
     apply_fn = bert.mask_encoder(config, _MASK) if words else bert.mean_encoder(config)
@@ -57,20 +57,21 @@ def encoder(options: prompted.Options) -> tuple[planning.Full, int]:
 def vectors(
     record: planning.Recorder, options: prompted.Options, *, again: Sequence[str] = ()
 ) -> Sizes:
-    """Notes the vectors of all tasks.
+    """Reports the vectors of all tasks to the plan.
 
     Args:
       record: the plan.
       options: the options of the script.
-      again: tasks that are trained with another prompt too.
+      again: tasks that are also trained with another prompt.
 
     Raises:
-      ValueError: a task is a file, of which nothing is known before it is read.
+      ValueError: a task is a file; a plan knows only the tasks of the list.
     """
     known, method = prompt_sources.sources(), prompted.METHODS[options.head]
     if unknown := [name for name in options.tasks if name not in known]:
         raise ValueError(
-            f"--plan knows the tasks of the paper's list, not {', '.join(unknown)}."
+            f"--plan knows only the tasks of the paper's list, not "
+            f"{', '.join(unknown)}. Leave these out, or run without --plan."
         )
     full, width = encoder(options)
     wanted, samples = [], 0
@@ -96,19 +97,19 @@ def vectors(
         together=options.tasks_together,
     )
     record.note(
-        f"All texts count as the {options.max_length} tokens of --max-length, a bound: "
-        "a real run pads to the longest of a task."
+        f"Every text counts as {options.max_length} tokens, --max-length. That is an "
+        "upper bound: a real run pads to the longest text of a task."
     )
     return Sizes(full, samples, _tests(record, options))
 
 
 def _tests(record, options) -> int:
-    """The test samples of all tasks."""
+    """Returns the number of test samples of all tasks."""
     missing = [name for name in options.tasks if name not in _TESTED]
     if missing and options.samples is None:
         record.note(
-            f"The test parts of {len(missing)} of {len(options.tasks)} tasks are not "
-            "known and not counted; --samples limits them, and then they are."
+            f"The test parts of {len(missing)} of {len(options.tasks)} tasks have "
+            "unknown sizes and are not counted. With --samples they are."
         )
     most = options.samples
     found = [_TESTED.get(name, most or 0) for name in options.tasks]

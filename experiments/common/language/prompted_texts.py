@@ -1,6 +1,6 @@
-"""Tasks as texts with prompts: those of the bases paper's list, and files of a user.
+"""Loads tasks as texts with prompts: from the bases paper's list, or from files.
 
-Also the few samples of each class that a prompted model is trained on.
+It also draws the few samples of each class that a prompted model is trained on.
 """
 
 from collections.abc import Sequence
@@ -37,23 +37,29 @@ def read_all(
     *,
     made_up: bool = False,
 ) -> list[Texts]:
-    """The tasks as texts; what is wrong with any of them is one error.
+    """Loads the tasks as texts; reports the mistakes of all tasks in one error.
 
     Args:
       specs: names of the paper's list, or `NAME=FILE`, see `text_files.task_files`.
       given: prompts, see `text_files.read_prompt`; they replace those of the list.
       data_dir: the folder with the files of LM-BFF.
-      made_up: take made-up sentences instead of the data, for a smoke run.
+      made_up: use made-up sentences instead of the data, for a smoke run.
 
     Raises:
-      ValueError: a task is missing or malformed; the message has all of them.
+      ValueError: a task is missing or malformed; the message lists all of them.
     """
     names = [spec.partition("=")[0] for spec in specs]
     if len(set(names)) < len(names) or not names:
-        raise ValueError(f"every task once, and at least one; got {', '.join(specs)}.")
+        raise ValueError(
+            f"--tasks: expected at least one task, and each only once; got "
+            f"{', '.join(specs)}."
+        )
     of_task = dict(map(text_files.read_prompt, given))
     if unknown := [name for name in of_task if name not in names]:
-        raise ValueError(f"--prompt for {', '.join(unknown)}, which is no --tasks.")
+        raise ValueError(
+            f"--prompt is given for {', '.join(unknown)}, which --tasks does not name. "
+            "Add it to --tasks, or remove the prompt."
+        )
     return script.collected(
         specs,
         lambda spec: _read(spec, of_task, data_dir, made_up),
@@ -67,13 +73,13 @@ def _read(spec, given, data_dir, made_up) -> Texts:
     source = prompt_sources.sources().get(name)
     prompt = given.get(name) or (source and source.prompt) or prompts.TASKS.get(name)
     if prompt is None:
-        raise ValueError("it is no task of the list; give its file and its --prompt.")
+        raise ValueError("not a task of the list; give its file and its --prompt.")
     if made_up:
         return Texts(name, prompt, *(_made_up(prompt, count) for count in (40, 16)))
     if equals:
         return Texts(name, prompt, *_file_parts(spec, prompt))
     if source is None:
-        raise ValueError("no dataset of it is known; give its file, NAME=FILE.")
+        raise ValueError("no dataset is known for it; give its file, NAME=FILE.")
     parts = (prompt_sources.load(source, part, data_dir) for part in ("train", "test"))
     return Texts(name, prompt, *parts)
 
@@ -84,13 +90,13 @@ def _made_up(prompt: prompts.Prompt, count: int) -> prompt_sources.Rows:
 
 
 def _file_parts(spec: str, prompt: prompts.Prompt) -> list[prompt_sources.Rows]:
-    """The training and the test part of a task that is files."""
+    """Returns the training and the test part of a task that is given as files."""
     name, paths = text_files.task_files(spec)
     first, *others = [_records(path, prompt.fields) for path in paths]
-    # A validation file's samples are those of the pool from which few are drawn.
+    # A validation file joins the pool from which the few samples are drawn.
     pool = first + (others[0] if len(others) == 2 else [])
     task = text.task(name, pool, pool[:1], others[-1] if others else None)
-    prompt.label_words(task.classes)  # an error where a class has no word
+    prompt.label_words(task.classes)  # raises if a class has no word
 
     def rows(part):
         labels = [task.classes[record["label"]] for record in part]
@@ -100,7 +106,7 @@ def _file_parts(spec: str, prompt: prompts.Prompt) -> list[prompt_sources.Rows]:
 
 
 def _records(file: Path, fields: Sequence[str]) -> list[text.Record]:
-    """The records of a file; of JSON lines with all the fields of a template."""
+    """Reads the records of a file; from .jsonl with all fields of the template."""
     if set(fields) <= {"text", "text_pair"} or file.suffix != ".jsonl":
         return text.read(file)
     names = (*fields, "label")
@@ -111,16 +117,16 @@ def _records(file: Path, fields: Sequence[str]) -> list[text.Record]:
 def draw(
     labels: Sequence[str | None], classes: Sequence[str], shots: int, seed: int
 ) -> tuple[list[int], list[int]]:
-    """Rows to train on, equally many of every class, and others for validation.
+    """Draws rows for training, equally many of every class, and others for validation.
 
     Args:
-      labels: the class of every row; rows of no class are not drawn.
+      labels: the class of every row; rows with another label are not drawn.
       classes: the classes.
-      shots: rows of each class that are trained on; a class with fewer repeats them.
+      shots: training rows per class; a class with fewer rows repeats them.
       seed: seed of the order.
 
     Returns:
-      The rows of both parts; the second has at most `shots` of a class.
+      The rows of both parts; the second has at most `shots` of each class.
 
     Raises:
       ValueError: a class has fewer than two rows.
@@ -137,7 +143,9 @@ def draw(
     drawn, held_out = [], []
     for name, rows in of_class.items():
         if len(rows) < 2:
-            raise ValueError(f"{len(rows)} rows of the class {name}; two are needed.")
+            raise ValueError(
+                f"the class {name} has {len(rows)} rows; two or more are needed."
+            )
         kept = min(shots, max(1, len(rows) - max(1, len(rows) // 4)))
         drawn += np.resize(rows[:kept], shots).tolist()
         held_out += rows[kept : kept + shots]

@@ -1,23 +1,23 @@
-"""RoBERTa with a classification head on GLUE, as AWD's language tables have it.
+"""RoBERTa with a classification head on GLUE, for the AWD paper's language tables.
 
 Xiong et al. Multi-Task Model Merging via Adaptive Weight Disentanglement.
 arXiv:2411.18729: sections 7.3 and 8.3.
 
-Its models are those of Lu et al. (2024), 10 epochs with a batch of 64 at 1e-5. Here
-they are trained so, and what neither text says is this:
+The paper uses models of Lu et al. (2024): 10 epochs with a batch of 64 at 1e-5. Models
+are trained like that here. Neither paper states the rest; our choices are:
 
-- Everything is trained, the embeddings and a new head too, by AdamW without weight
-  decay and warm-up, clipped to norm 1, with half a cosine. There is no dropout. All
-  tasks start from the same random head; it has three outputs, of which a task uses as
-  many as it has classes. STS-B is a regression by mean squared error.
-- Encoders are merged, and every task keeps the head of its own model, also the row of
+- All parameters are trained, with the embeddings and a new head, by AdamW without
+  weight decay and warm-up, clipped to norm 1, with half a cosine. There is no dropout.
+  All tasks start from the same random head with three outputs; a task uses as many as
+  it has classes. STS-B is a regression by mean squared error.
+- Encoders are merged. Every task keeps the head of its own model, also in the row of
   the pre-trained encoder.
 - A score is the mean of GLUE's official metrics: Matthews correlation for CoLA, F1 and
   accuracy for MRPC and QQP, Pearson and Spearman correlation for STS-B, else accuracy.
-- `--from` takes classifiers that others have fine-tuned in place of training, such as
-  public ones of the Hub. Their encoders and heads are used as they are.
-- GLUE's validation split (of MNLI the matched one) is the test part; a validation part
-  as large is taken out of the training split.
+- `--from` uses classifiers that others have fine-tuned, for example public ones of the
+  Hub, instead of training. Their encoders and heads are used unchanged.
+- GLUE's validation split (for MNLI the matched one) is the test part. A validation part
+  of the same size is taken out of the training split.
 """
 
 import dataclasses
@@ -65,29 +65,28 @@ _OUTPUTS = 3  # of MNLI, which has the most
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(runs.Banked, runs.Planned):
-    """The options of scripts on RoBERTa with classification heads."""
+    """Options of scripts on RoBERTa with classification heads."""
 
     models: tuple[str, ...] = tuple(MODELS)
     """RoBERTas: folders, or ids of the Hugging Face Hub."""
     tasks: tuple[str, ...] = tuple(TITLES)
     """Tasks of GLUE, in order."""
     checkpoints: Annotated[tuple[str, ...], tyro.conf.arg(name="from")] = ()
-    """Classifiers that others have fine-tuned from the one model of --models, as
-    TASK=CHECKPOINT: folders, or ids of the Hugging Face Hub. These tasks are not
-    trained."""
+    """Classifiers that others have fine-tuned, each TASK=CHECKPOINT with a folder or an
+    id of the Hugging Face Hub. --models must name the one model that they started from.
+    These tasks are not trained."""
     data_dir: Path | None = None
-    """Folder of GLUE's own files, such as CoLA/train.tsv and CoLA/dev.tsv; by default
-    the tasks come from the Hugging Face Hub."""
+    """Folder of GLUE's own files, for example CoLA/train.tsv and CoLA/dev.tsv; by
+    default the tasks come from the Hugging Face Hub."""
     epochs: int = 10
     steps: int | None = None
-    """Optimizer steps in place of those of the epochs."""
+    """Number of optimizer steps, instead of --epochs."""
     batch_size: int = 64
     learning_rate: float = 1e-5
     max_length: int = 128
-    """Tokens of a text, to which all are padded; longer ones are cut."""
+    """Number of tokens of a text; shorter texts are padded, longer ones are cut."""
     validation_samples: int | None = 2000
-    """The largest number of validation samples of a task, on which coefficients are
-    chosen."""
+    """Largest number of validation samples of a task, which choose coefficients."""
     evaluation_batch: int = 64
     seed: int = 0
 
@@ -96,7 +95,7 @@ C = TypeVar("C", bound=Options)
 
 
 def smoke(options: C, **small: Any) -> C:
-    """The options; in a smoke run those of all these scripts, and `small`."""
+    """Returns the options; in a smoke run with small values, and those of `small`."""
     common: dict[str, Any] = {"models": (TINY,), "tasks": ("mrpc", "stsb", "mnli")}
     common |= {"steps": 20, "batch_size": 8, "learning_rate": 1e-2}
     common |= {"max_length": 24, "evaluation_batch": 16}
@@ -108,7 +107,7 @@ class Task(NamedTuple):
 
     Attributes:
       train: its training source.
-      parts: batches to evaluate on, of "validation" and "test".
+      parts: batches for evaluation, by part: "validation" and "test".
     """
 
     train: list[dict]
@@ -120,12 +119,12 @@ class Setup(NamedTuple):
 
     Attributes:
       options: the options of the script.
-      model: its name in the bank.
+      model: the model, as given by the options; names its folder in the bank.
       mesh: the devices.
       config: its configuration, with three outputs.
       apply_fn: `apply_fn(params, *INPUTS) -> outputs[B, 3]`.
       params_0: its parameters, with the head that all tasks start from.
-      identity: a fingerprint of them.
+      identity: fingerprint of `params_0`.
       tasks: the tasks, by name.
     """
 
@@ -140,26 +139,32 @@ class Setup(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What the paper calls the model."""
+        """The paper's name of the model."""
         return MODELS.get(self.model, Path(self.model).name)
 
 
 def setups(options: Options):
-    """Every model in turn, with the tasks; nothing is written before the first is here.
+    """Yields every model in turn, with the tasks.
+
+    Nothing is written before the first model is loaded and checked.
 
     Raises:
-      ValueError: tasks are missing or malformed; the message has all of them.
-      FileNotFoundError: there is no such model.
+      ValueError: tasks are missing or malformed; the message lists all of them.
+      FileNotFoundError: a model does not exist.
     """
     script.needs("text", "sklearn", "transformers")
     if not (options.smoke or options.data_dir):
         script.needs("text", "datasets")
     if unknown := [name for name in options.tasks if name not in TITLES]:
         raise ValueError(
-            f"no tasks of GLUE: {', '.join(unknown)}; they are {', '.join(TITLES)}."
+            f"not tasks of GLUE: {', '.join(unknown)}; expected tasks out of "
+            f"{', '.join(TITLES)}."
         )
     if len(set(options.tasks)) < max(len(options.tasks), 2):
-        raise ValueError(f"every task once, and at least two; got {options.tasks}.")
+        raise ValueError(
+            "--tasks: expected at least two tasks, and each only once; got "
+            f"{options.tasks}."
+        )
     given = from_outside(options)
     mesh = runs.start(options)
     found = script.collected(
@@ -180,7 +185,7 @@ def setups(options: Options):
         if i == 0:
             training.check(network(setup), wanted(setup))
             for other in () if options.smoke else options.models[1:]:
-                hub.find(other)  # before hours of training of the first
+                hub.find(other)  # report a missing one before hours of training
             runs.claim(options)
         for file, one in added.items():
             external.add(file, one)
@@ -188,10 +193,10 @@ def setups(options: Options):
 
 
 def from_outside(options: Options) -> dict[str, str]:
-    """The checkpoints of --from by task.
+    """Returns the checkpoints of --from by task.
 
     Raises:
-      ValueError: one is no TASK=CHECKPOINT, or there are several models.
+      ValueError: one is not TASK=CHECKPOINT, or --models has several models.
     """
     pairs = [spec.partition("=") for spec in options.checkpoints]
     for name, _, checkpoint in pairs:
@@ -201,12 +206,15 @@ def from_outside(options: Options) -> dict[str, str]:
                 f"{', '.join(options.tasks)}."
             )
     if pairs and len(options.models) > 1:
-        raise ValueError("--from needs the one of --models that they started from.")
+        raise ValueError(
+            f"--from with {len(options.models)} --models; expected one: the model that "
+            "all of these checkpoints started from."
+        )
     return {name: checkpoint for name, _, checkpoint in pairs}
 
 
 def outside(setup: Setup, name: str, checkpoint: str) -> external.External:
-    """The task vector of a classifier that others have fine-tuned."""
+    """Returns the task vector of a classifier that others have fine-tuned."""
     return classifiers.load(
         checkpoint,
         glue.TASKS[name],
@@ -219,7 +227,7 @@ def outside(setup: Setup, name: str, checkpoint: str) -> external.External:
 
 
 def records(options: Options, name: str) -> text.TextTask:
-    """The texts and labels of a task, with a validation part."""
+    """Loads the texts and labels of a task, with a validation part."""
     task = glue.TASKS[name]
     if options.smoke:
         made = [tiny_text.glue_records(task, count, count) for count in (60, 16)]
@@ -258,7 +266,7 @@ def load(options: Options, model: str, mesh: Mesh, parts) -> Setup:
 
 
 def with_head(config: bert.BertConfig, params: dict, seed: int) -> dict:
-    """A base with a new head, without what the head has no use for."""
+    """Returns the parameters of a base with a new head; drops those it does not use."""
     init = jax.jit(bert.init, static_argnames=("config", "head"))
     fresh = init(jax.random.key(seed), config=config, head="classifier")
     base = tree.flatten(params)
@@ -268,7 +276,7 @@ def with_head(config: bert.BertConfig, params: dict, seed: int) -> dict:
 def tokens(options: Options, tokenizer, parts: text.TextTask) -> Task:
     def source(rows):
         found = text.encode(tokenizer, rows, options.max_length)
-        # One kind of label for all tasks, which train in one program.
+        # One dtype of labels for all tasks: they train in one program.
         return [{**row, "label": np.float32(row["label"])} for row in found]
 
     held_out = parts.validation[: options.validation_samples]
@@ -283,10 +291,10 @@ def tokens(options: Options, tokenizer, parts: text.TextTask) -> Task:
 
 
 def loss(outputs, batch, constants) -> jax.Array:
-    """Cross-entropy over the classes of a task; of a regression the squared error."""
+    """Returns the cross-entropy over a task's classes; squared error for regression."""
     regression = constants["classes"] == 1
     valid = jnp.arange(_OUTPUTS) < constants["classes"]
-    # A score is no class: in its place the one class, whose loss is zero.
+    # A regression has no class; label 0 is its only output, with cross-entropy zero.
     labels = jnp.where(regression, 0, batch["label"].astype(jnp.int32))
     scores = jnp.where(valid, outputs, -jnp.inf)
     squared = jnp.mean((outputs[:, 0] - batch["label"]) ** 2)
@@ -294,17 +302,17 @@ def loss(outputs, batch, constants) -> jax.Array:
 
 
 def outputs_of(name: str) -> int:
-    """How many outputs a task uses."""
+    """Returns the number of outputs that a task uses."""
     return len(glue.TASKS[name].classes) or 1
 
 
 def stacked(counts: Sequence[int]) -> Tree:
-    """The constants of the loss, from the outputs that every task uses."""
+    """Returns the constants of the loss, from the number of outputs of every task."""
     return {"classes": np.array(counts, np.int32)}
 
 
 def network(setup: Setup) -> training.Network:
-    """What a task vector is trained from."""
+    """Returns the network that a task vector is trained from."""
     return training.Network(
         title=f"{setup.title}_{METHOD}",
         apply_fn=setup.apply_fn,
@@ -317,7 +325,7 @@ def network(setup: Setup) -> training.Network:
 
 
 def wanted(setup: Setup) -> list[training.Wanted]:
-    """The task vectors of all tasks."""
+    """Describes the task vectors of all tasks."""
     return [
         training.Wanted(
             name=name,
@@ -336,12 +344,12 @@ def wanted(setup: Setup) -> list[training.Wanted]:
 
 
 def file_of(setup: Setup, name: str) -> Path:
-    """Where the bank has the vector of a task."""
+    """Returns the path in the bank for the vector of a task."""
     return bank.vector_file(setup.options.bank, setup.model, METHOD, name)
 
 
 def vectors(setup: Setup) -> dict[str, Tree]:
-    """The task vectors by task, heads included, from the bank or trained."""
+    """Returns task vectors by task, with heads; trains those that the bank lacks."""
     found = training.vectors(setup.options, network(setup), wanted(setup))
     return dict(zip(setup.tasks, found, strict=True))
 
@@ -350,11 +358,11 @@ def vectors(setup: Setup) -> dict[str, Tree]:
 
 
 class Texts(NamedTuple):
-    """What a plan counts for a RoBERTa.
+    """A RoBERTa and the numbers of texts in a plan.
 
     Attributes:
       full: the model.
-      validation, test: texts of these parts of all tasks.
+      validation, test: number of texts in these parts of all tasks.
     """
 
     full: planning.Full
@@ -363,7 +371,7 @@ class Texts(NamedTuple):
 
 
 def plan_vectors(record: planning.Recorder, options: Options) -> list[Texts]:
-    """Notes the vectors of all models that --from does not name."""
+    """Reports to the plan the vectors of all models that --from does not name."""
     given = from_outside(options)
     parts = {name: planned.glue_parts(name) for name in options.tasks}
     most, found = options.validation_samples, []
@@ -390,18 +398,19 @@ def plan_vectors(record: planning.Recorder, options: Options) -> list[Texts]:
 
 
 def encoders(taus: dict[str, Tree]) -> list[Tree]:
-    """The parts of the task vectors that are merged."""
+    """Returns the parts of the task vectors that are merged."""
     return [tree.select(tau, ENCODER) for tau in taus.values()]
 
 
 def scores_at(
     setup: Setup, taus: dict[str, Tree], added: Sequence[Tree], split: str
 ) -> Callable[[float], list[float]]:
-    """The scores on all tasks as a function of a coefficient.
+    """Returns the scores on all tasks as a function of a coefficient.
 
     Args:
-      taus: the task vectors, whose heads the tasks take as they are.
-      added: for every task the vector of encoders that the coefficient scales.
+      setup: the model and the tasks.
+      taus: the task vectors by task; their heads are used unchanged.
+      added: for every task, the encoder vector that the coefficient scales.
       split: "validation" or "test".
     """
     outputs = []
@@ -429,7 +438,7 @@ def encoder_paths(tau: Params) -> set[str]:
 
 
 def score(name: str, outputs: np.ndarray, batches: list[dict]) -> float:
-    """The mean of the official metrics of a task, of outputs `[N, 3]`."""
+    """Returns the mean of a task's official metrics for outputs `[N, 3]`."""
     labels = evaluate.labels(batches)
     count = outputs_of(name)
     if count == 1:

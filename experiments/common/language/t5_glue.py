@@ -1,23 +1,24 @@
 """A T5 that answers MRPC, RTE, CoLA and SST-2 in words: tasks, vectors, scores.
 
-The vectors are those of `tau_jp.METHODS`. The logits of the whole model are linearised,
-and the penalty reads the inputs of the other three tasks.
+The methods are `tau_jp.METHODS`. The logits of the whole model are linearised. The
+penalty uses the inputs of the other three tasks.
 
-The code of the τJp paper decides what the paper leaves open:
+Where the τJp paper leaves something open, its code decides:
 
 - FLAN-T5 small, a batch of 16, 2000 steps at a constant 1e-5 without weight decay and
-  clipping; a validation part as large as GLUE's own, which is the test part.
-- The penalty looks at the logits of the first decoder position only, given the start
-  token, of which it is the mean of the magnitudes. The paper prints the squared L2
-  norm: `--penalty-norm l2 --penalty-power 2`, which wants a λ of its own.
-- The score is of tokens: each token of the true answer, its end among them, is
-  predicted from those before it. For CoLA it is Matthews correlation with every token a
-  class, for the others the share of tokens that are right. It is no accuracy of a task;
-  `rank_scores` has those, by rank classification (Ilharco et al. 2023) and the official
-  metrics of GLUE.
-- Their evaluation of linearised vectors runs the network at θ0 + ατ
-  (`--no-tangent-scores`); here it is the linearised model, as the paper says. They
-  train with dropout, in part; this T5 has none.
+  clipping. GLUE's validation split is the test part; a validation part of the same size
+  is taken out of the training split.
+- The penalty uses only the logits of the first decoder position, after the start token.
+  It is the mean of their magnitudes. The paper prints the squared L2 norm instead:
+  `--penalty-norm l2 --penalty-power 2`, which needs another λ.
+- The score counts tokens: each token of the true answer, and its end token, is
+  predicted from the tokens before it. For CoLA the score is Matthews correlation with
+  every token as a class; for the other tasks it is the share of correct tokens. This is
+  not the accuracy of a task. `rank_scores` returns GLUE's official metrics, by rank
+  classification (editing paper).
+- Their code evaluates linearised vectors by running the network at θ0 + ατ
+  (`--no-tangent-scores`). Here the linearised model is evaluated, as the paper says.
+  Their training partly uses dropout; this T5 has none.
 """
 
 import dataclasses
@@ -45,22 +46,22 @@ FIRST = "first_token"  # the field that is 1 at the first decoder position
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(text_to_text.Options, tau_jp.Options):
-    """The options of scripts on these vectors."""
+    """Options of scripts on these vectors."""
 
     model: str = "google/flan-t5-small"
     """A T5: a folder, or an id of the Hugging Face Hub."""
     steps: int = 2000
     penalty_coef: float = 0.1
-    """λ, the weight of the τJp penalty. 0.1 is that of the paper's code, for the mean
-    of magnitudes; the paper chooses it among 0.001, 0.01 and 0.1 on CoLA."""
+    """Weight λ of the τJp penalty. The paper's code uses 0.1, for the mean of
+    magnitudes; the paper chooses λ among 0.001, 0.01 and 0.1 on CoLA."""
     penalty_norm: penalty.Norm = "mean_absolute"
     """The norm of the logits: the mean of their magnitudes, as in the paper's code, or
-    Euclidean (l2), which at the same λ is 225 to 253 times as strong."""
+    Euclidean (l2), which is 225 to 253 times as strong at the same λ."""
     tangent_scores: bool = True
-    """Score linearised vectors in the tangent space, as the paper says;
-    --no-tangent-scores runs the network at θ0 + ατ, as its code does."""
+    """Score linearised vectors in the tangent space, as the paper says.
+    --no-tangent-scores runs the network at θ0 + ατ, as the paper's code does."""
     max_length: int = 512
-    """Tokens of a text, to which all are padded; longer ones lose their end."""
+    """Number of tokens of a text; shorter texts are padded, longer ones are cut."""
 
 
 class Task(NamedTuple):
@@ -68,8 +69,8 @@ class Task(NamedTuple):
 
     Attributes:
       train: its training source.
-      parts: batches to evaluate on, of "validation" and "test".
-      candidates: the answers to choose from, `[C, T]`.
+      parts: batches for evaluation, by part: "validation" and "test".
+      candidates: the possible answers as tokens, `[C, T]`.
     """
 
     train: list[dict]
@@ -78,12 +79,12 @@ class Task(NamedTuple):
 
 
 class Model(NamedTuple):
-    """The T5, or its linearisation, with task vectors to be added to it.
+    """The T5, or its linearisation, to which task vectors are added.
 
     Attributes:
       apply_fn: `apply_fn(params, *INPUTS) -> logits`.
       params_0: its parameters without a task vector.
-      moved: from a task vector to what is added to them.
+      moved: function from a task vector to the tree that is added to `params_0`.
     """
 
     apply_fn: ApplyFn
@@ -91,19 +92,19 @@ class Model(NamedTuple):
     moved: Callable[[Tree], Tree]
 
     def likeliest(self, params: Params, *inputs) -> jax.Array:
-        """The likeliest token at every position of the decoder."""
+        """Returns the most likely token at every position of the decoder."""
         return jnp.argmax(self.apply_fn(params, *inputs), axis=-1)
 
 
 class Study(NamedTuple):
-    """What every method starts from.
+    """The T5, the tasks, and the models and vectors of every method.
 
     Attributes:
       config: the options.
       base: the T5.
       tasks: the tasks, by name.
-      models: what is scored, by method.
-      wanted: how the vectors are trained, by method.
+      models: the model that is scored, by method.
+      wanted: descriptions of the vectors, by method.
     """
 
     config: Options
@@ -114,7 +115,7 @@ class Study(NamedTuple):
 
 
 def start(config: Options) -> Study:
-    """Loads and checks everything, and claims the folder."""
+    """Loads and checks everything, and claims the output folder."""
     script.needs("text", "sklearn", "transformers")
     if not config.smoke:
         script.needs("text", "datasets")
@@ -146,7 +147,7 @@ def start(config: Options) -> Study:
 
 
 def _tasks(config: Options, base: text_to_text.Base) -> dict[str, Task]:
-    """The tasks as tokens, all of the same lengths."""
+    """Returns the tasks as tokens, all with the same lengths."""
     answers = {
         name: language.candidates(base.tokenizer, glue.TASKS[name].classes)
         for name in TASKS
@@ -175,13 +176,16 @@ def _tasks(config: Options, base: text_to_text.Base) -> dict[str, Task]:
 
 
 def network(checkpoint: t5.T5) -> Model:
-    """The T5 itself."""
+    """Returns the T5 itself as a `Model`."""
     apply_fn = t5.language_model(checkpoint.config)
     return Model(apply_fn, checkpoint.params, lambda tau: tau)
 
 
 def linearized(checkpoint: t5.T5) -> Model:
-    """Its parameters are `{"params_0": ..., "tau": ...}`: no sum of both is rounded."""
+    """Returns the linearised T5, with parameters `{"params_0": ..., "tau": ...}`.
+
+    They are kept apart so that no rounding happens in their sum.
+    """
     logits = t5.language_model(checkpoint.config)
 
     def apply_fn(params, *inputs):
@@ -197,7 +201,7 @@ def linearized(checkpoint: t5.T5) -> Model:
 
 
 def candidate(method: str, coef: float) -> str:
-    """The folder in the bank of a method's vectors at a weight λ of the penalty."""
+    """Returns the folder in the bank for a method with a certain weight λ."""
     return f"{method}_coef_{coef:g}"
 
 
@@ -208,15 +212,15 @@ def wanted(
     method: str,
     folder: str | None = None,
 ) -> list[training.Wanted]:
-    """How the vectors of a method are trained.
+    """Describes the vectors of a method for training.
 
     Args:
       config: the options.
       base: the T5.
       tasks: the tasks, by name.
       method: one of `tau_jp.METHODS`.
-      folder: the folder in the bank; by default that of the method or, where the bank
-        has it, that of the method's candidate of the same λ.
+      folder: folder in the bank; by default that of the method's candidate with the
+        same λ, if the bank has it, else that of the method.
     """
     recipe = tau_jp.recipe(config, method, steps=config.steps)
     checksums = {name: bank.checksum(task.train) for name, task in tasks.items()}
@@ -246,12 +250,12 @@ def wanted(
 
 
 def trainer(study: Study, method: str) -> training.Network:
-    """What the vectors of a method are trained from."""
+    """Returns the network that the vectors of a method are trained from."""
     return text_to_text.network(study.base)._replace(title=method, penalty_mask=FIRST)
 
 
 def vectors(study: Study, method: str) -> list[Tree]:
-    """The task vectors of a method, from the bank or trained."""
+    """Returns the task vectors of a method; trains those that the bank lacks."""
     return training.vectors(study.config, trainer(study, method), study.wanted[method])
 
 
@@ -259,14 +263,14 @@ def vectors(study: Study, method: str) -> list[Tree]:
 
 
 class Scores(NamedTuple):
-    """Test scores on every task."""
+    """Test scores on every task: by tokens, and by rank classification."""
 
     tokens: list[float]
     rank: list[float]
 
 
 def token_score(name: str, predicted: np.ndarray, labels: np.ndarray) -> float:
-    """The score of the paper's code, of the likeliest tokens `[N, T]`."""
+    """Returns the score of the paper's code for the most likely tokens `[N, T]`."""
     counts = labels != IGNORED
     if "matthews" in glue.TASKS[name].metrics:
         return metrics.matthews(predicted[counts], labels[counts])
@@ -276,12 +280,12 @@ def token_score(name: str, predicted: np.ndarray, labels: np.ndarray) -> float:
 def token_scores(
     study: Study, method: str, added: Taus, part: str
 ) -> Callable[[float], list[float]]:
-    """The score of tokens on every task, as a function of the coefficient.
+    """Returns the token scores on every task as a function of the coefficient.
 
     Args:
       study: the tasks and models.
       method: the method of the model.
-      added: the vector that is added to the model, for each task.
+      added: for each task, the vector that is added to the model.
       part: "validation" or "test".
     """
     model, outputs, labels = study.models[method], {}, {}
@@ -308,7 +312,7 @@ def token_scores(
 
 
 def rank_scores(study: Study, method: str, added: Taus, coef: float) -> list[float]:
-    """The official metrics of rank classification on every task's test part."""
+    """Returns GLUE's official metrics by rank classification, on every test part."""
     model, found = study.models[method], []
     for name, tau in zip(TASKS, added, strict=True):
         task = study.tasks[name]
@@ -322,6 +326,6 @@ def rank_scores(study: Study, method: str, added: Taus, coef: float) -> list[flo
 
 
 def scores(study: Study, method: str, added: Taus, coef: float) -> Scores:
-    """The test scores by both metrics; arguments as for `token_scores`."""
+    """Returns the test scores by both metrics; arguments as for `token_scores`."""
     tokens = token_scores(study, method, added, "test")(coef)
     return Scores(tokens, rank_scores(study, method, added, coef))

@@ -1,7 +1,7 @@
-"""What the language scripts of the τJp paper share: methods, recipe, rows.
+"""Shared code of the τJp paper's language scripts: methods, recipe, rows.
 
-The task vectors are ordinary (`nonlinear`), linearised (`linear`), and linearised with
-the cyclic τJp penalty (`tau_jp_cyclic`).
+Task vectors are ordinary (`nonlinear`), linearised (`linear`), or linearised with the
+cyclic τJp penalty (`tau_jp_cyclic`).
 """
 
 import dataclasses
@@ -21,35 +21,36 @@ METHODS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(runs.Banked):
-    """The options of these scripts."""
+    """Options of these scripts."""
 
     coefficient: Literal["searched", "one"] = "searched"
-    """Which table: the coefficient of every row is searched, or it is one."""
+    """Whether the coefficient of every row is searched, or is one (two tables of the
+    paper)."""
     coefs: tuple[float, ...]
-    """The candidates of the coefficient."""
+    """Candidate values of the coefficient."""
     batch_size: int = 16
     learning_rate: float = 1e-5
-    """The same at every step."""
+    """Learning rate, the same at every step."""
     penalty_coef: float
-    """λ, the weight of the τJp penalty."""
+    """Weight λ of the τJp penalty."""
     penalty_power: tau_jp.Power = 1
-    """Of the norm in the penalty: 1, or 2 as the paper prints it, which wants another
+    """Power of the norm in the penalty: 1, or 2 as in the paper. They need different
     λ."""
     penalty_norm: tau_jp.Norm = "l2"
     """The norm of the logits: Euclidean (l2), or the mean of their magnitudes."""
     penalty_start: int = 0
-    """The number of steps before the penalty acts."""
+    """Number of steps before the penalty begins."""
     penalty_batch_size: int = 4
-    """Samples of the penalty per step, a quarter of the batch."""
+    """Number of penalty samples per step; by default a quarter of the default batch."""
     ties_density: float = 0.1
-    """The share of the entries that TIES keeps."""
+    """Share of the entries that TIES keeps."""
     seed: int = 0
 
 
 def recipe(
     options: Options, method: str, *, steps: int, weight_decay: float = 0.0
 ) -> train.TrainConfig:
-    """The recipe of a method: a constant learning rate, and no clipping."""
+    """Returns the recipe of a method: a constant learning rate, and no clipping."""
     return train.TrainConfig(
         steps=steps,
         warmup_steps=0,
@@ -72,10 +73,10 @@ def recipe(
 def merged(
     params_0: Params, taus: Mapping[str, Taus], density: float
 ) -> dict[str, tuple[str, Params]]:
-    """The rows: the method whose model is edited, and the vector that edits it.
+    """Returns, for each row, the method of the edited model and the merged vector.
 
-    It is the sum of the method's vectors; TIES merges the ordinary ones, and trims
-    where there is one alone.
+    The merged vector is the sum of the method's vectors. TIES merges the ordinary
+    vectors; a single vector is only trimmed.
     """
     rows = {
         name: (method, task_vectors.add(taus[method]))

@@ -1,4 +1,4 @@
-"""Files of texts as the options of scripts name them: tasks, prompts, rows to keep."""
+"""Reads text files that options of scripts name: tasks, prompts, rows to keep."""
 
 import csv
 import dataclasses
@@ -14,16 +14,16 @@ from jaxarith.data import prompts, text
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How files of texts are read: the options of all scripts that take some."""
+    """Options of all scripts that read text files."""
 
     encoding: str = "utf-8-sig"
-    """Encoding of the files, such as latin-1. No other is tried."""
+    """Encoding of the files, for example latin-1. No other is tried."""
     skip_bad: bool = False
-    """Leave out lines that are wrong, and count them in a warning."""
+    """Leave out malformed lines, and count them in a warning."""
 
 
 def task_files(option: str) -> tuple[str, list[Path]]:
-    """The name and the files of a task.
+    """Returns the name and the files of a task.
 
     Raises:
       ValueError: the option has no name, no file, or more than three files.
@@ -43,7 +43,7 @@ def task_files(option: str) -> tuple[str, list[Path]]:
 
 
 def read_task(option: str, options: Options) -> text.TextTask:
-    """A task with its files read; parts without a file come from the training file.
+    """Reads the files of a task; parts without a file come from the training file.
 
     Args:
       option: see `task_files`.
@@ -59,10 +59,10 @@ def read_task(option: str, options: Options) -> text.TextTask:
 
 
 def read_prompt(option: str) -> tuple[str, prompts.Prompt]:
-    """The task and the prompt of an option.
+    """Returns the name of the task and the prompt of a --prompt option.
 
     Raises:
-      ValueError: it is not NAME=TEMPLATE|CLASS:WORD,CLASS:WORD.
+      ValueError: the option is not NAME=TEMPLATE|CLASS:WORD,CLASS:WORD.
 
     Example:
       >>> read_prompt("mr={text} It was {mask}.|0:terrible,1:great")[1].words
@@ -70,44 +70,46 @@ def read_prompt(option: str) -> tuple[str, prompts.Prompt]:
     """
     name, equals, rest = option.partition("=")
     template, bar, words = rest.rpartition("|")
-    # A class may have a colon in its name.
+    # Split at the last colon: the name of a class may have one.
     pairs = [pair.rpartition(":") for pair in words.split(",")]
     if not (name and equals and bar and all(c and word for c, _, word in pairs)):
         raise ValueError(
-            f"--prompt {option!r}: expected NAME=TEMPLATE|CLASS:WORD,CLASS:WORD, such "
-            "as 'mr={text} It was {mask}.|0:terrible,1:great'."
+            f"--prompt {option!r}: expected NAME=TEMPLATE|CLASS:WORD,CLASS:WORD, for "
+            "example 'mr={text} It was {mask}.|0:terrible,1:great'."
         )
     words = {label.strip(): word.strip() for label, _, word in pairs}
     return name, prompts.Prompt(template, words)
 
 
 def read(file: Path) -> str:
-    """The content of a text file.
+    """Reads a text file.
 
     Raises:
       ValueError: the file does not exist, or is not UTF-8.
     """
     if not file.exists():
-        raise ValueError(f"{file}: no such file.")
+        raise ValueError(f"{file}: no such file. Check the path.")
     raw = files.read(file)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"{file} is not text in UTF-8: line {line}, {error.reason}. Convert it."
+            f"{file} is not text in UTF-8: line {line}, {error.reason}. Convert it to "
+            "UTF-8."
         ) from error
 
 
 def read_table(file: Path, columns: Sequence[str] = ()) -> list[dict]:
-    """The rows of a .csv with a header, or the objects of JSON lines.
+    """Reads the rows of a .csv with a header, or the objects of JSON lines.
 
     Args:
       file: a .csv; with any other suffix a file of JSON lines.
       columns: fields that every row must have.
 
     Raises:
-      ValueError: the file does not exist, a line is no object, or a row lacks a column.
+      ValueError: the file does not exist, a line is not a JSON object, or a row lacks a
+        column.
     """
     content = read(file)
     if file.suffix.lower() == ".csv":
@@ -118,20 +120,22 @@ def read_table(file: Path, columns: Sequence[str] = ()) -> list[dict]:
     for number, row in rows:
         if missing := sorted(set(columns) - row.keys()):
             raise ValueError(
-                f"{file}, line {number} has no column {' and no '.join(missing)} as "
-                f"expected; the columns are {report.listed(list(row))}."
+                f"{file}, line {number} has no column {' and no '.join(missing)}; the "
+                f"columns are {report.listed(list(row))}. Rename or add them."
             )
     return [row for _, row in rows]
 
 
 def _csv(file, content) -> list[tuple[int, dict]]:
-    """Rows by their lines; cells may be of any length."""
+    """Returns (line number, row) pairs of a .csv; cells may have any length."""
     before = csv.field_size_limit(max(len(content), 1))
     reader = csv.DictReader(io.StringIO(content, newline=""))
     try:
         names = reader.fieldnames or []
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{file} has the column {report.listed(twice)} twice.")
+            raise ValueError(
+                f"{file} has the column {report.listed(twice)} twice. Rename one."
+            )
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
         raise ValueError(f"{file}, line {reader.line_num}: {error}.") from error
@@ -140,8 +144,8 @@ def _csv(file, content) -> list[tuple[int, dict]]:
     for line, row in rows:
         if None in row or None in row.values():
             raise ValueError(
-                f"{file}, line {line} has more or fewer cells than the header, "
-                f"{len(names)}."
+                f"{file}, line {line} has more or fewer cells than the header; "
+                f"expected {len(names)}."
             )
     return rows
 
@@ -153,16 +157,16 @@ def _object(file, number, line) -> dict:
         raise ValueError(f"{file}, line {number} is not JSON: {error}.") from error
     if not isinstance(row, dict):
         raise ValueError(
-            f"{file}, line {number} is {report.cut(row)}; expected an object."
+            f"{file}, line {number} is {report.cut(row)}; expected a JSON object."
         )
     return row
 
 
 def condition(keep: str) -> tuple[str, Callable[[str], bool]]:
-    """The column that `--keep` names, and whether a value in it is kept.
+    """Returns the column that `--keep` names, and a function `kept(value) -> bool`.
 
     Raises:
-      ValueError: it is none of COLUMN>NUMBER, COLUMN<NUMBER and COLUMN=VALUE,VALUE.
+      ValueError: expected COLUMN>NUMBER, COLUMN<NUMBER or COLUMN=VALUE,VALUE.
 
     Example:
       >>> column, kept = condition("class=0,1")
@@ -183,8 +187,8 @@ def condition(keep: str) -> tuple[str, Callable[[str], bool]]:
     if column and equals and values:
         return column, lambda value: value in values.split(",")
     raise ValueError(
-        f"--keep {keep!r}: expected COLUMN>NUMBER or COLUMN<NUMBER, such as "
-        "'toxicity>0.8', or COLUMN=VALUE,VALUE, such as 'class=0,1'."
+        f"--keep {keep!r}: expected COLUMN>NUMBER or COLUMN<NUMBER, for example "
+        "'toxicity>0.8', or COLUMN=VALUE,VALUE, for example 'class=0,1'."
     )
 
 
@@ -193,15 +197,15 @@ def _compared(kept, bound, value):
 
 
 def kept_texts(file: Path, keep: str, column: str = "text") -> list[str]:
-    """The texts of a file that are kept, in order, without blank ones.
+    """Reads the texts of a file that match `keep`, in order, without blank ones.
 
     Args:
-      file: a .csv or .jsonl, or, with any other suffix, a text on every line.
-      keep: which rows of a .csv or .jsonl are kept, see `condition`.
+      file: a .csv or .jsonl file; with any other suffix, each line is a text.
+      keep: the rows of a .csv or .jsonl to keep, see `condition`.
       column: the column that holds the texts.
 
     Raises:
-      ValueError: the file does not exist, lacks a column, or no text of it is kept.
+      ValueError: the file does not exist, lacks a column, or has no matching text.
     """
     if file.suffix.lower() in (".csv", ".jsonl"):
         tested, kept = condition(keep)
@@ -215,7 +219,7 @@ def kept_texts(file: Path, keep: str, column: str = "text") -> list[str]:
     texts = [line.strip() for line in lines if line and line.strip()]
     if not texts:
         raise ValueError(
-            f"no text of {file} is kept. It is empty, or --keep {keep!r} keeps none of "
-            "its rows."
+            f"no text of {file} is kept: it is empty, or no row matches --keep "
+            f"{keep!r}. Check the file and --keep."
         )
     return texts

@@ -1,12 +1,12 @@
-"""What the scripts on T5 share: texts as tokens, task vectors, and answers.
+"""Shared code of the scripts on T5: texts as tokens, task vectors, and answers.
 
-A task vector is trained by the cross-entropy of the target's tokens and lies in the
-bank under `editing`. Answers are ranked (Ilharco et al. 2023, Appendix D.7: the label
-that the decoder finds least perplexing) or generated, by the largest logit each.
+A task vector is trained by the cross-entropy of the target's tokens. Its folder in the
+bank is `editing`. Answers are either ranked or generated. Ranking chooses the label
+with the lowest perplexity under the decoder (editing paper, Appendix D.7). Generation
+takes the token with the largest logit.
 
-The learning rate falls in a straight line to zero, without warm-up. Weight decay 0.1
-and clipping to norm 1 are this library's, for the paper does not say. T5's dropout is
-off.
+The learning rate falls linearly to zero, without warm-up. The paper states neither
+weight decay nor clipping; this library's 0.1 and norm 1 are used. T5's dropout is off.
 """
 
 import dataclasses
@@ -33,12 +33,12 @@ INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(runs.Banked, runs.Planned):
-    """The options of all scripts on T5."""
+    """Options of all scripts on T5."""
 
     max_length: int = 128
-    """Tokens of a text; longer ones lose their end."""
+    """Largest number of tokens of a text; longer texts are cut."""
     evaluation_batch: int = 32
-    """Texts that are evaluated at a time."""
+    """Number of texts in a batch of an evaluation."""
 
 
 class Base(NamedTuple):
@@ -73,19 +73,23 @@ def load(config: Options, mesh: Mesh, model: str) -> Base:
 
 
 def external_vector(base: Base, model: str) -> Tree:
-    """The task vector of a model that others have fine-tuned.
+    """Returns the task vector of a model that others have fine-tuned.
 
     Raises:
-      ValueError: it is no T5, its files are broken, or its weights have other shapes
-        or places than those of the base.
+      ValueError: the model is not a T5, its files are broken, or its weights have other
+        names or shapes than those of the base.
     """
     if (kind := hub.read_json(hub.find(model)).get("model_type")) != "t5":
-        raise ValueError(f"{model} is a {kind!r}; expected a T5 as {base.model}.")
+        raise ValueError(
+            f"{model} is a {kind!r}; expected a T5 with the architecture of "
+            f"{base.model}."
+        )
     try:
         return task_vectors.difference(t5.load(model).params, base.checkpoint.params)
     except ValueError as error:
         raise ValueError(
-            f"{model} has no task vector with {base.model}; leave it out.\n{error}"
+            f"{model} does not match {base.model}, so it has no task vector; leave it "
+            f"out.\n{error}"
         ) from error
 
 
@@ -93,7 +97,7 @@ def external_vector(base: Base, model: str) -> Tree:
 
 
 def glue_task(config: Options, name: str, seed: int) -> text.TextTask:
-    """The texts and labels of a task of GLUE; in a smoke run made up."""
+    """Loads the texts and labels of a task of GLUE; a smoke run makes them up."""
     task = glue.TASKS[name]
     if config.smoke:
         parts = [tiny_text.glue_records(task, count, count) for count in (40, 12)]
@@ -103,12 +107,12 @@ def glue_task(config: Options, name: str, seed: int) -> text.TextTask:
 
 
 def recipe(config: Any, samples: int, **changes: Any) -> train.TrainConfig:
-    """The recipe of the editing paper.
+    """Returns the recipe of the editing paper.
 
     Args:
       config: options with epochs and a batch size.
       samples: number of training samples.
-      changes: the learning rate, the seed, and what else differs.
+      changes: the learning rate, the seed, and other fields that differ.
     """
     return train.TrainConfig(
         steps=max(math.ceil(config.epochs * samples / config.batch_size), 1),
@@ -120,7 +124,7 @@ def recipe(config: Any, samples: int, **changes: Any) -> train.TrainConfig:
 
 
 def training_source(base: Base, records: list[dict], target_length: int) -> list[dict]:
-    """Records with a `text` and a `target` as tokens."""
+    """Returns records with a `text` and a `target` as tokens."""
     rows = language.text_to_text(
         base.tokenizer, records, base.config.max_length, target_length
     )
@@ -128,7 +132,7 @@ def training_source(base: Base, records: list[dict], target_length: int) -> list
 
 
 def with_decoder_inputs(base: Base, rows: list[dict]) -> list[dict]:
-    """What the decoder reads: the labels, after its start token."""
+    """Adds the decoder's input to each row: its start token, then the labels."""
     labels = np.stack([row["labels"] for row in rows])
     inputs = np.asarray(t5.shift_right(labels, base.checkpoint.config))
     return [
@@ -137,7 +141,7 @@ def with_decoder_inputs(base: Base, rows: list[dict]) -> list[dict]:
 
 
 def batches(base: Base, records: list[dict]) -> list[dict]:
-    """The texts of records as batches to evaluate on, with their `label` if any."""
+    """Returns the texts of records as evaluation batches, with their `label` if any."""
     rows = language.text_to_text(
         base.tokenizer,
         [{**record, "target": ""} for record in records],
@@ -151,7 +155,7 @@ def batches(base: Base, records: list[dict]) -> list[dict]:
 
 
 def network(base: Base) -> training.Network:
-    """What a task vector is trained from."""
+    """Returns the network that a task vector is trained from."""
     return training.Network(
         title=f"{Path(base.model).name}_{METHOD}",
         apply_fn=t5.language_model(base.checkpoint.config),
@@ -165,7 +169,7 @@ def network(base: Base) -> training.Network:
 def wanted(
     base: Base, name: str, source: list[dict], recipe: train.TrainConfig
 ) -> training.Wanted:
-    """A task vector of the bank's folder `editing`."""
+    """Describes a task vector in the bank's folder `editing`."""
     return training.Wanted(
         name=name,
         file=bank.vector_file(base.config.bank, base.model, METHOD, name),
@@ -180,7 +184,7 @@ def wanted(
 
 
 def loss(logits, batch, constants) -> jax.Array:
-    """Cross-entropy of the tokens of the target."""
+    """Returns the cross-entropy of the target's tokens."""
     del constants
     return losses.token_cross_entropy(logits, batch["labels"])
 
@@ -195,11 +199,13 @@ def ranked(
     candidates: np.ndarray,
     apply_fn: ApplyFn | None = None,
 ) -> np.ndarray:
-    """The number of the candidate that the decoder finds least perplexing, `i64[N]`.
+    """Returns the index of the candidate with the lowest perplexity, `i64[N]`.
 
     Args:
-      found: texts as `batches` returns them.
-      candidates: the answers to choose from, `[C, T]`.
+      base: the T5.
+      params: parameters of `apply_fn`.
+      found: texts from `batches`.
+      candidates: the possible answers as tokens, `[C, T]`.
       apply_fn: the model of the parameters; by default the T5.
     """
     return rank.label_losses(
@@ -215,7 +221,7 @@ def ranked(
 def generated(
     base: Base, params: Params, found: list[dict], max_new_tokens: int
 ) -> list[str]:
-    """The texts that the model writes, without sampling."""
+    """Returns the texts that the model writes, without sampling."""
     params, written = jax.device_put(params), []
     decoder = t5.decoder(base.checkpoint.config)
     for batch in found:

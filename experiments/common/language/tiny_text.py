@@ -1,7 +1,8 @@
 """Tiny language models with tokenizers, and made-up texts, for runs without a network.
 
-Each is a checkpoint in Hugging Face format with random weights. What they say means
-nothing; every part of a script sees the files that it would see of a real one.
+Each model is a checkpoint in Hugging Face format with random weights, so its outputs
+mean nothing. It has the same files as a real checkpoint, so scripts need no special
+case.
 """
 
 import json
@@ -16,7 +17,7 @@ from jaxarith.data import glue, prompts
 from jaxarith.data.text import Record
 from jaxarith.models import bert, gpt2, t5
 
-# Of one layer, and few shapes of weights: most of a short run is compilation.
+# One layer and few shapes of weights, because compilation dominates a short run.
 _T5 = {
     "architectures": ["T5ForConditionalGeneration"],
     "model_type": "t5",
@@ -63,7 +64,7 @@ _BERT = {
     **_ENCODER,
 }
 
-# Of the made-up sentences; the first two tell the label.
+# Words of the made-up sentences; the first two stand for the labels.
 _WORDS = ("bad", "good", "film", "book", "cat", "dog", "the", "a", "is", "was")
 _TOXIC = ("you hate you hate", "hate hate you", "I hate it when you hate")
 _KIND = ("you are kind", "a kind word for you", "I thank you for it")
@@ -71,7 +72,7 @@ _WIKI = "The sun rose over the hills and the river ran to the sea.\n"
 
 
 def write_t5(folder: Path) -> Path:
-    """A T5 whose tokens are the words of `glue_records` in T5's format."""
+    """Writes a T5; its tokens are the words of `glue_records` in T5's format."""
     from transformers import T5Tokenizer
 
     fields = {f"{name}:" for task in glue.TASKS.values() for name in task.prompt}
@@ -87,7 +88,7 @@ def write_t5(folder: Path) -> Path:
 
 
 def write_gpt2(folder: Path, **sizes: int) -> Path:
-    """A GPT-2 whose tokens are bytes; `sizes` are fields of its `config.json`."""
+    """Writes a GPT-2; its tokens are bytes. `sizes` are fields of its `config.json`."""
     from transformers import GPT2Tokenizer
 
     symbols = [*sorted(_byte_symbols()), "<|endoftext|>"]
@@ -102,14 +103,14 @@ def write_gpt2(folder: Path, **sizes: int) -> Path:
 
 
 def write_roberta(folder: Path, words: Sequence[str] = ()) -> Path:
-    """A RoBERTa with a masked-LM head.
+    """Writes a RoBERTa with a masked-LM head.
 
-    Its tokens are the made-up words and `words`, after a blank, and else characters.
+    Its tokens are the made-up words and `words`, each after a blank, and characters.
     """
     from transformers import RobertaTokenizer
 
     specials = ["<s>", "<pad>", "</s>", "<unk>"]
-    # A word is merged from its left end, so that no two words get in each other's way.
+    # A word is merged from its left end, so that words do not disturb each other.
     ends = {f"Ġ{w}"[:i] for w in (*_WORDS, *words) for i in range(2, len(w) + 2)}
     merged = sorted(ends, key=lambda end: (len(end), end))
     merges: list = [(end[:-1], end[-1]) for end in merged]
@@ -120,13 +121,13 @@ def write_roberta(folder: Path, words: Sequence[str] = ()) -> Path:
     RobertaTokenizer(
         vocab={token: i for i, token in enumerate(vocab)},
         merges=merges,
-        add_prefix_space=True,  # a word that begins a text is the same token
+        add_prefix_space=True,  # a word has the same token at the start of a text
     ).save_pretrained(folder)
     return folder
 
 
 def write_classifier(folder: Path) -> Path:
-    """A BERT with a score of how toxic a text is; its tokens are letters."""
+    """Writes a BERT that scores the toxicity of a text; its tokens are letters."""
     from transformers import BertTokenizer
 
     letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
@@ -141,7 +142,7 @@ def write_classifier(folder: Path) -> Path:
 
 
 def glue_records(task: glue.Task, count: int, seed: int) -> list[Record]:
-    """Sentences, or pairs of them, with a word that tells the label.
+    """Makes sentences or pairs of sentences; each has a word that stands for the label.
 
     Example:
       >>> [record] = glue_records(glue.TASKS["sst2"], 1, 0)
@@ -150,7 +151,7 @@ def glue_records(task: glue.Task, count: int, seed: int) -> list[Record]:
     """
     rng = np.random.default_rng(seed)
     names = ("text", "text_pair")[: len(task.fields)]
-    classes = len(task.classes) or 2  # of STS-B, two scores
+    classes = len(task.classes) or 2  # two scores for STS-B
     labels = range(classes) if task.classes else (0.5, 4.5)
     return [
         {**{name: _sentence(rng, c, 2, 6) for name in names}, "label": labels[c]}
@@ -159,7 +160,7 @@ def glue_records(task: glue.Task, count: int, seed: int) -> list[Record]:
 
 
 def prompt_records(prompt: prompts.Prompt, count: int, seed: int) -> list[Record]:
-    """Sentences for every field of a prompt, with a word that tells the class.
+    """Makes a sentence for every field of a prompt, with a word for the class.
 
     Example:
       >>> record, _ = prompt_records(prompts.TASKS["sst2"], 2, 0)
@@ -177,19 +178,19 @@ def prompt_records(prompt: prompts.Prompt, count: int, seed: int) -> list[Record
 
 
 def _sentence(rng, label, least, most):
-    """A word that tells the label among `least` others, or more, but not `most`."""
+    """Returns a word for the label among n others, `least` <= n < `most`."""
     words = rng.choice(_WORDS[2:], rng.integers(least, most))
     return " ".join(rng.permutation([_WORDS[label % len(_WORDS)], *words]))
 
 
 def _byte_symbols():
-    """The characters that GPT-2's tokenizer writes for the 256 bytes."""
+    """Returns the characters that GPT-2's tokenizer writes for the 256 bytes."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [*map(chr, shown), *(chr(256 + i) for i in range(256 - len(shown)))]
 
 
 def _random(layout) -> dict:
-    """Weights with outputs that differ from input to input."""
+    """Returns random weights; outputs then differ from input to input."""
     rng = np.random.default_rng(0)
 
     def leaf(path, expected):
@@ -201,11 +202,12 @@ def _random(layout) -> dict:
 
 
 def write_comments(folder: Path) -> dict[str, Path]:
-    """Files of comments and other texts, as the scripts on toxic text take them.
+    """Writes files of comments and other texts for the scripts on toxic text.
 
     Returns:
-      `comments`, JSON lines with a text and its toxicity; `perplexity_text` and
-      `penalty_text`; `prompts`, JSON lines as RealToxicityPrompts has them.
+      The paths by name: `comments`, JSON lines with a text and its toxicity;
+      `perplexity_text` and `penalty_text`; `prompts`, JSON lines in the format of
+      RealToxicityPrompts.
     """
     comments = [(text, 0.9) for text in 8 * _TOXIC] + [
         (text, 0.1) for text in 8 * _KIND
@@ -227,7 +229,7 @@ def write_comments(folder: Path) -> dict[str, Path]:
 
 
 def write_like(folder: Path, source: Path, seed: int) -> Path:
-    """A copy of a checkpoint and its tokenizer with other weights near by."""
+    """Writes a copy of a checkpoint and its tokenizer, with slightly other weights."""
     rng = np.random.default_rng(seed)
     weights = {
         name: np.asarray(leaf + 0.05 * rng.normal(size=leaf.shape), np.float32)

@@ -1,11 +1,11 @@
-"""The CLIPs of the papers by their sizes, for what needs no weights."""
+"""The sizes of the papers' CLIPs, for code that needs no weights."""
 
 from pathlib import Path
 
 from jaxarith import hub
 from jaxarith.models import clip
 
-# Of the image encoders; projection_dim is the width of the features.
+# Image encoders; projection_dim is the width of the features.
 VISION = {
     "vit-b-32": {"patch_size": 32, "projection_dim": 512},
     "vit-b-16": {"patch_size": 16, "projection_dim": 512},
@@ -22,12 +22,12 @@ _SPELLINGS = {
 
 
 def config_of(model: str) -> clip.CLIPConfig:
-    """The configuration of a model that is a folder, or one of the papers' by its id.
+    """Returns the configuration of a model: a folder, or the id of a papers' model.
 
-    The activation may be another, which changes no size.
+    The activation may differ from the real one; that changes no size.
 
     Raises:
-      ValueError: it is no folder, and its id is none of those.
+      ValueError: the model is neither a folder with a config.json nor a known id.
 
     Example:
       >>> config_of("laion/CLIP-ViT-B-16-laion2B-s34B-b88K").vision.patch_size
@@ -41,6 +41,6 @@ def config_of(model: str) -> clip.CLIPConfig:
             raw = {"vision_config": VISION[name], "text_config": {}}
             return clip.CLIPConfig.from_json(raw | {"projection_dim": width})
     raise ValueError(
-        f"the sizes of {model} are not known without its config.json. Name a folder "
-        f"that has one, or a model called {', '.join(_SPELLINGS)}."
+        f"{model} has no config.json, so its sizes are not known. Name a folder that "
+        f"has one, or a model called {', '.join(_SPELLINGS)}."
     )

@@ -1,4 +1,4 @@
-"""The task vectors of scripts that look at nothing else, such as their cosines."""
+"""Task vectors for scripts that need only the vectors, for example for cosines."""
 
 import dataclasses
 import functools
@@ -15,27 +15,30 @@ from jaxarith.typing import Tree
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(options.Options):
-    """The options of scripts that can do without models and data."""
+    """Options of scripts that can run without a model and data."""
 
     bank_only: bool = False
-    """Take the vectors from the bank by the names of the tasks, and load neither the
-    model nor data sets. Data and recipe are then those that the bank's records name;
-    they are not compared with the options of this run."""
+    """Read the vectors from the bank by the names of the tasks; load neither the model
+    nor data sets. The data and the recipe in the bank's records are then not compared
+    with the options of this run."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.bank_only and self.plan:
-            raise ValueError("--bank-only trains nothing, so there is no --plan of it.")
+            raise ValueError(
+                "--bank-only trains nothing, so there is nothing to plan. Give either "
+                "--bank-only or --plan."
+            )
 
 
 class Banked(NamedTuple):
     """The tasks of a model and their vectors.
 
     Attributes:
-      title: what the papers call the model.
+      title: name of the model in the papers.
       names: names of the tasks in the bank.
-      titles: what the papers call the tasks.
-      vectors: `vectors(method)`, in the order of the tasks.
+      titles: names of the tasks in the papers.
+      vectors: function `vectors(method)`; returns them in the order of the tasks.
       setup: the model and the data; None with `--bank-only`.
     """
 
@@ -47,16 +50,17 @@ class Banked(NamedTuple):
 
 
 def load(config: Options, model: str, *, control: bool = False) -> Banked:
-    """The vectors of a model; what the bank lacks is trained unless `--bank-only`.
+    """Loads the vectors of a model; trains missing ones unless `--bank-only`.
 
     Args:
       config: options of the script.
       model: a folder, or an id of the Hugging Face Hub.
-      control: whether the script has a use for the control task.
+      control: whether the script uses the control task.
 
     Raises:
-      ValueError, FileNotFoundError: as `setups.load`; or, when the vectors are asked
-        for, the bank lacks some, or they belong to different pre-trained models.
+      ValueError, FileNotFoundError: as in `setups.load`. With `--bank-only`,
+        `vectors(method)` raises a ValueError if the bank lacks vectors, or if they
+        belong to different pre-trained models.
     """
     if config.bank_only:
         return _by_name(config, model)
@@ -66,7 +70,7 @@ def load(config: Options, model: str, *, control: bool = False) -> Banked:
 def each(
     config: Options, models: Sequence[str], *, control: bool = False
 ) -> Iterator[Banked]:
-    """`load` for each model in turn; of a smoke run the first."""
+    """Calls `load` for each model in turn; a smoke run uses only the first."""
     if config.bank_only:
         yield from (_by_name(config, model) for model in models)
     else:
@@ -74,15 +78,15 @@ def each(
 
 
 def cosines(taus: Sequence[Tree]) -> np.ndarray:
-    """The cosines `[T, T]` in float64."""
+    """Returns the cosines of T task vectors, `f64[T, T]`."""
     return np.asarray(task_vectors.cosine_matrix(taus), float)
 
 
 def note(config: Options) -> str:
-    """What a report says of where its vectors are from; "" where data were compared."""
+    """Returns a note on `--bank-only` for the report; "" without that option."""
     return config.bank_only * (
-        "The vectors were taken from the bank by name; the data and the recipes they "
-        "were trained with were not compared."
+        "The vectors were read from the bank by name; their data and their recipes "
+        "were not compared."
     )
 
 
@@ -112,5 +116,5 @@ def _read(config, model, names, method):
             "pre-trained models, by the fingerprints in their records. Cosines between "
             "them mean nothing; train them from one model."
         )
-    runs.claim(config)  # nothing is written before all mistakes are found
+    runs.claim(config)  # only now: a run with mistakes must write nothing
     return [hub.load_tree(file)[0] for file in files]

@@ -1,4 +1,4 @@
-"""Captions of digits and letters, on which the tiny CLIP is trained."""
+"""Captions of digits and letters, used to train the tiny CLIP."""
 
 import string
 
@@ -6,9 +6,9 @@ DIGIT_WORDS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 )  # fmt: skip
 
-# What an image may be called. Among them are the templates that CLIP is tested with on
-# MNIST ("number: ") and EMNIST ("character: "). CLIP lower-cases its text: words must
-# tell capital and small letters apart.
+# Captions of an image. They include the templates that CLIP is tested with on MNIST
+# ("number: ") and EMNIST ("character: "). CLIP lower-cases its text, so words must
+# distinguish capital from small letters.
 DIGITS = (
     'a photo of the number: "{}".',
     "a photo of the number {}.",
@@ -43,7 +43,7 @@ SYNONYMS = {"capital": ("capital", "uppercase"), "small": ("small", "lowercase")
 
 
 def all_kinds() -> dict[str, tuple[str, ...]]:
-    """All captions of each kind of image: "7", "capital K", "small k", "letter k"."""
+    """Returns captions by kind of image: "7", "capital k", "small k", "letter k"."""
     kinds = {}
     for digit, word in zip(string.digits, DIGIT_WORDS, strict=True):
         kinds[digit] = tuple(t.format(n) for t in DIGITS for n in (digit, word))
@@ -57,7 +57,7 @@ def all_kinds() -> dict[str, tuple[str, ...]]:
 
 
 def kinds_of(character: str) -> tuple[str, ...]:
-    """The keys of `all_kinds` that describe an image of this character."""
+    """Returns the keys of `all_kinds` that describe an image of this character."""
     if character in string.digits:
         return (character,)
     case = next(case for case, letters in CASES.items() if character in letters)

@@ -1,13 +1,15 @@
-"""Curvature of the tasks on images: measured once, kept in the bank, merged.
+"""Curvature of the image tasks: measured once, stored in the bank, merged.
 
     BANK/<model>/factors_<how they are measured>/<task>.safetensors
 
-Each file has the factors of one task, and whoever has it needs none of its images. Of a
-model with P parameters, about P · (15 + 4 · rank) bytes: with the default rank of 32
-13 GB of ViT-B-32 and 44 GB of ViT-L-14, without a sketch (rank 0) 1.3 and 4.7 GB. They
-are merged on the host, which holds those of all tasks; a device holds one merged
-curvature for each task that it trains at a time, see `room`, or one in all if the tasks
-share it.
+Each file has the factors of one task; training on other tasks then needs none of its
+images. A file has about P · (15 + 4 · rank) bytes for a model with P parameters. With
+the default rank of 32 that is 13 GB for ViT-B-32 and 44 GB for ViT-L-14; without a
+sketch (rank 0) it is 1.3 and 4.7 GB.
+
+Factors are merged on the host, which holds those of all tasks. A device holds one
+merged curvature for each task that it trains at a time (see `room`), or a single one if
+the tasks share it.
 """
 
 import dataclasses
@@ -31,14 +33,15 @@ from jaxarith.train import manifest
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """How curvature is measured, and which tasks' is merged in which way.
+    """How curvature is measured and merged, and for which tasks.
 
     Attributes:
-      how: see `curvature.merge`.
+      how: the merge, see `curvature.merge`.
       sharing: see `curvature.collect`; None for the diagonal alone, without a sketch.
       probes: random probes for each image.
-      of: whose curvature it is: that of the other tasks and the control for each task;
-        of all tasks and the control, or of the control alone, the same for all tasks.
+      of: the tasks that are merged. "others": for each task, all other tasks and the
+        control. "all": all tasks and the control. "control": the control alone. The
+        last two are the same for every task.
     """
 
     how: curvature.How = "mean"
@@ -59,17 +62,17 @@ KINDS = {
 
 
 def identity(setup: setups.Setup, kind: Kind) -> dict[str, Any]:
-    """What a merged curvature depends on besides the tasks, as plain data."""
+    """Returns everything a merged curvature depends on besides the tasks."""
     return _measured(setup, kind) | {"how": kind.how}
 
 
 def functions(
     setup: setups.Setup, kind: Kind, groups: Sequence[Sequence[setups.Task]]
 ) -> list[Callable[[], curvature.Factors]]:
-    """For each group of tasks a function that gives their curvature.
+    """Returns, for each group of tasks, a function that returns their curvature.
 
-    Equal groups have the same function. The factors of a task are read or measured when
-    they are first asked for, and held on the host as long as the functions are.
+    Equal groups share one function. The factors of a task are read or measured when
+    they are first needed. They stay on the host as long as the functions exist.
     """
     tasks = {task.name: task for group in groups for task in group}
     factors = functools.cache(lambda name: factors_of(setup, kind, tasks[name]))
@@ -82,11 +85,11 @@ def functions(
 
 
 def room(setup: setups.Setup, kind: Kind) -> int | None:
-    """How many tasks may train side by side with a curvature of their own.
+    """Returns how many tasks may train side by side with a curvature of their own.
 
-    All, None, where the mesh has a task axis or a device does not say what it holds.
-    Otherwise as many as a quarter of its memory holds: while curvature is put there, it
-    is there twice.
+    Returns None (no limit) if the mesh has a task axis, or if a device does not report
+    its memory. Otherwise their curvature may fill a quarter of the memory, because
+    curvature is held twice while it is copied to the device.
     """
     stats = setup.mesh.local_devices[0].memory_stats() or {}
     if setup.mesh.shape["task"] > 1 or "bytes_limit" not in stats:
@@ -98,7 +101,7 @@ def room(setup: setups.Setup, kind: Kind) -> int | None:
 
 
 def merged(factors: Sequence[curvature.Factors], kind: Kind) -> curvature.Factors:
-    """The curvature of several tasks, on the host; with a sketch it is calibrated."""
+    """Merges the curvature of several tasks on the host; calibrates any sketch."""
     with jax.default_device(_host()):
         found = curvature.merge(factors, kind.how)
         if found.sketch:
@@ -107,9 +110,9 @@ def merged(factors: Sequence[curvature.Factors], kind: Kind) -> curvature.Factor
 
 
 def _host():
-    """The host, for the factors of all tasks may be more than a device holds.
+    """Returns the host's device: the factors of all tasks may not fit on another.
 
-    Where JAX_PLATFORMS leaves the host out, it is the default device, None.
+    Returns None, the default device, if JAX_PLATFORMS excludes the host.
     """
     try:
         return jax.local_devices(backend="cpu")[0]
@@ -118,14 +121,14 @@ def _host():
 
 
 def factors_of(setup: setups.Setup, kind: Kind, task: setups.Task) -> curvature.Factors:
-    """The factors of one task on the host, from the bank or measured.
+    """Returns the factors of one task on the host; measures them if the bank has none.
 
     Raises:
-      ValueError: the bank holds factors of other data or of another model.
+      ValueError: the bank has factors for other data or for another model.
     """
     file = file_of(setup, kind, task)
     wanted = _measured(setup, kind) | {"task": task.identity, "model": setup.identity}
-    # Unanimous: one process may have looked before another has saved.
+    # All processes must agree: one may look before another has saved the file.
     if processes.anywhere(not file.exists()):
         return _collected(setup, kind, task, file, wanted)
     found, metadata = curvature.load(file, setup.params_0)
@@ -135,14 +138,14 @@ def factors_of(setup: setups.Setup, kind: Kind, task: setups.Task) -> curvature.
     if different:
         lines = "\n  ".join(different)
         raise ValueError(
-            f"{file} was measured otherwise:\n  {lines}\nName another --bank, or "
-            "remove the file to measure it again."
+            f"{file} was measured with another configuration:\n  {lines}\nName another "
+            "--bank, or remove the file to measure it again."
         )
     return cast(curvature.Factors, found)
 
 
 def file_of(setup: setups.Setup, kind: Kind, task: setups.Task) -> Path:
-    """Where the bank has the factors of a task."""
+    """Returns the path of a task's factors in the bank."""
     measured = _measured(setup, kind)
     folder = "factors_{sharing}_samples_{samples}_probes_{probes}_rank_{rank}"
     return bank.vector_file(

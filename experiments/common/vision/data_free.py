@@ -1,4 +1,4 @@
-"""Data-free merges of ordinary vectors that scripts compare with trained sums."""
+"""Data-free merges of ordinary vectors, for comparison with sums of trained vectors."""
 
 from experiments.common.vision import setups
 from jaxarith import merge, task_vectors
@@ -6,7 +6,7 @@ from jaxarith.typing import Taus, Tree
 
 
 def merged(setup: setups.Setup, taus: Taus) -> dict[str, Tree]:
-    """Merged vectors at coefficient 1, with the defaults of the library."""
+    """Returns merged vectors at coefficient 1, with the defaults of the library."""
     params_0 = setup.params_0
     models = {
         "TSV-M": merge.tsv(params_0, taus, coef=1.0),

@@ -1,6 +1,6 @@
-"""Merges that look at images: Fisher, RegMean, ESM, AdaMerging.
+"""Merges that need images: Fisher, RegMean, ESM, AdaMerging.
 
-None looks at labels. Each gives a merged task vector, to be added at coefficient 1.
+None needs labels. Each returns a merged task vector, to be added at coefficient 1.
 """
 
 import functools
@@ -16,16 +16,18 @@ from jaxarith.data import pipeline
 from jaxarith.models import heads
 from jaxarith.typing import Taus, Tree
 
-SAMPLES = 256  # of every task; so many have the public tables of FusionBench
-ESM_SAMPLES = 32  # as many as its paper takes
+SAMPLES = 256  # per task, as in the public tables of FusionBench
+ESM_SAMPLES = 32  # per task, as in its paper
 
 
 def fisher(setup: setups.Setup, taus: Taus) -> Tree:
-    """The Fisher merge on 256 validation images of every task (Matena and Raffel 2022).
+    """Merges by Fisher information on 256 validation images of every task.
+
+    Matena and Raffel. Merging Models with Fisher-Weighted Averaging. NeurIPS 2022.
 
     Args:
-      setup: the model and the T tasks of the vectors, see `vision.Setup._replace`.
-      taus: their vectors.
+      setup: the model and the T tasks of the vectors.
+      taus: the T task vectors.
     """
     params_0, taus = sharding.to_host((setup.params_0, list(taus)))
     padded = heads.pad([task.test.head for task in setup.tasks])
@@ -37,7 +39,7 @@ def fisher(setup: setups.Setup, taus: Taus) -> Tree:
 
     merged = study_merges.fisher(
         *(logits_of, params_0, taus),
-        # Heads are inputs, padded to one shape, so that tasks share one compilation.
+        # Heads are inputs, padded to one shape: all tasks share one compilation.
         [jax.tree.map(lambda x, i=i: x[i], padded) for i in range(len(taus))],
         validation_samples(setup),
         key=jax.random.key(setup.options.seed),
@@ -47,14 +49,14 @@ def fisher(setup: setups.Setup, taus: Taus) -> Tree:
 
 
 def regmean(setup: setups.Setup, taus: Taus) -> Tree:
-    """The RegMean merge on 256 validation images of every task (Jin et al. 2023)."""
+    """Merges by RegMean on 256 validation images of every task (Jin et al. 2023)."""
     params_0, taus = sharding.to_host((setup.params_0, list(taus)))
     grams = _input_grams(setup, params_0, taus, SAMPLES)
     return task_vectors.difference(merge.regmean(params_0, taus, grams), params_0)
 
 
 def esm(setup: setups.Setup, taus: Taus) -> Tree:
-    """The ESM merge on 32 validation images of every task (arXiv:2606.19164)."""
+    """Merges by ESM on 32 validation images of every task (arXiv:2606.19164)."""
     params_0, taus = sharding.to_host((setup.params_0, list(taus)))
     grams = _input_grams(setup, params_0, taus, ESM_SAMPLES)
     return task_vectors.difference(merge.esm(params_0, taus, grams), params_0)
@@ -68,7 +70,7 @@ def _input_grams(setup, params_0, taus, count):
 
 
 def validation_samples(setup: setups.Setup, count: int = SAMPLES) -> list[list[dict]]:
-    """Batches of some validation images of every task, drawn with a fixed seed."""
+    """Returns batches of `count` validation images of every task, with a fixed seed."""
     return [
         list(setups.drawn(setup, task.validation, count).batches)
         for task in setup.tasks
@@ -86,22 +88,23 @@ def adamerging(
     coef: float = 0.3,
     density: float | None = None,
 ) -> Tree:
-    """AdaMerging on unlabelled test images, as its paper has it (Yang et al. 2024).
+    """Merges by AdaMerging on unlabelled test images, as its paper does.
 
-    500 steps of Adam at 1e-3 from `coef`, on the entropy of batches of 16 test images
-    of every task.
+    Yang et al. AdaMerging: Adaptive Model Merging for Multi-Task Learning. ICLR 2024.
+    It takes 500 steps of Adam at 1e-3 from `coef`. Each step minimises the entropy on
+    16 test images of every task.
 
     Args:
       setup: the model and the T tasks of the vectors.
-      taus: their vectors.
+      taus: the T task vectors.
       scope: one coefficient per task and parameter tensor, or one per task.
-      coef: where the coefficients start.
-      density: the share of entries that AdaMerging++ keeps; none is AdaMerging.
+      coef: initial value of the coefficients.
+      density: share of entries that AdaMerging++ keeps; None for AdaMerging.
     """
-    # It runs the network on one device, whatever the mesh, in every process.
+    # Every process runs the network on one device, whatever the mesh.
     params_0, taus = sharding.to_host((setup.params_0, list(taus)))
     steps, count = ADAMERGING_STEPS, len(setup.tasks)
-    planned.passes(setup, 3 * 16 * steps * count)  # a backward pass is two more
+    planned.passes(setup, 3 * 16 * steps * count)  # a backward pass counts as two
     if setup.options.smoke or setup.full:
         steps = 2
     padded = heads.pad([task.test.head for task in setup.tasks])
@@ -112,12 +115,12 @@ def adamerging(
             sources.limited(setup.tasks[index].test.source, 16 * steps),
             16,
             preprocess=sources.Preprocessed(setup.preprocess),
-            workers=min(setup.options.workers, 1),  # for each of the tasks
+            workers=min(setup.options.workers, 1),  # per task
         )
         epochs = itertools.chain.from_iterable(itertools.repeat(samples))
 
         def following(step):
-            del step  # every task is asked once in each step
+            del step  # called once per task in each step
             batch = next(epochs)
             return {"image": batch["image"], "mask": batch["mask"], **own}
 
@@ -138,7 +141,7 @@ def adamerging(
     return task_vectors.difference(adapted, params_0)
 
 
-@functools.cache  # the same function of a model is compiled once
+@functools.cache  # equal functions are compiled once
 def _logits(apply_fn):
     def logits(params, batch):
         features = apply_fn(params, batch["image"])

@@ -1,12 +1,12 @@
-"""Glyph images: font lists, rendering the way MNIST lays out a digit, distortion.
+"""Images of glyphs: lists of fonts, rendering with the layout of MNIST, distortion.
 
 LeCun, Bottou, Bengio, Haffner. Gradient-Based Learning Applied to Document
 Recognition. Proc. IEEE 1998 (the 20x20 box, centred by mass, in a 28x28 image).
 Simard, Steinkraus, Platt. Best Practices for Convolutional Neural Networks Applied
 to Visual Document Analysis. ICDAR 2003 (elastic distortion).
 
-Two disjoint sets of freely licensed fonts: `packaged_fonts` trains tiny_clip,
-`matplotlib_fonts` is held out from it and serves the quickstart's letter tasks.
+The two sets of freely licensed fonts are disjoint. `packaged_fonts` trains tiny_clip.
+`matplotlib_fonts` is held out from that training, for the quickstart's letter tasks.
 """
 
 import functools
@@ -23,23 +23,23 @@ CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 
 FONTPKG = "fontpkg==0.2.2"  # finds the packages of fonts
 
-# What the name table must say (ids 13 and 14: licence, licence URL) to be kept.
+# A font is kept if its name table (ids 13 and 14: licence, licence URL) matches this.
 _FREE = re.compile(
     r"SIL Open Font Licen[cs]e|OFL|Apache License|Ubuntu Font Licence|public domain",
     re.IGNORECASE,
 )
 
-# Distance fields hold 28-pixel distances in steps of 1/_STEPS, clipped to int8.
+# Distance fields have units of 1/_STEPS pixel of a 28-pixel image, clipped to int8.
 _STEPS = 16
 _FINE = 56
 
 
 def matplotlib_fonts() -> list[Path]:
-    """The text faces that matplotlib ships: DejaVu, STIX, Computer Modern."""
+    """Returns the text fonts that matplotlib ships: DejaVu, STIX, Computer Modern."""
     import matplotlib
 
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
-    # The other files there hold mathematical symbols, sizes of brackets and the like.
+    # The other files in the folder hold mathematical symbols and brackets.
     wanted = re.compile(
         r"DejaVu(Sans|SansMono|Serif)(-.*)?|STIXGeneral.*|cm(b10|r10|ss10|ti10|tt10)"
     )
@@ -47,13 +47,13 @@ def matplotlib_fonts() -> list[Path]:
 
 
 def packaged_fonts(families: Mapping[str, str]) -> list[Path]:
-    """The font files of `fontpkg` packages that are free and have 0-9A-Za-z.
+    """Returns the free font files of `fontpkg` packages that have 0-9A-Za-z.
 
-    Free is what the file says of itself in its name table, not what its package says;
-    a file that states no licence is left out.
+    The name table of the file decides whether it is free, not its package. A file that
+    states no licence is left out.
 
     Args:
-      families: by name of a package, as in `fontpkg-<name>`, its version.
+      families: dict from the name of a package, as in `fontpkg-<name>`, to its version.
 
     Raises:
       ImportError: packages are missing; the message says how to install all of them.
@@ -98,10 +98,13 @@ def _load(font, weight):
 
 
 def weights(font: Path) -> list[float | None]:
-    """Three values for `render(weight=)`, light first; `[None]` for a fixed font."""
+    """Returns three values for `render(weight=)`, light first.
+
+    Returns `[None]` for a font with one fixed weight.
+    """
     try:
         axes: Any = ImageFont.truetype(str(font), 96).get_variation_axes()
-    except OSError:  # PIL's answer for a font with one fixed weight
+    except OSError:  # PIL raises it for a font with one fixed weight
         return [None]
     for axis in axes:
         if axis["name"] == b"Weight":
@@ -121,21 +124,27 @@ def render(
     scale: float = 1.0,
     shift: tuple[float, float] = (0.0, 0.0),
 ) -> np.ndarray:
-    """A glyph in white on black, `uint8[size, size]`, laid out as in MNIST.
+    """Draws a glyph in white on black with the layout of MNIST, `uint8[size, size]`.
 
-    The glyph fills a box of 20/28 of the image in its longer direction, and its centre
-    of mass is the centre of the image.
+    The longer side of the glyph fills 20/28 of the image. Its centre of mass is the
+    centre of the image.
 
     Args:
+      font: path of the font.
+      character: the character to draw.
+      size: side of the image in pixels.
       weight: weight of a variable font; one of `weights(font)`.
       rotate: degrees, counter-clockwise.
       shear: horizontal displacement per unit of height; positive leans to the right.
       scale: size of the glyph, relative to the box.
       shift: (right, down) as fractions of the image.
+
+    Raises:
+      ValueError: the font draws nothing for this character.
     """
     face = _load(font, weight)
     left, top, right, bottom = map(int, face.getbbox(character))
-    # A margin, because shear and rotation happen before the glyph is fitted.
+    # A margin for shear and rotation, which come before the glyph is fitted.
     pad = max(right - left, bottom - top)
     extent = (right - left + 2 * pad, bottom - top + 2 * pad)
     drawn = Image.new("L", extent)
@@ -173,7 +182,7 @@ def render(
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:
-    """An 8x8 digit with values 0..16, laid out as in MNIST: `u8[28, 28]`."""
+    """Returns an 8x8 digit with values 0..16 in the layout of MNIST, `u8[28, 28]`."""
     digit = Image.fromarray((image * 255 / 16).astype(np.uint8))
     # The 8x8 images fill their frame; MNIST's digits fill 20 of 28 pixels.
     framed = Image.new("L", (28, 28))
@@ -182,7 +191,9 @@ def enlarge(image: np.ndarray) -> np.ndarray:
 
 
 def distance_field(image: np.ndarray) -> np.ndarray:
-    """Signed distance to the outline, positive inside, for `augment`: `int8[56, 56]`.
+    """Returns signed distances to the outline, `int8[56, 56]`, for `augment`.
+
+    Distances are positive inside, in sixteenths of a pixel of a 28-pixel image.
 
     Args:
       image: a large rendering, `uint8[S, S]` with S a multiple of 56.
@@ -198,12 +209,12 @@ def distance_field(image: np.ndarray) -> np.ndarray:
 
 
 def augment(fields: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Random images of glyphs, from their distance fields.
+    """Makes random images of glyphs from their distance fields.
 
-    Each image draws how far it goes from print towards handwriting, and within that
-    its own affine map, elastic distortion, stroke width, softness and noise. Working
-    on distances makes the stroke width a threshold, so that one formula thickens,
-    thins and blurs.
+    Each image draws a random position between print and handwriting. Within that
+    range it draws its own affine map, elastic distortion, stroke width, softness and
+    noise. On distances the stroke width is a threshold, so one formula thickens, thins
+    and blurs.
 
     Args:
       fields: `int8[N, 56, 56]` from `distance_field`.
@@ -241,8 +252,8 @@ def augment(fields: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     )
     distance = distance / _STEPS
 
-    # Half the width of the glyph's boldest stroke, and what it is to become. Thinning
-    # stops early: a face of strong contrast would lose its hairlines.
+    # Half the width of the glyph's boldest stroke, and its target. Thinning is limited:
+    # a font with strong contrast would lose its thin strokes.
     bold = fields.max((1, 2), keepdims=True) / np.float32(_STEPS)
     target = uniform(0.7, 2.0)
     distance += np.maximum(target - bold, -0.5 * bold) * uniform(hand, 1)
@@ -252,7 +263,7 @@ def augment(fields: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _elastic(rng, n):
-    """Smooth random displacements, `[2, n, 28, 28]`: noise on a 5x5 grid, spread."""
+    """Returns smooth random displacements, `[2, n, 28, 28]`, from a 5x5 grid."""
     grid = rng.normal(size=(2, n, 5, 5)).astype(np.float32)
     # Cosine interpolation between the grid's points.
     place = np.linspace(0, 4, 28)[:, None] - np.arange(5)

@@ -1,8 +1,8 @@
-"""Image encoders that others have fine-tuned, as task vectors in the bank.
+"""Adds image encoders that others have fine-tuned to the bank, as task vectors.
 
-They are checkpoints of transformers, `CLIPModel` or, as in the pools of fusion_bench,
-`CLIPVisionModel` with or without its projection, and OpenCLIP's. What a checkpoint
-lacks stays the base's.
+The checkpoints are OpenCLIP's or those of transformers: `CLIPModel`, or
+`CLIPVisionModel` with or without its projection, as in the pools of fusion_bench.
+Parameters that a checkpoint lacks keep the values of the pre-trained model.
 """
 
 import dataclasses
@@ -21,17 +21,17 @@ _TOWER = r"vision_model/.*"
 
 
 def load(setup: setups.Setup, task: setups.Task, model: str) -> external.External:
-    """A fine-tuned checkpoint minus the pre-trained model.
+    """Returns a fine-tuned checkpoint minus the pre-trained model.
 
     Args:
       setup: the pre-trained model.
-      task: what the checkpoint was fine-tuned on.
+      task: the task that the checkpoint was fine-tuned on.
       model: a folder, a hub id, or a file of OpenCLIP.
 
     Raises:
-      FileNotFoundError: there is no such checkpoint.
-      ImportError: its file is PyTorch's, which is not installed.
-      ValueError: it is pickled as a whole, is of another architecture, or is no
+      FileNotFoundError: the checkpoint does not exist.
+      ImportError: its file needs PyTorch, which is not installed.
+      ValueError: it is a pickled model, has another architecture, or is not a
         fine-tuned copy of this pre-trained model.
     """
     place = _place(model)
@@ -55,7 +55,7 @@ def _place(model: str) -> Path:
 
 
 def _image_encoder(place: Path, params_0: Params) -> tuple[dict, list[str]]:
-    """The image encoder of a checkpoint, and the paths that it lacks."""
+    """Returns the image encoder of a checkpoint, and the paths that it lacks."""
     if (file := open_clip.weights_of(place)) is not None:
         tensors = open_clip.open_file(file).tensors
     else:
@@ -69,19 +69,19 @@ def _image_encoder(place: Path, params_0: Params) -> tuple[dict, list[str]]:
 
 
 def _check_config(base: Path, own: Path, model: str) -> None:
-    """Raises a ValueError if the image towers differ in more than their weights."""
+    """Raises a ValueError if the image towers have different configurations."""
     if open_clip.weights_of(own) is not None:
-        return  # its sizes are all that is known, and those the tensors tell
+        return  # only its sizes are known, and loading compares the tensors' shapes
     ours, theirs = (dataclasses.asdict(_vision_config(x)) for x in (base, own))
     different = [
-        f"{key} is {theirs[key]}, there {ours[key]}"
+        f"{key} is {theirs[key]}, expected {ours[key]}"
         for key in ours
         if theirs[key] != ours[key]
     ]
     if different:
         raise ValueError(
             f"{model} is no fine-tuned copy of the pre-trained model: "
-            f"{'; '.join(different)}. Name by --model the one that it started from."
+            f"{'; '.join(different)}. Set --model to the model that it started from."
         )
 
 
@@ -90,6 +90,6 @@ def _vision_config(place: Path) -> clip.VisionConfig:
         config = open_clip.read_config(open_clip.open_file(file))
     else:
         config = hub.read_json(place)
-    if "vision_config" not in config:  # of the image tower alone
+    if "vision_config" not in config:  # the checkpoint has only the image tower
         config = {"vision_config": config, "text_config": {}}
     return clip.CLIPConfig.from_json(config).vision

@@ -1,12 +1,12 @@
-"""The best merged network of a table as a checkpoint for transformers: `--save-merged`.
+"""Saves the best merged network of a table for transformers: `--save-merged`.
 
     OUT/merged/            the CLIP with the merged image encoder
     OUT/heads.safetensors  the zero-shot heads by task; its metadata name the classes
 
-A script on several models has OUT/<model>/ in place of OUT. The folder is an ordinary
-network, θ0 + λ Σ τ. Vectors of the tangent-space model move that network too, but it is
-not the linearised model that their own rows measure. So every candidate is measured as
-a network, on validation data at every λ, and the best mean accuracy decides.
+A script on several models writes to OUT/<model>/ instead of OUT. The folder is an
+ordinary network, θ0 + λ Σ τ. With linearised vectors it is not the linearised model
+that the other rows of the table measure. So every candidate is measured as a network,
+on validation data at every λ, and the best mean accuracy wins.
 """
 
 import json
@@ -23,15 +23,14 @@ from jaxarith.models import clip
 from jaxarith.typing import Params, Tree
 
 NOTE = (
-    '"Saved" is the network in the folder merged: θ0 + λ Σ τ, of the method and λ with '
-    "the best mean validation accuracy of all methods run as a network. Of vectors of "
-    "the tangent-space model it is not the linearised model, which the other rows "
-    "measure."
+    '"Saved" is the network in the folder `merged`, θ0 + λ Σ τ. All methods were run '
+    "as a network; it has the method and the λ with the best mean validation accuracy. "
+    "With linearised vectors it is not the linearised model of the other rows."
 )
 
 
 def note(config: options.Addition) -> str:
-    """What a table with such a row must say, or nothing."""
+    """Returns the note on the row of the saved network; "" without --save-merged."""
     return NOTE if config.save_merged else ""
 
 
@@ -40,12 +39,14 @@ def rows(
     methods: Mapping[str, vectors.Method],
     merges: Mapping[str, Tree] | None = None,
 ) -> list[dict]:
-    """Writes the best network; its row of the table, or none without --save-merged.
+    """Writes the best network, and returns its row of the table.
+
+    Without --save-merged it writes nothing and returns no row.
 
     Args:
       setup: the model and the tasks.
-      methods: by their labels, methods whose vectors are added.
-      merges: by their labels, what other merges add to the model at λ = 1.
+      methods: dict from labels to methods; the vectors of a method are added.
+      merges: dict from labels to merged vectors, to be added at λ = 1.
     """
     config = setup.options
     if not (isinstance(config, options.Addition) and config.save_merged):
@@ -74,7 +75,10 @@ def rows(
 
 
 def best(setup: setups.Setup, candidates: Mapping[str, Tree]) -> tuple[str, float]:
-    """The method and λ with the best mean validation accuracy; of equals the first."""
+    """Returns the label and the λ with the best mean validation accuracy.
+
+    The first wins if several are equal.
+    """
     coefs = scores.coefs_of(setup.options, scores.COEFS)
     totals = list(candidates.values())
     grid = np.kron(np.eye(len(totals)), coefs[:, None])  # [methods · λ, methods]
@@ -84,7 +88,7 @@ def best(setup: setups.Setup, candidates: Mapping[str, Tree]) -> tuple[str, floa
 
 
 def write(setup: setups.Setup, params: Params) -> None:
-    """Writes a merged image encoder in its CLIP, and the heads."""
+    """Writes a CLIP with a merged image encoder, and the heads."""
     params = sharding.to_host(params)
     if not runs.is_first():
         return
@@ -96,7 +100,7 @@ def write(setup: setups.Setup, params: Params) -> None:
         tree.update(model.params, params),
         config,
         copy_from=model.folder,
-        overwrite=True,  # that of a run before in this folder
+        overwrite=True,  # an earlier run may have written to this folder
     )
     if preprocessing is not None:
         report.write_json(folder / "merged" / "preprocessor_config.json", preprocessing)
@@ -107,16 +111,14 @@ def write(setup: setups.Setup, params: Params) -> None:
 
 
 def folder_of(setup: setups.Setup) -> Path:
-    """Where a model's network goes: the folder of the run, or of several models one
-    for each."""
+    """Returns the folder for the network: that of the run, or one folder per model."""
     config = setup.options
     several = isinstance(config, options.Models) and len(config.models) > 1
     return config.out / setup.title if several else config.out
 
 
 def described(model: str) -> tuple[dict, dict | None]:
-    """The config.json of a CLIP; of OpenCLIP's, what its preprocessing file must say
-    too."""
+    """Returns the config.json of a CLIP, and for OpenCLIP also the preprocessing."""
     path = Path(model).expanduser()
     place = path if path.is_file() else hub.find(model)
     if (file := open_clip.weights_of(place)) is None:
@@ -127,7 +129,7 @@ def described(model: str) -> tuple[dict, dict | None]:
 
 
 def classes_of(setup: setups.Setup, task: setups.Task) -> list[str]:
-    """The names of a task's classes, which the bank keeps with its head."""
+    """Returns the names of a task's classes, which the bank stores with its head."""
     file = bank.vector_file(setup.options.bank, setup.model, "heads", task.name)
     classes, _ = json.loads(hub.load_tree(file)[1]["prompts"])
     return classes

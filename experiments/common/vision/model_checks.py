@@ -17,14 +17,14 @@ from jaxarith.hub import open_clip
 from jaxarith.models import clip, heads
 
 OK, FAILED, NOT_POSSIBLE = "OK", "failed", "not possible here"
-_TOLERANCE = 1e-4  # of features, relative to the largest
-_POINTS = 2.0  # that a zero-shot accuracy may differ from the published one
+_TOLERANCE = 1e-4  # largest error of features, relative to the largest feature
+_POINTS = 2.0  # largest difference from a published zero-shot accuracy
 _STEPS = 3
 _FETCH = (
-    "Fetch it where there is a connection, `hf download {model} --local-dir {name}`, "
-    "copy that folder here and name its path. It must hold config.json, the weights "
-    "(model.safetensors), preprocessor_config.json and the tokenizer. Keep its name, "
-    "by which tables know the papers' models."
+    "Run `hf download {model} --local-dir {name}` on a machine with a connection, copy "
+    "the folder here, and name its path. It must hold config.json, the weights "
+    "(model.safetensors), preprocessor_config.json and the tokenizer. Keep the name of "
+    "the folder: tables recognise the papers' models by it."
 )
 
 
@@ -32,10 +32,10 @@ class Check(NamedTuple):
     """One line of the report.
 
     Attributes:
-      name: what was checked.
+      name: name of the check.
       state: OK, FAILED or NOT_POSSIBLE.
-      ours: a zero-shot accuracy in percent.
-      published: the same in the paper.
+      ours: measured zero-shot accuracy in percent.
+      published: published zero-shot accuracy in percent.
       details: what was found, or what to do.
     """
 
@@ -49,12 +49,12 @@ class Check(NamedTuple):
 def run(
     config: options.Options, model: str, published: Mapping[str, Mapping[str, float]]
 ) -> list[Check]:
-    """All checks of a model; a problem of one does not stop the next.
+    """Runs all checks of a model; a failed check does not stop the next.
 
     Args:
       config: options of the script.
       model: a folder, or an id of the Hugging Face Hub.
-      published: zero-shot accuracies in percent by title of the model and by task.
+      published: zero-shot accuracies in percent, by title of the model and by task.
     """
     try:
         checkpoint = clip.load(model)
@@ -69,7 +69,7 @@ def run(
     titles = {Path(name).name: title for name, title in options.TITLES.items()}
     known = published.get(titles.get(Path(model).name, ""), {})
     if config.source == "small" or config.smoke:
-        known = {}  # whose tasks are others of the same names
+        known = {}  # the small tasks have the same names but other data
     tasks = []
     for check, task in zero_shot(config, checkpoint, known):
         found.append(check)
@@ -86,13 +86,13 @@ def run(
 
 
 def parity(checkpoint: clip.CLIP) -> Check:
-    """Features of four random images and of four texts beside those of transformers."""
+    """Compares features of four random images and four texts with transformers."""
     missing = [x for x in ("torch", "transformers") if not importlib.util.find_spec(x)]
     if missing:
         how = f"pip install {' '.join(missing)}"
         return Check("parity", NOT_POSSIBLE, details=how)
     if open_clip.weights_of(checkpoint.folder) is not None:
-        how = "the checkpoint is OpenCLIP's: `jaxarith convert` it, and check that"
+        how = "this is an OpenCLIP checkpoint: check the result of `jaxarith convert`"
         return Check("parity", NOT_POSSIBLE, details=how)
     import torch
     import transformers
@@ -119,7 +119,7 @@ def parity(checkpoint: clip.CLIP) -> Check:
         for own, other in zip((image, text), expected, strict=True)
     ]
     state = OK if max(apart) <= _TOLERANCE else FAILED
-    details = f"images {apart[0]:.1e}, texts {apart[1]:.1e} apart, of {_TOLERANCE:g}"
+    details = f"images {apart[0]:.1e}, texts {apart[1]:.1e}, limit {_TOLERANCE:g}"
     return Check("parity", state, details=details)
 
 
@@ -128,7 +128,7 @@ def zero_shot(
     checkpoint: clip.CLIP,
     published: Mapping[str, float],
 ) -> Iterator[tuple[Check, setups.Task | None]]:
-    """The data and the zero-shot accuracy of every task and of the control."""
+    """Checks the data and the zero-shot accuracy of every task and of the control."""
     preprocess = images.Preprocessing.from_folder(checkpoint.folder)
     encode = clip.image_encoder(checkpoint.config)
     mesh = sharding.make_mesh(config.mesh)
@@ -156,7 +156,7 @@ def zero_shot(
 def step(
     config: options.Options, checkpoint: clip.CLIP, task: setups.Task | None
 ) -> Check:
-    """Linearised training on a task, or on noise where there is none."""
+    """Takes three linearised steps on a task, or on noise without a task."""
     preprocess = images.Preprocessing.from_folder(checkpoint.folder)
     if task is None:
         x = np.random.default_rng(0).integers(256, size=(8, 64, 64, 3), dtype="u1")
@@ -197,12 +197,12 @@ def step(
     state = OK if np.isfinite(losses).all() else FAILED
     shown = ", ".join(f"{loss:.4g}" for loss in losses)
     details = f"{config.batch_size} images of {on}: losses {shown}; "
-    details += f"{times[-1] - times[-2]:.2f} s the last step; {_memory()}"
+    details += f"last step {times[-1] - times[-2]:.2f} s; {_memory()}"
     return Check("linearised step", state, details=details)
 
 
 def _memory() -> str:
-    """The largest memory that the first device has had in use, if it says so."""
+    """Returns the peak memory of the first device, if the device reports it."""
     used = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     device = jax.local_devices()[0].device_kind
-    return f"{used / 1e9:.1f} GB of {device}" if used else f"{device} tells no memory"
+    return f"{used / 1e9:.1f} GB of {device}" if used else f"{device}, memory unknown"

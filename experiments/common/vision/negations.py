@@ -1,4 +1,4 @@
-"""What tables of task negation have in common: their rows and their report."""
+"""Rows and report shared by all tables of task negation."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +8,13 @@ from experiments.common.vision import scores, setups
 
 
 def rows(setup: setups.Setup, found: Mapping[str, scores.Negation]) -> list[dict]:
-    """The rows of one model: pre-trained, and each method at 1 and as searched.
+    """Returns the rows of one model: pre-trained, then each method.
+
+    A method has two rows, for coefficient 1 and for the searched coefficient.
 
     Args:
       setup: the model.
-      found: by the name of each method what `scores.negation` gives.
+      found: dict from the name of a method to the result of `scores.negation`.
     """
 
     def row(method, coef, pair, kept=True, coefs=None):
@@ -37,13 +39,13 @@ def rows(setup: setups.Setup, found: Mapping[str, scores.Negation]) -> list[dict
 
 
 def report(out: Path, title: str, rows: list[dict], published: Mapping) -> dict:
-    """Writes the rows beside the published ones; returns what `report.json` holds."""
+    """Writes the rows beside the published ones; returns the report.json."""
     return tables.compared(
         out,
         title,
-        "Mean test accuracy on the task that is subtracted, to be low, and on the "
-        "control, percent. Kept is 95 % of the pre-trained test accuracy; coefficients "
-        "are chosen by that of validation data.",
+        "Mean test accuracy in percent on the target, which is subtracted and should "
+        'be low, and on the control. The control is "kept" at 95 % of its pre-trained '
+        "test accuracy or more; validation accuracy chooses the coefficients.",
         rows,
         published,
         keys=["model", "method", "coefficient", "control kept"],

@@ -1,4 +1,4 @@
-"""What image encoders are trained on, below frozen heads."""
+"""Losses for image encoders below frozen heads."""
 
 from collections.abc import Callable
 
@@ -10,18 +10,18 @@ from jaxarith.models import heads
 
 
 def loss(features, batch, constants) -> jax.Array:
-    """Cross-entropy below the frozen head."""
+    """Returns the cross-entropy of the features below a frozen head."""
     scores = heads.logits(constants["head"], features, constants["valid"])
     return losses.cross_entropy(scores, batch["label"])
 
 
 def ascent(features, batch, constants) -> jax.Array:
-    """Ilharco et al. (2023), App. B.2: the same training, away from the optimum."""
+    """Returns the negative of `loss`, for gradient ascent (editing paper, App. B.2)."""
     return -loss(features, batch, constants)
 
 
 def joint(features, batch, constants) -> jax.Array:
-    """The mean over the samples of all tasks, each below the head of its own."""
+    """Returns the mean loss over samples of all tasks, each below its own head."""
     of_heads = jax.vmap(lambda head, valid: heads.logits(head, features, valid))
     scores = of_heads(constants["head"], constants["valid"])  # [T, B, C]
     own = scores[batch["task"], jnp.arange(len(features))]

@@ -1,4 +1,4 @@
-"""Two tasks at a time, or some of several: subsets, pairs, disentanglement errors."""
+"""Subsets and pairs of tasks, and disentanglement errors of pairs."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -11,10 +11,10 @@ from jaxarith.typing import Numbers, Taus
 
 
 def subsets(count: int) -> np.ndarray:
-    """All subsets of so many tasks, by size and then lexicographically.
+    """Returns all subsets of `count` tasks, by size and then lexicographically.
 
     Returns:
-      `[2^count, count]` of zeros and ones; the first is the empty one.
+      `[2^count, count]` with zeros and ones; the first row is the empty subset.
 
     Example:
       >>> print(subsets(2).tolist())
@@ -29,7 +29,7 @@ def subsets(count: int) -> np.ndarray:
 
 
 def pairs(count: int) -> list[tuple[int, int]]:
-    """All pairs of so many tasks.
+    """Returns all pairs of `count` tasks.
 
     Example:
       >>> pairs(3)
@@ -39,12 +39,12 @@ def pairs(count: int) -> list[tuple[int, int]]:
 
 
 def pair_values(matrix: np.ndarray) -> list[float]:
-    """Of every pair, the mean of a matrix's two entries (Eq. 9 for τJp)."""
+    """Returns for every pair the mean of its two entries (τJp paper, Eq. 9)."""
     return [float(matrix[i, j] + matrix[j, i]) / 2 for i, j in pairs(len(matrix))]
 
 
 def pair_setup(setup: setups.Setup, pair: tuple[int, int]) -> setups.Setup:
-    """The same model with two of the tasks."""
+    """Returns the setup with only two of its tasks."""
     return setup._replace(tasks=[setup.tasks[i] for i in pair])
 
 
@@ -57,19 +57,20 @@ def disentanglement_error(
     samples: int = 2048,
     distances: Sequence[Callable] | None = None,
 ) -> np.ndarray:
-    """ξ of the two tasks of `setup` on test data.
+    """Returns the disentanglement error ξ of the two tasks of `setup` on test data.
 
     Args:
-      setup: with two tasks, see `pair_setup`.
+      setup: a setup with two tasks, see `pair_setup`.
       taus: their vectors.
-      linearized: whether they belong to the tangent-space model.
+      linearized: whether the vectors belong to the tangent-space model.
       coefs: the n values of both coefficients.
-      samples: how many test samples of each task are drawn, with a fixed seed.
-      distances: R of `distance(dataset, features_1, features_2)`, means over samples;
-        by default `labels_differ` alone. All are taken of one pass over the images.
+      samples: number of test samples of each task, drawn with a fixed seed.
+      distances: R functions `distance(dataset, features_1, features_2)`, which return
+        means over samples; by default only `labels_differ`. All share one pass over the
+        images.
 
     Returns:
-      `[R, n, n]`: rows are the coefficient of the first task.
+      `[R, n, n]`; the first of the two n is the coefficient of the first task.
     """
     distances = distances or [labels_differ]
     grid = [(a, b) for a in coefs for b in coefs]
@@ -91,14 +92,14 @@ def disentanglement_error(
 
 
 def labels_differ(dataset: setups.Dataset, first, second) -> float:
-    """For ξ of classification (τJp paper, Eq. 2): the share of labels that differ."""
+    """Returns the share of predictions that differ, for ξ (τJp paper, Eq. 2)."""
     return float(np.mean(dataset.predict(first) != dataset.predict(second)))
 
 
 def symmetric_kl(dataset: setups.Dataset, first, second) -> float:
-    """Of representations: the symmetric KL divergence of their softmax.
+    """Returns the symmetric KL divergence of the softmax of two representations.
 
-    Half the sum of both directions, the mean over samples (linear-layers paper,
+    It is half the sum of both directions, averaged over samples (linear-layers paper,
     section 4).
     """
     del dataset

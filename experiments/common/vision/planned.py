@@ -1,4 +1,4 @@
-"""What the plan of a script on CLIP notes in place of training."""
+"""Reports training and forward passes of scripts on CLIP to a plan."""
 
 from collections.abc import Sequence
 
@@ -18,14 +18,14 @@ def vectors(
     *,
     joint: Sequence[training.Wanted] = (),
 ) -> list[Tree]:
-    """Random vectors; those that the bank lacks are noted as to be trained.
+    """Returns random vectors; reports the missing ones to the plan as trainings.
 
     Args:
-      setup: the model that stands for another.
-      network: what the vectors would be trained from.
-      method: what the plan calls them.
+      setup: the stand-in model.
+      network: the network that would be trained.
+      method: name of the method in the plan.
       wanted: the vectors.
-      joint: the tasks of one vector of all.
+      joint: the tasks that one joint vector learns.
     """
     record, full = planning.recorder(), setup.full
     assert record is not None and full is not None
@@ -55,7 +55,7 @@ def vectors(
 
 
 def _of_width(heads, full):
-    """Heads with as many classes, of the width of the real features."""
+    """Returns heads with equally many classes, and the width of the real features."""
     image = full.sample["image"]
     one = jax.ShapeDtypeStruct((1, *image.shape), image.dtype)
     width = jax.eval_shape(full.apply_fn, full.params_0, one).shape[-1]
@@ -63,6 +63,6 @@ def _of_width(heads, full):
 
 
 def passes(setup: setups.Setup, count: float):
-    """Notes so many forward passes of one sample, where the script is planned."""
+    """Reports forward passes of one sample to the plan, if the script is planned."""
     if (record := planning.recorder()) and setup.full:
         record.evaluate(setup.full, count)

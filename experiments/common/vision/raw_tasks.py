@@ -1,7 +1,7 @@
-"""Tasks as raw images.
+"""Loads tasks as raw images.
 
-They are those of `jaxarith.data.vision`, with the splits and prompts of the papers, or
-plain image folders. A smoke run takes three tasks of the quickstart.
+Tasks come from `jaxarith.data.vision`, with the splits and prompts of the papers, or
+from plain image folders. A smoke run uses three tasks of the quickstart.
 """
 
 import dataclasses
@@ -17,12 +17,15 @@ from jaxarith.data import images, vision
 
 
 def of_options(options: Options, control: bool) -> list[images.ImageTask]:
-    """The tasks as raw images, the control last; all problems are one error."""
+    """Loads the tasks as raw images, the control last; reports all problems at once."""
     control = control and options.control != NO_CONTROL
     specs = [*options.tasks, *([options.control] if control else [])]
     names = [name_of(spec) for spec in specs]
     if len(set(names)) < len(names):
-        raise ValueError(f"every task, control included, once; got {specs}.")
+        raise ValueError(
+            f"every task, control included, may be given once; got {specs}. Remove the "
+            "repeated ones."
+        )
     errors = (FileNotFoundError, ValueError)
 
     def read(spec):
@@ -32,15 +35,15 @@ def of_options(options: Options, control: bool) -> list[images.ImageTask]:
             if not control or spec != options.control:
                 raise
             raise ValueError(
-                f"{error}\nIt is the control task: --control names another one, and "
-                f"--control {NO_CONTROL} does without."
+                f"{error}\nThis is the control task: name another one by --control, or "
+                f"do without one by --control {NO_CONTROL}."
             ) from error
 
     return script.collected(specs, read, errors=errors)
 
 
 def name_of(spec: str) -> str:
-    """The name of a task that is given as NAME or as NAME=FOLDER.
+    """Returns the name of a task that is given as NAME or as NAME=FOLDER.
 
     Example:
       >>> name_of("dtd"), name_of("dogs=images/dogs")
@@ -50,12 +53,12 @@ def name_of(spec: str) -> str:
 
 
 def title_of(name: str) -> str:
-    """What the papers call a task; of others the name."""
+    """Returns the papers' name of a task, or its own name."""
     return vision.TASKS[name].title if name in vision.TASKS else name
 
 
 def named(spec: str, options: Options) -> images.ImageTask:
-    """A task of raw images by its name, or by `NAME=FOLDER`."""
+    """Loads a task of raw images by its name, or by `NAME=FOLDER`."""
     name, equals, folder = spec.partition("=")
     if options.smoke:
         task = small_tasks.load(name, np.asarray)
@@ -79,9 +82,10 @@ def named(spec: str, options: Options) -> images.ImageTask:
 
 
 def identity_of(task: images.ImageTask) -> dict:
-    """The number and origin of a task's training samples, a checksum of their labels.
+    """Returns number, origin and checksum of labels of a task's training samples.
 
-    TFDS reads whole samples to find their labels, and has one set of each name.
+    TFDS sets have no checksum: TFDS would read whole samples to find the labels, and it
+    has only one set of each name.
     """
     identity = {"samples": len(task.train), "source": task.origin}
     if task.origin != "tfds":

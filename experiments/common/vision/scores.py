@@ -1,7 +1,7 @@
-"""Task addition and negation as the vision papers measure them.
+"""Measures task addition and negation as the vision papers do.
 
-Coefficients are chosen on validation data and results are those on test data, as in
-Ortiz-Jimenez et al. (2023) and Yoshida et al. (2025, App. B.2).
+Coefficients are chosen on validation data, and results are measured on test data, as in
+Ortiz-Jimenez et al. (2023) and the τJp paper (App. B.2).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,19 +17,19 @@ from jaxarith.typing import Numbers, Taus, Tree
 
 COEFS = np.linspace(0, 1, 21)
 NEGATION_COEFS = np.linspace(0, 3, 31)
-# Models at once, whose features of one data set must fit into memory together.
+# Number of models at once: their features of one data set must fit into memory.
 _TOGETHER = 32
 
 
 class Addition(NamedTuple):
-    """Accuracies on every task, `[T]`, on test data.
+    """Test accuracies on every task, `[T]`.
 
     Attributes:
       zero_shot: accuracy of the pre-trained model.
-      single: accuracy of the model of the task's own vector.
-      at_one: accuracy of all vectors added, at coefficient 1.
-      searched: at the coefficient that was found on validation data.
-      search: that search.
+      single: accuracy with only the task's own vector.
+      at_one: accuracy with the sum of all vectors, at coefficient 1.
+      searched: the same, at the coefficient that the search has chosen.
+      search: the search on validation data.
     """
 
     zero_shot: np.ndarray
@@ -39,18 +39,18 @@ class Addition(NamedTuple):
     search: evaluate.Search
 
     def row(self, searched: bool) -> dict[str, float | None]:
-        """Mean absolute and normalised accuracy in percent."""
+        """Returns mean absolute and normalised accuracy in percent."""
         found = self.searched if searched else self.at_one
         return {"abs": means(found), "norm": normalized(found, self.single)}
 
 
 def normalized(found: Numbers, single: Numbers) -> float | None:
-    """Mean normalised accuracy in percent; None where a single accuracy is zero."""
+    """Returns mean normalised accuracy in percent; None if a single accuracy is 0."""
     return 100 * metrics.normalized_accuracy(found, single) if all(single) else None
 
 
 def coefs_of(config, coefs: np.ndarray) -> np.ndarray:
-    """The candidates; of a smoke run a few of them."""
+    """Returns the candidate coefficients; in a smoke run only a few of them."""
     return coefs[:: len(coefs) // 2] if config.smoke else coefs
 
 
@@ -60,10 +60,10 @@ def outputs(
     dataset: setups.Dataset,
     linearized: bool,
 ) -> Callable[[np.ndarray], Sequence[np.ndarray] | np.ndarray]:
-    """Features `[N, D]` at each of n sets of coefficients `[n, T]`.
+    """Returns a function from n sets of coefficients `[n, T]` to n features `[N, D]`.
 
-    The tangent-space model passes over the images once in all, the network once per
-    call, for all its coefficients.
+    The tangent-space model reads the images only once. The network reads them once per
+    call of the function, for all coefficients of the call.
     """
     model = (setup.apply_fn, setup.params_0, taus, dataset.batches)
     if linearized:
@@ -79,7 +79,7 @@ def outputs(
 
 
 def accuracies(setup, taus, dataset, linearized, coefs) -> np.ndarray:
-    """Accuracy on a dataset at each of n sets of coefficients `[n, T]`."""
+    """Returns the accuracy on a dataset at each of n sets of coefficients `[n, T]`."""
     at, coefs = outputs(setup, taus, dataset, linearized), np.asarray(coefs)
     parts = [coefs[i : i + _TOGETHER] for i in range(0, len(coefs), _TOGETHER)]
     progress = tqdm(parts, unit="part", leave=False, disable=len(parts) == 1)
@@ -89,11 +89,11 @@ def accuracies(setup, taus, dataset, linearized, coefs) -> np.ndarray:
 def on_all(
     setup: setups.Setup, taus: Taus, split: str, rows, *, linearized: bool = False
 ) -> np.ndarray:
-    """Accuracies on every task at each of n rows of coefficients, `[n, T]`.
+    """Returns accuracies on every task at each of n rows of coefficients, `[n, T]`.
 
     Args:
       setup: the model and the T tasks.
-      taus: K vectors, which are added.
+      taus: the K vectors that are added.
       split: "validation" or "test".
       rows: coefficients `[n, K]`.
       linearized: whether the vectors belong to the tangent-space model.
@@ -114,11 +114,11 @@ def on_own(
     *,
     linearized: bool = False,
 ) -> np.ndarray:
-    """Accuracies of every vector alone on its own task, `[n, T]`.
+    """Returns accuracies of every vector alone on its own task, `[n, T]`.
 
     Args:
       setup, split, linearized: as for `on_all`.
-      taus: a vector of every task.
+      taus: one vector per task.
       coefs: n coefficients.
     """
     rows = [[coef] for coef in coefs]
@@ -137,18 +137,18 @@ def addition(
     linearized: bool,
     merged: Tree | None = None,
 ) -> Addition:
-    """Adds task vectors; searches their one coefficient in 0, 0.05, …, 1.
+    """Adds task vectors; searches their common coefficient in 0, 0.05, …, 1.
 
     Args:
       setup: the model and the tasks.
-      taus: a vector of every task.
-      linearized: whether they belong to the tangent-space model.
-      merged: what a merge has made of them, to be added in place of their sum.
+      taus: one vector per task.
+      linearized: whether the vectors belong to the tangent-space model.
+      merged: a merged vector that is added instead of their sum.
     """
     total = task_vectors.add(taus) if merged is None else merged
     coefs = coefs_of(setup.options, COEFS)
 
-    def at(split, rows):  # `rows` are coefficients of the sum and of the task's own
+    def at(split, rows):  # a row has the coefficients of the sum and of the own vector
         progress = tqdm(setup.tasks, desc=f"addition, {split}", unit="task")
         found = [
             accuracies(setup, [total, tau], getattr(task, split), linearized, rows)
@@ -159,7 +159,7 @@ def addition(
     *curve, single = at("validation", [*((c, 0) for c in coefs), (0, 1)])
     search = evaluate.search(
         lambda c: curve[int(np.flatnonzero(coefs == c)[0])],
-        # A task that its own vector does not learn at all is compared as it is.
+        # Without normalisation if some single accuracy is 0.
         single if all(single) else np.ones(len(single)),
         coefs,
     )
@@ -169,7 +169,7 @@ def addition(
 
 
 def of_method(setup: setups.Setup, method: vectors.Method) -> Addition:
-    """Addition of the vectors of a method."""
+    """Adds the vectors of a method, see `addition`."""
     taus = vectors.vectors(setup, method)
     return addition(setup, taus, linearized=vectors.is_linearized(method))
 
@@ -177,14 +177,14 @@ def of_method(setup: setups.Setup, method: vectors.Method) -> Addition:
 def linearized_rows(
     setup: setups.Setup, names: Mapping[str, vectors.Method]
 ) -> list[dict]:
-    """Addition with methods of the tangent-space model: plain rows of a table.
+    """Adds the vectors of linearised methods, and returns rows of a table.
 
     Args:
       setup: the model and the tasks.
-      names: what the table calls each method.
+      names: dict from the names in the table to the methods.
 
     Returns:
-      For each method a row at coefficient 1 and one at that of the search.
+      Two rows per method: at coefficient 1 and at the searched coefficient.
     """
     rows = []
     for name, method in names.items():
@@ -196,28 +196,29 @@ def linearized_rows(
 
 
 def single_accuracies(setup: setups.Setup, method: vectors.Method) -> np.ndarray:
-    """Test accuracy before and after fine-tuning on one task, in percent: `[2, T]`."""
+    """Returns test accuracy before and after fine-tuning on one task, % `[2, T]`."""
     taus = vectors.vectors(setup, method)
     linearized = vectors.is_linearized(method)
     return 100 * on_own(setup, taus, "test", (0.0, 1.0), linearized=linearized)
 
 
 def joint_accuracies(setup: setups.Setup) -> np.ndarray:
-    """Test accuracies of the model of multi-task learning, `[T]`."""
+    """Returns test accuracies of the multi-task model, `[T]`."""
     return on_all(setup, vectors.vectors(setup, "multi_task"), "test", [[1.0]])[0]
 
 
 class Negation(NamedTuple):
-    """Mean accuracies in percent on the tasks that are forgotten and on the control.
+    """Mean accuracies in percent on the subtracted tasks (targets) and on the control.
 
     Attributes:
       pretrained: `(target, control)` of the pre-trained model.
-      at_one: model with a vector subtracted, the mean over the vectors.
-      searched: at the coefficients that were found on validation data.
+      at_one: `(target, control)` with one vector subtracted at coefficient 1, the mean
+        over the vectors.
+      searched: the same, at the coefficients found on validation data.
       kept: whether the control accuracy is above its limit, `(at_one, searched)`.
-      coefs: the coefficient of every task.
-      accuracies: for every task, `[T, 2, 3]`: on target and control; of the pre-trained
-        model, at 1 and at the coefficient found.
+      coefs: the coefficient found for every task.
+      accuracies: accuracies of every task, `[T, 2, 3]`: (target, control), then
+        (pre-trained, coefficient 1, coefficient found).
     """
 
     pretrained: tuple[float, float]
@@ -239,17 +240,18 @@ def negation(
 ) -> Negation:
     """Subtracts each vector alone; searches its coefficient.
 
-    The coefficient is that with the lowest accuracy on the task among those that keep
-    95 % of the control accuracy, both on validation data (τJp paper, B.2).
+    The search considers the coefficients that keep 95 % of the control accuracy, and
+    takes the one with the lowest accuracy on the task. Both are measured on validation
+    data (τJp paper, B.2).
 
     Args:
       setup: the model, the tasks and the control.
-      taus: a vector of every task.
-      linearized: whether they belong to the tangent-space model.
-      allowed: the share of the control accuracy that is to be kept.
-      coefs: the candidates.
-      largest: take the largest coefficient that keeps the control accuracy, as Ilharco
-        et al. (2023, B.1), whatever the accuracy on the task.
+      taus: one vector per task.
+      linearized: whether the vectors belong to the tangent-space model.
+      allowed: share of the control accuracy that must be kept.
+      coefs: the candidate coefficients.
+      largest: take the largest coefficient that keeps the control accuracy, and ignore
+        the accuracy on the task (editing paper, B.1).
     """
     coefs = coefs_of(setup.options, coefs)
 
@@ -295,14 +297,14 @@ def on_control_alone(
     *,
     linearized: bool = False,
 ) -> np.ndarray:
-    """Accuracies on the control with every vector alone, in one pass for all.
+    """Measures the control with every vector alone, in one pass for all vectors.
 
     Args:
       setup, taus, split, linearized: as for `on_own`.
-      coefs: for each vector, n coefficients.
+      coefs: n coefficients for each vector.
 
     Returns:
-      `[T, n]`.
+      The accuracies, `[T, n]`.
     """
     units = zip(np.eye(len(taus)), coefs, strict=True)
     rows = [coef * unit for unit, own in units for coef in own]
@@ -318,15 +320,18 @@ def searched(
     *,
     linearized: bool = False,
 ) -> list[tuple[float, float]]:
-    """Merges by rows of weights, each at the coefficient that is best on validation
-    data: mean test accuracies in percent, and the coefficients.
+    """Measures n weighted sums of vectors, each at its best coefficient.
 
-    All rows share one pass over the validation data and one over the test data.
+    Validation data choose the coefficients. All rows share one pass over the validation
+    data and one over the test data.
 
     Args:
       setup, taus, linearized: as for `on_all`.
-      rows: `[n, K]`, the weights of the K vectors at coefficient 1.
-      coefs: the candidates; of equals the first is taken.
+      rows: weights of the K vectors at coefficient 1, `[n, K]`.
+      coefs: the candidate coefficients; the first wins if several are equal.
+
+    Returns:
+      For each row the mean test accuracy in percent, and the coefficient.
     """
 
     def means(split, rows):
@@ -343,12 +348,12 @@ def searched(
 def draw_cosines(
     file: Path, panels: Mapping[str, np.ndarray], titles: Sequence[str], **more: Any
 ):
-    """Draws cosines `[T, T]` of the tasks' vectors, by the title of a panel."""
+    """Draws cosines `[T, T]` of task vectors, one panel per title."""
     labels: dict[str, Any] = {"rows": "task vector", "columns": "task vector"}
     labels |= {"value": "cosine"} | more
     plots.matrices(file, panels, titles, **labels)
 
 
 def means(values: Numbers) -> float:
-    """The mean in percent, as the papers print it."""
+    """Returns the mean in percent."""
     return 100 * float(np.mean(values))

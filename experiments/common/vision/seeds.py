@@ -1,6 +1,6 @@
-"""Tables of several seeds: `--seeds`. Mean and spread of every number.
+"""Tables over several seeds (`--seeds`): mean and spread of every number.
 
-A seed decides on the order of samples and on the draws of penalties. The vectors of all
+A seed sets the order of samples and the random draws of penalties. The vectors of all
 seeds train side by side.
 """
 
@@ -16,7 +16,7 @@ from experiments.common.vision.setups import Setup, each
 def rows(
     options: Seeded, rows_of: Callable[[Setup], list[dict]], *, control: bool = True
 ) -> list[dict]:
-    """The rows of all models in turn, each the mean of the seeds.
+    """Returns the rows of all models in turn; each row is the mean over the seeds.
 
     Args:
       options: options of the script.
@@ -25,14 +25,14 @@ def rows(
     """
     found = []
     for setup in each(options, options.models, control=control):
-        # First that of all seeds, which trains the vectors of the others too.
+        # The setup with all seeds comes first: it trains the vectors of all of them.
         runs = [rows_of(own) for own in (setup, *setups(setup)[1:])]
         found += averaged(runs) if len(runs) > 1 else runs[0]
     return found
 
 
 def setups(setup: Setup) -> list[Setup]:
-    """The setup of each seed, the first one's included."""
+    """Returns the setup of each seed."""
     options = setup.options
     if not isinstance(options, Seeded):
         return [setup]
@@ -42,7 +42,7 @@ def setups(setup: Setup) -> list[Setup]:
 
 
 def suffix(seed: int) -> str:
-    """What the folder of a seed has after the name of the method; 0 has nothing.
+    """Returns the ending of a method's folder for a seed; "" for seed 0.
 
     Example:
       >>> suffix(0), suffix(2)
@@ -52,15 +52,15 @@ def suffix(seed: int) -> str:
 
 
 def averaged(runs: Sequence[Sequence[dict]]) -> list[dict]:
-    """Rows of several seeds as one table.
+    """Combines the rows of several seeds into one table.
 
     Args:
-      runs: for each seed the same rows.
+      runs: the same rows for each seed.
 
     Returns:
-      Rows with the means of numbers, and with the sample standard deviation of a number
-      n as "n ±". A number that one seed lacks has no mean. Words that differ stand
-      beside each other.
+      Rows with the means of numbers. The field "n ±" has the sample standard deviation
+      of the field "n". A number that one seed lacks has no mean. Different words are
+      joined by "/".
 
     Example:
       >>> averaged([[{"abs": 70.0, "kept": "yes"}], [{"abs": 72.0, "kept": "no"}]])

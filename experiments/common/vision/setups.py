@@ -1,6 +1,6 @@
-"""A loaded CLIP and the tasks, ready to train and to evaluate.
+"""Loads a CLIP and the tasks, ready to train and to evaluate.
 
-The heads are zero-shot, made once and kept in the bank.
+The zero-shot heads are made once and stored in the bank.
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ class Dataset(NamedTuple):
 
     Attributes:
       source: raw images.
-      size: number of samples; in a plan that of the split, of which a few are here.
-      batches: preprocessed images, made anew in every pass.
-      labels: `i32[N]`.
-      head: `[C, D]`.
+      size: number of samples; in a plan that of the real split.
+      batches: preprocessed images, made again in every pass.
+      labels: labels, `i32[N]`.
+      head: the frozen head, `[C, D]`.
     """
 
     source: Any
@@ -48,7 +48,7 @@ class Dataset(NamedTuple):
     head: jax.Array
 
     def predict(self, features) -> np.ndarray:
-        """The predicted labels of features `[N, D]`."""
+        """Returns the predicted labels of features `[N, D]`."""
         return np.asarray(heads.logits(self.head, features)).argmax(-1)
 
     def accuracy(self, features) -> float:
@@ -56,13 +56,13 @@ class Dataset(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A task.
+    """A task with its splits.
 
     Attributes:
-      name: in the bank.
-      title: what the papers call it.
+      name: name of the task in the bank.
+      title: name of the task in the papers.
       train: the source of training samples.
-      identity: what tells its training samples from others, as plain data.
+      identity: plain data that identify its training samples.
       validation, test: the other splits.
     """
 
@@ -79,17 +79,17 @@ class Setup(NamedTuple):
 
     Attributes:
       options: options of the script.
-      model: its name in the bank.
-      apply_fn: `apply_fn(params, images) -> features[B, D]`, what is linearised.
-      trained_fn: the same as training computes it, see `--remat`.
+      model: the model, as given by the options; names its folder in the bank.
+      apply_fn: `apply_fn(params, images) -> features[B, D]`.
+      trained_fn: the same function for training, see `--remat`.
       params_0: parameters of the image encoder.
-      identity: a fingerprint of them.
-      preprocess: preprocessing of images that are evaluated.
+      identity: fingerprint of `params_0`.
+      preprocess: preprocessing of images for evaluation.
       augment: augmentation of training samples.
       tasks: the tasks.
       control: the control task, if the script needs one.
       mesh: the devices.
-      full: in a plan the model that this one stands for; None where it is that itself.
+      full: in a plan, the real model that this one replaces; otherwise None.
     """
 
     options: Options
@@ -107,15 +107,18 @@ class Setup(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What the papers call the model."""
+        """The papers' name of the model."""
         return title_of(self.model)
 
     @property
     def required_control(self) -> Task:
-        """The control task of a script that measures it, see `check_control`."""
+        """The control task; raises a ValueError if there is none."""
         if self.control is None:
             check_control(self.options)
-            raise ValueError("this script has loaded no control task.")
+            raise ValueError(
+                "this script has loaded no control task; call setups.load with "
+                "control=True."
+            )
         return self.control
 
     @property
@@ -123,7 +126,7 @@ class Setup(NamedTuple):
         return [task.name for task in self.tasks]
 
     def by_task(self, accuracies: Numbers) -> dict[str, float]:
-        """Accuracies `[T]` in percent by the names of the tasks."""
+        """Returns accuracies `[T]` in percent, by the names of the tasks."""
         return {
             name: 100 * float(value)
             for name, value in zip(self.names, accuracies, strict=True)
@@ -137,18 +140,18 @@ class Setup(NamedTuple):
 def load(options: Options, model: str, *, control: bool = True) -> Setup:
     """Loads a CLIP and the tasks, and makes or reads the heads.
 
-    The heads go to the bank; the output folder is made by the first training.
+    New heads are written to the bank. The first training makes the output folder.
 
     Args:
-      options: the script's options.
+      options: options of the script.
       model: a folder, or an id of the Hugging Face Hub.
-      control: whether the script has a use for the control task; without it, and with
-        `--control none`, the setup's is None.
+      control: whether the script uses the control task. If not, or with `--control
+        none`, the control of the setup is None.
 
     Raises:
-      ValueError: tasks are missing or wrong, and the message says of each how to get
-        it; or the recipe, the batch and the mesh do not go together.
-      FileNotFoundError: there is no such model.
+      ValueError: tasks are missing or wrong, and the message says how to get each; or
+        the recipe, the batch size and the mesh do not fit each other.
+      FileNotFoundError: the model does not exist.
     """
     mesh = sharding.make_mesh(options.mesh)
     found = raw_tasks.of_options(options, control)
@@ -183,12 +186,12 @@ def load(options: Options, model: str, *, control: bool = True) -> Setup:
 
 
 def checkpoint_of(options: Options, model: str) -> clip.CLIP:
-    """A CLIP; in a plan the tiny one."""
+    """Loads a CLIP; in a plan the tiny one."""
     return clip.load(clip.TINY_CLIP if options.plan else model)
 
 
 def full_of(options: Options, model: str) -> planning.Full:
-    """What a plan counts, from the sizes of a model alone."""
+    """Returns the model that a plan counts, from its sizes alone."""
     config = architectures.config_of(model)
     layout = tree.select(clip.layout(config), clip.IMAGE_ENCODER)
     size = config.vision.image_size
@@ -203,13 +206,17 @@ def full_of(options: Options, model: str) -> planning.Full:
 
 
 def check_recipe(options: Options, task: images.ImageTask, *, penalty: bool, mesh):
-    """Raises the ValueErrors of training on a task, before models are downloaded."""
+    """Checks that training on a task is possible, before models are downloaded.
+
+    Raises:
+      ValueError: the recipe, the data and the mesh do not fit each other.
+    """
     config = dataclasses.replace(
         recipe_of(options, task.name, len(task.train)),
         linearized=penalty,
         penalty="cyclic" if penalty else None,
     )
-    # As many as a task axis asks for; `training.check` sees which train side by side.
+    # As many tasks as the task axis has; `training.check` checks the real groups.
     count = mesh.shape["task"]
     own, others = [task.train] * count, [[task.train]] * count
     train.task_batches(own, config, seeds=[0] * count, others=others, mesh=mesh)
@@ -218,14 +225,14 @@ def check_recipe(options: Options, task: images.ImageTask, *, penalty: bool, mes
 def each(
     options: Options, models: Sequence[str], *, control: bool = True
 ) -> Iterator[Setup]:
-    """The setup of each model in turn; of a smoke run the first."""
+    """Yields the setup of each model in turn; a smoke run uses only the first."""
     if not models:
-        raise ValueError("no --models; name at least one CLIP.")
+        raise ValueError("--models is empty; name at least one CLIP.")
     first, *others = models[:1] if options.smoke else models
     setup = load(options, first, control=control)
     for model in others:
         if not options.plan:
-            hub.find(model)  # before hours of training of the first
+            hub.find(model)  # report a missing one before hours of training
     yield setup
     for model in others:
         yield load(options, model, control=control)
@@ -234,13 +241,13 @@ def each(
 def rows(
     options: Models, rows_of: Callable[[Setup], list[dict]], *, control: bool = True
 ) -> list[dict]:
-    """The rows of all models in turn."""
+    """Returns the rows of all models in turn."""
     found = each(options, options.models, control=control)
     return [row for setup in found for row in rows_of(setup)]
 
 
 def prepared(task: images.ImageTask, head, preprocess, options) -> Task:
-    """A task that is ready to be trained and evaluated."""
+    """Returns a task that is ready for training and evaluation."""
 
     return Task(
         task.name,
@@ -253,12 +260,12 @@ def prepared(task: images.ImageTask, head, preprocess, options) -> Task:
 
 
 def dataset(source, head, preprocess, options: Options) -> Dataset:
-    """A split that is ready to be evaluated."""
+    """Returns a split that is ready for evaluation."""
     batches = pipeline.evaluation_stream(
         source,
         options.evaluation_batch,
         preprocess=sources.Preprocessed(preprocess),
-        # Starting processes takes longer than to read a few images.
+        # Starting processes takes longer than reading a few images.
         workers=options.workers if len(source) > 1000 else 0,
     )
     size = sources.stands_for(source)
@@ -266,13 +273,13 @@ def dataset(source, head, preprocess, options: Options) -> Dataset:
 
 
 def drawn(setup: Setup, split: Dataset, samples: int) -> Dataset:
-    """So many samples of a split, drawn with a fixed seed."""
+    """Returns `samples` samples of a split, drawn with a fixed seed."""
     source = sources.limited(split.source, samples)
     return dataset(source, split.head, setup.preprocess, setup.options)
 
 
 def head_of(task: images.ImageTask, checkpoint: clip.CLIP, file: Path) -> jax.Array:
-    """The zero-shot head of a task, from the bank if it is there."""
+    """Returns the zero-shot head of a task; reads it from the bank if it has it."""
     if planning.recorder():
         shape = (len(task.classes), checkpoint.config.projection_dim)
         return jax.random.normal(jax.random.key(0), shape)
@@ -281,7 +288,7 @@ def head_of(task: images.ImageTask, checkpoint: clip.CLIP, file: Path) -> jax.Ar
         "model": str(fingerprint.combined(checkpoint.params)),
     }
     saved, metadata = hub.load_tree(file) if file.exists() else ({}, {})
-    # Unanimous: one process may have looked before another has saved.
+    # All processes must agree: one may look before another has saved the file.
     if not processes.anywhere(not identity.items() <= metadata.items()):
         return jax.numpy.asarray(saved["head"])
     head = clip.zero_shot_head(checkpoint, task.classes, task.templates)

@@ -12,7 +12,7 @@ from jaxarith import hub, tree
 from jaxarith.data import images
 from jaxarith.models import clip, heads
 
-_BATCH = 128  # images that are evaluated at a time
+_BATCH = 128  # images in a batch of an evaluation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,21 +20,21 @@ class Config(studies.Config):
     """A study on small image tasks."""
 
     model: Path = clip.TINY_CLIP
-    """Folder of a CLIP checkpoint; the embedded tiny one by default."""
+    """Folder of a CLIP checkpoint; by default the embedded tiny CLIP."""
     tasks: tuple[str, ...] = small_tasks.NAMES
-    """The tasks, in order; in a smoke run about three of them."""
+    """The tasks, in order; a smoke run uses about three of them."""
     steps: int = 120
     """Optimizer steps of every training."""
     save_every: int = 0
-    """Steps from one checkpoint to the next; 0: none. A run that is stopped trains the
-    method anew that it was at, half a minute, and keeps those before it."""
+    """Steps from one checkpoint to the next; 0 for no checkpoints. A stopped run keeps
+    the methods that were complete, and trains the current one again (half a minute)."""
 
 
 def alone(options: Any) -> Config:
-    """The options of a study that a benchmark trains by itself, on one device.
+    """Returns the options of a study that a benchmark trains alone, on one device.
 
     Args:
-      options: options of the benchmark; those that a study has too count.
+      options: options of the benchmark; options that a study lacks are ignored.
     """
     names = {field.name for field in dataclasses.fields(Config)}
     own = {name: value for name, value in vars(options).items() if name in names}
@@ -79,7 +79,9 @@ def prepare(config: Config) -> studies.Study:
 
 
 def _shallow(model: clip.CLIP, raw: dict) -> tuple[clip.CLIP, dict]:
-    """The first layer of the image encoder alone, which compiles three times as fast.
+    """Returns a CLIP with only the first layer of the image encoder.
+
+    It compiles three times as fast.
 
     Args:
       model: a CLIP.

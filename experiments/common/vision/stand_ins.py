@@ -1,4 +1,4 @@
-"""What takes the place of data in a plan: eight images for every split of a task."""
+"""Stand-ins for data in a plan: eight images for every split of a task."""
 
 import dataclasses
 import functools
@@ -12,13 +12,13 @@ _IMAGES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Few:
-    """A few made-up images that stand for a split.
+    """A few made-up images in place of a split.
 
     Attributes:
-      stands_for: how many samples the split has.
-      classes: how many classes.
-      whole: whether the source is as long as the split, as that of training is, whose
-        length decides on the number of steps; its images come again and again.
+      stands_for: number of samples of the split.
+      classes: number of classes.
+      whole: whether the source is as long as the split; its images then repeat. The
+        training split needs it, because its length sets the number of steps.
     """
 
     stands_for: int
@@ -44,26 +44,27 @@ def _images():
 
 
 def of(task: images.ImageTask) -> images.ImageTask:
-    """A task with a few images in place of its own, unless it has them already."""
+    """Returns a task with a few made-up images in place of its own."""
     if isinstance(task.train, Few):
         return task
     return _with(task, len(task.train), len(task.validation), len(task.test))
 
 
 def named(name: str) -> images.ImageTask:
-    """One of `jaxarith.data.vision`, by what is known of it.
+    """Returns a stand-in for a task of `jaxarith.data.vision`, with its known sizes.
 
     Raises:
-      ValueError: no such task is known.
+      ValueError: the name is unknown.
     """
     if name not in vision.TASKS:
         raise ValueError(
-            f"no task {name!r}; known are {', '.join(vision.TASKS)}, and NAME=FOLDER."
+            f"unknown task {name!r}; expected one of {', '.join(vision.TASKS)}, or "
+            "NAME=FOLDER."
         )
     info = vision.TASKS[name]
     task = images.ImageTask(name, info.classes, info.templates, (), (), ())
     known = (info.train or 0, info.validation or 0, info.test or 0)
-    within = 0 if name == "eurosat" else known[1]  # what validates is among `train`
+    within = 0 if name == "eurosat" else known[1]  # `train` includes validation
     return _with(task, known[0] - within, *known[1:])
 
 

@@ -1,6 +1,6 @@
-"""The ways to train a task vector that the vision papers compare.
+"""Trains task vectors by all methods that the vision papers compare.
 
-`vectors` takes them from the bank and trains what is missing.
+`vectors` reads them from the bank, and trains those that are missing.
 """
 
 import dataclasses
@@ -53,45 +53,45 @@ Method = Literal[
     "random",
 ]
 
-# Jin et al. (2025), section 3: paradigms 1 to 4. "All linear layers in the attention
-# module" is read as the residual block, for otherwise 3 would be 1 and 4 would be 2.
+# Linear-layers paper, section 3: paradigms 1 to 4. "All linear layers in the attention
+# module" must mean the residual block: otherwise 3 would equal 1, and 4 would equal 2.
 LINEAR_LAYERS = {
     "linear_layers_1": clip.ATTENTION_WEIGHTS,
     "linear_layers_2": r"vision_model/encoder/layers/\d+/self_attn/\w+_proj/.*",
     "linear_layers_3": clip.BLOCK_LINEAR_WEIGHTS,
     "linear_layers_4": r"vision_model/encoder/layers/\d+/(self_attn|mlp)/.*",
 }
-# What a method trains, where it is not everything.
+# The parameters that a method trains, if it does not train all of them.
 TRAINED = LINEAR_LAYERS | {"attention_curvature": clip.ATTENTION_WEIGHTS}
 
 
 def is_linearized(method: str) -> bool:
-    """Whether the vectors of a method belong to the tangent-space model."""
-    if method in ("attention_curvature", "delta"):  # of delta the student is kept
+    """Returns whether the vectors of a method belong to the tangent-space model."""
+    if method in ("attention_curvature", "delta"):  # delta keeps the student
         return False
     return method in ("linear", "multi_task_linear") or is_penalised(method)
 
 
 def is_penalised(method: str) -> bool:
-    """Whether a method looks at other tasks, by samples or by curvature."""
+    """Returns whether a method uses other tasks, by samples or by curvature."""
     return method.startswith("tau_jp") or method in curved.KINDS
 
 
 def coef_option(method: str) -> str:
-    """The option that is the weight λ of a method's penalty."""
+    """Returns the name of the option for the weight λ of a method's penalty."""
     own = {"curvature_diagonal": "diagonal_coef", "delta": "delta_coef"}
     default = "curvature_coef" if method in curved.KINDS else "penalty_coef"
     return own.get(method, default)
 
 
 def coef_of(config: options.Options, method: str) -> float:
-    """The weight λ of a method's penalty."""
+    """Returns the weight λ of a method's penalty."""
     found = getattr(config, coef_option(method))
     return options.tau_jp_coef(config) if found is None else found
 
 
 def recipe_of(setup: setups.Setup, method: str, task: setups.Task):
-    """How a method trains on a task: a `TrainConfig`."""
+    """Returns the recipe of a method on a task, a `TrainConfig`."""
     distill = train.Distill(coef=setup.options.distill_coef)
     tangents = is_linearized(method) or method == "delta"
     penalty: dict[str, Any] = {"penalty": None}
@@ -99,14 +99,14 @@ def recipe_of(setup: setups.Setup, method: str, task: setups.Task):
         mode = method.removeprefix("tau_jp_")
         penalty["penalty"] = mode if mode in tau_jp.MODES else "cyclic"
         if mode == "strict" and setup.options.protocol == "paper":
-            # Eq. 10 is a sum over the other tasks, and their code takes the mean.
+            # Eq. 10 of the τJp paper sums over the other tasks; its code averages.
             count = len(others_of(setup, method, task))
             penalty["penalty_coef"] = count * coef_of(setup.options, method)
     elif kind := curved.KINDS.get(method):
         penalty = {
             "penalty": "kronecker" if kind.sharing else "diagonal",
             "penalty_coef": coef_of(setup.options, method),
-            # They are τJp's, and not to tell vectors with curvature apart.
+            # Fixed values: these options of τJp do not change curvature vectors.
             "penalty_power": 1,
             "penalty_batch_size": 1,
         }
@@ -121,10 +121,13 @@ def recipe_of(setup: setups.Setup, method: str, task: setups.Task):
 
 
 def others_of(setup: setups.Setup, method: str, task: setups.Task) -> list[setups.Task]:
-    """T_orth: the tasks that the penalty keeps as they were, the control last.
+    """Returns T_orth: the tasks that the penalty protects, the control last.
 
-    The incremental variants know of the tasks that come before. A curvature that all
-    tasks share is that of all of them or, for DELTA, of the control alone.
+    The incremental variants protect only earlier tasks. A shared curvature covers all
+    tasks; for DELTA it covers only the control.
+
+    Raises:
+      ValueError: the method needs other tasks, and this task has none.
     """
     index = setup.names.index(task.name)
     before, after = setup.tasks[:index], setup.tasks[index + 1 :]
@@ -138,18 +141,17 @@ def others_of(setup: setups.Setup, method: str, task: setups.Task) -> list[setup
         known = [*known, setup.control]
     if not known and not incremental:
         raise ValueError(
-            f"{method} keeps other tasks as they were, and {task.name} has none. Name "
-            "more --tasks, or a --control."
+            f"{method} protects other tasks, but {task.name} has no others. Name more "
+            "--tasks, or a --control."
         )
     return known
 
 
 def vectors(setup: setups.Setup, method: Method) -> list[Tree]:
-    """The task vectors of a method, in the order of the tasks; of multi-task learning
-    one.
+    """Returns the vectors of a method in the order of the tasks; for multi-task one.
 
     Raises:
-      ValueError: the bank holds a vector of another configuration.
+      ValueError: the bank has a vector with another configuration.
     """
     if method == "multi_task":
         return [joint_vector(setup)]
@@ -166,15 +168,15 @@ def of_tasks(
     folder: str | None = None,
     kind: curved.Kind | None = None,
 ) -> list[Tree]:
-    """The vectors of some of the tasks.
+    """Returns the vectors of some of the tasks.
 
     Args:
-      setup: the model; where it has several seeds, the vectors of the others are
-        trained beside those of the first, which are returned.
-      method: how they are trained.
-      tasks: what they are trained on.
-      folder: the folder in the bank; by default that of the method, or, of a method
-        with a penalty, that of its candidate of the same weight where the bank has it.
+      setup: the model. With several seeds, the vectors of all seeds train together, and
+        those of the first seed are returned.
+      method: the training method.
+      tasks: the tasks.
+      folder: folder in the bank; by default that of the method. For a method with a
+        penalty it is the folder of the candidate with the same weight, if it exists.
       kind: how curvature is measured and merged, for a method with curvature.
     """
     given = (method, tasks, folder, kind or curved.KINDS.get(method))
@@ -190,7 +192,7 @@ def _wanted(setup, method, tasks, folder, kind) -> list[training.Wanted]:
     for task, others, curvature in zip(tasks, known, given, strict=True):
         recipe = recipe_of(setup, method, task)
         if not others:
-            # The first task of an increment without a control has nothing to keep.
+            # Without a control, the first incremental task has nothing to protect.
             recipe = dataclasses.replace(recipe, penalty=None)
         one = wanted_of(
             setup, folder or folder_of(setup, method, task), task, recipe, others
@@ -205,7 +207,7 @@ def _wanted(setup, method, tasks, folder, kind) -> list[training.Wanted]:
 
 
 def candidate(method: str, coef: float) -> str:
-    """The folder in the bank of a method's vectors at a weight of the penalty.
+    """Returns the folder in the bank for a method with a certain weight λ.
 
     Example:
       >>> candidate("tau_jp_cyclic", 0.01)
@@ -215,7 +217,7 @@ def candidate(method: str, coef: float) -> str:
 
 
 def folder_of(setup: setups.Setup, method: str, task: setups.Task) -> str:
-    """Where the bank has a method's vectors, of those of a choice of λ too."""
+    """Returns the folder of a method's vectors; it may be a candidate's folder."""
     if is_penalised(method):
         own = candidate(method, coef_of(setup.options, method))
         if file_of(setup, own, task.name).exists():
@@ -233,17 +235,17 @@ def wanted_of(
     start: Tree | None = None,
     observed: Collection[int] = (),
 ) -> training.Wanted:
-    """The description of a task vector.
+    """Describes a task vector that is to be read or trained.
 
     Args:
       setup: the model.
       method: the folder in the bank.
-      task: what is trained on.
-      recipe: how.
-      others: T_orth.
+      task: the task to train on.
+      recipe: the recipe.
+      others: the tasks that the penalty protects, T_orth.
       start: a vector to continue from.
-      observed: the numbers of steps after which the vector is also added to the bank,
-        as the method `<method>/step_<number>`.
+      observed: numbers of steps after which the vector is also added to the bank, as
+        the method `<method>/step_<number>`.
     """
     return training.Wanted(
         name=task.name,
@@ -262,12 +264,12 @@ def wanted_of(
 def trained(
     setup: setups.Setup, method: str, wanted: Sequence[training.Wanted]
 ) -> list[Tree]:
-    """Task vectors from the bank, on the host; those that are missing are trained.
+    """Returns task vectors on the host; trains those that the bank lacks.
 
     Args:
       setup: the model.
       method: the folder in the bank; "gradient_ascent" negates the loss.
-      wanted: from `wanted_of`.
+      wanted: descriptions from `wanted_of`.
     """
 
     if setup.full:
@@ -283,38 +285,38 @@ def trained(
     elif len({one.curvature for one in wanted}) > 1:
         together = curved.room(setup, curved.KINDS[method])
     training.check(own, wanted, together)
-    runs.claim(setup.options)  # nothing is written before all mistakes are found
+    runs.claim(setup.options)  # only now: a run with mistakes must write nothing
     return training.vectors(
         setup.options, own, wanted, together=together, observe=observe
     )
 
 
 def snapshot_file(wanted: training.Wanted, steps: int) -> Path:
-    """Where the bank has a vector after some of its steps."""
+    """Returns the path in the bank of a vector after some of its steps."""
     folder = wanted.file.parent / f"step_{steps:04d}"
     return folder / wanted.file.name
 
 
 def snapshot(wanted: training.Wanted, steps: int) -> Tree:
-    """A vector after some of its steps, from the bank.
+    """Reads a vector after some of its steps from the bank.
 
     Raises:
-      ValueError: the bank has the vector of all steps, trained for other snapshots, or
-        one of another configuration.
+      ValueError: the vector was trained with other snapshots, or with another
+        configuration.
     """
     if record := planning.recorder():
         return record.made[wanted.file]
     tau = bank.read(snapshot_file(wanted, steps), training.identity(wanted))
     if tau is None:
         raise ValueError(
-            f"the bank has {wanted.file}, and not the same after {steps} steps: it was "
-            "trained with other snapshots. Remove it to train it again."
+            f"the bank has {wanted.file}, but no snapshot of it after {steps} steps: "
+            "it was trained with other snapshots. Remove it to train it again."
         )
     return tau
 
 
 def network(setup: setups.Setup, method: str) -> training.Network:
-    """The image encoder below frozen heads, with the loss of a method."""
+    """Returns the image encoder below frozen heads, with the loss of a method."""
     return training.Network(
         title=f"{setup.title}_{method}",
         apply_fn=setup.trained_fn,
@@ -328,11 +330,12 @@ def network(setup: setups.Setup, method: str) -> training.Network:
 
 
 def joint_vector(setup: setups.Setup) -> Tree:
-    """The vector of multi-task learning: one encoder, all tasks, their own heads.
+    """Returns the multi-task vector: one encoder for all tasks, each with its head.
 
-    A step takes a batch of every task, as the code of Yoshida et al. (2025) does with
-    32 samples four times over. Its learning rate is as good as constant after the
-    warm-up, for its schedule is that of 1000 epochs; so is ours with `--protocol code`.
+    A step takes a batch of every task. The code of the τJp paper does the same, with 32
+    samples four times over. Its learning rate is almost constant after the warm-up,
+    because its schedule is made for 1000 epochs; ours is constant with `--protocol
+    code`.
     """
     config = joint_recipe(setup)
     if setup.options.protocol == "code":
@@ -343,12 +346,13 @@ def joint_vector(setup: setups.Setup) -> Tree:
 def cluster_vector(
     setup: setups.Setup, tasks: Sequence[setups.Task], *, linearized: bool = False
 ) -> Tree:
-    """The vector of joint training on a cluster of tasks; of one task its own vector.
+    """Returns the vector of joint training on a cluster of tasks.
 
-    Zeng et al. (2025), C.5: the hyperparameters are those of a single task, and the
-    epochs are the sum of the members', so that "the total training time spent on all
-    data points" is that of training apart. So there are as many steps as for all
-    members apart, each of one batch, of which every member has an equal part.
+    For a single task it is the task's own vector. The hyperparameters are those of a
+    single task. The epochs are the sum over the members, so that "the total training
+    time spent on all data points" is that of separate training (bases paper, C.5). So
+    there are as many steps as for all members separately. Each step takes one batch,
+    with equally many samples of every member.
 
     Args:
       setup: the model.
@@ -372,10 +376,10 @@ def cluster_vector(
 
 
 def joint_recipe(setup: setups.Setup) -> train.TrainConfig:
-    """The recipe of training on several tasks at once.
+    """Returns the recipe for joint training on several tasks.
 
-    The number of steps is that of the papers with all protocols, for the epochs of the
-    code protocol are those of one task.
+    All protocols use the papers' number of steps: the code protocol states epochs for
+    single tasks only.
     """
     config = dataclasses.replace(setup.options, protocol="paper")
     first = setup.tasks[0]
@@ -392,7 +396,7 @@ def trained_jointly(
     tasks: Sequence[setups.Task],
     recipe: train.TrainConfig,
 ) -> Tree:
-    """One vector of several tasks, from the bank or trained."""
+    """Returns one vector for several tasks; trains it if the bank lacks it."""
     members = [wanted_of(setup, method, task, recipe) for task in tasks]
     wanted = members[0]._replace(
         name=name,
@@ -409,7 +413,7 @@ def trained_jointly(
 
 
 def random_vectors(setup: setups.Setup) -> list[Tree]:
-    """Gaussian directions with the norms of the ordinary vectors in every leaf."""
+    """Returns random vectors; each leaf has the norm of the ordinary vector's leaf."""
     key = jax.random.key(setup.options.seed)
     return [
         task_vectors.random_like(
@@ -425,7 +429,7 @@ def identity(
     tasks: Sequence[setups.Task],
     others: Sequence[setups.Task] = (),
 ) -> dict[str, Any]:
-    """What a vector depends on besides its recipe, as plain data."""
+    """Returns everything a vector depends on besides its recipe, as plain data."""
     return {
         "method": method,
         "tasks": {task.name: task.identity for task in tasks},
@@ -436,6 +440,6 @@ def identity(
 
 
 def file_of(setup: setups.Setup, method: str, task: str) -> Path:
-    """Where the bank has the vector of a task."""
+    """Returns the path in the bank for the vector of a task."""
     folder = method + seeds.suffix(setup.options.seed)
     return bank.vector_file(setup.options.bank, setup.model, folder, task)
