@@ -17,6 +17,7 @@ from jaxarith import files, hub, report, resources, stream
 from jaxarith.commands import arguments
 from jaxarith.commands.adapters import classes, differences, kept
 from jaxarith.commands.adapters.low_rank import low_rank
+from jaxarith.commands.merge import flags
 from jaxarith.commands.merge.request import DTYPES
 from jaxarith.hub import Stored, adapter_writing, safetensors
 from jaxarith.report import printable, shown
@@ -54,6 +55,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(run=_run)
+    arguments.take_exponents(command)
     command.add_argument("base", metavar="BASE", help="a folder or hub id")
     command.add_argument(
         "model", metavar="MODEL", help="the fine-tuned model: a folder or hub id"
@@ -86,6 +88,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         default="float32",
         help="dtype of the factors (default: float32)",
     )
+    flags.add_dequantize(command)
     command.add_argument(
         "--overwrite",
         action="store_true",
@@ -127,7 +130,11 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("say how large the adapter may be: --rank R, --energy E.")
     if args.exclude is not None:
         _check_pattern(args.exclude)
-    opened = stream.open_models(args.base, [args.model])
+    opened = stream.open_models(
+        args.base,
+        [args.model],
+        dequantize="float32" if args.dequantize else None,
+    )
     folders = opened.folders
     out = hub.check_out(args.out.expanduser(), args.overwrite, folders)
     before = hub.state(out)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from jaxarith import lazy, report, stream
 from jaxarith.commands import arguments
+from jaxarith.commands.merge import flags
 from jaxarith.hub import Stored
 from jaxarith.report import printable, shown
 from jaxarith.stream import names, tying
@@ -60,6 +61,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="how often MERGED may have been rounded to its dtype: once (the default) "
         "as a sum, and each further time as what the adapter adds",
     )
+    flags.add_dequantize(
+        command, "in bfloat16 if MERGED is in bfloat16, otherwise in float32"
+    )
     command.add_argument(
         "--quiet", action="store_true", help="print nothing if all agree"
     )
@@ -104,9 +108,10 @@ class Verdict(NamedTuple):
 
 
 def _run(args: argparse.Namespace) -> int:
-    opened = stream.open_models(args.base, [args.adapter])
     folder = find_base(args.merged)
     tensors = open_checkpoint(folder).tensors
+    dequantize = _dequantized_dtype(tensors) if args.dequantize else None
+    opened = stream.open_models(args.base, [args.adapter], dequantize=dequantize)
     config = read_config(opened.folders[0])
     ours, notes = _fitted(opened.base, tensors, config, args.merged)
     if not args.quiet:
@@ -129,6 +134,12 @@ def _run(args: argparse.Namespace) -> int:
     if not args.quiet or not verdict.agrees:
         print(printable(_told(args, verdict, folder)))
     return int(not verdict.agrees)
+
+
+def _dequantized_dtype(merged: Mapping[str, Stored]) -> str:
+    """The dtype in which `jaxarith merge --dequantize` reads what becomes `merged`."""
+    floating = {str(x.dtype) for x in merged.values() if x.is_floating}
+    return "bfloat16" if floating == {"bfloat16"} else "float32"
 
 
 def _fitted(

@@ -58,7 +58,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "models, cosines.png",
     )
     command.add_argument("--tensors", action="store_true", help="list every tensor")
-    flags.add_policies(command.add_argument_group("with --base"))
+    with_base = command.add_argument_group("with --base")
+    flags.add_policies(with_base)
+    flags.add_dequantize(with_base)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -66,7 +68,11 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.out} is a file; name a folder.")
     if args.base is not None:
         found = figures.task_vectors(
-            args.base, args.models, vocabulary=args.vocabulary, missing=args.missing
+            args.base,
+            args.models,
+            vocabulary=args.vocabulary,
+            missing=args.missing,
+            dequantize="float32" if args.dequantize else None,
         )
         text = inspect_report.of_task_vectors(found, args.tensors)
     else:

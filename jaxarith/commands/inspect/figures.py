@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from jaxarith import fingerprint, hub, stream, tree
@@ -196,17 +197,24 @@ def task_vectors(
     *,
     vocabulary: policies.Vocabulary = "error",
     missing: policies.Missing = "error",
+    dequantize: DTypeLike | None = None,
 ) -> dict[str, Any]:
     """Norms and cosines of task vectors, over all and by layer, as plain data.
 
     Args:
-      base, models, vocabulary, missing: as for `stream.open_models`.
+      base, models, vocabulary, missing, dequantize: as for `stream.open_models`.
 
     Raises:
       FileNotFoundError: a checkpoint is not there.
       ValueError: one does not fit the base, or has NaN or infinite values.
     """
-    opened = stream.open_models(base, models, vocabulary=vocabulary, missing=missing)
+    opened = stream.open_models(
+        base,
+        models,
+        vocabulary=vocabulary,
+        missing=missing,
+        dequantize=dequantize,
+    )
     params_0 = tree.floating(opened.params_0)
     for leaves, name in ((params_0, "base"), *zip(opened.taus, models, strict=True)):
         tree.check_finite(leaves, name)

@@ -61,6 +61,7 @@ def add(
         epilog=_EXAMPLES + _table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    arguments.take_exponents(command)
     command.add_argument("config", nargs="?", help="a YAML file of mergekit's form")
     command.add_argument("folder", nargs="?", type=Path, help="the new folder")
     command.add_argument("--out", type=Path, help="the new folder")
@@ -167,13 +168,7 @@ def add_outcome(group: "argparse._ArgumentGroup") -> None:
         help="dtype of the new weights (default: the base's); sums are in float32",
     )
     add_policies(group)
-    group.add_argument(
-        "--dequantize",
-        action="store_true",
-        help="read quantised models as numbers, in bfloat16 or, with another --dtype, "
-        f"in float32: {', '.join(READERS)}, and files in GGUF (with jaxarith[gguf]); "
-        "without it they are refused",
-    )
+    add_dequantize(group, "in bfloat16 or, with another --dtype, in float32")
     group.add_argument(
         "--shard-size",
         type=_size,
@@ -187,6 +182,18 @@ def add_outcome(group: "argparse._ArgumentGroup") -> None:
         default=0,
         metavar="SEED",
         help="seed of random methods, from 0 (the default) to 2^32 - 1",
+    )
+
+
+def add_dequantize(
+    parser: "argparse._ActionsContainer", dtype: str = "in float32"
+) -> None:
+    """Adds the flag that reads packed models; `dtype` says in which dtype."""
+    parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help=f"read quantised models as numbers, {dtype}: {', '.join(READERS)}, and "
+        "files in GGUF (with jaxarith[gguf]); without it they are refused",
     )
 
 
