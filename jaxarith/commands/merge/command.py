@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxarith import stream
-from jaxarith.commands.adapters import to_adapter
 from jaxarith.commands.merge import documents, flags, mergekit_yaml, steps
 from jaxarith.commands.merge import recipe as merge_recipe
 from jaxarith.commands.merge.devices import computing_on, with_threads
@@ -28,6 +27,8 @@ def _run(args: argparse.Namespace) -> None:
     stream.check_out(out, args.overwrite, recipes)
     with with_threads(args.threads), computing_on(args.device):
         if args.to_adapter:
+            from jaxarith.commands.adapters import to_adapter  # here: slow to import
+
             _refuse_intermediates(args)
             to_adapter.run(args, out)
             return

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxarith import files, hub
-from jaxarith.commands.merge import sides
+from jaxarith.commands.merge import sides, template_syntax
 from jaxarith.commands.merge.chat_templates import NAMED
 from jaxarith.commands.merge.request import MergeRequest
 from jaxarith.hub import tokenizer_files
@@ -120,6 +120,10 @@ def with_template(
         notes.append(note)
         if template is None:
             return planned._replace(notes=tuple(notes))
+        if template_syntax.checkable() and (fault := template_syntax.fault(template)):
+            notes.append(f"that chat template is no valid Jinja, by {fault}")
+    elif template not in NAMED and not template_syntax.checkable():
+        notes.append(template_syntax.NOT_CHECKED)
     template = NAMED.get(template, template)
     folder = planned.folder or folder_of(next(iter(places.values())))
     made = {**planned.made, tokenizer_files.TEMPLATE: template}

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jaxarith.commands.merge import template_syntax
 from jaxarith.commands.merge.chat_templates import NAMED
 from jaxarith.commands.merge.request import TokenRow
 from jaxarith.commands.merge.yaml_lines import Node
@@ -40,18 +41,26 @@ def chat_template(node: Node | None) -> str | None:
     """The chat template of a file: "auto", the name of one, or a template.
 
     Raises:
-      ValueError: it is none of them.
+      ValueError: it is none of them, or its syntax is wrong (where jinja2 is installed
+        to tell).
     """
     if node is None:
         return None
     text = node.text("chat_template")
-    is_named = text == "auto" or text in NAMED
-    if is_named or (len(text) >= _SHORTEST and "{" in text):
+    if text == "auto" or text in NAMED:
         return text
-    raise node.error(
-        f'chat_template is {text!r}; it must be "auto", for the one that most models '
-        f"have, one of {', '.join(NAMED)}, or a template in Jinja."
-    )
+    if len(text) < _SHORTEST or "{" not in text:
+        raise node.error(
+            f'chat_template is {text!r}; it must be "auto", for the one that most '
+            f"models have, one of {', '.join(NAMED)}, or a template in Jinja."
+        )
+    fault = template_syntax.fault(text) if template_syntax.checkable() else None
+    if fault is not None:
+        raise node.error(
+            f"chat_template is no valid Jinja, by {fault.rstrip('.')}. Correct the "
+            "template, whose own lines count from 1."
+        )
+    return text
 
 
 def _source(node: Node, keys: Mapping[str, Node]) -> str:
