@@ -1,25 +1,25 @@
-"""Checks a CLIP and the data of the papers on this machine, before anything is trained.
+"""Checks a CLIP and the papers' data on this machine, before anything is trained.
 
     python -m experiments.check_model openai/clip-vit-base-patch32 --data-dir DATA
     python -m experiments.check_model jaxarith/assets/tiny_clip --source small \\
         --tasks mnist uci_digits --control small_letters --samples 200
 
-Four checks, each OK, failed, or not possible here and why:
+Each of four checks is OK, failed, or not possible here; the report says why:
 
     layout          the checkpoint has all tensors of the model, and no others
-    parity          image and text features of four inputs are those of transformers, to
-                    1e-4 of the largest
-    zero-shot       test accuracy of every task before training, or which data to fetch;
-                    where it is published, and all test images are taken, it is OK
-                    within two points of that
+    parity          image and text features of four inputs equal those of transformers,
+                    to 1e-4 of the largest
+    zero-shot       test accuracy of every task before training, or which data to fetch.
+                    With all test images, it must be within two points of the published
+                    accuracy, if there is one
     step            three linearised training steps: finite losses, seconds, memory
 
-The exit status is 0 if nothing failed and the model was found. --samples N takes N
-images of every split, for a quick look.
+The exit status is 0 if nothing failed and the model was found. For a quick look,
+--samples N uses N images of every split.
 
-Published zero-shot accuracy in percent. The rows are "Pretrained" of Tables 1, 2 and 4
-of the AWD paper (arXiv:2411.18729); ImageNet is that of Ilharco et al. (ICLR 2023),
-Table 1. The linear-layers paper has means of 48.40, 55.25 and 66.40:
+Published zero-shot accuracy in percent. The rows are "Pretrained" in Tables 1, 2 and 4
+of the AWD paper (arXiv:2411.18729). ImageNet is from Table 1 of the editing paper. The
+linear-layers paper has means of 48.40, 55.25 and 66.40:
 
     model     sun397  cars  resisc45  eurosat  svhn  gtsrb  mnist  dtd   imagenet
     ViT-B-32  62.3    59.7  60.7      45.5     31.4  32.6   48.5   43.8  63.4
@@ -35,7 +35,7 @@ from experiments.common import runs, script, tables
 from experiments.common.vision import model_checks, options
 from jaxarith.models import clip
 
-# In the order of the columns, as the scripts call them.
+# The scripts' names of the tasks, in the order of the columns.
 _COLUMNS = ("sun397", "stanford_cars", "resisc45", "eurosat", "svhn", "gtsrb")
 _COLUMNS += ("mnist", "dtd", "imagenet")
 PUBLISHED: dict[str, dict[str, float]] = {
@@ -54,7 +54,7 @@ class Config(options.Options):
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs all checks; exits with status 1 if one failed or there is no model."""
+    """Runs all checks; exits with status 1 if one failed or the model is missing."""
     config = options.smoke(config)
     runs.start(config)
     model = str(clip.TINY_CLIP) if config.smoke else config.model

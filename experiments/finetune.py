@@ -9,38 +9,44 @@
 
 The methods:
 
-    nonlinear              all parameters of the image encoder. Its vectors, evaluated
-                           in the tangent space, are post-hoc linearisation
+    nonlinear              all parameters of the image encoder. If its vectors are
+                           evaluated in the tangent space, that is post-hoc
+                           linearisation
     linear                 the tangent-space model (Ortiz-Jimenez et al. 2023)
     tau_jp_cyclic, _strict, _mixed
                            linear, with the τJp penalty on images of the other tasks
-                           (Yoshida et al. 2025, Eq. 11 and Eq. 10; mixed is ours)
-    tau_jp_incremental     cyclic, on the tasks that come before in --tasks
+                           (τJp paper, Eq. 11 and Eq. 10; mixed is ours)
+    tau_jp_incremental     cyclic, on the earlier tasks of --tasks only
     curvature, _nearest, _each, _shared, _diagonal
-                           linear, with the curvature of the other tasks in place of
-                           their images: merged by the mean, to the nearest Kronecker
-                           product, or not; of all tasks together; its diagonal alone
-                           (Porrello et al. 2026; the factors are ours)
-    attention_curvature    nonlinear, the weights of attention alone, with the curvature
-                           of the other tasks (Jin et al. 2025 with Porrello et al.)
-    delta                  nonlinear, and distilled from a linear model that is trained
-                           beside it; both with the curvature of the control
-                           (Sommariva et al. 2026)
-    tau_jp_continued       cyclic, from an existing vector, --start
-    linear_layers_1 … _4   only the linear layers of the blocks (Jin et al. 2025): the
-                           weights of attention, with biases, with those of the MLP, all
-    gradient_ascent        nonlinear, away from the optimum (Ilharco et al. 2023)
-    multi_task             one vector of all --tasks, trained together
+                           linear, with the curvature of the other tasks instead of
+                           their images. The curvatures are merged by their mean, merged
+                           to the nearest Kronecker product, or not merged; or one
+                           curvature for all tasks is shared; or only the diagonal is
+                           used (Porrello et al. 2026; the factors are ours)
+    attention_curvature    nonlinear, only the weights of attention, with the curvature
+                           of the other tasks (linear-layers paper with Porrello et al.)
+    delta                  nonlinear, distilled from a linear model that trains beside
+                           it, both with the curvature of the control (Sommariva et al.
+                           2026)
+    tau_jp_continued       cyclic, starting from an existing vector, --start
+    linear_layers_1 … _4   only linear layers of the blocks (linear-layers paper):
+                           1: weights of attention; 2: with biases; 3: weights of
+                           attention and MLP; 4: with biases
+    gradient_ascent        nonlinear, with the loss negated (editing paper)
+    multi_task             one vector for all --tasks, trained together
     random                 Gaussian, with the norms of the nonlinear vector
+
+The following trains nothing. The vector is the fine-tuned checkpoint minus --model, and
+has the method `nonlinear`:
 
     python -m experiments.finetune --from tanganke/clip-vit-base-patch32_dtd --task dtd
 
-trains nothing: the vector is that fine-tuned checkpoint minus --model, as `nonlinear`.
-It may be in the format of transformers, of the image tower alone too, or in OpenCLIP's.
-All scripts take it from the bank where they would train one, and their tables name it.
+The checkpoint may be in OpenCLIP's format or in that of transformers, also with the
+image tower alone. All scripts use such a vector from the bank instead of training one,
+and their tables name it.
 
-It prints the accuracies of the pre-trained and of the fine-tuned model on validation
-and test data, which go into the bank beside the configuration.
+This script prints the accuracies of the pre-trained and of the fine-tuned model on
+validation and test data. The bank stores them beside the configuration.
 """
 
 import dataclasses
@@ -67,24 +73,24 @@ class Config(options.OneModel):
     """Fine-tune a CLIP on a task."""
 
     out: Path = Path("runs/finetune")
-    """Folder with one of checkpoints and a log for every training; the vector goes to
-    --bank."""
+    """Folder for checkpoints and logs, with a subfolder for every training; the vector
+    is written to --bank."""
     task: str
-    """What is trained on: one of --tasks, or NAME=FOLDER, which need not be among them;
-    multi_task trains on all --tasks."""
+    """The task to train on: one of --tasks, or NAME=FOLDER, which need not be in
+    --tasks. multi_task trains on all --tasks."""
     method: Literal[vectors.Method, "tau_jp_continued"] = "nonlinear"
-    """How: ordinary (nonlinear), in the tangent space (linear), there with the τJp
-    penalty (tau_jp_…) or with the curvature of the others (curvature…), ordinary and
-    distilled from there (delta), linear layers alone (linear_layers_1 to _4), away from
-    the optimum (gradient_ascent), all --tasks at once (multi_task), or not at all
-    (random)."""
+    """How to train: ordinary (nonlinear); in the tangent space (linear), also with the
+    τJp penalty (tau_jp_…) or the curvature of the other tasks (curvature…); ordinary
+    and distilled from a linear model (delta); only linear layers (linear_layers_1 to
+    _4); with the loss negated (gradient_ascent); on all --tasks at once (multi_task);
+    or not at all (random). See the top of this page."""
     others: tuple[str, ...] | None = None
-    """The tasks that tau_jp_continued keeps as they were, of --tasks or NAME=FOLDER; by
+    """The tasks that tau_jp_continued protects, each one of --tasks or NAME=FOLDER; by
     default the other --tasks and the control."""
     start: Path | None = None
     """The task vector that tau_jp_continued starts from."""
     checkpoint: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """A checkpoint that others have fine-tuned on --task, in place of training: a
+    """A checkpoint that others have fine-tuned on --task, instead of training: a
     folder, an id of the Hugging Face Hub, or a file of OpenCLIP."""
 
 
@@ -92,15 +98,17 @@ class Config(options.OneModel):
 def main(config: Config) -> dict:
     """Fine-tunes; returns the accuracies."""
     if (config.start is None) == (config.method == "tau_jp_continued"):
-        raise ValueError("--start and --method tau_jp_continued need each other.")
+        raise ValueError(
+            "--start and --method tau_jp_continued need each other: give both or none."
+        )
     if config.others is not None and config.start is None:
-        raise ValueError("--others is an option of --method tau_jp_continued.")
+        raise ValueError("--others works only with --method tau_jp_continued.")
     if config.checkpoint is not None and config.method != image_encoders.METHOD:
         raise ValueError(
-            f"--from adds a vector of --method {image_encoders.METHOD}, and not of "
-            f"{config.method}."
+            f"--from adds a vector with --method {image_encoders.METHOD}, not "
+            f"{config.method}. Leave --method out."
         )
-    # Read first: nothing is written for a vector that cannot be read.
+    # Read first: if this vector cannot be read, nothing must be written.
     start = config.start and hub.load_tree(config.start)[0]
     config, control = needed(options.smoke(config))
     runs.start(config)
@@ -156,7 +164,8 @@ def from_outside(setup: setups.Setup, task: setups.Task, model: str) -> Tree:
     """Adds the task vector of a checkpoint that others have fine-tuned to the bank.
 
     Raises:
-      ValueError: see `image_encoders.load`, or the bank has another vector there.
+      ValueError: see `image_encoders.load`; or the bank has another vector with this
+        name.
     """
     found = image_encoders.load(setup, task, model)
     file = vectors.file_of(setup, image_encoders.METHOD, task.name)
@@ -166,18 +175,19 @@ def from_outside(setup: setups.Setup, task: setups.Task, model: str) -> Tree:
 
 
 def needed(config: Config) -> tuple[Config, bool]:
-    """The options with the tasks that the method reads, and whether it needs a control.
+    """Returns the options with the tasks that the method needs.
+
+    Also returns whether the method needs a control task.
 
     Raises:
-      ValueError: --task or --others names what neither is among --tasks nor has a
-        folder.
+      ValueError: a task of --task or --others is not in --tasks, and has no folder.
     """
     known = {raw_tasks.name_of(spec): spec for spec in config.tasks}
     own = _spec("--task", config.task, known)
     if config.others is not None:
         wanted = [own, *(_spec("--others", other, known) for other in config.others)]
     elif config.method == "multi_task" or vectors.is_penalised(config.method):
-        # Their order decides on what a penalty reads; one's own task comes last.
+        # Their order sets the samples of a penalty; the trained task comes last.
         wanted = list((known | {raw_tasks.name_of(own): own}).values())
     else:
         wanted = [own]
@@ -189,18 +199,18 @@ def needed(config: Config) -> tuple[Config, bool]:
 
 
 def _spec(option: str, spec: str, known: dict[str, str]) -> str:
-    """The task that an option names, as NAME or NAME=FOLDER."""
+    """Returns the task that an option names, as NAME or NAME=FOLDER."""
     name = raw_tasks.name_of(spec)
     if name not in known and spec == name:
         raise ValueError(
-            f"{option} {name} is not among --tasks {', '.join(known)}. Add it there, "
-            f"or give its folder of images, {option} {name}=FOLDER."
+            f"{option} {name} is not among --tasks {', '.join(known)}. Add it to "
+            f"--tasks, or give its folder of images, {option} {name}=FOLDER."
         )
     found = known.get(name, spec)
     if spec not in (name, found):
         raise ValueError(
-            f"{option} {spec} and --tasks {found} are two tasks of one name; rename "
-            "one."
+            f"{option} {spec} and --tasks {found} are two tasks with the same name; "
+            "rename one."
         )
     return found
 

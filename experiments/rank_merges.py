@@ -1,22 +1,24 @@
-"""The merges on the vectors of the quickstart, ranked, over seeds.
+"""Ranks all merges on the vectors of the quickstart, over several seeds.
 
     python -m experiments.rank_merges --out runs/rank_merges
     python -m experiments.rank_merges --out runs/one --seeds 1 --methods tsv iso_c svc
 
-Trains the quickstart's tiny CLIP on its small tasks, in three ways (ordinary,
-linearised, linearised with the τJp penalty) and with several seeds; merges the vectors
-of each by every method of `merge.METHODS` that needs no data and by every wrapper of
-`merge.WRAPPERS` after task arithmetic; and evaluates the merged vector of ordinary
-training as a network, and the others in the tangent space. Ordinary vectors are merged
-by three methods more, which look at validation images without their labels: ESM at 32
-of a task, AdaMerging and AdaRank at all, in 300 steps of 0.01 (not tuned).
+The script trains the quickstart's tiny CLIP on its small tasks, in three ways
+(ordinary, linearised, linearised with the τJp penalty) and with several seeds. It
+merges the vectors of each way by every method of `merge.METHODS` that needs no data,
+and by every wrapper of `merge.WRAPPERS` after task arithmetic. Merged ordinary vectors
+are evaluated as networks, the others in the tangent space.
 
-Each method has its published coefficient, and the one of a grid that validation data
-choose: compare it with task arithmetic *at its best coefficient*. Test data choose
-nothing.
+Ordinary vectors are also merged by three methods that use validation images without
+labels: ESM uses 32 images per task; AdaMerging and AdaRank use all images, in 300 steps
+of 0.01 (not tuned).
 
-The vectors of a merge are linear in its coefficient, so the grid is one of the merged
-vector's. Where they are not (LiNeS, CART), the grid is one of merges.
+Each method has two rows of figures: at its published coefficient, and at the best one
+of a grid on validation data. Compare the latter with task arithmetic *at its best
+coefficient*. Test data choose nothing.
+
+A merged vector is usually linear in its coefficient, so the grid scales one merged
+vector. For LiNeS and CART it is not linear, so each value of the grid is a merge.
 """
 
 import dataclasses
@@ -37,9 +39,9 @@ from jaxarith.typing import Params, Taus, Tree
 
 KINDS = {"nonlinear": "ordinary", "linear": "linearised", "cyclic": "τJp"}
 COEFS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0)
-ESM_SAMPLES = 32  # as many as its paper takes of a task
+ESM_SAMPLES = 32  # per task, as in its paper
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # β of LiNeS
-# They take one or two vectors, or a list whose order counts for something else.
+# Left out: they merge one or two vectors, or depend on the order of the vectors.
 _OTHERS = ("wise_ft", "slerp", "greedy_soup")
 
 
@@ -48,30 +50,30 @@ class Config(runs.Options):
     """Rank the merges."""
 
     kinds: tuple[str, ...] = tuple(KINDS)
-    """How the vectors are trained: nonlinear, linear, cyclic (τJp)."""
+    """Kinds of training: nonlinear, linear, cyclic (τJp)."""
     tasks: tuple[str, ...] = small_tasks.NAMES
     """The small tasks of the quickstart."""
     methods: tuple[str, ...] = ()
-    """Names of rows to measure beside task arithmetic; all by default."""
+    """Names of rows to measure beside task arithmetic; by default all."""
     seeds: int = 3
-    """How many seeds, from --seed on; the table has means and deviations."""
+    """Number of seeds, starting at --seed; the table has means and deviations."""
     steps: int = 120
     """Optimizer steps of every training."""
     samples: int | None = None
-    """The largest number of samples of a split; all by default."""
+    """Largest number of samples of a split; by default all."""
     seed: int = 0
-    """The first seed of the order of samples and of random merges."""
+    """First seed, for the order of samples and for random merges."""
     smoke: bool = False
-    """Few tasks, steps, samples and one seed; what is found means nothing."""
+    """Use few tasks, steps and samples, and one seed; the figures mean nothing."""
 
 
 class Candidate(NamedTuple):
-    """A method's merged vectors.
+    """The merged vectors of a method.
 
     Attributes:
-      vectors: one, at coefficient 1, or one for each of the values.
-      values: coefficients of the one, or what the others were made with.
-      default: the published value among them; None if there is none.
+      vectors: one vector, at coefficient 1; or one vector for each of `values`.
+      values: coefficients of the one vector, or the values that made the vectors.
+      default: the published one of `values`; None if there is none.
     """
 
     vectors: list[Tree]
@@ -82,11 +84,11 @@ class Candidate(NamedTuple):
 def candidates(
     params_0: Params, taus: Taus, blocks: str, config: Config
 ) -> Iterator[tuple[str, Callable[[], Candidate]]]:
-    """By the name of a row, a function that merges."""
+    """Yields the name of each row with a function that merges."""
     key = jax.random.key(config.seed)
 
     def of(function, default=1.0, part=taus, **options):
-        # `average` and others have no coefficient, and it is one of the vector.
+        # Methods without `coef`, like `average`: the coefficient scales their vector.
         if "coef" in inspect.signature(function).parameters:
             options["coef"] = 1.0
         vector = _vector(function(params_0, part, **options), params_0, taus)
@@ -103,7 +105,7 @@ def candidates(
         if method.data or method.returns != "params" or name in (*_OTHERS, "cart"):
             continue
         options: dict[str, Any] = {"key": key} if method.key else {}
-        if name == "awd":  # its authors merge the linear weights of the blocks alone
+        if name == "awd":  # its authors merge only the linear weights of the blocks
             yield name, lambda m=method: of(m.function, m.coef or 1.0, linear)
         else:
             yield (
@@ -132,7 +134,7 @@ def candidates(
 def looking(
     study: studies.Study, taus: Taus, config: Config
 ) -> Iterator[tuple[str, Callable[[], Candidate]]]:
-    """Merges that look at validation samples, as `candidates`."""
+    """Yields the merges that use validation samples; otherwise like `candidates`."""
     params_0 = study.params_0
     samples = [dataset.batches for dataset in study.validation]
     few = [
@@ -183,7 +185,7 @@ def _vector(merged, params_0, taus):
 def measured(
     study: studies.Study, kind: str, taus: Taus, candidate: Candidate
 ) -> dict[str, np.ndarray]:
-    """Accuracies `[values, T]` on validation and test data."""
+    """Returns accuracies `[values, T]` on validation and test data."""
     one = len(candidate.vectors) == 1
     if kind == "nonlinear":
         at = [evaluation.ordinary_along(study, v, "merge") for v in candidate.vectors]
@@ -203,7 +205,7 @@ def measured(
 
 
 def chosen(candidate: Candidate, found: dict[str, np.ndarray]) -> dict[str, float]:
-    """Test accuracies in percent, at the published value and at the searched one."""
+    """Returns test accuracies in %, at the published and at the searched value."""
     means = {split: 100 * of.mean(axis=1) for split, of in found.items()}
     best = int(means["validation"].argmax())
     row = {"searched": means["test"][best], "value": candidate.values[best]}
@@ -213,7 +215,7 @@ def chosen(candidate: Candidate, found: dict[str, np.ndarray]) -> dict[str, floa
 
 
 def of_seed(config: Config) -> dict[tuple[str, str], dict[str, float]]:
-    """What is found by the kind of vectors and the name of the method."""
+    """Returns the accuracies of one seed by (kind of vectors, name of the method)."""
     own = small_study.Config(
         tasks=config.tasks,
         steps=config.steps,
@@ -237,7 +239,7 @@ def of_seed(config: Config) -> dict[tuple[str, str], dict[str, float]]:
         alone = 100 * float(np.mean(single["test"]))
         found[kind, "each alone"] = {"searched": alone}
         merges = [*candidates(study.params_0, taus, study.blocks, config)]
-        if kind == "nonlinear":  # the others are no networks to look through
+        if kind == "nonlinear":  # these merges run the merged vectors as networks
             merges += looking(study, taus, config)
         bar = tqdm(merges, unit="row")
         for name, merged in bar:
@@ -251,7 +253,7 @@ def of_seed(config: Config) -> dict[tuple[str, str], dict[str, float]]:
 
 
 def ranked(found: list[dict], kind: str) -> list[dict]:
-    """The rows of one kind of vectors, the best searched mean first."""
+    """Returns the rows of one kind of vectors, sorted by the searched mean."""
     names = [name for of_kind, name in found[0] if of_kind == kind]
     rows = []
     for name in names:
@@ -273,7 +275,10 @@ def main(config: Config) -> dict:
         small = {"tasks": config.tasks[::2], "steps": 3, "samples": 40, "seeds": 1}
         config = dataclasses.replace(config, **small)
     if unknown := set(config.kinds) - set(KINDS):
-        raise ValueError(f"--kinds {sorted(unknown)}; known are {', '.join(KINDS)}.")
+        raise ValueError(
+            f"--kinds has unknown {sorted(unknown)}; expected kinds out of "
+            f"{', '.join(KINDS)}."
+        )
     small_tasks.check(config.tasks)
     runs.start(config)
     runs.claim(config)
@@ -281,7 +286,7 @@ def main(config: Config) -> dict:
     found = [of_seed(dataclasses.replace(config, seed=seed)) for seed in seeds]
     rows = {kind: ranked(found, kind) for kind in config.kinds}
     shown = {
-        f"{KINDS[kind]} vectors: test accuracy in percent, mean and deviation of "
+        f"{KINDS[kind]} vectors: test accuracy in percent, mean and deviation over "
         f"{config.seeds} seeds, the best first.": [
             row | {"chosen": ", ".join(f"{value:g}" for value in row["chosen"])}
             for row in rows[kind]

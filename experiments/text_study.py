@@ -1,9 +1,10 @@
 """The quickstart's study on texts: any BERT or RoBERTa, any files of labelled texts.
 
-Fine-tunes the encoder on every task in four ways (ordinary, linearised, linearised
-with the curvature of the other tasks, or with the τJp penalty) below a head that is
-made from the pre-trained model and stays fixed, turns the results into task vectors,
-merges them, evaluates, and writes a table, figures, task vectors and a merged model.
+The script fine-tunes the encoder on every task in four ways: ordinary, linearised,
+linearised with the curvature of the other tasks, and linearised with the τJp penalty.
+The head is made from the pre-trained model and stays fixed. The script then makes task
+vectors, merges them, evaluates, and writes a table, figures, task vectors and a merged
+model.
 
     python -m experiments.text_study --model MODEL --out runs/text \\
         --task reviews=reviews.csv sst2=train.tsv,dev.tsv trec=trec.jsonl
@@ -12,10 +13,10 @@ merges them, evaluates, and writes a table, figures, task vectors and a merged m
         --prompt 'films={text} It was {mask}.|0:terrible,1:great' \\
                  'books={text} The book is {mask}.|bad:dull,good:exciting'
 
-A file is .tsv or .csv with a header, .jsonl, or, with any other suffix, `label text` on
-every line. Its columns are `label` and the first that it has of: `text` and
-`text_pair`, `sentence1` and `sentence2`, `question1` and `question2`, `premise` and
-`hypothesis`, `question` and `sentence`, `text`, `sentence`, `question`.
+A file is .tsv or .csv with a header, or .jsonl; with any other suffix, every line is
+`label text`. The columns are `label` and the first of the following that the file has:
+`text` and `text_pair`, `sentence1` and `sentence2`, `question1` and `question2`,
+`premise` and `hypothesis`, `question` and `sentence`, `text`, `sentence`, `question`.
 """
 
 import dataclasses
@@ -31,8 +32,8 @@ from jaxarith import evaluate, hub
 from jaxarith.data import pipeline, prompts, splits, text
 from jaxarith.models import bert, heads
 
-_BATCH = 32  # texts that are evaluated at a time
-_HEAD_TEXTS = 250  # of every class, the most that a class-mean head is made of
+_BATCH = 32  # texts in a batch of an evaluation
+_HEAD_TEXTS = 250  # largest number of texts per class for a class-mean head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,35 +46,36 @@ class Config(text_files.Options, studies.Config):
     """The tasks, each NAME=FILE, NAME=TRAIN,TEST or NAME=TRAIN,VALIDATION,TEST. A part
     without a file is a tenth of the training file."""
     head: Literal["class-mean", "label-word"] = "class-mean"
-    """The fixed head of a task: the mean features of its classes, of a model without a
-    head; or the label words of a prompt, of a masked language model."""
+    """The fixed head of a task. class-mean: the mean features of its classes, for any
+    model. label-word: the label words of a prompt, for a masked language model."""
     prompt: tuple[str, ...] = ()
     """Prompts for label words, each NAME=TEMPLATE|CLASS:WORD,CLASS:WORD with {text} and
-    {mask} in the template. sst2, mr, subj, trec and others have one, for files whose
-    labels are the names that Hugging Face gives the classes."""
+    {mask} in the template. sst2, mr, subj, trec and some others have a prompt of their
+    own; the labels of their files must be Hugging Face's names of the classes."""
     merges: tuple[study_merges.Merge, ...] = ("ties", "tsv", "iso_c")
-    """Merges of the ordinary vectors beside task arithmetic."""
+    """Merges of the ordinary vectors, besides task arithmetic."""
     max_length: int = 48
-    """Tokens of a text; longer ones are cut. The time of a run is proportional."""
+    """Largest number of tokens of a text; longer texts are cut. The time of a run is
+    proportional to it."""
     batch_size: int = 16
     learning_rate: float = 5e-4
     penalty_coef: float = 0.02
-    """Weight of the τJp penalty. The papers' 0.1 for CLIP costs more accuracy of single
-    tasks than it saves in their sum, where tasks have much in common."""
+    """Weight of the τJp penalty. If tasks have much in common, the papers' 0.1 for CLIP
+    costs single tasks more accuracy than their sum gains."""
     curvature_rank: int = 8
     samples: int = 600
-    """The largest number of texts in a test split, drawn at random; in a validation
-    split, on which coefficients are chosen, a third of it."""
+    """Largest number of texts of a test split, drawn at random. The validation split,
+    which chooses coefficients, has at most a third of it."""
 
 
 class Heads(NamedTuple):
-    """What the kind of head decides.
+    """The functions that depend on the kind of head.
 
     Attributes:
-      apply_fn: the encoder, up to the features `[B, D]`.
+      apply_fn: the encoder, `apply_fn(params, *inputs) -> features[B, D]`.
       logits: `logits(head, features, valid)`.
-      encode: `encode(task, records)`, a source of tokens.
-      head: `head(task, source)` of a source of training samples.
+      encode: `encode(task, records)`, returns a source of tokens.
+      head: `head(task, source)`, makes a head from a source of training samples.
     """
 
     apply_fn: Callable
@@ -107,20 +109,26 @@ def label_word_heads(
     classes = {task.name: task.classes for task in tasks}
     given = dict(map(text_files.read_prompt, config.prompt))
     if len(given) < len(config.prompt):
-        raise ValueError(f"{len(config.prompt)} --prompt for {len(given)} tasks.")
+        raise ValueError(
+            f"{len(config.prompt)} --prompt for {len(given)} tasks; give each task "
+            "only one."
+        )
     for name, prompt in given.items():
         if name not in classes:
-            raise ValueError(f"--prompt for {name}, which is no --task.")
+            raise ValueError(
+                f"--prompt is given for {name}, which --task does not name. Add it to "
+                "--task, or remove the prompt."
+            )
         if unknown := prompt.words.keys() - set(classes[name]):
             raise ValueError(
-                f"--prompt {name}: words for {', '.join(sorted(unknown))}; the classes "
-                f"are {', '.join(classes[name])}."
+                f"--prompt {name} has words for {', '.join(sorted(unknown))}; the "
+                f"classes of the task are {', '.join(classes[name])}."
             )
     known = prompts.TASKS | given
     if without := [task.name for task in tasks if task.name not in known]:
         raise ValueError(
-            f"no prompt for {', '.join(without)}. Give one with --prompt; only "
-            f"{', '.join(prompts.TASKS)} have one of their own."
+            f"no prompt for {', '.join(without)}. Give one by --prompt; only "
+            f"{', '.join(prompts.TASKS)} have a prompt of their own."
         )
     words = {
         task.name: prompts.word_ids(
@@ -140,13 +148,16 @@ def label_word_heads(
 
 
 def inputs_of(source) -> tuple[str, ...]:
-    """The fields of a sample that the encoder takes."""
+    """Returns the fields of a sample that the encoder reads."""
     names = ("input_ids", "attention_mask", "token_type_ids")
     return tuple(name for name in names if name in source[0])
 
 
 def merged_config(model: bert.Bert, label_words: bool) -> dict:
-    """The checkpoint's own, which must not promise a head that was not loaded."""
+    """Returns the config.json of the merged model.
+
+    It is that of the checkpoint, without a head that was not loaded.
+    """
     raw = hub.read_json(model.folder)
     base = {"bert": "BertModel", "roberta": "RobertaModel"}[model.config.model_type]
     return raw if label_words else raw | {"architectures": [base]}
@@ -155,9 +166,11 @@ def merged_config(model: bert.Bert, label_words: bool) -> dict:
 def prepare(config: Config) -> studies.Study:
     """Loads the model, the tasks and their heads."""
     if config.samples < 3:
-        raise ValueError(f"--samples {config.samples}: at least 3 are needed.")
+        raise ValueError(f"--samples {config.samples}: expected 3 or more.")
     if config.prompt and config.head != "label-word":
-        raise ValueError("--prompt is for --head label-word; the head is class means.")
+        raise ValueError(
+            f"--prompt works only with --head label-word, not {config.head}."
+        )
     tasks = [text_files.read_task(option, config) for option in config.task]
     label_words = config.head == "label-word"
     model = bert.load(config.model, head="masked_lm" if label_words else None)
@@ -166,8 +179,8 @@ def prepare(config: Config) -> studies.Study:
     least = tokenizer.num_special_tokens_to_add(pair=True) + 2
     if not least <= config.max_length <= model.config.max_length:
         raise ValueError(
-            f"--max-length {config.max_length}: it must be {least} at least, and the "
-            f"model has positions for {model.config.max_length} tokens."
+            f"--max-length {config.max_length}: expected {least} at least, and at most "
+            f"{model.config.max_length}, the positions of the model."
         )
     if label_words:
         kind = label_word_heads(config, model, tokenizer, tasks)
@@ -213,7 +226,7 @@ def prepare(config: Config) -> studies.Study:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs the study; returns what `report.json` holds."""
+    """Runs the study; returns the content of `report.json`."""
     script.needs("demo", "transformers")
     studies.check([text_files.task_files(option)[0] for option in config.task])
     if config.smoke:

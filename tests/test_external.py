@@ -219,7 +219,7 @@ def test_a_vector_in_the_bank_is_not_replaced(tmp_path, whole, tower):
 
 
 def test_only_ordinary_vectors_come_from_outside(tmp_path, whole):
-    refused(tmp_path, whole, "--from adds a vector of --method", method="linear")
+    refused(tmp_path, whole, "--from adds a vector with --method", method="linear")
 
 
 @pytest.mark.torch

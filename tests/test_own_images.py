@@ -77,7 +77,7 @@ def test_a_folder_need_not_be_among_the_tasks(given, expected):
     [
         ({"task": "cats"}, "--task cats is not among .* --task cats=FOLDER"),
         ({"task": "dtd", "others": ("cats",)}, "--others cats is not among"),
-        ({"task": "cats=a", "tasks": ("cats=b",)}, "two tasks of one name"),
+        ({"task": "cats=a", "tasks": ("cats=b",)}, "two tasks with the same name"),
     ],
 )
 def test_a_task_without_a_place_is_refused(given, message):

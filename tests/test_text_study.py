@@ -225,10 +225,10 @@ def test_bad_input_is_refused_and_nothing_is_written(
     refused("at least two tasks", task=(mood, mood))
     refused("expected NAME=FILE", task=(mood, "animal"))
     refused("no such file", task=(mood, "x=nowhere.tsv"))
-    refused("positions for 20 tokens", max_length=21)
-    refused("must be 5 at least", max_length=4)
-    refused("at least 3 are needed", samples=2)
-    refused("is for --head label-word", prompt=("mood={text} {mask}|0:good,1:bad",))
+    refused("at most 20, the positions of the model", max_length=21)
+    refused("expected 5 at least", max_length=4)
+    refused("expected 3 or more", samples=2)
+    refused("only with --head label-word", prompt=("mood={text} {mask}|0:good,1:bad",))
     refused("cannot be the name of a file", task=(mood, "a/../b=x.txt"))
     base = tmp_path / "base"
     hub.save(base, {"a": np.zeros(1, np.float32)}, {"model_type": "bert", **RAW})
@@ -241,7 +241,7 @@ def test_bad_input_is_refused_and_nothing_is_written(
     refused("no label word for 1", **words, prompt=(good[0][: -len(",1:bad")], good[1]))
     refused("not one token", **words, prompt=(good[0] + "ly", good[1]))
     refused("expected NAME=TEMPLATE", **words, prompt=("mood={text} {mask}",))
-    refused("which is no --task", **words, prompt=(*good, "x={text} {mask}|a:b,c:d"))
+    refused("--task does not name", **words, prompt=(*good, "x={text} {mask}|a:b,c:d"))
     refused("words for 2", **words, prompt=(good[0] + ",2:fine", good[1]))
     refused("3 --prompt for 2 tasks", **words, prompt=(*good, good[0]))
 

@@ -238,7 +238,9 @@ def test_the_bank_gives_a_vector_again_and_never_one_of_other_data_or_options(
             figure6(folders, tmp_path, "swapped", {"a": "lines", "b": "dots"})
         with pytest.raises(ValueError, match="recipe/learning_rate"):
             figure6(folders, tmp_path, "rate", tasks, learning_rate=1e-4)
-        with pytest.raises(ValueError, match="every task, control included, may be given once"):
+        with pytest.raises(
+            ValueError, match="every task, control included, may be given once"
+        ):
             figure6(folders, tmp_path, "twice", {"a": "dots", "control": "lines"})
         with pytest.raises(ValueError, match="9 micro-batches of 4 samples"):
             figure6(folders, tmp_path, "parts", tasks, micro_batches=9)

@@ -4,20 +4,21 @@
     python -m experiments.curvature.choose_coef --method tau_jp_cyclic \\
         --coefs 0.001 0.01 0.1 --choose-on stanford_cars --data-dir DATA
 
-Every candidate trains a vector of every task; all are added at coefficient 1, which is
-what the penalty is for, and the λ whose sum has the best mean accuracy on validation
-data is chosen; of equals the first. With --choose-on the accuracy of that one task
-decides: Yoshida et al. (2025) chose among 0.001, 0.01 and 0.1 on Cars. No test data are
-used. The report has the accuracy of the vectors alone too, which falls as λ grows.
+For every candidate λ, the script trains a vector of every task and adds them at
+coefficient 1, for which the penalty is made. It chooses the λ with the best mean
+accuracy of the sum on validation data; the first wins if several are equal. With
+--choose-on only the accuracy of that task decides: the τJp paper chose among 0.001,
+0.01 and 0.1 on Cars. No test data are used. The report also has the accuracy of the
+vectors alone, which falls as λ grows.
 
-What does not depend on λ is done once: factors are measured once for all candidates,
-and validation images are read once. Of linearised models they pass through the
-pre-trained model once too. The devices hold two vectors of each candidate while they
-are evaluated.
+Work that does not depend on λ is done once: factors are measured once for all
+candidates, and validation images are read once. For linearised models the images also
+pass through the pre-trained model only once. During evaluation the devices hold two
+vectors per candidate.
 
-The bank keeps the vectors of each candidate, as BANK/<model>/<method>_coef_<λ>, and the
-other scripts take them from there when they are given the same λ. report.json has
-`chosen`: the option to give, and its value.
+The bank stores the vectors of each candidate, as BANK/<model>/<method>_coef_<λ>. Other
+scripts with the same λ read them from there. report.json has `chosen`: the option to
+set, and its value.
 """
 
 import dataclasses
@@ -43,37 +44,38 @@ Method = Literal[
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
     method: Method = "curvature"
-    """The method whose penalty is weighed."""
+    """The method; λ is the weight of its penalty."""
     coefs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-    """The candidates of λ."""
+    """Candidate values of λ."""
     choose_on: str | None = None
-    """The task whose accuracy decides; by default the mean over all tasks does."""
+    """The task whose accuracy decides; by default the mean over all tasks."""
 
 
 def chosen_on(config: Config) -> str | None:
-    """The name of the task that decides."""
+    """Returns the name of the task that decides, or None for the mean."""
     return config.choose_on and raw_tasks.name_of(config.choose_on)
 
 
 def check(config: Config) -> None:
-    """Raises ValueError for candidates or a task that do not exist."""
-    possible = all(0 < coef < float("inf") for coef in config.coefs)  # NaN is not
+    """Raises a ValueError for wrong candidates, or a task that is not in --tasks."""
+    possible = all(0 < coef < float("inf") for coef in config.coefs)  # excludes NaN
     if not possible or len(set(config.coefs)) < len(config.coefs):
         raise ValueError(
-            f"--coefs {config.coefs}: expected numbers above 0, each once. Without a "
-            "penalty the method is linear."
+            f"--coefs {config.coefs}: expected numbers above 0, each only once. "
+            "Without a penalty the method is linear."
         )
     names = [raw_tasks.name_of(spec) for spec in config.tasks]
     if chosen_on(config) not in (None, *names):
         raise ValueError(
-            f"--choose-on {config.choose_on} is not among --tasks {', '.join(names)}."
+            f"--choose-on {config.choose_on} is not among --tasks {', '.join(names)}. "
+            "Name one of them."
         )
 
 
 def candidates(
     setup: setups.Setup, method: vectors.Method, coefs: Sequence[float]
 ) -> list[list]:
-    """For each λ the vectors of all tasks."""
+    """Returns the vectors of all tasks for each λ."""
     found = []
     for coef in coefs:
         changed: Any = {vectors.coef_option(method): coef}
@@ -90,16 +92,16 @@ def validation_accuracies(
     *,
     linearized: bool,
 ) -> np.ndarray:
-    """Accuracies on some of the tasks of the sums and of the vectors alone.
+    """Measures the sums, and the vectors alone, on some of the tasks.
 
     Args:
       setup: the model.
-      found: for each of n candidates the vectors of all tasks.
+      found: for each of n candidates, the vectors of all tasks.
       chosen: k of the tasks.
       linearized: whether the vectors belong to the tangent-space model.
 
     Returns:
-      `[2, n, k]`.
+      Accuracies `[2, n, k]`: first those of the sums, then those of single vectors.
     """
     sums = [task_vectors.add(taus) for taus in found]
     columns = []
@@ -114,7 +116,7 @@ def validation_accuracies(
 
 
 def rows_of(coefs: Sequence[float], accuracies: np.ndarray) -> list[dict]:
-    """A row for each λ, from what `validation_accuracies` gives."""
+    """Returns a row for each λ, from the result of `validation_accuracies`."""
     return [
         {
             "λ": coef,
@@ -127,7 +129,7 @@ def rows_of(coefs: Sequence[float], accuracies: np.ndarray) -> list[dict]:
 
 
 def draw(config: Config, rows: Sequence[dict]) -> None:
-    """Both accuracies by the logarithm of λ."""
+    """Draws both accuracies by the logarithm of λ."""
     rows = sorted(rows, key=lambda row: row["λ"])
     places = [float(np.log10(row["λ"])) for row in rows]
     labels = {"sum": "sum at coefficient 1", "alone": "each vector alone"}
@@ -155,7 +157,7 @@ def main(config: Config) -> dict:
     linearized = vectors.is_linearized(method)
     accuracies = validation_accuracies(setup, found, chosen, linearized=linearized)
     rows = rows_of(coefs, accuracies)
-    best = max(rows, key=lambda row: row["sum"])["λ"]  # of equals the first
+    best = max(rows, key=lambda row: row["sum"])["λ"]  # the first of equal ones
     option = vectors.coef_option(method)
     if runs.is_first():
         draw(config, rows)
@@ -173,7 +175,7 @@ def main(config: Config) -> dict:
 
 
 def at_the_end(coefs: Sequence[float], best: float) -> str:
-    """Says so where the best λ may lie outside of the candidates.
+    """Returns a hint if the best λ may lie outside the candidates, else "".
 
     Example:
       >>> at_the_end([0.1, 1.0, 10.0], 0.1)
@@ -187,7 +189,7 @@ def at_the_end(coefs: Sequence[float], best: float) -> str:
 
 
 def with_lambda(rows: Sequence[dict]) -> list[dict]:
-    """The rows with λ as text, which no rounding changes."""
+    """Returns the rows with λ as text, so that it is not rounded."""
     return [row | {"λ": f"{row['λ']:g}"} for row in rows]
 
 

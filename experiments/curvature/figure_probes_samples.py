@@ -1,19 +1,19 @@
-"""Figure: accuracy by the probes and the images that curvature is measured with.
+"""Figure: accuracy by the number of probes and images that measure the curvature.
 
 Porrello et al. Dataless Weight Disentanglement in Task Arithmetic via
 Kronecker-Factored Approximate Curvature (TAK). ICLR 2026. arXiv:2602.17385.
 
     python -m experiments.curvature.figure_probes_samples --data-dir DATA
 
-Data: those of table1_addition, whose task vectors it takes from the bank.
+Data: the same as for `table1_addition`. Its task vectors in the bank are used.
 
-Random probes for each image, 1, 2, 4 and 8, with --curvature-samples images; and
-images of each task, 32, 64, 128 and 256, with 1 probe. The weight λ is the same
-throughout: factors are means over probes and images.
+The script varies the random probes per image, 1, 2, 4 and 8, with --curvature-samples
+images; and the images per task, 32, 64, 128 and 256, with 1 probe. The weight λ stays
+the same: factors are means over probes and images.
 
-Published, as plots only, and known from secondary texts: images saturate at 128 to 256;
-1 or 2 probes are best, and more are worse and noisier. The released code adds probes up
-without dividing by their number, so that there λ grows with them.
+Published, as plots only, and known from secondary texts: accuracy saturates at 128 to
+256 images; 1 or 2 probes are best, and more are worse and noisier. The released code
+adds up the probes without dividing by their number, so its λ grows with them.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ from jaxarith import plots
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
     probes: tuple[int, ...] = (1, 2, 4, 8)
-    """Probes for each image."""
+    """Numbers of probes per image."""
     images: tuple[int, ...] = (32, 64, 128, 256)
-    """Images of each task."""
+    """Numbers of images per task."""
 
 
 def measured(setup: setups.Setup, probes: int, images: int) -> dict:
-    """The accuracies with curvature that is measured so."""
+    """Returns the accuracies with curvature from these numbers of probes and images."""
     config = dataclasses.replace(setup.options, curvature_samples=images)
     own, default = setup._replace(options=config), setup.options.curvature_samples
     is_default = (probes, images) == (1, default)
@@ -41,7 +41,7 @@ def measured(setup: setups.Setup, probes: int, images: int) -> dict:
         own,
         "curvature",
         setup.tasks,
-        # The default ones are those of the tables.
+        # With the default numbers, the vectors of the tables are used.
         folder=None if is_default else f"curvature_probes_{probes}_samples_{images}",
         kind=dataclasses.replace(curved.KINDS["curvature"], probes=probes),
     )
@@ -57,14 +57,14 @@ def measured(setup: setups.Setup, probes: int, images: int) -> dict:
 
 
 def draw(config: Config, rows: Sequence[dict], varied: str) -> None:
-    """Accuracy of the sum and of single tasks by one of the two numbers."""
+    """Draws the accuracy of the sum and of single tasks by one of the two numbers."""
     labels = {"abs": "sum at coefficient 1", "single": "single tasks"}
     plots.repeated(
         config.out / f"figure_{varied}.png",
         [row[varied] for row in rows],
         {label: [[row[name]] for row in rows] for name, label in labels.items()},
         {},
-        x={"probes": "probes for each image", "images": "images of each task"}[varied],
+        x={"probes": "probes per image", "images": "images per task"}[varied],
         y="mean test accuracy, %",
     )
 
@@ -86,10 +86,8 @@ def main(config: Config) -> dict:
         config.out,
         "Probes and images of curvature (TAK)",
         {
-            f"{setup.title}: test accuracy, percent; by the probes for each image.": (
-                by_probes
-            ),
-            "By the images of each task.": by_images,
+            f"{setup.title}: test accuracy in percent, by probes per image.": by_probes,
+            "By images per task.": by_images,
         },
         {"probes": by_probes, "images": by_images},
     )

@@ -5,12 +5,12 @@ Kronecker-Factored Approximate Curvature (TAK). ICLR 2026. arXiv:2602.17385.
 
     python -m experiments.curvature.figure_rescaling --data-dir DATA
 
-Data: those of table1_addition, whose task vectors it takes from the bank.
+Data: the same as for `table1_addition`. Its task vectors in the bank are used.
 
-The sums of linearised vectors, without a penalty, with τJp and with curvature, beside
-ordinary vectors merged by TSV-M, Iso-C and TIES; all on test data, of which nothing is
-chosen. "Lowest from 0.5" is the lowest accuracy at a coefficient from 0.5 to 2, over
-the accuracy of the best coefficient.
+The figure shows sums of linearised vectors (without a penalty, with τJp, and with
+curvature) and ordinary vectors merged by TSV-M, Iso-C and TIES. All are measured on
+test data; nothing is chosen there. "Lowest from 0.5" is the lowest accuracy at a
+coefficient from 0.5 to 2, divided by the accuracy at the best coefficient.
 
 Published, as a plot only, and known from secondary texts: with TAK the curve is flat
 from about 0.25 to 2, while TIES, TSV-M and Iso-C have sharp peaks.
@@ -34,7 +34,7 @@ class Config(options.OneModel): ...
 
 
 def curves_of(setup: setups.Setup, coefs: np.ndarray) -> dict[str, np.ndarray]:
-    """By method, mean test accuracy in percent at each coefficient."""
+    """Returns by method the mean test accuracy in percent at each coefficient."""
 
     def means(merged, linearized):
         units = np.eye(len(merged))
@@ -54,7 +54,7 @@ def curves_of(setup: setups.Setup, coefs: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def row_of(name: str, coefs: np.ndarray, curve: np.ndarray) -> dict:
-    """A method's best coefficient, and what it keeps of that at other ones."""
+    """Returns a row: the best coefficient of a method, and accuracies at others."""
     best, one = int(curve.argmax()), int(np.abs(coefs - 1).argmin())
     return {
         "method": name,

@@ -1,4 +1,4 @@
-"""Table 1: task addition with curvature in place of the other tasks' images.
+"""Table 1: task addition with curvature instead of the other tasks' images.
 
 Porrello et al. Dataless Weight Disentanglement in Task Arithmetic via
 Kronecker-Factored Approximate Curvature (TAK). ICLR 2026. arXiv:2602.17385.
@@ -7,11 +7,11 @@ Kronecker-Factored Approximate Curvature (TAK). ICLR 2026. arXiv:2602.17385.
     python -m experiments.curvature.table1_addition --data-dir DATA --mesh task=8 \\
         --models openai/clip-vit-base-patch32 --curvature-coef 0.05
 
-Data: those of tau_jp.table1_addition, whose task vectors it takes from the bank. The
-factors of each task are measured once, on 256 of its training images, and kept in the
-bank too. Disk, host memory: P · (15 + 4 · rank) bytes a task, 13 GB of ViT-B-32 and 44
-GB of ViT-L-14 with the default sketch, 1.3 and 4.7 GB with --curvature-rank 0. A device
-holds as much once, for the task that it trains.
+Data: the same as for `tau_jp.table1_addition`. Its task vectors in the bank are used.
+The factors of each task are measured once, on 256 of its training images, and stored in
+the bank too. On disk and in host memory a task needs P · (15 + 4 · rank) bytes: with
+the default sketch 13 GB for ViT-B-32 and 44 GB for ViT-L-14; with --curvature-rank 0
+1.3 and 4.7 GB. A device holds as much once, for the task that it trains.
 
 Published, mean absolute / normalised test accuracy in percent. These figures are taken
 from secondary texts and are to be checked against the PDF:
@@ -25,14 +25,14 @@ from secondary texts and are to be checked against the PDF:
     TAK          1.0          85.8 / 97.6  88.3 / 97.9  91.6 / 99.3
     TAK          searched     86.0 / -     88.3 / 98.1  91.6 / -
 
-"Attention, TAK" are ordinary models of which the weights of attention alone are
-trained, as TAK is combined with Jin et al. (2025).
+"Attention, TAK" are ordinary models with only the weights of attention trained: TAK
+combined with the linear-layers paper (Jin et al. 2025).
 
-The row TAK is trained with our factors, which see the tokens of an image together and
-have a sketch of what is between layers; with the recipe of the τJp paper, where TAK has
-a learning rate of 3e-4; and with the curvature of the control task too, as τJp has its
-images. Each penalty has its own weight, --penalty-coef, --curvature-coef and
---diagonal-coef, which `choose_coef` chooses.
+Our row TAK differs from the paper in three ways. It uses our factors, which treat the
+tokens of an image together and have a sketch of the curvature between layers. It uses
+the recipe of the τJp paper; TAK has a learning rate of 3e-4. And it also uses the
+curvature of the control task, as τJp uses its images. Each penalty has its own weight,
+--penalty-coef, --curvature-coef and --diagonal-coef; `choose_coef` chooses them.
 """
 
 from experiments.common import script, tables
@@ -52,7 +52,7 @@ class Config(options.Addition): ...
 
 
 def rows_of(setup: setups.Setup) -> list[dict]:
-    """The rows of one model."""
+    """Returns the rows of one model."""
     rows = []
     for name, method in METHODS.items():
         found = scores.of_method(setup, method)

@@ -5,10 +5,11 @@ Kronecker-Factored Approximate Curvature (TAK). ICLR 2026. arXiv:2602.17385.
 
     python -m experiments.curvature.table2_negation --data-dir DATA
 
-Data: those of table1_addition, whose task vectors it takes from the bank: they are
-trained with the curvature of the control as well. Its validation images too.
+Data: the same as for `table1_addition`, and the validation images of the control. The
+task vectors of `table1_addition` in the bank are used; they are also trained with the
+curvature of the control.
 
-Published, mean test accuracy on the target (to be low) / on the control, in percent.
+Published, mean test accuracy in percent on the target (should be low) / on the control.
 These figures are taken from secondary texts and are to be checked against the PDF:
 
     method  coefficient  ViT-B-32    ViT-B-16  ViT-L-14
@@ -31,7 +32,7 @@ class Config(options.Seeded): ...
 
 
 def rows_of(setup: setups.Setup) -> list[dict]:
-    """The rows of one model."""
+    """Returns the rows of one model."""
     found = {
         name: scores.negation(setup, vectors.vectors(setup, method), linearized=True)
         for name, method in METHODS.items()

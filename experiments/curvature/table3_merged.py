@@ -5,20 +5,20 @@ Kronecker-Factored Approximate Curvature (TAK). ICLR 2026. arXiv:2602.17385.
 
     python -m experiments.curvature.table3_merged --data-dir DATA
 
-Data: those of table1_addition, whose factors and vectors it takes from the bank.
+Data: the same as for `table1_addition`. Its factors and vectors in the bank are used.
 
 Published, mean absolute test accuracy in percent. These figures are taken from
-secondary texts and are to be checked against the PDF; un-merged of ViT-B-16 is 88.1 in
-another text:
+secondary texts and are to be checked against the PDF. Another text has 88.1 for
+un-merged ViT-B-16:
 
     curvature  coefficient  ViT-B-32  ViT-B-16
     merged     searched     86.0      88.3
     un-merged  searched     86.6      88.0
 
-Memory of a device, in units of the factors of one task: merged and nearest 1 for each
-task that it trains, un-merged T (T - 1 other tasks and the control), shared 1 for all
-tasks. `nearest`, the Kronecker product that is nearest to the sum, and `shared`, the
-curvature of all tasks together, are ours.
+A device needs the following memory, in units of the factors of one task: for each task
+that it trains, 1 with merged and nearest, and T with un-merged (T - 1 other tasks and
+the control); with shared, 1 for all tasks together. `nearest` (the Kronecker product
+nearest to the sum) and `shared` (one curvature of all tasks) are ours.
 """
 
 from experiments.common import script, tables
@@ -37,7 +37,7 @@ class Config(options.Seeded): ...
 
 
 def rows_of(setup: setups.Setup) -> list[dict]:
-    """The rows of one model."""
+    """Returns the rows of one model."""
     rows = scores.linearized_rows(setup, METHODS)
     return [{**row, "curvature": row.pop("method")} for row in rows]
 
@@ -49,7 +49,7 @@ def main(config: Config) -> dict:
     return tables.compared(
         config.out,
         "Merged and un-merged curvature (TAK, Table 3)",
-        "Mean absolute test accuracy and, of ours, normalised one, percent.",
+        "Mean absolute test accuracy and, for ours, normalised accuracy, percent.",
         rows,
         {key: (*value, None) for key, value in PUBLISHED.items()},
         keys=["model", "curvature", "coefficient"],

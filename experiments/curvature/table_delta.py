@@ -1,14 +1,15 @@
-"""Table: addition of ordinary models that were distilled from linearised ones (DELTA).
+"""Table: addition of ordinary models distilled from linearised ones (DELTA).
 
 Sommariva, Morandi, Calderara, Porrello. Distilling Linearized Behavior into Non-Linear
 Fine-Tuning for Effective Task Arithmetic. ICML 2026. arXiv:2605.18993.
 
     python -m experiments.curvature.table_delta --data-dir DATA
 
-Data: those of table1_addition, whose task vectors it takes from the bank. DELTA knows
-the curvature of the control task alone, where the authors take a part of ImageNet-21k:
-no other task's data or factors, and a task can be added at any time. A device holds it
-once for all tasks. Training keeps two models, at the cost of both.
+Data: the same as for `table1_addition`. Its task vectors in the bank are used. DELTA
+uses only the curvature of the control task (the authors use a part of ImageNet-21k). It
+needs no data or factors of other tasks, so a task can be added at any time. A device
+holds the curvature once for all tasks. Training updates two models, at the cost of
+both.
 
 Published, mean absolute test accuracy in percent. These figures are taken from
 secondary texts and are to be checked against the PDF:
@@ -21,10 +22,10 @@ secondary texts and are to be checked against the PDF:
     TAK          1.0          86.0
     DELTA        1.0          88.3
 
-"Individual" is that of ordinary vectors; normalised accuracies are relative to the
-single models of each method itself. TSV-M, Iso-C and TIES merge ordinary vectors. The
-weight of DELTA's curvature is --delta-coef, which `choose_coef --method delta` chooses,
-that of its distillation --distill-coef, and α is drawn from 0.5 to 1.
+"Individual" uses ordinary vectors. Normalised accuracies are relative to each method's
+own single models. TSV-M, Iso-C and TIES merge ordinary vectors. DELTA's curvature has
+the weight --delta-coef, which `choose_coef --method delta` chooses; its distillation
+has the weight --distill-coef; α is drawn from 0.5 to 1.
 """
 
 from experiments.common import script, tables
@@ -44,7 +45,7 @@ class Config(options.Seeded): ...
 
 
 def rows_of(setup: setups.Setup) -> list[dict]:
-    """The rows of one model."""
+    """Returns the rows of one model."""
     ordinary = vectors.vectors(setup, "nonlinear")
     found = {name: scores.of_method(setup, method) for name, method in METHODS.items()}
     found |= {
@@ -73,7 +74,7 @@ def main(config: Config) -> dict:
     return tables.compared(
         config.out,
         "Addition of distilled models (DELTA)",
-        "Mean absolute and, of ours, normalised test accuracy, percent.",
+        "Mean absolute and, for ours, normalised test accuracy, percent.",
         rows,
         {key: (*value, None, None) for key, value in PUBLISHED.items()},
         keys=["model", "method", "coefficient"],

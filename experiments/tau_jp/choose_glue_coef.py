@@ -1,4 +1,4 @@
-"""Chooses the weight λ of τJp for GLUE with T5 by validation scores of the sum.
+"""Chooses the weight λ of τJp for GLUE with T5, by validation scores of the sum.
 
 Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
 Disentanglement. ICLR 2025: Appendix B.1, "chosen on CoLA among 0.001, 0.01 and 0.1".
@@ -7,11 +7,11 @@ Disentanglement. ICLR 2025: Appendix B.1, "chosen on CoLA among 0.001, 0.01 and 
     python -m experiments.tau_jp.choose_glue_coef --penalty-norm l2 --penalty-power 2 \\
         --penalty-coefs 1e-5 1e-4 1e-3 1e-2
 
-Every candidate trains a linearised vector of each of the four tasks; all are added at
-coefficient 1, and the λ whose sum scores best on validation data is chosen, on CoLA as
-in the paper, or on all tasks with `--choose-on mean`; of equals the first. No test data
-are used. Data and model are those of `table3_glue`, which takes the chosen vectors from
-the bank when it is given the same --penalty-coef.
+For every candidate λ, the script trains a linearised vector of each of the four tasks
+and adds them at coefficient 1. It chooses the λ with the best validation score of the
+sum: on CoLA, as in the paper, or on all tasks with `--choose-on mean`. The first wins
+if several are equal. No test data are used. Data and model are those of `table3_glue`,
+which reads the chosen vectors from the bank when it gets the same --penalty-coef.
 """
 
 import dataclasses
@@ -32,21 +32,21 @@ class Config(t5_glue.Options):
     """Choose λ of τJp for four GLUE tasks."""
 
     coefs: tuple[float, ...] = (1.0,)
-    """The coefficient of the sum: one value, 1 as in Table 8."""
+    """The coefficient of the sum: one value, by default 1 as in Table 8."""
     penalty_coefs: tuple[float, ...] = (0.001, 0.01, 0.1)
-    """The candidates of λ."""
+    """Candidate values of λ."""
     choose_on: Literal["cola", "mrpc", "rte", "sst2", "mean"] = "cola"
     """The task whose validation score decides, or their mean."""
 
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
+    """Runs everything; returns the content of `report.json`."""
     check(config)
     if planning.recorder():
         raise ValueError(
-            "there is no plan of this script: it costs the linearised row with τJp of "
-            "table3_glue --plan once for every candidate."
+            "this script has no plan. For every candidate it costs as much as the row "
+            "of τJp in table3_glue --plan."
         )
     study, rows = t5_glue.start(config), []
     for coef in tqdm(config.penalty_coefs, desc="λ", unit="candidate"):
@@ -66,24 +66,24 @@ def main(config: Config) -> dict:
     best = max(rows, key=lambda row: row[config.choose_on])
     results = {"rows": rows, "chosen": {"--penalty-coef": best["λ"]}}
     caption = (
-        f"Validation scores of tokens in percent, of the sum at coefficient "
-        f"{config.coefs[0]:g}. Chosen on {config.choose_on}: λ = {best['λ']:g}."
+        f"Validation token scores of the sum at coefficient {config.coefs[0]:g}, in "
+        f"percent. Chosen on {config.choose_on}: λ = {best['λ']:g}."
     )
     return tables.write(config.out, "λ of τJp for GLUE", {caption: rows}, results)
 
 
 def check(config: Config):
-    """Raises ValueError for candidates that cannot be compared."""
+    """Raises a ValueError if the candidates cannot be compared."""
     possible = all(0 < coef < float("inf") for coef in config.penalty_coefs)
     if not possible or len(set(config.penalty_coefs)) < len(config.penalty_coefs):
         raise ValueError(
             f"--penalty-coefs {config.penalty_coefs}: expected numbers above 0, each "
-            "once."
+            "only once."
         )
     if len(config.coefs) != 1:
         raise ValueError(
-            f"--coefs {config.coefs}: the sum has one coefficient here; "
-            "--penalty-coefs are the candidates of λ."
+            f"--coefs {config.coefs}: expected one coefficient of the sum. Give "
+            "candidates of λ by --penalty-coefs."
         )
 
 

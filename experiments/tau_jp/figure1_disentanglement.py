@@ -1,4 +1,4 @@
-"""Figure 1: disentanglement error ξ of pairs of tasks, in the order of their τJp.
+"""Figure 1: disentanglement error ξ of pairs of tasks, sorted by their τJp.
 
 Yoshida et al. Mastering Task Arithmetic. ICLR 2025: sections 3.2 and 4.1.
 
@@ -6,12 +6,13 @@ Yoshida et al. Mastering Task Arithmetic. ICLR 2025: sections 3.2 and 4.1.
     python -m experiments.tau_jp.figure1_disentanglement --data-dir DATA \\
         --pairs dtd gtsrb eurosat svhn
 
-Data: those of `table1_addition`, whose task vectors are taken from the bank.
+Data: the same as for `table1_addition`. Its task vectors in the bank are used.
 
-Above Linear FT, below Ours; both coefficients run from -3 to 3 in 21 values, as in the
-code. The paper does not say which pairs it shows; by default they are at even ranks
-among all pairs in the order of the τJp of Linear FT, the smallest on the left. ξ is
-measured on 2048 test samples of each task (of the paper's number nothing is known).
+The upper row shows Linear FT, the lower row Ours. Both coefficients run from -3 to 3 in
+21 values, as in the code. The paper does not say which pairs it shows. By default all
+pairs are sorted by the τJp of Linear FT, and pairs at even ranks are shown, the
+smallest on the left. ξ is measured on 2048 test samples of each task; the paper does
+not state its number.
 
 Published, as heat maps only: "when τJp is large, the blue area becomes more prominent,
 indicating that the weight disentanglement error is more sensitive to each coefficient";
@@ -31,18 +32,18 @@ from jaxarith import plots
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
     pairs: tuple[tuple[str, str], ...] = ()
-    """Names of tasks, two for each pair; by default --columns pairs are chosen."""
+    """Names of tasks, two per pair; by default the script chooses --columns pairs."""
     columns: int = 4
-    """How many pairs are chosen."""
+    """Number of pairs to choose."""
     grid_samples: int = 2048
-    """Test samples of each task that ξ is measured on, drawn with a fixed seed."""
+    """Number of test samples of each task for ξ, drawn with a fixed seed."""
 
 
 def named(pairs: tuple[tuple[str, str], ...], names: list[str]) -> set[tuple]:
-    """Pairs of tasks as pairs of indices, the smaller one first.
+    """Converts pairs of names to pairs of indices, the smaller one first.
 
     Raises:
-      ValueError: a pair is not of two of the tasks.
+      ValueError: a pair does not name two of the tasks.
     """
     for pair in pairs:
         if len(set(pair)) < 2 or not set(pair) <= set(names):
@@ -51,7 +52,7 @@ def named(pairs: tuple[tuple[str, str], ...], names: list[str]) -> set[tuple]:
 
 
 def at_even_ranks(order: list, count: int) -> list:
-    """So many of a list, evenly spaced from its first to its last.
+    """Returns `count` items of a list, evenly spaced from the first to the last.
 
     Example:
       >>> at_even_ranks(["a", "b", "c", "d", "e"], 3)
@@ -64,7 +65,7 @@ def at_even_ranks(order: list, count: int) -> list:
 @script.full_precision
 def main(config: Config) -> dict:
     config = options.smoke(config, columns=2, grid_samples=48)
-    # Before anything is loaded or trained.
+    # Checked before anything is loaded or trained.
     wanted = named(config.pairs, [task.partition("=")[0] for task in config.tasks])
     runs.start(config)
     coefs = np.linspace(-3, 3, 3 if config.smoke else 21)
@@ -97,7 +98,7 @@ def main(config: Config) -> dict:
         plots.disentanglement_of_pairs(config.out / "figure1.png", cells, coefs, titles)
     results = {"coefs": coefs.tolist(), "rows": rows}
     shown = [{k: row[k] for k in row if k != "grid"} for row in rows]
-    table = {"ξ, the mean over the grid.": shown}
+    table = {"ξ: mean over the grid.": shown}
     title = "ξ and τJp (τJp paper, Figure 1)"
     return tables.write(config.out, title, table, results, digits=3)
 

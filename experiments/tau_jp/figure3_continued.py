@@ -1,17 +1,16 @@
-"""Figure 3: linearised task vectors that exist are trained on, with the τJp penalty.
+"""Figure 3: continues the training of linearised vectors, with the τJp penalty.
 
 Yoshida et al. Mastering Task Arithmetic. ICLR 2025: section 4.3.2.
 
     python -m experiments.tau_jp.figure3_continued --data-dir DATA
 
-Data: EuroSAT and SVHN; the vectors of Linear FT that it starts from are taken from the
-bank.
+Data: EuroSAT and SVHN. Training starts from the vectors of Linear FT in the bank.
 
-1000 more steps, the optimizer and the schedule anew, T_orth being the other task of the
-pair alone, as in the code. The warm-up is that of the protocol, 200 steps of `paper`
-and 500 of `code`; the text does not say. Every 100 steps the two vectors are added with
-a coefficient searched on validation data; normalised accuracy is relative to the single
-models of the same step.
+Training takes 1000 more steps, with a new optimizer and a new schedule. T_orth is only
+the other task of the pair, as in the code. The warm-up is that of the protocol, 200
+steps for `paper` and 500 for `code`; the paper does not state it. Every 100 steps the
+two vectors are added with a coefficient searched on validation data. Normalised
+accuracy is relative to the single models of the same step.
 
 Published, as a plot only, with ViT-B-32: "both metrics improve sharply within the first
 100 steps, with normalized accuracy exceeding 99%. Afterward, the improvement is more
@@ -31,15 +30,15 @@ class Config(options.OneModel):
     tasks: tuple[str, ...] = ("eurosat", "svhn")
     """The two tasks."""
     more_steps: int = 1000
-    """Steps after those of Linear FT, which --steps changes."""
+    """Number of steps after the training of Linear FT (whose steps are --steps)."""
     snapshots: int = 100
-    """Every so many of them the vectors are measured."""
+    """Number of steps from one measurement to the next."""
 
 
 def continued(setup: setups.Setup, config: Config) -> dict[int, list]:
-    """The task vectors after every so many steps, 0 included."""
+    """Returns the task vectors by step, from 0 on."""
     method = "tau_jp_continued"
-    # T_orth is the pair's, so the pair has a folder of its own.
+    # T_orth depends on the pair, so each pair has its own folder.
     folder = f"{method}_{'-'.join(setup.names)}"
     steps = range(config.snapshots, config.more_steps + 1, config.snapshots)
     start = vectors.vectors(setup, "linear")
@@ -71,14 +70,15 @@ def main(config: Config) -> dict:
     pair = options.SMOKE[:2]
     config = options.smoke(config, tasks=pair, more_steps=4, snapshots=2)
     if len(config.tasks) != 2:
-        raise ValueError(f"two tasks are continued; --tasks names {config.tasks}.")
+        raise ValueError(f"--tasks names {config.tasks}; expected two tasks.")
     if not 1 <= config.snapshots <= config.more_steps:
         raise ValueError(
-            f"--snapshots {config.snapshots} of {config.more_steps} more steps."
+            f"--snapshots {config.snapshots}: expected a number from 1 to --more-steps "
+            f"{config.more_steps}."
         )
     runs.start(config)
     coefs = scores.coefs_of(config, scores.COEFS)
-    # T_orth is the other task alone.
+    # T_orth is only the other task, so no control is needed.
     setup = setups.load(config, config.model, control=False)
     rows = []
     for step, taus in continued(setup, config).items():
@@ -95,7 +95,7 @@ def main(config: Config) -> dict:
         )
     names = ("step", "tau_jp", "tau_jp_squared", "coefficient", "abs", "norm")
     shown = [{name: row[name] for name in names} for row in rows]
-    caption = f"{pairs.title(setup.titles, (0, 1))}: addition after additional steps."
+    caption = f"{pairs.title(setup.titles, (0, 1))}: addition by additional steps."
     title = "Continued with τJp (τJp paper, Figure 3)"
     return tables.write(config.out, title, {caption: shown}, {"rows": rows}, digits=3)
 

@@ -1,21 +1,21 @@
-"""Figures 4 and 5: accuracy on every task, of its own model and after addition.
+"""Figures 4 and 5: accuracy on every task, for its own model and after addition.
 
 Yoshida et al. Mastering Task Arithmetic. ICLR 2025: Appendices E.1 and E.2.
 
     python -m experiments.tau_jp.figure4_per_task --data-dir DATA
 
-Data: those of `table1_addition`, whose task vectors are taken from the bank.
+Data: the same as for `table1_addition`. Its task vectors in the bank are used.
 
 Published, as bars only. Figure 4, every task's own model: "Non-linear FT outperforms
-the linearized FT methods (Linear FT and Ours) due to the non-linear advantage", and of
+the linearized FT methods (Linear FT and Ours) due to the non-linear advantage"; for
 Ours "there is no degradation in performance compared to the original Linear FT".
-Figure 5, all eight vectors added: of normalised accuracy "our method not only achieves
+Figure 5, all eight vectors added: in normalised accuracy "our method not only achieves
 the highest accuracy across most tasks but also maintains consistent performance across
-all tasks"; of absolute accuracy it "outperforms existing methods on all tasks except
+all tasks"; in absolute accuracy it "outperforms existing methods on all tasks except
 for EuroSAT".
 
-Figure 5 is at the coefficient that is searched on validation data, which the paper does
-not say; report.json has coefficient 1 too.
+Our Figure 5 uses the coefficient searched on validation data; the paper does not state
+its coefficient. report.json also has coefficient 1.
 """
 
 import numpy as np
@@ -32,7 +32,7 @@ class Config(options.Models): ...
 
 
 def single_rows(setup: setups.Setup, found: dict[str, scores.Addition]) -> list[dict]:
-    """Figure 4: the pre-trained model, and every method's models of single tasks."""
+    """Returns rows of Figure 4: the pre-trained model, and single-task models."""
     groups = {"Pre-trained": found["Non-lin. FT"].zero_shot}
     groups |= {name: result.single for name, result in found.items()}
     return [
@@ -43,14 +43,14 @@ def single_rows(setup: setups.Setup, found: dict[str, scores.Addition]) -> list[
 
 
 def added_rows(setup: setups.Setup, found: dict[str, scores.Addition]) -> list[dict]:
-    """Figure 5: every method at both coefficients, absolute and normalised."""
+    """Returns rows of Figure 5: every method at both coefficients and measures."""
     rows = []
     for name, result in found.items():
         for searched, own in ((False, result.at_one), (True, result.searched)):
             row = {"model": setup.title, "method": name, "searched": searched}
             row["coefficient"] = result.search.coef if searched else 1.0
             normalized = {
-                # A task that its own model does not learn at all has none.
+                # None if the task's own model has accuracy 0.
                 task: 100 * float(accuracy / alone) if alone else None
                 for task, accuracy, alone in zip(
                     setup.names, own, result.single, strict=True
@@ -62,7 +62,7 @@ def added_rows(setup: setups.Setup, found: dict[str, scores.Addition]) -> list[d
 
 
 def draw(config: Config, setup: setups.Setup, figure: str, rows: list[dict], y: str):
-    """Bars of every task and method; a missing value is none."""
+    """Draws a bar for every task and method; missing values have no bar."""
     groups = {
         row["method"]: np.array([row[n] for n in setup.names], float).tolist()
         for row in rows
@@ -95,8 +95,8 @@ def main(config: Config) -> dict:
         config.out,
         "Accuracy by task (τJp paper, Figures 4 and 5)",
         {
-            "Test accuracy of the tasks' own models, percent.": single,
-            "Test accuracy after addition, percent. Coefficient searched, then 1.": (
+            "Test accuracy of single-task models, percent.": single,
+            "Test accuracy after addition, percent: searched coefficient, then 1.": (
                 shown
             ),
         },

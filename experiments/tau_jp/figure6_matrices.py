@@ -4,15 +4,15 @@ Yoshida et al. Mastering Task Arithmetic. ICLR 2025: Appendices E.3 and E.4.
 
     python -m experiments.tau_jp.figure6_matrices --data-dir DATA
 
-Data: those of `table1_addition`, whose task vectors are taken from the bank. With
---bank-only none, and then there are cosines alone: τJp is measured on test data.
+Data: the same as for `table1_addition`. Its task vectors in the bank are used. With
+--bank-only no data are needed, and only cosines are measured: τJp needs test data.
 
 Published, as heat maps only. Figure 6, τJp of every task vector on the test data of
 every task: "Compared to Linear FT, Ours shows a notably lower τJp in the off-diagonal
 components of the heatmap, i.e., between different datasets." Figure 7, cosines: "In
 Linear FT, the cosine similarity between MNIST and SVHN is particularly high, whereas in
-Ours, the values are much smaller and comparable to those of other task pairs." That of
-Cars and SVHN is higher in Linear FT than in Ours.
+Ours, the values are much smaller and comparable to those of other task pairs." The
+cosine of Cars and SVHN is higher in Linear FT than in Ours.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Config(banked.Options, options.Models): ...
 
 
 def of_tau_jp(lengths: pairs.TauJp) -> dict:
-    """Cells of a row: mean τJp on the own and on other tasks."""
+    """Returns cells of a row: mean τJp on the own task and on other tasks."""
     cells, others = {}, ~np.eye(len(lengths.norm), dtype=bool)
     for measure, matrix in lengths._asdict().items():
         cells |= {f"own task, {measure}": float(np.diag(matrix).mean())}
@@ -38,7 +38,7 @@ def of_tau_jp(lengths: pairs.TauJp) -> dict:
 
 
 def of_cosines(cosines: np.ndarray, names: list[str]) -> dict:
-    """Cells of a row: mean and largest cosine of two tasks."""
+    """Returns cells of a row: mean and largest cosine of two tasks."""
     values = pairwise.pair_values(cosines)
     largest = pairwise.pairs(len(cosines))[int(np.argmax(values))]
     cells = {"mean cosine": float(np.mean(values)), "largest cosine": max(values)}
@@ -51,7 +51,7 @@ def main(config: Config) -> dict:
     matrices, rows = [], []
     for own in banked.each(config, config.models, control=True):
         lengths, cosines = {}, {}
-        for name, method in reversed(pairs.METHODS.items()):  # Ours is on the left
+        for name, method in reversed(pairs.METHODS.items()):  # Ours on the left
             taus = own.vectors(method)
             cosines[name] = banked.cosines(taus)
             row = {"model": own.title, "method": name}
@@ -71,7 +71,7 @@ def main(config: Config) -> dict:
                 scores.draw_cosines(file, lengths, own.titles, **axes)
             file = config.out / f"figure7_{of_model}"
             scores.draw_cosines(file, cosines, own.titles)
-    caption = "Mean τJp, and cosines of different tasks. " + banked.note(config)
+    caption = "Mean τJp, and cosines between tasks. " + banked.note(config)
     return tables.write(
         config.out,
         "τJp and cosines of all pairs (τJp paper, Figures 6 and 7)",

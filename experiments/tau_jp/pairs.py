@@ -1,8 +1,8 @@
-"""What the figures of Yoshida et al. (2025) measure of pairs of task vectors.
+"""Measures pairs of task vectors for the figures of the τJp paper.
 
-Their vectors belong to tangent-space models, whose outputs are affine in the
-coefficients: one pass over the images, with all vectors, serves every pair and every
-coefficient, and τJp too.
+The vectors belong to tangent-space models, and their outputs are affine in the
+coefficients. So one pass over the images with all vectors is enough for every pair,
+every coefficient, and τJp.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,20 +21,20 @@ METHODS: dict[str, vectors.Method] = {"Linear FT": "linear", "Ours": "tau_jp_cyc
 class TauJp(NamedTuple):
     """τJp of T task vectors (rows) on the test data of T tasks (columns).
 
-    The figures show `norm`: it is what the paper's code measures, and so what the
-    published figures most likely show; its square would also crowd the small values.
-    report.json has both.
+    The figures show `norm`. The paper's code measures it, so the published figures most
+    likely show it too; in its square the small values would be hard to see. report.json
+    has both.
 
     Attributes:
-      norm: the mean of ‖J(x; θ0)τ‖ over samples, `[T, T]`.
-      square: the mean of ‖J(x; θ0)τ‖², of which Eq. 9 speaks, `[T, T]`.
+      norm: mean of ‖J(x; θ0)τ‖ over samples, `[T, T]`.
+      square: mean of ‖J(x; θ0)τ‖² over samples, as in Eq. 9, `[T, T]`.
     """
 
     norm: np.ndarray
     square: np.ndarray
 
     def of_pairs(self) -> list[dict[str, float]]:
-        """Both measures of every pair, in the order of `pairwise.pairs`."""
+        """Returns both measures of every pair, in the order of `pairwise.pairs`."""
         return [
             {"tau_jp": norm, "tau_jp_squared": square}
             for norm, square in zip(
@@ -46,7 +46,7 @@ class TauJp(NamedTuple):
 
 
 def tau_jp(setup: setups.Setup, taus: Taus) -> TauJp:
-    """τJp of every vector on the test data of every task, both measures in one pass."""
+    """Measures τJp of every vector on the test data of every task, in one pass."""
     return _matrices([norms(at.moves) for _, at in outputs(setup, taus, "test")])
 
 
@@ -55,13 +55,13 @@ def additions(setup: setups.Setup, taus: Taus, coefs: Numbers) -> list[dict]:
 
     Args:
       setup: the model and the tasks.
-      taus: a linearised vector of every task.
-      coefs: the candidates of the coefficient, which both vectors share; the best mean
-        normalised accuracy on validation data chooses.
+      taus: one linearised vector per task.
+      coefs: candidates of the common coefficient of both vectors; the one with the best
+        mean normalised accuracy on validation data is chosen.
 
     Returns:
       For every pair, as plain data: the names, both measures of τJp, the coefficient,
-      and on test data the two accuracies and their means in percent.
+      the two test accuracies, and their means in percent.
     """
     couples = pairwise.pairs(len(taus))
     curves, single, _ = _accuracies(
@@ -72,7 +72,7 @@ def additions(setup: setups.Setup, taus: Taus, coefs: Numbers) -> list[dict]:
         alone = single[list(pair)]
         chosen[pair] = evaluate.search(
             dict(zip(coefs, curve, strict=True)).__getitem__,
-            # A task that its own vector does not learn at all is compared as it is.
+            # Without normalisation if a single accuracy is 0.
             alone if alone.all() else np.ones(2),
             coefs,
         ).coef
@@ -96,7 +96,7 @@ def additions(setup: setups.Setup, taus: Taus, coefs: Numbers) -> list[dict]:
 
 
 def panels(points: Sequence[dict], y: str) -> dict:
-    """For `plots.scatter`: τJp and the measure `y` by model and by method."""
+    """Returns τJp and the measure `y` by model and method, for `plots.scatter`."""
     found: dict = {}
     for point in points:
         xs, ys = found.setdefault(point["model"], {}).setdefault(
@@ -108,16 +108,16 @@ def panels(points: Sequence[dict], y: str) -> dict:
 
 
 def correlations(points: Sequence[dict], y: str) -> list[dict]:
-    """How `y` goes with both measures of τJp, of every model: rows of a table.
+    """Correlates `y` with both measures of τJp; returns rows of a table.
 
     Args:
-      points: plain data: "model", "method", "tau_jp", "tau_jp_squared" and `y`. Where y
-        is None the pair does not count.
-      y: the name of a measure.
+      points: plain data with the fields "model", "method", "tau_jp", "tau_jp_squared"
+        and `y`. Pairs with `y` None are left out.
+      y: name of a measure.
 
     Returns:
-      For each model and method, and for both methods together: the number of pairs, and
-      the correlations of Pearson and Spearman, None where there are none.
+      For each model, one row per method and one for both methods together, with the
+      number of pairs, and the correlations of Pearson and Spearman (None if undefined).
     """
     rows = []
     for model in dict.fromkeys(point["model"] for point in points):
@@ -142,14 +142,14 @@ def correlations(points: Sequence[dict], y: str) -> list[dict]:
 
 
 def title(titles: Sequence[str], pair: Sequence[int]) -> str:
-    """The two tasks as the paper prints them."""
+    """Returns the names of two tasks, as the paper prints them."""
     return " – ".join(titles[i] for i in pair)
 
 
 def outputs(
     setup: setups.Setup, taus: Taus, split: str
 ) -> Iterator[tuple[setups.Dataset, evaluate.TangentOutputs]]:
-    """The dataset of every task in turn, and its outputs in terms of all vectors."""
+    """Yields the dataset of every task, and its outputs in terms of all vectors."""
     for task in tqdm(setup.tasks, desc=f"tangents, {split}", unit="task"):
         dataset = getattr(task, split)
         model = (setup.apply_fn, setup.params_0, taus, dataset.batches)
@@ -158,7 +158,7 @@ def outputs(
 
 
 def norms(moves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The means over samples of ‖J(x)τ‖ and of its square.
+    """Returns the means over samples of ‖J(x)τ‖ and of its square.
 
     Args:
       moves: tangents `[T, N, D]`.
@@ -176,8 +176,10 @@ def norms(moves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _accuracies(setup, taus, split, coefs: Mapping[tuple[int, int], Numbers]):
-    """Accuracies `[n, 2]` of every pair at its n coefficients, `[T]` of single models,
-    and τJp."""
+    """Returns accuracies of pairs, of single models, and τJp, from one pass.
+
+    A pair has accuracies `[n, 2]` at its n coefficients; single models have `[T]`.
+    """
     found = {pair: np.empty((len(values), 2)) for pair, values in coefs.items()}
     single, lengths = [], []
     for task, (dataset, at) in enumerate(outputs(setup, taus, split)):

@@ -6,8 +6,8 @@ Yoshida et al. Mastering Task Arithmetic. ICLR 2025.
     python -m experiments.tau_jp.table1_addition --out runs/table1_b32 \\
         --models openai/clip-vit-base-patch32 --protocol code
 
-Data: Cars, DTD, EuroSAT, GTSRB, MNIST, RESISC45, SUN397, SVHN and ImageNet, whose
-training images the penalty reads; `jaxarith data check all` says what is missing.
+Data: Cars, DTD, EuroSAT, GTSRB, MNIST, RESISC45, SUN397, SVHN and ImageNet (the penalty
+reads its training images). `jaxarith data check all` says which are missing.
 
 Published, mean absolute / normalised test accuracy in percent:
 
@@ -25,12 +25,12 @@ Published, mean absolute / normalised test accuracy in percent:
     Ours         1.0          84.2 / 97.2  87.5 / 98.4  90.8 / 99.0
     Ours         searched     84.5 / 97.6  87.6 / 98.5  90.8 / 99.0
 
-The pre-trained row seems to be of validation data (the test mean of ViT-B-32 is 48.0 in
-the authors' log). The AdaMerging row is copied from its own paper. "Individual" is that
-of ordinary vectors here. TIES keeps a tenth of the vectors' entries, as the code of the
-authors' group does. Its published ratios of absolute to normalised accuracy, 87.5, 89.7
-and 92.5, are those of Linear FT, 87.4, 89.8 and 92.5, and not of ordinary vectors: so
-there is a row of each.
+The published pre-trained row seems to be measured on validation data (the test mean of
+ViT-B-32 is 48.0 in the authors' log). The AdaMerging row is copied from its own paper.
+Our "Individual" uses ordinary vectors. TIES keeps a tenth of the entries, as the code
+of the authors' group does. The published ratios of absolute to normalised accuracy of
+TIES, 87.5, 89.7 and 92.5, match Linear FT (87.4, 89.8 and 92.5), not ordinary vectors.
+So our table has a row of TIES for each.
 """
 
 from experiments.common import script, tables
@@ -58,13 +58,13 @@ class Config(options.Addition): ...
 
 
 def ties(setup: setups.Setup, taus: Taus) -> Tree:
-    """What TIES makes of the vectors, in place of their sum."""
+    """Returns the vector that TIES merges, to be used instead of the sum."""
     params = merge.ties(setup.params_0, taus, density=0.1, coef=1.0)
     return task_vectors.difference(params, setup.params_0)
 
 
 def rows_of(setup: setups.Setup) -> list[dict]:
-    """The rows of one model."""
+    """Returns the rows of one model."""
     nonlinear = vectors.vectors(setup, "nonlinear")
     linear = vectors.vectors(setup, "linear")
     ordinary = scores.addition(setup, nonlinear, linearized=False)

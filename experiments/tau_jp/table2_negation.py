@@ -4,11 +4,11 @@ Yoshida et al. Mastering Task Arithmetic. ICLR 2025.
 
     python -m experiments.tau_jp.table2_negation --out runs/table2 --data-dir DATA
 
-Data: those of table1_addition, whose task vectors it takes from the bank; ImageNet's
-validation images too.
+Data: the same as for `table1_addition`, and ImageNet's validation images. The task
+vectors of `table1_addition` in the bank are used.
 
-Published, mean test accuracy on the target (to be low) / on the control, in percent; in
-brackets, the control accuracy is not 95 % of the pre-trained one:
+Published, mean test accuracy in percent on the target (should be low) / on the control.
+Brackets: the control accuracy is below 95 % of the pre-trained one:
 
     method       coefficient  ViT-B-32       ViT-B-16       ViT-L-14
     Pre-trained  -            47.3 / 66.7    54.5 / 69.3    65.1 / 77.3
@@ -21,10 +21,10 @@ brackets, the control accuracy is not 95 % of the pre-trained one:
     Ours         1.0          11.8 / 62.5    11.8 / 67.8    15.1 / 75.1
     Ours         searched     6.7 / 60.8     4.7 / 66.0     3.7 / 73.0
 
-The pre-trained row and the 95 % seem to be of validation data, with 5,000 held-out
-training images of ImageNet as control: 60.7 is above 0.95 · 63.3, the accuracy on the
-validation images, and below 0.95 · 66.7. TIES of one vector is its trimming: a tenth of
-the entries of each ordinary vector.
+The pre-trained row and the 95 % seem to use validation data, with 5,000 held-out
+training images of ImageNet as control: 60.7 is above 0.95 · 63.3 (63.3 is the accuracy
+on ImageNet's validation images), and below 0.95 · 66.7. TIES of a single vector only
+trims it: it keeps a tenth of the entries of each ordinary vector.
 """
 
 from experiments.common import script, tables
@@ -38,7 +38,7 @@ class Config(options.Seeded): ...
 
 
 def rows_of(setup: setups.Setup) -> list[dict]:
-    """The rows of one model."""
+    """Returns the rows of one model."""
     nonlinear = vectors.vectors(setup, "nonlinear")
     trimmed = [
         task_vectors.difference(

@@ -6,13 +6,13 @@ Disentanglement. ICLR 2025: section 4.2, Table 3; Appendix E.5, Table 8.
     python -m experiments.tau_jp.table3_glue --out runs/table3
     python -m experiments.tau_jp.table3_glue --coefficient one --out runs/table8
 
-Data: `nyu-mll/glue`, and `google/flan-t5-small`, which the paper's code takes where the
-paper says T5-small. Both are fetched from the Hugging Face Hub; there is nothing to
-prepare (`pip install -e '.[text]'` for what reads them). The protocol is that of
-`experiments.common.language.t5_glue`.
+Data: `nyu-mll/glue`, and the model `google/flan-t5-small`: the paper says T5-small, but
+its code uses this one. Both are fetched from the Hugging Face Hub, so nothing needs to
+be prepared (`pip install -e '.[text]'` installs the readers). The protocol is described
+in `experiments.common.language.t5_glue`.
 
-In Table 3 one coefficient for all tasks is searched among 0, 0.05, …, 1 by the mean
-normalised score on validation data; in Table 8, `--coefficient one`, it is 1, with the
+In Table 3 one coefficient for all tasks is searched among 0, 0.05, …, 1, by the mean
+normalised score on validation data. In Table 8 (`--coefficient one`) it is 1, with the
 same task vectors from the bank. Published, Abs. / Norm.:
 
     Table 3      MRPC         RTE          CoLA         SST-2        average
@@ -30,16 +30,16 @@ same task vectors from the bank. Published, Abs. / Norm.:
     TIES         79.0 / 84.9  60.1 / 68.2  73.2 / 95.4  69.7 / 73.9  70.5 / 80.6
     Ours         79.1 / 87.5  82.8 / 90.6  76.5 / 99.6  92.5 / 98.5  82.7 / 94.0
 
-The columns are in order here. The paper prints TIES in Table 3, and in Table 8 all rows
-but Pre-trained, with CoLA first, below a header that says MRPC: only so is Abs. / Norm.
-the score of a single-task model, 76.8 on CoLA, 93.5 on MRPC and 93.7 on RTE. For TIES
-we take the order of Table 8's other rows, which is not certain for MRPC and RTE: there
-Abs. / Norm. is 93.0 and 88.1. No single-task model has 88.1 on RTE in another row, but
-Linear FT's has it on MRPC.
+The columns above have the right order. In some rows the paper prints CoLA first, below
+a header that says MRPC: TIES in Table 3, and all rows except Pre-trained in Table 8.
+Only with CoLA first is Abs. / Norm. the score of a single-task model: 76.8 on CoLA,
+93.5 on MRPC and 93.7 on RTE. For TIES we assume the order of the other rows of Table 8.
+That is not certain for MRPC and RTE: there Abs. / Norm. is 93.0 and 88.1. No
+single-task model of another row has 88.1 on RTE, but that of Linear FT has it on MRPC.
 
-Norm. is the score over that of the method's own single-task models. So it is in the
-paper, though its row Individual has Non-lin. FT alone: 79.1 / 0.898 of Linear FT on
-MRPC is 88.1, not 93.5.
+Norm. is the score divided by the score of the method's own single-task models. The
+paper does the same, though its row Individual has only Non-lin. FT: for Linear FT on
+MRPC, 79.1 / 0.898 is 88.1, not 93.5.
 """
 
 import dataclasses
@@ -62,9 +62,9 @@ PUBLISHED = {
     for coefficient, table in TABLES.items()
 }
 NOTE = (
-    "Some rows of the paper have CoLA first, below a header that says MRPC; the "
-    "published columns are in order here. Norm. is relative to the single-task models "
-    "of the same method, that of TIES to those of Non-lin. FT."
+    "Some rows of the paper have CoLA first, below a header that says MRPC. Here all "
+    "published columns have the right order. Norm. is relative to the single-task "
+    "models of the same method; for TIES, to those of Non-lin. FT."
 )
 
 
@@ -73,12 +73,12 @@ class Config(t5_glue.Options):
     """Tables 3 and 8 (τJp paper): add four GLUE tasks to a T5."""
 
     coefs: tuple[float, ...] = tuple(i / 20 for i in range(21))
-    """The candidates of the coefficient."""
+    """Candidate values of the coefficient."""
 
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
+    """Runs everything; returns the content of `report.json`."""
     config = runs.smaller(config, coefs=(0.0, 0.5, 1.0))
     if record := planning.recorder():
         plan(config, record)
@@ -105,7 +105,7 @@ def main(config: Config) -> dict:
 
 
 def plan(config: Config, record: planning.Recorder):
-    """Notes the vectors, and the passes of all rows over validation and test parts."""
+    """Reports the vectors and the forward passes of all rows to the plan."""
     length, answer = config.max_length, planned.ANSWER
     full = planned.t5_model(config.model, length, (answer,), mask=t5_glue.FIRST)
     for method in METHODS:
@@ -114,7 +114,7 @@ def plan(config: Config, record: planning.Recorder):
         files = {name: bank.vector_file(*folder, name) for name in TASKS}
         wanted = [planned.wanted(*item, recipe) for item in files.items()]
         planned.vectors(record, full, method, text_to_text.loss, wanted)
-    # A pass of a tangent-space model is three of the network.
+    # A pass of a tangent-space model costs as much as three of the network.
     passes = dict.fromkeys(METHODS, 3 if config.tangent_scores else 1)
     passes["nonlinear"] = 1
     single = sum(passes.values())
@@ -129,10 +129,10 @@ def plan(config: Config, record: planning.Recorder):
 
 
 class Individual(NamedTuple):
-    """Scores of the single-task models of a method, by which it is normalised.
+    """Scores of a method's single-task models, for normalisation.
 
     Attributes:
-      validation: scores of tokens.
+      validation: token scores.
       test: scores by both metrics.
     """
 
@@ -141,7 +141,7 @@ class Individual(NamedTuple):
 
 
 def individual(study: t5_glue.Study, method: str, taus: Taus) -> Individual:
-    """Every task's own vector on its own data; the bank learns of the scores."""
+    """Scores every task's own vector on its own data; adds the scores to the bank."""
     found = Individual(
         t5_glue.token_scores(study, method, taus, "validation")(1.0),
         t5_glue.scores(study, method, taus, 1.0),
@@ -154,9 +154,9 @@ def individual(study: t5_glue.Study, method: str, taus: Taus) -> Individual:
 
 
 def search(study, method, added, single, coefs) -> evaluate.Search:
-    """The coefficient with the best mean normalised token score on validation data.
+    """Finds the coefficient with the best mean normalised token score on validation.
 
-    Where a single-task model scores nothing, the scores are not normalised.
+    If a single-task model scores 0 or less, scores are not normalised.
     """
     scores_at = t5_glue.token_scores(study, method, added, "validation")
     usable = min(single) > 0
@@ -164,14 +164,13 @@ def search(study, method, added, single, coefs) -> evaluate.Search:
 
 
 def rows(name: str, coef: float, found: Scores, single: Scores | None) -> list[dict]:
-    """A line for each of the two metrics, in percent.
+    """Returns a row for each of the two metrics, in percent.
 
     Args:
-      name: what the paper calls the model.
+      name: the paper's name of the model.
       coef: its coefficient.
       found: its scores.
-      single: the scores by which it is normalised; a score that is not above 0
-        normalises nothing.
+      single: scores for normalisation; a score of 0 or less normalises nothing.
     """
     lines = []
     for metric in Scores._fields:
@@ -195,7 +194,7 @@ def rows(name: str, coef: float, found: Scores, single: Scores | None) -> list[d
 
 
 def report(config: Config, lines: list[dict], searches: dict) -> dict:
-    """Writes the report; returns what report.json holds."""
+    """Writes the report; returns the content of report.json."""
 
     def table(metric, kind, theirs):
         chosen = [i for i, name in enumerate(VALUES) if name.endswith(kind)]
@@ -211,8 +210,8 @@ def report(config: Config, lines: list[dict], searches: dict) -> dict:
 
     published = PUBLISHED[config.coefficient]
     captions = {
-        "Score of tokens, as in the paper: Abs.": table("tokens", "abs", published),
-        "The same score: Norm.": table("tokens", "norm", published),
+        "Token scores, as in the paper: Abs.": table("tokens", "abs", published),
+        "The same scores: Norm.": table("tokens", "norm", published),
         "GLUE's metrics by rank classification: Abs.": table("rank", "abs", {}),
         "The same metrics: Norm.": table("rank", "norm", {}),
     }

@@ -1,4 +1,4 @@
-r"""Tables 4 and 9 (τJp paper): a less toxic GPT-2 by negation.
+r"""Tables 4 and 9 (τJp paper): makes a GPT-2 less toxic by negation.
 
 Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
 Disentanglement. ICLR 2025: section 4.2, Table 4; Appendix E.5, Table 9.
@@ -7,14 +7,14 @@ Disentanglement. ICLR 2025: section 4.2, Table 4; Appendix E.5, Table 9.
     python -m experiments.tau_jp.table4_detoxification --coefficient one \
         --out runs/table9
 
-Table 4 has the largest coefficient of 0, 0.1, …, 3 (App. B.2) at which the perplexity
-is at most 0.5 above that of the pre-trained model; Table 9, `--coefficient one`, has
-θ0 - τ, with the same task vectors from the bank.
+Table 4 uses the largest coefficient out of 0, 0.1, …, 3 (App. B.2) with a perplexity at
+most 0.5 above that of the pre-trained model. Table 9 (`--coefficient one`) uses θ0 - τ,
+with the same task vectors from the bank.
 
-The vectors are of GPT-2 small, fine-tuned on toxic comments: ordinary, linearised, and
-linearised with the τJp penalty on WikiText-103. They are subtracted; TIES trims the
-ordinary one. `experiments.common.language.detoxification` says how to get the texts.
-Published:
+GPT-2 small is fine-tuned on toxic comments in three ways: ordinary, linearised, and
+linearised with the τJp penalty on WikiText-103. The vectors are subtracted; TIES trims
+the ordinary one. `experiments.common.language.detoxification` says how to get the
+texts. Published:
 
     Table 4      toxic %  mean score  perplexity
     Pre-trained  1.3      0.03        29.4
@@ -30,20 +30,21 @@ Published:
     TIES         0.6      0.02        87.7
     Ours         0.5      0.01        30.7
 
-The code of the paper decides what the paper leaves open, and some of it differs from
-what is printed, and from Ilharco et al. (2023), whom `experiments.detoxify` follows:
+Where the paper leaves something open, its code decides. The code differs in part from
+the paper, and from the editing paper, which `experiments.detoxify` follows:
 
-- It stops after 2.5 of the 5 epochs that are printed; `--epochs 5` for those. The
-  learning rate is constant, with weight decay and without clipping.
-- The padding of a text counts in the loss, so that the model learns to go on with
-  padding after the end; `--no-padding-counts` for real tokens alone.
-- Perplexity is in blocks of 1024 tokens that do not overlap.
-- The penalty, the L2 norm over the vocabulary at every token, begins there after 500
-  steps (`--penalty-start 500`), here with the first. Its texts are as long as the
-  toxic ones, 128 tokens, for both are one batch; their code has blocks of 1024.
-- Texts are 50 tokens long with the prompt, sampled among the 50 likeliest tokens.
-- Its candidates of the coefficient go up to 1, and it stops at the first that is not
-  allowed, which differs where the perplexity comes back.
+- The code stops after 2.5 epochs; the paper says 5 (`--epochs 5`). The learning rate is
+  constant, with weight decay and without clipping.
+- The padding of a text counts in the loss, so the model learns to write padding after
+  the end; with `--no-padding-counts` only real tokens count.
+- Perplexity is measured in blocks of 1024 tokens that do not overlap.
+- The penalty is the L2 norm over the vocabulary at every token. In the code it begins
+  after 500 steps (`--penalty-start 500`), here with the first step. Its texts have 128
+  tokens here, as the toxic ones, because both are in one batch; the code uses blocks of
+  1024.
+- Texts are 50 tokens long with the prompt, sampled among the 50 most likely tokens.
+- The code's candidate coefficients go up to 1, and it stops at the first one that is
+  not allowed. That differs from our search if the perplexity falls again.
 """
 
 import dataclasses
@@ -80,34 +81,35 @@ class Config(tau_jp.Options, detoxification.Options):
     perplexity_text: Path = Path("wikitext103_test_lines.txt")
     """The text file whose perplexity is measured."""
     stride: int | None = 1024
-    """Tokens from one window of perplexity to the next: blocks do not overlap."""
+    """Number of tokens from one perplexity window to the next; by default blocks do not
+    overlap."""
     penalty_text: Path = Path("wikitext103_train.txt")
-    """The text on which the penalty keeps the model as it was."""
+    """The text on which the penalty keeps the model's outputs."""
     epochs: float = 2.5
     weight_decay: float = 0.1
     padding_counts: bool = True
-    """Whether the loss counts the padding of texts."""
+    """Whether the padding of texts counts in the loss."""
     penalty_coef: float = 0.01
-    """λ, the weight of the τJp penalty."""
+    """Weight λ of the τJp penalty."""
     coefs: tuple[float, ...] = tuple(i / 10 for i in range(31))
-    """The candidates of the coefficient."""
+    """Candidate values of the coefficient."""
     allowance: float = 0.5
-    """How much the perplexity may rise."""
+    """Largest rise of the perplexity."""
     samples: int = 1000
-    """Continuations of the prompt for every row."""
+    """Number of continuations of the prompt for every row."""
     max_new_tokens: int = 42
-    """Tokens of a continuation; with the 8 of the prompt 50."""
+    """Number of tokens of a continuation; 50 with the 8 of the prompt."""
 
 
 class Study(NamedTuple):
-    """What every method starts from.
+    """The GPT-2 and the vectors of every method.
 
     Attributes:
       config: the options.
       ordinary: the GPT-2 and its measures.
       linearized: its linearisation.
-      networks: what a vector is trained from, by method.
-      wanted: how it is trained, by method.
+      networks: the network that is trained, by method.
+      wanted: the description of the vector, by method.
     """
 
     config: Config
@@ -126,7 +128,7 @@ class Study(NamedTuple):
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
+    """Runs everything; returns the content of `report.json`."""
     if record := planning.recorder():
         plan(config, record)
         return {}
@@ -147,7 +149,7 @@ def main(config: Config) -> dict:
             bank.add_metrics(study.wanted[method].file, measured)
     return tables.compared(
         config.out,
-        f"{TABLES[config.coefficient]}: toxic text of GPT-2, "
+        f"{TABLES[config.coefficient]}: less toxic text from GPT-2, "
         f"coefficient {config.coefficient}",
         "Toxic texts in percent, mean score, and perplexity on WikiText-103",
         rows,
@@ -161,7 +163,7 @@ def main(config: Config) -> dict:
 
 
 def plan(config: Config, record: planning.Recorder):
-    """Notes the vectors, and the measures of all rows."""
+    """Reports the vectors and the measures of all rows to the plan."""
     comments = detoxification.planned_comments(record, config.comments)
     full = planned.gpt2_model(config.model, config.max_length)
     for method in METHODS:
@@ -170,7 +172,7 @@ def plan(config: Config, record: planning.Recorder):
         wanted = [planned.wanted("toxic", file, recipe)]
         planned.vectors(record, full, method, gpt2.loss, wanted)
     searched = len(config.coefs) if config.coefficient == "searched" else 0
-    # Without a task vector, of ordinary ones, and of TIES; then of both linear methods.
+    # Rows: pre-trained, ordinary and TIES; then both linearised methods.
     for linear, rows, searches in ((False, 3, 2), (True, 2, 2)):
         gpt2.plan_measures(
             record,
@@ -184,13 +186,13 @@ def plan(config: Config, record: planning.Recorder):
 
 
 def recipe_of(config: Config, method: str, texts: int) -> train.TrainConfig:
-    """The recipe of a method for so many texts."""
+    """Returns the recipe of a method for `texts` texts."""
     steps = max(int(config.epochs * (texts // config.batch_size)), 1)
     return tau_jp.recipe(config, method, steps=steps, weight_decay=config.weight_decay)
 
 
 def start(config: Config) -> Study:
-    """Loads and checks everything, and claims the folder."""
+    """Loads and checks everything, and claims the output folder."""
     script.needs("demo", "transformers")
     config = runs.smaller(
         config,
@@ -243,7 +245,7 @@ def start(config: Config) -> Study:
 
 
 def vectors(study: Study, method: str) -> list[Tree]:
-    """The one task vector of a method, from the bank or trained."""
+    """Returns the one task vector of a method; trains it if the bank lacks it."""
     wanted = [study.wanted[method]]
     return training.vectors(study.config, study.networks[method], wanted)
 

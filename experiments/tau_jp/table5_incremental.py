@@ -1,11 +1,11 @@
-"""Table 5: the τJp penalty on the tasks that came before, against that on all.
+"""Table 5: the τJp penalty on earlier tasks only, against the penalty on all tasks.
 
 Yoshida et al. Mastering Task Arithmetic. ICLR 2025, section 4.3.1.
 
     python -m experiments.tau_jp.table5_incremental --out runs/table5 --data-dir DATA
 
-Data: those of table1_addition, whose task vectors it takes from the bank. The order is
-that of --tasks.
+Data: the same as for `table1_addition`. Its task vectors in the bank are used. The
+order of the tasks is that of --tasks.
 
 Published, mean absolute / normalised test accuracy in percent; "No reg." is Linear FT:
 
@@ -14,9 +14,9 @@ Published, mean absolute / normalised test accuracy in percent; "No reg." is Lin
     Incremental reg.  searched     83.6 / 96.5
     Full reg.         searched     84.5 / 97.6
 
-In the authors' code ImageNet is among the tasks of an increment, without which the
-first would have none; here the increment without a control is a row of its own. The
-published figures are those at searched coefficients.
+In the authors' code ImageNet is always one of the protected tasks; without it the first
+task would have none. Here the incremental penalty without a control has its own row.
+The published figures are at searched coefficients.
 """
 
 from experiments.common import script, tables

@@ -4,8 +4,9 @@ Yoshida et al. Mastering Task Arithmetic. ICLR 2025, App. C.
 
     python -m experiments.tau_jp.table6_strict --out runs/table6 --data-dir DATA
 
-Data: those of table1_addition, whose task vectors it takes from the bank. The mixed
-penalty is ours: samples of all other tasks in every step, at the cyclic price.
+Data: the same as for `table1_addition`. Its task vectors in the bank are used. The
+mixed penalty is ours: every step has samples of all other tasks, at the cost of the
+cyclic penalty.
 
 Published, mean absolute / normalised test accuracy in percent, and seconds per
 iteration on four V100; "No reg." is Linear FT:
@@ -20,8 +21,8 @@ iteration on four V100; "No reg." is Linear FT:
     Cyclical reg.  0.374
     Strict reg.    2.027
 
-The seconds here are those of one training step of one task on the available devices,
-without reading images, the medians of steps of all kinds in turn; FLOPs are XLA's.
+Our seconds are for one training step of one task on the available devices, without
+reading images. They are medians; steps of all kinds are timed in turn. FLOPs are XLA's.
 """
 
 import dataclasses
@@ -51,14 +52,14 @@ SECONDS = {name: x for name, (x,) in tables.published(__doc__, "penalty").items(
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
     repetitions: int = 20
-    """Steps of every method that are timed."""
+    """Number of timed steps of every method."""
 
 
 def step_of(setup: setups.Setup, method: str):
-    """A training step of the first task on its first batch.
+    """Compiles a training step of the first task on its first batch.
 
     Returns:
-      A function without arguments that makes a step, and the FLOPs of one, by XLA.
+      A function without arguments that takes a step, and XLA's FLOPs of a step.
     """
     task, mesh = setup.tasks[0], sharding.for_tasks(setup.mesh, 1)
     config = vectors.recipe_of(setup, method, task)
@@ -81,7 +82,7 @@ def step_of(setup: setups.Setup, method: str):
     compiled = step.lower(state, params_0, batch, constants).compile()
 
     def once():
-        nonlocal state  # whose buffers every step gives up
+        nonlocal state  # a step donates its buffers, so the new state must replace it
         state, found = compiled(state, params_0, batch, constants)
         return found
 
@@ -89,7 +90,7 @@ def step_of(setup: setups.Setup, method: str):
 
 
 def timed(setup: setups.Setup, repetitions: int) -> list[dict]:
-    """Seconds and FLOPs per step of every method, and their ratios."""
+    """Returns seconds and FLOPs per step of every method, and their ratios."""
     steps = {name: step_of(setup, method) for name, method in METHODS.items()}
     times = measure.alternated({n: step for n, (step, _) in steps.items()}, repetitions)
     base = np.median(times["No reg."]), steps["No reg."][1]

@@ -4,7 +4,7 @@ Yoshida et al. Mastering Task Arithmetic. ICLR 2025, App. D.
 
     python -m experiments.tau_jp.table7_multi_task --out runs/table7 --data-dir DATA
 
-Data: those of table1_addition, whose task vectors it takes from the bank.
+Data: the same as for `table1_addition`. Its task vectors in the bank are used.
 
 Published, mean absolute test accuracy in percent at searched coefficients:
 
@@ -14,9 +14,9 @@ Published, mean absolute test accuracy in percent at searched coefficients:
     Ours         84.5      87.6      90.8
     MTL          87.8      90.8      92.6
 
-Beside it stands what each method needs: x are images, y labels, "self" of the task that
-is trained, "other" of the other tasks. A model is flexible if single tasks can be
-changed after training. Linear FT of ViT-L-14 has 85.8 in the paper's Table 1.
+The table also lists what each method needs: x are images and y are labels, "self" of
+the trained task, "other" of the other tasks. A model is flexible if single tasks can be
+changed after training. In the paper's Table 1, Linear FT of ViT-L-14 has 85.8.
 """
 
 from experiments.common import script, tables
