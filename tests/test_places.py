@@ -141,6 +141,38 @@ def test_what_a_merge_copied_may_be_replaced_by_another_merge(models, tmp_path):
     assert merge_command.run(models, out, *options) == 1
 
 
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "todo.md", "samples.bin", "run.jsonl", "deep/notes.txt"]
+)
+def test_notes_beside_a_model_are_not_replaced(tmp_path, name):
+    hub.save(tmp_path, {"a": np.ones(2)}, {}, overwrite=True)
+    for known in ("vocab.txt", "README.md", "pytorch_model.bin", "onnx/model.bin"):
+        (tmp_path / known).parent.mkdir(exist_ok=True)
+        (tmp_path / known).touch()
+    hub.check_out(tmp_path, True)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"holds {name}, which no model's folder has"):
+        hub.check_out(tmp_path, True)
+    hub.save(tmp_path, {"a": np.ones(2)}, {}, overwrite=True)  # keeps it
+    assert (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "vocab.txt", "results.json", "plot.png", "more/config.yaml"]
+)
+def test_what_a_merge_did_not_write_is_not_replaced(models, tmp_path, capsys, name):
+    out = tmp_path / "out"
+    options = ("--method", "average", "--overwrite", "--shard-size", "40B")
+    for _ in range(2):
+        assert merge_command.run(models, out, *options) == 0
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).touch()
+    error = merge_command.failure(capsys, models, out, *options)
+    assert f"holds {name}, which jaxarith did not write there" in error
+    assert (out / name).exists()
+
+
 def test_neither_a_merge_nor_save_replaces_what_is_no_models(family, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "thesis.c").touch()

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import tempfile
 import time
 import warnings
@@ -25,6 +26,19 @@ _SUFFIXES = frozenset(
     ".ot .tiktoken .spm .bpe .vocab .codes .tokenizer .v1 .v2 .v3 .v7 .v11 .yaml .yml "
     ".png .jpg .svg .pdf".split()
 )
+# What else of these kinds is more likely somebody's own.
+_OWN = frozenset(".txt .md .bin .jsonl".split())
+_OF_MODELS = re.compile(
+    r".*(vocab|merges|tokens|bpe|dict|labels|classes|licen[cs]e|notice|requirements|"
+    r"policy|terms|read_?me|model_?card|change_?log|security|contributing|conduct|"
+    r"explainability|bias|privacy|safety|acknowledge?ments?|model|training_args|"
+    r"optimizer|scheduler|-of-\d+).*"
+)
+# What a merge writes besides the files that its record lists.
+_MERGED = re.compile(
+    r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|"
+    r"(adapter_)?config\.json|README\.md"
+)
 _NAMES = frozenset(
     "license licence notice copying use_policy readme .gitattributes".split()
 )
@@ -39,6 +53,7 @@ def check_out(
     overwrite: bool,
     inputs: Iterable[str | os.PathLike] = (),
     copied: Collection[str] = (),
+    kept: bool = False,
 ) -> Path:
     """The real path of a new folder.
 
@@ -48,10 +63,12 @@ def check_out(
       inputs: folders and files that are read and must stay, as must what their links
         lead to.
       copied: names of files that are written there, which it may hold from before.
+      kept: whether files of other names stay in it.
 
     Raises:
       FileExistsError: the folder exists, and is not to be replaced.
-      ValueError: it holds one of the inputs, or is neither empty nor a model's.
+      ValueError: it holds one of the inputs, or is neither empty nor a model's; or it
+        has files that would go and that jaxarith did not write.
     """
     out = Path(out)
     if not os.path.lexists(out):
@@ -73,7 +90,7 @@ def check_out(
                 raise ValueError(
                     f"{out} holds {file}, which is read; name another folder."
                 )
-    _check_model(out, copied)
+    _check_model(out, copied, kept)
     return real
 
 
@@ -84,7 +101,7 @@ def _holds_current(folder):
         return False
 
 
-def _check_model(out, copied):
+def _check_model(out, copied, kept):
     """Raises a ValueError if a folder is neither empty nor a model's."""
     entries = list(out.iterdir())
     if entries and not _MODEL & {path.name for path in entries}:
@@ -92,36 +109,63 @@ def _check_model(out, copied):
             f"{out} has files but no config.json or weights, so it is no model that "
             "could be replaced; name another folder."
         )
-    written = {*_written(out), *copied}
-    unknown = [str(path.relative_to(out)) for path in _unknown(out)]
+    record = _written(out)
+    written = {*(record or ()), *copied}
+    if kept or record is None:
+        unknown = _unknown(out, _is_of_kind if kept else _is_of_model)
+        why = "which no model's folder has"
+    else:
+        unknown = (file for file in out.rglob("*") if not _is_merged(file))
+        why = "which jaxarith did not write there"
+    unknown = sorted(str(path.relative_to(out)) for path in unknown)
     if unknown := [name for name in unknown if name not in written]:
         raise ValueError(
-            f"{out} holds {report.listed(unknown, 3)}, which no model's folder has, so "
-            "it is not replaced; move that elsewhere, or name another folder."
+            f"{out} holds {report.listed(unknown, 3)}, {why}, so it is not replaced; "
+            "move that elsewhere, or name another folder."
         )
 
 
 def _written(folder):
-    """The files that a merge wrote into the folder, by its own record."""
+    """The files that a merge wrote, by the record of the folder, if it has one."""
     try:
         record = files.read_json(folder / RECORD)
     except (FileNotFoundError, ValueError):
-        return ()
+        return None
     names = record.get("files") if isinstance(record, dict) else None
-    return [x for x in names if isinstance(x, str)] if isinstance(names, list) else ()
+    if not isinstance(names, list):
+        return None
+    return [RECORD, *(name for name in names if isinstance(name, str))]
 
 
-def _unknown(folder):
+def _is_of_kind(name):
+    """Whether a file is of a kind that models have, by its name in lower case."""
+    return Path(name).suffix in _SUFFIXES and not name.startswith(".")
+
+
+def _is_of_model(name):
+    """The same, and not of a kind that people keep beside a model."""
+    is_own = Path(name).suffix in _OWN and not _OF_MODELS.fullmatch(name)
+    return _is_of_kind(name) and not is_own
+
+
+def _is_merged(path):
+    """Whether every merge makes a file, or folder, of this name."""
+    if path.is_dir() and not path.is_symlink():
+        return not path.name.startswith(".")
+    return _MERGED.fullmatch(path.name) is not None
+
+
+def _unknown(folder, is_ours):
     """What belongs to no model: hidden files, sources, data, links to folders."""
     # Models bring code of their own, which their configurations name.
     code = any(_names_code(file) for file in folder.glob("*config.json"))
     for path in sorted(folder.iterdir()):
         name = path.name.lower()
         if path.is_dir() and not path.is_symlink() and not name.startswith("."):
-            yield from _unknown(path)
+            yield from _unknown(path, is_ours)
         elif not path.is_file() or not (
             path.stem.lower() in _NAMES
-            or (path.suffix.lower() in _SUFFIXES and not name.startswith("."))
+            or is_ours(name)
             or (path.suffix == ".py" and code)
         ):
             yield path

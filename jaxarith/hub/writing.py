@@ -112,7 +112,7 @@ def _check_folder(folder, overwrite, copy_from):
     if copy_from is not None:
         sides = side_files(existing(copy_from))
         copied = [str(file.relative_to(copy_from)) for file in sides]
-    return places.check_out(folder, overwrite, copied=copied)
+    return places.check_out(folder, overwrite, copied=copied, kept=True)
 
 
 def save_tree(
