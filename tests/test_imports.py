@@ -65,6 +65,7 @@ FILES = {
     module_name(file): file
     for package in ("jaxarith", "experiments")
     for file in sorted((ROOT / package).rglob("*.py"))
+    if "docs" not in file.relative_to(ROOT).parts  # of the site, no package
 }
 SOURCES = {module: ast.parse(file.read_text()) for module, file in FILES.items()}
 

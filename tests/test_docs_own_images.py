@@ -1,4 +1,4 @@
-"""The README's way from three image folders to a merged model, with fewer steps."""
+"""The guide's way from three image folders to a merged model, with fewer steps."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ from experiments.common.vision import fitted
 from experiments.tau_jp import table1_addition
 from jaxarith.models import clip
 
-README = Path(__file__).parent.parent / "README.md"
+GUIDE = Path(clip.__file__).parents[1] / "docs" / "own_images.md"
 SCRIPTS = {
     "experiments.digit_folders": digit_folders,
     "experiments.tau_jp.table1_addition": table1_addition,
@@ -22,14 +22,13 @@ FEWER = ["--steps", "2", "--samples", "16", "--batch-size", "8", "--bank", "bank
 FEWER += ["--mesh", "data=1", "--evaluation-batch", "16"]
 
 
-def section() -> str:
-    text = README.read_text(encoding="utf-8")
-    return text.partition("## Your own images\n")[2].partition("\n## ")[0]
+def guide() -> str:
+    return GUIDE.read_text(encoding="utf-8")
 
 
 def commands() -> list[list[str]]:
     """The words after `python -m` of every command of the section."""
-    found = re.findall(r"```bash\n(.*?)```", section(), re.DOTALL)
+    found = re.findall(r"```bash\n(.*?)```", guide(), re.DOTALL)
     return [shlex.split(text.replace("\\\n", " "))[2:] for text in found]
 
 
@@ -48,9 +47,9 @@ def test_three_folders_become_a_model_that_transformers_loads(tmp_path, monkeypa
         fewer = FEWER if name.endswith("table1_addition") else []
         script = SCRIPTS[name]
         script.main(tyro.cli(script.Config, args=words + fewer))
-    [example] = re.findall(r"```python\n(.*?)```", section(), re.DOTALL)
+    [example] = re.findall(r"```python\n(.*?)```", guide(), re.DOTALL)
     scope = {}
-    exec(compile(example, "README.md", "exec"), scope)
+    exec(compile(example, "own_images.md", "exec"), scope)
     ours = clip.load("runs/own/merged")
     projection = scope["model"].visual_projection.weight.detach().numpy()
     assert (projection.T == ours.params["visual_projection"]["kernel"]).all()

@@ -1,0 +1,160 @@
+"""The pages of the API, from the sources: no module is imported, so none must load.
+
+`PAGES` lists the modules that have a page. A page has the names that its module defines
+and, of a package, those that its `__init__` re-exports as `X as X`.
+"""
+
+import ast
+import functools
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2]
+
+# Title of a group: its modules, below `jaxarith`.
+PAGES = {
+    "Trees and task vectors": ["tree", "task_vectors", "typing"],
+    "Tangent space and interference": ["tangent", "tau_jp", "curvature", "precision"],
+    "Merges": ["merge", "merge.mergekit", "merge.capture"],
+    "Training": ["train", "train.checkpoint", "losses"],
+    "Evaluation": [
+        "evaluate",
+        "evaluate.bounds",
+        "evaluate.landscape",
+        "evaluate.perplexity",
+        "evaluate.rank",
+        "evaluate.smoothness",
+        "evaluate.toxicity",
+        "metrics",
+        "report",
+        "plots",
+    ],
+    "Models": [
+        "models.clip",
+        "models.t5",
+        "models.gpt2",
+        "models.bert",
+        "models.lora",
+        "models.heads",
+        "models.generate",
+        "models.layers",
+        "models.blocked_attention",
+    ],
+    "Data": [
+        "data.images",
+        "data.vision",
+        "data.sources",
+        "data.splits",
+        "data.task_info",
+        "data.text",
+        "data.glue",
+        "data.prompts",
+        "data.prompt_sources",
+        "data.language",
+        "data.pipeline",
+    ],
+    "Files and streams": [
+        "hub",
+        "hub.layouts",
+        "hub.lora",
+        "hub.lycoris",
+        "hub.open_clip",
+        "hub.quantised",
+        "hub.quantised.gguf",
+        "stream",
+    ],
+    "Devices": ["sharding", "sharding.processes", "resources"],
+}
+# Modules that scripts import though they are no part of the interface: they may change.
+INTERNAL = {
+    "cli",
+    "commands",
+    "commands.signals",
+    "curvature.collect",
+    "curvature.layers",
+    "curvature.matrices",
+    "curvature.passes",
+    "files",
+    "fingerprint",
+    "hub.safetensors",
+    "merge.awd",
+    "merge.bases",
+    "merge.bases_arithmetic",
+    "merge.linear_bases",
+    "merge.stitch_twice",
+    "plots.style",
+    "train.config",
+    "train.manifest",
+}
+
+
+def source(module: str) -> Path:
+    """The file of a module; `module` is its name below `jaxarith`."""
+    path = PACKAGE.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@functools.cache
+def names(module: str) -> dict[str, str]:
+    """Every public name of a module, and where it is defined: `jaxarith.a.b.name`."""
+    found = {}
+    file = source(module)
+    for node in ast.parse(file.read_text("utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and file.name == "__init__.py":
+            for alias in node.names:
+                if alias.asname == alias.name:
+                    found[alias.name] = f"{node.module}.{alias.name}"
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = f"jaxarith.{module}.{node.name}"
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {
+                target.id: f"jaxarith.{module}.{target.id}"
+                for target in targets
+                if isinstance(target, ast.Name)
+            }
+    return {name: place for name, place in found.items() if not name.startswith("_")}
+
+
+def is_module(place: str) -> bool:
+    """Whether a place, `jaxarith.a.b`, is a module, and not a name in one."""
+    return place.startswith("jaxarith.") and source(place[9:]).exists()
+
+
+def owner(place: str) -> str:
+    """The module on whose page a name has its entry: the first that offers it."""
+    modules = (module for group in PAGES.values() for module in group)
+    return next(module for module in modules if place in names(module).values())
+
+
+def page(module: str) -> str:
+    """The Markdown of a page: the module's docstring, then an entry for each name."""
+    whole = "{members: false, show_root_heading: false, show_root_toc_entry: false}"
+    lines = [
+        f"# jaxarith.{module}",
+        f"::: jaxarith.{module}\n    options: {whole}",
+    ]
+    short = module.rsplit(".", 1)[-1]
+    for name, place in sorted(names(module).items(), key=lambda item: item[0].lower()):
+        if is_module(place):
+            lines.append(f"## {short}.{name}\n\nA module: [its page]({place[9:]}.md).")
+        elif (first := owner(place)) != module:
+            lines.append(
+                f"## {short}.{name}\n\nThe same as [`{first}.{name}`][{place}]."
+            )
+        else:
+            if place != f"jaxarith.{module}.{name}":
+                lines.append(f"[](){{#jaxarith.{module}.{name}}}")
+            lines.append(f"::: {place}\n    options: {{heading: {short}.{name}}}")
+    return "\n\n".join(lines) + "\n"
+
+
+def index() -> str:
+    """The Markdown of the page that lists all pages."""
+    lines = ["# API\n\nOne page for each public module, made from its docstrings."]
+    for group, modules in PAGES.items():
+        lines.append(f"\n## {group}\n\n| module | what it holds |\n|:--|:--|")
+        for module in modules:
+            text = ast.get_docstring(ast.parse(source(module).read_text("utf-8")))
+            first = (text or "").split("\n\n")[0].replace("\n", " ")
+            lines.append(f"| [`jaxarith.{module}`]({module}.md) | {first} |")
+    return "\n".join(lines) + "\n"
