@@ -3,6 +3,7 @@
 import json
 
 import checkpoints
+import numpy as np
 import pytest
 
 from jaxarith import cli
@@ -63,7 +64,7 @@ def test_one_computation_in_other_words_makes_no_notes():
         "dtype": "bfloat16",
     }
     assert configs.compare(LLAMA, new, "m") == []
-    assert configs.compare(LLAMA, {}, "m") == configs.compare({}, LLAMA, "m") == []
+    assert configs.compare({}, LLAMA, "m") == configs.compare({}, {}, "m") == []
 
 
 def test_a_language_model_is_compared_with_the_part_that_is_one():
@@ -75,6 +76,34 @@ def test_a_language_model_is_compared_with_the_part_that_is_one():
     tower = {"model_type": "clip", "vision_config": {"model_type": "clip_v", "a": 1}}
     notes = configs.compare(tower, {"model_type": "clip_v", "a": 2}, "m")
     assert "vision_config" in notes[0] and "a is 2, in the base 1" in notes[1]
+
+
+def test_a_model_without_a_configuration_is_noted(tmp_path, capsys):
+    """Slices, whose layers it describes, need it."""
+    stack = {f"layers.{i}.up.weight": (4, 4) for i in range(2)}
+    folders = [
+        checkpoints.write(
+            tmp_path / name,
+            {k: np.full(shape, number, np.float32) for k, shape in stack.items()},
+            config={"model_type": "any", "num_hidden_layers": 2},
+        )
+        for number, name in enumerate("ab")
+    ]
+    (tmp_path / "b" / "config.json").unlink()
+    told = "b) has no config.json, so heads, positions and activations were not"
+    dry = ("--out", str(tmp_path / "out"), "--dry-run")
+    models = [part for folder in folders for part in ("--model", str(folder))]
+    assert cli.main(["merge", "--method", "average", *models, *dry]) == 0
+    assert told in capsys.readouterr().out
+    sources = [{"model": str(x), "layer_range": [0, 1]} for x in folders]
+    slices = [{"sources": [source]} for source in sources]
+    content = {"merge_method": "passthrough", "slices": slices}
+    (tmp_path / "c.yaml").write_text(json.dumps(content))
+    for _ in range(2):
+        assert cli.main(["merge", str(tmp_path / "c.yaml"), *dry]) == 1
+        assert "b has no config.json, by which slices" in capsys.readouterr().err
+        content["slices"].reverse()
+        (tmp_path / "c.yaml").write_text(json.dumps(content))
 
 
 def test_the_notes_are_printed_and_written(tmp_path, capsys):

@@ -162,6 +162,9 @@ def test_an_unknown_task_is_one_line(capsys):
     status, output, error = check(capsys, "cars")
     assert status == 1 and output == ""
     assert error.startswith("jaxarith data: there is no task 'cars'; the tasks are")
+    status, output, error = check(capsys, "./cars")
+    assert status == 1 and output == ""
+    assert error.startswith("jaxarith data: ./cars is no folder; expected")
     with pytest.raises(SystemExit):
         check(capsys, "mnist", "--source", "disk")
 

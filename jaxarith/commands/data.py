@@ -1,6 +1,7 @@
 """`jaxarith data check`: which files of a task were found, and how to get the rest."""
 
 import argparse
+from pathlib import Path
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -30,5 +31,10 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def _run(args: argparse.Namespace) -> int:
     from jaxarith.data import check
 
+    if "/" in args.name and not Path(args.name).is_dir():
+        raise ValueError(
+            f"{args.name} is no folder; expected the name of a task, or an image "
+            "folder that holds train/<class>/ and test/<class>/."
+        )
     fine = check.main(args.name, args.data_dir, args.source, args.images)
     return 0 if fine else 1

@@ -39,7 +39,9 @@ def open_file(path: Path) -> dict[str, Stored]:
       ValueError: the file is no state dict, or PyTorch refuses to read it as data.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
+        raise FileNotFoundError(
+            f"there is no file {path}; expected weights of PyTorch."
+        )
     try:
         import torch  # here: nothing else needs it
     except ImportError as error:

@@ -32,7 +32,9 @@ def open_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}.")
+        raise FileNotFoundError(
+            f"there is no file {path}; expected weights in safetensors."
+        )
     with files.opened(path) as file:
         stamp = files.stamp(file.fileno())
         try:

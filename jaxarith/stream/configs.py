@@ -26,12 +26,17 @@ def compare(base: Mapping[str, Any], model: Mapping[str, Any], label: str) -> li
     """Notes on what the configuration of a model says otherwise than the base's.
 
     Args:
-      base, model: the contents of `config.json`; empty ones say nothing.
+      base, model: the contents of `config.json`; empty where there is none.
       label: what errors and notes call the model.
 
     Raises:
       ValueError: the model is of another type, or has other numbers of heads.
     """
+    if base and not model:
+        return [
+            f"{label} has no config.json, so heads, positions and activations were not "
+            "compared with the base's"
+        ]
     base, model, notes = _parts(base, model, label)
     ours, theirs = dict(_entries(base)), dict(_entries(model))
     lines = [

@@ -11,6 +11,7 @@ layer that is taken twice is written twice.
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax.typing import DTypeLike
@@ -103,7 +104,7 @@ def open_slices(
             "of a model: give a base model first."
         )
     checkpoint = inputs.open_checkpoint(folder, dequantize)
-    template = Template.of(checkpoint.tensors, inputs.read_config(folder))
+    template = Template.of(checkpoint.tensors, _configured(folder, named[0]))
     stacks, notes = _read(places, lines, base, template, missing, dequantize)
     if slices[0].base is not None:
         notes += _rounding(stacks, base)
@@ -157,6 +158,8 @@ def _read(
     under = None if base is None else places[base]
     for model, place in places.items():
         with _named(lines.get(model)):
+            if place.folder is not None:
+                _configured(place.folder, model)
             stack, more = read(model, place, under, template, missing, dequantize)
             notes += more
             if stacks:
@@ -165,6 +168,20 @@ def _read(
                 )
         stacks[model] = stack
     return _with_heads(stacks), notes
+
+
+def _configured(folder: Path, label: str) -> dict[str, Any]:
+    """The configuration of a model, which must have one.
+
+    Raises:
+      ValueError: it has none.
+    """
+    if not (config := inputs.read_config(folder)):
+        raise ValueError(
+            f"{label} has no config.json, by which slices know what its layers are. "
+            "Copy that of the model from which it was trained."
+        )
+    return config
 
 
 def _rounding(stacks: Mapping[str, Stacked], base: str | None) -> list[str]:

@@ -110,7 +110,7 @@ def read_all(path: str | os.PathLike) -> list[Node]:
     """
     file = str(path)
     try:
-        loader = yaml.SafeLoader(files.read(path))
+        loader = yaml.SafeLoader(_content(path))
         found = []
         while loader.check_node():
             node = _node(loader, loader.get_node(), file, {})
@@ -127,6 +127,21 @@ def read_all(path: str | os.PathLike) -> list[Node]:
     if not found:
         raise ValueError(f"{file} is empty; expected the YAML of a merge.")
     return found
+
+
+def _content(path):
+    try:
+        return files.read(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"there is no file {path}; expected the YAML of a merge, which names "
+            "merge_method and models."
+        ) from None
+    except IsADirectoryError:
+        raise IsADirectoryError(
+            f"{path} is a folder; expected the YAML file of a merge. A merge by flags "
+            "names each folder with --model."
+        ) from None
 
 
 def _node(loader, found, file, done):
