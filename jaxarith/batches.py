@@ -1,7 +1,7 @@
-"""Batches: dicts of arrays `[B, ...]`, and what is read from them by name.
+"""Batches: dicts of arrays `[B, ...]`, and their fields by name.
 
 Training, `evaluate` and `tau_jp.matrix` take the same batches. The field `mask`,
-`bool[B]`, is False where a row only fills the batch up; without it every row counts.
+`bool[B]`, is False for rows that only fill the batch; without it every row counts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ def check_dict(value: Any, what: str) -> None:
 
     Args:
       value: the sample or batch.
-      what: what the error calls it, such as "sample".
+      what: its name in the error, for example "sample".
     """
     if not isinstance(value, Mapping):
         raise ValueError(
@@ -29,15 +29,15 @@ def check_dict(value: Any, what: str) -> None:
 
 
 def fields_of(batch: Any, names: Sequence[str], what: str = "batch") -> tuple:
-    """The fields of a batch, or of a sample, in the order of `names`.
+    """Returns the fields of a batch, or of a sample, in the order of `names`.
 
     Args:
       batch: a dict of arrays.
       names: names of the fields, often the argument `inputs` of the caller.
-      what: what an error calls the batch.
+      what: name of the batch in error messages.
 
     Raises:
-      ValueError: it is no dict, or lacks a field.
+      ValueError: the batch is not a dict, or a field is missing.
 
     Example:
       >>> fields_of({"x": [1, 2], "y": [3, 4]}, ["y"])
@@ -47,17 +47,19 @@ def fields_of(batch: Any, names: Sequence[str], what: str = "batch") -> tuple:
     if missing := [name for name in names if name not in batch]:
         raise ValueError(
             f"a {what} has no field {', '.join(map(repr, missing))}; it has "
-            f"{', '.join(map(repr, batch))}. Rename the field, or name the fields of "
-            'the model in their order, such as inputs=("x",).'
+            f"{', '.join(map(repr, batch))}. Rename the field, or name the fields that "
+            'the model takes, in their order: inputs=("x",).'
         )
     return tuple(batch[name] for name in names)
 
 
 def mask_of(batch: Any) -> np.ndarray:
-    """Which rows of a batch count, `bool[B]`: its field `mask`, by default all.
+    """Returns which rows of a batch count, `bool[B]`.
+
+    That is its field `mask`. Without this field every row counts.
 
     Raises:
-      ValueError: the batch is no dict, or the mask has another length.
+      ValueError: the batch is not a dict, or the mask has another length.
 
     Example:
       >>> print(mask_of({"x": np.ones(2)}), mask_of({"x": np.ones(2), "mask": [1, 0]}))
@@ -68,7 +70,7 @@ def mask_of(batch: Any) -> np.ndarray:
     size = np.shape(rows[0])[0] if rows else 0
     if "mask" not in batch:
         return np.ones(size, bool)
-    # Integers would be taken for indices.
+    # NumPy would take integers for indices.
     found = np.asarray(batch["mask"], bool)
     if found.shape != (size,):
         raise ValueError(

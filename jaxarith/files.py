@@ -1,4 +1,4 @@
-"""Files that others made: read with limits, and only if they are files."""
+"""Reading files that others made: only regular files, and with limits on size."""
 
 import errno
 import json
@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-JSON_BYTES = 2**26  # the most that a file of JSON may have
+JSON_BYTES = 2**26  # largest size of a JSON file
 _JSON_DEPTH = 64
-_LONG_NUMBER = re.compile(r"\d{309}")  # as long as the largest float
+_LONG_NUMBER = re.compile(r"\d{309}")  # the largest float has as many digits
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -22,13 +22,15 @@ _KINDS = {
 
 
 def check_regular(path: str | os.PathLike, mode: int) -> None:
-    """Raises a ValueError if what a path leads to is no file, nor a folder.
-
-    Of a folder it raises an IsADirectoryError, as to open one does.
+    """Raises an error unless a path leads to a regular file.
 
     Args:
-      path: for the message.
-      mode: `st_mode` of it.
+      path: the path, for the message.
+      mode: its `st_mode`.
+
+    Raises:
+      IsADirectoryError: the path is a folder.
+      ValueError: it is a pipe, a socket or a device.
     """
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -38,13 +40,13 @@ def check_regular(path: str | os.PathLike, mode: int) -> None:
 
 
 def opened(path: str | os.PathLike) -> BinaryIO:
-    """Opens a file to be read, never a pipe or a device.
+    """Opens a file for reading, but never a pipe or a device.
 
     Raises:
-      OSError: it cannot be opened.
-      ValueError: it is no file.
+      OSError: the file cannot be opened.
+      ValueError: the path is not a regular file.
     """
-    # Without O_NONBLOCK, to open a pipe is to wait for somebody who writes to it.
+    # Without O_NONBLOCK, opening a pipe waits until somebody writes to it.
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         check_regular(path, os.fstat(number).st_mode)
@@ -55,7 +57,7 @@ def opened(path: str | os.PathLike) -> BinaryIO:
 
 
 class Stamp(NamedTuple):
-    """What tells that a file is still the one that it was."""
+    """Four numbers that change when a file is replaced or modified."""
 
     device: int
     inode: int
@@ -64,21 +66,21 @@ class Stamp(NamedTuple):
 
 
 def stamp(file: str | os.PathLike | int) -> Stamp:
-    """The stamp of a file, by its path or its number where it is open."""
+    """Returns the stamp of a file, given its path or its open file descriptor."""
     found = os.stat(file)
     return Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def read(path: str | os.PathLike, most: int | None = None) -> bytes:
-    """The content of a file, never of a pipe or a device.
+    """Returns the content of a file, but never of a pipe or a device.
 
     Args:
-      path: the file.
-      most: the most bytes that it may have; None allows any number.
+      path: path of the file.
+      most: largest size in bytes; None allows any size.
 
     Raises:
-      OSError: it cannot be opened or read.
-      ValueError: it is no file, or too large.
+      OSError: the file cannot be opened or read.
+      ValueError: the path is not a regular file, or the file is too large.
     """
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -88,25 +90,25 @@ def read(path: str | os.PathLike, most: int | None = None) -> bytes:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """The content of a JSON file that somebody else may have made.
+    """Returns the content of a JSON file that somebody else may have made.
 
     Raises:
-      OSError: it cannot be opened or read.
-      ValueError: it is no file, too large, no JSON in UTF-8, or nested too deeply, or
-        has a number that is too large for a float.
+      OSError: the file cannot be opened or read.
+      ValueError: the path is not a regular file, or the file is too large, is not JSON
+        in UTF-8, is nested too deeply or has a number that is too large for a float.
     """
     return parse_json(read(path, JSON_BYTES).decode("utf-8"))
 
 
 def parse_json(text: str, *, unique: bool = False) -> Any:
-    """The value of a text in JSON, with the limits of `read_json`.
+    """Returns the value of a JSON text, with the limits of `read_json`.
 
     Args:
-      text: the text.
-      unique: whether a key that an object has twice is an error.
+      text: the JSON text.
+      unique: whether an object that has a key twice is an error.
 
     Raises:
-      ValueError: it is no JSON, or beyond the limits.
+      ValueError: the text is not JSON, or it breaks a limit.
 
     Example:
       >>> parse_json("[" * 100 + "]" * 100)
@@ -118,7 +120,7 @@ def parse_json(text: str, *, unique: bool = False) -> Any:
     except RecursionError:
         raise ValueError(f"it is nested more than {_JSON_DEPTH} levels deep") from None
     _check_depth(value)
-    if _LONG_NUMBER.search(text) is not None:  # seldom: the others are not looked at
+    if _LONG_NUMBER.search(text) is not None:  # rare, so most texts skip the check
         _check_numbers(value)
     return value
 
@@ -162,11 +164,12 @@ def _children(value: Any) -> Iterable[Any]:
 def check_folder(folder: str | os.PathLike) -> None:
     """Checks that reading or copying a model's folder reads nothing outside it.
 
-    Links to files must stay inside the folder, but for those to the blobs of the Hub's
-    cache. Subfolders are not looked into; links to folders are nobody's files.
+    Links to files must stay inside the folder. Links to blobs in the Hub's cache are
+    allowed too. Subfolders and links to folders are not checked, because no reader
+    opens them.
 
     Raises:
-      ValueError: it holds such a link, a pipe, a socket or a device.
+      ValueError: the folder holds another link, a pipe, a socket or a device.
     """
     with os.scandir(folder) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
@@ -174,7 +177,7 @@ def check_folder(folder: str | os.PathLike) -> None:
         path = Path(entry.path)
         try:
             mode = entry.stat().st_mode
-        except OSError:  # a link to nothing, or to itself, is nothing that is read
+        except OSError:  # nobody can read a link to nothing or to itself
             continue
         if stat.S_ISDIR(mode):
             continue
@@ -185,12 +188,12 @@ def check_folder(folder: str | os.PathLike) -> None:
         if not (target.is_relative_to(Path(folder).resolve()) or is_blob(path)):
             raise ValueError(
                 f"{path} is a link to {target}, outside the model's folder. Remove it, "
-                "or copy what it leads to in its place."
+                "or replace it by a copy of the file that it leads to."
             )
 
 
 def is_blob(path: str | os.PathLike) -> bool:
-    """Whether a file is one of the Hub's cache: a link to a blob named by its hash."""
+    """Returns whether a file is a link to a blob in the Hub's cache."""
     path = Path(path)
     place, target = path.parent.resolve(), path.resolve()
     model = target.parent.parent

@@ -1,6 +1,6 @@
-"""Fingerprints of trees: 32 bits of each leaf that tell it from others.
+"""Fingerprints of trees: for each leaf, 32 bits that change when the leaf changes.
 
-They do not depend on how a leaf is sharded, nor on the order of the sum.
+They depend neither on how a leaf is sharded nor on the order of the sum.
 """
 
 import json
@@ -15,17 +15,20 @@ from jaxarith.typing import Tree
 
 
 def of(tree: Tree) -> dict[str, int]:
-    r"""The fingerprint of each leaf, by slash path.
+    r"""Returns the fingerprint of each leaf, by slash path.
 
-    That of a leaf with entries of bits :math:`b_i` is :math:`\sum_i m(b_i + c\,i)
-    \bmod 2^{32}`, where c is odd and m, the last step of MurmurHash3 (Appleby, public
-    domain), is one to one: whenever one entry changes, in whichever bits, so does the
-    sum, and of other changes one in :math:`2^{32}` is missed. Entries of 64 bits count
-    as two.
+    Let :math:`b_i` be the bits of entry i of a leaf. The fingerprint of the leaf is
+    :math:`\sum_i m(b_i + c\,i) \bmod 2^{32}`. Here c is odd, and m is the last step of
+    MurmurHash3 (Appleby, public domain), which is one to one. So the sum changes
+    whenever exactly one entry changes, in any of its bits. It misses one in
+    :math:`2^{32}` of all other changes. An entry of 64 bits counts as two entries.
 
     Args:
-      tree: arrays of any dtype and sharding, PRNG keys among them. In a computation of
-        several processes, all must ask for the fingerprints.
+      tree: arrays of any dtype and sharding; PRNG keys are allowed. In a computation of
+        several processes, every process must call this function.
+
+    Returns:
+      A dict from slash paths to numbers from 0 to 2³² - 1.
 
     Example:
       >>> of({"w": jnp.array([1, 2, 3])})
@@ -40,12 +43,14 @@ def of(tree: Tree) -> dict[str, int]:
 
 
 def of_array(array: jax.Array | np.ndarray) -> int:
-    """The fingerprint of one array on one device, as `of` has it."""
+    """Returns the fingerprint of one array on one device, as `of` computes it."""
     return int(_fingerprint(array))
 
 
 def combined(tree: Tree) -> int:
-    """One number of 32 bits for a whole tree: paths, shapes, dtypes and entries.
+    """Returns one number of 32 bits for a whole tree.
+
+    It depends on the paths, shapes, dtypes and entries of the leaves.
 
     Example:
       >>> a, b = {"w": jnp.zeros(2)}, {"w": jnp.zeros((1, 2))}
@@ -60,8 +65,8 @@ def combined(tree: Tree) -> int:
     return zlib.crc32(json.dumps(layout, sort_keys=True).encode())
 
 
-# Leaf by leaf: models have few shapes to compile for, and leaves may be on different
-# devices.
+# Compiled for one leaf, because models have few different shapes, and leaves may be on
+# different devices.
 @jax.jit
 def _fingerprint(leaf):
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -70,7 +75,7 @@ def _fingerprint(leaf):
         bits = 8 * min(leaf.dtype.itemsize, 4)
         leaf = jax.lax.bitcast_convert_type(leaf, f"uint{bits}")
     bits = leaf.astype(jnp.uint32)
-    # The linear index comes from iotas: a reshape would gather the shards.
+    # The linear index is a sum of iotas, because a reshape would gather the shards.
     index, stride = jnp.uint32(0), 1
     for axis in reversed(range(bits.ndim)):
         iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)

@@ -1,9 +1,9 @@
-"""Leaves that are in files, and are read when a computation looks at them.
+"""Leaves in files, which are read only when a computation needs them.
 
-A tree may hold a `Leaf` in place of an array. `tree.aligned`, with which every merge
-goes over its task vectors, then returns `Rows`: they read a leaf of all tasks when
-asked for it, and the next ones ahead, in threads. What was read is kept only as long
-as somebody holds it.
+A tree may hold a `Leaf` in place of an array. Every merge loops over its task vectors
+with `tree.aligned`. If a tree has a `Leaf`, that function returns `Rows`. `Rows` read
+one leaf of all tasks when asked for it, and read the next ones ahead in threads. An
+array that was read stays in memory only as long as somebody holds it.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from jax.typing import DTypeLike
 from jaxarith import resources
 
 _READERS = 2
-SMALL = 2**18  # bytes that are read, or written, in less time than a thread starts to
-_AHEAD = 64 * 2**20  # bytes of rows that are read ahead, or one row
-_ROWS_AHEAD = 32  # however small; the time of a row must not depend on all others
+SMALL = 2**18  # bytes; smaller leaves take less time to read than a thread to start
+_AHEAD = 64 * 2**20  # bytes that are read ahead, but at least one row
+_ROWS_AHEAD = 32  # most rows to read ahead, so that no row waits for many small ones
 
 
 def wide_dtype(*leaves: Any) -> np.dtype:
-    """Dtype in which arrays are computed with: their common one, float32 or better.
+    """Returns the dtype to compute in: the common dtype, but float32 or better.
 
-    Floats of eight bits or fewer, which JAX promotes to nothing, count as float32.
+    Floats of at most eight bits count as float32, because JAX does not promote them.
     """
     dtypes = (jnp.result_type(leaf) for leaf in leaves)
     wide = (dtype if dtype.itemsize > 1 else jnp.float32 for dtype in dtypes)
@@ -40,16 +40,17 @@ def wide_dtype(*leaves: Any) -> np.dtype:
 
 
 class Source:
-    """A tensor on its way from a file, read once for all who hold it at one time.
+    """A tensor in a file that is read once for all who hold it at the same time.
 
-    A `hub.Stored` says what is in a file, and reads it anew each time. A source is
-    shared by the leaves that are computed from the tensor, as the base is by all task
-    vectors, and by the threads that read ahead; it holds the array only weakly.
+    A `hub.Stored` describes a tensor in a file and reads it again each time. A source
+    is shared by all leaves that are computed from the tensor, and by the threads that
+    read ahead. For example, all task vectors share the sources of the base model. A
+    source holds the array only weakly.
 
     Attributes:
-      label: what an error calls it.
-      nbytes: its size.
-      check: whether `read` looks for NaN and infinite values, the first time.
+      label: name of the tensor in error messages.
+      nbytes: size in bytes.
+      check: whether the next `read` looks for NaN and infinite values.
     """
 
     def __init__(self, label: str, nbytes: int, load: Callable[[], Any]):
@@ -58,10 +59,10 @@ class Source:
         self._held: Callable[[], Any] = _nothing
 
     def read(self) -> jax.Array | np.ndarray:
-        """The tensor: read now, unless somebody still holds it.
+        """Returns the tensor; reads it from its file unless somebody still holds it.
 
         Raises:
-          ValueError: it holds NaN or infinite values, and is to be checked.
+          ValueError: `check` is True and the tensor holds NaN or infinite values.
         """
         with self._lock:
             if (held := self._held()) is not None:
@@ -82,14 +83,14 @@ def _nothing():
 
 @jax.jit
 def all_finite(array: jax.Array) -> jax.Array:
-    """Whether no entry is NaN or infinite."""
-    # Zero times what is not finite is NaN, and so is the sum. The maximum would not do:
-    # on CPUs XLA's passes over NaN in float32.
+    """Returns whether no entry is NaN or infinite."""
+    # Zero times NaN or infinity is NaN, and so is the sum. The maximum does not work:
+    # on CPUs XLA's maximum skips NaN in float32.
     return jnp.sum(array * 0) == 0
 
 
 def not_finite(label: str) -> str:
-    """What an error says about a tensor with NaN or infinite values."""
+    """Returns the error message about a tensor with NaN or infinite values."""
     return (
         f"{label} has NaN or infinite values. Check the run or the file that it came "
         "from."
@@ -101,11 +102,11 @@ class Leaf:
 
     Args:
       shape, dtype: shape and dtype of the result.
-      sources: the tensors.
-      combine: `combine(*arrays)` computes the leaf from them.
-      place: `place(merged)` writes the leaf that a merge puts in place of this one;
-        None where nothing is merged into, as for task vectors.
-      held: pytree of arrays in memory that `combine` takes after the tensors.
+      sources: the tensors in files.
+      combine: `combine(*arrays)` computes the leaf from the tensors.
+      place: `place(merged)` writes the merged leaf that replaces this one. None for
+        leaves that are only read, as in task vectors.
+      held: arrays in memory, or pytrees of them; `combine` takes them last.
     """
 
     def __init__(
@@ -130,42 +131,44 @@ class Leaf:
         return int(np.prod(self.shape))
 
     def read(self) -> "jax.Array | Difference":
-        """The array, or the `Difference`."""
+        """Reads the leaf: returns an array or a `Difference`."""
         return self._combine(*(source.read() for source in self.sources), *self.held)
 
     def __jax_array__(self) -> jax.Array:
         return jnp.asarray(self.read())
 
     def check(self) -> None:
-        """Lets the first reading look for NaN and infinite values."""
+        """Makes the first read look for NaN and infinite values."""
         for source in self.sources:
             source.check = True
 
     def place(self, merged: jax.Array) -> "Leaf":
-        """Writes the merged leaf; returns what stands for it in the merged tree.
+        """Writes the merged leaf; returns a leaf that stands for it in the merged tree.
 
         Raises:
-          ValueError: this leaf is only read.
+          ValueError: this leaf is only for reading.
         """
         if self._place is None:
             raise ValueError(
-                "this leaf is in a file and has no file to be merged into: merge "
-                "checkpoints by `stream.merge`."
+                "this leaf is read from a file, and no output file was given for it. "
+                "Merge checkpoints with `stream.merge`."
             )
         self._place(merged)
         return Leaf(self.shape, self.dtype, (), functools.partial(_gone, self.shape))
 
     def to(self, place: Callable[[jax.Array], None]) -> "Leaf":
-        """The same leaf, with another place for what a merge puts in its place."""
+        """Returns the same leaf with another function that writes the merged leaf."""
         given = (self.shape, self.dtype, self.sources, self._combine)
         return Leaf(*given, place=place, held=self.held)
 
 
 def changed(leaf: Any, function: Callable[..., jax.Array], *args: Any) -> Leaf:
-    """A leaf that is put through a function whenever it is read, and not kept.
+    """Returns a leaf that applies a function to another leaf at every read.
+
+    The result is not kept.
 
     Args:
-      leaf: an array, or a leaf that is read itself.
+      leaf: an array, or another leaf in a file.
       function: `function(array, *args) -> array` of the same shape, in float32 or
         better.
       *args: arrays.
@@ -178,7 +181,7 @@ def changed(leaf: Any, function: Callable[..., jax.Array], *args: Any) -> Leaf:
     def change(*arrays):
         first = len(arrays) - len(args)
         array = combine(*arrays[:first])
-        # Without waiting, the results of many leaves would be allocated ahead.
+        # Without this wait, JAX would allocate the results of many leaves in advance.
         return jax.block_until_ready(function(array, *arrays[first:]))
 
     held = (*leaf.held, *args)
@@ -186,16 +189,19 @@ def changed(leaf: Any, function: Callable[..., jax.Array], *args: Any) -> Leaf:
 
 
 def _gone(shape):
-    raise ValueError(f"a merged leaf of shape {list(shape)} was written, not kept.")
+    raise ValueError(
+        f"a merged leaf of shape {list(shape)} was written to a file and is not in "
+        "memory. Read it from the merged files."
+    )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """`model - base` in float32 or better, subtracted by the program that needs it.
+    """`model - base` in float32 or better; the program that uses it subtracts.
 
-    Two tensors of bfloat16 take as long to read as one of float32, and each model would
-    need a float32 tensor of its own.
+    Two tensors of bfloat16 take as long to read as one of float32. A difference that
+    was subtracted in advance would need a float32 tensor for each model.
     """
 
     model: jax.Array
@@ -225,11 +231,11 @@ class Difference:
 
 
 class Rows(Mapping):
-    """By path, a leaf of every task, read when asked for.
+    """A mapping from paths to rows: one leaf of every task, read when looked up.
 
-    The sources of the next rows are read ahead, up to the bytes of the largest row, so
-    that whoever goes through the rows in order seldom waits. Small rows are not: to
-    hand one to a thread takes longer than to read it.
+    The sources of the next rows are read ahead, up to the size of the largest row, so a
+    loop over the rows in order seldom waits. Small rows are not read ahead: to start a
+    thread takes longer than to read them.
 
     Args:
       leaves: by path, a tuple of `Leaf`s and arrays.
@@ -251,14 +257,14 @@ class Rows(Mapping):
 
     @property
     def unmapped(self) -> Mapping[str, tuple]:
-        """The leaves before they are read: their shapes and dtypes, at no cost."""
+        """The leaves before they are read; their shapes and dtypes cost nothing."""
         return self._leaves
 
     @contextlib.contextmanager
     def spread(self) -> Iterator[None]:
         """Reads large rows to the devices of `resources`, while the context lasts.
 
-        What computes with a row must do it within `on(path)`.
+        Code that computes with a row must do so inside `on(path)`.
         """
         self._devices = resources.spread(self._large)
         try:
@@ -276,9 +282,9 @@ class Rows(Mapping):
                 self._read_ahead(path)
             held = [source.read() for source in self._sources[path]]
             row = tuple(map(read, self._leaves[path]))
-            del held  # what was read is not read again above
+            del held  # until here it keeps the sources in memory, so none is read twice
             return row
-        # Futures hold what they have read: it is not read again below.
+        # The futures hold the arrays that they read, so nothing is read again below.
         reading = self._ahead.pop(path, None) or self._start(path)
         self._read_ahead(path)
         for future in reading:
@@ -286,7 +292,7 @@ class Rows(Mapping):
         return tuple(map(read, self._leaves[path]))
 
     def __contains__(self, path: object) -> bool:
-        return path in self._leaves  # that of `Mapping` would read it
+        return path in self._leaves  # the method of `Mapping` would read the row
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._leaves)
@@ -304,7 +310,7 @@ class Rows(Mapping):
     def _read_ahead(self, path):
         wanted, used = [], 0
         budget = self._budget
-        if self._devices:  # all of them shall have a row
+        if self._devices:  # each device needs a row to work on
             budget = max(budget, _AHEAD * resources.devices())
         while (path := self._next[path]) is not None:
             used += self._large[path]
@@ -317,13 +323,13 @@ class Rows(Mapping):
 
 
 def rows(leaves: Mapping[str, tuple]) -> Mapping[str, tuple]:
-    """The rows themselves, or `Rows` of them if one has a leaf in a file."""
+    """Returns the mapping itself, or `Rows` of it if one row has a leaf in a file."""
     in_files = any(isinstance(leaf, Leaf) for row in leaves.values() for leaf in row)
     return Rows(leaves) if in_files else leaves
 
 
 def read(leaf: Any) -> Any:
-    """The values of a leaf in a file; any other leaf as it is."""
+    """Returns the values of a leaf in a file, and any other leaf unchanged."""
     return leaf.read() if isinstance(leaf, Leaf) else leaf
 
 

@@ -6,16 +6,20 @@ import optax
 
 from jaxarith.typing import Array
 
-IGNORED = -100  # a token's label that does not count, by Hugging Face's convention
+IGNORED = -100  # label of a token that does not count, as in Hugging Face's datasets
 
 
 def cross_entropy(logits: Array, labels: Array, mask: Array | None = None) -> jax.Array:
-    """Mean cross-entropy of the entries whose mask is True.
+    """Returns the mean cross-entropy, in nats, of the entries whose mask is True.
 
     Args:
-      logits: `[..., classes]`.
+      logits: `f32[..., classes]`.
       labels: `i32[...]`.
-      mask: `bool[...]`; every entry counts by default. The others may hold anything.
+      mask: `bool[...]`; by default every entry counts. Masked entries may hold any
+        values.
+
+    Returns:
+      A scalar; 0 if no entry counts.
 
     Example:
       >>> print(cross_entropy(jnp.zeros((2, 4)), jnp.array([0, 3])).round(4))
@@ -27,10 +31,12 @@ def cross_entropy(logits: Array, labels: Array, mask: Array | None = None) -> ja
 
 
 def token_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy of the tokens whose label is not -100, of all texts together.
+    """Returns the mean cross-entropy, in nats, of the tokens whose label is not -100.
+
+    The mean is over the tokens of all texts together.
 
     Args:
-      logits: `[B, T, V]` of an encoder-decoder.
+      logits: `f32[B, T, V]`, logits of an encoder-decoder.
       labels: `i32[B, T]`.
 
     Example:
@@ -43,23 +49,29 @@ def token_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def next_token_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """`token_cross_entropy` of a causal model, whose labels are its inputs.
+    """Returns `token_cross_entropy` for a causal model, whose labels are its inputs.
 
     Args:
-      logits: `[B, S, V]`; those at a token predict the next one.
-      labels: `i32[B, S]`, the tokens themselves, -100 where they do not count.
+      logits: `f32[B, S, V]`; the logits at a token predict the next token.
+      labels: `i32[B, S]`: the tokens themselves, or -100 for those that do not count.
+
+    Example:
+      >>> logits, labels = jnp.zeros((1, 3, 4)), jnp.array([[3, 2, -100]])
+      >>> print(next_token_cross_entropy(logits, labels).round(4))
+      1.3863
     """
     return token_cross_entropy(logits[:, :-1], labels[:, 1:])
 
 
 def entropy(logits: jax.Array, mask: Array | None = None) -> jax.Array:
-    """Mean entropy of the predicted distributions, in nats; it needs no labels.
+    """Returns the mean entropy of the predicted distributions, in nats, without labels.
 
     Args:
-      logits: `[..., classes]`. A logit of -inf, as of padding from `heads.logits`, adds
-        nothing, to the value or to the gradient. With NaN the entropy is NaN.
-      mask: `bool[...]`, False for samples that only pad a batch; all count by default.
-        The logits of the others may hold anything.
+      logits: `f32[..., classes]`. A logit of -inf adds nothing, neither to the value
+        nor to the gradient; `heads.logits` pads with such logits. If a logit is NaN,
+        the entropy is NaN.
+      mask: `bool[...]`, False for samples that only pad a batch; by default every
+        sample counts. Masked logits may hold any values.
 
     Example:
       >>> print(entropy(jnp.array([[0.0, 0.0, -jnp.inf]])).round(4))
@@ -67,16 +79,16 @@ def entropy(logits: jax.Array, mask: Array | None = None) -> jax.Array:
     """
     logits, mask = _without_masked(logits, mask)
     log_p = jax.nn.log_softmax(logits)
-    # 0 · -inf is NaN.
+    # Else 0 · -inf would be NaN.
     log_p_or_0 = jnp.where(logits == -jnp.inf, 0, log_p)
     entropies = -jnp.sum(jnp.exp(log_p) * log_p_or_0, axis=-1)
     return _mean(entropies, mask)
 
 
 def _without_masked(logits, mask):
-    """Logits with zeros where the mask is False, and the mask as `bool`.
+    """Returns the logits with zeros where the mask is False, and the mask as `bool`.
 
-    A loss that is masked afterwards still has a gradient of 0 · NaN.
+    To mask only the loss is not enough: its gradient would still be 0 · NaN.
     """
     if mask is None:
         return logits, None

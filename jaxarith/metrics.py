@@ -12,12 +12,12 @@ from jaxarith.typing import Numbers
 def accuracy(
     logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None
 ) -> float:
-    """Share of samples whose largest logit is the label's.
+    """Returns the share of samples whose largest logit is that of the label.
 
     Args:
-      logits: `[B, classes]`.
+      logits: `f32[B, classes]`.
       labels: `i32[B]`.
-      mask: `bool[B]`, False for padding; every sample counts by default.
+      mask: `bool[B]`, False for padding; by default every sample counts.
 
     Raises:
       ValueError: no sample counts.
@@ -29,16 +29,21 @@ def accuracy(
     hits = np.asarray(logits).argmax(-1) == np.asarray(labels)
     counts = np.ones(len(hits), bool) if mask is None else np.asarray(mask, bool)
     if not counts.any():
-        raise ValueError("accuracy of no sample: the data, or its mask, is empty.")
+        raise ValueError(
+            "accuracy found no sample that counts; expected at least one. Check that "
+            "the data is not empty and that the mask is True somewhere."
+        )
     return float(hits[counts].mean())
 
 
 def normalized_accuracy(merged: Numbers, single: Numbers) -> float:
-    r"""Mean over tasks of merged over single-task accuracy (Jin et al. 2025, Eq. 5).
+    r"""Returns the mean over tasks of merged accuracy divided by single-task accuracy.
+
+    Source: Jin et al. 2025 (linear-layers paper), Eq. 5.
 
     Args:
-      merged: accuracy of the merged model on every task, `[T]`.
-      single: accuracy of every task's own fine-tuned model, on the same split.
+      merged: `[T]`, accuracy of the merged model on each task.
+      single: `[T]`, accuracy of each task's own fine-tuned model on the same split.
 
     Raises:
       ValueError: a single-task accuracy is zero, or the lengths differ.
@@ -50,24 +55,25 @@ def normalized_accuracy(merged: Numbers, single: Numbers) -> float:
     found, alone = np.asarray(merged, float), np.asarray(single, float)
     if found.shape != alone.shape:
         raise ValueError(
-            f"{found.shape} merged accuracies for {alone.shape} single-task ones."
+            f"merged accuracies have shape {found.shape}, single-task accuracies "
+            f"{alone.shape}; give one of each for every task."
         )
     if not (alone > 0).all():
         raise ValueError(
-            f"single-task accuracies {alone.tolist()}: one is zero, so there is "
-            "nothing to normalise by."
+            f"single-task accuracies are {alone.tolist()}; all must be above zero, "
+            "because they are divided by. Leave out the tasks with zero."
         )
     return float(np.mean(found / alone))
 
 
 def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """F1 of the class 1 (GLUE's metric of MRPC and QQP).
+    """Returns the F1 score of class 1, GLUE's metric for MRPC and QQP.
 
     Args:
-      predictions, labels: `i32[B]`; what is not 1 is the other class.
+      predictions, labels: `i32[B]`; every value but 1 is the other class.
 
     Raises:
-      ValueError: no prediction and no label is 1.
+      ValueError: no prediction and no label is 1, or the lengths differ.
 
     Example:
       >>> round(f1(np.array([1, 1, 0, 0]), np.array([1, 0, 1, 1])), 3)
@@ -76,20 +82,24 @@ def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
     sklearn_metrics = _import("sklearn.metrics")
     found, true = (x == 1 for x in _pair(predictions, labels, "F1"))
     if not (found | true).any():
-        raise ValueError("F1 of no sample: no label and no prediction is 1.")
+        raise ValueError(
+            "F1 is undefined: no label and no prediction is 1. Check that the positive "
+            "class has the number 1."
+        )
     return float(sklearn_metrics.f1_score(true, found))
 
 
 def matthews(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Matthews correlation (GLUE's metric of CoLA), for any number of classes.
+    """Returns the Matthews correlation, GLUE's metric for CoLA.
 
-    It is 0 where all predictions are one class, as scikit-learn has it.
+    It is defined for any number of classes. As in scikit-learn, it is 0 if all
+    predictions are one class.
 
     Args:
       predictions, labels: `i32[B]`.
 
     Raises:
-      ValueError: all labels are one class.
+      ValueError: all labels are one class, or the lengths differ.
 
     Example:
       >>> matthews(np.array([0, 1, 0, 1]), np.array([1, 0, 1, 0]))
@@ -102,15 +112,20 @@ def matthews(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def pearson(predictions: ArrayLike, targets: ArrayLike) -> float:
-    """Linear correlation (GLUE's metric of STS-B, with `spearman`).
+    """Returns the linear correlation; with `spearman` it is GLUE's metric for STS-B.
 
-    It is 0 where all predictions are the same, as `matthews` is.
+    Like `matthews`, it is 0 if all predictions are the same.
 
     Args:
       predictions, targets: `f32[B]`.
 
     Raises:
-      ValueError: the targets are constant, or a number is not finite.
+      ValueError: the targets are constant, a number is not finite, or the lengths
+        differ.
+
+    Example:
+      >>> round(pearson(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0])), 6)
+      1.0
     """
     stats = _import("scipy.stats")
     predictions, targets = _numbers(predictions, targets, "Pearson correlation")
@@ -120,13 +135,14 @@ def pearson(predictions: ArrayLike, targets: ArrayLike) -> float:
 
 
 def spearman(predictions: ArrayLike, targets: ArrayLike) -> float:
-    """Linear correlation of ranks, ties sharing theirs.
+    """Returns the linear correlation of the ranks; equal values share their mean rank.
 
     Args:
       predictions, targets: `f32[B]`.
 
     Raises:
-      ValueError: the targets are constant, or a number is not finite.
+      ValueError: the targets are constant, a number is not finite, or the lengths
+        differ.
 
     Example:
       >>> spearman(np.array([1.0, 2.0, 9.0]), np.array([0.1, 0.2, 0.3]))
@@ -140,10 +156,13 @@ def spearman(predictions: ArrayLike, targets: ArrayLike) -> float:
 
 
 def exact_match(predictions: Sequence[str], targets: Sequence[str]) -> float:
-    """Share of texts that equal their target, but for blanks at their ends.
+    """Returns the share of texts that equal their target; blanks at the ends are cut.
+
+    Args:
+      predictions, targets: one text for each sample.
 
     Raises:
-      ValueError: there is no text, or their numbers differ.
+      ValueError: both lists are empty, or their lengths differ.
 
     Example:
       >>> exact_match(["yes ", "No"], ["yes", "no"])
@@ -155,12 +174,17 @@ def exact_match(predictions: Sequence[str], targets: Sequence[str]) -> float:
 
 
 def rouge_2(predictions: Sequence[str], targets: Sequence[str]) -> float:
-    """Mean F-measure of shared word pairs (Lin 2004), through the package rouge-score.
+    """Returns ROUGE-2 (Lin 2004): the mean F-measure of shared pairs of words.
 
-    Words are runs of lower-cased letters and digits; they are not stemmed.
+    The package rouge-score computes it. Words are runs of lower-case letters and
+    digits; they are not stemmed.
+
+    Args:
+      predictions, targets: one text for each sample.
 
     Raises:
-      ValueError: there is no text, or their numbers differ.
+      ImportError: rouge-score is not installed.
+      ValueError: both lists are empty, or their lengths differ.
 
     Example:
       >>> rouge_2(["the cat sat"], ["The cat ran ."])
@@ -189,8 +213,8 @@ def _pair(predictions, labels, metric):
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if predictions.shape != labels.shape or labels.ndim != 1:
         raise ValueError(
-            f"{metric} of predictions {predictions.shape} and labels {labels.shape}; "
-            "both must be [B]."
+            f"{metric}: predictions have shape {predictions.shape}, labels "
+            f"{labels.shape}; expected [B] for both."
         )
     return predictions, labels
 
@@ -199,7 +223,10 @@ def _numbers(predictions, targets, metric):
     predictions, targets = _pair(predictions, targets, metric)
     for values, name in ((predictions, "predictions"), (targets, "targets")):
         if not np.isfinite(values).all():
-            raise ValueError(f"{metric}: {name} are not finite.")
+            raise ValueError(
+                f"{metric}: the {name} have NaN or infinite values; expected finite "
+                "numbers."
+            )
     _check_varies(targets, metric, "targets")
     return predictions.astype(float), targets.astype(float)
 
@@ -207,12 +234,14 @@ def _numbers(predictions, targets, metric):
 def _check_varies(values, metric, name):
     if len(values) < 2 or (values == values[0]).all():
         raise ValueError(
-            f"{metric} is undefined: the {name} ({len(values)}) are all the same."
+            f"{metric} is undefined: the {len(values)} {name} are all the same; give "
+            "samples with at least two different values."
         )
 
 
 def _check_texts(predictions, targets, metric):
     if len(predictions) != len(targets) or not len(targets):
         raise ValueError(
-            f"{metric} of {len(predictions)} texts and {len(targets)} targets."
+            f"{metric}: found {len(predictions)} texts and {len(targets)} targets; "
+            "expected one target for each text, and at least one text."
         )

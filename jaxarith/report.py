@@ -1,4 +1,4 @@
-"""Reports: JSON and Markdown files from plain rows, written whole or not at all."""
+"""Reports: JSON and Markdown files. A file is written completely or not at all."""
 
 import json
 import os
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Controls but for line ends and tabs, changes of the direction of writing, surrogates.
+# Control characters other than line ends and tabs, characters that change the direction
+# of writing, and surrogates.
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -20,7 +21,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
-            if path.exists():  # what is replaced must not be lost before this is there
+            if path.exists():  # the old file must survive until the new one is on disk
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -29,12 +30,16 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Writes plain data as JSON; numbers must be finite."""
+    """Writes plain data as JSON.
+
+    Raises:
+      ValueError: a number is NaN or infinite.
+    """
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def listed(names: Sequence[Any], most: int = 8) -> str:
-    """Names for a message: the first of many, and how many more there are.
+    """Returns the first names for a message, and how many more there are.
 
     Example:
       >>> listed("abc", most=2)
@@ -45,7 +50,7 @@ def listed(names: Sequence[Any], most: int = 8) -> str:
 
 
 def cut(value: Any, most: int = 80) -> str:
-    """What a value is, for a message: the first characters of a long one.
+    """Returns a value as text for a message; a long text is cut.
 
     Example:
       >>> cut(list(range(100)), most=10)
@@ -56,9 +61,10 @@ def cut(value: Any, most: int = 80) -> str:
 
 
 def printable(text: str) -> str:
-    r"""A text without characters that command a terminal; they become escapes.
+    r"""Returns a text whose control characters are replaced by escapes.
 
-    So do halves of characters, which cannot be printed. Lines and tabs stay.
+    A terminal would obey them as commands. Surrogates, which cannot be printed, become
+    escapes too. Line ends and tabs stay.
 
     Example:
       >>> print(printable("clear\x1b[2J"))
@@ -68,7 +74,7 @@ def printable(text: str) -> str:
 
 
 def shown(message: str, most: int = 4000) -> str:
-    """A message as a terminal shall get it: printable, and cut in the middle if long.
+    """Returns a message for a terminal: printable, and cut in the middle if long.
 
     Example:
       >>> shown("a" * 50 + "b" * 50, most=20)
@@ -85,14 +91,15 @@ def markdown_table(
     *,
     right: Sequence[bool] | None = None,
 ) -> str:
-    """A Markdown table that also reads well as plain text.
+    """Returns a Markdown table that also reads well as plain text.
 
     Floats are shown with three decimals.
 
     Args:
-      header: the names of the columns.
-      rows: their cells.
-      right: which columns are aligned to the right; by default those with a number.
+      header: names of the columns.
+      rows: cells of each row, one per column; None leaves a cell empty.
+      right: whether each column is aligned to the right; by default those with a number
+        are.
 
     Example:
       >>> print(markdown_table(["merge", "accuracy"], [["ties", 0.5], ["awd", None]]))

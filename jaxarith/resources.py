@@ -1,8 +1,8 @@
-"""Which devices and how many threads the work on leaves may take, in the whole process.
+"""The devices and threads that work on leaves may use, for the whole process.
 
-Arrays that are put on a device here are not committed to it, as JAX calls it: where a
-computation needs arrays of several, JAX moves them. So leaves may be spread while small
-statistics of all of them meet wherever they are needed.
+Arrays that this module puts on a device are not "committed" to it, as JAX calls it. If
+a computation needs arrays from several devices, JAX moves them. So leaves may be spread
+over devices, while small statistics of all leaves come together where they are needed.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import jax
 import threadpoolctl
 
-Device: TypeAlias = Any  # jax.Device, which type checkers take for a variable
+Device: TypeAlias = Any  # jax.Device; type checkers mistake that for a variable
 _devices: tuple[Device, ...] = ()
 _threads: int | None = None
 
@@ -23,13 +23,15 @@ _threads: int | None = None
 def used(
     *, devices: Sequence[Device] | None = None, threads: int | None = None
 ) -> Iterator[None]:
-    """Uses these while the context lasts, in all threads.
+    """Sets the devices and the number of threads, in all threads of the process.
+
+    The settings last as long as the context.
 
     Args:
-      devices: the devices over which leaves are spread; None stays with those of the
-        surrounding context, or with one where there is none.
-      threads: the most threads of a kind; None stays with that of the surrounding
-        context, or with as many as each kind takes.
+      devices: devices over which leaves are spread. None keeps those of the surrounding
+        context; without one, leaves stay on one device.
+      threads: largest number of threads in each pool. None keeps the number of the
+        surrounding context; without one, each pool uses its own number.
     """
     global _devices, _threads
     before = _devices, _threads
@@ -44,20 +46,25 @@ def used(
 
 
 def at_most(count: int) -> int:
-    """The number of threads, where a kind of them would take so many."""
+    """Returns the number of threads for a pool that wants `count` of them."""
     return count if _threads is None else min(count, _threads)
 
 
 def devices() -> int:
-    """The number of devices over which leaves are spread."""
+    """Returns the number of devices over which leaves are spread."""
     return max(len(_devices), 1)
 
 
 def spread(sizes: Mapping[str, int]) -> dict[str, Device]:
-    """The device of each leaf, by its bytes; none without several devices.
+    """Assigns a device to each leaf, so that all devices get about as many bytes.
 
-    Each goes to the device that has the fewest bytes so far. So the next ones go to
-    others, and each device gets about as much.
+    Each leaf goes to the device that has the fewest bytes so far.
+
+    Args:
+      sizes: number of bytes of each leaf, by path.
+
+    Returns:
+      The device of each leaf, by path; empty unless there are several devices.
     """
     if len(_devices) < 2:
         return {}
@@ -70,12 +77,12 @@ def spread(sizes: Mapping[str, int]) -> dict[str, Device]:
 
 
 def on(device: Device | None) -> contextlib.AbstractContextManager:
-    """Computes on a device in this thread; None is where JAX does by default."""
+    """Computes on a device in this thread; None keeps JAX's default device."""
     return contextlib.nullcontext() if device is None else jax.default_device(device)
 
 
 def beside(array: jax.Array) -> contextlib.AbstractContextManager:
-    """Computes where an array is, if leaves are spread."""
+    """Computes on the device of an array, if leaves are spread over devices."""
     return on(next(iter(array.devices())) if len(_devices) > 1 else None)
 
 
@@ -86,12 +93,13 @@ _limit = contextlib.ExitStack()
 
 @contextlib.contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Keeps BLAS, and LAPACK with it, to one thread in the whole process.
+    """Limits BLAS, and so LAPACK, to one thread in the whole process.
 
-    Several wait for each other and for XLA's: on 2 busy cores the sketch of a matrix of
-    4096 by 1536 took 2.4 s with them, and 0.13 s with one.
+    Several BLAS threads wait for each other and for XLA's threads. On 2 busy cores the
+    sketch of a matrix of 4096 by 1536 took 2.4 s with several threads and 0.13 s with
+    one.
     """
-    # The limit is the process's, so the last thread to leave lifts it.
+    # The limit holds for the whole process, so the last thread to leave lifts it.
     global _inside
     with _lock:
         if not _inside:
@@ -108,6 +116,6 @@ def one_blas_thread() -> Iterator[None]:
 
 @functools.cache
 def _controller():
-    import scipy.linalg  # noqa: F401, its BLAS must be loaded to be found
+    import scipy.linalg  # noqa: F401, threadpoolctl only finds a BLAS that is loaded
 
     return threadpoolctl.ThreadpoolController()

@@ -4,7 +4,7 @@ Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi. Editing Mo
 with Task Arithmetic. ICLR 2023. arXiv:2212.04089.
 
 A task vector has the structure of the trained part of the parameters. A leaf that was
-not trained is absent, which means zero.
+not trained is absent and counts as zero.
 """
 
 import zlib
@@ -20,14 +20,14 @@ from jaxarith.typing import Coef, Params, Taus, Tree
 
 
 def difference(params: Params, params_0: Params) -> Params:
-    """The task vector of fine-tuned `params`, or of the part of them that is given.
+    """Returns the task vector of fine-tuned parameters, or of a part of them.
 
     Args:
-      params: fine-tuned parameters: the structure of `params_0`, or a part of it.
-      params_0: the pre-trained parameters.
+      params: fine-tuned parameters, with the structure of `params_0` or a part of it.
+      params_0: pre-trained parameters.
 
     Returns:
-      `params - params_0` with the structure of `params`, at least in float32. Leaves
+      `params - params_0` with the structure of `params`, in float32 or better. Leaves
       of integers are left out.
 
     Raises:
@@ -50,12 +50,15 @@ def _subtract(a, b):
 
 
 def apply(params_0: Params, tau: Params, coef: Coef = 1.0) -> Params:
-    r""":math:`\theta_0 + \lambda\tau`; leaves that `tau` lacks stay as they are.
+    r"""Adds a scaled task vector to the parameters: :math:`\theta_0 + \lambda\tau`.
 
     Args:
       params_0: pre-trained parameters.
-      tau: a task vector.
-      coef: the coefficient λ: a number, or one by path of the leaf.
+      tau: a task vector. Leaves that it lacks stay as they are in `params_0`.
+      coef: the coefficient λ: one number, or one number for each path of a leaf.
+
+    Returns:
+      The sum, with the structure and dtypes of `params_0`.
 
     Raises:
       ValueError: a leaf of `tau` is not in `params_0` or has another shape, or the
@@ -75,8 +78,8 @@ def apply(params_0: Params, tau: Params, coef: Coef = 1.0) -> Params:
         scale = coef_of(path)
         if shape := np.shape(scale):
             raise ValueError(
-                f"coef has shape {list(shape)}; one task vector is scaled by one "
-                "number."
+                f"coef has shape {list(shape)}; expected one number, because there is "
+                "one task vector. Give a float."
             )
         dtype = tree.wide_dtype(value, moves[path])
         moved = jnp.asarray(value, dtype) + scale * jnp.asarray(moves[path], dtype)
@@ -88,12 +91,12 @@ def apply(params_0: Params, tau: Params, coef: Coef = 1.0) -> Params:
 def by_path(
     coef: Coef, paths: Collection[str], name: str = "coef"
 ) -> Callable[[str], Any]:
-    """Any form of a coefficient as a function of the slash path.
+    """Returns a coefficient of any form as a function of the slash path.
 
     Args:
       coef: the coefficient.
-      paths: slash paths of the leaves that it must have, if it is a mapping.
-      name: what an error calls it.
+      paths: slash paths of leaves; a mapping must have all of them.
+      name: name of the coefficient in error messages.
 
     Raises:
       ValueError: a mapping lacks a leaf.
@@ -112,14 +115,14 @@ def by_path(
 
 
 def add(taus: Taus) -> Params:
-    """The sum of task vectors, over the union of their leaves.
+    """Adds task vectors, over the union of their leaves.
 
     Args:
       taus: task vectors.
 
     Returns:
-      The sum, in the structure of the first vector that has all leaves; a nested dict
-      where none has.
+      The sum. It has the structure of the first vector that has all leaves. If no
+      vector has all of them, it is a nested dict.
 
     Raises:
       ValueError: the list is empty, or common leaves differ in shape.
@@ -130,7 +133,7 @@ def add(taus: Taus) -> Params:
       2.0 4.0
     """
     if not taus:
-        raise ValueError("the sum of no task vectors has no leaves; give at least one.")
+        raise ValueError("found no task vector to add; give at least one.")
     rows = tree.aligned(taus)
     sums = {path: sum(row[1:], row[0]) for path, row in rows.items()}
     for tau in taus:
@@ -140,25 +143,31 @@ def add(taus: Taus) -> Params:
 
 
 def negate(tau: Params) -> Params:
-    """The task vector that makes the model forget the task."""
+    """Returns `-tau`, the task vector that makes the model forget the task.
+
+    Example:
+      >>> print(negate({"w": np.array(2.0)}))
+      {'w': Array(-2., dtype=float32)}
+    """
     return jax.tree.map(jnp.negative, tau)
 
 
 def analogy(a: Tree, b: Tree, c: Tree, coefs: tuple[float, float] = (1.0, 1.0)) -> Tree:
-    r"""A is to B as C is to D.
+    r"""Returns the task vector of D in the analogy "A is to B as C is to D".
 
     .. math:: \tau_D = \lambda_1\tau_C + \lambda_2(\tau_B - \tau_A)
 
-    Ilharco et al. 2023, section 5. For a domain without labels (App. E.1), C is the
-    labelled task of another domain, A and B are language modelling of that domain and
-    of this one, and each coefficient has a grid of its own, 0.0, 0.1, …, 1.0.
+    Source: Ilharco et al. 2023, section 5. Appendix E.1 uses it for a domain without
+    labels. There C is the labelled task of another domain. A is language modelling of
+    that domain, and B is language modelling of this one. Each coefficient is searched
+    over its own grid, 0.0, 0.1, …, 1.0.
 
     Args:
       a, b, c: task vectors.
-      coefs: λ1 of `c` and λ2 of the difference.
+      coefs: λ1, which scales `c`, and λ2, which scales the difference.
 
     Returns:
-      A task vector in the structure that `add` gives.
+      A task vector, with the structure that `add` returns.
 
     Raises:
       ValueError: common leaves differ in shape.
@@ -178,10 +187,18 @@ def _scale(tau, coef):
 
 
 def random_like(key: jax.Array, tau: Params) -> Params:
-    """A Gaussian direction with the norm of `tau` in every leaf: the paper's control.
+    """Draws a Gaussian direction with the norm of `tau` in every leaf.
 
-    It is in float32 or better. The draw of a leaf depends only on the key and the
-    leaf's path.
+    Ilharco et al. use it as the control. The draw of a leaf depends only on the key and
+    the leaf's path.
+
+    Args:
+      key: random key.
+      tau: a task vector.
+
+    Returns:
+      A tree with the structure of `tau`, in float32 or better. Leaves of integers are
+      left out.
     """
 
     def leaf(path, value):
@@ -194,15 +211,37 @@ def random_like(key: jax.Array, tau: Params) -> Params:
 
 
 def leaf_key(key: jax.Array, path: str) -> jax.Array:
-    """The random key of a leaf: a function of its path alone, not of any order."""
+    """Returns the random key of a leaf.
+
+    It depends on `key` and on the leaf's path, not on the order of the leaves.
+    """
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def norm(tau: Params) -> jax.Array:
-    """The Euclidean norm over all leaves; its gradient is zero, not NaN, at zero."""
+    """Returns the Euclidean norm over all leaves, a scalar.
+
+    At zero its gradient is zero, not NaN.
+
+    Example:
+      >>> print(norm({"w": jnp.array([3.0, 4.0])}))
+      5.0
+    """
     return tree.safe_sqrt(tree.gram([tau])[0, 0])
 
 
 def cosine_matrix(taus: Taus) -> jax.Array:
-    """Cosines of whole task vectors, `[T, T]`; zero for a vector that is zero."""
+    """Returns the cosines between whole task vectors, `[T, T]`.
+
+    The cosines of a vector that is zero are zero.
+
+    Raises:
+      ValueError: common leaves differ in shape.
+
+    Example:
+      >>> a, b = {"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([0.0, 2.0])}
+      >>> print(cosine_matrix([a, b]))
+      [[1. 0.]
+       [0. 1.]]
+    """
     return tree.cosine(tree.gram(taus))

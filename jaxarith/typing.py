@@ -1,7 +1,7 @@
 """The types that signatures name; nothing else.
 
-They say what an argument means. JAX takes any pytree, so a type checker cannot check
-more of a tree than that; numbers, functions and options it can.
+They say what an argument means. A type checker cannot check trees, because JAX accepts
+any pytree. It does check numbers, functions and options.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ Params: TypeAlias = Any
 """Parameters of a model, a pytree of arrays; for the ports a nested dict."""
 
 Taus: TypeAlias = Sequence[Params]
-"""Task vectors, `fine-tuned - pre-trained`; a leaf that one lacks counts as zero."""
+"""Task vectors, `fine-tuned - pre-trained`; a missing leaf counts as zero."""
 
 ApplyFn: TypeAlias = Callable[..., Any]
 """`apply_fn(params, *inputs) -> outputs`: the model as a function of its parameters."""
@@ -25,7 +25,7 @@ ApplyFn: TypeAlias = Callable[..., Any]
 Array: TypeAlias = jax.Array | np.ndarray
 
 Number: TypeAlias = float | int | np.number | np.ndarray | jax.Array
-"""A number, also as a scalar array, which `jit` may be tracing."""
+"""A number or a scalar array; `jit` may be tracing it."""
 
 PerTask: TypeAlias = Number | Sequence[Number]
 """One number for all tasks, or one for each."""
@@ -34,12 +34,12 @@ Numbers: TypeAlias = Sequence[float] | np.ndarray | jax.Array
 """Several numbers `[n]`."""
 
 Coef: TypeAlias = PerTask | Callable[[str], Any] | Mapping[str, Any]
-"""A scaling coefficient: a number, one per task, or either of them by leaf.
+"""A scaling coefficient: one number, one number per task, or either of them by leaf.
 
-By leaf it is a function of the slash path, or a mapping from slash paths, such as the
-`coefs` that `merge.adamerging` finds. A mapping must have all leaves of the task
-vectors; it may have more. A method that scales one merged vector takes one number,
-which may be by leaf too, and not one per task.
+By leaf means a function of the slash path, or a mapping from slash paths. The `coefs`
+of `merge.adamerging` are an example of a mapping. A mapping must have all leaves of the
+task vectors; it may have more. A method that scales one merged vector takes one number,
+which may differ by leaf, but not one per task.
 """
 
 
@@ -52,10 +52,10 @@ class Source(Protocol):
 
 
 LossFn: TypeAlias = Callable[[Any, dict, Any], jax.Array]
-"""`loss(outputs, batch, constants) -> scalar`; constants: what a task keeps fixed."""
+"""`loss(outputs, batch, constants) -> scalar`; a task keeps its constants fixed."""
 
 
 class Quadratic(Protocol):
-    """A quadratic form of a task vector, such as `jaxarith.curvature` measures."""
+    """A quadratic form of a task vector, as `jaxarith.curvature` measures it."""
 
     def product(self, tau: Params, /) -> Params: ...

@@ -327,7 +327,7 @@ ERRORS = {
     "coefficients": (dict(coef=[0.1, 0.2, 0.3]), r"coef has shape \[3\]"),
     "coefficients by path": (
         dict(coef=lambda path: 0.1, scope="task"),
-        'given by path; use scope="layer"',
+        'given by path, but scope is "task"',
     ),
     "density": (dict(density=20), r"density is 20; it must be in \(0, 1\]"),
     "vectors": (dict(taus=[]), "found an empty list"),

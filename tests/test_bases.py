@@ -203,9 +203,9 @@ def test_what_is_no_partition_is_an_error(clusters):
 
 def test_errors_of_the_clustering():
     cosines, _ = planted([2, 2])
-    with pytest.raises(ValueError, match="2 task vectors have no eigengap"):
+    with pytest.raises(ValueError, match="found 2 task vectors; the eigengap needs"):
         cluster(np.eye(2))
-    with pytest.raises(ValueError, match="5 clusters of 4 task vectors"):
+    with pytest.raises(ValueError, match="clusters is 5 for 4 task vectors"):
         cluster(cosines, 5)
     with pytest.raises(ValueError, match=r"negative is 0.5; it must be in \[-1, 0\)"):
         cluster(cosines, 2, negative=0.5)
@@ -213,7 +213,7 @@ def test_errors_of_the_clustering():
     halves = dict(clusters=[[0, 1], [2, 3]])
     with pytest.raises(ValueError, match=r"negative is -2; it must be in \[-1, 0\)"):
         merge.basis_vectors(params_0, taus, negative=-2, **halves)
-    with pytest.raises(ValueError, match="negative is -0.5, but a partition is used"):
+    with pytest.raises(ValueError, match="negative is -0.5, but a given"):
         merge.basis_vectors(params_0, taus, negative=-0.5, **halves)
     with pytest.raises(ValueError, match=r"shape \[2, 4\]; expected \[T, T\]"):
         cluster(cosines[:2])

@@ -192,7 +192,7 @@ def test_layers_whose_inputs_cannot_leave_them_are_an_error(wrap):
         return Wrapped(wrap).apply({"params": params}, x)
 
     params = {"before": DENSE, "inside": DENSE}
-    with pytest.raises(ValueError, match=r"without remat, .* layer out by select"):
+    with pytest.raises(ValueError, match=r"without remat, .* layer out with select"):
         capture.input_grams(apply_fn, params, [BATCH])
     found = capture.input_grams(apply_fn, params, [BATCH], select="before/.*")
     np.testing.assert_allclose(found["before/kernel"], np.ones((2, 2)))
@@ -215,7 +215,7 @@ TOKENS = {**BATCH, "image": np.ones((3, 4, 2), np.float32), "tokens": np.ones((3
         (apply_dense, DENSE, [], {}, "no real sample"),
         (apply_dense, DENSE, [{**BATCH, "mask": np.zeros(3)}], {}, "no real sample"),
         (apply_dense, DENSE, [BATCH], {"select": "fc1"}, "no Dense layer .* kernel"),
-        (flattened, DENSE, [TOKENS], {}, "first axis must be the sample"),
+        (flattened, DENSE, [TOKENS], {}, "first axis must be the samples"),
         (
             apply_dense,
             DENSE,

@@ -134,7 +134,7 @@ def test_overwrite_replaces_the_folder_once_the_new_one_is_complete(
         (("--method", "awd", "--scope", "leaf"), "--scope of awd .* global, layer"),
         (
             ("--method", "wise_ft"),
-            "WiSE-FT moves the pre-trained model to one other; found 2",
+            "WiSE-FT takes exactly one task vector; found 2",
         ),
         (("--method", "iso_c", "--matrices", "x"), "no 2-D leaf matches"),
         (("--method", "slerp", "--density", "1"), "slerp has no option --density"),

@@ -191,12 +191,12 @@ def test_coefficients_of_a_jitted_mapping_are_differentiated():
 
 
 def test_apply_scales_by_one_number():
-    with pytest.raises(ValueError, match=r"coef has shape \[2\]; one task vector"):
+    with pytest.raises(ValueError, match=r"coef has shape \[2\]; expected one number"):
         task_vectors.apply(PARAMS_0, TAUS[0], [1.0, 2.0])
 
 
 def test_task_wise_adamerging_refuses_coefficients_by_path():
-    with pytest.raises(ValueError, match='given by path; use scope="layer"'):
+    with pytest.raises(ValueError, match='given by path, but scope is "task"'):
         merge.adamerging(
             PARAMS_0, TAUS, [None] * 2, [[{}]] * 2, scope="task", coef=VALUES
         )

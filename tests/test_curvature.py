@@ -287,7 +287,7 @@ def test_weighted_factors_weigh_each_part_of_the_form():
             weights[layers.get(path, path)] * curvature.penalty(alone, factors),
             rtol=1e-12,
         )
-    with pytest.raises(ValueError, match="cannot be weighed by path"):
+    with pytest.raises(ValueError, match="cannot be weighted by path"):
         curvature.weighted(collected(apply_fn, params, x, rank=2), lambda path: 1.0)
 
 

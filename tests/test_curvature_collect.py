@@ -240,10 +240,10 @@ def test_damaged_files_are_refused(setting, tmp_path):
     [
         (lambda f: {"divisors": {}}, "divisors of first/kernel are missing"),
         (lambda f: {"divisors": double(f.divisors)}, r"kernel have shape \[2\]"),
-        (lambda f: {"outputs": double(f.outputs)}, "other numbers of terms"),
-        (lambda f: {"sketch": dict([*f.sketch.items()][1:])}, "not of the leaves"),
+        (lambda f: {"outputs": double(f.outputs)}, "different numbers of terms"),
+        (lambda f: {"sketch": dict([*f.sketch.items()][1:])}, "measured leaves differ"),
         (lambda f: {"layers": (curvature.Layer(("x",), (), False),)}, "a layer of x"),
-        (lambda f: {"layers": f.layers[:1]}, "not of the leaves"),
+        (lambda f: {"layers": f.layers[:1]}, "measured leaves differ"),
         (lambda f: {"sharing": "wide"}, "sharing is 'wide'"),
         (lambda f: {"samples": jnp.ones(2)}, "number of samples"),
     ],

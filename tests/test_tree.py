@@ -214,7 +214,7 @@ def test_map_with_path_passes_slash_paths():
 
 @pytest.mark.parametrize("paths", [("a", "a/b"), ("a/b", "a"), ("a/b/c", "a/b")])
 def test_a_leaf_above_another_has_no_nested_dict(paths):
-    with pytest.raises(ValueError, match="is a leaf and above or below another one"):
+    with pytest.raises(ValueError, match="is a leaf, and another leaf is"):
         tree.unflatten(dict.fromkeys(paths, 1.0))
 
 

@@ -34,7 +34,7 @@ def test_a_vector_that_does_not_fit_is_an_error():
 
 def test_anything_but_one_task_vector_is_an_error():
     tau = {"w": jnp.ones(2)}
-    with pytest.raises(ValueError, match="to one other; found 2 task vectors"):
+    with pytest.raises(ValueError, match="exactly one task vector; found 2"):
         merge.wise_ft({"w": jnp.zeros(2)}, [tau, tau])
     with pytest.raises(ValueError, match="found one tree, a dict"):
         merge.wise_ft({"w": jnp.zeros(2)}, tau)

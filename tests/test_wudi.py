@@ -203,7 +203,7 @@ def test_without_a_matrix_there_is_something_to_merge_or_an_error():
 
 def test_a_pattern_without_a_match_is_an_error_that_shows_paths():
     taus = [{"layer": {"weight": tau}} for tau in vectors(2)]
-    with pytest.raises(ValueError, match="such as layer/weight; matrices=None takes"):
+    with pytest.raises(ValueError, match="include layer/weight. matrices=None takes"):
         merge.wudi(taus[0], taus, matrices=".*kernel")
 
 

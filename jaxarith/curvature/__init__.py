@@ -1,7 +1,8 @@
-"""Curvature: the inputs of other tasks as statistics, for a penalty without their data.
+"""Curvature: statistics of the other tasks' inputs, for a penalty without their data.
 
-`collect` measures the factors of a task, `merge` joins those of several, `penalty` is
-their quadratic form, `eigen` and `correct` sharpen it, `save` and `load` keep it.
+`collect` measures the factors of a task, and `merge` joins the factors of several
+tasks. `penalty` is their quadratic form; `eigen` and `correct` make it more accurate.
+`save` and `load` store factors in files.
 """
 
 from jaxarith.curvature.collect import collect as collect

@@ -1,20 +1,22 @@
-r"""The curvature of a task from its inputs: one pass, no labels.
+r"""Measures the curvature of a task from its inputs: one pass, no labels.
 
-With features f `[C]` of a sample and a probe v of :math:`E[vv^\top] = I`, the vector
-:math:`u = J^\top v` has :math:`E[uu^\top] = J^\top J`. Its part in a linear layer with
-inputs a `[R, in]` by token, and gradients g `[R, out]` in the outputs, is the matrix
-:math:`a^\top g`. `Sharing` says how Kronecker factors treat the tokens:
+A sample has features f `[C]` with the Jacobian J. For a random probe v with
+:math:`E[vv^\top] = I`, the vector :math:`u = J^\top v` has :math:`E[uu^\top] = J^\top
+J`. A linear layer with inputs a `[R, in]` for R tokens, and gradients g `[R, out]` in
+its outputs, has the part :math:`a^\top g` of u, a matrix. `Sharing` says how Kronecker
+factors treat the tokens:
 
-`whole` (ours): A is the mean of :math:`a^\top g\,g^\top a`, B that of
-:math:`g^\top a\,a^\top g`, and d their common trace. No token is taken for independent
-of another, the trace is that of the exact block, and factors of the union of two sets
-are exactly the mean of theirs. It is a step of the power iteration to the nearest
-Kronecker product of the block, as in Morwani et al. A New Perspective on Shampoo's
-Preconditioner. 2024. arXiv:2406.17748.
+`whole` (ours): A is the mean of :math:`a^\top g\,g^\top a`, B is the mean of
+:math:`g^\top a\,a^\top g`, and d is their common trace. It does not assume that tokens
+are independent. Its trace equals that of the exact block, and the factors of the union
+of two sets are exactly the mean of the factors of both. It is one step of the power
+iteration to the nearest Kronecker product of the block, as in Morwani et al. A New
+Perspective on Shampoo's Preconditioner. 2024. arXiv:2406.17748.
 
 `expand`, `reduce`: Eschenhagen, Immer, Turner, Schneider, Hennig. Kronecker-Factored
 Approximate Curvature for Modern Neural Network Architectures. NeurIPS 2023.
-arXiv:2311.00636. Tokens are independent samples, or a sample is the mean of its tokens.
+arXiv:2311.00636. With `expand` tokens are independent samples; with `reduce` a sample
+is the mean of its tokens.
 """
 
 import dataclasses
@@ -51,53 +53,54 @@ def collect(
     chunk: int = 8,
     mesh: Mesh | None = None,
 ) -> Factors:
-    r"""The factors of :math:`E_x[J(x)^\top J(x)]` at `params_0`, for the penalty.
+    r"""Measures factors of :math:`E_x[J(x)^\top J(x)]` at `params_0`, for the penalty.
 
-    One compiled pass, forward and backward, over unlabelled samples. A few hundred are
-    enough. Leaves of other than linear layers, and models that are no Linen modules,
-    have a diagonal.
+    It makes one compiled pass, forward and backward, over unlabelled samples. A few
+    hundred samples are enough. Only linear layers of Linen modules have Kronecker
+    factors; all other leaves, and other models, have a diagonal.
 
     Args:
-      apply_fn: `apply_fn(params, *inputs) -> features`, one array with the sample as
-        its first axis: what τJp would take the norm of. To measure normalised features,
-        pass a function that normalises them.
+      apply_fn: `apply_fn(params, *inputs) -> features`, one array with the samples as
+        its first axis. These are the features whose norm τJp would take. To measure
+        normalised features, pass a function that normalises them.
       params_0: the parameters at which the model is linearised.
       batches: dicts of arrays `[B, ...]`, with a `mask`, `bool[B]`, that is False for
-        padding; all rows count by default.
-      inputs: the fields of a batch that are passed to `apply_fn`, in order.
-      sharing: how the tokens of a sample share a layer, see above; None for the
-        diagonal of every leaf, without factors.
-      probes: random probes for each sample, averaged; None for the exact sum, with a
-        backward pass for each number in the features.
-      key: random key of the probes, which depend on it and on the place of the sample
-        alone. None is right only without probes.
-      select: pattern of the whole paths of leaves that are measured.
-      joint: measure layers that read the same array, as queries, keys and values do,
-        as one layer with the kernels side by side: what is between them counts too.
-      full_up_to: leaves of other than linear layers with at most so many entries get
-        their full block instead of a diagonal.
-      rank: how many exact products keep what is between layers, see `sketch`; each has
-        the size of a task vector. With fewer of them than samples, what they keep
-        depends a little on `chunk`, and so on the number of devices.
-      token_mask: a field `[B, S]` of the batches, such as `attention_mask`, that is
-        true where a token counts, or a function from the path of a kernel to the
-        field's name or None. `expand` and `reduce` need it where batches have padding;
-        in `whole`, tokens that move no features count for nothing.
-      penalty_mask: for features by token, `[B, S, D]`: the field that is 0 where a
-        token is padding. G is the mean over the other tokens; without it, over all.
-      chunk: how many samples are differentiated at once. Each needs the memory of its
-        activations, and of a copy of the leaves that have no factors.
-      mesh: the devices that share every batch, see `sharding`; by default those that
-        the parameters are on.
+        padding; by default all rows count.
+      inputs: names of the fields of a batch that `apply_fn` takes, in order.
+      sharing: how the tokens of a sample share a layer, see above. None measures only
+        the diagonal of every leaf, without factors.
+      probes: number of random probes for each sample, which are averaged. None takes
+        the exact sum, with one backward pass for each number in the features.
+      key: random key of the probes. A probe depends only on it and on the sample's
+        place. Only without probes may it be None.
+      select: regular expression for the whole paths of the leaves to measure.
+      joint: whether to measure layers that read the same array as one layer, with their
+        kernels side by side, so that terms between them count too. Queries, keys and
+        values are an example.
+      full_up_to: leaves outside linear layers with at most this many entries have a
+        full block instead of a diagonal.
+      rank: number of exact products that keep the terms between layers, see `sketch`.
+        Each has the size of a task vector. If it is smaller than the number of samples,
+        the result depends a little on `chunk`, and so on the number of devices.
+      token_mask: name of a field `[B, S]` of the batches, for example
+        `attention_mask`, that is true for tokens that count; or a function from the
+        path of a kernel to this name or None. `expand` and `reduce` need it if batches
+        have padding. With `whole`, tokens that do not change the features do not count.
+      penalty_mask: for features by token, `[B, S, D]`, name of the field that is 0 for
+        padding tokens. G is the mean over the other tokens; without it, over all.
+      chunk: number of samples that are differentiated at the same time. Each needs the
+        memory of its activations, and of a copy of the leaves that have no factors.
+      mesh: the devices that share every batch, see `sharding`; by default those of the
+        parameters.
 
     Returns:
-      `Factors`, in float32 or better. Everything is a mean: over samples, probes, and
-      tokens of the features. They lie on all devices of the mesh.
+      `Factors`, in float32 or better. They are means over samples, probes, and tokens
+      of the features. They are on all devices of the mesh.
 
     Raises:
       ValueError: no real sample, no leaf that matches, no key for probes, features that
-        are not one array by sample, values that are not finite, or a linear layer
-        inside `nn.remat`, `nn.scan` or a `jit` of the model's own.
+        are not one array with the samples as first axis, values that are not finite,
+        or a linear layer inside `nn.remat`, `nn.scan` or a `jit` in the model.
 
     Example:
       >>> apply_fn = lambda params, x: x @ params["w"]
@@ -110,7 +113,8 @@ def collect(
     """
     if sharing not in (None, *get_args(Sharing)):
         raise ValueError(
-            f"sharing is {sharing!r}; it is {', '.join(get_args(Sharing))} or None."
+            f"sharing is {sharing!r}; it must be {', '.join(get_args(Sharing))} or "
+            "None."
         )
     one = first_sample(batches, inputs)
     leaves = _selected(params_0, select)
@@ -151,14 +155,17 @@ def collect(
 def _selected(params_0, select):
     leaves = tree.flatten(tree.select(tree.floating(params_0), select))
     if not leaves:
-        raise ValueError(f"no floating-point leaf has a path that matches {select!r}.")
+        raise ValueError(
+            f"no floating-point leaf has a path that matches {select!r}. The pattern "
+            "must match whole paths."
+        )
     return leaves
 
 
 def whole_samples(
     basis: Any, a: jax.Array, g: jax.Array, counted: jax.Array
 ) -> dict[str, jax.Array]:
-    """The statistics of `sharing="whole"`; see `passes.Statistics`."""
+    """Returns the statistics of `sharing="whole"`; see `passes.Statistics`."""
     of_g, of_a = _products(g, g), _products(a, a)  # [B, R, R]
     return {
         "inputs": _gram(a, jnp.matmul(of_g, a, precision="highest")),
@@ -194,7 +201,7 @@ _GRAMS: dict[Sharing, Statistics] = {
 
 
 def _rotated(basis, a, g, counted):
-    """The squared entries of aᵀg in a basis, `[in, out]`."""
+    """Returns the sum of the squared entries of aᵀg in a basis, `[in, out]`."""
     u_a, u_b = basis
     a = jnp.matmul(a, u_a, precision="highest")
     g = jnp.matmul(g, u_b, precision="highest")
@@ -203,12 +210,12 @@ def _rotated(basis, a, g, counted):
 
 
 def _products(x, y):
-    """All inner products of the rows of x and y `[B, R, D]`: `[B, R, R]`."""
+    """Returns all inner products of the rows of x and y `[B, R, D]`: `[B, R, R]`."""
     return jnp.einsum("bri,bsi->brs", x, y, precision="highest")
 
 
 def _gram(x, y):
-    """The sum of x yᵀ over all rows of `[..., D]` and `[..., E]`: `[D, E]`."""
+    """Returns the sum of x yᵀ over all rows of `[..., D]` and `[..., E]`: `[D, E]`."""
     rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     return jnp.matmul(rows[0].T, rows[1], precision="highest")
 
@@ -226,26 +233,34 @@ def correct(
     chunk: int = 8,
     mesh: Mesh | None = None,
 ) -> EigenFactors:
-    r"""The exact diagonal of the curvature in a given eigenbasis: EK-FAC.
+    r"""Measures the exact diagonal of the curvature in a given eigenbasis (EK-FAC).
 
-    :math:`S_{ij} = E\,(U_A^\top a^\top g\,U_B)_{ij}^2`. Tasks that are measured in one
-    basis, that of their merged factors, have eigenvalues that add exactly.
+    The eigenvalues are :math:`S_{ij} = E\,(U_A^\top a^\top g\,U_B)_{ij}^2`. If several
+    tasks are measured in one basis, that of their merged factors, their eigenvalues can
+    be added exactly.
+
+    Source: George et al. 2018 (see `EigenFactors`).
 
     Args:
       apply_fn, params_0, batches, inputs, probes, key, penalty_mask, chunk, mesh: as
-        for `collect`. A chunk needs a matrix of every layer for each sample.
-      factors: what `eigen` gives.
+        for `collect`. A chunk needs memory for a matrix of every layer for each sample.
+      factors: result of `eigen`.
 
     Returns:
       `factors` with the eigenvalues of these samples; the rest stays.
 
     Raises:
-      ValueError: as for `collect`; or the factors are of other parameters, or not what
-        `eigen` gives.
+      ValueError: as for `collect`, the factors belong to other parameters, or they are
+        not `EigenFactors`.
+
+    Example:
+      >>> found = correct(  # doctest: +SKIP
+      ...     apply_fn, params_0, batches, eigen(factors), key=jax.random.key(0)
+      ... )
     """
     if not isinstance(factors, EigenFactors):
         raise ValueError(
-            f"correct got {type(factors).__name__} and needs EigenFactors; give it "
+            f"found {type(factors).__name__}; expected EigenFactors. Pass "
             "curvature.eigen(factors)."
         )
     check_base(factors, params_0)

@@ -15,14 +15,14 @@ from jaxarith.curvature.factors import (
 
 
 def block_diagonal(factors: Factors, blocks: int) -> Factors:
-    """The factors without what is outside of diagonal blocks.
+    """Returns only the diagonal blocks of factors.
 
     They need `1 / blocks` of the memory, of the file and of the penalty's time.
     Porrello et al. (2026), Figure 7, lose about a point of accuracy with 8 blocks.
 
     Args:
       factors: whole factors.
-      blocks: how many blocks each matrix has; the last one may be smaller.
+      blocks: number of blocks of each matrix; the last block may be smaller.
 
     Returns:
       `Factors` whose matrices are `[K, blocks, s, s]`. Merge factors before.
@@ -36,7 +36,7 @@ def block_diagonal(factors: Factors, blocks: int) -> Factors:
     """
     check_kronecker(factors)
     if blocks < 1:
-        raise ValueError(f"blocks is {blocks}; at least 1 is needed.")
+        raise ValueError(f"blocks is {blocks}; it must be at least 1.")
 
     def cut(matrices):
         if matrices.ndim != 3:
@@ -60,23 +60,32 @@ def block_diagonal(factors: Factors, blocks: int) -> Factors:
 def calibrate(factors: Factors) -> Factors:
     r"""Scales the blocks so that they agree with the sketch along its directions.
 
-    Blocks by layer leave out what the layers do together, and are a fraction of the
-    exact form for vectors that move all layers. Along the directions q of the sketch
-    the exact values are known; the blocks are multiplied by the ratio of the sums of
-    the exact :math:`q^\top G q` to their own. A weight of the penalty then means what
-    it means for the exact form.
+    Blocks by layer leave out the terms between layers. For vectors that move all
+    layers, their form is only a fraction of the exact form. Along the directions q of
+    the sketch the exact values are known. The blocks are multiplied by the ratio of the
+    sum of the exact values :math:`q^\top G q` to the sum of their own values. Then a
+    weight of the penalty means the same as for the exact form.
 
     Args:
-      factors: with a sketch; those of several tasks merged.
+      factors: factors with a sketch. Merge several tasks first.
+
+    Returns:
+      `Factors` with scaled blocks and the same sketch.
 
     Raises:
       ValueError: the factors have no sketch, or are in an eigenbasis.
+
+    Example:
+      >>> found = collect(  # doctest: +SKIP
+      ...     apply_fn, params_0, batches, key=key, rank=32
+      ... )
+      >>> calibrate(found)  # doctest: +SKIP
     """
     check_kronecker(factors)
     if not factors.sketch:
         raise ValueError(
-            "these factors have no sketch to calibrate them by; give collect a rank, "
-            "such as rank=32."
+            "these factors have no sketch to calibrate them with; call collect with a "
+            "rank, for example rank=32."
         )
     return _calibrated(factors)
 
@@ -94,16 +103,24 @@ def _calibrated(factors):
 
 
 def eigen(factors: Factors) -> EigenFactors:
-    """The same curvature in the eigenbasis of its factors, for `correct`.
+    """Returns the same curvature in the eigenbasis of its factors, for `correct`.
+
+    Source: George et al. 2018 (see `EigenFactors`).
 
     Args:
-      factors: one Kronecker term, in whole matrices; several tasks are merged first.
+      factors: factors with one Kronecker term, in whole matrices. Merge several tasks
+        first.
 
     Returns:
-      `EigenFactors`. Until it is corrected, the form is that of `factors`.
+      `EigenFactors`. Before `correct`, its form is the same as that of `factors`.
 
     Raises:
-      ValueError: the factors have several terms, or blocks, or are in an eigenbasis.
+      ValueError: the factors have several terms, have blocks, or are in an eigenbasis.
+
+    Example:
+      >>> found = correct(  # doctest: +SKIP
+      ...     apply_fn, params_0, batches, eigen(factors), key=key
+      ... )
     """
     check_kronecker(factors)
     parts = {"inputs": {}, "outputs": {}, "eigenvalues": {}}

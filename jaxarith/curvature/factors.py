@@ -1,10 +1,10 @@
 r"""Kronecker factors of the Gram matrix of a Jacobian, and their quadratic form.
 
 The mean squared τJp of a task, :math:`E_x\|J(x)\tau\|^2 = \tau^\top G\tau`, needs the
-task's inputs only through :math:`G = E_x[J(x)^\top J(x)]`. `Factors` keep of G a
-Kronecker product for each linear layer and the diagonal, or small full blocks, of what
-else is trained. Blocks between layers are dropped; a sketch, if there is one, stands
-for them.
+task's inputs only through :math:`G = E_x[J(x)^\top J(x)]`. `Factors` approximate G by a
+Kronecker product for each linear layer, and by the diagonal or small full blocks for
+all other trained leaves. They drop the blocks between layers; an optional sketch
+approximates these.
 
 Martens, Grosse. Optimizing Neural Networks with Kronecker-factored Approximate
 Curvature. ICML 2015. arXiv:1503.05671. As a penalty for task arithmetic: Porrello et
@@ -25,30 +25,30 @@ from jaxarith.curvature.matrices import Layer
 from jaxarith.typing import Params
 
 Sharing = Literal["whole", "expand", "reduce"]
-_STATIC = {"static": True}  # what `jit` compiles for, and no array
+_STATIC = {"static": True}  # marks fields that are not arrays and that `jit` hashes
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    r"""What `collect` keeps of the curvature of one task, or `merge` of several.
+    r"""The curvature of one task from `collect`, or of several tasks from `merge`.
 
     A layer with matrix W `[in (+ 1), out]` has the form
     :math:`\sum_k \langle W, A_k W B_k\rangle / d_k`. All arrays are means over samples,
-    so that those of several tasks add like task vectors.
+    so those of several tasks can be added like task vectors.
 
     Attributes:
       layers: the layers that have factors.
-      base: `fingerprint.combined` of the parameters θ0 that were differentiated.
+      base: `fingerprint.combined` of the parameters θ0 at which it was measured.
       sharing: how tokens shared the layers, see `collect`.
       inputs: A by the name of the layer, `[K, in (+ 1), in (+ 1)]`; or its n blocks
         `[K, n, s, s]`, see `block_diagonal`.
-      outputs: B, `[K, out, out]`, or its blocks.
-      divisors: d, `[K]`.
-      full: blocks `[n, n]` of other leaves of n entries, by path.
-      diagonal: the diagonal for all other leaves, in their shapes, by path.
-      sketch: rows u `[rank, ...]` of all leaves, by path, whose :math:`(u\cdot\tau)^2`
-        are added; empty for none.
+      outputs: B by the name of the layer, `[K, out, out]`, or its blocks.
+      divisors: d by the name of the layer, `[K]`.
+      full: full blocks `[n, n]` of other leaves with n entries, by path.
+      diagonal: diagonals of all other leaves, in their shapes, by path.
+      sketch: rows u `[rank, ...]` of all leaves, by path. The form adds all
+        :math:`(u\cdot\tau)^2`. It is empty if there is no sketch.
       samples: the number of samples, `f32[]`.
     """
 
@@ -64,13 +64,13 @@ class Factors:
     samples: jax.Array
 
     def product(self, tau: Params, /) -> Params:
-        """The product with a task vector; see `curvature.product`."""
+        """Returns the product with a task vector; see `curvature.product`."""
 
         def of_layer(name, w):
             triples = zip(
                 self.inputs[name], self.outputs[name], self.divisors[name], strict=True
             )
-            # Without samples, or where nothing moves the outputs, d = 0 and A = B = 0.
+            # If no input changes the features, d = 0 and A = B = 0.
             return tree.total(
                 _times(b, _times(a, w).T).T / jnp.where(d == 0, 1, d)
                 for a, b, d in triples
@@ -82,7 +82,7 @@ class Factors:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EigenFactors:
-    r"""Factors with the exact diagonal in their eigenbasis: EK-FAC.
+    r"""Factors with the exact diagonal in their eigenbasis (EK-FAC).
 
     A layer with matrix W has the form
     :math:`\sum_{ij} S_{ij}\,(U_A^\top W U_B)_{ij}^2`.
@@ -108,7 +108,7 @@ class EigenFactors:
     samples: jax.Array
 
     def product(self, tau: Params, /) -> Params:
-        """The product with a task vector; see `curvature.product`."""
+        """Returns the product with a task vector; see `curvature.product`."""
 
         def of_layer(name, w):
             u_a, u_b = self.inputs[name], self.outputs[name]
@@ -124,24 +124,24 @@ def check_base(curvature: Curvature, params_0: Params) -> None:
     """Raises a ValueError if the curvature was measured at other parameters."""
     if curvature.base != (base := fingerprint.combined(params_0)):
         raise ValueError(
-            f"the curvature was measured at parameters of fingerprint "
-            f"{curvature.base:08x}, and these have {base:08x}. Collect it anew at the "
-            "parameters that the task vectors start from."
+            f"the curvature was measured at parameters with the fingerprint "
+            f"{curvature.base:08x}, but these have {base:08x}. Collect it again at the "
+            "parameters from which the task vectors start."
         )
 
 
 def check_kronecker(found: object) -> None:
-    """Raises a ValueError unless these are `Factors`, in no eigenbasis."""
+    """Raises a ValueError unless these are `Factors`, not in an eigenbasis."""
     if not isinstance(found, Factors):
         raise ValueError(
             f"found {type(found).__name__}; expected Factors, as curvature.collect "
-            "gives them. Merge, calibrate and cut them before curvature.eigen; "
-            "curvature.load gives them with metadata."
+            "returns them. Merge, calibrate and cut them before curvature.eigen. "
+            "curvature.load returns a pair: the factors and the metadata."
         )
 
 
 def scaled(factors: Factors, by: float | jax.Array) -> Factors:
-    """The factors of a form that is `by` times as large, `by` ≥ 0."""
+    """Returns the factors of a form that is `by` times as large, `by` ≥ 0."""
 
     def times(part):
         return {name: by * leaf for name, leaf in part.items()}
@@ -156,12 +156,16 @@ def scaled(factors: Factors, by: float | jax.Array) -> Factors:
 
 
 def weighted(factors: Factors, weight: Callable[[str], float]) -> Factors:
-    """The factors of a form whose parts weigh differently.
+    """Returns the factors of a form in which each part has its own weight.
 
     Args:
-      factors: without a sketch, which is of all leaves together.
-      weight: from the path of a leaf to its weight, at least 0. A layer has that of its
-        kernel, or of the first of several.
+      factors: factors without a sketch, because a sketch belongs to all leaves
+        together.
+      weight: `weight(path)` returns the weight of a leaf, at least 0. A layer has the
+        weight of its kernel, or of the first of several kernels.
+
+    Returns:
+      `Factors` with the parts multiplied by their weights.
 
     Raises:
       ValueError: the factors have a sketch.
@@ -172,8 +176,8 @@ def weighted(factors: Factors, weight: Callable[[str], float]) -> Factors:
     """
     if factors.sketch:
         raise ValueError(
-            "these factors have a sketch, which is of all leaves together and cannot "
-            "be weighed by path. Collect without a rank."
+            "these factors have a sketch. It belongs to all leaves together and cannot "
+            "be weighted by path. Collect without a rank."
         )
     of_layer = {layer.name: weight(layer.kernels[0]) for layer in factors.layers}
 
@@ -189,9 +193,9 @@ def weighted(factors: Factors, weight: Callable[[str], float]) -> Factors:
 
 
 def _times(symmetric, w):
-    """A product with a symmetric matrix `[m, m]`, or its diagonal blocks `[n, s, s]`.
+    """Multiplies by a symmetric matrix `[m, m]`, or by its diagonal blocks `[n, s, s]`.
 
-    The last block is filled up with zeros.
+    The last block is padded with zeros.
     """
     if symmetric.ndim == 2:
         return symmetric @ w
@@ -216,17 +220,18 @@ def _product(curvature, tau, of_layer):
     for path, squares in curvature.diagonal.items():
         if path in vector:
             leaf = vector[path]
-            if squares.shape not in ((), leaf.shape):  # others might be broadcast
+            if squares.shape not in ((), leaf.shape):  # else JAX might broadcast it
                 raise ValueError(
-                    f"the curvature of {path} has shape {list(squares.shape)}, and the "
-                    f"task vector {list(leaf.shape)}. They are of other models."
+                    f"the curvature of {path} has shape {list(squares.shape)}, but the "
+                    f"task vector has {list(leaf.shape)}. Use both from the same model."
                 )
             found[path] = squares * leaf
     if missing := [path for path in vector if path not in found]:
         raise ValueError(
             f"no curvature was measured for {', '.join(tree.first_few(missing, 3))}: "
             f"{len(missing)} of {len(vector)} leaves of the task vector. Collect it "
-            "for all that is trained, or train what it was collected for."
+            "for all trained leaves, or train only the leaves that it was collected "
+            "for."
         )
     if curvature.sketch:
         between = sketch.product(curvature.sketch, vector)
@@ -235,38 +240,58 @@ def _product(curvature, tau, of_layer):
 
 
 def product(tau: Params, curvature: Curvature) -> Params:
-    r"""The product :math:`M\tau` of an approximate Gram matrix with a task vector.
+    r"""Multiplies an approximate Gram matrix and a task vector: :math:`M\tau`.
 
-    It costs `in · out · (in + out)` multiplications and additions for each layer and
-    Kronecker term, twice that in an eigenbasis.
+    It takes `in · out · (in + out)` multiplications and additions for each layer and
+    Kronecker term, and twice as many in an eigenbasis.
 
     Args:
       tau: a task vector.
-      curvature: what `collect`, `merge` or `correct` gives.
+      curvature: result of `collect`, `merge` or `correct`.
 
     Returns:
       A tree like `tau`.
 
     Raises:
       ValueError: `tau` has leaves whose curvature was not measured.
+
+    Example:
+      >>> from jaxarith.curvature import collect
+      >>> params_0, batch = {"w": jnp.zeros((2, 1))}, {"image": jnp.array([[3.0, 4.0]])}
+      >>> found = collect(
+      ...     lambda params, x: x @ params["w"], params_0, [batch], probes=None
+      ... )
+      >>> print(product({"w": jnp.ones((2, 1))}, found)["w"].T)
+      [[ 9. 16.]]
     """
     return curvature.product(tau)
 
 
 @jax.custom_jvp
 def penalty(tau: Params, curvature: Curvature) -> jax.Array:
-    r"""The quadratic form :math:`\tau^\top M\tau`, about the mean squared τJp.
+    r"""Returns the quadratic form :math:`\tau^\top M\tau`.
+
+    It approximates the mean squared τJp. Its gradient is :math:`2M\tau`, which costs no
+    more than the value. The gradient treats the curvature as a constant.
 
     Args:
       tau: a task vector.
-      curvature: what `collect`, `merge` or `correct` gives.
+      curvature: result of `collect`, `merge` or `correct`.
 
     Returns:
-      A scalar, at least 0 but for rounding. Its gradient is :math:`2M\tau`, which costs
-      no more than the value does. The curvature counts as a constant.
+      A scalar, at least 0 up to rounding.
 
     Raises:
       ValueError: `tau` has leaves whose curvature was not measured.
+
+    Example:
+      >>> from jaxarith.curvature import collect
+      >>> params_0, batch = {"w": jnp.zeros((2, 1))}, {"image": jnp.array([[3.0, 4.0]])}
+      >>> found = collect(
+      ...     lambda params, x: x @ params["w"], params_0, [batch], probes=None
+      ... )
+      >>> print(penalty({"w": jnp.ones((2, 1))}, found))
+      25.0
     """
     return _dot(tau, product(tau, curvature))
 

@@ -1,4 +1,4 @@
-"""Files of curvature: safetensors, with the fingerprint of θ0 and no code in them."""
+"""Files of curvature: safetensors with the fingerprint of θ0, and without code."""
 
 import dataclasses
 import json
@@ -35,22 +35,25 @@ def save(
 ) -> None:
     """Writes curvature to one safetensors file.
 
-    Second moments of a layer's inputs and gradients are in it: they are statistics of
-    the data, and no formal protection of it.
+    The file holds second moments of the layers' inputs and gradients. They are
+    statistics of the data; they do not protect it in any formal sense.
 
     Args:
-      path: the file; an older one is replaced.
-      curvature: what `collect`, `merge`, `correct` or `eigen` gives.
-      metadata: more of what the file says about itself, such as the task's name.
+      path: path of the file; an older file is replaced.
+      curvature: result of `collect`, `merge`, `correct` or `eigen`.
+      metadata: additional texts to store in the file, for example the task's name.
 
     Raises:
-      ValueError: it is no curvature, holds NaN or infinite values, or `metadata` has a
-        key that the format uses.
+      ValueError: it is not curvature, it holds NaN or infinite values, or `metadata`
+        has a key that the format uses.
+
+    Example:
+      >>> save("cars.safetensors", factors, {"task": "cars"})  # doctest: +SKIP
     """
     if not isinstance(curvature, Curvature):
         raise ValueError(
-            f"found {type(curvature).__name__}; expected what curvature.collect, merge "
-            "or eigen gives."
+            f"found {type(curvature).__name__}; expected Factors or EigenFactors, the "
+            "results of curvature.collect, merge, eigen and correct."
         )
     kind = next(name for name, c in _KINDS.items() if isinstance(curvature, c))
     own = {
@@ -62,35 +65,38 @@ def save(
     }
     if clash := sorted(own.keys() & (metadata or {}).keys()):
         raise ValueError(
-            f"the metadata have the key {clash[0]!r}, which the format uses itself; "
-            "give it another name."
+            f"the metadata have the key {clash[0]!r}, which the format uses itself. "
+            "Rename the key."
         )
     arrays = {k: v for k, v in vars(curvature).items() if k not in _STATIC}
     hub.save_tree(path, arrays, {**own, **(metadata or {})})
 
 
 def load(path: str | os.PathLike, params_0: Params) -> tuple[Curvature, dict[str, str]]:
-    """Reads what `save` wrote.
+    """Reads a file that `save` wrote.
 
     Args:
-      path: the file.
-      params_0: the parameters that the curvature must be of.
+      path: path of the file.
+      params_0: the parameters at which the curvature must have been measured.
 
     Returns:
-      The curvature, in NumPy arrays as it was saved, and the metadata that `save` got.
+      The curvature, in NumPy arrays, and the metadata that were passed to `save`.
 
     Raises:
       FileNotFoundError: the file does not exist.
-      ValueError: the file is corrupt, holds no curvature, or matrices that are not
-        symmetric or fit no layer; or it is of other parameters.
+      ValueError: the file is damaged, holds no curvature, holds matrices that are not
+        symmetric or fit no layer, or belongs to other parameters.
+
+    Example:
+      >>> factors, metadata = load("cars.safetensors", params_0)  # doctest: +SKIP
     """
     nested, metadata = hub.load_tree(path)
     own = {key: metadata.pop(key, "") for key in ("format", "kind", *_STATIC)}
     if own["format"] != _FORMAT or own["kind"] not in _KINDS:
         raise ValueError(
-            f"{path} is of the format {own['format']!r} and of the kind "
-            f"{own['kind']!r}; expected {_FORMAT!r} and {' or '.join(_KINDS)}. Write "
-            "it with curvature.save of this version of jaxarith, or update jaxarith."
+            f"{path} has the format {own['format']!r} and the kind {own['kind']!r}; "
+            f"expected {_FORMAT!r} and {' or '.join(_KINDS)}. Write it with "
+            "curvature.save of this version of jaxarith, or update jaxarith."
         )
     kind = _KINDS[own["kind"]]
     names = {field.name for field in dataclasses.fields(kind)}
@@ -114,8 +120,8 @@ def load(path: str | os.PathLike, params_0: Params) -> tuple[Curvature, dict[str
         found = kind(**parts | {k: v for k, v in static.items() if k in names})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged: its layers are not what curvature.save writes "
-            f"({type(error).__name__}: {error}). Collect the curvature again."
+            f"{path} is damaged: its layers do not have the form that curvature.save "
+            f"writes ({type(error).__name__}: {error}). Collect the curvature again."
         ) from error
     check_base(found, params_0)
     _check_shapes(path, found, params_0)
@@ -123,7 +129,7 @@ def load(path: str | os.PathLike, params_0: Params) -> tuple[Curvature, dict[str
 
 
 def _check_shapes(path, curvature, params_0):
-    """Finds what the product would broadcast, or fail on in the middle of a step."""
+    """Refuses shapes that the product would broadcast, or fail on during training."""
     leaves = tree.flatten(params_0)
 
     def refuse(name, why):
@@ -135,13 +141,13 @@ def _check_shapes(path, curvature, params_0):
     ):
         refuse("sharing", f"is {curvature.sharing!r}")
     if np.shape(curvature.samples) != () or isinstance(curvature.samples, dict):
-        refuse("the number of samples", "is missing or no scalar")
+        refuse("the number of samples", "is missing or not a scalar")
     measured = {*curvature.full, *curvature.diagonal}
     for layer in curvature.layers:
         paths = {*layer.kernels, *layer.biases}
         if unknown := paths - leaves.keys():
             names = ", ".join(map(str, unknown))
-            refuse(f"a layer of {names}", "is none of the parameters")
+            refuse(f"a layer of {names}", "is not among the parameters")
         measured |= paths
         w = jax.eval_shape(lambda x, la=layer: matrices.matrix(la, x), leaves)
         for field, size in zip(("inputs", "outputs"), w.shape, strict=True):
@@ -151,7 +157,7 @@ def _check_shapes(path, curvature, params_0):
             found = getattr(curvature, field)[layer.name]
             width = found.shape[-1]
             blocks = found.shape[-3] if found.ndim == 4 else 1
-            padding = width * blocks - size  # of the last of several blocks
+            padding = width * blocks - size  # padding of the last of several blocks
             if not 0 <= padding < (width if blocks > 1 else 1):
                 refuse(name, f"has shape {list(found.shape)} for a side of {size}")
             if isinstance(curvature, Factors) and not _is_symmetric(found):
@@ -165,25 +171,25 @@ def _check_shapes(path, curvature, params_0):
             refuse(f"the diagonal of {name}", f"has shape {list(squares.shape)}")
     if curvature.sketch and curvature.sketch.keys() != measured:
         missing = sorted(measured ^ curvature.sketch.keys())
-        refuse("the sketch", f"is not of the leaves measured, as for {missing[0]}")
+        refuse("the sketch", f"and the measured leaves differ, first in {missing[0]}")
     if len({len(rows) for rows in curvature.sketch.values()}) > 1:
-        refuse("the sketch", "has other numbers of rows by leaf")
+        refuse("the sketch", "has different numbers of rows for different leaves")
     for name, rows in curvature.sketch.items():
         if rows.shape[1:] != np.shape(leaves.get(name, ())):
             refuse(f"the sketch of {name}", f"has shape {list(rows.shape)}")
 
 
 def _check_values(curvature, name, shape, refuse):
-    """Finds divisors that are not those of all terms, or eigenvalues of another matrix.
+    """Refuses divisors or eigenvalues that do not fit the matrix of a layer.
 
-    The matrix of the layer has this shape.
+    `shape` is the shape of this matrix.
     """
     if isinstance(curvature, EigenFactors):
         field, expected = "eigenvalues", tuple(shape)
     else:
         field, expected = "divisors", curvature.inputs[name].shape[:1]
         if curvature.outputs[name].shape[:1] != expected:
-            refuse(f"inputs and outputs of {name}", "have other numbers of terms")
+            refuse(f"inputs and outputs of {name}", "have different numbers of terms")
     values = getattr(curvature, field)
     if name not in values:
         refuse(f"{field} of {name}", "are missing")

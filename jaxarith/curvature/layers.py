@@ -1,11 +1,11 @@
 """The linear layers of a Flax Linen model: their matrices, inputs and output gradients.
 
-An interceptor sees the layers as they are called, so any `apply_fn` works that calls
+An interceptor sees the layers when they are called, so any `apply_fn` works that calls
 Linen modules on the whole of `params`. It adds an array of zeros, a *tap*, to the
-output of each call; the gradient in the tap is the gradient in the output.
+output of each call. The gradient in the tap is the gradient in the output.
 
-Linear layers are `flax.linen.Dense` and modules that say by an attribute
-`out_first = True` that they compute `x @ kernel.T`, such as the `Conv1D` of GPT-2.
+Linear layers are `flax.linen.Dense`, and modules with an attribute `out_first = True`,
+which compute `x @ kernel.T`. The `Conv1D` of GPT-2 is an example.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,11 +24,11 @@ Calls = Mapping[str, Sequence[jax.Array]]
 
 
 class Seen(NamedTuple):
-    """What the linear layers of one forward pass have shown.
+    """The inputs and outputs of the linear layers in one forward pass.
 
     Attributes:
-      inputs: the inputs `[..., in]` of every call, by the path of the kernel.
-      outputs: the outputs `[..., out]` of every call, taps included.
+      inputs: inputs `[..., in]` of every call, by the path of the kernel.
+      outputs: outputs `[..., out]` of every call, with taps, by the path of the kernel.
       out_first: whether a kernel is `[out, in]`, by its path.
     """
 
@@ -40,19 +40,19 @@ class Seen(NamedTuple):
 def tapped(
     apply_fn: ApplyFn, params: Params, inputs: Sequence[Any], taps: Calls | None = None
 ) -> tuple[Any, Seen]:
-    """Runs a model and looks at its linear layers.
+    """Runs a model and records the inputs and outputs of its linear layers.
 
     Args:
       apply_fn: `apply_fn(params, *inputs)`.
       params: its parameters.
-      inputs: passed on to `apply_fn`.
-      taps: what is added to the output of every call; by default nothing.
+      inputs: inputs of `apply_fn`.
+      taps: arrays that are added to the output of every call; by default none.
 
     Returns:
-      The outputs of `apply_fn`, and what was seen, in the order of the calls.
+      The outputs of `apply_fn`, and the record, in the order of the calls.
 
     Raises:
-      ValueError: the path of a layer is not that of a leaf of `params`.
+      ValueError: the kernel of a layer is not a leaf of `params`.
     """
     leaves = tree.flatten(params)
     seen = Seen({}, {}, {})
@@ -91,13 +91,13 @@ def layers_of(
     paths: Sequence[str],
     joint: bool,
 ) -> tuple[Layer, ...]:
-    """The linear layers with a kernel among these paths; nothing is computed.
+    """Returns the linear layers with a kernel among these paths; computes nothing.
 
     Args:
       apply_fn, params, inputs: as for `tapped`.
-      paths: paths of leaves. A layer has its bias only if that is among them too.
-      joint: layers that are called once and read the same array, as queries, keys and
-        values do, are one layer, with their kernels side by side.
+      paths: paths of leaves. A layer includes its bias only if the bias is one of them.
+      joint: whether to treat layers that are called once and read the same array as one
+        layer, with their kernels side by side. Queries, keys and values are an example.
     """
     groups: list[list[str]] = []
     kinds: dict[str, bool] = {}
@@ -111,7 +111,7 @@ def layers_of(
                 continue
             has_bias = bias_path(path) in paths
             alone = not joint or len(calls) > 1
-            # `seen` holds the arrays, so that no two of them have the same id.
+            # `seen` keeps the arrays alive, so different arrays have different ids.
             key = (path,) if alone else (id(calls[0]), has_bias, kinds[path])
             read.setdefault(key, []).append(path)
         groups.extend(read.values())
@@ -128,12 +128,12 @@ def layers_of(
 
 
 def bias_path(kernel: str) -> str:
-    """`a/bias` of `a/kernel`."""
+    """Returns the path of the bias: `a/bias` for `a/kernel`."""
     return kernel.removesuffix("kernel") + "bias"
 
 
 def taps_like(outputs: Calls) -> dict[str, list[jax.Array]]:
-    """Taps of zeros for outputs, or their shapes."""
+    """Returns taps of zeros for outputs, or for their shapes."""
     return {
         path: [jnp.zeros(call.shape, call.dtype) for call in calls]
         for path, calls in outputs.items()

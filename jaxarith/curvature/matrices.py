@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 
 class Layer(NamedTuple):
-    """Which leaves make the matrix of a layer.
+    """The leaves that make up the matrix of a layer.
 
     Attributes:
-      kernels: paths of kernels that read the same input; most often one.
+      kernels: paths of kernels that read the same input; usually one.
       biases: paths of their biases, or none.
       out_first: whether the kernels are `[out, in]` instead of `[in, out]`.
     """
@@ -25,20 +25,21 @@ class Layer(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The path of its kernel; of several joined by `+`."""
+        """The path of the kernel; several paths are joined by `+`."""
         return "+".join(self.kernels)
 
 
 def matrix(layer: Layer, leaves: Mapping[str, jax.Array]) -> jax.Array | None:
-    """The matrix of a layer in a task vector; None if the vector has no part of it.
+    """Returns the matrix of a layer in a task vector; None if the vector has no part.
 
     Args:
       layer: the layer.
-      leaves: the leaves of the task vector by path. It may lack the bias, whose row is
-        zero then.
+      leaves: the leaves of the task vector by path. If the bias is missing, its row is
+        zero.
 
     Raises:
-      ValueError: it has the bias without the kernel, or some of several kernels.
+      ValueError: the vector has the bias without the kernel, or only some of several
+        kernels.
 
     Example:
       >>> layer = Layer(("kernel",), ("bias",), False)
@@ -50,9 +51,9 @@ def matrix(layer: Layer, leaves: Mapping[str, jax.Array]) -> jax.Array | None:
         return None
     if missing := [path for path in layer.kernels if path not in leaves]:
         raise ValueError(
-            f"the task vector has {found[0]} and not {missing[0]}, whose curvature is "
-            "measured together. Train both, or measure what is trained: "
-            "curvature.collect(..., select=config.trained)."
+            f"the task vector has {found[0]} but not {missing[0]}; the curvature of "
+            "both was measured together. Train both, or measure only the trained "
+            "leaves: curvature.collect(..., select=config.trained)."
         )
     kernels = [leaves[path] for path in layer.kernels]
     if layer.out_first:
@@ -70,7 +71,7 @@ def matrix(layer: Layer, leaves: Mapping[str, jax.Array]) -> jax.Array | None:
 def leaves(
     layer: Layer, values: jax.Array, like: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """The leaves of a layer from its matrix: those that `like` has."""
+    """Returns the leaves of a layer from its matrix, if `like` has them, by path."""
     found, start = {}, 0
     for number, path in enumerate(layer.kernels):
         width = like[path].shape[0 if layer.out_first else 1]

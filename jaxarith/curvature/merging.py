@@ -1,4 +1,4 @@
-"""Factors of several tasks as one, and of all tasks but one."""
+"""Merges the factors of several tasks, or of all tasks except one."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,28 +19,29 @@ How = Literal["mean", "sum", "nearest", "each"]
 def merge(
     factors: Sequence[Factors], how: How = "mean", weights: Numbers | None = None
 ) -> Factors:
-    r"""The curvature of several tasks together.
+    r"""Merges the curvature of several tasks.
 
-    The order of the tasks does not matter, down to the bits of the result. Sketches are
-    joined and compressed to the largest of their ranks; with `each` they are joined.
+    The order of the tasks does not change a bit of the result. Sketches are joined and
+    compressed to the largest of their ranks; with `each` they are only joined.
 
     Args:
-      factors: those of T tasks at the same parameters.
-      how: `mean`: means of A, of B and of d, at constant cost. With
-        `sharing="whole"` they are the factors of the union of the data. `sum`: T times
-        that form, as Porrello et al. (2026), Eq. 8, weigh it. `nearest` (ours): the
-        Kronecker product nearest to the mean of the tasks' products in the Frobenius
-        norm. `each`: the mean itself, T products side by side, at
-        T times the cost.
-      weights: T weights of the mean, such as the tasks' numbers of samples; by default
+      factors: factors of T tasks at the same parameters.
+      how: "mean" takes the means of A, of B and of d, at constant cost. With
+        `sharing="whole"` they are the factors of the union of the data. "sum" is T
+        times that form, the weight in Porrello et al. (2026), Eq. 8. "nearest" (ours)
+        is the Kronecker product that is nearest to the mean of the tasks' products in
+        the Frobenius norm. "each" is this mean itself, as T products side by side, at T
+        times the cost.
+      weights: T weights of the mean, for example the numbers of samples; by default
         equal. They are divided by their sum.
 
     Returns:
-      `Factors`; `samples` are the sum of the tasks'.
+      `Factors`; `samples` is the sum over the tasks.
 
     Raises:
-      ValueError: no factors, factors of other parameters or other leaves or in an
-        eigenbasis, or weights that are not T numbers ≥ 0 with a positive sum.
+      ValueError: no factors, factors of different parameters or different leaves,
+        factors in an eigenbasis, an unknown `how`, or weights that are not T numbers
+        ≥ 0 with a positive sum.
 
     Example:
       >>> from jaxarith.curvature import collect
@@ -62,19 +63,37 @@ def merge(
 def others(
     factors: Sequence[Factors], how: How = "mean", weights: Numbers | None = None
 ) -> list[Factors]:
-    """For each of T tasks the curvature of all the other tasks, merged.
+    """Returns, for each of T tasks, the merged curvature of all other tasks.
 
     Args:
-      factors, how, weights: as for `merge`, T ≥ 2. T results take the memory of the T
-        factors that they are made of; `each` takes T - 1 times that.
+      factors, how, weights: as for `merge`, with T ≥ 2.
+
+    Returns:
+      T `Factors`. They take as much memory as the T given ones; with how="each" they
+      take T - 1 times as much.
 
     Raises:
       ValueError: as for `merge`, or there is only one task.
+
+    Example:
+      >>> from jaxarith.curvature import collect
+      >>> one, two = (
+      ...     collect(
+      ...         lambda params, x: x @ params["w"],
+      ...         {"w": np.zeros((2, 1), "f4")},
+      ...         [{"image": np.float32([x])}],
+      ...         probes=None,
+      ...     )
+      ...     for x in ([3.0, 4.0], [1.0, 2.0])
+      ... )
+      >>> print(others([one, two])[0].diagonal["w"].T)
+      [[1. 4.]]
     """
     _check(factors, how)
     if len(factors) < 2:
         raise ValueError(
-            f"{len(factors)} task has no others; curvature of at least 2 is needed."
+            f"{len(factors)} task has no others; give the curvature of at least 2 "
+            "tasks."
         )
     shares = _shares(weights, len(factors))
     ranks = _ranks(factors)
@@ -88,7 +107,7 @@ def others(
 
 
 def _ranks(factors):
-    """Numbers to sort factors by that are their own, whatever the caller's order."""
+    """Returns numbers by which factors are sorted, for any order of the caller."""
     return [fingerprint.combined(f) for f in factors]
 
 
@@ -104,16 +123,16 @@ def _merged(factors, shares, how, ranks):
 
 def _check(factors, how):
     if how not in get_args(How):
-        raise ValueError(f"how is {how!r}; it is {', '.join(get_args(How))}.")
+        raise ValueError(f"how is {how!r}; it must be {', '.join(get_args(How))}.")
     if not factors:
-        raise ValueError("there are no factors to merge; give those of each task.")
+        raise ValueError("found no factors to merge; give the factors of each task.")
     for one in factors:
         check_kronecker(one)
     first = factors[0]
     for number, other in enumerate(factors[1:], 1):
         if other.base != first.base:
             raise ValueError(
-                f"factors 0 and {number} are of parameters with other fingerprints, "
+                f"factors 0 and {number} belong to parameters with other fingerprints, "
                 f"{first.base:08x} and {other.base:08x}. Collect all at the same "
                 "pre-trained parameters."
             )
@@ -121,12 +140,12 @@ def _check(factors, how):
             jax.tree.map(jnp.shape, dataclasses.replace(f, sketch={}))
             for f in (first, other)
         ]
-        # Sketches of other ranks can be joined, but all must have one.
-        # The shapes are in `Factors`, and equal only with the same layers and sharing.
+        # Sketches of different ranks can be joined, but all factors must have one.
+        # Trees of shapes are `Factors` too, so layers and sharing must be equal.
         if shapes[0] != shapes[1] or other.sketch.keys() != first.sketch.keys():
             raise ValueError(
-                f"factors 0 and {number} are of other layers or leaves. Collect all "
-                "with the same select, joint, sharing, rank and full_up_to."
+                f"factors 0 and {number} have other layers or leaves. Collect all with "
+                "the same select, joint, sharing, rank and full_up_to."
             )
 
 
@@ -160,7 +179,7 @@ def _samples(factors):
 
 
 def _rows(factors, shares):
-    """The rows of all sketches, for the mean of what they stand for."""
+    """Returns the rows of all sketches, scaled so that their form is the mean."""
     parts = [
         {path: share**0.5 * part for path, part in f.sketch.items()}
         for f, share in zip(factors, shares, strict=True)
@@ -215,11 +234,12 @@ def _nearest(terms, rows):
 
 @jax.jit
 def _nearest_product(inputs, outputs, divisors):
-    """The Kronecker product nearest to the sum of K of them: A and B.
+    """Returns A and B of the Kronecker product that is nearest to the sum of K of them.
 
-    A and B are combinations of the terms' own, so that a problem of K × K remains:
-    alternating least squares on the inner products of the A and of the B. These are
-    all at least 0, and so are the weights: A and B stay positive semi-definite.
+    A and B are linear combinations of the A and the B of the terms. So a problem of
+    size K × K remains: alternating least squares with the inner products of the A and
+    of the B. All inner products are at least 0, and so are the weights. So A and B stay
+    positive semi-definite.
     """
     scale = 1 / jnp.where(divisors == 0, 1, divisors)
     outputs = outputs * scale[:, None, None]

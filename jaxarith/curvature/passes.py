@@ -1,7 +1,7 @@
-"""One pass over samples that averages statistics of their Jacobians' products.
+"""One pass over samples that averages statistics of products with their Jacobians.
 
-A probe v makes of the Jacobian J of a sample the vector Jᵀv. `averages` computes it for
-every sample by one backward pass, in the parts that factors are made of, and adds up.
+With a probe v, the Jacobian J of a sample yields the vector Jᵀv. `averages` computes it
+for every sample by one backward pass, in the parts that factors need, and adds up.
 """
 
 import functools
@@ -22,25 +22,26 @@ from jaxarith.curvature import matrices, sketch
 from jaxarith.curvature.matrices import Layer
 from jaxarith.typing import ApplyFn, Params
 
-# Sums over samples, by name, of `(basis, a, g, counted)`: the inputs `[B, R, in (+ 1)]`
-# of a layer, the gradients `[B, R, out]` in its outputs, and which tokens count,
-# `bool[B, R]`. What does not count is zero in a and g.
+# A function of `(basis, a, g, counted)`. It returns sums over samples, by name. a holds
+# the inputs `[B, R, in (+ 1)]` of a layer, and g the gradients `[B, R, out]` in its
+# outputs. `counted`, `bool[B, R]`, tells which tokens count. Other tokens are zero in a
+# and g.
 Statistics = Callable[[Any, jax.Array, jax.Array, jax.Array], dict[str, jax.Array]]
 
 
 class Plan(NamedTuple):
-    """What a pass measures; hashable, for `jit`.
+    """The options of a pass; hashable, so `jit` can take it as a static argument.
 
     Attributes:
-      layers: the layers that `statistics` are taken of.
-      statistics: a function of one layer.
-      probes: random probes for each sample; None for one of each direction.
-      chunk: samples that are differentiated at once.
-      full, diagonal: the paths of other leaves.
-      tokens: pairs of a layer's name and the field of a batch that is true where a
-        token counts.
-      penalty_mask: the field that is 0 where a token of the features is padding.
-      rank: how many rows the sketch of all leaves has; 0 for none.
+      layers: the layers for which `statistics` are measured.
+      statistics: function that computes the statistics of one layer.
+      probes: number of random probes for each sample; None for one per direction.
+      chunk: number of samples that are differentiated at the same time.
+      full, diagonal: paths of other leaves that have a full block or a diagonal.
+      tokens: pairs of a layer's name and the field of a batch that is true for tokens
+        that count.
+      penalty_mask: name of the field that is 0 for padding tokens of the features.
+      rank: number of rows of the sketch of all leaves; 0 for no sketch.
     """
 
     layers: tuple[Layer, ...]
@@ -55,13 +56,13 @@ class Plan(NamedTuple):
 
 
 def first_sample(batches: Sequence[dict], inputs: Sequence[str]) -> tuple:
-    """What a model is given of the first sample alone.
+    """Returns the inputs of the model for the first sample.
 
     Raises:
-      ValueError: there is no batch, or none with a row, or it lacks a field.
+      ValueError: there is no batch, no batch has a row, or a field is missing.
     """
     if not len(batches):
-        raise ValueError("there is no batch to measure curvature on; give at least 1.")
+        raise ValueError("found no batch to measure curvature on; give at least 1.")
     for batch in batches:
         values = fields_of(batch, inputs)
         if len(mask_of(batch)):
@@ -79,31 +80,38 @@ def averages(
     mesh: Mesh | None,
     bases: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Means over samples and probes; see `curvature.collect` for the arguments.
+    """Returns means over samples and probes.
 
     Args:
-      apply_fn, params_0, batches, inputs, key, mesh: as for `collect`.
-      plan: what is measured.
-      bases: what the statistics get for each layer, by its name.
+      apply_fn, params_0, batches, inputs, key, mesh: as for `curvature.collect`.
+      plan: the options of the pass.
+      bases: first argument of the statistics for each layer, by its name.
 
     Returns:
       `{"layers": {name: statistics}, "full": …, "diagonal": …, "sketch": …,
       "samples": N}`.
     """
     if plan.probes is not None and plan.probes < 1:
-        raise ValueError(f"probes is {plan.probes}; at least 1, or None for all.")
+        raise ValueError(
+            f"probes is {plan.probes}; it must be at least 1, or None for the exact "
+            "sum."
+        )
     if plan.probes is not None and key is None:
-        raise ValueError("random probes need a key: key=jax.random.key(0).")
+        raise ValueError(
+            "random probes need a key; found None. Give key=jax.random.key(0)."
+        )
     if plan.chunk < 1:
-        raise ValueError(f"chunk is {plan.chunk}; at least 1 is needed.")
+        raise ValueError(f"chunk is {plan.chunk}; it must be at least 1.")
     if plan.rank < 0:
-        raise ValueError(f"rank is {plan.rank}; at least 0, for no sketch, is needed.")
+        raise ValueError(
+            f"rank is {plan.rank}; it must be at least 0, which means no sketch."
+        )
     masks = [mask_of(batch) for batch in batches]
     count = sum(int(mask.sum()) for mask in masks)
     if not count:
         raise ValueError("the batches hold no real sample; give at least one.")
     mesh = sharding.for_tasks(mesh or sharding.mesh_of(params_0), 1)
-    params_0 = sharding.shard(params_0, mesh)  # once, not with every batch
+    params_0 = sharding.shard(params_0, mesh)  # placed once, not with every batch
     fields = {field for _, field in plan.tokens}
     if plan.penalty_mask is not None:
         fields.add(plan.penalty_mask)
@@ -113,8 +121,8 @@ def averages(
         places = place + np.arange(len(mask))
         place += len(mask)
         if not mask.any():
-            continue  # there is no real sample to stand in for the padding
-        # Padding may hold anything, and NaN times zero is NaN.
+            continue  # no real sample could replace the padding
+        # Padding may hold any values, and NaN times zero is NaN.
         real = np.where(mask, np.arange(len(mask)), np.argmax(mask))
         values = tuple(np.asarray(x)[real] for x in fields_of(batch, inputs))
         own = {name: np.asarray(fields_of(batch, [name])[0]) for name in fields}
@@ -125,16 +133,16 @@ def averages(
             )
         except jax.errors.UnexpectedTracerError as error:
             raise ValueError(
-                "a linear layer is called inside nn.remat, nn.jit or nn.scan, and what "
-                "it computes cannot leave them. Build the model without remat."
+                "a linear layer is called inside nn.remat, nn.jit or nn.scan, and its "
+                "values cannot leave them. Build the model without remat."
             ) from error
         sums = found if sums is None else _added(sums, found)
     means = jax.tree.map(lambda leaf: leaf / count, sums)
     rows_kept = jax.tree.map(lambda leaf: leaf / count**0.5, rows_kept)
     if not _all_finite((means, rows_kept)):
         raise ValueError(
-            "the curvature has NaN or infinite values. Look for bad samples or "
-            "parameters."
+            "the curvature has NaN or infinite values. Check the samples and the "
+            "parameters for such values."
         )
     return {**means, "sketch": rows_kept, "samples": jnp.asarray(count, jnp.float32)}
 
@@ -150,9 +158,9 @@ def _added(sums, found):
 
 
 def _in_chunks(rows, chunk, mesh):
-    """`[B, ...]` to `[n, chunk, ...]`, of every device its own samples.
+    """Reshapes `[B, ...]` to `[n, chunk, ...]`; each device has its own samples.
 
-    The last are filled up with copies that the mask leaves out.
+    The last chunk is filled with copies, for which the mask is False.
     """
     shards = sharding.batch_shards(mesh)
     size = len(rows[2])
@@ -179,7 +187,7 @@ def _in_chunks(rows, chunk, mesh):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _sums(apply_fn, plan, mesh, params_0, rows, key, bases, kept):
-    """The sums over a batch, and the sketch `kept` of the batches before and of it."""
+    """Returns the sums over a batch, and the sketch `kept` with this batch added."""
     chunk = functools.partial(chunk_sums, apply_fn, plan, params_0, key, bases)
     first = jax.tree.map(lambda leaf: leaf[0], rows)
     shapes, of_rows = jax.eval_shape(chunk, first)
@@ -209,10 +217,10 @@ def chunk_sums(
     bases: Mapping[str, Any] | None,
     rows: Any,
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """The sums over a chunk of samples, each an average over its probes; and Jᵀv.
+    """Returns sums over a chunk of samples, averaged over probes, and the products Jᵀv.
 
     The products, `[probes · chunk, ...]` by path, are divided by the root of the number
-    of probes. They are computed where a sketch is wanted.
+    of probes. They are computed only for a sketch.
 
     Args:
       apply_fn, plan, params_0, key, bases: as for `averages`.
@@ -238,7 +246,7 @@ def chunk_sums(
         jax.tree.map(lambda x: x[0], inputs),
     )
     taps = linear.taps_like({p: calls for p, calls in shapes.items() if p in wanted})
-    # Of every sample its own, so that one pullback has the gradients of each.
+    # Each sample has its own copy, so one pullback returns the gradients of every one.
     own = jax.tree.map(
         lambda leaf: jnp.broadcast_to(leaf, (size, *jnp.shape(leaf))), (taps, others)
     )
@@ -288,13 +296,16 @@ def chunk_sums(
 def _check_features(features):
     if not isinstance(features, jax.Array) or features.ndim < 2:
         raise ValueError(
-            "apply_fn gave outputs that are not one array of features [B, ..., D]. "
-            "Pass a function that returns the array alone."
+            "apply_fn returned outputs that are not one array of features [B, ..., D]. "
+            "Pass a function that returns only this array."
         )
 
 
 def _weights(plan, features, fields, mask):
-    """What probes are scaled by, `[B, ...]`: zero for padding, else a mean's root."""
+    """Returns the scale of probes, `[B, ..., 1]`, so that tokens are averaged.
+
+    It is zero for padding, else the root of one divided by the number of tokens.
+    """
     positions = features.shape[1:-1]
     counted = jnp.broadcast_to(
         mask.reshape(-1, *(1,) * len(positions)), (len(mask), *positions)
@@ -314,7 +325,7 @@ def _weights(plan, features, fields, mask):
 
 
 def _probe(plan, key, places, number, features, weights):
-    """The cotangents of a chunk's features: E[v vᵀ] = weights² over all numbers."""
+    """Returns the cotangents of a chunk's features; the mean of v vᵀ is weights²."""
     shape = features.shape[1:]
     if plan.probes is None:
         size = math.prod(shape)
@@ -328,7 +339,7 @@ def _probe(plan, key, places, number, features, weights):
 
 
 def _inputs(plan, layer, seen, leaves, fields, mask):
-    """Inputs `[B, R, in (+ 1)]` of all calls of a layer, and which tokens count."""
+    """Returns inputs `[B, R, in (+ 1)]` of all calls of a layer, and counted tokens."""
     dtype = tree.wide_dtype(leaves[layer.kernels[0]])
     field = dict(plan.tokens).get(layer.name)
     rows, counted = [], []
@@ -339,9 +350,9 @@ def _inputs(plan, layer, seen, leaves, fields, mask):
             tokens = fields[field]
             if tokens.shape != real.shape:
                 raise ValueError(
-                    f"the input of {layer.name} has {x.shape[1]} tokens and its token "
-                    f"mask {field!r} {tokens.shape[1]}. Let token_mask be a function "
-                    "of the path."
+                    f"the input of {layer.name} has {x.shape[1]} tokens, but its token "
+                    f"mask {field!r} has {tokens.shape[1]}. Let token_mask be a "
+                    "function of the path."
                 )
             real = real & (tokens != 0)
         if layer.biases:
@@ -352,7 +363,7 @@ def _inputs(plan, layer, seen, leaves, fields, mask):
 
 
 def _output_gradients(layer, found):
-    """Gradients `[B, R, out]` in the outputs of all calls, of joint layers together."""
+    """Returns gradients `[B, R, out]` in the outputs of all calls, side by side."""
 
     def of_kernel(path):
         calls = [x.reshape(len(x), -1, x.shape[-1]) for x in found[path]]
@@ -362,6 +373,6 @@ def _output_gradients(layer, found):
 
 
 def _block(gradients):
-    """The sum of u uᵀ over samples of gradients `[B, ...]`: `[n, n]`."""
+    """Returns the sum of u uᵀ over samples, `[n, n]`, for gradients `[B, ...]`."""
     rows = gradients.reshape(len(gradients), -1)
     return jnp.matmul(rows.T, rows, precision="highest")

@@ -1,10 +1,10 @@
-r"""A few products Jᵀv that keep what factors drop: the terms between layers.
+r"""A few products Jᵀv that keep the terms between layers, which factors drop.
 
-The rows u of a sketch have :math:`\sum_k u_k u_k^\top \approx E[J^\top J]`: its largest
-eigenvalues and eigenvectors, as far as a pass over the samples finds them. A chunk of
-rows at a time is joined to the sketch and the smallest directions are dropped, as in
-Frequent Directions (Ghashami, Liberty, Phillips, Woodruff. 2015. arXiv:1501.01711) but
-without its shrinking.
+The rows u of a sketch have :math:`\sum_k u_k u_k^\top \approx E[J^\top J]`. They
+approximate its largest eigenvalues and eigenvectors with one pass over the samples. One
+chunk of rows after another is joined to the sketch, and the smallest directions are
+dropped. Frequent Directions (Ghashami, Liberty, Phillips, Woodruff. 2015.
+arXiv:1501.01711) does the same, but also shrinks the rows.
 """
 
 from collections.abc import Mapping
@@ -19,11 +19,11 @@ Rows = Mapping[str, jax.Array]
 
 
 def compress(rows: Rows, rank: int) -> dict[str, jax.Array]:
-    r"""The `rank` rows that come nearest to the :math:`\sum u u^\top` of n rows.
+    r"""Returns the `rank` rows that best approximate :math:`\sum u u^\top` of n rows.
 
     Args:
       rows: n rows, in parts by leaf.
-      rank: how many rows are kept, at most n.
+      rank: number of rows to keep, at most n.
 
     Returns:
       Orthogonal rows, the longest first. Their squared lengths are the largest
@@ -41,12 +41,12 @@ def compress(rows: Rows, rank: int) -> dict[str, jax.Array]:
 
 
 def joined(first: Rows, second: Rows) -> dict[str, jax.Array]:
-    """Rows under rows."""
+    """Joins the rows of two sketches."""
     return {path: jnp.concatenate([first[path], second[path]]) for path in first}
 
 
 def product(rows: Rows, vector: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    r""":math:`\sum_k u_k (u_k \cdot \tau)`, in the parts that the vector has."""
+    r"""Returns :math:`\sum_k u_k (u_k \cdot \tau)`, for the leaves of the vector."""
     along = tree.total(
         jnp.tensordot(rows[path], leaf, leaf.ndim) for path, leaf in vector.items()
     )

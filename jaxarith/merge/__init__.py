@@ -1,9 +1,9 @@
 """Merge operators: `merge.method(params_0, taus, ...) -> params`.
 
-Every method is a plain function of pre-trained parameters and task vectors, any pytrees
-of arrays. It works leaf by leaf, on that leaf of all tasks at a time, after passes that
-gather small statistics of all leaves where the method needs them. Sums are taken in
-float32 or better and cast once, to the dtype of `params_0`.
+Every method is a plain function of pre-trained parameters and task vectors. Both are
+pytrees of arrays. A method merges one leaf at a time, and takes that leaf from all
+tasks. Some methods first pass over all leaves to gather small statistics. Sums are
+taken in float32 or better and cast once, to the dtype of `params_0`.
 """
 
 from jaxarith.merge import mergekit as mergekit

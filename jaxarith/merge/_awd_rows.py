@@ -1,4 +1,4 @@
-"""AWD of every row of a matrix by itself: a leaf as rows, their Gram matrices, Adam."""
+"""AWD for each row of a matrix separately: rows of a leaf, Gram matrices, Adam."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,35 +10,38 @@ from jaxarith import tree
 from jaxarith.merge import _awd_solvers
 from jaxarith.merge._matrices import input_axis
 
-# Entries of the Gram matrices that are solved at a time: 2^14 rows of eight tasks.
+# Entries of the Gram matrices that are solved at the same time: 2^14 rows of eight
+# tasks.
 ENTRIES = 2**20
 
 
 def axis_of(path: str, leaf: jax.Array) -> int | None:
-    """The axis along which a leaf's rows run; None for one row with all its entries."""
+    """Returns the axis along which rows of a leaf run; None if the leaf is one row."""
     return input_axis(path) if jnp.ndim(leaf) == 2 and jnp.size(leaf) else None
 
 
 @functools.partial(jax.jit, static_argnames="axis")
 def grams(leaves: Sequence[jax.Array], axis: int | None) -> jax.Array:
-    """The inner products of every row: `[row, K, K]`.
+    """Returns the inner products of the K vectors for every row, `[row, K, K]`.
 
     Args:
       leaves: a leaf of K task vectors.
-      axis: as of `axis_of`.
+      axis: the axis from `axis_of`.
     """
     rows = jnp.stack([_rows(leaf, axis) for leaf in _awd_solvers.widened(leaves)])
     return jnp.einsum("irn,jrn->rij", rows, rows, precision="highest")
 
 
 def coefs(path: str, leaves: tuple, solve: Callable) -> jax.Array:
-    """The coefficients c of every row of a leaf, in a shape that multiplies the leaf.
+    """Returns the coefficients c of every row of a leaf.
+
+    Their shape lets them multiply the leaf.
 
     Args:
       path: the leaf's path.
       leaves: the leaf of K task vectors.
-      solve: `solve(grams[row, K, K], room[row]) -> c[row, K], length`; `room` is
-        false, for c stays in the span.
+      solve: `solve(grams[row, K, K], room[row]) -> c[row, K], length`. `room` is False,
+        because c stays in the span.
 
     Returns:
       `[K]` for a leaf of one row; `[K, 1, n]` or `[K, m, 1]` for a matrix.
@@ -60,7 +63,7 @@ def adam(
     steps: int,
     reverse: float | jax.Array,
 ) -> dict[str, jax.Array]:
-    """`_awd_solvers.adam` of every row of the leaves; arguments as there."""
+    """Runs `_awd_solvers.adam` for every row of the leaves, with the same arguments."""
 
     def of_row(row):
         return _awd_solvers.adam({"": row}, alpha, step_size, steps, reverse)[""]

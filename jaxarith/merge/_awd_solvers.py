@@ -1,4 +1,4 @@
-"""AWD's objective, its gradient, and the solvers besides plain gradient descent."""
+"""The objective of AWD, its gradient, and all solvers except gradient descent."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,21 +14,21 @@ def gradient(
     alpha: float | jax.Array,
     reverse: float | jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    r"""The gradient of Eq. 14 as :math:`\sum_i w_i\tau_i + s\,\delta`.
+    r"""Returns the gradient of Eq. 14 as :math:`\sum_i w_i\tau_i + s\,\delta`.
 
     Args:
       products: inner products of the disentangled vectors τ_i - δ, `[K, K]`.
       square: ‖δ‖².
       alpha: the weight of ‖δ‖.
-      reverse: whether the absolute cosines are maximised.
+      reverse: whether to maximise the absolute cosines.
 
     Returns:
-      The weights w, `[K]`, and s. The norms of vectors that are zero have gradient 0.
+      The weights w, `[K]`, and s. The norm of a zero vector has the gradient 0.
     """
     tasks = len(products)
     cosines = tree.cosine(products)
     scale = inverse(tree.safe_sqrt(jnp.diagonal(products)))
-    # From the derivative of every cosine: Σ_i w_i (τ_i - δ) + α δ/‖δ‖.
+    # The derivatives of the cosines add up to Σ_i w_i (τ_i - δ) + α δ/‖δ‖.
     signs = jnp.sign(cosines) * (1 - jnp.eye(tasks, dtype=products.dtype))
     pairs = cosines * scale[:, None] ** 2 - scale[:, None] * scale[None, :]
     weights = 2 / (tasks * (tasks - 1)) * jnp.sum(signs * pairs, axis=1)
@@ -37,7 +37,7 @@ def gradient(
 
 
 def inverse(x: jax.Array) -> jax.Array:
-    """1/x for norms; 0 for a norm of 0."""
+    """Returns 1/x of norms; 0 for a norm of 0."""
     return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
 
 
@@ -48,11 +48,11 @@ def loss(
     reverse: float | jax.Array,
     smoothing: float | jax.Array = 0.0,
 ) -> jax.Array:
-    """Eq. 14, with √(x² + smoothing²) for |x| in both terms.
+    """Returns Eq. 14, with √(x² + smoothing²) in place of |x| in both terms.
 
     Args:
       products, square, alpha, reverse: as for `gradient`.
-      smoothing: 0 for the objective itself.
+      smoothing: 0 returns the objective itself.
     """
 
     def absolute(x_squared):
@@ -66,7 +66,9 @@ def loss(
 
 
 def rest_products(gram: jax.Array, cross: jax.Array, square: jax.Array) -> jax.Array:
-    """Inner products of the τ_i - δ; 0 with a τ_i that is zero, which has no direction.
+    """Returns the inner products of the vectors τ_i - δ, `[K, K]`.
+
+    They are 0 for a τ_i that is zero, because it has no direction.
 
     Args:
       gram: inner products of the task vectors, `[K, K]`.
@@ -79,20 +81,21 @@ def rest_products(gram: jax.Array, cross: jax.Array, square: jax.Array) -> jax.A
 
 
 def span(gram: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which eigenvectors of the cosines are directions of the vectors' span.
+    """Decides which eigenvectors of the cosine matrix are directions in the span.
 
-    The others combine the vectors, scaled to unit norm, to zero, up to rounding.
+    With the other eigenvectors as weights, the vectors of unit norm add up to zero, up
+    to rounding.
 
     Returns:
-      The eigenvalues `[K]`, ascending, the eigenvectors `[K, K]` as columns, and the
-      answer, `bool[K]`.
+      The eigenvalues `[K]`, ascending, the eigenvectors `[K, K]` as columns, and
+      whether each one is a direction in the span, `bool[K]`.
     """
     eigenvalues, basis = jnp.linalg.eigh(tree.cosine(gram))
     threshold = 10 * len(gram) * jnp.finfo(gram.dtype).eps
     return eigenvalues, basis, eigenvalues > threshold * eigenvalues[-1]
 
 
-# Stages of smoothing, and steps in each.
+# The number of stages of smoothing, and of steps in each stage.
 STAGES, NEWTON_STEPS = 12, 8
 
 
@@ -104,24 +107,25 @@ def direct(
     room: jax.Array,
     reverse: float | jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """A minimum of Eq. 14 over δ = Σ_k c_k τ_k + r u, u a unit vector off the span.
+    """Finds a minimum of Eq. 14 over δ = Σ_k c_k τ_k + r u.
 
-    Newton's method on a smoothed objective that is sharpened in stages, from where
-    gradient descent ended and from zero, inside the span and off it. Of all ends and
-    starts, the best by Eq. 14 itself is returned.
+    u is a unit vector orthogonal to the span. Newton's method minimises a smoothed
+    objective, which gets sharper in stages. It starts at the result of gradient descent
+    and at zero, each inside the span and outside it. From all starts and ends, the
+    function returns the best one by Eq. 14 itself.
 
     Args:
       grams: inner products of the task vectors of every part, `[part, K, K]`.
       alpha: the weight of ‖δ‖.
-      redundant: where gradient descent ended, `[part, K]`.
+      redundant: c where gradient descent ended, `[part, K]`.
       room: whether r may differ from zero, `bool[part]`.
-      reverse: whether the absolute cosines are maximised.
+      reverse: whether to maximise the absolute cosines.
 
     Returns:
       c, `[part, K]`, and r, `[part]`.
     """
-    # A constant to differentiation: an eigendecomposition has no derivative where
-    # eigenvalues meet.
+    # The result is a constant for derivatives, because an eigendecomposition has no
+    # derivative where eigenvalues are equal.
     grams, redundant = jax.lax.stop_gradient((grams, redundant))
     return jax.vmap(lambda g, c, free: _direct_part(g, alpha, c, free, reverse))(
         grams, redundant, room
@@ -133,12 +137,12 @@ def _direct_part(gram, alpha, redundant, room, reverse):
     norms = tree.safe_sqrt(jnp.diagonal(gram))
     unit = tree.safe_sqrt(jnp.mean(norms**2))
     unit = jnp.where(unit > 0, unit, 1)
-    # The vectors in an orthonormal basis of their span are the rows of `vectors`; the
-    # last coordinate is the orthogonal one. In units of their root mean square norm.
+    # The rows of `vectors` are the task vectors in an orthonormal basis of their span,
+    # in units of their root mean square norm. The last coordinate is orthogonal to it.
     eigenvalues, basis, in_span = span(gram)
     roots = jnp.where(in_span, tree.safe_sqrt(eigenvalues), 0)
     vectors = jnp.pad(basis * roots[None, :] * norms[:, None] / unit, ((0, 0), (0, 1)))
-    # Within a line, parallel vectors stay parallel.
+    # On a line nothing can change, because parallel vectors stay parallel.
     free = jnp.append(in_span & (in_span.sum() > 1), room)
     present = norms > 0
     alpha = alpha * unit
@@ -154,15 +158,17 @@ def _direct_part(gram, alpha, redundant, room, reverse):
         slope = jax.grad(objective)(delta, smoothing) * free
         curvature = jax.hessian(objective)(delta, smoothing)
         curvature = jnp.where(free[:, None] & free[None, :], curvature, 0)
-        # |eigenvalues|: downhill also where the objective is not convex.
+        # Absolute eigenvalues make the step go downhill even where the objective is not
+        # convex.
         values, axes = jnp.linalg.eigh(curvature)
         values = jnp.abs(values)
         values = jnp.maximum(values, 1e-6 * values.max() + epsilon)
         move = -axes @ ((axes.T @ slope) / values) * free
         move = move / jnp.maximum(1, jnp.linalg.norm(move))
-        # The curvature next to a very short vector overflows: no step then.
+        # Next to a very short vector the curvature overflows. Then there is no step.
         move = jnp.where(jnp.isfinite(move).all(), move, 0)
-        # The best of several step lengths; zero among them, so it never climbs.
+        # The best of several step lengths is taken. One of them is zero, so the
+        # objective never rises.
         lengths = jnp.append(2.0 ** -jnp.arange(0, 16, 1.5), 0).astype(delta.dtype)
         trials = delta[None, :] + lengths[:, None] * move[None, :]
         values = jax.vmap(objective, (0, None))(trials, smoothing)
@@ -188,9 +194,10 @@ def _direct_part(gram, alpha, redundant, room, reverse):
 
 
 def _off_span(vectors, delta, room):
-    """`delta` with the length off the span that cancels negative products on average.
+    """Returns `delta` with a length outside the span.
 
-    r = 0 is a stationary point, and a local minimum at δ = 0, so it is left by a jump.
+    The length cancels the negative products on average. The start needs this jump,
+    because r = 0 is a stationary point, and a local minimum at δ = 0.
     """
     rest = vectors - delta[None, :]
     products = jnp.dot(rest, rest.T, precision="highest")
@@ -201,14 +208,17 @@ def _off_span(vectors, delta, room):
 
 
 def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The Gaussian numbers of one leaf, from which the orthogonal direction is made."""
+    """Draws the Gaussian numbers of one leaf for the orthogonal direction."""
     return jax.random.normal(key, shape, jnp.float32)
 
 
 def draw_products(
     rows: Mapping[str, tuple], part: Sequence[str], keys: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """Inner products of the drawn vector with the task vectors, `[K]`, and itself."""
+    """Returns inner products of the drawn vector with the task vectors and itself.
+
+    They have the shapes `[K]` and `[]`.
+    """
     products = [_draw_products(tree.gathered(rows[path]), keys[path]) for path in part]
     inner, square = zip(*products, strict=True)
     return tree.total(inner), tree.total(square)
@@ -231,16 +241,16 @@ def add_orthogonal(
     inner: jax.Array,
     square: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """δ = Σ_k c_k τ_k + r u in terms of the task vectors and the drawn vector n.
+    """Expresses δ = Σ_k c_k τ_k + r u by the task vectors and the drawn vector n.
 
-    u is n less its projection Σ_k b_k τ_k on the span, at unit length.
+    u is n minus its projection Σ_k b_k τ_k on the span, scaled to unit length.
 
     Args:
       gram, redundant, length: G, c and r of every part.
       inner, square: ⟨n, τ_k⟩ and ‖n‖² of every part.
 
     Returns:
-      The coefficients of the τ_k, `[part, K]`, and that of n, `[part]`.
+      The coefficients of the τ_k, `[part, K]`, and the coefficient of n, `[part]`.
     """
     gram, inner = jax.lax.stop_gradient((gram, inner))
     projection = jnp.linalg.pinv(gram, hermitian=True) @ inner
@@ -256,16 +266,16 @@ def adam(
     steps: int,
     reverse: float | jax.Array,
 ) -> dict[str, jax.Array]:
-    """δ by Adam (Kingma and Ba 2015) with its usual constants, in the full space.
+    """Finds δ by Adam (Kingma and Ba 2015), with its usual constants, in full space.
 
     Args:
-      part: `{path: leaf in every task}`.
+      part: the leaf in every task, by path.
       alpha, steps: as for `awd`.
       step_size: the learning rate in units of the root mean square entry of the τ_i.
-      reverse: whether the absolute cosines are maximised.
+      reverse: whether to maximise the absolute cosines.
 
     Returns:
-      δ, `{path: leaf}`.
+      δ: its leaves by path.
     """
     part = jax.lax.stop_gradient(part)
     tasks = len(next(iter(part.values())))
@@ -274,14 +284,14 @@ def adam(
     )
     entries = sum(row[0].size for row in part.values())
     learning_rate = step_size * jnp.sqrt(jnp.trace(gram) / max(tasks * entries, 1))
-    # Parallel vectors stay parallel; Adam would enlarge the rounding of a zero.
+    # Parallel vectors stay parallel. Adam would only amplify the rounding of a zero.
     learning_rate = jnp.where(jnp.sum(span(gram)[2]) > 1, learning_rate, 0)
     decay_1, decay_2, epsilon = 0.9, 0.999, 1e-8
 
     def step(n, state):
         delta, first, second = state
-        # Wide in every step, leaf by leaf, not once: that would be a copy of them all.
-        # XLA would move it out of the loop if it did not depend on the state.
+        # Each step widens the leaves one by one. To widen them all once would copy them
+        # all, and XLA would do so if this did not depend on the state.
         held, delta = jax.lax.optimization_barrier((part, delta))
         rows = {path: widened(row) for path, row in held.items()}
         *cross, square = tree.total(
@@ -302,7 +312,7 @@ def adam(
             mean = first / (1 - decay_1 ** (n + 1))
             spread = jnp.sqrt(second / (1 - decay_2 ** (n + 1)))
             delta = delta - learning_rate * mean / (spread + epsilon)
-            # Weights that all leaves share may be wider than this one.
+            # The weights, which all leaves share, may be wider than this leaf.
             return tuple(x.astype(row[0].dtype) for x in (delta, first, second))
 
         new = {p: leaf(row, delta[p], first[p], second[p]) for p, row in rows.items()}
@@ -319,5 +329,5 @@ def _wide(row):
 
 
 def widened(row: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """A leaf of every task in one dtype, float32 or wider."""
+    """Returns a leaf of every task in one dtype, float32 or wider."""
     return tuple(jnp.asarray(leaf, _wide(row)) for leaf in row)

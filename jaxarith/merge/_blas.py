@@ -1,10 +1,11 @@
-"""Small matrices are factored by one BLAS thread each, several of them side by side.
+"""Small matrices are factored with one BLAS thread each, several at the same time.
 
-XLA factors matrices on CPUs by SciPy's LAPACK, whose BLAS keeps a thread for each core.
-They wait for each other, and for the cores that XLA's own threads hold: on 2 cores of
-an AMD EPYC with another process at work, the singular value decomposition of a matrix
-of 768 by 768 took 5.4 s with two of them and 0.11 s with one. XLA runs one program
-after another, however many are given to it by one thread; so each has a thread here.
+On CPUs, XLA factors matrices with SciPy's LAPACK. Its BLAS keeps one thread for each
+core. These threads wait for each other, and for the cores that XLA's threads hold. On 2
+cores of an AMD EPYC, while another process was running, the singular value
+decomposition of a matrix of 768 by 768 took 5.4 s with two BLAS threads and 0.11 s with
+one. XLA runs all programs that one thread starts one after another. So each
+factorisation has its own thread here.
 """
 
 import contextlib
@@ -20,13 +21,16 @@ from jax.core import Tracer
 
 from jaxarith import resources
 
-_SMALL = 1024  # the shorter side of a matrix
-_ENTRIES = 2**22  # of a matrix that others are factored beside
-_AT_A_TIME = min(os.cpu_count() or 1, 8)  # each holds a leaf of all tasks
+_SMALL = 1024  # largest length of the shorter side of a small matrix
+_ENTRIES = 2**22  # most entries of a matrix that is factored at the same time as others
+_AT_A_TIME = min(os.cpu_count() or 1, 8)  # each one holds a leaf of all tasks
 
 
 def limited(leaves: Iterable[jax.Array]) -> contextlib.AbstractContextManager[None]:
-    """One BLAS thread while small matrices are factored; wait for results inside."""
+    """Limits BLAS to one thread if the matrices are small.
+
+    Wait for the results inside this context.
+    """
     shapes = [jnp.shape(leaf) for leaf in leaves]
     sides = [min(shape) for shape in shapes if len(shape) == 2]
     if not sides or max(sides) > _SMALL:
@@ -35,14 +39,14 @@ def limited(leaves: Iterable[jax.Array]) -> contextlib.AbstractContextManager[No
 
 
 def fit_beside_others(leaves: Iterable[Any], *args: Any) -> bool:
-    """Whether leaves are small matrices, in the memory of a CPU as their arguments."""
+    """Returns whether all leaves are small matrices, and all arrays are on one CPU."""
     return all(map(_is_small, leaves)) and all(map(_is_here, jax.tree.leaves(args)))
 
 
 def are_vectors(leaves: Collection[Any], *args: Any) -> bool:
-    """Whether leaves, such as biases, are merged at once while matrices are factored.
+    """Returns whether leaves can be merged while matrices are still being factored.
 
-    They have one axis or none, and are in the memory of a CPU as their arguments.
+    They can if they have at most one axis, as biases do, and all arrays are on one CPU.
     """
     few = all(jnp.ndim(leaf) < 2 for leaf in leaves)
     return few and all(map(_is_here, jax.tree.leaves((list(leaves), args))))
@@ -68,10 +72,10 @@ def _is_here(value):
 
 
 class Queue:
-    """Work on several leaves at a time, whose results are taken in their order.
+    """A queue that works on several leaves at a time and returns results in order.
 
     Args:
-      put: `put(path, result)` takes a result, in the thread that adds work.
+      put: `put(path, result)` receives each result, in the thread that adds work.
     """
 
     def __init__(self, put: Callable[[str, Any], None]):
@@ -89,13 +93,13 @@ class Queue:
         self._pool.shutdown(cancel_futures=True)
 
     def add(self, path: str, work: Callable[[], Any]) -> None:
-        """Starts work as soon as fewer than one per core are under way."""
+        """Starts work; waits first if all threads are busy."""
         while len(self._waiting) >= self._most:
             self._take()
         self._waiting.append((path, self._pool.submit(work)))
 
     def finish(self) -> None:
-        """Waits for all work and takes its results."""
+        """Waits for all work and hands its results to `put`."""
         while self._waiting:
             self._take()
 

@@ -1,9 +1,10 @@
-"""Random masks, at a quarter of a hash for an entry.
+"""Random masks that need only a quarter of a hash for each entry.
 
-`jax.random.uniform` takes a Threefry hash of 64 bits for every number and throws half
-of it away; XLA also runs its rounds one after another through memory. Here a hash gives
-four draws of 16 bits, and all rounds are one loop. The bits depend on the key, the
-entry's place in the leaf and the leaf's shape alone: not on sharding, devices or dtype.
+`jax.random.uniform` computes a Threefry hash of 64 bits for every number and uses only
+half of it. XLA also writes the result of each round of the hash to memory. Here one
+hash makes four draws of 16 bits, and all rounds run in one loop. The bits depend only
+on the key, the entry's place in the leaf and the leaf's shape. They do not depend on
+sharding, devices or dtype.
 
 Salmon, Moraes, Dror, Shaw. Parallel Random Numbers: As Easy as 1, 2, 3. SC 2011.
 """
@@ -18,14 +19,14 @@ _PARITY = 0x1BD11BDA
 
 
 def draw(key: jax.Array, share: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
-    """A mask whose entries are true with a probability, to 2^-32.
+    """Draws a mask whose entries are true with the probability `share`, up to 2^-32.
 
-    Two entries look at the same word of 32 bits, turned by 16: the first 16 bits decide
-    but for one entry in 65536, where the others do.
+    Two entries use the same word of 32 bits; the second entry uses it rotated by 16.
+    The first 16 bits decide, except for one entry in 65536, where the other bits do.
 
     Args:
       key: random key, of any implementation.
-      share: the probability: a number, or one for each entry.
+      share: the probability: one number, or one number for each entry.
       shape: shape of the mask.
     """
     *leading, last = shape or (1,)
@@ -34,8 +35,8 @@ def draw(key: jax.Array, share: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
         jax.random.bits(key, (2,), jnp.uint32), *_places((*leading, quarter))
     )
     turned = [part for x in words for part in (x, (x << 16) | (x >> 16))]
-    # Runs of entries, so that nothing is interleaved, and a mask of each: what is put
-    # together is small, and a word is not computed anew for each of its entries.
+    # The four parts are runs of entries, so nothing is interleaved. The masks are made
+    # before they are joined: masks are small, and each word is computed only once.
     shares = _in_runs(share, (*leading, last), quarter)
     below = [_is_below(x, of) for x, of in zip(turned, shares, strict=True)]
     return jnp.concatenate(below, axis=-1)[..., :last].reshape(shape)
@@ -49,14 +50,14 @@ def _in_runs(share, shape, quarter):
 
 
 def _is_below(words, share):
-    # The product is exact in float32; 1 would not fit into 32 bits.
+    # The product is exact in float32. A share of 1 would not fit into 32 bits.
     share = jnp.asarray(share, jnp.float32)
     threshold = jnp.minimum(share * 2.0**32, _LARGEST).astype(jnp.uint32)
     return (words < threshold) | (share >= 1)
 
 
 def _places(shape):
-    """Two counters of every entry: the first index, and the place in what it names."""
+    """Returns two counters for each entry: its first index, and its place after it."""
     rows = jnp.zeros(shape, jnp.uint32)
     inner, stride = rows, 1
     for axis in range(len(shape) - 1, 0, -1):
@@ -67,7 +68,7 @@ def _places(shape):
 
 
 def threefry(key: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The Threefry-2x32 hash of pairs of counters, 20 rounds.
+    """Returns the Threefry-2x32 hash of pairs of counters, with 20 rounds.
 
     Args:
       key: `u32[2]`.

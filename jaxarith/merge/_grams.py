@@ -1,4 +1,4 @@
-"""Gram matrices of the inputs of linear layers, by path, as arguments of `fold`."""
+"""Gram matrices of the inputs of linear layers, by path: arguments of `fold`."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,17 +16,19 @@ def aligned(
     grams: Sequence[Mapping[str, jax.Array]],
     is_in_out: Callable[[str], bool],
 ) -> dict[str, tuple]:
-    """The Gram matrices of all tasks for every leaf of a tau; none where no task has.
+    """Returns, for every leaf of the taus, the tuple of its Gram matrices of all tasks.
+
+    The tuple is empty if no task has a Gram matrix for the leaf.
 
     Args:
       params_0: pre-trained parameters.
       taus: T task vectors.
-      grams: for every task, `[in, in]` by path.
-      is_in_out: whether the matrix of a path is stored as [in, out].
+      grams: for every task, Gram matrices `[in, in]` by path.
+      is_in_out: `is_in_out(path)` tells whether a matrix is stored as [in, out].
 
     Raises:
-      ValueError: not one set of Gram matrices per task, a matrix that not all tasks
-        have or that does not fit, or non-finite values.
+      ValueError: the number of sets of Gram matrices is not T, some tasks lack a matrix
+        that others have, a matrix does not fit, or values are not finite.
     """
     _leaves.one_each(grams, len(taus), "sets of Gram matrices")
     shapes = {path: jnp.shape(leaf) for path, leaf in tree.flatten(params_0).items()}

@@ -1,8 +1,8 @@
-"""What all merges share: checked input, and a function of one leaf over all leaves.
+"""Parts that all merges share: checks of the input, and the loop over leaves.
 
-A merge is zero or more passes over the leaves that gather small statistics, then `fold`
-of a function of one leaf. Neither holds more than a leaf of all tasks at a time besides
-its input and its result.
+A merge makes zero or more passes over the leaves to gather small statistics. Then it
+calls `fold` with a function that merges one leaf. Besides its input and result, it
+never holds more than one leaf of all tasks at a time.
 """
 
 import contextlib
@@ -23,19 +23,22 @@ from jaxarith.typing import Coef, Params, PerTask, Taus, Tree
 
 
 def check(params_0: Params, taus: Taus, least: int = 1) -> None:
-    """Raises a ValueError, with paths, for task vectors that cannot be merged.
+    """Checks that task vectors can be merged.
 
     Args:
       params_0: pre-trained parameters.
       taus: the task vectors.
-      least: the number of task vectors that the method needs.
+      least: smallest number of task vectors that the method accepts.
+
+    Raises:
+      ValueError: they cannot; the message names the paths.
     """
     check_fit(params_0, taus, least)
     check_values(params_0, taus)
 
 
 def check_fit(params_0: Params, taus: Taus, least: int = 1) -> None:
-    """The part of `check` that reads no values: structure, shapes and number."""
+    """Checks structure, shapes and number: the part of `check` that reads no values."""
     check_list(taus)
     movable = tree.floating(params_0)
     for path, leaf in tree.flatten(movable).items():
@@ -49,7 +52,10 @@ def check_fit(params_0: Params, taus: Taus, least: int = 1) -> None:
             tau, movable, f"task vector {i}", "floating-point pre-trained parameters"
         )
     if not jax.tree.leaves(list(taus)):
-        raise ValueError("none of the task vectors has a leaf.")
+        raise ValueError(
+            "none of the task vectors has a leaf; expected at least one array. Check "
+            "how the task vectors were made."
+        )
     if len(taus) < least:
         raise ValueError(
             f"this method merges at least {least} task vectors; found {len(taus)}."
@@ -57,24 +63,28 @@ def check_fit(params_0: Params, taus: Taus, least: int = 1) -> None:
 
 
 def check_list(taus: Taus) -> None:
-    """The part of `check` that looks at no leaf: a list with task vectors."""
+    """Checks that `taus` is a list and not empty, without a look at any leaf."""
     if not isinstance(taus, list | tuple) or hasattr(taus, "_fields"):
         kind = type(taus).__name__
         raise ValueError(
-            f"merging needs a list of task vectors; found one tree, a {kind}."
+            f"merging needs a list of task vectors; found one tree, a {kind}. Write "
+            "[tau]."
         )
     if not taus:
-        raise ValueError("merging needs a list of task vectors; found an empty list.")
+        raise ValueError(
+            "merging needs a list of task vectors; found an empty list. Give at least "
+            "one."
+        )
 
 
 def check_values(params_0: Params, taus: Taus) -> None:
-    """The part of `check` that reads all values: none is NaN or infinite."""
+    """Checks that no value is NaN or infinite; this part of `check` reads values."""
     tree.check_finite(params_0, "pre-trained model")
     _check_finite(taus)
 
 
 def check_vectors(taus: Taus) -> None:
-    """The part of `check` that needs no model: a list, and finite values."""
+    """Checks a list of task vectors without a model: a list, and finite values."""
     check_list(taus)
     _check_finite(taus)
 
@@ -85,10 +95,10 @@ def _check_finite(taus):
 
 
 def check_sum(merged: Tree, params_0: Params, taus: Taus) -> None:
-    """`check_values` of what was summed, at the cost of reading the sum.
+    """Checks the values of all summands, but reads only the sum if it is finite.
 
-    A sum that includes NaN or infinity is not finite either. Where the sum is finite,
-    so was all that went into it.
+    A sum that includes NaN or infinity is not finite. So if the sum is finite, all its
+    summands are.
     """
     if tree.is_finite(merged):
         return
@@ -112,18 +122,19 @@ def leaf_function(
     static: str | Sequence[str] = (),
     whole: bool = False,
 ) -> Callable[..., Any]:
-    """Makes `function(leaf_0, taus, *args)` what `fold` takes, under `jit`.
+    """Compiles `function(leaf_0, taus, *args)` with `jit`, for use by `fold`.
 
     The function receives a leaf of `params_0` and the tuple of that leaf in every task
-    vector, in float32 or better. What it returns is cast to the dtype of `params_0`.
+    vector, in float32 or better. Its result is cast to the dtype of `params_0`.
 
-    Loops over the tuple are unrolled into one pass over memory; `jnp.stack` copies.
+    A loop over the tuple is unrolled into one pass over memory, while `jnp.stack` would
+    copy the leaves.
 
     Args:
-      function: a function defined in a module, so that its compilation is kept.
-      static: names of arguments that are Python values, such as options.
-      whole: whether it sums over entries or takes a matrix apart. It then receives
-        sharded leaves gathered, for else its result would depend on how they are cut.
+      function: a function defined in a module, so that JAX keeps its compiled program.
+      static: names of arguments that are Python values, for example options.
+      whole: whether the function sums over entries or decomposes a matrix. If so, it
+        receives sharded leaves gathered, so its result does not depend on the sharding.
     """
     if function is None:
         return functools.partial(leaf_function, static=static, whole=whole)
@@ -140,7 +151,7 @@ def leaf_function(
 
 
 class _OfWhole:
-    """A leaf function of leaves that are gathered from all devices."""
+    """A leaf function that receives its leaves gathered from all devices."""
 
     def __init__(self, function, in_float32, static):
         functools.update_wrapper(self, function)
@@ -155,9 +166,10 @@ class _OfWhole:
             return tree.settled(self._in_float32(*gathered, **options))
 
     def work(self, leaf_0, taus, *args, **options) -> Callable[[], jax.Array]:
-        """A function that computes the same in any thread.
+        """Returns a function that computes the same in any thread.
 
-        It is compiled here: JAX's settings, such as 64-bit numbers, are a thread's own.
+        It is compiled here, because JAX keeps its settings, for example for 64-bit
+        numbers, separately for each thread.
         """
         compiled = self._in_float32.lower(leaf_0, taus, *args, **options).compile()
         pairs = zip(args, self._is_static, strict=False)
@@ -178,18 +190,22 @@ def fold(
     *args: Any,
     **options: Any,
 ) -> Params:
-    """`merge_leaf(leaf_0, taus, *args, **options)` on every leaf that a tau has.
+    """Calls `merge_leaf(leaf_0, taus, *args, **options)` for every leaf of the taus.
 
     Leaves that no task vector has, or that have no entries, stay as they are. Running
-    statistics of normalisation layers are averaged: the sum of two models' variances is
-    that of no model.
+    statistics of normalisation layers are averaged instead, because the sum of two
+    models' variances is no model's variance.
 
     Args:
       merge_leaf: a `leaf_function`.
       params_0: pre-trained parameters.
       taus: the task vectors, or their leaves by path.
-      *args: statistics; of a dict, the entry of the leaf's path.
+      *args: statistics. If one is a dict, `merge_leaf` receives the entry of the leaf's
+        path.
       **options: the static arguments of `merge_leaf`.
+
+    Returns:
+      `params_0` with the merged leaves.
     """
     return _fold(merge_leaf, params_0, taus, args, options, means=is_running)
 
@@ -201,10 +217,10 @@ def fold_all(
     *args: Any,
     **options: Any,
 ) -> Params:
-    """`fold` with no exception for running statistics.
+    """Does the same as `fold`, but without an exception for running statistics.
 
-    It is for means of models, whose statistics it averages too, and for mergekit's
-    definitions, which have no exception.
+    Means of models use it, because they average these statistics anyway. So do
+    mergekit's methods, whose definitions have no such exception.
     """
     return _fold(merge_leaf, params_0, taus, args, options, means=lambda path: False)
 
@@ -221,7 +237,7 @@ def _fold(merge_leaf, params_0, taus, args, options, means):
             if path not in rows or not jnp.size(leaf_0):
                 continue
             with _on(rows, path):
-                row = rows[path]  # a base in a file was read for the differences to it
+                row = rows[path]  # first: it reads the base, which `start` reuses
                 start = lazy.read(leaf_0)
                 own = [at(arg, path) for arg in args]
                 if means(path):
@@ -238,7 +254,7 @@ def _fold(merge_leaf, params_0, taus, args, options, means):
 
 
 def _in_files(rows):
-    """The rows that are read from files, beneath functions of them; None without."""
+    """Returns the rows in files under all functions of them; None if there are none."""
     while isinstance(rows, Mapped):
         rows = rows.rows
     return rows if isinstance(rows, lazy.Rows) else None
@@ -254,14 +270,15 @@ def _on(rows, path):
     return contextlib.nullcontext() if found is None else found.on(path)
 
 
-# Of BatchNorm in Linen, NNX and PyTorch, and of Haiku's moving averages.
+# Names of running statistics: those of BatchNorm in Linen, NNX and PyTorch, and those
+# of Haiku's moving averages.
 _RUNNING = re.compile(
     r"(.*/)?batch_stats/.*|(.*[/.])?(running_)?(mean|var)(/value)?|.*/(mean|var)_ema/.*"
 )
 
 
 def is_running(path: str) -> bool:
-    """Whether a leaf holds running statistics of a normalisation layer, by its name."""
+    """Returns whether a leaf's name says that it holds running statistics."""
     return _RUNNING.fullmatch(path) is not None
 
 
@@ -271,23 +288,24 @@ def _mean(leaf_0, taus):
 
 
 def widened(leaf: jax.Array) -> jax.Array:
-    """The leaf in float32 or better."""
+    """Returns the leaf in float32 or better."""
     return jnp.asarray(leaf, tree.wide_dtype(leaf))
 
 
 def at(statistic: Any, path: str) -> Any:
-    """A statistic of one leaf: the entry of its path, or what all leaves share."""
+    """Returns a leaf's statistic: its path's entry, or the one all leaves share."""
     return statistic[path] if isinstance(statistic, dict) else statistic
 
 
 class Mapped(Mapping):
-    """The leaves of task vectors by path, put through a function when looked at.
+    """The leaves of task vectors by path, with a function applied at every look-up.
 
-    They are computed again in every pass and not kept, so that a method of several
-    passes never holds changed task vectors as a whole.
+    The results are computed again in every pass and not kept. So a method of several
+    passes never holds a whole changed task vector.
 
     Args:
-      function: `function(row, *args) -> row`, of the tuple of a leaf of every task.
+      function: `function(row, *args) -> row`; a row is the tuple of a leaf of every
+        task.
       rows: leaves by path.
       *args: as for `fold`.
     """
@@ -299,11 +317,11 @@ class Mapped(Mapping):
 
     def __getitem__(self, path: str) -> tuple:
         args = (at(arg, path) for arg in self.args)
-        # Without waiting, the results of many leaves would be allocated ahead.
+        # Without this wait, JAX would allocate the results of many leaves in advance.
         return jax.block_until_ready(self._function(self.rows[path], *args))
 
     def __contains__(self, path) -> bool:
-        return path in self.rows  # that of `Mapping` would compute the row
+        return path in self.rows  # the method of `Mapping` would compute the row
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.rows)
@@ -313,12 +331,12 @@ class Mapped(Mapping):
 
     @property
     def unmapped(self) -> Mapping[str, tuple]:
-        """The leaves before the function, which has their shapes, at no cost."""
+        """The leaves before the function, with the same shapes, at no cost."""
         return unmapped(self.rows)
 
 
 def is_traced(rows: Mapping[str, tuple], *others: Any) -> bool:
-    """Whether a transformation traces leaves by path, or what else they depend on."""
+    """Returns whether a transformation traces the leaves or anything they depend on."""
     while isinstance(rows, Mapped):
         others, rows = (*others, rows.args), rows.rows
     return tree.is_traced(dict(unmapped(rows)), others)
@@ -328,11 +346,11 @@ F = TypeVar("F", bound=Callable)
 
 
 def at_once(function: F) -> F:
-    """Makes `function(rows, ...)` compute at once what it can, whatever surrounds it.
+    """Makes `function(rows, ...)` compute known values at once, even inside `jit`.
 
-    Inside a transformation JAX would record a computation even with arrays that are
-    known, such as task vectors that the transformed function closes over. Passes that
-    gather statistics look at their results, and use them as Python values.
+    Inside a transformation, JAX only records computations, even with arrays that are
+    known because the transformed function closes over them. But passes that gather
+    statistics use their results as Python values.
     """
 
     @functools.wraps(function)
@@ -346,30 +364,30 @@ def at_once(function: F) -> F:
 
 
 def unmapped(rows: Mapping[str, tuple]) -> Mapping[str, tuple]:
-    """Leaves of the same shapes that exist already, to look the shapes up."""
+    """Returns leaves of the same shapes that need no reading or computation."""
     return rows.unmapped if isinstance(rows, Mapped | lazy.Rows) else rows
 
 
 def one_of(value: str, known: Any, name: str) -> None:
-    """Raises a ValueError unless the value of an option is one of a `Literal`."""
+    """Raises a ValueError unless an option's value is one of the `Literal` values."""
     options = get_args(known)
     if value not in options:
         raise ValueError(f"unknown {name} {value!r}; known are {', '.join(options)}.")
 
 
 def one_each(found: Collection, tasks: int, name: str) -> None:
-    """Raises a ValueError unless there is one of something for every task vector."""
+    """Raises a ValueError unless `found` has one item for each task vector."""
     if len(found) != tasks:
         raise ValueError(
-            f"{len(found)} {name} for {tasks} task vectors; give one for each."
+            f"found {len(found)} {name} for {tasks} task vectors; give one for each."
         )
 
 
 def per_task(values: PerTask, tasks: int, name: str) -> jax.Array:
-    """One number, or one per task, as `[task]`.
+    """Returns one number, or one number per task, as `[task]`.
 
     Raises:
-      ValueError: there are several numbers, but not one per task, or one is not finite.
+      ValueError: a number is not finite, or there are several but not one per task.
     """
     found = _finite(jnp.asarray(values, float), name)
     if found.shape not in ((), (tasks,)):
@@ -381,37 +399,37 @@ def per_task(values: PerTask, tasks: int, name: str) -> jax.Array:
 
 
 def _finite(values, name):
-    # In NumPy: what is known inside a `jit` is checked as well.
+    # NumPy also checks values that are known inside a `jit`. JAX would trace them.
     if not isinstance(values, Tracer) and not np.isfinite(values).all():
         raise ValueError(f"{name} is {values}; it must be finite.")
     return values
 
 
 def one_number(value: PerTask, name: str) -> jax.Array:
-    """The coefficient of one merged vector.
+    """Returns the coefficient of one merged vector, as a scalar.
 
     Raises:
-      ValueError: there are several numbers, or it is not finite.
+      ValueError: there are several numbers, or the number is not finite.
     """
     found = _finite(jnp.asarray(value, float), name)
     if found.ndim:
         raise ValueError(
-            f"{name} has shape {list(found.shape)}; this method scales its one merged "
-            "vector by one number."
+            f"{name} has shape {list(found.shape)}; expected one number, because this "
+            "method scales one merged vector."
         )
     return found
 
 
-Coefs = jax.Array | dict[str, jax.Array]  # an argument of `fold`: for all, or by path
+Coefs = jax.Array | dict[str, jax.Array]  # argument of `fold`: for all, or by path
 
 
 def task_coefs(coef: Coef, taus: Taus, name: str = "coef") -> Coefs:
-    """A coefficient of every task, `[task]`.
+    """Returns a coefficient for every task, `[T]`, or a dict of them by path.
 
     Args:
       coef: one number, one per task `[T]`, or either by path.
       taus: T task vectors.
-      name: what an error calls the coefficient.
+      name: name of the coefficient in error messages.
     """
     if not isinstance(coef, Mapping) and not callable(coef):
         return per_task(coef, len(taus), name)
@@ -423,12 +441,12 @@ def task_coefs(coef: Coef, taus: Taus, name: str = "coef") -> Coefs:
 
 
 def vector_coef(coef: Coef, taus: Taus, name: str = "coef") -> Coefs:
-    """The coefficient of the one merged vector.
+    """Returns the coefficient of the one merged vector, or a dict of them by path.
 
     Args:
-      coef: one number, or one by path.
-      taus: the task vectors, whose paths it is for.
-      name: what an error calls the coefficient.
+      coef: one number, or one number for each path.
+      taus: the task vectors, which have these paths.
+      name: name of the coefficient in error messages.
     """
     if not isinstance(coef, Mapping) and not callable(coef):
         return one_number(coef, name)
@@ -438,9 +456,9 @@ def vector_coef(coef: Coef, taus: Taus, name: str = "coef") -> Coefs:
 
 
 def keys(key: jax.Array, taus: Taus) -> dict[str, jax.Array]:
-    """The random key of every leaf, as an argument of `fold`.
+    """Returns the random key of every leaf by path, as an argument of `fold`.
 
-    Fold the number of the task in: `jax.random.fold_in(keys[path], task)`. The draws
-    then depend on the path and the task alone, not on order, sharding or devices.
+    Add the number of the task with `jax.random.fold_in(keys[path], task)`. Then the
+    draws depend only on the path and the task, not on order, sharding or devices.
     """
     return {path: task_vectors.leaf_key(key, path) for path in tree.aligned(taus)}

@@ -1,4 +1,4 @@
-"""One merged vector, and for every task a mask and a scale that adapt it."""
+"""One merged vector, and for every task a mask and a scale that adapt the vector."""
 
 from typing import NamedTuple
 
@@ -14,8 +14,8 @@ class Masked(NamedTuple):
     Attributes:
       tau: the merged vector, a nested dict of the leaves that any task vector has, in
         float32 or better.
-      masks: for each of the T tasks, a tree like `tau` of bool.
-      scales: `[T]`.
+      masks: for each of the T tasks, a tree like `tau` with leaves of bool.
+      scales: scale of each task, `[T]`.
     """
 
     tau: Params
@@ -23,7 +23,7 @@ class Masked(NamedTuple):
     scales: jax.Array
 
     def vector(self, task: int) -> Params:
-        """The vector of one task, `scales[task] · masks[task] · tau`.
+        """Returns the vector of one task, `scales[task] · masks[task] · tau`.
 
         `task_vectors.apply(params_0, masked.vector(0))` is the model of the first task.
         """

@@ -1,7 +1,7 @@
 """Matrices among the leaves, and their singular vectors, for merges that need them.
 
-Singular vectors are taken as constants by automatic differentiation: where singular
-values coincide or are zero they have no derivative, and JAX gives NaN. Singular values
+Automatic differentiation treats singular vectors as constants. They have no derivative
+where singular values are equal or zero, and JAX would return NaN. Singular values
 are differentiated as :math:`\\operatorname{diag}(U^\\top M V)`, which is exact.
 """
 
@@ -15,23 +15,25 @@ import jax.numpy as jnp
 from jaxarith import tree
 from jaxarith.merge import _leaves
 
-# The last part of a path says which side of a matrix its inputs are on: `kernel` of
-# Flax and `w` of Haiku are [input, output]; `weight` of PyTorch and Equinox, and rows
-# of embeddings, are [output, input]. Arrays of NNX have `value` behind their names.
+# The last part of a path tells the axis of a matrix that belongs to the inputs. Flax's
+# `kernel` and Haiku's `w` are [input, output]. The `weight` of PyTorch and Equinox, and
+# embeddings, are [output, input]. NNX adds `value` to the names of its arrays.
 _IN_OUT = re.compile(r"(.*[/.])?(kernel|w)(/value)?")
 _OUT_IN = re.compile(r"(.*[/.])?(weight|embeddings?)(/value)?")
-NO_EMBEDDING = r"(?!.*embed).*"  # matrices that something is multiplied with
+NO_EMBEDDING = r"(?!.*embed).*"  # matrices that are used in matrix products
 
 
 def which(rows: Mapping[str, tuple], pattern: str | None) -> dict[str, bool]:
-    """Whether each leaf is merged as a matrix: an argument of `fold`, a static one.
+    """Returns, by path, whether each leaf is merged as a matrix.
+
+    The result is a static argument of `fold`.
 
     Args:
       rows: the leaf of every task, by path.
       pattern: a regular expression of whole slash paths, or None for every 2-D leaf.
 
     Raises:
-      ValueError: there are 2-D leaves, and none of their paths matches.
+      ValueError: 2-D leaves exist, but none of their paths matches.
     """
     rows = _leaves.unmapped(rows)
     planes = [p for p, row in rows.items() if jnp.ndim(row[0]) == 2 if row[0].size]
@@ -39,8 +41,8 @@ def which(rows: Mapping[str, tuple], pattern: str | None) -> dict[str, bool]:
     if planes and not found:
         raise ValueError(
             f"no 2-D leaf matches matrices={pattern!r}. The pattern must match whole "
-            f"slash paths, such as {', '.join(planes[:3])}; matrices=None takes all "
-            "2-D leaves."
+            f"slash paths; the 2-D leaves include {', '.join(planes[:3])}. "
+            "matrices=None takes all 2-D leaves."
         )
     return {path: path in found for path in rows}
 
@@ -48,12 +50,15 @@ def which(rows: Mapping[str, tuple], pattern: str | None) -> dict[str, bool]:
 def which_in_out(
     are_matrices: Mapping[str, bool], pattern: str | None, method: str
 ) -> dict[str, bool]:
-    """Whether each matrix is stored as [input, output]: an argument of `fold`.
+    """Returns, by path, whether each matrix is stored as [input, output].
+
+    The result is an argument of `fold`.
 
     Args:
       are_matrices: by path, whether a leaf is merged as a matrix.
-      pattern: a regular expression of whole slash paths; None goes by the names.
-      method: the method that depends on it, which a warning names.
+      pattern: a regular expression for the whole slash paths of [input, output]
+        matrices; None decides by the names of the leaves.
+      method: name of the merge method, for the warning.
     """
     if pattern is not None:
         return {path: bool(re.fullmatch(pattern, path)) for path in are_matrices}
@@ -65,36 +70,45 @@ def which_in_out(
     if unknown:
         warnings.warn(
             f"{method} merges {', '.join(tree.first_few(unknown, most=3))} as [output, "
-            "input]: their names do not say. Give in_out, a pattern of the paths of "
-            "matrices that are [input, output]; in_out='(?!)' says that none is.",
+            "input], because their names do not say which axis is which. Set in_out to "
+            "a pattern that matches the paths of [input, output] matrices; "
+            "in_out='(?!)' says that none is.",
             stacklevel=3,
         )
     return {path: bool(_IN_OUT.fullmatch(path)) for path in are_matrices}
 
 
 def input_axis(path: str) -> int:
-    """The axis along which the rows of a PyTorch weight run: over a layer's inputs.
+    """Returns the axis of a matrix that runs over the inputs of its layer: -2 or -1.
 
-    A Flax `kernel` is that weight transposed.
+    It is -1 for a `weight` of PyTorch and -2 for a `kernel` of Flax, which is stored
+    transposed. The name of the leaf decides.
+
+    Args:
+      path: slash path of the matrix.
+
+    Example:
+      >>> input_axis("dense/kernel"), input_axis("dense/weight")
+      (-2, -1)
     """
     return -2 if _IN_OUT.fullmatch(path) else -1
 
 
 def as_out_in(merge: Callable, taus: Sequence[jax.Array], is_in_out: bool) -> jax.Array:
-    """`merge(taus)` of matrices [output, input], in the layout in which they came."""
+    """Calls `merge` with [output, input] matrices; returns the original layout."""
     return merge([tau.T for tau in taus]).T if is_in_out else merge(taus)
 
 
 def svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The thin singular value decomposition `u[m, r], s[r], vt[r, n]`.
+    """Returns the thin singular value decomposition `u[m, r], s[r], vt[r, n]`.
 
-    Where a singular value is zero to rounding it and its vectors are exactly zero:
-    such vectors are rounding noise, and methods that give directions new lengths would
-    amplify it.
+    If a singular value is zero up to rounding, the function sets it and its vectors to
+    zero. Such vectors are rounding noise, which methods that rescale directions would
+    amplify.
     """
     fixed = jax.lax.stop_gradient(matrix)
-    # A tall matrix is first factored by QR, six times as slow on a CPU as the transpose
-    # of a wide one.
+    # A tall matrix would first be factored by QR. On a CPU that is six times as slow as
+    # the decomposition of its transpose.
     tall = matrix.shape[0] > matrix.shape[1]
     u, s, vt = jnp.linalg.svd(fixed.T if tall else fixed, full_matrices=False)
     kept = s > 16 * jnp.finfo(s.dtype).eps * s[0]
@@ -105,24 +119,27 @@ def svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def polar(matrix: jax.Array) -> jax.Array:
-    """The nearest matrix with orthonormal columns or rows, a constant for gradients.
+    """Returns the nearest matrix with orthonormal columns or rows.
 
-    Of a matrix that lacks full rank this is the partial isometry, which is unique.
+    Gradients treat it as a constant. For a matrix without full rank the result is the
+    partial isometry, which is unique.
     """
     u, _, vt = svd(jax.lax.stop_gradient(matrix))
     return dot(u, vt)
 
 
 def times_inverse(matrix: jax.Array, gram: jax.Array, cutoff: float) -> jax.Array:
-    """`matrix @ pinv(gram)`, for a symmetric `gram` with no negative eigenvalues.
+    """Returns `matrix @ pinv(gram)`, `[m, n]`.
+
+    `gram` must be symmetric and without negative eigenvalues.
 
     Args:
       matrix: `[m, n]`.
       gram: `[n, n]`.
       cutoff: eigenvalues up to this share of the largest count as zero.
     """
-    # Eigenvectors have no derivative where eigenvalues coincide, so the inverse is a
-    # constant here, and the second step has the derivative of the solution.
+    # Eigenvectors have no derivative where eigenvalues are equal. So the inverse is a
+    # constant here, and the last line has the derivative of the solution.
     values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(gram))
     kept = values > cutoff * values[-1]
     inverses = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
@@ -135,5 +152,5 @@ def times_inverse(matrix: jax.Array, gram: jax.Array, cutoff: float) -> jax.Arra
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The matrix product in full precision, on accelerators too."""
+    """Returns the matrix product in full precision, on accelerators too."""
     return jnp.dot(a, b, precision="highest")

@@ -1,9 +1,10 @@
-"""Exact order statistics of magnitudes, over all leaves, without sorting or joining.
+"""Exact order statistics of magnitudes over all leaves, without sorting or joining.
 
-NumPy selects among the entries of small models, for which nothing is compiled. For
-others, the bit patterns of magnitudes, as integers, order as the magnitudes do. A
-pass over the leaves counts the entries below a few trial patterns, which narrows the
-bracket around the pattern that is looked for, until one is left.
+For small models NumPy selects among the entries, so nothing is compiled. For other
+models the search uses bit patterns: read as integers, the bit patterns of magnitudes
+have the same order as the magnitudes. Each pass over the leaves counts the entries
+below a few trial patterns. That narrows the bracket around the wanted pattern, until
+one pattern is left.
 """
 
 from collections.abc import Mapping
@@ -17,35 +18,37 @@ from jaxarith import tree
 from jaxarith.merge import _leaves
 from jaxarith.typing import Array
 
-TRIALS = 7  # as many as a pass counts at the speed of memory
-LARGE = 2**16  # entries from which on a first guess
-SAMPLE = 64  # comes from every 64th row of a leaf
-WHOLE = 2**21  # entries up to which one program does all passes over a leaf
-JOINED = 2**21  # entries of all vectors up to which NumPy selects among them
+TRIALS = 7  # patterns that a pass counts at the speed of memory
+LARGE = 2**16  # a larger model gets a first guess from a sample of its entries
+SAMPLE = 64  # the sample has every 64th row of a leaf
+WHOLE = 2**21  # most entries of a leaf for which one program does all passes
+JOINED = 2**21  # most entries of all vectors together for which NumPy selects
 
 
 @_leaves.at_once
 def kth_magnitudes(rows: Mapping[str, tuple], rank: int | Array) -> jax.Array:
-    """The `rank`-th smallest magnitude of each vector; 0 for rank 0.
+    """Returns the `rank`-th smallest magnitude of each vector; 0 for rank 0.
 
     Args:
       rows: by path, the tuple of a leaf of T vectors.
-      rank: from 1 to the number of entries of a vector; or an array of one for each.
+      rank: from 1 to the number of entries of a vector; one rank for all vectors, or an
+        array with one rank for each.
 
     Returns:
-      `[T]` in float32, or float64 where a leaf is.
+      `[T]` in float32, or in float64 if a leaf is float64.
 
     Raises:
-      ValueError: a leaf has 2^31 entries or more, which an int32 cannot count; or the
-        vectors have, and `jit` is tracing them.
+      ValueError: a leaf has 2^31 entries or more, which an int32 cannot count. If `jit`
+        traces the vectors, the limit holds for all leaves together.
     """
     known, traced = _leaves.unmapped(rows), _leaves.is_traced(rows)
     size = sum(row[0].size for row in known.values())
     counted = size if traced else max(row[0].size for row in known.values())
     if counted >= 2**31:
         raise ValueError(
-            f"{counted} entries to count; at most 2^31 - 1 are counted in a leaf, and "
-            "inside `jit` in all."
+            f"found {counted} entries to count; the limit is 2^31 - 1 for each leaf, "
+            "and inside `jit` for all leaves together. Merge outside `jit`, or split "
+            "the leaf."
         )
     tasks = len(next(iter(known.values())))
     leaves = [leaf for row in known.values() for leaf in row]
@@ -68,10 +71,10 @@ def kth_magnitudes(rows: Mapping[str, tuple], rank: int | Array) -> jax.Array:
 
 
 def kth_of_leaf(row: tuple, rank: int | Array) -> jax.Array:
-    """`kth_magnitudes` of a single leaf of T vectors; 0 if it has no entries.
+    """Returns `kth_magnitudes` of a single leaf of T vectors; 0 if it has no entries.
 
-    One program is the fastest for small leaves. For large ones it is slow: it stores
-    what all passes have in common, the magnitudes in float32.
+    One program for all passes is the fastest for small leaves. It is slow for large
+    leaves, because it stores the magnitudes in float32, which all passes share.
     """
     if not row[0].size:
         rank = 0
@@ -88,13 +91,13 @@ def _kth_of_leaf(row, rank):
 
 
 def _selected(rows, ranks, dtype):
-    """The same by NumPy, in memory for all entries."""
+    """Selects with NumPy, which needs memory for all entries."""
     flat = [
         [np.abs(np.asarray(jnp.asarray(leaf, dtype))).reshape(-1) for leaf in row]
         for row in rows.values()
     ]
     vectors = map(np.concatenate, zip(*flat, strict=True))
-    # Rank 0 is 0; the smallest has rank 1.
+    # The smallest magnitude has rank 1; the result for rank 0 is 0.
     found = [
         np.partition(vector, max(rank, 1) - 1)[max(rank, 1) - 1] * (rank > 0)
         for vector, rank in zip(vectors, ranks, strict=True)
@@ -103,16 +106,16 @@ def _selected(rows, ranks, dtype):
 
 
 def _sample(leaf):
-    """Every 64th row of a leaf, or of its longest axis if it has few rows."""
+    """Returns every 64th row of a leaf, or of its longest axis if it has few rows."""
     if leaf.ndim and leaf.shape[0] < SAMPLE:
         leaf = jnp.moveaxis(leaf, leaf.shape.index(max(leaf.shape)), 0)
     return leaf[::SAMPLE] if leaf.ndim else leaf
 
 
 def _search(rows, rank, dtype, traced, guess=None):
-    """Narrows the bracket of the `rank`-th smallest magnitude down to it.
+    """Narrows a bracket until only the `rank`-th smallest magnitude is left.
 
-    NumPy keeps the bracket, whose counts may need 64 bits, unless `jit` is tracing.
+    NumPy holds the bracket, because its counts may need 64 bits, unless `jit` traces.
     """
     known = _leaves.unmapped(rows)
     tasks = len(next(iter(known.values())))
@@ -145,9 +148,10 @@ def _search(rows, rank, dtype, traced, guess=None):
 
 
 class _Bracket(NamedTuple):
-    """Patterns around the one looked for, and the numbers of entries below them.
+    """Two patterns around the wanted one, and the numbers of entries below them.
 
-    `below_low < rank <= below_high` always, so it is `low` when `high` is `low + 1`.
+    `below_low < rank <= below_high` always holds. So the wanted pattern is `low` once
+    `high` is `low + 1`.
     """
 
     low: jax.Array
@@ -162,7 +166,7 @@ def _is_open(bracket):
 
 @jax.jit
 def _count_below(row, trials):
-    """The number `[task, trial]` of entries of a leaf below each pattern."""
+    """Returns the number of entries of a leaf below each pattern, `[task, trial]`."""
 
     def count(leaf, trials):
         leaf = jnp.asarray(leaf, "f8" if trials.dtype == jnp.int64 else "f4")
@@ -176,18 +180,18 @@ def _narrowed(xp, bracket, trials, below, rank):
     is_low = below < rank[:, None]
     low = xp.where(is_low, trials, bracket.low[:, None])
     high = xp.where(is_low, bracket.high[:, None], trials)
-    # Counts ascend with the patterns, so each extreme has the count of its pattern.
+    # Counts grow with the patterns, so the extreme pattern has the extreme count.
     below_low = xp.where(is_low, below, bracket.below_low[:, None])
     below_high = xp.where(is_low, bracket.below_high[:, None], below)
     return _Bracket(low.max(1), high.min(1), below_low.max(1), below_high.min(1))
 
 
 def _trials(xp, bracket, rank):
-    """Patterns to count next `[task, trial]`, above `low` and not above `high`.
+    """Returns the patterns to count next, `[task, trial]`, above `low`, up to `high`.
 
-    Entries lie almost evenly between close patterns, so five trials are put where the
-    rank should fall, within twice the deviation of even sampling; two cut the bracket
-    in thirds, for patterns that are anything but even.
+    Entries lie almost evenly between close patterns. So five trials are near the place
+    where the rank should be, within two standard deviations of even sampling. The other
+    two trials cut the bracket into thirds, for entries that do not lie evenly.
     """
     low, high = bracket.low[:, None], bracket.high[:, None]
     real = np.float64 if low.dtype == np.int64 else np.float32
@@ -202,10 +206,10 @@ def _trials(xp, bracket, rank):
 
 
 def _around(guess, bits):
-    """Patterns of a guess, and close to it on both sides.
+    """Returns the pattern of a guess, and patterns close to it on both sides.
 
     The guess and the next pattern are among them. Differences of models in bfloat16
-    have few values, of which a sample finds the right one: that ends the search.
+    have few different values, so a sample finds the right one, and the search ends.
     """
     near = jnp.array([[0.8, 0.98, 0.998, 1, 1, 1.002, 1.02]], guess.dtype)
     patterns = jax.lax.bitcast_convert_type(guess[:, None] * near, bits)

@@ -1,23 +1,23 @@
-r"""ACE-Merging: task vectors in place of the inputs that a regression would need.
+r"""ACE-Merging: a regression that uses task vectors in place of the layers' inputs.
 
 Xu et al. ACE-Merging: Data-Free Model Merging with Adaptive Covariance Estimation. CVPR
 2026. arXiv:2603.02945. This follows the authors' code.
 
 For every linear layer with weights [output, input], :math:`\tilde\tau_t` is
-:math:`\tau_t` without the mean of every column, and
-:math:`\Sigma_t = \tilde\tau_t^\top \tilde\tau_t` stands for the covariance of the
-layer's inputs. With :math:`\tilde\Sigma_t = \Sigma_t + \varepsilon 1`,
+:math:`\tau_t` minus the mean of every column, and
+:math:`\Sigma_t = \tilde\tau_t^\top \tilde\tau_t` replaces the covariance of the layer's
+inputs. With :math:`\tilde\Sigma_t = \Sigma_t + \varepsilon 1`,
 
 .. math:: \tau = \Big(\sum_t \tilde\tau_t \tilde\Sigma_t\Big)
           \Big(\sum_t \tilde\Sigma_t + C\Big)^{-1}, \qquad
           C_{ij} = \frac{1}{n} \sum_{k=1}^n \sum_t (\Sigma_t)_{kj}.
 
-Where the tasks differ in size, :math:`\gamma = \operatorname{Var}_t(\log \|\tau_t\|^2)
-/ (\operatorname{Mean}_t \log \|\tau_t\|^2)^2` above a threshold, every
+The tasks differ in size if :math:`\gamma = \operatorname{Var}_t(\log \|\tau_t\|^2) /
+(\operatorname{Mean}_t \log \|\tau_t\|^2)^2` is above a threshold. Then every
 :math:`\Sigma_t` and its ε are divided by the trace of :math:`\Sigma_t`, and C by the
-mean of :math:`\|\tau_t\|^2`. Then the top share of the singular directions of
+mean of :math:`\|\tau_t\|^2`. Also, the top share of the singular directions of
 :math:`\tau + \sum_t \tau_t (\Sigma_t - \operatorname{Mean}_k \tilde\Sigma_k)` is added
-to τ, with the mean of their singular values for all of them. Other leaves are averaged.
+to τ. All of them have the mean of their singular values. Other leaves are averaged.
 """
 
 import functools
@@ -30,7 +30,7 @@ from jaxarith import tree
 from jaxarith.merge import _leaves, _matrices
 from jaxarith.typing import Coef, Params, Taus
 
-_FLOOR = 1e-12  # of squared norms, as in the authors' code
+_FLOOR = 1e-12  # added to squared norms, as in the authors' code
 
 
 def ace(
@@ -46,39 +46,39 @@ def ace(
 ) -> Params:
     """Merges task vectors by ACE-Merging.
 
-    The published accuracies were not checked with this function, and the method has
-    properties to know of:
+    The published accuracies were not checked with this function. The method has some
+    properties that users should know:
 
     - The mean over outputs of every column is dropped, so a layer with one output does
-      not move, and C shortens the vector. One task vector is not given back.
-    - `eps` is absolute. Where squared norms of task vectors are far below `eps` times
+      not move. C shortens the vector. So a single task vector is not returned as it is.
+    - `eps` is absolute. If the squared norms of task vectors are far below `eps` times
       the number of inputs, the merge is the average of the centred vectors.
-    - γ depends on the unit of the weights: it grows without bound where the mean of
-      the logarithms is near zero, so `switch` has no meaning of its own. Multiplying
-      all task vectors by one number can change the branch.
-    - C is no symmetric matrix, which takes a general solver.
+    - γ depends on the unit of the weights. It grows without bound if the mean of the
+      logarithms is near zero. So `switch` has no absolute meaning: multiplying all task
+      vectors by one number can change the branch.
+    - C is not symmetric, so the solution needs a general solver.
 
-    A task whose matrix is zero takes no part in that matrix. In the authors' code it
-    would get the largest weight of all where the tasks differ in size.
+    A task whose matrix is zero does not take part in the merge of this matrix. In the
+    authors' code it has the largest weight if the tasks differ in size.
 
-    Gradients take singular vectors as constants.
+    Gradients treat singular vectors as constants.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
+      taus: T task vectors. A missing leaf counts as zero.
       coef: the coefficient of the merged vector: one number, or one by path.
-      eps: what is added to the diagonal of every covariance, above 0.
-      switch: the γ above which covariances are normalised and singular directions
-        added; `math.inf` is never.
-      share: the share of the singular directions that are added then, in (0, 1]; at
-        least one is.
-      matrices: a regular expression of the paths of the 2-D leaves that are weights of
-        linear layers: by default those with no `embed` in their path. The others are
-        averaged. None is all 2-D leaves.
-      in_out: a regular expression of the paths of matrices that are stored as [input,
-        output]; the others are taken as [output, input]. None goes by the last name of
-        a path: `kernel` and `w` are [input, output], as in Flax and Haiku, `weight` and
-        `embedding` [output, input], as in PyTorch and Equinox; of others it warns.
+      eps: the number ε that is added to the diagonal of every covariance, above 0.
+      switch: the threshold of γ, 0 or more. Above it covariances are normalised and
+        singular directions are added. With `math.inf` this never happens.
+      share: the share of the singular directions that are added, in (0, 1]; at least
+        one is added.
+      matrices: a regular expression for the whole paths of the 2-D leaves that are
+        weights of linear layers; by default those without `embed` in their path. The
+        others are averaged. None takes all 2-D leaves.
+      in_out: a regular expression for the whole paths of matrices that are stored as
+        [input, output]; the others are [output, input]. None decides by the last name
+        of a path: `kernel` and `w` (Flax, Haiku) are [input, output]; `weight` and
+        `embedding` (PyTorch, Equinox) are [output, input]. It warns about other names.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -125,7 +125,7 @@ def _merge_leaf(leaf_0, taus, is_matrix, is_in_out, coef, eps, switch, share):
 
 
 def _merge_matrices(taus, eps, switch, share):
-    """The merged vector of matrices [output, input]."""
+    """Returns the merged vector of matrices [output, input]."""
     stacked = jnp.stack(taus)
     squares = jnp.sum(stacked**2, axis=(1, 2))
     count = jnp.maximum(jnp.sum(squares > 0), 1)
@@ -142,17 +142,17 @@ def _merge_matrices(taus, eps, switch, share):
         terms = covariance, ridge, target, _matrices.dot(tau, covariance)
         return jax.tree.map(jnp.add, sums, terms), None
 
-    # One covariance at a time besides the sum.
+    # Memory holds one covariance at a time, besides the sum.
     zero, inputs = jnp.zeros_like(taus[0]), taus[0].shape[1]
     zeros = jnp.zeros((inputs, inputs), zero.dtype), jnp.zeros((), zero.dtype)
     sums, _ = jax.lax.scan(add, (*zeros, zero, zero), (stacked, squares))
     covariance, ridge, target, moved = sums
     c = jnp.mean(covariance, axis=0, keepdims=True)
     c = jnp.where(normalised, c / (jnp.sum(squares) / count + _FLOOR), c)
-    # Without a vector that is not zero there is no ridge, and nothing to solve.
+    # If all vectors are zero there is no ridge, and the solution is zero.
     diagonal = jnp.where(ridge > 0, ridge, 1) * jnp.eye(inputs, dtype=zero.dtype)
-    # The sum with C is regular: a multiple of 1, and a product of (1 + a 11ᵀ) with a
-    # matrix that has no negative eigenvalues.
+    # The sum with C is regular. It is a multiple of 1, plus the product of (1 + a 11ᵀ)
+    # and a matrix that has no negative eigenvalues.
     merged = jnp.linalg.solve((covariance + diagonal + c).T, target.T).T
 
     def with_directions():
@@ -167,7 +167,7 @@ def _merge_matrices(taus, eps, switch, share):
 
 
 def _gamma(squares, count):
-    """How much the sizes of the tasks differ, over those that are not zero."""
+    """Returns γ, the difference in size of the tasks that are not zero."""
     logs = jnp.log(squares + _FLOOR)
     mean = jnp.sum(jnp.where(squares > 0, logs, 0)) / count
     deviations = jnp.where(squares > 0, logs - mean, 0)

@@ -1,20 +1,21 @@
-r"""AdaMerging: coefficients that make the merged model sure of unlabelled samples.
+r"""AdaMerging: finds the coefficients that make predictions on samples most certain.
 
 .. math:: \theta_l = \theta_{0,l} + \sum_t \lambda_{t,l}\,\tau_{t,l}, \qquad
           \min_\lambda \sum_t \mathbb{E}_{x\sim t}\, H(f_t(x; \theta)),
 
-with H the entropy of the predicted classes and l every parameter tensor (layer-wise) or
-the whole model (task-wise).
+H is the entropy of the predicted classes. The samples need no labels. l stands for a
+parameter tensor (layer-wise) or for the whole model (task-wise).
 
 Yang et al. AdaMerging: Adaptive Model Merging for Multi-Task Learning. ICLR 2024.
 arXiv:2310.02575.
 
-The published numbers adapt on the inputs of the *test* sets. Give the batches of
-another split unless that is what you mean to compare with.
+The published numbers adapt on the inputs of the *test* sets. Give batches of another
+split, except to compare with those numbers.
 
-Where the paper is silent this follows the authors' code: 500 steps of Adam with 1e-3
-from 0.3, and coefficients cut to [0, 1]. Theirs sums the mean entropies of two batches
-of 16 samples per task and step; here a task has one batch per step.
+Where the paper says nothing, this follows the authors' code: 500 steps of Adam with
+learning rate 1e-3, initial coefficients 0.3, and coefficients clipped to [0, 1]. The
+authors' code sums the mean entropies of two batches of 16 samples per task and step;
+here a task has one batch per step.
 """
 
 import functools
@@ -31,19 +32,19 @@ from jaxarith.merge.task_arithmetic import add_scaled
 from jaxarith.merge.ties import agreeing, majority_sign, trim, trim_thresholds
 from jaxarith.typing import Coef, Params, Taus
 
-# Optax, losses and tqdm are imported in functions: `import jaxarith` stays light.
+# Functions import optax, losses and tqdm, so that `import jaxarith` stays light.
 
 Scope = Literal["layer", "task"]
 Batches = Sequence[dict] | Callable[[int], dict]
 
 
 class AdaMerging(NamedTuple):
-    """A merged model and how it was found.
+    """A merged model, its coefficients and its losses.
 
     Attributes:
       params: the merged parameters.
-      coefs: λ: `[T]`, or layer-wise `{path: [T]}`. Without `density`, `params` are
-        `task_arithmetic(..., coef=coefs)`.
+      coefs: the coefficients λ: `[T]`, or `{path: [T]}` if layer-wise. Without
+        `density`, `params` equals `task_arithmetic(..., coef=coefs)`.
       losses: the mean entropy of every task before every step, `[steps, T]`.
     """
 
@@ -67,34 +68,38 @@ def adamerging(
 ) -> AdaMerging:
     """Learns the coefficients of task arithmetic by entropy minimisation.
 
-    A step merges once, then visits the tasks one after another, so the activations of
-    one task are alive at a time. The network is differentiated in its parameters, and
-    the gradient in λ is <∇L, τ_t>, leaf by leaf. Besides the vectors this holds the
-    merged model and one gradient of it, however many tasks there are.
+    A step merges once and then visits one task after another, so only the activations
+    of one task are in memory. The network is differentiated with respect to its
+    parameters, and the gradient with respect to λ is <∇L, τ_t>, leaf by leaf. Besides
+    the task vectors, memory holds the merged model and one gradient of it, for any
+    number of tasks.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
+      taus: T task vectors. A missing leaf counts as zero.
       logits_fns: for each task, `logits_fn(params, batch) -> logits [B, classes]`, with
-        -inf for classes that do not count. Pass the same functions again to keep their
-        compilation.
+        -inf for classes that do not count. Pass the same function objects again, so
+        that JAX does not compile them again.
       batches: for each task, unlabelled batches: a sequence, which is cycled, or a
-        function of the step. `batch["mask"]`, `bool[B]`, may mark padding as False. It
-        must be finite copies of samples, as `data.pipeline.evaluation_batches` makes
-        them: a network that is NaN there, as at zeros that it normalises, has a
-        gradient of NaN.
-      scope: "layer", a coefficient per task and parameter tensor, or "task".
-      coef: the initial λ: one number, one per task `[T]`, or layer-wise either by path.
-      steps: steps of Adam.
-      learning_rate: its learning rate.
-      clamp: λ is cut to this interval in the model; None leaves it free, as
-        fusion_bench does. As in the authors' code, what is outside has no gradient.
-      density: the share of entries that AdaMerging++ keeps, in (0, 1]; the paper's is
+        function of the step. `batch["mask"]`, `bool[B]`, is False for padding. Padding
+        must be copies of real samples, as `data.pipeline.evaluation_batches` makes
+        them. Zeros are not enough: a network that normalises them may be NaN there, and
+        then its gradient is NaN.
+      scope: "layer" for a coefficient per task and parameter tensor, "task" for a
+        coefficient per task.
+      coef: the initial λ: one number, or one per task `[T]`. If layer-wise, also
+        either of them by path.
+      steps: number of steps of Adam.
+      learning_rate: learning rate of Adam.
+      clamp: interval to which λ is clipped in the model; None does not clip, as in
+        fusion_bench. As in the authors' code, λ outside the interval has no gradient.
+      density: the share of entries that AdaMerging++ keeps, in (0, 1]; the paper uses
         0.2. Every vector is trimmed as in TIES and keeps its entries with the elected
         sign. None is AdaMerging.
 
     Returns:
-      Parameters with the structure and dtypes of `params_0`, coefficients, losses.
+      Parameters with the structure and dtypes of `params_0`, the coefficients, and the
+      losses.
 
     Raises:
       ValueError: an unknown scope, a wrong number of functions, batches or
@@ -120,7 +125,7 @@ def adamerging(
     raw = _initial(coef, taus, scope)
     clamp = None if clamp is None else (clamp[0], clamp[1])
     election = None if density is None else _elect(taus, density)
-    # Once, not with every step.
+    # The arrays are moved to the device once, not in every step.
     start, vectors = jax.device_put((params_0, tuple(taus)))
 
     def step_of(state, step):
@@ -128,7 +133,8 @@ def adamerging(
         params = _merge(start, vectors, used, election)
         gradient, entropies = jax.tree.map(jnp.zeros_like, used), []
         for logits_fn, source in zip(logits_fns, batches, strict=True):
-            # The sum goes in and comes out: a task waits for the one before it.
+            # The function takes the sum and returns it, so a task waits for the
+            # previous one.
             batch = batch_of(source, step)
             value, gradient = _add_gradient(
                 logits_fn, params, vectors, batch, election, gradient
@@ -146,14 +152,14 @@ def adamerging(
 def adapted(
     step_of: Callable, state: Any, steps: int, tasks: int, name: str
 ) -> tuple[Any, np.ndarray]:
-    """The state after some steps, and the entropies before each, `[steps, tasks]`.
+    """Runs some steps; returns the state, and all entropies `[steps, tasks]`.
 
     Args:
-      step_of: `step_of(state, step) -> state, entropies`, one for each task.
+      step_of: `step_of(state, step) -> state, entropies`, with one entropy per task.
       state: the state before the first step.
       steps: the number of steps.
       tasks: the number of tasks.
-      name: what the progress bar is called.
+      name: label of the progress bar.
 
     Raises:
       FloatingPointError: an entropy is not finite.
@@ -165,7 +171,7 @@ def adapted(
         for step in range(steps):
             state, entropies = step_of(state, step)
             losses.append(entropies)
-            if step:  # read the step before while the device computes this one
+            if step:  # reads the previous step while the device computes this one
                 losses[-2] = _finite(losses[-2], step - 1)
                 bar.set_postfix(entropy=f"{np.mean(losses[-2]):.4f}", refresh=False)
             bar.update()
@@ -175,19 +181,21 @@ def adapted(
 
 
 def batch_of(source: Batches, step: int) -> dict:
-    """The batch of a step."""
+    """Returns the batch of a step."""
     return source(step) if callable(source) else source[step % len(source)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _add_gradient(logits_fn, params, taus, batch, election, total):
-    """The mean entropy of a batch, and `total` plus its gradient in the coefficients.
+    """Returns the mean entropy of a batch, and `total` plus its gradient in λ.
 
     Args:
-      logits_fn, params, batch: a task's network, the merged model, samples.
+      logits_fn: network of a task.
+      params: the merged model.
+      batch: samples of the task.
       taus: T task vectors.
-      election: what `_elect` gives, or None.
-      total: `[T]`, or layer-wise `{path: [T]}`.
+      election: result of `_elect`, or None.
+      total: `[T]`, or `{path: [T]}` if layer-wise.
     """
     from jaxarith import losses
 
@@ -198,7 +206,7 @@ def _add_gradient(logits_fn, params, taus, batch, election, total):
         logits = logits_fn(tree.update(params, part), batch)
         return losses.entropy(logits, mask=batch.get("mask"))
 
-    part = tree.restrict(params, rows)  # what no task has moved costs no gradient
+    part = tree.restrict(params, rows)  # leaves that no task moved need no gradient
     value, gradient = jax.value_and_grad(mean_entropy)(part)
     products = {}
     for path, slope in tree.flatten(gradient).items():
@@ -221,7 +229,7 @@ def _merge_leaf(leaf_0, taus, coefs, *election):
 
 
 def _elect(taus, density):
-    """What AdaMerging++ needs of all leaves: thresholds `[T]` and majority sign."""
+    """Returns the statistics for AdaMerging++: thresholds `[T]` and majority sign."""
     if not 0 < density <= 1:
         raise ValueError(f"density is {density}; it must be in (0, 1].")
     rows = tree.aligned(taus)
@@ -230,9 +238,10 @@ def _elect(taus, density):
 
 
 def _elected(taus, thresholds, majority):
-    """The trimmed entries of every task that have the elected sign; the rest is zero.
+    """Returns the trimmed entries of every task that have the elected sign.
 
-    It is found anew from the vectors in every step: kept, it would be a second copy.
+    The other entries are zero. Every step computes this again, because to store it
+    would need a second copy of the vectors.
     """
     kept, _ = agreeing(trim(taus, thresholds), majority)
     return kept
@@ -245,7 +254,11 @@ def adam_step(
     learning_rate: float,
     clamp: tuple[float, float] | None,
 ) -> tuple[Any, Any]:
-    """A step of the coefficients before the cut; `gradient` is the one after it."""
+    """Takes a step of Adam.
+
+    The step changes the coefficients before clipping; `gradient` is the gradient with
+    respect to the clipped ones.
+    """
     import optax
 
     raw, moments = state
@@ -259,7 +272,7 @@ def adam_step(
 
 
 def clip(raw: Any, clamp: tuple[float, float] | None) -> Any:
-    """The coefficients that the model is merged with."""
+    """Returns the clipped coefficients, with which the model is merged."""
     return jax.tree.map(lambda c: jnp.clip(c, *clamp), raw) if clamp else raw
 
 
@@ -267,7 +280,9 @@ def _initial(coef, taus, scope):
     coefs = _leaves.task_coefs(coef, taus)
     if scope == "task":
         if isinstance(coefs, dict):
-            raise ValueError('coef is given by path; use scope="layer".')
+            raise ValueError(
+                'coef is given by path, but scope is "task". Use scope="layer".'
+            )
         return coefs
     if isinstance(coefs, dict):
         return coefs
@@ -282,7 +297,7 @@ def check_lists(
     _leaves.one_each(batches, tasks, "batches")
     for task, source in enumerate(batches):
         if not callable(source) and not len(source):
-            raise ValueError(f"task {task} has no batch.")
+            raise ValueError(f"task {task} has no batch; give at least one.")
 
 
 def _finite(entropies, step):

@@ -5,11 +5,11 @@ A linearised model is affine in the coefficients of its task vectors,
 .. math:: f(x; \theta_0 + \textstyle\sum_t \lambda_t\tau_t) = f(x; \theta_0) +
           \sum_t \lambda_t J(x; \theta_0)\tau_t,
 
-so its T + 1 cached outputs per sample are all that task-wise AdaMerging (Yang et al.
-ICLR 2024, arXiv:2310.02575) needs of the network.
+So task-wise AdaMerging (Yang et al. ICLR 2024, arXiv:2310.02575) needs only T + 1
+cached outputs per sample, and not the network.
 
 The published numbers of AdaMerging adapt on the inputs of the *test* sets. Cache the
-outputs of another split unless that is what you mean to compare with.
+outputs of another split, except to compare with those numbers.
 """
 
 import functools
@@ -39,23 +39,25 @@ def adamerging_tangent(
     """Learns one coefficient per task of a linearised model, without the network.
 
     Args:
-      outputs_0: for each of D datasets, f(x; θ0) of all samples, `[N_d, ...]`: `f0` of
+      outputs_0: for each of D datasets, f(x; θ0) of all samples, `[N_d, ...]`. This is
+        `f0` of `evaluate.tangent`.
+      moves: for each dataset, J(x; θ0) τ_t, `[T, N_d, ...]`. This is `moves` of
         `evaluate.tangent`.
-      moves: for each dataset, J(x; θ0) τ_t, `[T, N_d, ...]`: its `moves`.
-      logits_fns: for each dataset, outputs `[B, ...]` to logits `[B, classes]`.
+      logits_fns: for each dataset, a function from outputs `[B, ...]` to logits
+        `[B, classes]`.
       coef: the initial λ: one number, or one per task `[T]`.
       steps, learning_rate, clamp: as for `adamerging`.
-      batch_size: samples of a dataset per step, drawn without replacement within the
-        step; None takes all samples in every step.
-      key: PRNG key of the draws; not needed without `batch_size`.
+      batch_size: number of samples of a dataset per step, drawn without replacement
+        within the step. None takes all samples in every step.
+      key: random key of the draws; not needed without `batch_size`.
 
     Returns:
       The coefficients `[T]` and the mean entropies before every step, `[steps, D]`.
 
     Raises:
-      ValueError: lists of unlike lengths, tangents that do not fit the outputs,
-        non-finite values, a wrong number of coefficients, or a `batch_size` that is
-        below 1 or without `key`.
+      ValueError: lists of different lengths, tangents that do not fit the outputs,
+        non-finite values, a wrong number of coefficients, a `batch_size` below 1, or a
+        `batch_size` without a `key`.
 
     Example:
       >>> f0, moves = jnp.zeros((2, 2)), 9 * jnp.eye(2)[None]
@@ -67,8 +69,9 @@ def adamerging_tangent(
 
     if not len(outputs_0) == len(moves) == len(logits_fns) > 0:
         raise ValueError(
-            f"{len(outputs_0)} outputs, {len(moves)} tangents and {len(logits_fns)} "
-            "logits functions; give one of each for every dataset, and at least one."
+            f"found {len(outputs_0)} outputs, {len(moves)} tangents and "
+            f"{len(logits_fns)} logits functions; give one of each for every dataset, "
+            "and at least one."
         )
     tasks = len(moves[0])
     for d, (f0, move) in enumerate(zip(outputs_0, moves, strict=True)):
@@ -81,7 +84,10 @@ def adamerging_tangent(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1, or None.")
     if batch_size is not None and key is None:
-        raise ValueError("batch_size needs a key to draw the samples.")
+        raise ValueError(
+            "batch_size needs a key to draw the samples; found None. Give "
+            "key=jax.random.key(0)."
+        )
     clamp = None if clamp is None else (clamp[0], clamp[1])
     raw = _leaves.per_task(coef, tasks, "coef")
     (raw, _), losses = _descend(

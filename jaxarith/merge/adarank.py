@@ -1,4 +1,4 @@
-r"""AdaRank: unlabelled samples say which singular directions of task vectors to keep.
+r"""AdaRank: chooses singular directions of task vectors with unlabelled samples.
 
 Lee, Choi, Lee, Kim, Hong. AdaRank: Adaptive Rank Pruning for Enhanced Model Merging.
 ICLR 2026. arXiv:2503.22178.
@@ -7,17 +7,18 @@ ICLR 2026. arXiv:2503.22178.
           B_{t,l} \odot \sigma_{t,l}) V_{t,l}^\top, \qquad
           B = 1[\operatorname{sigmoid}(b / 10) > 1/2],
 
-for the matrices of attention and MLP, from the singular value decompositions of their
-task vectors; other leaves are those of AdaMerging. The coefficients λ and the scores b
-minimise the entropy of predictions, as in AdaMerging. The gradient of b is that with
-:math:`\operatorname{sigmoid}(b / 10)` in place of B (straight through).
+This formula holds for the matrices of attention and MLP; U, σ and V come from the
+singular value decompositions of their task vectors. All other leaves are merged as in
+AdaMerging. The coefficients λ and the scores b minimise the entropy of predictions, as
+in AdaMerging. The gradient of b is computed with :math:`\operatorname{sigmoid}(b / 10)`
+in place of B (straight through).
 
-The published numbers adapt on the inputs of the *test* sets, and are those of the step
-at which the accuracy on the test sets is best. Give the batches of validation sets, and
-evaluate the result of the last step, or of one chosen on labelled validation data.
+The published numbers adapt on the inputs of the *test* sets, and belong to the step
+with the best accuracy on the test sets. Give batches of validation sets instead, and
+evaluate the result of the last step, or of a step chosen on labelled validation data.
 
-Where the paper is silent this follows the authors' code: Adam with 1e-3 for λ and b,
-λ unbounded, and a batch of 16 samples per task and step.
+Where the paper says nothing, this follows the authors' code: Adam with learning rate
+1e-3 for λ and b, no bounds for λ, and a batch of 16 samples per task and step.
 """
 
 import functools
@@ -42,21 +43,21 @@ from jaxarith.typing import Coef, Params, Taus
 
 Start = Literal["pretrained", "mean"]
 
-# Weights of attention and MLP by the names of CLIP, GPT-2, BERT and T5, without tables
-# of positions.
+# Matches the weights of attention and MLP in CLIP, GPT-2, BERT and T5, but not their
+# position embeddings.
 LAYERS = r"(?!.*(embed|relative)).*([aA]tt|mlp|[dD]ense).*"
-_OF_AUTHORS = {"pretrained": (0.3, 1.0), "mean": (2.3, 0.16)}  # coef and rank
+_OF_AUTHORS = {"pretrained": (0.3, 1.0), "mean": (2.3, 0.16)}  # the authors' coef, rank
 _TEMPERATURE = 10.0
-_SCORE = 0.1  # of directions that are on at first, and minus that of the others
+_SCORE = 0.1  # first score of directions that are on; the others have -0.1
 
 
 class AdaRank(NamedTuple):
-    """A merged model and how it was found.
+    """A merged model, its coefficients, directions and losses.
 
     Attributes:
       params: the merged parameters.
-      coefs: λ, `{path: [T]}`.
-      kept: B, whether a direction is kept, `{path: bool[T, r]}` for every matrix; the
+      coefs: the coefficients λ, `{path: [T]}`.
+      kept: B, whether a direction is kept, `{path: bool[T, r]}` for every matrix. The
         largest singular values come first.
       losses: the mean entropy of every task before every step, `[steps, T]`.
     """
@@ -82,38 +83,40 @@ def adarank(
 ) -> AdaRank:
     """Learns coefficients and directions of task vectors by entropy minimisation.
 
-    The matrices are decomposed once. Their factors are held on the device in float32:
-    twice the memory of the task vectors for square matrices, 1.25 times for those of an
-    MLP, T of them. Besides, this holds the other leaves of the task vectors, the merged
-    model and two of its gradients. A step merges once, which takes T products of the
-    factors, as does its gradient; all tasks share both.
+    The matrices are decomposed once. The factors of all T vectors stay on the device in
+    float32. They take twice the memory of the task vectors for square matrices, and
+    1.25 times for those of an MLP. Memory also holds the other leaves of the task
+    vectors, the merged model and two of its gradients. A step merges once, which takes
+    T products of factors. Its gradient takes as many. All tasks share both.
 
-    With the default learning rate no direction changes in about the first 100 steps:
-    scores start at 0.1 and -0.1, and a step of Adam is about 0.001.
+    With the default learning rate no direction changes in about the first 100 steps,
+    because scores start at 0.1 and -0.1, and a step of Adam is about 0.001.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
+      taus: T task vectors. A missing leaf counts as zero.
       logits_fns: for each task, `logits_fn(params, batch) -> logits [B, classes]`, as
-        for `adamerging`. Pass the same functions again to keep their compilation.
-      batches: for each task, unlabelled batches, as for `adamerging`: of validation
-        images, not of test images.
-      start: "pretrained", as above, or "mean": the mean of the fine-tuned models in
-        place of θ_0, and the differences of the task vectors from their mean in place
-        of them, as in CART.
-      coef: the initial λ: one number, one per task `[T]`, or either by path. None is
-        the authors' for 8 tasks, 0.3, or 2.3 from the mean. They take 0.05 for 20.
-      rank: the share of the directions of a matrix that are on at first, those with the
-        largest singular values, in (0, 1]; at least one is. None is all, or 0.16 from
-        the mean.
-      steps: steps of Adam.
-      learning_rate: its learning rate.
-      matrices: a regular expression of the paths of the 2-D leaves that are decomposed,
-        by default those of attention and MLP; None is all 2-D leaves.
+        for `adamerging`. Pass the same function objects again, so that JAX does not
+        compile them again.
+      batches: for each task, unlabelled batches, as for `adamerging`. Take them from
+        validation data, not from test data.
+      start: "pretrained" uses the formula above. "mean" replaces θ_0 by the mean of the
+        fine-tuned models, and each task vector by its difference from their mean, as in
+        CART.
+      coef: the initial λ: one number, one per task `[T]`, or either by path. None takes
+        the authors' value for 8 tasks: 0.3, or 2.3 with start="mean". They use 0.05 for
+        20 tasks.
+      rank: the share of the directions of a matrix that are on at first, in (0, 1].
+        They have the largest singular values; at least one is on. None takes 1, or 0.16
+        with start="mean".
+      steps: number of steps of Adam.
+      learning_rate: learning rate of Adam.
+      matrices: a regular expression for the whole paths of the 2-D leaves to decompose,
+        by default those of attention and MLP. None decomposes all 2-D leaves.
 
     Returns:
-      Parameters with the structure and dtypes of `params_0`, coefficients, the
-      directions that are kept, losses.
+      Parameters with the structure and dtypes of `params_0`, the coefficients, the
+      directions that are kept, and the losses.
 
     Raises:
       ValueError: an unknown `start`, `rank` out of range, a wrong number of functions,
@@ -151,7 +154,7 @@ def adarank(
         for path in rows
         if path not in running
     }
-    # Running statistics are averaged, once.
+    # Running statistics are averaged once, before the steps.
     base = _leaves.fold(add_scaled, params_0, {path: rows[path] for path in running})
     raw: Any = (
         {path: _leaves.at(coefs, path) for path in parts},
@@ -160,13 +163,14 @@ def adarank(
             for path, part in parts.items()
         },
     )
-    origin = jax.device_put(base)  # once, not with every step
+    origin = jax.device_put(base)  # moved to the device once, not in every step
 
     def step_of(state, step):
         params = _merge(origin, parts, *state[0])
         gradient, entropies = _zeros(params, parts), []
         for logits_fn, source in zip(logits_fns, batches, strict=True):
-            # The sum goes in and comes out: a task waits for the one before it.
+            # The function takes the sum and returns it, so a task waits for the
+            # previous one.
             batch = batch_of(source, step)
             value, gradient = _add_gradient(logits_fn, params, batch, gradient)
             entropies.append(value)
@@ -182,10 +186,10 @@ def adarank(
 
 
 def _parts(row, is_matrix, start):
-    """What a leaf is merged from, in float32 or better.
+    """Returns the parts from which a leaf is merged, in float32 or better.
 
-    They are what is added to `params_0` whatever the coefficients, then the vector of
-    every task, or, of a matrix, U·σ `[T, m, r]` and Vᵀ `[T, r, n]`.
+    The first part is added to `params_0` for all coefficients. The others are the
+    vectors of all tasks, or, for a matrix, U·σ `[T, m, r]` and Vᵀ `[T, r, n]`.
     """
     row = tuple(_leaves.widened(tau) for tau in row)
     mean = jnp.zeros((), row[0].dtype)
@@ -204,12 +208,12 @@ def _factors(row):
         u, s, vt = _matrices.svd(tau)
         return u * s[None], vt
 
-    # One task at a time, so that there is the workspace of one decomposition.
+    # One task at a time, so that memory holds the workspace of one decomposition.
     return jax.lax.map(factors, jnp.stack(row))
 
 
 def _scores(part, rank):
-    """The scores b at first, `[T, r]`."""
+    """Returns the initial scores b, `[T, r]`."""
     _, left, _ = part
     tasks, _, directions = left.shape
     on = np.arange(directions) < max(int(rank * directions), 1)
@@ -237,14 +241,14 @@ def _merge_leaf(leaf_0, parts, coefs, scores):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _add_gradient(logits_fn, params, batch, total):
-    """The mean entropy of a batch, and `total` plus its gradient, `{path: leaf}`."""
+    """Returns the mean entropy of a batch, and `total` plus its gradient, by path."""
     from jaxarith import losses
 
     def mean_entropy(part):
         logits = logits_fn(tree.update(params, part), batch)
         return losses.entropy(logits, mask=batch.get("mask"))
 
-    part = tree.restrict(params, total)  # what no task has moved costs no gradient
+    part = tree.restrict(params, total)  # leaves that no task moved need no gradient
     value, gradient = jax.value_and_grad(mean_entropy)(part)
     slopes = tree.flatten(gradient)
     return value, {
@@ -262,7 +266,7 @@ def _zeros(params, parts):
 
 @jax.jit
 def _slopes(gradient, parts, coefs, scores):
-    """The gradient in the coefficients and, straight through, in the scores."""
+    """Returns the gradients in the coefficients and, straight through, the scores."""
     of_coefs, of_scores = {}, {}
     for path, slope in gradient.items():
         _, *vectors = parts[path]
@@ -272,7 +276,7 @@ def _slopes(gradient, parts, coefs, scores):
             of_coefs[path], of_scores[path] = products, None
             continue
         left, right = vectors
-        # σ uᵀ G v of every direction, from one product for each task.
+        # One product per task yields σ uᵀ G v for every direction.
         along = jnp.einsum("mn,trn->tmr", slope, right, precision="highest")
         products = jnp.sum(along * left, axis=1)
         soft = jax.nn.sigmoid(own / _TEMPERATURE)

@@ -16,14 +16,14 @@ from jaxarith.typing import Coef, Params, PerTask, Taus
 def average(
     params_0: Params, taus: Taus, *, weights: PerTask = 1.0, coef: Coef = 1.0
 ) -> Params:
-    """The weighted mean of the fine-tuned models.
+    """Returns the weighted mean of the fine-tuned models.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
-      weights: one number per task `[T]`; they are divided by their sum.
-      coef: the coefficient of the merged vector: one number, or one by path. 1 is the
-        mean, 0 the pre-trained model.
+      taus: T task vectors. A missing leaf counts as zero.
+      weights: one number, or one number per task `[T]`; they are divided by their sum.
+      coef: the coefficient of the merged vector: one number, or one by path. 1 returns
+        the mean, 0 the pre-trained model.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.

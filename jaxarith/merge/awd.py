@@ -1,29 +1,30 @@
-r"""Adaptive weight disentanglement (AWD): task arithmetic less a redundant vector.
+r"""Adaptive weight disentanglement (AWD): task arithmetic minus a redundant vector.
 
 Xiong et al. Multi-Task Model Merging via Adaptive Weight Disentanglement.
 arXiv:2411.18729.
 
-The redundant vector δ starts at zero and descends (Algorithm 1, Eq. 14)
+The redundant vector δ starts at zero and descends the loss (Algorithm 1, Eq. 14)
 
 .. math:: L = \frac{1}{K(K-1)} \sum_{i\neq j} |\cos(\tau_i-\delta, \tau_j-\delta)|
           + \alpha\|\delta\|,
 
 and the disentangled vectors τ_i - δ are merged by task arithmetic.
 
-Every gradient is a combination of the τ_i and δ, so gradient descent from zero, with or
-without momentum, never leaves the span of the task vectors. With δ = Σ_k c_k τ_k all
-that it needs is the K×K Gram matrix: one pass over the model, then steps in K
-variables. These are the same iterates as in the full space, not an approximation.
+Every gradient is a linear combination of the τ_i and δ. So gradient descent from zero,
+with or without momentum, never leaves the span of the task vectors. With
+δ = Σ_k c_k τ_k it needs only the K×K Gram matrix: one pass over the model, then steps
+in K variables. The iterates are the same as in the full space, not an approximation.
 
-It follows that one δ for whole vectors gives no new direction. With a coefficient λ_k
+It follows that one δ for whole vectors adds no new direction. With a coefficient λ_k
 for every task, the merged vector is
 
 .. math:: \sum_i\lambda_i(\tau_i-\delta)
           = \sum_k\big(\lambda_k - c_k\textstyle\sum_i\lambda_i\big)\,\tau_k,
 
-and λ Σ_k (1 - K c_k) τ_k if all are λ: task arithmetic with K scalars. A δ for every
-leaf gives K scalars a leaf, a δ for every row K a row. Only Adam, and the direct solver
-with a key, leave the span.
+and λ Σ_k (1 - K c_k) τ_k if all coefficients are λ. This is task arithmetic with K
+scalars. With a δ for every leaf there are K scalars for each leaf, and with a δ for
+every row K scalars for each row. Only Adam, and the direct solver with a key, leave the
+span.
 """
 
 from typing import Literal
@@ -58,52 +59,55 @@ def awd(
     r"""Merges disentangled vectors, :math:`\theta_0 + \lambda\sum_i(\tau_i-\delta)`.
 
     The paper restricts task vectors to the weights of linear layers inside transformer
-    blocks; `pattern` does that, as does `tree.select` before the call.
+    blocks. `pattern` can do that, or `tree.select` before the call.
 
     Args:
       params_0: pre-trained parameters.
-      taus: K ≥ 2 task vectors. A leaf that one lacks counts as zero. A vector that is
-        zero has no direction: its cosines count as 0 whatever δ is.
+      taus: K ≥ 2 task vectors. A missing leaf counts as zero. A vector that is
+        zero has no direction: its cosines count as 0 for every δ.
       coef: the coefficient λ: one number, one per task `[K]`, or either by path.
-      alpha: the weight α of the norm of δ, in units of 1/norm: vectors twice as long
-        need half of it. The paper searches 1e-6 to 1e-2.
+      alpha: the weight α of the norm of δ, in units of 1/norm: vectors that are twice
+        as long need half the α. The paper searches 1e-6 to 1e-2.
       step_size: the learning rate β in units of the mean squared norm of the task
-        vectors: β = step_size · mean‖τ‖². For the cosines this makes it independent of
-        their scale. The norm moves δ by step_size · alpha · norm vector lengths per
-        step, which must be far below 1 for it to settle. The paper states no β. For
-        "adam", in units of their root mean square entry.
-      steps: the number of gradient steps (the paper times 1000).
-      scope: "global", one δ for whole vectors; "layer", Eq. 14 for every leaf by
-        itself: with α Σ_l ‖δ_l‖ for the norm the leaves are separate problems; "row",
-        Eq. 14 for every row of a matrix by itself: the weights of one output of a
-        layer, as `merge.input_axis` knows them by name. Leaves that are not 2-D are one
-        row. Norms of leaves and rows are smaller than the model's, so the same α weighs
-        less there. Rows are what the authors' later code has (`decompose.py` of WUDI,
-        Cheng et al. 2025). It takes the mean of the cosines over the R rows of a
-        matrix, so its α and learning rate β are α/R and βR in the terms used here.
+        vectors: β = step_size · mean‖τ‖². So the steps for the cosines do not depend on
+        the scale of the vectors. The term α‖δ‖ moves δ by step_size · alpha · norm
+        vector lengths per step. This must be far below 1, or δ does not settle. The
+        paper states no β. For "adam", the unit is the root mean square entry of the
+        task vectors.
+      steps: the number of gradient steps. The paper times 1000 steps.
+      scope: the part of the vectors that shares one δ. "global": whole vectors.
+        "layer": each leaf solves Eq. 14 separately, with α Σ_l ‖δ_l‖ for the norm.
+        "row": each row of a matrix solves it separately. A row holds the weights of one
+        output of a layer, which `merge.input_axis` knows by name. Leaves that are not
+        2-D are one row. Leaves and rows have smaller norms than the model, so the same
+        α has less effect there. The authors' later code uses rows (`decompose.py` of
+        WUDI, Cheng et al. 2025). It takes the mean of the cosines over the R rows of a
+        matrix, so its α and learning rate β are α/R and βR here.
       pattern: a regular expression of whole slash paths. Leaves that do not match stay
         at `params_0`. `None` takes every leaf.
-      objective: "reduce" the absolute cosines, or "reverse": maximise them, as in
-        Tables 6 and 7.
-      solver: "gradient_descent", Algorithm 1; "momentum", the same with a momentum of
-        0.9, as in the authors' later code: its steps grow to ten times the length;
-        "direct", a minimum of Eq. 14 by Newton's method in K variables, from where
-        gradient descent ends and from zero: never above the former, though others may
-        be lower, for the problem is not convex; "adam", Adam on δ in the full space,
-        which holds δ and two moments besides the task vectors, and gathers sharded ones
-        on one device. Reversed, minima lie far out for a small α.
-      key: a random key lets the direct solver leave the span as well, of whole vectors
-        or leaves. A part of δ orthogonal to all task vectors acts only through its
-        length, a (K+1)-th variable; its direction is drawn from the key.
+      objective: "reduce" minimises the absolute cosines; "reverse" maximises them, as
+        in Tables 6 and 7.
+      solver: "gradient_descent" is Algorithm 1. "momentum" adds a momentum of 0.9, as
+        in the authors' later code; its steps grow to ten times the length. "direct"
+        finds a minimum of Eq. 14 by Newton's method in K variables. It starts at zero
+        and at the result of gradient descent, and is never above that result. Other
+        minima may be lower, because the problem is not convex. "adam" is Adam on δ in
+        the full space. It holds δ and two moments besides the task vectors, and gathers
+        sharded leaves on one device. With "reverse" and a small α, minima lie far out.
+      key: a random key lets the direct solver leave the span too, for the scopes
+        "global" and "layer". A part of δ that is orthogonal to all task vectors acts
+        only through its length, a (K+1)-th variable. Its direction is drawn from the
+        key.
 
     Returns:
-      Parameters with the structure and dtypes of `params_0`. Derivatives with respect
-      to the task vectors go through δ for "gradient_descent" and "momentum"; the
-      other solvers' δ is a constant to them.
+      Parameters with the structure and dtypes of `params_0`. For "gradient_descent" and
+      "momentum", derivatives with respect to the task vectors go through δ. For the
+      other solvers, δ is a constant.
 
     Raises:
-      ValueError: an unknown option, fewer than two task vectors, one that does not fit,
-        non-finite values, or no leaf that matches.
+      ValueError: an unknown option, a key with another solver or with rows, fewer than
+        two task vectors, one that does not fit, non-finite values, or no leaf that
+        matches.
 
     Example:
       >>> params_0 = {"w": jnp.zeros(2)}
@@ -115,12 +119,19 @@ def awd(
     _leaves.one_of(objective, Objective, "objective")
     _leaves.one_of(solver, Solver, "solver")
     if key is not None and solver != "direct":
-        raise ValueError(f'key is for solver="direct"; found solver={solver!r}.')
+        raise ValueError(
+            f'key is for solver="direct"; found solver={solver!r}. Leave out the key.'
+        )
     if key is not None and scope == "row":
-        raise ValueError('key is for scope="global" and "layer"; found scope="row".')
+        raise ValueError(
+            'key is for scope="global" and "layer"; found scope="row". Leave out the '
+            "key."
+        )
     _leaves.check(params_0, taus)
     if len(taus) < 2:
-        raise ValueError("AWD disentangles at least two task vectors; found one.")
+        raise ValueError(
+            "AWD needs at least two task vectors; found one. Use `task_arithmetic`."
+        )
     if pattern is not None:
         taus = [tree.select(tau, pattern) for tau in taus]
     coefs = _leaves.task_coefs(coef, taus)
@@ -139,7 +150,7 @@ def awd(
     momentum = MOMENTUM if solver == "momentum" else 0.0
 
     def solve(grams, room):
-        """c and the length off the span of every part, from `grams[part, K, K]`."""
+        """Returns c and the length of δ outside the span, for `grams[part, K, K]`."""
         found = _redundant_of_parts(grams, alpha, step_size, steps, reverse, momentum)
         if solver == "direct":
             return _awd_solvers.direct(grams, alpha, found, room, reverse)
@@ -150,7 +161,7 @@ def awd(
         return _leaves.fold(_subtract_combination, params_0, taus, coefs, redundant)
 
     grams = jnp.stack([tree.gram_of(rows[path] for path in part) for part in parts])
-    # Only more entries than vectors leave room for an orthogonal direction.
+    # An orthogonal direction exists only if there are more entries than vectors.
     leaves = _leaves.unmapped(rows)
     entries = [sum(leaves[path][0].size for path in part) for part in parts]
     room = jnp.array([key is not None and n > len(taus) for n in entries])
@@ -175,24 +186,23 @@ def redundant_coefs(
     reverse: bool | jax.Array = False,
     momentum: float | jax.Array = 0.0,
 ) -> jax.Array:
-    r"""The coefficients c of the redundant vector, :math:`\delta = \sum_k c_k\tau_k`.
+    r"""Returns the coefficients c of the redundant vector δ, `[K]`.
+
+    They define :math:`\delta = \sum_k c_k\tau_k`.
 
     Args:
       gram: inner products of K ≥ 2 task vectors, `[K, K]`.
       alpha, step_size, steps: as for `awd`.
-      reverse: whether the absolute cosines are maximised.
+      reverse: whether to maximise the absolute cosines.
       momentum: the share of the last step's direction that is kept: 0 for Algorithm 1.
-
-    Returns:
-      `[K]`.
     """
     _, basis, in_span = _awd_solvers.span(jax.lax.stop_gradient(gram))
     learning_rate = step_size * jnp.trace(gram) / len(gram)
-    # Parallel vectors stay parallel: there is nothing to gain, and rounding to lose.
+    # Parallel vectors stay parallel, so steps would only add rounding errors.
     learning_rate = jnp.where(jnp.sum(in_span) > 1, learning_rate, 0)
-    # A combination of the vectors that is zero is taken out of c at every step: δ does
-    # not notice, but c would grow along it until rounding moves δ. Tasks that are
-    # duplicates have one; so have more tasks than a leaf has entries.
+    # Some combinations of the vectors may be zero: if tasks are duplicates, or if there
+    # are more tasks than entries. Every step removes them from c. They do not change δ,
+    # but c would grow along them until rounding moves δ.
     zeros = jnp.where(in_span[None, :], 0, basis)
     norms = jax.lax.stop_gradient(tree.safe_sqrt(jnp.diagonal(gram)))
 
@@ -203,7 +213,7 @@ def redundant_coefs(
 
     def step(_, state):
         c, direction = state
-        # Row i of a = 1 - 1cᵀ is τ_i - δ in terms of the τ_k; products = a G aᵀ.
+        # Row i of a = 1 - 1cᵀ holds the coefficients of τ_i - δ; products = a G aᵀ.
         cross = jnp.dot(gram, c, precision="highest")
         square = c @ cross
         products = _awd_solvers.rest_products(gram, cross, square)
@@ -228,14 +238,14 @@ def _on_device(row):
 
 
 def _by_path(values, parts):
-    """Values per part as an argument of `fold`."""
+    """Returns the value of each part by path, as an argument of `fold`."""
     return {path: v for v, part in zip(values, parts, strict=True) for path in part}
 
 
 @_leaves.leaf_function
 def _subtract_combination(leaf_0, taus, coefs, redundant):
     # Σ_i λ_i (τ_i - Σ_k c_k τ_k) = Σ_k (λ_k - c_k Σ_i λ_i) τ_k: task arithmetic.
-    # In rows, c is [K, 1, n] or [K, m, 1].
+    # For rows, c is [K, 1, n] or [K, m, 1].
     coefs = coefs.reshape(-1, *(1 for _ in redundant.shape[1:]))
     weights = coefs - redundant * coefs.sum()
     return leaf_0 + sum(w * tau for w, tau in zip(weights, taus, strict=True))

@@ -8,11 +8,11 @@ eigenvalues λ of the Laplacian :math:`L = D - |M|`,
 
 .. math:: k = \arg\max_{1 < i \le T-1} (\lambda_{i+1} - \lambda_i),
 
-spectral clustering on |M| gives k clusters; a cluster with a cosine below a threshold
-is split into its positive and its negative direction; an inner merge of every cluster
-is a basis vector.
+spectral clustering on |M| finds k clusters. A cluster with a cosine below a threshold
+is split into its positive and its negative direction. An inner merge turns every
+cluster into a basis vector.
 
-Clusters need only the Gram matrix of the task vectors, which is one pass over them.
+The clusters need only the Gram matrix of the task vectors, and so one pass over them.
 """
 
 import warnings
@@ -32,11 +32,11 @@ from jaxarith.typing import Array, Coef, Params, Taus, Tree
 
 
 class Bases(NamedTuple):
-    """Fewer vectors for many task vectors.
+    """A few basis vectors that replace many task vectors.
 
     Attributes:
-      vectors: the m basis vectors, task vectors themselves, in float32 or better.
-      clusters: the indices of the task vectors that each was merged from.
+      vectors: the m basis vectors. They are task vectors too, in float32 or better.
+      clusters: for each basis vector, the indices of the task vectors merged into it.
       cosines: cosines of the task vectors, `[T, T]`.
     """
 
@@ -56,11 +56,11 @@ def bases(
     negative: float | None = None,
     seed: int = 0,
 ) -> Params:
-    """Merges the basis vectors of task vectors: the paper's addition.
+    """Merges the basis vectors of task vectors, which the paper calls addition.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
+      taus: T task vectors. A missing leaf counts as zero.
       coef: the coefficient of the outer merge.
       inner, clusters, negative, seed: as for `basis_vectors`.
       outer: a merge of the basis vectors, `outer(params_0, vectors, coef=coef)`.
@@ -95,18 +95,19 @@ def basis_vectors(
 ) -> Bases:
     """Clusters task vectors and merges every cluster into a basis vector.
 
-    Any merge of the basis vectors is the paper's addition, as `bases` does it.
+    Any merge of the basis vectors is the paper's addition; `bases` does both steps.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
-      inner: a merge, `inner(params_0, taus) -> params`, which leaves other leaves than
-        those of its task vectors as they are. It is called on every cluster, also on
-        one of a single task.
-      clusters: how many clusters there are, or a partition of `range(T)` that is used
-        as it is. None takes the number from the eigengap, which needs T ≥ 3.
-      negative: the threshold δ₁ in [-1, 0) below which a cosine splits a cluster that
-        was found. None splits none: the paper calls it optional, and states no value.
+      taus: T task vectors. A missing leaf counts as zero.
+      inner: a merge, `inner(params_0, taus) -> params`. It must not change leaves that
+        its task vectors do not have. It is called for every cluster, even for one with
+        a single task.
+      clusters: the number of clusters, or a partition of `range(T)`, which is used as
+        it is. None takes the number from the eigengap, which needs T ≥ 3.
+      negative: the threshold δ₁ in [-1, 0). A cluster that was found is split if it has
+        a cosine below this threshold. None splits no cluster: the paper calls the
+        split optional and states no value.
       seed: seed of the clustering.
 
     Returns:
@@ -115,8 +116,8 @@ def basis_vectors(
 
     Raises:
       ValueError: no task vector, one that does not fit, non-finite values, clusters
-        that are no partition, a number or threshold out of range, or a threshold
-        beside a partition.
+        that are not a partition, a number or threshold out of range, or both a
+        partition and a threshold.
       ImportError: scikit-learn is missing.
 
     Example:
@@ -134,13 +135,13 @@ def basis_vectors(
         found = cluster(cosines, count, negative=negative, seed=seed)
     elif negative is not None:
         raise ValueError(
-            f"negative is {negative}, but a partition is used as it is; pass the "
+            f"negative is {negative}, but a given partition is not split. Pass the "
             "number of clusters, or negative=None."
         )
     else:
         found = checked_partition(clusters, len(taus))
-    # A basis vector is a difference of models: it is rounded as they are, so they are
-    # in float32 at least.
+    # A basis vector is a difference of models and has their rounding errors. So the
+    # models must be float32 at least.
     wide = tree.map_with_path(_widened, params_0)
     vectors = []
     for members in found:
@@ -163,18 +164,18 @@ def cluster(
     negative: float | None = None,
     seed: int = 0,
 ) -> list[list[int]]:
-    """Spectral clustering of task vectors by their cosines (lines 3 to 13).
+    """Clusters task vectors by their cosines (Algorithm 1, lines 3 to 13).
 
-    It is scikit-learn's `SpectralClustering`, as in the authors' code.
+    It uses scikit-learn's `SpectralClustering`, as the authors' code does.
 
     Args:
-      cosines: `[T, T]`.
-      clusters: how many. None takes the number from the eigengap.
+      cosines: cosines of the task vectors, `[T, T]`.
+      clusters: the number of clusters. None takes it from the eigengap.
       negative, seed: as for `basis_vectors`.
 
     Returns:
-      The members of every cluster, ascending, in the order of the first members. It is
-      more clusters than asked for where clusters are split.
+      The members of every cluster, ascending, in the order of the first members. If
+      clusters are split, there are more than `clusters`.
 
     Raises:
       ValueError: the cosines are not square, or a number or threshold is out of range.
@@ -190,7 +191,9 @@ def cluster(
     if clusters is None:
         clusters = eigengap(signed)
     if not 1 <= clusters <= tasks:
-        raise ValueError(f"{clusters} clusters of {tasks} task vectors.")
+        raise ValueError(
+            f"clusters is {clusters} for {tasks} task vectors; expected 1 to {tasks}."
+        )
     found = []
     for members in _spectral(np.abs(signed), clusters, seed):
         within = signed[np.ix_(members, members)]
@@ -208,51 +211,57 @@ def _check_negative(negative):
 
 
 def eigengap(cosines: Array) -> int:
-    """The number of clusters (line 3), by the largest gap from the second on.
+    """Returns the number of clusters: the place of the largest gap of eigenvalues.
+
+    This is line 3 of Algorithm 1; the first gap does not count.
 
     Args:
-      cosines: `[T, T]`.
+      cosines: cosines of the task vectors, `[T, T]`.
 
     Raises:
-      ValueError: the cosines are not square, or T < 3, where there is no such gap.
+      ValueError: the cosines are not square, or T < 3, which leaves no gap.
     """
     affinity = np.abs(_host(cosines))
     if len(affinity) < 3:
         raise ValueError(
-            f"{len(affinity)} task vectors have no eigengap; at least 3 do. Pass the "
-            "number of clusters, or the clusters."
+            f"found {len(affinity)} task vectors; the eigengap needs at least 3. Pass "
+            "the number of clusters, or the clusters."
         )
     eigenvalues = np.linalg.eigvalsh(np.diag(affinity.sum(axis=1)) - affinity)
     return 2 + int(np.argmax(np.diff(eigenvalues)[1:]))
 
 
 def _host(cosines):
-    """The cosines as float64 NumPy, and exactly symmetric."""
+    """Returns the cosines in NumPy, as float64 and exactly symmetric."""
     if isinstance(cosines, Tracer):
-        raise ValueError("clusters cannot be found inside `jit`; pass a partition.")
+        raise ValueError(
+            "clusters cannot be computed inside `jit`; pass a partition as `clusters`."
+        )
     cosines = np.asarray(cosines, np.float64)
     if cosines.ndim != 2 or cosines.shape[0] != cosines.shape[1]:
-        raise ValueError(f"cosines of shape {list(cosines.shape)}; expected [T, T].")
+        raise ValueError(
+            f"the cosines have shape {list(cosines.shape)}; expected [T, T]."
+        )
     return (cosines + cosines.T) / 2
 
 
 def _spectral(affinity, clusters, seed):
-    """The members of every cluster, in the order of the first ones."""
+    """Returns the members of every cluster, in the order of the first members."""
     tasks = len(affinity)
     if clusters == 1:
         return [list(range(tasks))]
-    if clusters == tasks:  # as many eigenvectors as that ARPACK does not find
+    if clusters == tasks:  # ARPACK cannot find as many eigenvectors
         return [[i] for i in range(tasks)]
     try:
         from sklearn.cluster import SpectralClustering
     except ImportError as error:
         raise ImportError(
-            "clustering task vectors needs scikit-learn: pip install scikit-learn, "
-            'which the extra "jaxarith[demo]" includes. Or pass the clusters.'
+            "clustering task vectors needs scikit-learn: pip install scikit-learn, or "
+            'install the extra "jaxarith[demo]". Or pass the clusters.'
         ) from error
     method = SpectralClustering(clusters, affinity="precomputed", random_state=seed)
     with warnings.catch_warnings():
-        # Unrelated clusters are what is looked for, not an accident.
+        # A graph that is not connected is fine: it has separate clusters.
         warnings.filterwarnings("ignore", "Graph is not fully connected")
         labels = method.fit_predict(affinity)
     groups = [np.flatnonzero(labels == label).tolist() for label in range(clusters)]
@@ -260,13 +269,17 @@ def _spectral(affinity, clusters, seed):
 
 
 def checked_partition(clusters: Sequence[Sequence[int]], tasks: int) -> list[list[int]]:
-    """The clusters as lists of integers, if every task is in exactly one of them."""
+    """Returns the clusters as lists of integers.
+
+    Raises:
+      ValueError: a task is not in exactly one cluster, or a cluster is empty.
+    """
     listed = [[int(i) for i in members] for members in clusters]
     if sorted(i for members in listed for i in members) != list(range(tasks)) or [] in (
         listed
     ):
         raise ValueError(
             f"the clusters {listed} are no partition of the {tasks} tasks 0 to "
-            f"{tasks - 1}: each must be in exactly one, and none may be empty."
+            f"{tasks - 1}. Put each task in exactly one cluster, and leave none empty."
         )
     return listed

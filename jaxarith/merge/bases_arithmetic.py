@@ -1,20 +1,19 @@
-r"""Arithmetic with task vector bases: forgetting, and tasks that were not seen.
+r"""Arithmetic with task vector bases: forgetting, and tasks not seen before.
 
 Zeng, He, You, Hao, Tsai, Yamada, Zhao. Efficient Model Editing with Task Vector Bases:
 A Theoretical Framework and Scalable Approach. arXiv:2502.01015.
 
-Table 1, with bases :math:`B_1, \ldots, B_m`. Addition is any merge of them. Negation
-for unlearning task i, and generalization to a task i out of distribution, look for
-bases that are similar to i:
+Table 1 defines three operations with bases :math:`B_1, \ldots, B_m`. Addition is any
+merge of the bases. Negation makes the model forget task i. Generalization fits a task i
+that is out of distribution. Both use the bases that are similar to i:
 
 .. math:: \theta = \theta_0 - \alpha\tau_{B_j}, \quad j = \arg\max_j
           \cos(\tau_i, \tau_{B_j}), \qquad
           \theta = \mathrm{merge}_\mathrm{out}(\theta_0,
           \{\tau_{B_j} : \cos(\tau_i, \tau_{B_j}) > \beta\}).
 
-The task vector τ_i that the cosines are taken with may be one of few training steps,
-even of one. The paper states no threshold β; its experiments take the most similar
-basis.
+A few training steps, or even one, are enough for the task vector τ_i in the cosines.
+The paper states no threshold β; its experiments take the most similar basis.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,8 +38,8 @@ def bases_negation(
 
     Args:
       params_0: pre-trained parameters.
-      vectors: m basis vectors, as of `basis_vectors`.
-      tau: the task vector of the task to forget, possibly of few training steps.
+      vectors: m basis vectors, for example from `basis_vectors`.
+      tau: the task vector of the task to forget; a few training steps are enough.
       coef: the coefficient α: one number, or one by path.
 
     Returns:
@@ -48,10 +47,10 @@ def bases_negation(
 
     Raises:
       ValueError: no basis vector, one that does not fit, non-finite values, or no basis
-        with a positive cosine: `tau` is zero, orthogonal or opposed to all of them, and
-        subtracting one would not forget the task. Inside `jit` the cosines are not
-        known: a `tau` that is zero or orthogonal to all has the first basis subtracted,
-        an opposed one that with the largest cosine.
+        with a positive cosine. In the last case `tau` is zero, or orthogonal or opposed
+        to every basis, so subtracting a basis would not forget the task. Inside `jit`
+        the cosines are not known, and there is no such error: the basis with the
+        largest cosine is subtracted, or the first one if all cosines are zero.
 
     Example:
       >>> vectors = [{"w": jnp.array([2.0, 0.0])}, {"w": jnp.array([0.0, 2.0])}]
@@ -66,8 +65,8 @@ def bases_negation(
     if not isinstance(cosines, Tracer) and not np.max(cosines) > 0:
         raise ValueError(
             f"no basis vector is similar to the task vector: the cosines are "
-            f"{np.asarray(cosines).tolist()}; subtracting one would not forget its "
-            "task. Use the task vector itself."
+            f"{np.asarray(cosines).tolist()}; expected a positive one. Subtract the "
+            "task vector itself."
         )
     nearest = jnp.argmax(cosines)
     return _leaves.fold(_subtract_one, params_0, vectors, nearest, scale)
@@ -75,13 +74,13 @@ def bases_negation(
 
 @_leaves.leaf_function
 def _subtract_one(leaf_0, vectors, which, coef):
-    # A choice, not an index: it may be traced.
+    # `which` may be traced, so it cannot index the tuple.
     chosen = sum(jnp.where(which == i, leaf, 0) for i, leaf in enumerate(vectors))
     return leaf_0 - coef * chosen
 
 
 def similarities(vectors: Sequence[Tree], tau: Params) -> jax.Array:
-    """The cosines of a task vector with each of m vectors, `[m]`."""
+    """Returns the cosines of a task vector with each of m vectors, `[m]`."""
     rows = tree.aligned([tau, *vectors]).values()
     products = tree.total(_products(tree.gathered(row)) for row in rows)
     norms = tree.safe_sqrt(products[: len(vectors) + 1])
@@ -92,7 +91,7 @@ def similarities(vectors: Sequence[Tree], tau: Params) -> jax.Array:
 
 @jax.jit
 def _products(row):
-    """Of one leaf of `tau` and the vectors: ⟨x, x⟩ of all, then ⟨tau, x⟩ of those."""
+    """Returns, for one leaf, ⟨x, x⟩ of tau and all vectors, then ⟨tau, x⟩ of these."""
     dtype = tree.wide_dtype(*row)
     tau, *vectors = (jnp.asarray(leaf, dtype) for leaf in row)
     squares = [x * x for x in (tau, *vectors)]
@@ -100,14 +99,14 @@ def _products(row):
 
 
 class Generalization(NamedTuple):
-    """A model for a task that the bases were not made from.
+    """A model for a task whose task vector is in none of the bases.
 
     Attributes:
-      params: the best of the merged models, or `params_0` where no basis is similar.
+      params: the best of the merged models, or `params_0` if no basis is similar.
       chosen: the indices of the similar bases.
-      coef: the coefficient with the best score, or 0.
+      coef: the coefficient with the best score; 0 if no basis is similar.
       score: the score of `params`.
-      vectors: the bases to keep: the given ones, and `tau` where none is similar.
+      vectors: the bases to keep: the given ones, plus `tau` if no basis is similar.
     """
 
     params: Params
@@ -129,18 +128,18 @@ def bases_generalization(
 ) -> Generalization:
     """Merges the bases that are similar to a new task, with the best coefficient.
 
-    It is called outside `jit`: it scores one model for every coefficient.
+    Call it outside `jit`, because it scores one model for every coefficient.
 
     Args:
       params_0: pre-trained parameters.
-      vectors: m basis vectors, as of `basis_vectors`.
-      tau: a task vector of the new task, possibly of few training steps.
-      score: maps parameters to a number, larger for a better model, such as the
-        accuracy on validation data of the new task.
+      vectors: m basis vectors, for example from `basis_vectors`.
+      tau: a task vector of the new task; a few training steps are enough.
+      score: `score(params)` returns a number that is larger for a better model, for
+        example the accuracy on validation data of the new task.
       outer: a merge with a coefficient, `outer(params_0, vectors, coef=α) -> params`.
       threshold: the cosine above which a basis is similar. None takes the most similar
-        basis, whatever its cosine.
-      coefs: the candidates for α; the first of equals wins.
+        basis, even if its cosine is small.
+      coefs: the candidates for α; if scores are equal, the first one wins.
 
     Returns:
       The model, the bases it was merged from, the coefficient, its score, and the
@@ -163,7 +162,7 @@ def bases_generalization(
     _leaves.check(params_0, vectors)
     _leaves.check(params_0, [tau])
     if not len(coefs):
-        raise ValueError("no coefficient to try; give at least one in coefs.")
+        raise ValueError("found no coefficient to try; give at least one in coefs.")
     cosines = np.asarray(similarities(vectors, tau))
     if threshold is None:
         chosen = [int(cosines.argmax())]

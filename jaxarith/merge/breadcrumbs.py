@@ -5,8 +5,8 @@ Masks. ECCV 2024. arXiv:2312.06795.
 
 .. math:: \theta_0 + \alpha \sum_t m_t^{\beta,\gamma} \odot \tau_t,
 
-where of the entries of a layer, sorted by magnitude, the mask keeps those between the
-quantiles β and γ.
+The mask keeps the entries of a layer whose magnitude lies between the quantiles β and
+γ.
 """
 
 import math
@@ -29,22 +29,23 @@ def breadcrumbs(
     coef: Coef = 0.3,
     axis: Callable[[str], int] | None = None,
 ) -> Params:
-    """Adds task vectors from which the smallest and the largest entries are dropped.
+    """Drops the smallest and the largest entries of task vectors, and adds the rest.
 
-    Every leaf counts as a layer. Of its n entries ⌊βn⌋ are dropped as negligible and
-    ⌊(1-γ)n⌋ as outliers, so a small leaf loses no outlier; entries that are equal to
-    the smallest or the largest that is kept stay too.
+    Every leaf counts as a layer. From its n entries, ⌊βn⌋ are dropped as negligible and
+    ⌊(1-γ)n⌋ as outliers. So a small leaf loses no outlier. Entries that equal the
+    smallest or the largest kept entry stay too.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
-      beta: the share of entries, in [0, 1), that is too small to matter.
-      gamma: the quantile, in (beta, 1], above which entries are outliers. In mergekit's
-        terms `density` is gamma - beta, and `gamma` is 1 - gamma.
+      taus: T task vectors. A missing leaf counts as zero.
+      beta: the share of entries that are dropped as negligible, in [0, 1).
+      gamma: the quantile above which entries are outliers, in (beta, 1]. mergekit's
+        `density` is gamma - beta, and its `gamma` is 1 - gamma.
       coef: the coefficient α: one number, one per task `[T]`, or either by path.
-      axis: None takes the quantiles over a whole leaf, as the paper says. A function of
-        the path that gives an axis takes them over every row along it: the authors'
-        code does so over rows of PyTorch weights, which is `axis=merge.input_axis`.
+      axis: None takes the quantiles over a whole leaf, as the paper says. Else it is a
+        function of the path that returns an axis, and the quantiles are taken over each
+        row along this axis. `axis=merge.input_axis` does so for the rows of PyTorch
+        weights, as the authors' code does.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -61,8 +62,8 @@ def breadcrumbs(
     """
     if not 0 <= beta < gamma <= 1:
         raise ValueError(
-            f"beta is {beta} and gamma {gamma}; they must be quantiles with 0 <= beta "
-            "< gamma <= 1."
+            f"beta is {beta} and gamma is {gamma}; expected quantiles with 0 <= beta < "
+            "gamma <= 1."
         )
     _leaves.check(params_0, taus)
     coefs = _leaves.task_coefs(coef, taus)
@@ -82,13 +83,13 @@ def breadcrumbs(
 
 
 def floor_share(share: float, size: int) -> int:
-    """⌊share · size⌋, not one less because the product is rounded."""
+    """Returns ⌊share · size⌋, correct even if rounding makes the product too small."""
     return math.floor(round(share * size, 6))
 
 
 @jax.jit(static_argnames="axis")
 def _kth_of_rows(row, ranks, axis):
-    """For each rank, that magnitude of every row of a leaf, by task."""
+    """Returns, for each rank and task, the magnitude with this rank in every row."""
     sizes = [jnp.sort(jnp.abs(leaf), axis=axis) for leaf in row]
     return [[jnp.take(x, jnp.array([k - 1]), axis) for x in sizes] for k in ranks]
 

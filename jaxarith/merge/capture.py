@@ -1,12 +1,12 @@
-"""What enters the linear layers of a Flax Linen model, and its Gram matrices.
+"""Inputs of the linear layers of a Flax Linen model, and their Gram matrices.
 
 RegMean merges with the mean of x xᵀ over the inputs x of every `flax.linen.Dense`. An
-interceptor sees them as the layers are called, so any `apply_fn` works that calls Linen
-modules on the whole of `params`, whatever it does before, between and after.
+interceptor sees these inputs when a layer is called. So any `apply_fn` works if it
+calls Linen modules on the whole of `params`; it may do anything else besides.
 
 Layers of other classes are not captured (embeddings, norms, convolutions, the `Conv1D`
-of GPT-2, `DenseGeneral`). Nor are layers inside `nn.scan`, `nn.remat`, `nn.jit` or a
-`jit` of `apply_fn`'s own, whose values cannot leave them.
+of GPT-2, `DenseGeneral`). Layers inside `nn.scan`, `nn.remat`, `nn.jit` or a `jit` in
+`apply_fn` are not captured either, because their values cannot leave these.
 """
 
 import functools
@@ -27,19 +27,20 @@ from jaxarith.typing import ApplyFn, Params
 def dense_inputs(
     apply_fn: ApplyFn, params: Params, *inputs: Any
 ) -> dict[str, list[jax.Array]]:
-    """The inputs of every `flax.linen.Dense` that `apply_fn` calls.
+    """Returns the inputs of every `flax.linen.Dense` that `apply_fn` calls.
 
     Args:
       apply_fn: `apply_fn(params, *inputs)`.
       params: its parameters.
-      *inputs: passed on to `apply_fn`.
+      *inputs: inputs of `apply_fn`.
 
     Returns:
       By the path of the kernel in `params`, in the order of the calls: the inputs
-      `[..., in]` of each call. A layer that is called twice has two.
+      `[..., in]` of each call. A layer that is called twice has two inputs.
 
     Raises:
-      ValueError: no layer was seen, or the path of one is not that of a leaf.
+      ValueError: no layer was called, or the kernel of a layer is not a leaf of
+        `params`.
 
     Example:
       >>> dense = nn.Dense(2)
@@ -68,14 +69,14 @@ def dense_inputs(
         apply_fn(params, *inputs)
     if not seen:
         raise ValueError(
-            "apply_fn called no flax.linen.Dense. It must call a Linen module, and "
-            "without a jit of its own, which would hide the layers."
+            "apply_fn called no flax.linen.Dense; expected at least one. Call a Linen "
+            "module, and remove any jit inside apply_fn, which would hide the layers."
         )
     return seen
 
 
 def dense_paths(apply_fn: ApplyFn, params: Params, *inputs: Any) -> list[str]:
-    """The kernels of `dense_inputs` in the order of their calls; nothing is computed.
+    """Returns the kernels of `dense_inputs` in the order of calls; computes nothing.
 
     Raises:
       ValueError: as for `dense_inputs`.
@@ -96,31 +97,32 @@ def input_grams(
     token_mask: str | Callable[[str], str | None] | None = None,
     select: str = ".*",
 ) -> dict[str, jax.Array]:
-    r"""The mean of :math:`x x^\top` over all real inputs of every Dense layer.
+    r"""Returns the mean of :math:`x x^\top` over all real inputs of every Dense layer.
 
-    One compiled pass over the data; only the Gram matrices leave it. They need Σ in²
-    numbers: 0.6 GB in float32 for the image encoder of ViT-B.
+    It makes one compiled pass over the data and keeps only the Gram matrices. They have
+    Σ in² numbers: 0.6 GB in float32 for the image encoder of ViT-B.
 
     Args:
       apply_fn: `apply_fn(params, *inputs)`.
       params: its parameters.
       batches: dicts of arrays `[B, ...]`, as `data.pipeline.evaluation_batches` makes
-        them. All tokens of a sample count, or none where its `mask`, `bool[B]`, is
-        False; without a mask every sample counts.
-      inputs: the fields of a batch that are passed to `apply_fn`, in order.
-      token_mask: a field `[B, S]` of the batches, such as `attention_mask`, that is
-        true where a token counts, for layers whose input is `[B, S, in]`. Or a function
-        of the path of a kernel that gives the field or None: an encoder and a decoder
-        have different tokens.
+        them. All tokens of a sample count, but none if its `mask`, `bool[B]`, is False.
+        Without a mask every sample counts.
+      inputs: names of the fields of a batch that `apply_fn` takes, in order.
+      token_mask: name of a field `[B, S]` of the batches, for example
+        `attention_mask`. It is true for tokens that count, in layers with the input
+        `[B, S, in]`. It may also be a function from the path of a kernel to this name
+        or None, because an encoder and a decoder have different tokens.
       select: a regular expression for whole paths of kernels; the others are skipped.
 
     Returns:
-      By the path of the kernel `[in, out]`: `[in, in]`, in float32 or better. A layer
-      that is called several times has the mean over the inputs of all calls.
+      By the path of the kernel `[in, out]`: a Gram matrix `[in, in]`, in float32 or
+      better. For a layer that is called several times, it is the mean over the inputs
+      of all calls.
 
     Raises:
-      ValueError: no real sample, no layer that matches, one inside `nn.remat`, or an
-        input of another shape than its mask.
+      ValueError: no real sample, no layer that matches, a layer inside `nn.remat`, or
+        an input whose shape differs from that of its mask.
 
     Example:
       >>> apply_fn = lambda params, x: nn.Dense(1).apply({"params": params}, x)
@@ -138,14 +140,14 @@ def input_grams(
     chosen = [path for path in paths if re.fullmatch(select, path)]
     if not chosen:
         raise ValueError(
-            f"no Dense layer matches {select!r}. The pattern must match whole paths, "
-            f"such as {', '.join(paths[:3])}."
+            f"no Dense layer matches {select!r}. The pattern must match whole paths; "
+            f"the model has {', '.join(paths[:3])}."
         )
     field = token_mask if callable(token_mask) else lambda path: token_mask
     fields = tuple((path, field(path)) for path in chosen)
     kernels = tree.flatten(params)
     sums = {path: _zeros(kernels[path]) for path in chosen}
-    params = jax.device_put(params)  # once, not with every batch
+    params = jax.device_put(params)  # moved to the device once, not with every batch
     for batch, mask in zip(batches, rows, strict=True):
         masks = {name: batch[name] for _, name in fields if name is not None}
         values = tuple(batch[name] for name in inputs)
@@ -156,7 +158,7 @@ def input_grams(
             raise ValueError(
                 "a Dense layer is called inside nn.remat, nn.jit or nn.scan, and its "
                 "inputs cannot leave them. Build the model without remat, or leave the "
-                "layer out by select."
+                "layer out with select."
             ) from error
     return {
         path: total / jnp.maximum(count, 1) for path, (total, count) in sums.items()
@@ -187,12 +189,13 @@ def _add_batch(apply_fn, sums, params, inputs, mask, masks, fields):
 
 
 def _counted(x, mask, token_mask, path):
-    """Which inputs `x[..., in]` of a layer are of real samples and tokens."""
+    """Returns which inputs `x[..., in]` belong to real samples and tokens."""
     tokens = x.shape[:-1]
     if tokens[:1] != mask.shape:
         raise ValueError(
             f"the input of {path} has shape {list(x.shape)} in batches of {len(mask)} "
-            "samples; its first axis must be the sample. Leave the layer out by select."
+            "samples; its first axis must be the samples. Leave the layer out with "
+            "select."
         )
     counted = mask.astype(bool).reshape(mask.shape + (1,) * (len(tokens) - 1))
     if token_mask is not None and len(tokens) > 1:

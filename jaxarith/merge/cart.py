@@ -1,4 +1,4 @@
-r"""CART: the mean, and low-rank parts of how the tasks differ from it.
+r"""CART: the mean of the tasks, plus low-rank parts of their differences from it.
 
 Choi, Kim, Lee, Hong. Revisiting Weight Averaging for Model Merging. 2024.
 arXiv:2412.12153.
@@ -7,8 +7,9 @@ arXiv:2412.12153.
           \qquad \bar\tau = \frac{1}{T} \sum_t \tau_t
 
 for every matrix, where :math:`\operatorname{SVD}_k` keeps the top k singular triplets.
-Other leaves are averaged. The differences sum to zero, so with all triplets this is the
-average, as it is of two task vectors with any k: their differences are opposite.
+Other leaves are averaged. The differences sum to zero, so with all triplets the result
+is the average. For two task vectors it is the average with any k, because the two
+differences are opposite.
 """
 
 import jax
@@ -29,23 +30,23 @@ def cart(
 ) -> Params:
     """Merges task vectors by CART.
 
-    The defaults are those of the authors' code for eight tasks on ViT-B/32, as the
-    start of AdaRank (arXiv:2503.22178). On ViT-L/14 it has coefficients near 1, and for
-    20 tasks a rank of 0.32. In the paper the best rank is about 0.08.
+    The defaults come from the authors' code for eight tasks on ViT-B/32, where CART is
+    the start of AdaRank (arXiv:2503.22178). That code uses coefficients near 1 on
+    ViT-L/14, and a rank of 0.32 for 20 tasks. In the paper the best rank is about 0.08.
 
-    Gradients take the singular vectors as constants.
+    Gradients treat the singular vectors as constants.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
-      coef: the coefficient λ of the low-rank parts, not of the mean, which the authors
-        choose by model and number of tasks: one number, or one by path. With 0 this is
-        the average, and not the pre-trained model.
+      taus: T task vectors. A missing leaf counts as zero.
+      coef: the coefficient λ of the low-rank parts, but not of the mean: one number, or
+        one by path. With 0 the result is the average, not the pre-trained model. The
+        authors choose λ by model and number of tasks.
       rank: k as a share of the number of singular values, in (0, 1]; at least one is
         kept.
-      matrices: a regular expression of the paths of the 2-D leaves that are decomposed
-        (by default all; the authors take those of attention and MLP); the others are
-        averaged.
+      matrices: a regular expression for the whole paths of the 2-D leaves to decompose;
+        the others are averaged. None decomposes all; the authors decompose those of
+        attention and MLP.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -80,6 +81,6 @@ def _merge_leaf(leaf_0, taus, is_matrix, coef, rank):
         u, s, vt = _matrices.svd(tau - mean)
         return total + _matrices.dot(u[:, :kept] * s[None, :kept], vt[:kept]), None
 
-    # One task at a time, so that there is the workspace of one decomposition.
+    # One task at a time, so that memory holds the workspace of one decomposition.
     parts, _ = jax.lax.scan(add, jnp.zeros_like(mean), jnp.stack(taus))
     return leaf_0 + mean + coef * parts

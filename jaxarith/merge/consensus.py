@@ -1,4 +1,4 @@
-r"""Consensus merging: a multi-task vector without what too few tasks use.
+r"""Consensus merging: a multi-task vector without entries that too few tasks use.
 
 Wang, Dimitriadis, Ortiz-Jimenez, Fleuret, Frossard. Localizing Task Information for
 Improved Model Merging and Compression. ICML 2024. arXiv:2405.07813.
@@ -8,8 +8,8 @@ With the TALL masks :math:`m_t`,
 .. math:: m = \mathbb{1}\big[\textstyle\sum_t m_t \ge k\big], \qquad
           \theta = \theta_0 + \alpha\, m \odot \tau_{MT}.
 
-k = 1 removes what no task uses ("catastrophic" weights), and k = 2 also what one task
-uses alone ("selfish" weights); k = 0 removes nothing.
+k = 1 removes the entries that no task uses ("catastrophic" weights). k = 2 also removes
+those that only one task uses ("selfish" weights). k = 0 removes nothing.
 """
 
 import jax.numpy as jnp
@@ -36,16 +36,16 @@ def consensus(
     of: Of = "task_arithmetic",
     density: float = 0.2,
 ) -> Params:
-    """Merges task vectors by Consensus TA, or of TIES; no mask is stored.
+    """Merges task vectors by Consensus TA or Consensus TIES; stores no mask.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
-      least: the number k of tasks that must use an entry for it to be kept.
-      threshold: λ ≥ 0 of the masks, one number or one per task `[T]`; the authors
+      taus: T task vectors. A missing leaf counts as zero.
+      least: the number k: an entry is kept if at least k tasks use it.
+      threshold: λ ≥ 0 of the masks, one number or one per task `[T]`. The authors
         choose it for each task from 0.2, 0.3, …, 0.6, as `tall_thresholds` does.
-      coef: the coefficient α, which the authors choose from 0.1, 0.2, …, 1 on
-        validation data: one number, or one by path.
+      coef: the coefficient α: one number, or one by path. The authors choose it from
+        0.1, 0.2, …, 1 on validation data.
       of: how the multi-task vector is merged.
       density: the share of entries of every task vector that TIES keeps, in (0, 1].
 

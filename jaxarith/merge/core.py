@@ -1,20 +1,20 @@
-r"""Core space: low-rank adapters merged by any method, in the small space they span.
+r"""Core space: merges low-rank adapters by any method, in the small space they span.
 
 Panariello, Marczak, Magistri, Porrello, Twardowski, Bagdanov, Calderara, van de Weijer.
 Accurate and Efficient Low-Rank Model Merging in Core Space. NeurIPS 2025.
 arXiv:2509.17786. Stoica, Ramesh, Ecsedi, Choshen, Hoffman. Model Merging with SVD to
 Tie the Knots. ICLR 2025. arXiv:2410.19735 (`basis="knots"`).
 
-With the updates :math:`\tau_t = A_t B_t` of one kernel [input, output] by T adapters,
-and orthonormal bases V of all their inputs and U of all their outputs,
+T adapters update one kernel [input, output] by :math:`\tau_t = A_t B_t`. With
+orthonormal bases V of all their inputs and U of all their outputs,
 
 .. math:: M_t = V^\top \tau_t\, U, \qquad \tau_t = V M_t U^\top, \qquad
           \tau = V \operatorname{merge}(M_1, \dots, M_T)\, U^\top.
 
-The cores have at most :math:`R = \sum_t r_t` rows and columns, and so has the merged
-adapter its rank. Methods that are linear give what they give for the whole updates, and
-those that turn with the bases, such as `tsv` and `iso_c`, do so for adapters of equal
-rank. Methods that look at single entries, such as TIES, do not.
+The cores have at most :math:`R = \sum_t r_t` rows and columns, so the merged adapter
+has at most rank R. Linear methods return the same result for the cores as for the whole
+updates. For adapters of equal rank, so do methods that turn with the bases, for example
+`tsv` and `iso_c`. Methods that look at single entries, for example TIES, do not.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ class Factors(NamedTuple):
 
     Attributes:
       a: `[in, r]`.
-      b: `[r, out]`; the scale α / r of an adapter is in either.
+      b: `[r, out]`. Either `a` or `b` includes the scale α / r of the adapter.
     """
 
     a: jax.Array
@@ -43,10 +43,10 @@ class Factors(NamedTuple):
 
 
 class Core(NamedTuple):
-    """What `core` found.
+    """The result of `core`.
 
     Attributes:
-      factors: by path, the merged adapter, `a` and `b` of equal norms.
+      factors: by path, the merged adapter; `a` and `b` have equal norms.
       energy: by path, the share of the squared norm of the merged update that the
         factors keep; 1 without `rank`.
     """
@@ -62,32 +62,35 @@ def core(
     rank: int | None = None,
     basis: Basis = "core",
 ) -> Core:
-    r"""Merges low-rank adapters to one adapter. No whole update is ever made.
+    r"""Merges low-rank adapters into one adapter, without making a whole update.
 
-    The bases are the singular vectors of the updates side by side, each with its entry
-    of largest magnitude positive. The paper takes those of the factors side by side,
-    which span the same but depend on how an adapter is written: :math:`A Q` and
-    :math:`Q^{-1} B` are the same adapter. Here they give the same result.
+    The bases are the singular vectors of the updates side by side. The entry with the
+    largest magnitude of each vector is positive. The paper uses the singular vectors of
+    the factors side by side. They span the same space, but depend on how an adapter is
+    written: :math:`A Q` and :math:`Q^{-1} B` are the same adapter as A and B. Here both
+    forms have the same result.
 
-    A core costs :math:`O((\text{in} + \text{out}) R^2 + R^3)` operations.
+    A core takes :math:`O((\text{in} + \text{out}) R^2 + R^3)` operations.
+
+    Source: Panariello et al. 2025; Stoica et al. 2025 for "knots".
 
     Args:
       adapters: for each of T adapters, its factors by the path of a kernel; see
-        `models.lora.factors`. Ranks may differ. A kernel that one lacks counts as zero.
-      method: `method(params_0, taus) -> params`, such as `merge.ties` with its options
-        bound; it sees the cores as leaves with the kernels' paths and zero as
-        `params_0`.
-      rank: the rank of the result, the best of that rank there is: zeros are added
-        where cores are smaller. None keeps all.
-      basis: "core", or "knots" for U alone: the method then merges
+        `models.lora.factors`. Ranks may differ. A missing kernel counts as zero.
+      method: `method(params_0, taus) -> params`, for example `merge.ties` with its
+        options bound by `functools.partial`. It receives the cores as leaves with the
+        paths of the kernels, and zeros as `params_0`.
+      rank: the rank of the result, which is the best approximation of this rank. Zeros
+        are added if a core is smaller. None keeps all singular values.
+      basis: "core" uses both bases. "knots" uses only U, so the method merges
         :math:`\tau_t U` `[in, R]`, as the authors of KnOTS do.
 
     Returns:
-      The merged adapter, whose scale is 1: α is its rank.
+      The merged adapter. Its scale is 1, that is, its α equals its rank.
 
     Raises:
-      ValueError: no adapter or no factors, factors that do not fit each other, a rank
-        below 1, or non-finite values.
+      ValueError: no adapter, no factors, factors that do not fit each other, a rank
+        below 1, an unknown `basis`, or non-finite values.
 
     Example:
       >>> one = {"kernel": Factors(jnp.array([[1.0], [0.0]]), jnp.array([[2.0, 0.0]]))}
@@ -124,7 +127,7 @@ def core(
 
 
 def _rows(adapters) -> dict[str, list[Factors]]:
-    """By path, the factors of every adapter, in float32 or better."""
+    """Returns, by path, the factors of every adapter, in float32 or better."""
     paths = dict.fromkeys(path for adapter in adapters for path in adapter)
     if not paths:
         raise ValueError("core merges at least one adapter with factors; found none.")
@@ -135,8 +138,8 @@ def _rows(adapters) -> dict[str, list[Factors]]:
         if len(shapes) > 1 or any(a.shape[1] != b.shape[0] for a, b in given):
             text = ", ".join(f"{list(a.shape)} and {list(b.shape)}" for a, b in given)
             raise ValueError(
-                f"factors of {path} of the shapes {text}; expected [in, r] and [r, "
-                "out], with the same in and out in all adapters."
+                f"the factors of {path} have the shapes {text}; expected [in, r] and "
+                "[r, out], with the same in and out in all adapters."
             )
         tree.check_finite(given, f"adapters at {path}")
         [(inputs, outputs)] = shapes
@@ -150,7 +153,7 @@ def _rows(adapters) -> dict[str, list[Factors]]:
 
 
 def _bases(row, basis):
-    """V `[in, R]`, None with "knots", and U `[out, R]`."""
+    """Returns V `[in, R]`, or None with "knots", and U `[out, R]`."""
     row = [factors for factors in row if factors.a.size]
     outputs = _basis(jnp.concatenate([jnp.linalg.qr(a).R @ b for a, b in row]).T)
     if basis == "knots":
@@ -160,7 +163,7 @@ def _bases(row, basis):
 
 
 def _basis(columns):
-    """Left singular vectors, of which a zero one stands for a direction of noise."""
+    """Returns the left singular vectors; those that are only noise are zero."""
     u, _, _ = _matrices.svd(columns)
     largest = jnp.argmax(jnp.abs(u), axis=0)
     signs = jnp.sign(jnp.take_along_axis(u, largest[None], axis=0))

@@ -1,13 +1,14 @@
-r"""The merge that disturbs every task's own model least, by curvature.
+r"""Merging by curvature: changes the features of all tasks' own models least.
 
 .. math:: \arg\min_\tau \sum_t (\tau - \tau_t)^\top G_t\,(\tau - \tau_t)
 
 In the tangent space :math:`(\tau - \tau_t)^\top G_t (\tau - \tau_t)` is the mean
-squared distance of the merged features from those of task t's model, on the inputs of
-task t. Given G, which `jaxarith.curvature` measures once, no sample is needed. That is
-the problem of Tam, Bansal, Raffel. Merging by Matching Models in Task Parameter
-Subspaces. TMLR 2024. arXiv:2312.04339, with the Gram matrix of the Jacobian of features
-in the place of the Fisher information.
+squared distance between the features of the merged model and of task t's model, on the
+inputs of task t. `jaxarith.curvature` measures G once; then no sample is needed.
+
+Tam, Bansal, Raffel. Merging by Matching Models in Task Parameter Subspaces. TMLR 2024.
+arXiv:2312.04339. They solve the same problem with the Fisher information. Here G is the
+Gram matrix of the Jacobian of features.
 """
 
 import functools
@@ -30,26 +31,28 @@ def curvature(
     coef: Number = 1.0,
     steps: int = 100,
 ) -> Params:
-    r"""The minimiser of :math:`\sum_t (\tau-\tau_t)^\top G_t(\tau-\tau_t)`.
+    r"""Merges by the minimiser of :math:`\sum_t (\tau-\tau_t)^\top G_t(\tau-\tau_t)`.
 
-    Conjugate gradients from the mean of the task vectors, which is what the directions
-    that no task's features notice keep. Few steps move only along what matters most.
+    Conjugate gradients start from the mean of the task vectors. Directions that change
+    no task's features keep their mean. A few steps move only along the directions that
+    change the features most.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
-      curvatures: for every task its curvature on its own inputs, such as
-        `jaxarith.curvature.collect` measures: at `params_0` or, which was better where
-        it was tried, at the task's own fine-tuned model.
-      coef: scaling coefficient of the merged vector.
-      steps: steps of conjugate gradients, each T products.
+      taus: T task vectors. A missing leaf counts as zero.
+      curvatures: for every task, the curvature on its own inputs, for example from
+        `jaxarith.curvature.collect`. Measure it at `params_0` or at the task's own
+        fine-tuned model; the latter was better in our experiments.
+      coef: coefficient of the merged vector, one number.
+      steps: number of steps of conjugate gradients; each step takes T products.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
 
     Raises:
-      ValueError: not one curvature per task, one that was not measured for a leaf of
-        the task vectors, no task vector, or one that does not fit.
+      ValueError: a wrong number of curvatures, a curvature that was not measured for a
+        leaf of the task vectors, `steps` below 1, no task vector, or one that does not
+        fit.
 
     Example:
       >>> from jaxarith import curvature as curvatures
@@ -71,7 +74,7 @@ def curvature(
     _leaves.check(params_0, taus)
     _leaves.one_each(curvatures, len(taus), "curvatures")
     if steps < 1:
-        raise ValueError(f"steps is {steps}; at least 1 is needed.")
+        raise ValueError(f"steps is {steps}; it must be at least 1.")
     paths = {path for tau in taus for path in tree.flatten(tau)}
     start = tree.restrict(params_0, paths)
     filled = tuple(_filled(tau, start) for tau in taus)

@@ -1,10 +1,10 @@
-"""DARE: drop entries of the task vectors at random and rescale the rest, then add.
+"""DARE: drops entries of the task vectors at random, rescales the rest and adds.
 
 Yu, Yu, Yu, Huang, Li. Language Models are Super Mario: Absorbing Abilities from
 Homologous Models as a Free Lunch. ICML 2024. arXiv:2311.03099.
 
-It is task arithmetic of what `merge.drop` leaves. DARE with TIES is
-`merge.ties(params_0, merge.drop(taus, key=key))`, and so with any other merge.
+DARE is task arithmetic after `merge.drop`. Any other merge can follow the drop too; for
+example, DARE with TIES is `merge.ties(params_0, merge.drop(taus, key=key))`.
 """
 
 import jax
@@ -24,11 +24,11 @@ def dare(
     coef: Coef = 1.0,
     key: jax.Array | None = None,
 ) -> Params:
-    """Drops and rescales task vectors, and adds them.
+    """Drops entries of task vectors, rescales the rest and adds the vectors.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
+      taus: T task vectors. A missing leaf counts as zero.
       drop_rate, strategy, rescale, key: as for `merge.drop`.
       coef: the coefficient λ: one number, one per task `[T]`, or either by path.
 

@@ -1,12 +1,12 @@
-r"""DC-Merge: TIES on the cores of the tasks between bases that cover all of them.
+r"""DC-Merge: TIES on the cores of the tasks, between bases that cover all tasks.
 
 Zhang, Zhou, Luo, Di, Zhang, Wei. DC-Merge: Improving Model Merging with Directional
 Consistency. CVPR 2026. arXiv:2603.06242.
 
-Of every matrix :math:`\tau_t = U_t \Sigma_t V_t^\top` the top :math:`k = \lfloor r/T
-\rfloor` of :math:`r` triplets are kept, and their singular values may be smoothed to
-:math:`\tilde\Sigma_t`. The orthogonal matrices nearest to :math:`[U_1 \dots U_T]` and
-:math:`[V_1 \dots V_T]`, as in TSV-Merge, are the bases :math:`U, V`, and
+Every matrix :math:`\tau_t = U_t \Sigma_t V_t^\top` keeps the top :math:`k = \lfloor r/T
+\rfloor` of its :math:`r` triplets. Their singular values may be smoothed to
+:math:`\tilde\Sigma_t`. As in TSV-Merge, the bases :math:`U, V` are the orthogonal
+matrices nearest to :math:`[U_1 \dots U_T]` and :math:`[V_1 \dots V_T]`, and
 
 .. math:: M_t = U^\top U_t \tilde\Sigma_t V_t^\top V, \qquad
           \tau = U\, \big(B \odot \operatorname{TIES}(M_1, \dots, M_T)\big)\, V^\top.
@@ -15,10 +15,11 @@ TIES keeps the largest entries of every core :math:`M_t`, [Tk, Tk], takes the si
 their sum, and averages those that agree with it. B is 1 in the T diagonal blocks [k, k]
 and 0 outside. Other leaves are averaged.
 
-The authors' code for full fine-tuning has the singular values as they are, and that
-for LoRA smooths those of rank 16. Two things differ here. An entry of a core that is
-zero to rounding counts as zero: it would join the mean and halve the entry of another
-task. Singular values that are zero to rounding get no share of the smoothed ones.
+The authors' code for full fine-tuning does not smooth the singular values; their code
+for LoRA smooths those of rank 16. Two points differ here. An entry of a core that is
+zero up to rounding counts as zero. Otherwise it would join the mean and halve the entry
+of another task. And singular values that are zero up to rounding stay zero when the
+others are smoothed.
 """
 
 from typing import Literal
@@ -46,25 +47,26 @@ def dc_merge(
 ) -> Params:
     """Merges task vectors by DC-Merge.
 
-    Gradients take the singular vectors as constants.
+    Gradients treat the singular vectors as constants.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
-      coef: the coefficient of the merged vector, which the authors choose on validation
-        data: one number, or one by path.
-      smoothing: what becomes of the k singular values of a task, whose sum stays:
-        "none", nothing, as the authors do after full fine-tuning; "average", their
-        mean; "linear", a line from the first to the last. For LoRA the authors take the
-        better of the two: linear on ViT-B/32, average on ViT-B/16 and ViT-L/14.
-      ratio: the ratio ρ ≥ 1 of the first to the last smoothed value, or the ratio that
-        the singular values have, if that is smaller; for "linear" alone.
+      taus: T task vectors. A missing leaf counts as zero.
+      coef: the coefficient of the merged vector: one number, or one by path. The
+        authors choose it on validation data.
+      smoothing: how to smooth the k singular values of a task; their sum stays. "none"
+        keeps them, as the authors do after full fine-tuning. "average" sets all to
+        their mean. "linear" puts them on a line from the first to the last. For LoRA
+        the authors take the better one: linear on ViT-B/32, average on ViT-B/16 and
+        ViT-L/14.
+      ratio: for "linear", the ratio ρ ≥ 1 of the first to the last smoothed value. If
+        the ratio of the singular values is smaller, that one is used.
       keep: the share of entries of every core that TIES keeps, in (0, 1], at least one
-        entry. It is fewer than the k singular values of a task where Tk < 1/(keep·T):
-        the default is for matrices of some hundred rows and columns.
-      matrices: a regular expression of the paths of the 2-D leaves that are decomposed
-        (by default all; the authors leave `text_projection` out). The others are
-        averaged, as are matrices with fewer singular values than tasks.
+        entry. If Tk < 1/(keep·T), it keeps fewer entries than a task has singular
+        values. The default is for matrices of a few hundred rows and columns.
+      matrices: a regular expression for the whole paths of the 2-D leaves to decompose.
+        The others are averaged, and so are matrices with fewer singular values than
+        tasks. None decomposes all; the authors leave out `text_projection`.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -112,7 +114,7 @@ def _merge_leaf(leaf_0, taus, is_matrix, coef, ratio, keep):
         s = s[:rank]
         return u.T[:rank], s if ratio is None else smoothed(s, ratio), vt[:rank]
 
-    # One task at a time, so that there is the workspace of one decomposition.
+    # One task at a time, so that memory holds the workspace of one decomposition.
     parts = jax.lax.map(leading, jnp.stack(taus))
     u, v = (_matrices.polar(x.reshape(-1, x.shape[-1])) for x in (parts[0], parts[2]))
 
@@ -130,11 +132,11 @@ def _merge_leaf(leaf_0, taus, is_matrix, coef, ratio, keep):
 
 
 def smoothed(s: jax.Array, ratio: float) -> jax.Array:
-    """Falling singular values on a line with their sum; those that are zero stay.
+    """Puts falling singular values on a line with the same sum; zeros stay zero.
 
     Args:
-      s: singular values `[k]`.
-      ratio: the most that the first is of the last that is not zero.
+      s: singular values, `[k]`.
+      ratio: the largest ratio of the first value to the last one that is not zero.
 
     Example:
       >>> print(smoothed(jnp.array([8.0, 2.0, 2.0]), 3.0))
@@ -150,7 +152,7 @@ def smoothed(s: jax.Array, ratio: float) -> jax.Array:
 
 
 def _largest(core, keep):
-    """The matrix with zeros for all but its largest entries and those equal to them."""
+    """Returns the matrix with only its largest entries, and those equal to them."""
     sizes = jnp.abs(jax.lax.stop_gradient(core))
     largest, _ = jax.lax.top_k(sizes.reshape(-1), max(int(keep * sizes.size), 1))
     noise = 16 * jnp.finfo(sizes.dtype).eps * largest[0]

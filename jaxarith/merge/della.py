@@ -1,17 +1,17 @@
-r"""DELLA: drop entries of the task vectors at random, small ones rather, then merge.
+r"""DELLA: drops entries at random, small ones more often than large ones, and merges.
 
 Deep, Bhardwaj, Poria. DELLA-Merging: Reducing Interference in Model Merging through
 Magnitude-Based Sampling. arXiv:2406.11617.
 
-MAGPRUNE ranks the n entries of every row by magnitude, 1 for the smallest. The entry of
-rank r is dropped with probability :math:`p_r` and multiplied by :math:`1 / (1 - p_r)`
-otherwise, so that the expectation of what is left is the task vector:
+MAGPRUNE ranks the n entries of every row by magnitude; the smallest has rank 1. The
+entry of rank r is dropped with probability :math:`p_r`, or else multiplied by
+:math:`1 / (1 - p_r)`. So the expectation of the result is the task vector:
 
 .. math:: p_r = p + \epsilon - 2\epsilon\,\frac{r - 1}{n - 1}.
 
-Signs are then elected and the entries that agree averaged, as in TIES. ε is half the
-window of drop probabilities, as in mergekit and in the authors' code, from which the
-ends of the window at ranks 1 and n are taken too.
+Then signs are elected and the entries that agree are averaged, as in TIES. ε is half
+the width of the window of drop probabilities, as in mergekit and in the authors' code.
+The ends of the window, at ranks 1 and n, also follow the authors' code.
 """
 
 from collections.abc import Callable
@@ -41,16 +41,16 @@ def della(
     axis: Callable[[str], int] = input_axis,
     key: jax.Array,
 ) -> Params:
-    """Drops small entries of the task vectors rather than large ones, and merges.
+    """Drops entries of the task vectors at random, mostly small ones, and merges.
 
-    It is `merge.ties` of what `magprune` leaves; any other merge takes that too.
+    It calls `magprune` and then `merge.ties`. Other merges can follow `magprune` too.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
+      taus: T task vectors. A missing leaf counts as zero.
       drop_rate, epsilon, rescale, axis, key: as for `magprune`.
       coef: the coefficient λ of the merged vector: one number, or one by path.
-      density: the share of entries that TIES keeps in its trim; the paper has no trim.
+      density: the share of entries that the trim of TIES keeps; the paper has no trim.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -77,7 +77,7 @@ def della(
         key=key,
     )
     options = chosen("official", density=density)
-    # What is pruned is finite where the task vectors are, and costs more to look at.
+    # The pruned vectors are finite if the task vectors are, and cost more to check.
     _leaves.check(params_0, taus)
     return of_checked(params_0, pruned, options, coef)
 
@@ -91,28 +91,28 @@ def magprune(
     axis: Callable[[str], int] = input_axis,
     key: jax.Array,
 ) -> list[Params]:
-    """Task vectors that lack random entries, small ones rather, for any merge.
+    """Drops random entries of task vectors, mostly small ones; any merge can follow.
 
     Args:
       taus: T task vectors.
       drop_rate: the mean drop probability p.
-      epsilon: half the window of drop probabilities, p - ε for the largest entry of a
-        row to p + ε for the smallest; the window must be in [0, 1). A row of one entry
-        has p. The default rate and window are the example of the authors' code;
-        mergekit's ε is 0.15.
-      rescale: what the rest is multiplied with: "inverse", the inverse of each entry's
-        own probability of being kept; "l1", what restores the sum of magnitudes in
-        every leaf, as mergekit does; or "none".
-      axis: a function of the path that gives the axis along which rows run. The default
-        follows the rows of PyTorch weights.
+      epsilon: half the width of the window of drop probabilities: p - ε for the largest
+        entry of a row, p + ε for the smallest. The window must be in [0, 1). The only
+        entry of a row has p. The default rate and window are those of the example in
+        the authors' code; mergekit's ε is 0.15.
+      rescale: the factor for the kept entries. "inverse" is one divided by the
+        probability with which the entry is kept. "l1" restores the sum of magnitudes of
+        every leaf, as mergekit does. "none" is 1.
+      axis: a function of the path that returns the axis along which rows run. The
+        default follows the rows of PyTorch weights.
       key: the key of the random draws.
 
     Returns:
-      T trees of the same structure, whose leaves a merge computes as for `merge.drop`.
+      T trees of the same structure. A merge computes their leaves, as for `merge.drop`.
 
     Raises:
-      ValueError: a window outside [0, 1), an unknown option, or no list of task
-        vectors.
+      ValueError: the window is not in [0, 1), an option is unknown, or `taus` is not a
+        list of task vectors.
 
     Example:
       >>> taus = [{"w": jnp.array([1.0, 2.0, 3.0, 4.0])}]
@@ -145,21 +145,23 @@ def _magprune(tau, key, task, share, epsilon, axis, rescale):
 
 
 def centered_ranks(x: jax.Array, axis: int) -> jax.Array:
-    """Ranks of the magnitudes in every row along an axis, scaled to [-1, 1].
+    """Returns the ranks of the magnitudes in every row, scaled to [-1, 1].
 
-    Equal magnitudes share the mean of their ranks. The only entry of a row has 0.
+    Rows run along `axis`. Equal magnitudes share the mean of their ranks. The only
+    entry of a row has 0.
     """
     width = x.shape[axis] if x.ndim else 1
     if width < 2:
         return jnp.zeros_like(x)
-    # Bit patterns order as magnitudes do. To sort these and search for each is several
-    # times as fast as to sort twice, and the ranks are whole numbers in any dtype of x.
+    # Bit patterns have the same order as magnitudes. Sorting them once and searching
+    # for each entry is several times as fast as sorting twice. And the ranks are exact
+    # whole numbers for any dtype of x.
     bits = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
     magnitudes = jnp.abs(jax.lax.stop_gradient(x))
     rows = jnp.moveaxis(jax.lax.bitcast_convert_type(magnitudes, bits), axis, -1)
     ordered = jnp.sort(rows, axis=-1)
     below = _count_below(ordered, rows)
-    # Where the run of equal entries ends that starts there.
+    # For each place, the end of the run of equal entries that begins there.
     places = 1 + jax.lax.broadcasted_iota(jnp.int32, rows.shape, rows.ndim - 1)
     is_end = (ordered != jnp.roll(ordered, -1, axis=-1)) | (places == width)
     ends = jnp.where(is_end, places, width)
@@ -170,9 +172,9 @@ def centered_ranks(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _count_below(ordered, rows):
-    """For every entry, how many of its ordered row are below it.
+    """Returns, for every entry, the number of entries of its row below it.
 
-    Bisection, one bit at a time.
+    It bisects the ordered row, one bit of the number at a time.
     """
     width = ordered.shape[-1]
     length = width.bit_length()

@@ -1,4 +1,4 @@
-r"""DARE's dropping: entries of the task vectors at random, the rest rescaled.
+r"""The drop of DARE: drops entries of the task vectors at random, rescales the rest.
 
 Yu, Yu, Yu, Huang, Li. Language Models are Super Mario: Absorbing Abilities from
 Homologous Models as a Free Lunch. ICML 2024. arXiv:2311.03099.
@@ -9,7 +9,7 @@ Homologous Models as a Free Lunch. ICML 2024. arXiv:2311.03099.
 so that the expectation of :math:`\hat\tau_t` is τ_t.
 
 The mask of a leaf depends only on the key, the leaf's path and the task's number. It is
-drawn whenever a merge reads the leaf; the dropped vectors are not held as a whole.
+drawn again whenever a merge reads the leaf, so a whole dropped vector is never stored.
 """
 
 import functools
@@ -37,30 +37,30 @@ def drop(
     rescale: Rescale = "inverse",
     key: jax.Array | None = None,
 ) -> list[Params]:
-    """Task vectors that lack a share of their entries, for any merge.
+    """Drops a share of the entries of task vectors; any merge can follow.
 
-    Running statistics of normalisation layers stay whole.
+    Running statistics of normalisation layers keep all entries.
 
     Args:
       taus: T task vectors.
       drop_rate: the share p of entries that is dropped, in [0, 1).
-      strategy: what is dropped: "random", or "magnitude", the ⌊pn⌋ smallest of the n
-        entries of every leaf, to which the paper compares. Entries that are equal to
-        the smallest that is kept stay too.
-      rescale: what the rest is multiplied with: "inverse", 1/(1-p), or for "magnitude"
-        n over the number of entries of the leaf that are kept, which differs where
-        these are few; "l1", what restores the sum of magnitudes in every leaf, as
-        mergekit does; or "none".
-      key: the key of the random draws, which "magnitude" does without.
+      strategy: "random" drops entries at random. "magnitude" drops the ⌊pn⌋ smallest of
+        the n entries of every leaf, which the paper compares with. Entries that equal
+        the smallest kept entry stay too.
+      rescale: the factor for the kept entries. "inverse" is 1/(1-p); for "magnitude" it
+        is n divided by the number of kept entries of the leaf, which differs if these
+        are few. "l1" restores the sum of magnitudes of every leaf, as mergekit does.
+        "none" is 1.
+      key: the key of the random draws; "magnitude" needs none.
 
     Returns:
-      T trees of the same structure. Their leaves are no arrays: a merge computes them
-      when it reads them, as `jnp.asarray` does. A function under `jit` cannot take
-      them; it can call `drop`.
+      T trees of the same structure. Their leaves are not arrays: a merge computes them
+      when it reads them, as `jnp.asarray` does. A function under `jit` cannot take them
+      as arguments; it can call `drop` itself.
 
     Raises:
-      ValueError: `drop_rate` out of range, an unknown option, no key for random draws,
-        or no list of task vectors.
+      ValueError: `drop_rate` is out of range, an option is unknown, the key for random
+        draws is missing, or `taus` is not a list of task vectors.
 
     Example:
       >>> from jaxarith import merge
@@ -78,7 +78,7 @@ def drop(
         return _without_smallest(taus, drop_rate, rescale)
     if key is None:
         raise ValueError(
-            'strategy="random" needs a key of its draws, such as jax.random.key(0).'
+            'strategy="random" needs a key; found None. Give key=jax.random.key(0).'
         )
     draws = functools.partial(_drop_random, share=1 - drop_rate, rescale=rescale)
     return changed_at_random(taus, draws, key)
@@ -87,7 +87,7 @@ def drop(
 def changed_at_random(
     taus: Taus, function: Callable[..., jax.Array], key: jax.Array
 ) -> list[Params]:
-    """Task vectors whose leaves become `function(path, leaf, key_of_leaf, task=)`."""
+    """Returns task vectors with leaves `function(path, leaf, key_of_leaf, task=)`."""
 
     def of_leaf(path, leaf, task):
         if _leaves.is_running(path):
@@ -125,14 +125,14 @@ def _drop_random(path, tau, key, *, task, share, rescale):
 
 
 def whole(tau: jax.Array, rescale: Rescale) -> jax.Array:
-    """The leaf, gathered from all devices where rescaling sums over it."""
+    """Returns the leaf, gathered from all devices if rescaling sums over it."""
     return tree.gathered(tau) if rescale == "l1" else tau
 
 
 @jax.jit(static_argnames="rescale")
 def _draw_and_drop(tau, key, task, share, inverse, rescale):
     kept = _draws.draw(jax.random.fold_in(key, task), share, tau.shape)
-    # Not divided by the share: in a loop XLA rounds that as it likes.
+    # `inverse` is computed outside: XLA may round a division differently in a loop.
     return rescaled(_leaves.widened(tau), kept, inverse, rescale)
 
 
@@ -144,7 +144,7 @@ def _drop_below(tau, least, rescale):
 def _drop_small(tau, least, rescale):
     tau = _leaves.widened(tau)
     kept = jnp.abs(tau) >= least
-    # Of a leaf of few entries the share that is kept is not 1 - p: a number stays.
+    # A leaf keeps a whole number of entries. In a small leaf that share is not 1 - p.
     inverse = tau.size / jnp.maximum(tree.counts([kept])[0], 1)
     return rescaled(tau, kept, inverse.astype(tau.dtype), rescale)
 
@@ -152,12 +152,13 @@ def _drop_small(tau, least, rescale):
 def rescaled(
     tau: jax.Array, kept: jax.Array, inverse: Any, rescale: Rescale
 ) -> jax.Array:
-    """The kept entries, multiplied as `rescale` says.
+    """Returns the kept entries, multiplied as `rescale` says; the others are zero.
 
-    `inverse` is one over the share that is kept, or over each entry's probability.
+    `inverse` is one divided by the share that is kept, or by the probability with which
+    each entry is kept.
     """
-    # Zero, but NaN where the entry is NaN or infinite: merges then refuse the vector,
-    # whether or not the entry was dropped.
+    # This is zero, but NaN where an entry is NaN or infinite. So merges refuse such a
+    # vector even if the entry was dropped.
     nothing = tau * 0
     if rescale == "inverse":
         return jnp.where(kept, tau * inverse, 0) + nothing

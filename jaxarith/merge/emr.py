@@ -1,4 +1,4 @@
-r"""EMR-Merging: elect one vector, mask and rescale it for every task.
+r"""EMR-Merging: elects one vector, then masks and rescales it for every task.
 
 Huang, Ye, Chen, He, Yue, Ouyang. EMR-Merging: Tuning-Free High-Performance Model
 Merging. NeurIPS 2024. arXiv:2405.17461.
@@ -32,11 +32,11 @@ def emr(
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
-      preset: what entries that cancel exactly become: zero, as in the "paper", or the
-        negative values, as in the "official" code.
+      taus: T task vectors. A missing leaf counts as zero.
+      preset: decides about entries whose sum is exactly zero. "paper" sets them to
+        zero; "official", the authors' code, keeps their negative values.
       coef: the coefficient of the elected vector: one number, or one by path. The paper
-        has none; its models have the masks and rescalers of `emr_masks` besides.
+        has none, because it uses the masks and rescalers of `emr_masks`.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -62,21 +62,22 @@ def _merge_leaf(leaf_0, taus, coef, official):
 
 
 def emr_masks(params_0: Params, taus: Taus, *, preset: Preset = "paper") -> Masked:
-    """The elected vector of EMR-Merging, with a mask and a rescaler for every task.
+    """Returns the elected vector of EMR-Merging, and a mask and a rescaler per task.
 
-    One pass over the task vectors. The result is one vector and T bytes per entry,
-    as a mask takes a byte.
+    It takes one pass over the task vectors. The result is one vector and T bytes per
+    entry, because a mask takes one byte.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
-      preset: "paper" takes the L1 norms over the whole vector, and leaves entries that
-        cancel exactly at zero. "official", the authors' code, adds up the mean
-        magnitudes of the tensors, so that an entry of a small one counts for more, and
-        keeps the negative values of entries that cancel.
+      taus: T task vectors. A missing leaf counts as zero.
+      preset: "paper" takes the L1 norms over the whole vector, and sets entries whose
+        sum is exactly zero to zero. "official", the authors' code, adds up the mean
+        magnitudes of the tensors, so entries of small tensors count more. It keeps the
+        negative values of entries whose sum is zero.
 
     Returns:
-      The elected vector, the masks and the rescalers λ, 0 for an empty mask.
+      The elected vector, the masks and the rescalers λ. A task with an empty mask has
+      the rescaler 0.
 
     Raises:
       ValueError: an unknown preset, no task vector, one that does not fit, or
@@ -104,7 +105,10 @@ def emr_masks(params_0: Params, taus: Taus, *, preset: Preset = "paper") -> Mask
 
 @jax.jit(static_argnames="official")
 def _elect(row, official):
-    """The elected leaf, its masks, and the L1 norms `[2, task]` before and after."""
+    """Returns the elected leaf, the masks, and the L1 norms before and after.
+
+    The norms are `[2, task]`.
+    """
     row = [jnp.asarray(leaf, tree.wide_dtype(*row)) for leaf in row]
     unified, masks = _elected(row, official)
     before = [jnp.abs(leaf) for leaf in row]
@@ -113,7 +117,10 @@ def _elect(row, official):
 
 
 def _elected(row, official):
-    """The largest entries of the elected sign, and where each task agrees with it."""
+    """Returns the largest entries of the elected sign, and a mask for every task.
+
+    A mask is True where the task has the elected sign.
+    """
     total = sum(row)
     sign = jnp.where(total > 0, 1, -1) if official else jnp.sign(total)
     masks = [leaf * sign > 0 for leaf in row]

@@ -1,32 +1,33 @@
-r"""ESM: merging in the subspaces of the outputs that the tasks change most.
+r"""ESM: merges in the subspaces of the outputs that the tasks change most.
 
 Li, Qi, Tian, Geng. Model Merging in the Essential Subspace. CVPR 2026.
 arXiv:2602.20208, and arXiv:2606.19164.
 
-With the inputs X of a linear layer [output, input] in the model of task t, the
-principal directions of the displacement of its outputs, :math:`X \tau_t^\top`, not
-centred, are the eigenvectors of :math:`\tau_t G_t \tau_t^\top` with the Gram matrix
-:math:`G_t = X^\top X / n`. The top :math:`k = \lfloor \text{outputs}/T \rfloor` are the
-columns of :math:`P_t`. Without inputs they are the left singular vectors of
-:math:`\tau_t`, which is :math:`G_t = 1`. Then
+Let X be the inputs of a linear layer [output, input] in the model of task t, and
+:math:`G_t = X^\top X / n` their Gram matrix. The task displaces the outputs by
+:math:`X \tau_t^\top`. The principal directions of this displacement, without centring,
+are the eigenvectors of :math:`\tau_t G_t \tau_t^\top`. The top :math:`k = \lfloor
+\text{outputs}/T \rfloor` are the columns of :math:`P_t`. Without inputs, :math:`G_t =
+1`, and they are the left singular vectors of :math:`\tau_t`. Then
 
 .. math:: A_t = P_t^\top \tau_t, \qquad
           \tau = \beta\, [P_1 \dots P_T]_\perp
                  \begin{bmatrix} A_1 \\ \vdots \\ A_T \end{bmatrix}_\perp,
 
-where ⊥ sets all singular values but those that are zero to one value. Polarised scaling
-multiplies every :math:`A_t`, then every column of A, and at last the layer, by β, with
-the square of its norm over the mean norm: of the tasks, the columns, and the layers of
-a kind, whose paths differ in the number of the block alone. Other leaves are averaged.
+where ⊥ sets all singular values that are not zero to one value. Polarised scaling
+multiplies every :math:`A_t`, then every column of A, and finally the layer (the factor
+β). The factor is the square of the norm divided by the mean norm, where the mean is
+over the tasks, the columns, or the layers of one kind. Layers are of one kind if their
+paths differ only in the number of the block. Other leaves are averaged.
 
-The equations of the paper have 1 for all singular values. Then vectors of full rank
-have the same norm in all layers of a kind, so that β = 1, and the length of the task
-vectors is lost. The authors' code has their mean, which is the default here.
+The equations of the paper set all singular values to 1. Then vectors of full rank have
+the same norm in all layers of a kind, so β = 1, and the length of the task vectors is
+lost. The authors' code uses the mean of the singular values, which is the default here.
 
-That code also multiplies the vectors by powers of 0.15 of the eigenvalues before ⊥,
-and the product by 2; has the norm of :math:`A_t` before it is cut to k rows; and takes
-the output projection of attention by TSV-Merge. For RoBERTa it does without the scaling
-of tasks and columns. None of that is done here.
+The authors' code differs in four more points, none of which is done here. It multiplies
+the vectors by the eigenvalues to the power 0.15 before ⊥, and the product by 2. It uses
+the norm of :math:`A_t` before it is cut to k rows. It merges the output projection of
+attention by TSV-Merge. For RoBERTa it does not scale tasks and columns.
 """
 
 import functools
@@ -58,39 +59,41 @@ def esm(
 ) -> Params:
     """Merges task vectors by ESM, with or without data.
 
-    One task vector without scaling becomes the one that Iso-C makes of it, and no
-    multiple of that is nearer to the task vector. For the sum of 1, 2 and 8 random
+    For one task vector without scaling, the result equals that of Iso-C, and no
+    multiple of it is nearer to the task vector. For the sum of 1, 2 and 8 random
     matrices, 64 × 64, with and without scaling, the nearest multiple is 0.80 to 1.02
-    times what `coef=1` gives. The factor 2 of the authors' code would halve that.
+    times the result with `coef=1`. The factor 2 of the authors' code would halve this
+    number.
 
-    Gradients take the directions as constants.
+    Gradients treat the directions as constants.
 
-    A direction is dropped where the displacement of outputs is zero to rounding, such
-    as those beyond the number of inputs. In float32 that is what is below 0.1% of the
-    largest displacement. The authors' code has unit vectors in their place.
+    A direction is dropped if its displacement of outputs is zero up to rounding. That
+    holds for all directions beyond the number of inputs. In float32 the limit is 0.1%
+    of the largest displacement. The authors' code uses unit vectors instead.
 
-    With scaling every matrix is merged twice, the first time for its norm.
+    With scaling, every matrix is merged twice; the first merge measures its norm.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
+      taus: T task vectors. A missing leaf counts as zero.
       grams: for every task, the mean of x xᵀ over the inputs of its model's linear
-        layers: `[in, in]` by path, as for `regmean`. See `capture.input_grams`; 32
-        samples are enough in the paper. A matrix for which no task has one gets the
-        directions of its singular vectors, as do all if this is None.
-      coef: the coefficient α of the merged vector, which the authors choose on
-        validation data: one number, or one by path.
-      scaling: whether to do the polarised scaling. It makes the vector longer where few
+        layers: `[in, in]` by path, as for `regmean`. See `capture.input_grams`; in the
+        paper 32 samples are enough. A matrix without Gram matrices uses the directions
+        of its singular vectors. None does so for all matrices.
+      coef: the coefficient α of the merged vector: one number, or one by path. The
+        authors choose it on validation data.
+      scaling: whether to use polarised scaling. It makes the vector longer if a few
         tasks, columns or layers have most of the length.
-      singular_values: what those of P and A become: "mean", their mean, as in the
-        authors' code, or "one", as in the equations of the paper.
-      matrices: a regular expression of the paths of the 2-D leaves that are weights of
-        linear layers: by default those with no `embed` in their path. The others are
-        averaged, as are matrices with fewer outputs than tasks. None is all 2-D leaves.
-      in_out: a regular expression of the paths of matrices that are stored as [input,
-        output]; the others are taken as [output, input]. None goes by the last name of
-        a path: `kernel` and `w` are [input, output], as in Flax and Haiku, `weight` and
-        `embedding` [output, input], as in PyTorch and Equinox; of others it warns.
+      singular_values: new value of the singular values of P and A: "mean", their mean,
+        as in the authors' code, or "one", as in the equations of the paper.
+      matrices: a regular expression for the whole paths of the 2-D leaves that are
+        weights of linear layers; by default those without `embed` in their path. The
+        others are averaged, and so are matrices with fewer outputs than tasks. None
+        takes all 2-D leaves.
+      in_out: a regular expression for the whole paths of matrices that are stored as
+        [input, output]; the others are [output, input]. None decides by the last name
+        of a path: `kernel` and `w` (Flax, Haiku) are [input, output]; `weight` and
+        `embedding` (PyTorch, Equinox) are [output, input]. It warns about other names.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -159,7 +162,7 @@ def _merge_leaf(
 
 
 def _norm(row, grams, is_in_out, scaling, singular_values):
-    """The norm of a merged matrix before the layer is scaled."""
+    """Returns the norm of a merged matrix before the layer is scaled."""
     row, grams = tree.gathered((row, grams))
     with _blas.limited(row):
         return tree.settled(_norm_of(row, grams, is_in_out, scaling, singular_values))
@@ -180,16 +183,16 @@ def _merged(taus, grams, is_in_out, scaling, singular_values):
 
 
 def _merge_matrices(taus, grams, scaling, singular_values):
-    """The merged vector of matrices [output, input]."""
+    """Returns the merged vector of matrices [output, input]."""
     outputs, inputs = taus[0].shape
-    # There are no more directions than inputs: the rest of P and A would be zero.
+    # There are at most as many directions as inputs; more rows of P and A would be 0.
     rank = min(outputs // len(taus), inputs)
 
     def decomposed(args):
         p = directions(*args)[:, :rank]
         return p.T, _matrices.dot(p.T, args[0])
 
-    # One task at a time, so that there is the workspace of one decomposition.
+    # One task at a time, so that memory holds the workspace of one decomposition.
     args = (jnp.stack(taus), jnp.stack(grams)) if grams else (jnp.stack(taus),)
     p, a = jax.lax.map(decomposed, args)
     if scaling:
@@ -200,23 +203,25 @@ def _merge_matrices(taus, grams, scaling, singular_values):
 
 
 def directions(tau: jax.Array, gram: jax.Array | None = None) -> jax.Array:
-    """Principal directions of the displacement of a layer's outputs, constants.
+    """Returns the principal directions in which a task displaces a layer's outputs.
 
-    They are the right singular vectors of x @ tau.T, for inputs x `[n, in]`.
+    They are the right singular vectors of x @ tau.T, for inputs x `[n, in]`. Gradients
+    treat them as constants.
 
     Args:
-      tau: the task vector of the layer `[out, in]`.
+      tau: the task vector of the layer, `[out, in]`.
       gram: x.T @ x / n, `[in, in]`; by default the identity.
 
     Returns:
       Unit vectors as columns, the largest displacement first: `[out, out]`, or without
-      a Gram matrix `[out, min(out, in)]`. Where there is no displacement to rounding
-      they are zero.
+      a Gram matrix `[out, min(out, in)]`. A direction whose displacement is zero up to
+      rounding is zero.
     """
     fixed = jax.lax.stop_gradient(tau)
     if gram is None:
         return _matrices.svd(fixed)[0]
-    # In float64 where that is on: the condition of Gram matrices is often past 1e6.
+    # In float64 if JAX has it on: the condition number of Gram matrices is often above
+    # 1e6.
     dtype = jnp.promote_types(fixed.dtype, jnp.result_type(float))
     fixed, gram = fixed.astype(dtype), jax.lax.stop_gradient(gram).astype(dtype)
     displaced = _matrices.dot(_matrices.dot(fixed, gram), fixed.T)
@@ -226,13 +231,13 @@ def directions(tau: jax.Array, gram: jax.Array | None = None) -> jax.Array:
 
 
 def _squares(squares):
-    """The squares of norms in units of the mean norm, from the squared norms."""
+    """Returns squares of norms in units of the mean norm, from the squared norms."""
     norms = tree.safe_sqrt(squares)
     return relative(norms, jnp.mean(norms)) ** 2
 
 
 def _levelled(matrix, singular_values):
-    """The matrix with one value for all its singular values that are not zero."""
+    """Returns the matrix with one value for all singular values that are not zero."""
     u, s, vt = _matrices.svd(matrix)
     level = mean_of_nonzero(s) if singular_values == "mean" else 1
     return level * _matrices.dot(u, vt)

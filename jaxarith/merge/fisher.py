@@ -1,4 +1,4 @@
-r"""Fisher merging: the mean of the models, weighted by the Fisher information.
+r"""Fisher merging: the mean of the models, weighted by their Fisher information.
 
 Matena, Raffel. Merging Models with Fisher-Weighted Averaging. NeurIPS 2022.
 arXiv:2111.09832.
@@ -8,8 +8,8 @@ arXiv:2111.09832.
           F_i = \mathbb{E}_x\, \mathbb{E}_{y\sim p(y|x,\theta_i)}
                 \big(\nabla_\theta \log p(y|x,\theta_i)\big)^2
 
-for every entry j: the mode of the product of the models' Gaussian posteriors, whose
-precisions are taken to be diagonal.
+for every entry j. This is the mode of the product of the models' Gaussian posteriors,
+if their precision matrices are diagonal.
 """
 
 import functools
@@ -36,30 +36,30 @@ def fisher(
     normalize: bool = False,
     floor: float = 0.0,
 ) -> Params:
-    r"""The mean of the fine-tuned models, weighted by their Fisher information.
+    r"""Returns the mean of the fine-tuned models, weighted by their Fisher information.
 
-    Entries for which no model has information get the mean weighted by `weights` alone.
+    Entries for which no model has information are averaged with `weights` only.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
+      taus: T task vectors. A missing leaf counts as zero.
       fishers: for every task, the diagonal of its model's Fisher matrix; see
-        `fisher_diagonal`. A leaf that one lacks counts as zero.
+        `fisher_diagonal`. A missing leaf counts as zero.
       weights: the weight λ of every model: one number, one per task `[T]`, or either by
         path. Only their ratios matter.
-      normalize: whether to divide each Fisher by its norm over all leaves, so that
-        models with more confident outputs do not outweigh the others. The authors'
-        code does so.
-      floor: what is added to every entry and to the norm. FusionBench's and MergeLM's
-        results are with `normalize=True, floor=1e-6` and their own estimator,
-        `batch_squared`.
+      normalize: whether to divide each Fisher by its norm over all leaves, as the
+        authors' code does. Then models with more confident outputs do not outweigh the
+        others.
+      floor: a number that is added to every entry and to the norm. FusionBench and
+        MergeLM publish results with `normalize=True, floor=1e-6` and with their own
+        estimator, `batch_squared`.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
 
     Raises:
-      ValueError: not one Fisher per task, one that does not fit, a wrong number of
-        weights, no task vector, one that does not fit, or non-finite values.
+      ValueError: a wrong number of Fishers or weights, a Fisher that does not fit, no
+        task vector, one that does not fit, or non-finite values.
 
     Example:
       >>> taus = [{"w": jnp.array([1.0, 1.0])}, {"w": jnp.array([3.0, 3.0])}]
@@ -92,7 +92,7 @@ def _merge_leaf(leaf_0, taus, fishers, weights, scales, floor):
     ]
     total = sum(precisions)
     plain = weights * _inverse(jnp.sum(weights))  # the shares without information
-    # Shares before products: with one task the share is exactly 1.
+    # Shares are computed before products, so the share of a single task is exactly 1.
     shares = (
         jnp.where(total > 0, precision / jnp.where(total > 0, total, 1), share)
         for precision, share in zip(precisions, plain, strict=True)
@@ -116,34 +116,35 @@ def fisher_diagonal(
     key: jax.Array | None = None,
     chunk: int = 4,
 ) -> Params:
-    r"""The diagonal of a classifier's Fisher information matrix, on unlabelled data.
+    r"""Returns the diagonal of a classifier's Fisher matrix, from unlabelled data.
 
     Args:
       apply_fn: `apply_fn(params, *inputs) -> logits[B, C]`.
       params: the parameters θ_i of the fine-tuned model.
       batches: dicts of arrays `[B, ...]`, as `data.pipeline.evaluation_batches` makes
-        them. Rows whose `mask`, `bool[B]`, is False may hold anything; without a mask
+        them. Rows whose `mask`, `bool[B]`, is False may hold any values; without a mask
         every row counts.
-      estimator: `per_example`, the definition: the mean over samples of
-        :math:`\sum_c p_c (\nabla\log p_c)^2`. `batch_squared`, of which public tables
-        are made (MergeLM, FusionBench): per batch the square of the gradient of
-        :math:`\sum_b\sum_c \sqrt{p_{bc}} \log p_{bc}`, the root held constant, summed
-        over batches and divided by the number of samples. It has cross terms of samples
-        and classes, so it is no Fisher information, and it grows with the batch.
-      part: a task vector, or any tree with the leaves that are wanted; all by default.
-      inputs: the fields of a batch that are passed to `apply_fn`, in order.
-      samples: draw so many labels from p instead of summing over all C, each of which
-        costs a backward pass per sample.
-      key: random key of the draws. A draw depends on it and the sample's place alone.
-      chunk: how many samples are differentiated at once; each needs the memory of two
-        or three copies of `part`. No more than a batch has.
+      estimator: "per_example" is the definition: the mean over samples of
+        :math:`\sum_c p_c (\nabla\log p_c)^2`. "batch_squared" is the estimator of
+        public tables (MergeLM, FusionBench). For each batch it squares the gradient of
+        :math:`\sum_b\sum_c \sqrt{p_{bc}} \log p_{bc}`, with a constant root. The
+        squares are summed over batches and divided by the number of samples. It has
+        cross terms of samples and classes, so it is not the Fisher information, and it
+        grows with the batch.
+      part: a task vector, or any tree with the wanted leaves; by default all leaves.
+      inputs: names of the fields of a batch that `apply_fn` takes, in order.
+      samples: number of labels to draw from p for each sample. None sums over all C
+        classes. Each label costs a backward pass per sample.
+      key: random key of the draws. A draw depends only on it and the sample's place.
+      chunk: number of samples that are differentiated at the same time, at most a whole
+        batch. Each needs the memory of two or three copies of `part`.
 
     Returns:
       A tree like `part`, in float32 or better.
 
     Raises:
-      ValueError: an unknown estimator, options that it lacks, draws without a key,
-        a mask of another length, no real sample, or outputs that are not logits
+      ValueError: an unknown estimator, options that it does not have, draws without a
+        key, a mask of another length, no real sample, or outputs that are not logits
         `[B, C]`.
 
     Example:
@@ -155,18 +156,20 @@ def fisher_diagonal(
     _leaves.one_of(estimator, Estimator, "estimator")
     if samples is not None and (estimator != "per_example" or key is None):
         raise ValueError(
-            "samples draws labels for the per_example estimator and needs a key; found "
+            "samples needs the per_example estimator and a key to draw labels; found "
             f"estimator {estimator!r} and key {key}."
         )
     if min(chunk, 1 if samples is None else samples) < 1:
-        raise ValueError(f"chunk is {chunk} and samples {samples}; at least 1 each.")
+        raise ValueError(
+            f"chunk is {chunk} and samples is {samples}; both must be at least 1."
+        )
     masks = [mask_of(batch) for batch in batches]
     count = sum(int(mask.sum()) for mask in masks)
     if not count:
         raise ValueError("the batches hold no real sample; give at least one.")
     part = tree.floating(params) if part is None else part
     tree.check_part(part, params)
-    params = jax.device_put(params)  # once, not with every batch
+    params = jax.device_put(params)  # moved to the device once, not with every batch
     start = tree.restrict(params, tree.flatten(part))
     total = jax.tree.map(_zeros, start)
     first = 0
@@ -174,7 +177,7 @@ def fisher_diagonal(
         values = tuple(jnp.asarray(batch[name]) for name in inputs)
         args = (total, start, params, values, jnp.asarray(mask))
         if not mask.any():
-            pass  # there is no real sample to stand in for the padding
+            pass  # no real sample could replace the padding
         elif estimator == "per_example":
             at_once = min(chunk, len(mask))
             total = _add_per_example(apply_fn, *args, first, key, samples, at_once)
@@ -192,8 +195,8 @@ def _logits(apply_fn, params, part, inputs):
     logits = apply_fn(tree.update(params, part), *inputs)
     if jnp.ndim(logits) != 2:
         raise ValueError(
-            f"apply_fn gave outputs of shape {list(jnp.shape(logits))}; the Fisher "
-            "information needs logits [B, C]: compose the encoder with its head."
+            f"apply_fn returned outputs of shape {list(jnp.shape(logits))}; the Fisher "
+            "information needs logits [B, C]. Compose the encoder with its head."
         )
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
@@ -226,7 +229,7 @@ def _add_per_example(
 
         def add_label(squares, label_and_weight):
             label, weight = label_and_weight
-            # The gradient of log p_c in the logits is e_c - p.
+            # The gradient of log p_c with respect to the logits is e_c - p.
             (gradients,) = pullback(jax.nn.one_hot(label, len(p), dtype=p.dtype) - p)
             return _add_squares(squares, gradients, weight), None
 
@@ -237,7 +240,7 @@ def _add_per_example(
         squares = jax.vmap(one)(*rows)
         return jax.tree.map(lambda t, s: t + s.sum(0), total, squares), None
 
-    # Whole chunks; the last is padded, as the batch is.
+    # All chunks are whole; the last one is padded, as the batch is.
     count = -(-len(mask) // chunk) * chunk
     mask = jnp.pad(mask, (0, count - len(mask)))
     rows = [x[_real_rows(mask)] for x in inputs]
@@ -247,10 +250,10 @@ def _add_per_example(
 
 
 def _real_rows(mask):
-    """The indices of samples, with that of a real one for padding.
+    """Returns the indices of the samples; padding gets the index of a real sample.
 
-    Padding does not count, but a network that is NaN there, as at zeros that it
-    normalises, would have a gradient of 0 · NaN.
+    Padding does not count. But a network that normalises zeros may be NaN there, and
+    its gradient would be 0 · NaN.
     """
     return jnp.where(mask, jnp.arange(len(mask)), jnp.argmax(mask))
 

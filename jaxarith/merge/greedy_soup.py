@@ -1,4 +1,4 @@
-r"""Greedy soup: the mean of those fine-tuned models that help on held-out data.
+r"""Greedy soup: the mean of the fine-tuned models that help on held-out data.
 
 Wortsman et al. Model soups: averaging weights of multiple fine-tuned models improves
 accuracy without increasing inference time. ICML 2022. arXiv:2203.05482.
@@ -21,11 +21,11 @@ from jaxarith.typing import Params, Taus, Tree
 
 
 class GreedySoup(NamedTuple):
-    """A soup and what went into it.
+    """A soup: a mean of fine-tuned models.
 
     Attributes:
-      params: the mean of the models that were taken.
-      taken: the indices of their task vectors, in the order in which they were taken.
+      params: the mean of the models in the soup.
+      taken: indices of their task vectors, in the order in which they were added.
       score: the score of `params`.
     """
 
@@ -37,15 +37,15 @@ class GreedySoup(NamedTuple):
 def greedy_soup(
     params_0: Params, taus: Taus, score: Callable[[Tree], float]
 ) -> GreedySoup:
-    """Averages fine-tuned models, each taken only if the soup does not get worse.
+    """Averages fine-tuned models; adds each one only if the soup does not get worse.
 
     It calls `score` 2T - 1 times and holds two models besides its arguments.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors of one task. A leaf that one lacks counts as zero.
-      score: maps parameters to a number, larger for a better model, such as the
-        accuracy on held-out data. It is called outside `jit`.
+      taus: T task vectors of one task. A missing leaf counts as zero.
+      score: `score(params)` returns a number that is larger for a better model, for
+        example the accuracy on held-out data. It is called outside `jit`.
 
     Returns:
       The parameters of the soup, the indices of the task vectors in it, and its score.
@@ -66,7 +66,7 @@ def greedy_soup(
         checked_score(score(average(params_0, [tau])), f"the model of task vector {i}")
         for i, tau in enumerate(taus)
     ]
-    # A stable sort: models of equal score keep their order.
+    # The sort is stable: models with equal scores keep their order.
     first, *rest = sorted(range(len(taus)), key=lambda i: -alone[i])
     soup = GreedySoup(average(params_0, [taus[first]]), (first,), alone[first])
     for i in rest:
@@ -75,15 +75,15 @@ def greedy_soup(
         found = checked_score(score(params), f"the mean of {taken}")
         if found >= soup.score:
             soup = GreedySoup(params, taken, found)
-        del params  # unless taken, before the next one is made
+        del params  # frees a rejected model before the next one is made
     return soup
 
 
 def checked_score(score: Any, of: str) -> float:
-    """What a `score` function returned, as a number that can be compared.
+    """Returns the result of a `score` function as a float.
 
     Raises:
-      ValueError: it is NaN.
+      ValueError: the score is NaN.
     """
     value = float(score)
     if math.isnan(value):

@@ -1,4 +1,4 @@
-r"""Iso-C: isotropic merging in the common subspace, a flat spectrum for the sum.
+r"""Iso-C: isotropic merging in the common subspace: a flat spectrum for the sum.
 
 Marczak, Magistri, Cygert, Twardowski, Bagdanov, van de Weijer. No Task Left Behind:
 Isotropic Model Merging with Common and Task-Specific Subspaces. ICML 2025.
@@ -7,9 +7,9 @@ arXiv:2502.04959.
 .. math:: \sum_t \tau_t = U \operatorname{diag}(\sigma) V^\top, \qquad
           \tau = \bar\sigma\, U V^\top, \quad \bar\sigma = \frac{1}{r}\sum_i \sigma_i
 
-for every matrix; other leaves are averaged, as in the authors' code. Here r counts the
-singular values that are not zero to rounding, and the directions of the others, which
-are noise, stay at zero.
+for every matrix; other leaves are averaged, as in the authors' code. Here r counts only
+the singular values that are not zero up to rounding. The directions of the others are
+noise and stay at zero.
 """
 
 import jax
@@ -25,15 +25,15 @@ def iso_c(
 ) -> Params:
     """Merges task vectors by Iso-C.
 
-    Gradients take the singular vectors as constants.
+    Gradients treat the singular vectors as constants.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
-      coef: the coefficient of the merged vector, which the authors choose on validation
-        data: one number, or one by path.
-      matrices: a regular expression of the paths of the 2-D leaves that are decomposed
-        (by default all); the others are averaged.
+      taus: T task vectors. A missing leaf counts as zero.
+      coef: the coefficient of the merged vector: one number, or one by path. The
+        authors choose it on validation data.
+      matrices: a regular expression for the whole paths of the 2-D leaves to decompose;
+        the others are averaged. None decomposes all.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -63,5 +63,5 @@ def _merge_leaf(leaf_0, taus, is_matrix, coef):
 
 
 def mean_of_nonzero(values: jax.Array) -> jax.Array:
-    """The mean over what is not zero, or zero."""
+    """Returns the mean of the values that are above zero; zero if there are none."""
     return jnp.sum(values) / jnp.maximum(jnp.sum(values > 0), 1)

@@ -13,7 +13,8 @@ are set side by side as U and V. With the orthogonal matrices nearest to them (a
 TSV-Merge) and the mean σ̄ of all these singular values, :math:`\tau = \bar\sigma\,
 U_\perp V_\perp^\top`. Other leaves are averaged, as in the authors' code.
 
-The residual is taken on the side of the outputs, so it matters which side that is.
+The residual is taken on the side of the outputs, so the method must know which side
+that is.
 """
 
 import functools
@@ -38,22 +39,22 @@ def iso_cts(
 ) -> Params:
     """Merges task vectors by Iso-CTS.
 
-    Gradients take the singular vectors as constants.
+    Gradients treat the singular vectors as constants.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
-      coef: the coefficient of the merged vector, which the authors choose on validation
-        data: one number, or one by path.
-      common: the share of singular vectors that the sum of the task vectors provides,
-        in [0, 1]. It is rounded so that the rest divides among the tasks; where there
-        is less than half a vector for each task, this is Iso-C.
-      matrices: a regular expression of the paths of the 2-D leaves that are decomposed
-        (by default all); the others are averaged.
-      in_out: a regular expression of the paths of matrices that are stored as [input,
-        output]; the others are taken as [output, input]. None goes by the last name of
-        a path: `kernel` and `w` are [input, output], as in Flax and Haiku, `weight` and
-        `embedding` [output, input], as in PyTorch and Equinox; of others it warns.
+      taus: T task vectors. A missing leaf counts as zero.
+      coef: the coefficient of the merged vector: one number, or one by path. The
+        authors choose it on validation data.
+      common: the share of singular vectors that come from the sum of the task vectors,
+        in [0, 1]. It is rounded so that each task provides the same number of the
+        others. If that is less than half a vector for each task, this is Iso-C.
+      matrices: a regular expression for the whole paths of the 2-D leaves to decompose;
+        the others are averaged. None decomposes all.
+      in_out: a regular expression for the whole paths of matrices that are stored as
+        [input, output]; the others are [output, input]. None decides by the last name
+        of a path: `kernel` and `w` (Flax, Haiku) are [input, output]; `weight` and
+        `embedding` (PyTorch, Equinox) are [output, input]. It warns about other names.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -90,7 +91,7 @@ def _merge_leaf(leaf_0, taus, is_matrix, is_in_out, coef, common):
 
 
 def _merge_matrices(taus, common):
-    """The merged vector of matrices [output, input]."""
+    """Returns the merged vector of matrices [output, input]."""
     size, tasks = min(taus[0].shape), len(taus)
     each = min(round((size - int(size * common)) / tasks), size // tasks)
     u, s, vt = (part[: size - tasks * each] for part in _triplets(sum(taus)))
@@ -100,7 +101,7 @@ def _merge_matrices(taus, common):
             residual = tau - _matrices.dot(u.T, _matrices.dot(u, tau))
             return tuple(part[:each] for part in _triplets(residual))
 
-        # One task at a time, so that there is the workspace of one decomposition.
+        # One task at a time, so that memory holds the workspace of one decomposition.
         of_tasks = jax.lax.map(specific, jnp.stack(taus))
         u, s, vt = (
             jnp.concatenate([own.reshape(-1, *part.shape[1:]), part])
@@ -111,6 +112,6 @@ def _merge_matrices(taus, common):
 
 
 def _triplets(matrix):
-    """Left vectors as rows, singular values, right vectors as rows."""
+    """Returns left vectors as rows, singular values, and right vectors as rows."""
     u, s, vt = _matrices.svd(matrix)
     return u.T, s, vt

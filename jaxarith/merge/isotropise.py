@@ -1,4 +1,4 @@
-r"""Isotropise: a flat spectrum for any merged vector, as Iso-C has it for the sum.
+r"""Isotropise: makes the spectrum of any merged vector flat, as Iso-C does for the sum.
 
 Marczak, Magistri, Cygert, Twardowski, Bagdanov, van de Weijer. No Task Left Behind:
 Isotropic Model Merging with Common and Task-Specific Subspaces. ICML 2025.
@@ -22,27 +22,28 @@ def isotropise(
     coef: Coef = 1.0,
     matrices: str | None = None,
 ) -> Params:
-    """Gives every matrix of a merged vector one singular value, the mean of its own.
+    """Sets all singular values of each matrix of a merged vector to their mean.
 
-    Of the sum of task vectors it is Iso-C, whose other leaves are averaged, and not
-    summed. Directions whose singular value is zero to rounding stay at zero.
+    After the sum of task vectors, its matrices are those of Iso-C. The other leaves
+    differ, because Iso-C averages them. Directions whose singular value is zero up to
+    rounding stay at zero.
 
-    Gradients take the singular vectors as constants.
+    Gradients treat the singular vectors as constants.
 
     Args:
       params_0: pre-trained parameters.
-      taus: the task vectors that were merged, for their paths alone.
-      merged: the parameters that a merge of them gave, in float32.
+      taus: the task vectors that were merged; only their paths are used.
+      merged: the result of a merge of them, in float32.
       coef: the coefficient of the isotropic vector: one number, or one by path.
-      matrices: a regular expression of the paths of the 2-D leaves that are changed (by
-        default all); the others stay as merged, times `coef`.
+      matrices: a regular expression for the whole paths of the 2-D leaves to change;
+        the others stay as merged, times `coef`. None changes all.
 
     Returns:
       Parameters with the structure and dtypes of `merged`.
 
     Raises:
       ValueError: `matrices` matches none of the 2-D leaves, `merged` does not have the
-        form of `params_0`, task vectors that do not fit, or non-finite values.
+        structure of `params_0`, task vectors that do not fit, or non-finite values.
 
     Example:
       >>> import numpy as np
@@ -58,7 +59,7 @@ def isotropise(
 def plan(
     rows: wrapped.Rows, *, coef: Coef = 1.0, matrices: str | None = None
 ) -> wrapped.Plan:
-    """What `isotropise` does to each leaf; arguments as there."""
+    """Plans the changes of `isotropise` to each leaf; it has the same arguments."""
     args = (_matrices.which(rows, matrices), wrapped.coefs(coef, rows))
     return wrapped.Plan(_change, args)
 

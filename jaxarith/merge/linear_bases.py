@@ -1,8 +1,10 @@
-r"""Fewer vectors that task vectors are linear combinations of: PCA, and an autoencoder.
+r"""A few basis vectors whose linear combinations are the task vectors.
+
+The two methods are PCA and an autoencoder.
 
 Zeng, He, You, Hao, Tsai, Yamada, Zhao. Efficient Model Editing with Task Vector Bases:
 A Theoretical Framework and Scalable Approach. arXiv:2502.01015. The authors' current
-code (github.com/uiuctml/TaskVectorBasis) has these bases in place of the clusters of
+code (github.com/uiuctml/TaskVectorBasis) uses these bases instead of the clusters of
 the first version.
 
 With the T task vectors as the columns of a matrix V and an encoder B, `[T, M]`, the M
@@ -10,13 +12,13 @@ basis vectors are V B. With a decoder W, `[M, T]`, the task vectors are recovere
 
 .. math:: \hat V = V B W \quad (+\ \bar\tau \text{ for PCA}).
 
-B and W need the Gram matrix :math:`G = V^\top V` alone. It takes one pass over the task
-vectors, and the basis vectors take a second.
+B and W need only the Gram matrix :math:`G = V^\top V`. It takes one pass over the task
+vectors, and the basis vectors take a second pass.
 
-Addition. The authors' code adds the basis vectors, θ0 + α Σ_m b_m, and leaves the mean
-of PCA out: what it adds then depends on the signs of eigenvectors, which are arbitrary.
-Ours adds what `recover` gives. With PCA that is the sum of the task vectors themselves,
-for every M: the recovered vectors differ from them by vectors that sum to zero.
+Addition: the authors' code adds the basis vectors, θ0 + α Σ_m b_m, without the mean of
+PCA. Its result depends on the signs of eigenvectors, which are arbitrary. We add the
+vectors that `recover` returns. With PCA their sum is the sum of the task vectors, for
+every M, because the errors of the recovered vectors sum to zero.
 """
 
 import functools
@@ -33,12 +35,12 @@ from jaxarith.typing import Array, Taus, Tree
 
 
 class LinearBases(NamedTuple):
-    """Basis vectors, and how task vectors are made of them.
+    """Basis vectors, and the weights that turn them back into task vectors.
 
     Attributes:
       basis: the M basis vectors, in float32 or better.
       coefficients: the decoder W, `[M, T]`.
-      mean: the mean of the task vectors, one more vector to store; None without it.
+      mean: the mean of the task vectors, which is one more vector to store, or None.
     """
 
     basis: list[Tree]
@@ -47,12 +49,12 @@ class LinearBases(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Bases as numbers alone.
+    """The matrices that define bases, without any vector.
 
     Attributes:
       encoder: B, `[T, M]`. Basis vector m is Σ_i B[i, m] τ_i.
-      decoder: W, `[M, T]`. Task vector i is about Σ_m W[m, i] b_m, plus the mean for
-        PCA.
+      decoder: W, `[M, T]`. Task vector i is approximately Σ_m W[m, i] b_m, plus the
+        mean for PCA.
     """
 
     encoder: jax.Array
@@ -60,16 +62,18 @@ class Factors(NamedTuple):
 
 
 def pca(taus: Taus, count: int | None = None) -> LinearBases:
-    """The principal components of task vectors.
+    """Returns the principal components of task vectors.
+
+    Source: the authors' current code of the bases paper, Zeng et al. arXiv:2502.01015.
 
     Args:
-      taus: T task vectors. A leaf that one lacks counts as zero.
+      taus: T task vectors. A missing leaf counts as zero.
       count: M, the number of components, at most T. None takes half of T, as in the
         authors' code. With T - 1 every task vector is recovered exactly.
 
     Returns:
-      M orthogonal basis vectors, the longest first and of arbitrary signs, and the
-      mean of the task vectors: M + 1 vectors to store.
+      M orthogonal basis vectors and the mean of the task vectors: M + 1 vectors to
+      store. The longest basis vector is first. Their signs are arbitrary.
 
     Raises:
       ValueError: no task vector, non-finite values, or M is not in 1 to T.
@@ -97,21 +101,21 @@ def autoencoder(
     weight_decay: float = 1e-6,
     temperature: float = 5.0,
 ) -> LinearBases:
-    """Basis vectors that are weighted means of task vectors, and recover them best.
+    """Finds weighted means of task vectors from which they are recovered best.
 
-    The training is on T × T matrices and does not see the task vectors. The defaults
-    are those of the authors' `scripts/build_ae_basis.py`.
+    The training works on T × T matrices, not on the task vectors. The defaults are
+    those of the authors' `scripts/build_ae_basis.py`.
 
     Args:
-      taus: T task vectors. A leaf that one lacks counts as zero.
+      taus: T task vectors. A missing leaf counts as zero.
       count: M, the number of basis vectors, at most T. None takes half of T.
-      key: random key of the encoder's start.
-      steps, learning_rate, weight_decay: the steps of Adam. As in PyTorch's Adam, the
+      key: random key for the initial encoder.
+      steps, learning_rate, weight_decay: options of Adam. As in PyTorch's Adam, the
         decay is part of the gradient.
-      temperature: the encoder is a softmax of its parameters divided by this.
+      temperature: the encoder is the softmax of its parameters divided by this number.
 
     Returns:
-      The basis vectors, without a mean.
+      M basis vectors, without a mean.
 
     Raises:
       ValueError: no task vector, non-finite values, or M is not in 1 to T.
@@ -136,14 +140,17 @@ def autoencoder(
 
 
 def recover(bases: LinearBases, tasks: Sequence[int]) -> list[Tree]:
-    """The approximate vectors of some tasks.
+    """Returns the approximate task vectors of some tasks.
 
     Args:
-      bases: from `pca` or `autoencoder`.
-      tasks: their indices.
+      bases: result of `pca` or `autoencoder`.
+      tasks: indices of the tasks.
+
+    Returns:
+      One vector for each index, in float32 or better.
 
     Raises:
-      ValueError: there is no such task.
+      ValueError: an index is out of range.
 
     Example:
       >>> bases = LinearBases([{"w": jnp.ones(2)}], jnp.array([[1.0, 3.0]]), None)
@@ -153,8 +160,8 @@ def recover(bases: LinearBases, tasks: Sequence[int]) -> list[Tree]:
     count = bases.coefficients.shape[1]
     if unknown := [i for i in tasks if not 0 <= i < count]:
         raise ValueError(
-            f"tasks {unknown} have no coefficients; the bases are those of {count} "
-            f"tasks, 0 to {count - 1}."
+            f"tasks {unknown} have no coefficients; the bases have {count} tasks, 0 to "
+            f"{count - 1}."
         )
     if not len(tasks):
         return []
@@ -166,15 +173,15 @@ def recover(bases: LinearBases, tasks: Sequence[int]) -> list[Tree]:
 
 
 def combined(vectors: Sequence[Tree], weights: Array) -> list[Tree]:
-    """Linear combinations of vectors, with a leaf of all of them at a time.
+    """Returns linear combinations of vectors; reads one leaf of all vectors at a time.
 
     Args:
-      vectors: K vectors. A leaf that one lacks counts as zero.
-      weights: `[K, n]`.
+      vectors: K vectors. A missing leaf counts as zero.
+      weights: weights of the combinations, `[K, n]`.
 
     Returns:
-      n vectors in float32 or better, in the structure of the first of the vectors that
-      has all leaves; nested dicts where none has.
+      n vectors in float32 or better. They have the structure of the first vector that
+      has all leaves. If no vector has all of them, they are nested dicts.
 
     Example:
       >>> vectors = {"w": jnp.ones(2)}, {"w": jnp.array([0.0, 4.0])}
@@ -207,11 +214,11 @@ def _products(row, weights):
 
 
 def pca_factors(gram: Array, count: int | None = None) -> Factors:
-    r"""The factors of PCA, by the eigenvectors of the centred Gram matrix.
+    r"""Returns the factors of PCA, from the eigenvectors of the centred Gram matrix.
 
     With the centred vectors :math:`X = V - \bar\tau 1^\top = U S Q^\top`, the basis is
-    :math:`X Q = U S` and the decoder :math:`Q^\top`. Nothing is divided by a singular
-    value, so that small ones do no harm.
+    :math:`X Q = U S` and the decoder is :math:`Q^\top`. No number is divided by a
+    singular value, so small singular values do no harm.
 
     Args:
       gram: inner products of the task vectors, `[T, T]`.
@@ -226,7 +233,7 @@ def pca_factors(gram: Array, count: int | None = None) -> Factors:
     centre = jnp.eye(tasks, dtype=gram.dtype) - 1 / tasks
     product = functools.partial(jnp.matmul, precision="highest")
     _, vectors = jnp.linalg.eigh(product(product(centre, gram), centre))
-    chosen = vectors[:, ::-1][:, :count]  # the largest eigenvalues are the last
+    chosen = vectors[:, ::-1][:, :count]  # eigh returns the largest eigenvalues last
     return Factors(product(centre, chosen), chosen.T)
 
 
@@ -240,10 +247,10 @@ def autoencoder_factors(
     weight_decay: float = 1e-6,
     temperature: float = 5.0,
 ) -> Factors:
-    r"""The factors of the autoencoder, :math:`B = \mathrm{softmax}(A / t)` and W.
+    r"""Trains the autoencoder: returns :math:`B = \mathrm{softmax}(A / t)` and W.
 
-    A, whose softmax is over the tasks, starts from a normal distribution and W from
-    zero. Adam decreases the mean squared error of the recovered vectors,
+    The softmax is over the tasks. A starts from a normal distribution, and W from zero.
+    Adam minimises the mean squared error of the recovered vectors,
     ``squared_error(gram, B @ W) / T**2``.
 
     Args:
@@ -289,12 +296,13 @@ def _trained(gram, start, steps, learning_rate, weight_decay, temperature):
 
 
 def squared_error(gram: Array, rebuilt: Array) -> jax.Array:
-    r"""The error of all task vectors, :math:`\|V R - V\|_F^2`.
+    r"""Returns the squared error of all recovered vectors, :math:`\|V R - V\|_F^2`.
 
     Args:
       gram: inner products of the task vectors, `[T, T]`.
-      rebuilt: R, `[T, T]`, whose column i has the weights of task vectors that vector i
-        is recovered as. It is B W, plus 1 / T in every entry with the mean of PCA.
+      rebuilt: R, `[T, T]`. The recovered vector i is the sum of the task vectors with
+        the weights in column i. R is B W; with the mean of PCA add 1 / T to every
+        entry.
 
     Example:
       >>> gram, rebuilt = jnp.diag(jnp.array([4.0, 9.0])), jnp.diag(jnp.array([1, 0]))
@@ -309,7 +317,9 @@ def squared_error(gram: Array, rebuilt: Array) -> jax.Array:
 def _square(gram):
     gram = jnp.asarray(gram)
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
-        raise ValueError(f"a Gram matrix of shape {list(gram.shape)}; expected [T, T].")
+        raise ValueError(
+            f"the Gram matrix has shape {list(gram.shape)}; expected [T, T]."
+        )
     return gram
 
 
@@ -317,6 +327,7 @@ def _checked_count(count, tasks):
     count = max(1, tasks // 2) if count is None else count
     if not 1 <= count <= tasks:
         raise ValueError(
-            f"{count} basis vectors of {tasks} task vectors; give 1 to {tasks}."
+            f"count is {count} for {tasks} task vectors; give a number from 1 to "
+            f"{tasks}."
         )
     return count

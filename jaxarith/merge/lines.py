@@ -1,4 +1,4 @@
-r"""LiNeS: deep layers of a merged vector move further than shallow ones.
+r"""LiNeS: moves the deep layers of a merged vector further than the shallow ones.
 
 Wang, Dimitriadis, Favero, Ortiz-Jimenez, Fleuret, Frossard. LiNeS: Post-Training Layer
 Scaling Prevents Forgetting and Enhances Model Merging. ICLR 2025. arXiv:2410.17146.
@@ -6,8 +6,8 @@ Scaling Prevents Forgetting and Enhances Model Merging. ICLR 2025. arXiv:2410.17
 .. math:: \lambda_l = \alpha + \beta\,\frac{l}{L - 1}, \qquad
           \alpha = \frac{1}{T}\,\frac{\|\sum_t \tau_t\|_1}{\|\tau\|_1}
 
-for block l = 0, …, L - 1 of a merged vector τ, and α for all that is in no block. The
-norms are sums of magnitudes in the authors' code.
+for block l = 0, …, L - 1 of a merged vector τ, and α for all leaves outside the blocks.
+As in the authors' code, the norms are sums of magnitudes.
 """
 
 import functools
@@ -33,25 +33,25 @@ def lines(
     alpha: float | jax.Array | None = None,
     depths: Mapping[str, float] | Callable[[str], float] | None = None,
 ) -> Params:
-    """Scales what a merge gave by the depth of its layers. No data are needed.
+    """Scales the layers of a merged vector by their depth, without data.
 
     Args:
       params_0: pre-trained parameters.
       taus: the task vectors that were merged.
-      merged: the parameters that a merge of them gave at coefficient 1.
-      beta: what the last block's coefficient has more than the first's. The authors
-        choose it in [0, 1] on validation data; with 0 it is one coefficient α for all.
-        Of a single task they take α in [0, 1] and β = 1 - α.
-      alpha: the coefficient of the first block; by default as above.
-      depths: from 0 for the first block to 1 for the last, by path; by default those of
-        `block_depths`.
+      merged: the result of a merge of them with coefficient 1.
+      beta: difference β between the coefficients of the last and the first block. The
+        authors choose it in [0, 1] on validation data. With 0 all layers have the
+        coefficient α. For a single task they use α in [0, 1] and β = 1 - α.
+      alpha: coefficient α of the first block; by default the formula above.
+      depths: depth of each leaf by path, from 0 for the first block to 1 for the last;
+        by default the result of `block_depths`.
 
     Returns:
       Parameters with the structure and dtypes of `merged`.
 
     Raises:
-      ValueError: β or α is not finite, `merged` does not have the form of `params_0`,
-        task vectors that do not fit, or non-finite values.
+      ValueError: β or α is not finite, `merged` does not have the structure of
+        `params_0`, task vectors that do not fit, or non-finite values.
 
     Example:
       >>> merged = {"h/0/w": jnp.ones(1), "h/1/w": jnp.ones(1), "norm": jnp.ones(1)}
@@ -71,7 +71,7 @@ def plan(
     alpha: float | jax.Array | None = None,
     depths: Mapping[str, float] | Callable[[str], float] | None = None,
 ) -> wrapped.Plan:
-    """What `lines` does to each leaf; arguments as there."""
+    """Plans the changes of `lines` to each leaf; it has the same arguments."""
     beta_of = _leaves.one_number(beta, "beta")
     found = block_depths(rows) if depths is None else depths
     of_path = found if callable(found) else found.__getitem__
@@ -94,7 +94,7 @@ def _measured(path, leaf, row):
 
 @jax.jit
 def _norms(leaf, row):
-    """The L1 norms `[2]` of the sum of the task vectors and of the merged vector."""
+    """Returns the L1 norms `[2]` of the summed task vectors and the merged vector."""
     merged, start, *taus = (_leaves.widened(x) for x in (leaf, *row))
     return tree.sums([jnp.abs(tree.total(taus)), jnp.abs(merged - start)])
 
@@ -106,11 +106,11 @@ def _alpha(norms, tasks):
 
 
 def block_depths(paths: Iterable[str]) -> dict[str, float]:
-    """How deep each leaf lies: from 0 in the first block of its stack to 1 in the last.
+    """Returns the depth of each leaf: 0 in the first block of its stack, 1 in the last.
 
-    The first number in a path is that of the block, and what stands before it the
-    stack, so that an encoder and a decoder have depths of their own. Leaves outside of
-    all blocks have depth 0, and the only block of a stack has 1.
+    The first number in a path is the number of the block. The part before it names the
+    stack, so an encoder and a decoder have separate depths. Leaves outside all blocks
+    have depth 0. If a stack has only one block, its depth is 1.
 
     Example:
       >>> block_depths(["enc/0/w", "enc/1/w", "enc/2/w", "head/w"])

@@ -1,20 +1,20 @@
 r"""Localize-and-stitch: a sparse mask for every task vector, and their masked sum.
 
-A mask is found by gradient descent on S, from ±b, and rounding (Algorithm 1):
+Algorithm 1 finds a mask by gradient descent on S, which starts at ±b, and by rounding:
 
 .. math:: S_t = \arg\min_S\; \ell_t(\theta_0 + \sigma(S)\odot\tau_t) +
           \lambda\|\sigma(S)\|_1, \qquad \gamma_t = \mathrm{round}(\sigma(S_t)),
 
-or, without data, it covers the entries of the largest magnitude. Stitching averages the
-task vectors over the tasks whose masks overlap:
+Without data, the mask covers the entries with the largest magnitudes. Stitching
+averages the task vectors over the tasks whose masks overlap:
 
 .. math:: \theta = \theta_0 + \sum_t \frac{\gamma_t}{\sum_u\gamma_u}\odot\tau_t .
 
 He, Hu, Lin, Zhang, Zhao. Localize-and-Stitch: Efficient Model Merging via Sparse Task
 Arithmetic. TMLR 2025. arXiv:2408.13656.
 
-The authors' code regularises in the other direction: it moves S away from zero on
-either side, by a strength that its learning rate does not scale.
+The authors' code regularises in the other direction: it moves S away from zero on both
+sides, with a strength that the learning rate does not scale.
 """
 
 import functools
@@ -45,15 +45,15 @@ def localize_and_stitch(
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
-      masks: T trees of `bool` with leaves of the task vectors, from `localize`; an
-        absent leaf is False. None is the method without data: the masks cover the
-        largest entries.
-      density: without masks, the share of entries of every vector that is kept, in
-        (0, 1]: the ⌊density · d⌋ of the largest magnitudes over all leaves, fewer if
-        the last of them are equal to the next. The authors' code takes 0.05.
+      taus: T task vectors. A missing leaf counts as zero.
+      masks: T trees of `bool` with leaves of the task vectors, from `localize`; a
+        missing leaf counts as False. None uses the method without data: the masks cover
+        the largest entries.
+      density: share of entries that a mask covers if there is no data, in (0, 1]. It
+        covers the ⌊density · d⌋ largest magnitudes over all leaves, or fewer if the
+        last of them equal the next one. The authors' code uses 0.05.
       coef: the coefficient of the stitched vector: one number, or one by path. The
-        paper has none.
+        paper has no such coefficient.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -88,27 +88,29 @@ def localize(
     regularizer: Regularizer = "paper",
     bias: float = 5.0,
 ) -> Params:
-    r"""The mask of one task vector, learned from labelled samples.
+    r"""Learns the mask of one task vector from labelled samples.
 
-    An epoch is one step: with :math:`g = \sum_\text{batches} \partial\ell/\partial
-    \theta \odot \tau`, S loses :math:`\sigma'(S)\,\eta\,(g + \lambda)`.
+    One epoch is one step. With :math:`g = \sum_\text{batches} \partial\ell/\partial
+    \theta \odot \tau`, a step subtracts :math:`\sigma'(S)\,\eta\,(g + \lambda)` from S.
+
+    Source: He et al. 2024, Algorithm 1.
 
     Args:
       loss_fn: `loss(params, batch) -> scalar`, the mean over the batch. Pass the same
-        function again to keep its compilation.
+        function object again, so that JAX does not compile it again.
       params_0: pre-trained parameters.
-      tau: the task vector. Leaves that it lacks are not masked; `tree.select` leaves
-        out what the mask should not cover.
-      batches: the batches of an epoch; they are iterated over once per epoch. As in the
+      tau: the task vector. The mask covers only the leaves that it has; use
+        `tree.select` to leave others out.
+      batches: the batches of an epoch; every epoch iterates over them once. As in the
         authors' code their gradients are summed, not averaged.
-      density: the share of entries, those of the largest magnitudes, whose S starts at
-        +bias. The others start at -bias.
-      epochs: the number of steps.
-      learning_rate: η. It is large because σ'(±5) is small, and so are task vectors.
-      l1: the weight λ. The paper's reading with λ η = 1 is the authors' strength for
-        vision; theirs for language is 10.
-      regularizer: "paper" adds λ to g, towards sparsity; "official" subtracts λ sgn(S),
-        which holds every entry on its side.
+      density: share of entries whose S starts at +bias: those with the largest
+        magnitudes. The others start at -bias.
+      epochs: number of epochs, and so of steps.
+      learning_rate: η. It is large because σ'(±5) and task vectors are small.
+      l1: the weight λ. With "paper", λ η = 1 is the authors' strength for vision; their
+        strength for language is 10.
+      regularizer: "paper" adds λ to g, towards sparsity. "official" subtracts λ sgn(S),
+        which keeps every entry on its side of zero.
       bias: b, the magnitude of S at the start.
 
     Returns:
@@ -120,7 +122,7 @@ def localize(
       FloatingPointError: a loss is not finite; the message names the epoch.
 
     Example:
-      >>> def loss(params, batch):  # the second entry of the task vector does harm
+      >>> def loss(params, batch):  # the second entry of the task vector is harmful
       ...     return jnp.sum((params["w"] - batch["goal"]) ** 2)
       >>> tau, batches = {"w": jnp.array([1.0, 1.0])}, [{"goal": jnp.array([1.0, 0.0])}]
       >>> print(localize(loss, {"w": jnp.zeros(2)}, tau, batches, density=1.0))
@@ -141,28 +143,34 @@ def localize(
                 loss, gradient = _add_gradient(loss_fn, params, batch, gradient)
                 losses.append(loss)
             if not losses:
-                raise ValueError(f"no batch in epoch {epoch}; give a sequence.")
+                raise ValueError(
+                    f"found no batch in epoch {epoch}. Give a list of batches: a "
+                    "generator is empty after the first epoch."
+                )
             mean = np.mean(jax.device_get(losses))
             if not np.isfinite(mean):
-                raise FloatingPointError(f"the loss is {mean} in epoch {epoch}.")
+                raise FloatingPointError(
+                    f"the loss is {mean} in epoch {epoch}; expected a finite number. "
+                    "Lower learning_rate, or check the data."
+                )
             logits = _descend(
                 logits, tree.flatten(tau), gradient, learning_rate, l1, regularizer
             )
             bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
             bar.update()
-    # round(σ(S)); half goes to even, so an entry with S = 0 is not kept.
+    # S > 0 is round(σ(S)). A half is rounded to even, so S = 0 is not kept.
     return tree.map_with_path(lambda path, _: logits[path] > 0, tau)
 
 
 def _thresholds(taus, density):
-    """The magnitude `[T]` above which the ⌊density · d⌋ largest entries are."""
+    """Returns the magnitudes `[T]` that the ⌊density · d⌋ largest entries exceed."""
     if not 0 < density <= 1:
         raise ValueError(f"density is {density}; it must be in (0, 1].")
     return trim_thresholds(tree.aligned(taus), density)
 
 
 def _mask_rows(masks, taus):
-    """`masks` by the paths of the task vectors: tuples of a leaf of every task."""
+    """Returns, for each path of the task vectors, the tuple of its masks."""
     _leaves.one_each(masks, len(taus), "masks")
     check_bool(masks)
     for i, (mask, tau) in enumerate(zip(masks, taus, strict=True)):
@@ -172,28 +180,30 @@ def _mask_rows(masks, taus):
 
 
 def check_bool(masks: Sequence[Tree]) -> None:
-    """Raises a ValueError, with the path, for a mask with a leaf that is not `bool`."""
+    """Raises a ValueError with the path if a leaf of a mask is not `bool`."""
     for i, mask in enumerate(masks):
         for path, leaf in tree.flatten(mask).items():
             if jnp.result_type(leaf) != jnp.bool_:
                 raise ValueError(
-                    f"mask {i} has {jnp.result_type(leaf)} at {path}; expected bool."
+                    f"mask {i} has {jnp.result_type(leaf)} at {path}; expected bool. "
+                    "Convert it, for example with mask > 0.5."
                 )
 
 
 def rounded(part: Number, whole: Number, *, half: bool) -> Array:
-    """The printed round(part / whole) of the masks of the bases paper, as `bool`.
+    """Returns round(part / whole) for the masks of the bases paper, as `bool`.
 
-    Mask sharing and stitch twice print the same round, and the densities of the paper's
-    Table 8 need two readings of 1/2. Localize-and-stitch has 10.9 %. Mask sharing has
-    11.6 %, more than that, so it keeps entries that half of a cluster's masks have; the
-    authors' first code does too (mean >= 0.5). Stitch twice has 7.93 %, less than that,
-    so an entry that two masks share is dropped: round(0.5) is 0 in NumPy and PyTorch.
+    The paper prints the same round for mask sharing and stitch twice. But the densities
+    in its Table 8 need two ways to round 1/2. Localize-and-stitch has 10.9 %. Mask
+    sharing has 11.6 %, which is more. So it keeps entries that half of a cluster's
+    masks have, as the authors' first code does (mean >= 0.5). Stitch twice has 7.93 %,
+    which is less. So it drops an entry that two masks share: round(0.5) is 0 in NumPy
+    and PyTorch.
 
     Args:
-      part: integers from 0 to `whole`; integers so that a half is exact.
-      whole: integers. Where it is 0 the result is False if `half` is False.
-      half: whether 1/2 becomes 1.
+      part: integers from 0 to `whole`. They are integers so that a half is exact.
+      whole: integers. If `half` is False, the result is False where `whole` is 0.
+      half: whether 1/2 is rounded to 1.
 
     Example:
       >>> half_and_more = jnp.array([0, 1, 2])
@@ -214,8 +224,8 @@ def _stitch(leaf_0, taus, masks, coef):
 
 @_leaves.leaf_function
 def _stitch_largest(leaf_0, taus, thresholds, coef):
-    # `>`, as in Algorithm 1: a vector's zeros are never of its largest entries, and
-    # would count as overlap.
+    # `>` as in Algorithm 1: the zeros of a vector are never among its largest entries.
+    # With `>=` they would count as overlap.
     masks = [jnp.abs(tau) > t for tau, t in zip(taus, thresholds, strict=True)]
     return _stitch(leaf_0, taus, masks, coef)
 
@@ -254,7 +264,7 @@ def _add_gradient(loss_fn, params, batch, total):
 )
 def _descend(logits, tau, gradient, learning_rate, l1, regularizer):
     def leaf(path, s):
-        # Outwards for "official"; its code counts zero as negative.
+        # "official" moves S away from zero; the authors' code counts zero as negative.
         pull = 1 if regularizer == "paper" else jnp.where(s > 0, -1, 1)
         slope = jax.nn.sigmoid(s) * jax.nn.sigmoid(-s)
         step = learning_rate * gradient[path] * tau[path] + learning_rate * l1 * pull

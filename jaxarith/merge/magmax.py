@@ -1,4 +1,4 @@
-r"""MagMax: of every entry the change that is largest in magnitude.
+r"""MagMax: takes for every entry the change with the largest magnitude.
 
 Marczak, Twardowski, Trzciński, Cygert. MagMax: Leveraging Model Merging for Seamless
 Continual Learning. ECCV 2024. arXiv:2407.06322.
@@ -19,12 +19,13 @@ from jaxarith.typing import Coef, Params, Taus
 def magmax(params_0: Params, taus: Taus, *, coef: Coef = 0.5) -> Params:
     """Merges by maximum magnitude selection.
 
-    The paper fine-tunes on one task after the other, each from the weights of the one
-    before, and takes every task vector from the pre-trained weights.
+    The paper fine-tunes on one task after the other, and each run starts from the
+    weights of the run before. It computes every task vector from the pre-trained
+    weights.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
+      taus: T task vectors. A missing leaf counts as zero.
       coef: the coefficient λ of the merged vector: one number, or one by path.
 
     Returns:
@@ -46,9 +47,10 @@ def magmax(params_0: Params, taus: Taus, *, coef: Coef = 0.5) -> Params:
 
 @_leaves.leaf_function
 def _merge_leaf(leaf_0, taus, coef):
-    # Largest in magnitude is the largest or the smallest. Where these are opposite the
-    # paper leaves the choice open: the positive one, so that the order of the tasks
-    # does not matter. The authors' code takes the last of them.
+    # The entry with the largest magnitude is either the largest or the smallest one. If
+    # both have the same magnitude, the paper leaves the choice open. We take the
+    # positive one, so the order of the tasks does not matter; the authors' code takes
+    # the last one.
     high = functools.reduce(jnp.maximum, taus)
     low = functools.reduce(jnp.minimum, taus)
     return leaf_0 + coef * jnp.where(high >= -low, high, low)

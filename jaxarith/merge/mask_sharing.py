@@ -6,8 +6,8 @@ r"""Mask sharing: one mask for all tasks of a cluster.
 Zeng, He, You, Hao, Tsai, Yamada, Zhao. Efficient Model Editing with Task Vector Bases:
 A Theoretical Framework and Scalable Approach. arXiv:2502.01015. Section 6.4.
 
-The masks are those of localize-and-stitch. `localize_and_stitch` with the shared masks
-merges the model; of each cluster it needs one mask and one masked vector.
+The masks come from localize-and-stitch. `localize_and_stitch` merges the model with the
+shared masks. For each cluster it needs one mask and one masked vector.
 """
 
 from collections.abc import Sequence
@@ -23,22 +23,24 @@ from jaxarith.typing import Tree
 def mask_sharing(
     masks: Sequence[Tree], clusters: Sequence[Sequence[int]], *, half: bool = True
 ) -> list[Tree]:
-    """Gives the tasks of a cluster the entries that most of their masks have.
+    """Replaces the masks of each cluster by one mask, decided by majority.
+
+    The shared mask has the entries that most masks of the cluster have.
 
     Args:
-      masks: T trees of `bool` with the structures of the task vectors. A leaf that one
-        lacks counts as False.
-      clusters: a partition of `range(T)`, as of `bases`.
-      half: whether entries are kept that exactly half of the masks have, as the paper's
-        densities need; `localize_and_stitch.rounded` says why.
+      masks: T trees of `bool` with the structures of the task vectors. A missing leaf
+        counts as False.
+      clusters: a partition of `range(T)`, as for `bases`.
+      half: whether to keep entries that exactly half of the masks have. The paper's
+        densities need True; `localize_and_stitch.rounded` says why.
 
     Returns:
-      T masks, each with the structure of its own; members of a cluster hold the same
-      arrays.
+      T masks, each with the structure of the mask that it replaces. Tasks of a cluster
+      share the same arrays.
 
     Raises:
-      ValueError: the clusters are no partition of the masks, or leaves of one path
-        differ in shape, or are not `bool`.
+      ValueError: the clusters are not a partition of the tasks, leaves of one path
+        differ in shape, or a leaf is not `bool`.
 
     Example:
       >>> import jax.numpy as jnp

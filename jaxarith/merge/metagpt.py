@@ -15,17 +15,18 @@ from jaxarith.typing import Taus
 
 
 def metagpt_coefs(taus: Taus) -> jax.Array:
-    """The coefficients of MetaGPT, for `task_arithmetic`; they sum to one.
+    """Returns the coefficients of MetaGPT for `task_arithmetic`; they sum to one.
 
-    They favour the longest task vector: one twice as long as the others counts four
-    times as much, and moves the merged model eight times as far. WUDI-Merging does
-    the opposite: its loss divides by the squared norms.
+    They favour the longest task vector. A vector that is twice as long as the others
+    has a coefficient four times as large, so it moves the merged model eight times as
+    far. WUDI-Merging does the opposite: its loss divides by the squared norms.
 
     Args:
-      taus: T task vectors. A leaf that one lacks counts as zero.
+      taus: T task vectors. A missing leaf counts as zero.
 
     Returns:
-      λ, `[T]`. It is zero for a vector that is zero, also where all are.
+      The coefficients λ, `[T]`. A task vector that is zero has the coefficient zero,
+      even if all are zero.
 
     Raises:
       ValueError: no task vector, or non-finite values.

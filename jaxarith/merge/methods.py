@@ -1,4 +1,4 @@
-"""All merges by name, with what a sweep over them has to know.
+"""All merges by name, with the facts that a sweep over them needs.
 
     for name, method in merge.METHODS.items():
         if method.data or method.returns != "params":
@@ -10,8 +10,8 @@
             )
             print(name, coef, score(params))
 
-Nothing is dispatched through this table: it describes functions that are called by
-their names elsewhere. The README's table and the command's help are made of it.
+The table only describes the functions. Other code calls them by name, not through the
+table. The guide's table and the command's help are made from it.
 """
 
 import dataclasses
@@ -69,20 +69,21 @@ Returns = Literal["params", "masks", "bases", "coefs", "soup", "surgery"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """A merge, as a sweep or a table sees it.
+    """The facts about one merge, for a sweep or a table.
 
     Attributes:
-      function: the merge; `function(params_0, taus, ...)`, the tangent form of
-        AdaMerging and surgery apart, which take outputs and features.
-      paper: authors and year, and an address where the year does not tell.
-      cost: how often the task vectors are read, and what is done besides.
+      function: the merge, called as `function(params_0, taus, ...)`. Two take other
+        arguments: `adamerging_tangent` takes outputs, and `surgery` takes features.
+      paper: authors and year, and an arXiv number if the year is not enough.
+      cost: how often the task vectors are read, and the other work.
       data: what it needs besides task vectors; "" if nothing.
       key: whether it takes the `key` of its random draws.
       least: the fewest task vectors that it merges.
-      most: the most of them; None for any number.
-      coef: the published value of the coefficient, its default; None if it has none.
-      grid: the coefficients that its authors try on validation data, if they do.
-      returns: what it returns: "params" is a tree of the structure of `params_0`.
+      most: the most task vectors that it merges; None for any number.
+      coef: default of the coefficient, which is the published value; None if the method
+        has no coefficient.
+      grid: the coefficients that the authors try on validation data; empty if none.
+      returns: kind of the result; "params" is a tree with the structure of `params_0`.
     """
 
     function: Callable[..., Any]
@@ -98,7 +99,7 @@ class Method:
 
     @property
     def search(self) -> tuple[float, ...]:
-        """The coefficients to try: the authors' grid, or the published value alone."""
+        """The coefficients to try: the authors' grid, or else the published value."""
         return self.grid or (() if self.coef is None else (self.coef,))
 
 
@@ -346,12 +347,12 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wrapper:
-    """A wrapper, as a sweep or a table sees it.
+    """The facts about one wrapper, for a sweep or a table.
 
     Attributes:
-      function: the wrapper; `function(params_0, taus, merged, ...) -> params`.
-      paper: authors and year, and an address where the year does not tell.
-      does: what it does, in a few words.
+      function: the wrapper: `function(params_0, taus, merged, ...) -> params`.
+      paper: authors and year, and an arXiv number if the year is not enough.
+      does: its effect, in a few words.
       option: the option that is chosen on validation data.
     """
 
@@ -391,11 +392,11 @@ WRAPPERS: Mapping[str, Wrapper] = types.MappingProxyType(
         ),
     }
 )
-"""Every wrapper of what a merge gave; none needs data."""
+"""Every wrapper. A wrapper changes the result of a merge; none needs data."""
 
 
 def wrapper_table() -> str:
-    """`WRAPPERS` as a Markdown table."""
+    """Returns `WRAPPERS` as a Markdown table."""
     lines = ["| wrapper | paper | what it does | chosen on validation data |"]
     lines += ["|:--|:--|:--|:--|"]
     for name, wrapper in WRAPPERS.items():
@@ -405,7 +406,7 @@ def wrapper_table() -> str:
 
 
 def table() -> str:
-    """`METHODS` as a Markdown table."""
+    """Returns `METHODS` as a Markdown table."""
     lines = [
         "| method | paper | needs | coefficient: default, authors' range | cost |",
         "|:--|:--|:--|:--|:--|",

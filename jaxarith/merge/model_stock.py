@@ -1,4 +1,4 @@
-r"""Model Stock: as far from the pre-trained model to the mean as the angles tell.
+r"""Model Stock: interpolates from the pre-trained model to the mean, based on angles.
 
 Jang, Yun, Han. Model Stock: All we need is just a few fine-tuned models. ECCV 2024.
 arXiv:2403.19522.
@@ -6,9 +6,9 @@ arXiv:2403.19522.
 .. math:: \theta = t\,\bar\theta + (1 - t)\,\theta_0, \qquad
           t = \frac{N \cos\varphi}{1 + (N - 1)\cos\varphi},
 
-in every layer by itself, with the angle φ between two of the N task vectors. It is
-taken to be the same for all pairs; where it is not, cos φ is the mean over the pairs,
-as in mergekit and fusion_bench.
+separately in every layer. φ is the angle between two of the N task vectors. The paper
+assumes the same angle for all pairs. If the angles differ, cos φ is the mean over the
+pairs, as in mergekit and fusion_bench.
 """
 
 import jax.numpy as jnp
@@ -19,19 +19,19 @@ from jaxarith.typing import Coef, Params, Taus
 
 
 def model_stock(params_0: Params, taus: Taus, *, coef: Coef = 1.0) -> Params:
-    """Approximates the center of all fine-tuned models of one task from a few.
+    """Approximates the center of all fine-tuned models of one task from a few of them.
 
-    Every leaf counts as a layer. A mean cosine below zero, which has no place in the
-    geometry of the paper, counts as zero: such a leaf stays at its pre-trained value.
-    The formula would otherwise leave the segment from θ₀ to the mean, without bound as
-    cos φ falls to -1/(N - 1), its value for two numbers of opposite sign.
+    Every leaf counts as a layer. The geometry of the paper does not allow a mean cosine
+    below zero. Here it counts as zero, and the leaf stays at its pre-trained value.
+    Otherwise the formula would leave the segment from θ₀ to the mean. It has no bound
+    as cos φ falls to -1/(N - 1), its value for two numbers of opposite sign.
 
     Args:
       params_0: pre-trained parameters.
-      taus: N ≥ 2 task vectors. A leaf that one lacks counts as zero, and a zero leaf is
-        at a right angle to all others.
+      taus: N ≥ 2 task vectors. A missing leaf counts as zero, and a zero leaf is
+        orthogonal to all others.
       coef: the coefficient of the merged vector: one number, or one by path. The paper
-        has none.
+        has no such coefficient.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.

@@ -3,8 +3,9 @@ r"""PCB-Merging: entries compete within their task and between tasks.
 Du, Lee, Li, Jiang, Guo, Yu, Liu, Goh, Tang, He, Zhang. Parameter Competition Balancing
 for Model Merging. NeurIPS 2024. arXiv:2410.02396.
 
-As in the authors' code, with magnitudes clipped at two quantiles, :math:`N(x) = (x -
-\min x)/(\max x - \min x)` over a whole vector, and :math:`\hat\tau` the clipped vector:
+As in the authors' code, magnitudes are clipped at two quantiles; :math:`\hat\tau` is
+the clipped vector. With :math:`N(x) = (x - \min x)/(\max x - \min x)` over a whole
+vector:
 
 .. math:: s_t = \exp\big(T\,N(|\hat\tau_t|)^2\big) \odot
                 \tanh\big(\tau_t \odot \textstyle\sum_j \tau_j\big), \qquad
@@ -12,8 +13,9 @@ As in the authors' code, with magnitudes clipped at two quantiles, :math:`N(x) =
           \tau = \frac{\sum_t w_t \odot \hat\tau_t}{\sum_t w_t},
 
 where :math:`q_t` is the quantile of :math:`s_t` above which the share `density` of the
-entries lies. Unlike there, an entry with a negative score never has a weight, which
-makes a difference only where fewer entries than that share have a positive one.
+entries lies. Unlike in the authors' code, an entry with a negative score never has a
+weight. That makes a difference only if the share of positive scores is smaller than
+`density`.
 """
 
 from typing import Literal
@@ -40,22 +42,23 @@ def pcb(
     """Merges task vectors by PCB-Merging.
 
     The authors' script for vision sets `density=0.05, clip=0.01, coef=1.2,
-    cross="normalized"`; with an evolutionary search they choose a coefficient of every
-    task in [0.8, 1.3], which is to scale the task vectors.
+    cross="normalized"`. The authors also choose a coefficient for every task in
+    [0.8, 1.3] by an evolutionary search. To use such coefficients, scale the task
+    vectors.
 
-    Exact quantiles, in about thirty passes over the task vectors; a third of them
-    computes the scores again instead of storing them.
+    The quantiles are exact. They take about thirty passes over the task vectors. A
+    third of the passes compute the scores again instead of storing them.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero. `density` is a share
+      taus: T task vectors. A missing leaf counts as zero. `density` is a share
         of the leaves that at least one task vector has.
       density: the share of entries of every task vector that is kept, in (0, 1].
-      clip: the share of the smallest and of the largest magnitudes that are clipped, in
-        [0, 0.5).
+      clip: the share of the smallest magnitudes, and of the largest, that is clipped,
+        in [0, 0.5).
       coef: the coefficient of the merged vector: one number, or one by path.
-      cross: what an entry is multiplied with to compete between tasks: the "sum" of the
-        task vectors, or that of the vectors "normalized" to magnitudes N(|τ|).
+      cross: the factor with which an entry competes between tasks: the "sum" of the
+        task vectors, or the sum of vectors "normalized" to the magnitudes N(|τ|).
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -78,7 +81,7 @@ def pcb(
     _leaves.check(params_0, taus)
     coefs = _leaves.vector_coef(coef, taus)
     rows = tree.aligned(taus)
-    # The indices of the authors' code, from 0, into sorted entries.
+    # These are the indices of the authors' code into sorted entries, from 0.
     size = sum(row[0].size for row in _leaves.unmapped(rows).values())
     if not size:
         return params_0
@@ -127,14 +130,14 @@ def _divide(x, y):
 @_leaves.leaf_function(static=("cross",))
 def _merge_leaf(leaf_0, taus, low, high, cut, top, coef, cross):
     weighted, weights = 0, 0
-    # In the dtype of the statistics, which one leaf of float64 makes float64 for all.
+    # The statistics are float64 if one leaf is; all scores must have the same dtype.
     scores = _scores([tau.astype(low.dtype) for tau in taus], low, high, cross)
     for tau, score, *bounds in zip(taus, scores, low, high, cut, top, strict=True):
         smallest, largest, least, most = bounds
-        # Where one score is all that is left, what has it counts in full.
+        # If all remaining scores are equal, each of their entries has the weight 1.
         ties = ((score >= least) & (score > 0)).astype(score.dtype)
-        # Weights are divided by their sum, so the one of the entry at the quantile must
-        # be zero, not the rounding of a score that is computed again.
+        # Weights are divided by their sum. So the weight of the entry at the quantile
+        # must be exactly zero, although its score is computed again and rounded.
         above = score > least * (1 + 16 * jnp.finfo(score.dtype).eps)
         share = _divide(jnp.where(above, score - least, 0), most - least)
         weight = jnp.where(most > least, share, ties)

@@ -1,17 +1,17 @@
-r"""Polarised scaling: large columns and layers of a merged vector grow, small shrink.
+r"""Polarised scaling: makes large columns and layers larger, and small ones smaller.
 
 From Essential Subspace Merging (ESM). CVPR 2026. arXiv:2602.20208, arXiv:2606.19164. It
 is the part of that method that needs no data.
 
-For every weight [output, input] of a linear layer, with the norms :math:`n_t` of task
-vectors :math:`\tau_t` and :math:`c_j` of their columns weighted by task,
+For every weight [output, input] of a linear layer, :math:`n_t` is the norm of the task
+vector :math:`\tau_t`, and :math:`c_j` the norm of column j over all weighted tasks:
 
 .. math:: w_t = \Big(\frac{n_t}{\bar n}\Big)^2, \quad
           c_j^2 = \sum_t w_t^2 \|\tau_{t,:j}\|^2, \quad
           \tau'_{:j} = \Big(\frac{c_j}{\bar c}\Big)^2 \tau_{:j}, \quad
           \tau'' = \Big(\frac{\|\tau'\|}{\overline{\|\tau'\|}}\Big)^2 \tau',
 
-where bars are means over the tasks, the columns, and the layers of one kind.
+where bars mean averages over the tasks, the columns, and the layers of one kind.
 """
 
 import functools
@@ -35,28 +35,29 @@ def polarize(
     matrices: str | None = _matrices.NO_EMBEDDING,
     in_out: str | None = None,
 ) -> Params:
-    """Scales the columns and the layers of what a merge gave. No data are needed.
+    """Scales the columns and layers of a merged vector, without data.
 
-    The vector's length changes, so its coefficient must be chosen anew. Layers are of
-    one kind whose paths differ in the number of the block alone, the first in a path.
+    The length of the vector changes, so choose its coefficient again. Layers are of one
+    kind if their paths differ only in the number of the block, which is the first
+    number in a path.
 
     Args:
       params_0: pre-trained parameters.
-      taus: the task vectors that were merged. A leaf that one lacks counts as zero.
-      merged: the parameters that a merge of them gave.
+      taus: the task vectors that were merged. A missing leaf counts as zero.
+      merged: the result of a merge of them.
       coef: the coefficient of the scaled vector: one number, or one by path.
-      matrices: a regular expression of the paths of the 2-D leaves that are scaled: by
-        default those with no `embed` in their path. The others stay as merged, times
-        `coef`.
-      in_out: a regular expression of the paths of matrices that are stored as [input,
-        output], as for `wudi`; None goes by the last name of a path.
+      matrices: a regular expression for the whole paths of the 2-D leaves to scale; by
+        default those without `embed` in their path. The others stay as merged, times
+        `coef`. None scales all.
+      in_out: a regular expression for the whole paths of matrices that are stored as
+        [input, output], as for `wudi`. None decides by the last name of a path.
 
     Returns:
       Parameters with the structure and dtypes of `merged`.
 
     Raises:
       ValueError: `matrices` matches none of the 2-D leaves, `merged` does not have the
-        form of `params_0`, task vectors that do not fit, or non-finite values.
+        structure of `params_0`, task vectors that do not fit, or non-finite values.
 
     Example:
       >>> merged = {"weight": jnp.array([[3.0, 1.0]])}
@@ -74,7 +75,7 @@ def plan(
     matrices: str | None = _matrices.NO_EMBEDDING,
     in_out: str | None = None,
 ) -> wrapped.Plan:
-    """What `polarize` does to each leaf; arguments as there."""
+    """Plans the changes of `polarize` to each leaf; it has the same arguments."""
     are_matrices = _matrices.which(rows, matrices)
     are_in_out = _matrices.which_in_out(are_matrices, in_out, "polarize")
 
@@ -98,7 +99,7 @@ def _change(leaf, row, is_matrix, is_in_out, coef, scale):
 
 @functools.partial(jax.jit, static_argnames="is_in_out")
 def _length(leaf, row, is_in_out):
-    """The norm of a merged matrix with scaled columns."""
+    """Returns the norm of a merged matrix with scaled columns."""
     merged, start, *taus = (_leaves.widened(x) for x in (leaf, *row))
     return _norm(_columns(merged - start, taus, is_in_out))
 
@@ -106,10 +107,10 @@ def _length(leaf, row, is_in_out):
 def layer_scales(
     norms: Mapping[str, jax.Array | None],
 ) -> dict[str, jax.Array | None]:
-    """The squared norm of every layer over that of its kind's mean, by path.
+    """Returns, by path, the squared ratio of a layer's norm to the mean of its kind.
 
     Args:
-      norms: by path; None of what is no layer.
+      norms: norm of each layer by path; None for leaves that are not layers.
 
     Example:
       >>> found = layer_scales({"0/w": jnp.array(1.0), "1/w": jnp.array(3.0)})
@@ -128,7 +129,8 @@ def layer_scales(
 
 
 def _kind(path):
-    # `fc1` and `fc2`, or `wi_0` and `wi_1`, are layers of two kinds.
+    # Only whole numbers are replaced: `fc1` and `fc2`, or `wi_0` and `wi_1`, are layers
+    # of two kinds.
     return re.sub(r"(^|[/._])\d+(?=[/.])", r"\1#", path, count=1)
 
 
@@ -155,6 +157,6 @@ def _mean(values: Iterable[jax.Array]) -> jax.Array:
 
 
 def relative(values: jax.Array, mean: jax.Array) -> jax.Array:
-    """The values in units of their mean; 1 where all are zero."""
+    """Returns the values in units of their mean; 1 if all are zero."""
     zero = mean == 0
     return jnp.where(zero, 1, values / jnp.where(zero, 1, mean))

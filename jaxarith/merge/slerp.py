@@ -1,8 +1,8 @@
 r"""SLERP: interpolation of two models along a great circle, tensor by tensor.
 
 Shoemake. Animating rotation with quaternion curves. SIGGRAPH 1985. Merging by SLERP
-has no paper; the conventions are those of mergekit and fusion_bench. With the angle
-:math:`\Omega` between the tensors θ₁ and θ₂
+has no paper; the conventions are those of mergekit and fusion_bench. :math:`\Omega` is
+the angle between the tensors θ₁ and θ₂:
 
 .. math:: \theta = \frac{\sin((1-t)\,\Omega)}{\sin\Omega}\,\theta_1
                  + \frac{\sin(t\,\Omega)}{\sin\Omega}\,\theta_2.
@@ -19,7 +19,7 @@ from jaxarith.typing import Coef, Params, Taus
 
 Between = Literal["models", "task_vectors"]
 
-PARALLEL = 0.9995  # the |cos Ω| from which on both tools interpolate linearly
+PARALLEL = 0.9995  # above this |cos Ω| both tools interpolate linearly
 
 
 def slerp(
@@ -30,21 +30,22 @@ def slerp(
     between: Between = "models",
     coef: Coef = 1.0,
 ) -> Params:
-    """Interpolates two fine-tuned models on the sphere, every tensor by itself.
+    """Interpolates two fine-tuned models on the sphere, each tensor separately.
 
-    Tensors that are nearly parallel (|cos Ω| > 0.9995) are interpolated linearly, also
-    where one is zero. Tensors of one model fine-tuned twice mostly are parallel.
+    Tensors that are nearly parallel (|cos Ω| > 0.9995) are interpolated linearly, and
+    so is a pair with a zero tensor. If both models are fine-tuned from the same model,
+    most of their tensors are nearly parallel.
 
     Args:
       params_0: pre-trained parameters.
-      taus: exactly two task vectors. A leaf that one lacks counts as zero.
+      taus: exactly two task vectors. A missing leaf counts as zero.
       t: the position between the first model (0) and the second (1): one number, or one
         by path.
-      between: what the angle is measured between and what is interpolated: "models", or
-        "task_vectors", after mergekit's `nuslerp` with a base model, but linear where
-        |cos Ω| > 0.9995.
-      coef: the coefficient of the merged vector: one number, or one by path. 1 is the
-        point on the arc, 0 the pre-trained model.
+      between: the tensors to interpolate, which also define the angle: "models" or
+        "task_vectors". The latter follows mergekit's `nuslerp` with a base model,
+        except that it is linear if |cos Ω| > 0.9995.
+      coef: the coefficient of the merged vector: one number, or one by path. 1 returns
+        the point on the arc, 0 the pre-trained model.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -63,8 +64,8 @@ def slerp(
     _leaves.check(params_0, taus)
     if len(taus) != 2:
         raise ValueError(
-            f"SLERP merges exactly two task vectors; found {len(taus)}. For more, "
-            "`karcher` is the mean on the sphere."
+            f"SLERP merges exactly two task vectors; found {len(taus)}. For more, use "
+            "`karcher`, the mean on the sphere."
         )
     by_path = callable(t) or isinstance(t, Mapping)
     if not by_path and (shape := jnp.asarray(t).shape):
@@ -83,13 +84,14 @@ def _merge_leaf(leaf_0, taus, t, coef, between):
     gram = tree.gram(ends)
     cosine = tree.cosine(gram)[0, 1]
     linear = jnp.any(jnp.diagonal(gram) == 0) | (jnp.abs(cosine) > PARALLEL)
-    angle = jnp.arccos(jnp.where(linear, 0, cosine))  # where finite, so is its gradient
+    angle = jnp.arccos(jnp.where(linear, 0, cosine))  # keeps the gradient finite
     weights = [
         jnp.where(linear, share, jnp.sin(share * angle) / jnp.sin(angle))
         for share in (1 - t, t)
     ]
     if between == "models":
-        # Σ wᵢ θᵢ less θ₀, which vanishes exactly where the weights sum to one.
+        # Σ wᵢ θᵢ - θ₀ has the term (Σ wᵢ - 1) θ₀; it is exactly zero where the weights
+        # sum to one.
         rest = coef * jnp.where(linear, 0, weights[0] + weights[1] - 1)
         leaf_0, ends = leaf_0 + rest * leaf_0, taus
     first, second = (coef * weight for weight in weights)

@@ -1,7 +1,7 @@
-r"""Stitch twice: masks lose the entries that they share within a cluster.
+r"""Stitch twice: removes the entries that masks share within a cluster, then stitches.
 
-Localize-and-stitch normalises masks by their overlap; here that happens twice, within
-the clusters and then over all tasks:
+Localize-and-stitch normalises masks by their overlap. Stitch twice does so two times,
+first within the clusters and then over all tasks:
 
 .. math:: \gamma_i \leftarrow \mathrm{round}\Big(\frac{\gamma_i}{\sum_{j\in C}
           \gamma_j}\Big), \qquad \gamma_i \leftarrow \frac{\gamma_i}{\sum_{j\in[T]}
@@ -32,20 +32,20 @@ def stitch_twice(
     masks: Sequence[Tree],
     clusters: Sequence[Sequence[int]],
 ) -> Params:
-    """Localize-and-stitch with masks that were stitched within clusters before.
+    """Merges by localize-and-stitch with masks that were first stitched in clusters.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
-      masks: T trees of `bool` with leaves of the task vectors, from `localize`; an
-        absent leaf is False.
-      clusters: a partition of `range(T)`, as of `bases`.
+      taus: T task vectors. A missing leaf counts as zero.
+      masks: T trees of `bool` with leaves of the task vectors, from `localize`; a
+        missing leaf counts as False.
+      clusters: a partition of `range(T)`, as for `bases`.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
 
     Raises:
-      ValueError: the clusters are no partition, or as for `localize_and_stitch`.
+      ValueError: the clusters are not a partition, or as for `localize_and_stitch`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,10 +62,10 @@ def stitch_twice(
 def stitched_masks(
     masks: Sequence[Tree], clusters: Sequence[Sequence[int]]
 ) -> list[Tree]:
-    """The masks after the first of the two normalisations, rounded: `bool` again.
+    """Returns the masks after the first of the two normalisations, rounded to `bool`.
 
-    An entry survives where no other mask of the cluster has it: a half is dropped, as
-    `localize_and_stitch.rounded` says.
+    A mask keeps an entry only if no other mask of the cluster has it. A half is rounded
+    down, as `localize_and_stitch.rounded` explains.
     """
     check_bool(masks)
     stitched = [{} for _ in masks]

@@ -1,9 +1,9 @@
-r"""Subspace boosting: the small singular values of a merged vector, raised.
+r"""Subspace boosting: raises the small singular values of a merged vector.
 
 Skorobogat, Roth, Georgescu, Akata. Subspace-Boosted Model Merging. arXiv:2506.16506.
 
-Of every matrix of a merged vector :math:`\tau = U \Sigma V^\top` let k be the first for
-which the k largest singular values have the share β of the sum of all. Then
+For every matrix :math:`\tau = U \Sigma V^\top` of a merged vector, k is the smallest
+number for which the k largest singular values have the share β of the sum of all. Then
 
 .. math:: \tilde\sigma_r = \max(\sigma_r, \sigma_k).
 """
@@ -25,32 +25,32 @@ def subspace_boosting(
     coef: Coef = 1.0,
     matrices: str | None = None,
 ) -> Params:
-    """Raises the small singular values of what a merge gave. No data are needed.
+    """Raises the small singular values of a merged vector, without data.
 
-    The vector grows, so its coefficient must be chosen anew. With β = 0 all singular
-    values become the largest, which is Iso-C of the merged vector but for its length;
-    with β = 1 nothing changes. Directions whose singular value is zero to rounding stay
-    at zero.
+    The vector gets longer, so choose its coefficient again. With β = 0 all singular
+    values become equal to the largest; up to its length, that is Iso-C of the merged
+    vector. With β = 1 nothing changes. Directions whose singular value is zero up to
+    rounding stay at zero.
 
-    Gradients take the singular vectors as constants.
+    Gradients treat the singular vectors as constants.
 
     Args:
       params_0: pre-trained parameters.
-      taus: the task vectors that were merged, for their paths alone.
-      merged: the parameters that a merge of them gave, in float32.
+      taus: the task vectors that were merged; only their paths are used.
+      merged: the result of a merge of them, in float32.
       beta: the share β in [0, 1]. The authors try values from 0 to 0.2; 0.01 is the
         default of a third-party implementation, merge-and-rebase.
       coef: the coefficient of the boosted vector: one number, or one by path.
-      matrices: a regular expression of the paths of the 2-D leaves that are boosted (by
-        default all); the others stay as merged, times `coef`. The authors split fused
-        matrices of queries, keys and values in three.
+      matrices: a regular expression for the whole paths of the 2-D leaves to boost; the
+        others stay as merged, times `coef`. None boosts all. The authors split fused
+        matrices of queries, keys and values into three.
 
     Returns:
       Parameters with the structure and dtypes of `merged`.
 
     Raises:
       ValueError: β is out of range, `matrices` matches none of the 2-D leaves, `merged`
-        does not have the form of `params_0`, task vectors that do not fit, or
+        does not have the structure of `params_0`, task vectors that do not fit, or
         non-finite values.
 
     Example:
@@ -72,7 +72,7 @@ def plan(
     coef: Coef = 1.0,
     matrices: str | None = None,
 ) -> wrapped.Plan:
-    """What `subspace_boosting` does to each leaf; arguments as there."""
+    """Plans the changes of `subspace_boosting` to each leaf; same arguments."""
     if not 0 <= beta <= 1:
         raise ValueError(f"beta is {beta}; it must be in [0, 1].")
     args = (_matrices.which(rows, matrices), beta, wrapped.coefs(coef, rows))

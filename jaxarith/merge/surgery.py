@@ -1,7 +1,7 @@
-r"""Representation surgery: a small module that undoes the bias of merged features.
+r"""Representation surgery: a small module that corrects the bias of merged features.
 
-With :math:`Z` the features of the merged model on a task and :math:`Z^*` those of the
-task's own fine-tuned model, the surgery of the task is
+Let :math:`Z` be the features of the merged model on a task, and :math:`Z^*` those of
+the task's own fine-tuned model. The surgery of the task is
 
 .. math:: \hat Z = Z - \mathrm{ReLU}(Z D)\,U, \qquad
           \min_{D, U} \tfrac{1}{N}\sum_x \|\hat Z(x) - Z^*(x)\|_1 .
@@ -10,8 +10,9 @@ Yang et al. Representation Surgery for Multi-Task Model Merging. ICML 2024.
 arXiv:2402.02705.
 
 The published numbers train the modules on the inputs of the *test* sets. Where the
-paper is silent this follows the authors' code: the mean of |Ẑ - Z*| over samples and
-features, Adam with 1e-3, rank 16, and 500 rounds of two batches of 16 samples.
+paper says nothing, this follows the authors' code: the mean of |Ẑ - Z*| over samples
+and features, Adam with learning rate 1e-3, rank 16, and 500 rounds of two batches of 16
+samples.
 """
 
 import functools
@@ -27,15 +28,15 @@ class Surgery(NamedTuple):
     """The surgery of one task; call it on the merged model's features of that task.
 
     Attributes:
-      down: `[D, rank]`.
-      up: `[rank, D]`.
+      down: the matrix D, `[D, rank]`.
+      up: the matrix U, `[rank, D]`.
     """
 
     down: jax.Array
     up: jax.Array
 
     def __call__(self, features: jax.Array) -> jax.Array:
-        """Features `[..., D]` without their estimated bias."""
+        """Returns features `[..., D]` without their estimated bias."""
         hidden = jax.nn.relu(jnp.dot(features, self.down, precision="highest"))
         return features - jnp.dot(hidden, self.up, precision="highest")
 
@@ -55,18 +56,20 @@ def surgery(
 
     Args:
       merged_features: features of the merged model, `[N, D]`.
-      individual_features: features of the task's own model on the same samples.
-      key: PRNG key of the initialisation and of the draws of samples.
+      individual_features: features of the task's own model on the same samples,
+        `[N, D]`.
+      key: random key of the initialisation and of the draws of samples.
       rank: the width of the module.
-      steps: steps of Adam, one per batch.
-      learning_rate: its learning rate.
-      batch_size: samples per step, drawn without replacement within the step; None, or
-        N and more, takes all samples in every step.
-      normalize: divide all features by their norms first, as fusion_bench does. The
-        module then expects normalised features, and its output is not normalised.
+      steps: number of steps of Adam, one per batch.
+      learning_rate: learning rate of Adam.
+      batch_size: number of samples per step, drawn without replacement within the step.
+        None, or N or more, takes all samples in every step.
+      normalize: whether to divide all features by their norms first, as fusion_bench
+        does. The module then expects normalised features. Its output is not normalised.
 
     Returns:
-      The module. Untrained (`steps=0`) it changes nothing, since `up` starts at zero.
+      The module. Without training (`steps=0`) it changes nothing, because `up` starts
+      at zero.
 
     Raises:
       ValueError: the features are not two matrices of one shape, a value is not finite,
@@ -83,8 +86,9 @@ def surgery(
     merged, individual = jnp.asarray(merged_features), jnp.asarray(individual_features)
     if merged.shape != individual.shape or merged.ndim != 2 or not merged.size:
         raise ValueError(
-            f"features of shapes {list(merged.shape)} and {list(individual.shape)}; "
-            "expected the same samples and widths, [N, D], with N and D at least 1."
+            f"the features have shapes {list(merged.shape)} and "
+            f"{list(individual.shape)}; expected the same shape [N, D], with N and D "
+            "at least 1."
         )
     tree.check_finite({"merged": merged, "individual": individual}, "set of features")
     if batch_size is not None and batch_size < 1:
@@ -107,7 +111,7 @@ def surgery(
 
 
 def _init(key, features, rank):
-    # PyTorch's kaiming_uniform with a = √5, that of its linear layers: ±1/√fan_in.
+    # As PyTorch's linear layers: kaiming_uniform with a = √5, which is ±1/√fan_in.
     width, dtype = features.shape[-1], jnp.promote_types(features.dtype, jnp.float32)
     bound = width**-0.5
     down = jax.random.uniform(key, (width, rank), dtype, -bound, bound)
@@ -125,7 +129,7 @@ def _descend(state, merged, individual, key, *, steps, learning_rate, batch_size
 
     def loss(module, rows):
         bias = module(merged[rows]) - individual[rows]
-        # |bias| with slope 0 at 0, as in PyTorch; that of `jnp.abs` is 1 there.
+        # |bias| has slope 0 at 0 here, as in PyTorch; `jnp.abs` has slope 1 there.
         return jnp.mean(bias * jax.lax.stop_gradient(jnp.sign(bias)))
 
     def one_step(state, step):

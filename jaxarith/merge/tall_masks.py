@@ -1,4 +1,4 @@
-r"""TALL masks: where each task lives in a multi-task vector.
+r"""TALL masks: find the entries of a multi-task vector that each task uses.
 
 Wang, Dimitriadis, Ortiz-Jimenez, Fleuret, Frossard. Localizing Task Information for
 Improved Model Merging and Compression. ICML 2024. arXiv:2405.07813.
@@ -6,8 +6,8 @@ Improved Model Merging and Compression. ICML 2024. arXiv:2405.07813.
 .. math:: m_t = \mathbb{1}\big[\,|\tau_t| > \lambda_t\,|\tau_{MT} - \tau_t|\,\big]
 
 and the model of task t is :math:`\theta_0 + m_t \odot \tau_{MT}`. The multi-task vector
-is that of task arithmetic, :math:`\sum_t \tau_t`, or that of TIES with, as in the
-authors' code, the sum of the entries that agree.
+comes from task arithmetic, :math:`\sum_t \tau_t`, or from TIES. As in the authors'
+code, this TIES takes the sum of the entries that agree.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,16 +36,18 @@ def tall_masks(
     of: Of = "task_arithmetic",
     density: float = 0.2,
 ) -> Masked:
-    """The multi-task vector and the mask of every task.
+    """Returns the multi-task vector and the mask of every task.
 
-    One pass over the task vectors; of TIES also those that find its thresholds.
+    It takes one pass over the task vectors. TIES needs more passes to find its
+    thresholds.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
-      threshold: λ ≥ 0, one number or one per task `[T]`. At 0 a mask keeps all entries
-        that the task changes; a larger one keeps fewer. The authors choose it for each
-        task from 0.2, 0.3, …, 0.6 on validation data, as `tall_thresholds` does.
+      taus: T task vectors. A missing leaf counts as zero.
+      threshold: λ ≥ 0, one number or one per task `[T]`. With 0 a mask keeps all
+        entries that the task changes; a larger threshold keeps fewer. The authors
+        choose it for each task from 0.2, 0.3, …, 0.6 on validation data, as
+        `tall_thresholds` does.
       of: how the multi-task vector is merged.
       density: the share of entries of every task vector that TIES keeps, in (0, 1].
 
@@ -85,14 +87,17 @@ def tall_thresholds(
     of: Of = "task_arithmetic",
     density: float = 0.2,
 ) -> list[float]:
-    """The threshold of each task under which its masked model scores best.
+    """Returns, for each task, the threshold with which its masked model scores best.
+
+    Source: Wang et al. 2024 choose the thresholds in this way, on validation data.
 
     Args:
       params_0: pre-trained parameters.
       taus: T task vectors.
-      score: `score(task, params)`, higher is better, such as the accuracy on validation
-        data of that task. It is called T times for every threshold.
-      grid: the thresholds to try; of equal scores the first wins.
+      score: `score(task, params)` returns a number that is larger for a better model,
+        for example the accuracy on validation data of that task. It is called T times
+        for every threshold.
+      grid: the thresholds to try; if scores are equal, the first one wins.
       of: how the multi-task vector is merged.
       density: the share of entries of every task vector that TIES keeps.
 
@@ -101,6 +106,13 @@ def tall_thresholds(
 
     Raises:
       ValueError: the grid is empty, a score is NaN, or as for `tall_masks`.
+
+    Example:
+      >>> taus = [{"w": jnp.array([4.0, 1.0])}, {"w": jnp.array([2.0, -3.0])}]
+      >>> def score(task, params):  # the models should be [6, 0] and [6, -2]
+      ...     return -jnp.abs(params["w"] - jnp.array([6.0, -2.0 * task])).sum()
+      >>> tall_thresholds({"w": jnp.zeros(2)}, taus, score, grid=(0.2, 0.4))
+      [0.4, 0.2]
     """
     if not len(grid):
         raise ValueError("the grid of thresholds is empty; give at least one.")
@@ -120,10 +132,10 @@ def tall_thresholds(
 
 
 def check_thresholds(threshold: PerTask, tasks: int) -> jax.Array:
-    """One threshold per task, `[T]`.
+    """Returns one threshold per task, `[T]`.
 
     Raises:
-      ValueError: one is negative or not a number, or there is a wrong number of them.
+      ValueError: a threshold is negative or not finite, or their number is not T.
     """
     thresholds = _leaves.per_task(threshold, tasks, "threshold")
     if not isinstance(thresholds, Tracer) and not np.all(thresholds >= 0):
@@ -134,7 +146,9 @@ def check_thresholds(threshold: PerTask, tasks: int) -> jax.Array:
 def multi_task_statistics(
     rows: Mapping[str, tuple], of: Of, density: float
 ) -> tuple[jax.Array, jax.Array] | None:
-    """What `multi_task_leaf` needs of whole vectors: for TIES, thresholds and sign.
+    """Returns the statistics of whole vectors that `multi_task_leaf` needs.
+
+    For TIES these are the thresholds and the majority sign; else None.
 
     Raises:
       ValueError: `density` is out of range.
@@ -150,7 +164,7 @@ def multi_task_statistics(
 def multi_task_leaf(
     taus: Sequence[jax.Array], statistics: tuple[jax.Array, jax.Array] | None
 ) -> jax.Array:
-    """A leaf of the multi-task vector: the sum, or the disjoint sum of TIES."""
+    """Returns a leaf of the multi-task vector: the sum, or the disjoint sum of TIES."""
     if statistics is None:
         return tree.total(taus)
     trims, majority = statistics
@@ -161,7 +175,7 @@ def multi_task_leaf(
 def masks_of_leaf(
     taus: Sequence[jax.Array], merged: jax.Array, thresholds: jax.Array
 ) -> list[jax.Array]:
-    """For each task, where its entries outweigh what the others add to them."""
+    """Returns, for each task, a mask of the entries that outweigh the other tasks."""
     return [
         jnp.abs(tau) > threshold * jnp.abs(merged - tau)
         for tau, threshold in zip(taus, thresholds, strict=True)

@@ -16,7 +16,7 @@ def task_arithmetic(params_0: Params, taus: Taus, *, coef: Coef = 1.0) -> Params
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
+      taus: T task vectors. A missing leaf counts as zero.
       coef: the coefficient λ: one number, one per task `[T]`, or either by path, as a
         function of it or a mapping (`typing.Coef`).
 
@@ -44,7 +44,7 @@ def task_arithmetic(params_0: Params, taus: Taus, *, coef: Coef = 1.0) -> Params
 def add_scaled(
     leaf_0: jax.Array, taus: Sequence[jax.Array], coefs: jax.Array
 ) -> jax.Array:
-    """`leaf_0 + Σ_t coefs[t] · taus[t]` for one leaf."""
-    # Unrolled: one loop over memory. A product with the stacked tasks copies them
-    # first, at a sixth of the speed on a CPU.
+    """Returns `leaf_0 + Σ_t coefs[t] · taus[t]` for one leaf."""
+    # The unrolled sum is one loop over memory. A product with the stacked tasks would
+    # copy them first, which has a sixth of the speed on a CPU.
     return leaf_0 + sum(coef * tau for coef, tau in zip(coefs, taus, strict=True))

@@ -1,4 +1,4 @@
-r"""TIES: trim, elect sign, and merge the entries that agree.
+r"""TIES: trims, elects a sign for each entry, and merges the entries that agree.
 
 Yadav, Tam, Choshen, Raffel, Bansal. TIES-Merging: Resolving Interference When Merging
 Models. NeurIPS 2023. arXiv:2306.01708. Algorithm 1:
@@ -10,10 +10,11 @@ Models. NeurIPS 2023. arXiv:2306.01708. Algorithm 1:
 
 and :math:`\theta = \theta_0 + \lambda\tau_m`.
 
-Where the paper is silent the default follows the authors' code: one trimming threshold
-per task over the whole vector, entries at the threshold kept, and an entry whose
-trimmed values cancel exactly takes the sign of the majority of all entries. Without a
-majority such an entry stays at zero here; their code keeps its negative values.
+Where the paper says nothing, the default follows the authors' code. Each task has one
+trimming threshold over its whole vector. Entries at the threshold are kept. An entry
+whose trimmed values cancel exactly takes the majority sign of all entries. If there is
+no majority, such an entry stays at zero here; the authors' code keeps its negative
+values.
 """
 
 import functools
@@ -33,12 +34,12 @@ Aggregate = Literal["mean", "sum", "max"]
 
 
 class Preset(NamedTuple):
-    """A variant of TIES that numbers were published with.
+    """A variant of TIES with which results were published.
 
     Attributes:
       density: the share of entries that is kept.
       coef: the coefficient of the merged vector.
-      trim: whether a threshold is that of the whole vector or of each tensor.
+      trim: whether each vector or each tensor has its own threshold.
       aggregate: how the entries that agree are merged.
     """
 
@@ -67,7 +68,7 @@ def ties(
 ) -> Params:
     """Merges task vectors by TIES.
 
-    The presets; an option that is given overrides its value:
+    These are the presets. An option that is not None overrides the preset's value.
 
     ============  =======  ====  ======  =========
     preset        density  coef  trim    aggregate
@@ -84,17 +85,17 @@ def ties(
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero. `density` is a share
+      taus: T task vectors. A missing leaf counts as zero. `density` is a share
         of the leaves that at least one task vector has.
       density: the share of entries of every task vector that is kept, in (0, 1].
-      coef: the coefficient λ of the merged vector: a number, or one by path. The
-        authors search 0.8 to 2.5 for the mean.
-      weights: one number per task `[T]`: the trimmed vectors are multiplied by them
-        before signs are elected, and the mean is weighted, as in mergekit.
-      trim: `"global"`, or `"tensor"` to keep the ⌊density·n⌋ largest of the n entries
-        of every leaf, at least one.
-      aggregate: the mean, the sum or the largest of the entries that agree.
-      preset: the values of what is not given.
+      coef: the coefficient λ of the merged vector: a number, or one by path. For the
+        mean, the authors search 0.8 to 2.5.
+      weights: one number, or one per task `[T]`. They multiply the trimmed vectors
+        before signs are elected, and they weight the mean, as in mergekit.
+      trim: `"global"` for one threshold over each task vector. `"tensor"` keeps the
+        ⌊density·n⌋ largest of the n entries of every leaf, at least one.
+      aggregate: merges the entries that agree by their mean, their sum or the largest.
+      preset: name of the preset, which sets the options that are None.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -125,7 +126,7 @@ def of_checked(
     coef: Coef,
     weights: PerTask | None = None,
 ) -> Params:
-    """`ties` of task vectors that are known to fit and to be finite."""
+    """Does the same as `ties`, for task vectors that are known to fit and be finite."""
     coefs = _leaves.vector_coef(coef, taus)
     factors = None
     if weights is not None:
@@ -151,7 +152,7 @@ def chosen(
     trim: Trim | None = None,
     aggregate: Aggregate | None = None,
 ) -> Preset:
-    """The preset with the options that are not None."""
+    """Returns the preset, with the options that are not None."""
     _leaves.one_of(preset, PresetName, "preset")
     given = {"density": density, "trim": trim, "aggregate": aggregate}
     given = {name: value for name, value in given.items() if value is not None}
@@ -166,11 +167,12 @@ def chosen(
 def trim_thresholds(
     rows: Mapping[str, tuple], density: float, trim: Trim = "global"
 ) -> Any:
-    """The magnitudes `[T]` from which on the entries of each task vector are kept.
+    """Returns the smallest magnitude that is kept of each task vector, `[T]`.
 
-    Of d entries it is the (d - ⌊density·d⌋)-th smallest magnitude, exactly, which keeps
-    ⌊density·d⌋ + 1 of them: the count of the authors' code. With `trim="tensor"` it is
-    a dict by path, and of the n entries of a leaf ⌊density·n⌋ are kept, at least one.
+    For d entries it is exactly the (d - ⌊density·d⌋)-th smallest magnitude. This keeps
+    ⌊density·d⌋ + 1 entries, as many as the authors' code. With `trim="tensor"` the
+    result is a dict by path, and each leaf of n entries keeps ⌊density·n⌋, at least
+    one.
     """
     if trim == "global":
         size = sum(row[0].size for row in _leaves.unmapped(rows).values())
@@ -184,7 +186,7 @@ def trim_thresholds(
 
 
 def trim(taus: Sequence[jax.Array], thresholds: jax.Array) -> list[jax.Array]:
-    """A leaf of every task, zero where its magnitude is below the task's threshold."""
+    """Returns a leaf of every task, with zeros below the task's threshold."""
     pairs = zip(taus, thresholds, strict=True)
     return [jnp.where(jnp.abs(tau) >= least, tau, 0) for tau, least in pairs]
 
@@ -195,7 +197,7 @@ def majority_sign(
     thresholds: _leaves.Coefs,
     weights: jax.Array | None = None,
 ) -> jax.Array:
-    """The sign that most entries of the trimmed vectors' sum have."""
+    """Returns the sign that most entries of the sum of the trimmed vectors have."""
     signs = (
         _sign_sum(row, _leaves.at(thresholds, path), weights)
         for path, row in rows.items()
@@ -219,7 +221,7 @@ def _sign_sum(row, thresholds, weights):
 def weighted(
     taus: Sequence[jax.Array], weights: jax.Array | None
 ) -> Sequence[jax.Array]:
-    """A leaf of every task, multiplied by the task's weight if there are weights."""
+    """Returns a leaf of every task, times the task's weight if there are weights."""
     if weights is None:
         return taus
     return [weight * tau for weight, tau in zip(weights, taus, strict=True)]
@@ -228,11 +230,11 @@ def weighted(
 def agreeing(
     trimmed: Sequence[jax.Array], cancelled: jax.Array | int
 ) -> tuple[list[jax.Array], jax.Array]:
-    """The entries of every task that have the elected sign, and that sign.
+    """Returns the entries of every task that have the elected sign, and that sign.
 
     Args:
       trimmed: a leaf of every task.
-      cancelled: the sign of entries whose values cancel.
+      cancelled: the sign for entries whose values cancel.
     """
     sign = jnp.sign(sum(trimmed))
     sign = jnp.where(sign == 0, cancelled, sign)

@@ -1,12 +1,12 @@
 r"""Top-k: the mean of the largest entries of the task vectors.
 
 Zeng, He, You, Hao, Tsai, Yamada, Zhao. Efficient Model Editing with Task Vector Bases:
-A Theoretical Framework and Scalable Approach. arXiv:2502.01015, appendix C.5; after the
-dataless masks of He et al., Localize-and-Stitch, arXiv:2408.13656.
+A Theoretical Framework and Scalable Approach. arXiv:2502.01015, appendix C.5. It is
+based on the dataless masks of He et al., Localize-and-Stitch, arXiv:2408.13656.
 
 .. math:: \theta_0 + \lambda \sum_t \frac{\gamma_t}{T} \odot \tau_t,
 
-where the mask γ_t is 1 on the entries of τ_t that are among its largest in magnitude.
+The mask γ_t is 1 for the entries of τ_t with the largest magnitudes, and else 0.
 """
 
 from jaxarith import tree
@@ -20,14 +20,14 @@ def topk(
 ) -> Params:
     """Averages task vectors trimmed to their largest entries.
 
-    The trim is that of TIES: one threshold per task over the whole vector, and entries
-    at the threshold are kept. Unlike in TIES an entry is divided by the number of tasks
-    T, not by the number of those that keep it.
+    It trims as TIES does: each task has one threshold over its whole vector, and
+    entries at the threshold are kept. Unlike TIES, it divides an entry by the number of
+    tasks T, not by the number of tasks that keep the entry.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero. `density` is a share
-        of the leaves that at least one task vector has.
+      taus: T task vectors. A missing leaf counts as zero. `density` is a share
+        of all entries of the leaves that at least one task vector has.
       density: the share of entries of every task vector that is kept, in (0, 1].
       coef: the coefficient λ: one number, one per task `[T]`, or either by path.
 

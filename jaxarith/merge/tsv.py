@@ -3,15 +3,15 @@ r"""TSV-Merge: the leading singular vectors of every task, made orthogonal.
 Gargiulo, Crisostomi, Bucarelli, Scardapane, Silvestri, Rodolà. Task Singular Vectors:
 Reducing Task Interference in Model Merging. CVPR 2025. arXiv:2412.00081.
 
-Of every matrix :math:`\tau_t = U_t \Sigma_t V_t^\top` the top :math:`k = \lfloor r/T
-\rfloor` of :math:`r` triplets are kept, set side by side as :math:`U, \Sigma, V`, and
+Every matrix :math:`\tau_t = U_t \Sigma_t V_t^\top` keeps the top :math:`k = \lfloor r/T
+\rfloor` of its :math:`r` triplets. Side by side they are :math:`U, \Sigma, V`, and
 
 .. math:: \tau = U_\perp \Sigma V_\perp^\top, \qquad
           X_\perp = \arg\min_{X_\perp^\top X_\perp = I} \|X_\perp - X\|_F = P Q^\top
           \ \text{for}\ X = P D Q^\top.
 
-Other leaves are averaged, as in the authors' code. There a matrix with fewer singular
-values than there are tasks is not moved at all; here it is averaged too.
+Other leaves are averaged, as in the authors' code. A matrix with fewer singular values
+than tasks is averaged too; in the authors' code it stays at the pre-trained values.
 """
 
 import jax
@@ -27,15 +27,15 @@ def tsv(
 ) -> Params:
     """Merges task vectors by TSV-Merge.
 
-    Gradients take the singular vectors as constants: they are those of the singular
-    values alone.
+    Gradients treat the singular vectors as constants, so they only go through the
+    singular values.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
+      taus: T task vectors. A missing leaf counts as zero.
       coef: the coefficient of the merged vector: one number, or one by path.
-      matrices: a regular expression of the paths of the 2-D leaves that are decomposed
-        (by default all); the others are averaged.
+      matrices: a regular expression for the whole paths of the 2-D leaves to decompose;
+        the others are averaged. None decomposes all.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -62,14 +62,14 @@ def _merge_leaf(leaf_0, taus, is_matrix, coef):
     rank = min(leaf_0.shape) // len(taus) if is_matrix else 0
     if not rank:
         return leaf_0 + coef * (sum(taus) / len(taus))
-    if len(taus) == 1:  # its own decomposition, put together again
+    if len(taus) == 1:  # the decomposition of one vector multiplies back to the vector
         return leaf_0 + coef * taus[0]
 
     def leading(tau):
         u, s, vt = _matrices.svd(tau)
         return u.T[:rank], s[:rank], vt[:rank]
 
-    # One task at a time, so that there is the workspace of one decomposition.
+    # One task at a time, so that memory holds the workspace of one decomposition.
     ut, s, vt = jax.lax.map(leading, jnp.stack(taus))
     u = _matrices.polar(ut.reshape(-1, ut.shape[-1])).T
     v = _matrices.polar(vt.reshape(-1, vt.shape[-1]))

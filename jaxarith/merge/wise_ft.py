@@ -9,18 +9,18 @@ from jaxarith.typing import Coef, Params, Taus
 
 
 def wise_ft(params_0: Params, taus: Taus, *, coef: Coef = 0.5) -> Params:
-    """Interpolates between the pre-trained and one fine-tuned model.
+    """Interpolates between the pre-trained model and one fine-tuned model.
 
-    What fine-tuning gains on its own distribution is mostly kept, and what it loses on
-    others is mostly regained.
+    The result keeps most of the accuracy that fine-tuning gained on its own
+    distribution, and gets back most of the accuracy that it lost on others.
 
     Args:
       params_0: pre-trained parameters.
       taus: a list of one task vector. A leaf that it lacks stays at its pre-trained
         value.
-      coef: the mixing coefficient α: 0 is the pre-trained and 1 the fine-tuned model; a
-        number, or one by path. The paper recommends 0.5 where there is no data to
-        choose it with.
+      coef: the mixing coefficient α: one number, or one by path. 0 returns the
+        pre-trained model, 1 the fine-tuned model. The paper recommends 0.5 if there is
+        no data to choose it with.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -35,7 +35,7 @@ def wise_ft(params_0: Params, taus: Taus, *, coef: Coef = 0.5) -> Params:
     """
     if len(taus) > 1:
         raise ValueError(
-            f"WiSE-FT moves the pre-trained model to one other; found {len(taus)} task "
-            "vectors."
+            f"WiSE-FT takes exactly one task vector; found {len(taus)}. For several, "
+            "use `task_arithmetic` or `average`."
         )
     return task_arithmetic(params_0, taus, coef=coef)

@@ -1,11 +1,11 @@
-"""What wrappers share: they change what a merge gave, leaf by leaf.
+"""Parts that all wrappers share. A wrapper changes the result of a merge leaf by leaf.
 
-A wrapper is `wrapper(params_0, taus, merged, ...) -> params`, with the parameters that
-a merge of the same task vectors gave. Leaves that no task vector moves, and running
-statistics of normalisation layers, stay as merged.
+A wrapper is `wrapper(params_0, taus, merged, ...) -> params`, where `merged` is the
+result of a merge of the same task vectors. Leaves that no task vector moves, and
+running statistics of normalisation layers, stay as merged.
 
-What a wrapper does is a `Plan`, made from paths and shapes alone. So `streamed` can do
-it to the leaves of a merge one by one, before they are written.
+The work of a wrapper is a `Plan`, which needs only paths and shapes. So `streamed` can
+apply it to the leaves of a merge one by one, before they are written.
 """
 
 import functools
@@ -19,22 +19,21 @@ from jaxarith import lazy, tree
 from jaxarith.merge import _leaves
 from jaxarith.typing import Coef, Params, Taus
 
-Rows = Mapping[
-    str, tuple
-]  # by path `(leaf_0, *taus)`; to plan, leaves that are not read
+Rows = Mapping[str, tuple]  # by path `(leaf_0, *taus)`; a plan needs no leaf to be read
 
 
 class Plan(NamedTuple):
-    """What a wrapper does to the leaves of a merged model.
+    """The changes that a wrapper makes to the leaves of a merged model.
 
     Attributes:
-      change: a `leaf_function` of `(leaf, (leaf_0, *taus), *args)`, with the merged
-        leaf.
-      args: its arguments; of a dict, the entry of the leaf's path.
-      measure: `measure(path, leaf, (leaf_0, *taus)) -> small arrays`, of all leaves
-        before one is changed; None where that is not needed.
-      conclude: `conclude(measured)` returns one more argument of `change` from what was
-        measured by path.
+      change: a `leaf_function` of `(leaf, (leaf_0, *taus), *args)`, where `leaf` is the
+        merged leaf.
+      args: the other arguments of `change`. If one is a dict, `change` receives the
+        entry of the leaf's path.
+      measure: `measure(path, leaf, (leaf_0, *taus)) -> small arrays`. It is called for
+        all leaves before the first one is changed. None if nothing must be measured.
+      conclude: `conclude(measured)` returns one more argument of `change`; `measured`
+        has the results of `measure` by path.
     """
 
     change: Callable[..., Any]
@@ -43,11 +42,11 @@ class Plan(NamedTuple):
     conclude: Callable[..., Any] | None = None
 
     def apply(self, path: str, leaf: jax.Array, row: tuple) -> jax.Array:
-        """The changed leaf, once nothing is to be measured any more."""
+        """Returns the changed leaf; call it after everything was measured."""
         return self.change(leaf, row, *(_leaves.at(arg, path) for arg in self.args))
 
     def concluded(self, measured: Mapping[str, Any]) -> "Plan":
-        """The plan after all leaves were measured."""
+        """Returns the plan after all leaves were measured."""
         if self.conclude is None:
             return self
         return Plan(self.change, (*self.args, self.conclude(measured)))
@@ -59,7 +58,8 @@ def run(
     """Changes a merged model in memory.
 
     Raises:
-      ValueError: with paths, for task vectors or a merged model that do not fit.
+      ValueError: the task vectors or the merged model do not fit; the message names
+        the paths.
     """
     _check(params_0, taus, merged)
     found = rows(params_0, taus)
@@ -78,13 +78,16 @@ def _check(params_0, taus, merged):
     if lacking:
         raise ValueError(
             f"the merged model lacks {', '.join(tree.first_few(sorted(lacking)))}. "
-            "Give all that the merge returned, parameters and not a task vector."
+            "Give all parameters that the merge returned, not a task vector."
         )
     tree.check_finite(merged, "merged model")
 
 
 def rows(params_0: Params, taus: Taus) -> dict[str, tuple]:
-    """By path what a wrapper changes: `(leaf_0, *taus)`, leaves in files unread."""
+    """Returns the rows that a wrapper changes, by path; reads no leaf from a file.
+
+    A row is `(leaf_0, *taus)`.
+    """
     leaves = tree.flatten(params_0)
     return {
         path: (leaves[path], *row)
@@ -96,11 +99,10 @@ def rows(params_0: Params, taus: Taus) -> dict[str, tuple]:
 def streamed(
     planned: Callable[[Rows], Plan], merge: Callable[[Params, Taus], Params]
 ) -> Callable[[Params, Taus], Params]:
-    """A merge and a wrapper of its result as one merge, from files to files.
+    """Combines a merge and a wrapper of its result to one merge, from files to files.
 
-    A leaf is changed before it is written, while those that it came from are held. What
-    the merge gives is not rounded in between. A wrapper that measures lets the merge
-    run twice.
+    A merged leaf is changed before it is written, while its sources are still in
+    memory. It is not rounded in between. If the wrapper measures, the merge runs twice.
     """
 
     def both(params_0: Params, taus: Taus) -> Params:
@@ -132,7 +134,7 @@ def _read(row):
 
 
 def _with_places(params_0, put):
-    """The pre-trained leaves in float32 or better, whose merged ones go to `put`."""
+    """Returns the pre-trained leaves in float32 or better; merged ones go to `put`."""
 
     def leaf(path, leaf):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):  # no task vector has it
@@ -143,5 +145,5 @@ def _with_places(params_0, put):
 
 
 def coefs(coef: Coef, rows: Rows) -> _leaves.Coefs:
-    """The coefficient of the wrapped vector: one number, or one by path."""
+    """Returns the coefficient of the wrapped vector: one number, or one by path."""
     return _leaves.vector_coef(coef, [{path: row[0] for path, row in rows.items()}])

@@ -1,8 +1,9 @@
-"""What `jax.tree` and `optax.tree` lack: slash paths, parts of trees, Gram matrices.
+"""Trees of arrays: slash paths, parts of trees, placement, sums over leaves.
 
-A leaf's path is its keys joined by slashes, as in `text_model/embeddings/bias`.
-A *part* of a tree holds some of its leaves: in nested dicts the other keys are absent,
-in other pytrees they are `None`, which JAX does not count as a leaf either.
+It has only functions that `jax.tree` and `optax.tree` lack. The path of a leaf is its
+keys joined by slashes, as in `text_model/embeddings/bias`. A *part* of a tree holds
+some of its leaves. In nested dicts the keys of the other leaves are absent. In other
+pytrees the other leaves are `None`, which JAX does not count as a leaf.
 """
 
 from jaxarith.lazy import wide_dtype as wide_dtype

@@ -1,4 +1,4 @@
-"""Checks of trees: that one fits another, and that all values are finite."""
+"""Checks that one tree fits another, and that all values are finite."""
 
 from typing import Any
 
@@ -13,16 +13,24 @@ from jaxarith.typing import Tree
 
 
 def is_floating(leaf: Any) -> bool:
-    """Whether the numbers of a leaf are floating-point numbers."""
+    """Returns whether a leaf holds floating-point numbers, real or complex."""
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def check_part(
     part: Tree, whole: Tree, part_name: str = "tree", whole_name: str = "parameters"
 ) -> None:
-    """Raises a ValueError with the paths unless `part` fits into `whole`.
+    """Checks that every leaf of `part` is in `whole`, with the same shape.
 
-    Every leaf of `part` must be in `whole`, with the same shape.
+    Args:
+      part: the tree to check.
+      whole: the tree that it must fit.
+      part_name: name of `part` in the error message.
+      whole_name: name of `whole` in the error message.
+
+    Raises:
+      ValueError: a leaf is not in `whole` or has another shape. The message lists the
+        first paths.
     """
     expected = {path: jnp.shape(leaf) for path, leaf in flatten(whole).items()}
     found = {path: jnp.shape(leaf) for path, leaf in flatten(part).items()}
@@ -43,10 +51,17 @@ def check_part(
 
 
 def check_finite(tree: Tree, name: str) -> None:
-    """Raises a ValueError with the paths of leaves that hold NaN or infinity.
+    """Checks that no leaf holds NaN or infinity.
 
-    Values that `jit` is tracing are not known yet and are not checked. Those in files
-    are checked when they are read.
+    Values that `jit` is tracing are not known yet, so they are not checked. Leaves in
+    files are checked when they are read.
+
+    Args:
+      tree: the tree to check.
+      name: its name in the error message.
+
+    Raises:
+      ValueError: a leaf holds NaN or infinity. The message lists the first paths.
     """
     leaves = {}
     for path, leaf in flatten(tree).items():
@@ -55,7 +70,7 @@ def check_finite(tree: Tree, name: str) -> None:
             leaf.check()
             held = jax.tree.leaves(leaf.held)
         leaves[path] = [x for x in held if not is_traced(x) and is_floating(x)]
-    with jax.ensure_compile_time_eval():  # values that are known inside a `jit`
+    with jax.ensure_compile_time_eval():  # checks values that are known inside a `jit`
         finite = {
             path: [settled(lazy.all_finite(x)) for x in held]
             for path, held in leaves.items()
@@ -70,9 +85,9 @@ def check_finite(tree: Tree, name: str) -> None:
 
 
 def is_finite(tree: Tree) -> bool:
-    """Whether all values are known to be finite; False if `jit` is tracing one.
+    """Returns whether all values are known to be finite; False if `jit` traces one.
 
-    Leaves in files do not count: they are looked at when they are written.
+    Leaves in files do not count: they are checked when they are written.
     """
     leaves = [
         leaf

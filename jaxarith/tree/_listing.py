@@ -1,4 +1,4 @@
-"""The first of many items, for messages that would be too long with all."""
+"""The first few of many items, for messages that would else be too long."""
 
 from collections.abc import Collection
 from itertools import islice
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def first_few(items: Collection[Any], most: int = 8) -> list[str]:
-    """The first items as texts, and a last text that counts the rest.
+    """Returns the first items as texts, and a last text that counts the rest.
 
     Example:
       >>> ", ".join(first_few("abcde", most=2))

@@ -1,4 +1,4 @@
-"""Parts of trees: selecting leaves, replacing them, stacking whole trees."""
+"""Parts of trees: select leaves, replace them, stack whole trees."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -14,7 +14,11 @@ from jaxarith.typing import Tree
 
 
 def select(tree: Tree, pattern: str) -> Tree:
-    """The part of the tree whose whole paths match a regular expression.
+    """Returns the leaves whose whole paths match a regular expression.
+
+    Args:
+      tree: the tree.
+      pattern: regular expression; it must match the whole slash path of a leaf.
 
     Raises:
       ValueError: no path matches.
@@ -34,16 +38,25 @@ def select(tree: Tree, pattern: str) -> Tree:
 
 
 def floating(tree: Tree) -> Tree:
-    """The part of the tree whose leaves are floating-point numbers.
+    """Returns the leaves that hold floating-point numbers.
 
-    Integers are indices and counters: no arithmetic on parameters should touch them.
+    Integers are indices and counters, so no arithmetic on parameters should touch them.
+
+    Example:
+      >>> floating({"kernel": 1.0, "position": 3})
+      {'kernel': 1.0}
     """
     leaves = flatten(tree).items()
     return restrict(tree, [path for path, leaf in leaves if is_floating(leaf)])
 
 
 def restrict(tree: Tree, paths: Collection[str]) -> Tree:
-    """The part of the tree that holds the leaves with these paths."""
+    """Returns the leaves with these slash paths; paths that do not exist are ignored.
+
+    Example:
+      >>> restrict({"kernel": 1.0, "bias": 2.0}, ["bias"])
+      {'bias': 2.0}
+    """
     paths = frozenset(paths)
     part = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if path_name(path) in paths else None, tree
@@ -52,7 +65,7 @@ def restrict(tree: Tree, paths: Collection[str]) -> Tree:
 
 
 def _without_empty(node):
-    """The nested dict without keys under which there is no leaf."""
+    """Removes the keys of a nested dict that hold no leaf."""
     if not isinstance(node, dict):
         return node
     kept = {key: _without_empty(child) for key, child in node.items()}
@@ -60,7 +73,15 @@ def _without_empty(node):
 
 
 def update(tree: Tree, part: Tree) -> Tree:
-    """The tree with the leaves of `part` in place of its own."""
+    """Returns the tree with the leaves of `part` in place of its own.
+
+    Raises:
+      ValueError: a leaf of `part` is not in the tree or has another shape.
+
+    Example:
+      >>> update({"kernel": 1.0, "bias": 2.0}, {"bias": 5.0})
+      {'bias': 5.0, 'kernel': 1.0}
+    """
     check_part(part, tree)
     new = flatten(part)
     return jax.tree_util.tree_map_with_path(
@@ -69,7 +90,15 @@ def update(tree: Tree, part: Tree) -> Tree:
 
 
 def fill(part: Tree, like: Tree) -> Tree:
-    """The leaves of `part` in the structure and dtypes of `like`, zero where absent."""
+    """Returns `part` in the structure and dtypes of `like`; missing leaves are zero.
+
+    Raises:
+      ValueError: a leaf of `part` is not in `like` or has another shape.
+
+    Example:
+      >>> print(fill({"bias": 5.0}, {"kernel": 1.0, "bias": 2.0})["kernel"])
+      0.0
+    """
     check_part(part, like)
     leaves = flatten(part)
 
@@ -82,7 +111,15 @@ def fill(part: Tree, like: Tree) -> Tree:
 
 
 def stack(trees: Sequence[Tree]) -> Tree:
-    """Trees of one structure as one tree with leaves `[len(trees), ...]`."""
+    """Stacks trees of one structure into one tree, with leaves `[len(trees), ...]`.
+
+    Raises:
+      ValueError: the trees differ in structure or shapes.
+
+    Example:
+      >>> print(stack([{"w": 1.0}, {"w": 2.0}])["w"])
+      [1. 2.]
+    """
     for tree in trees[1:]:
         check_part(tree, trees[0])
         check_part(trees[0], tree)
@@ -90,11 +127,21 @@ def stack(trees: Sequence[Tree]) -> Tree:
 
 
 def unstack(tree: Tree) -> list[Tree]:
-    """The inverse of `stack`."""
+    """Splits the leaves of a tree along their first axis: the inverse of `stack`.
+
+    Example:
+      >>> [tree["w"].tolist() for tree in unstack({"w": np.array([1.0, 2.0])})]
+      [1.0, 2.0]
+    """
     count = len(jax.tree.leaves(tree)[0])
     return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(count)]
 
 
 def size(tree: Tree) -> int:
-    """The number of entries in all leaves."""
+    """Returns the number of entries in all leaves.
+
+    Example:
+      >>> size({"kernel": np.ones((2, 3)), "bias": np.ones(3)})
+      9
+    """
     return sum(int(np.prod(jnp.shape(leaf))) for leaf in jax.tree.leaves(tree))

@@ -9,15 +9,16 @@ from jaxarith.typing import Tree
 
 
 def path_name(path: tuple) -> str:
-    """The slash path of a JAX key path."""
+    """Returns the slash path of a JAX key path."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """The leaves by slash path, in JAX's order.
+    """Returns the leaves by slash path, in JAX's order.
 
     Raises:
-      ValueError: two leaves have one slash path, as `{"a/b": …}` and `{"a": {"b": …}}`.
+      ValueError: two leaves have the same slash path, as in
+        `{"a/b": …, "a": {"b": …}}`.
 
     Example:
       >>> flatten({"mlp": {"kernel": 1.0, "bias": 2.0}})
@@ -33,10 +34,14 @@ def flatten(tree: Tree) -> dict[str, Any]:
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict:
-    """The nested dict with these leaves, given by slash path.
+    """Returns the nested dict that has these leaves.
+
+    Args:
+      leaves: leaves by slash path.
 
     Raises:
-      ValueError: the path of a leaf continues that of another.
+      ValueError: the path of one leaf begins with the path of another, as `a/b` begins
+        with `a`.
 
     Example:
       >>> unflatten({"mlp/bias": 2.0, "mlp/kernel": 1.0})
@@ -52,15 +57,20 @@ def unflatten(leaves: Mapping[str, Any]) -> dict:
                 break
         if not isinstance(node, dict) or name in node:
             raise ValueError(
-                f"{path} is a leaf and above or below another one, as `a` and `a/b` "
-                "are: no nested dict has both. Rename one."
+                f"{path} is a leaf, and another leaf is above or below it, as with `a` "
+                "and `a/b`. A nested dict cannot hold both; rename one."
             )
         node[name] = leaf
     return tree
 
 
 def map_with_path(function: Callable, tree: Tree) -> Tree:
-    """`jax.tree.map` of a `function(slash_path, leaf)`."""
+    """Returns the tree of `function(slash_path, leaf)` of every leaf.
+
+    Example:
+      >>> map_with_path(lambda path, leaf: f"{path}={leaf}", {"a": {"b": 1}})
+      {'a': {'b': 'a/b=1'}}
+    """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: function(path_name(path), leaf), tree
     )

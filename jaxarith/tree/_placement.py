@@ -1,4 +1,4 @@
-"""Where leaves are: on several devices, on one, in a file, or still being computed."""
+"""Places of leaves: on several devices, on one, in a file, or still being computed."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from jaxarith.typing import Tree
 
 
 def is_traced(*values: Any) -> bool:
-    """Whether `jit` or another transformation is tracing any of the arrays.
+    """Returns whether `jit` or another transformation traces any of the arrays.
 
-    Arrays that a traced function closes over are known: they are not traced.
+    Arrays that a traced function closes over have known values, so they do not count.
     """
     return any(
         isinstance(array, Tracer)
@@ -24,12 +24,14 @@ def is_traced(*values: Any) -> bool:
 
 
 def gathered(tree: Tree) -> Tree:
-    """The tree with leaves that are on several devices as whole NumPy arrays.
+    """Returns the tree with sharded leaves gathered into whole NumPy arrays.
 
-    A sum over entries, or a matrix product, rounds otherwise in shards than over the
-    whole leaf, and a program for several devices is not compiled to the bits of one for
-    one. What is computed from gathered leaves, one at a time, is what one device gives.
-    Other leaves are as they were; all are where `jit` is tracing one of them.
+    A sum over entries, or a matrix product, rounds differently over shards than over
+    the whole leaf. A program for several devices also rounds differently from a program
+    for one. Computations on gathered leaves, one leaf at a time, return the same bits
+    as one device.
+
+    Leaves on one device stay as they are. If `jit` traces a leaf, all leaves do.
     """
     if is_traced(tree):
         return tree
@@ -38,7 +40,7 @@ def gathered(tree: Tree) -> Tree:
         if not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1:
             return x
         if not x.is_fully_addressable and isinstance(x.sharding, NamedSharding):
-            # Other processes have parts of it.
+            # Other processes hold parts of the leaf.
             x = jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
         return np.asarray(x)
 
@@ -46,13 +48,13 @@ def gathered(tree: Tree) -> Tree:
 
 
 def settled(tree: Tree) -> Tree:
-    """The tree, after waiting for leaves that CPU devices compute.
+    """Waits until CPU devices have computed the leaves, then returns the tree.
 
-    What computes leaf by leaf, or batch by batch, settles one before the next. Leaves
-    that are read from files would otherwise all be read before the first is done. And
-    XLA runs all CPU devices with as many threads as there are cores: with many programs
-    for several devices under way, some wait for others in threads that these need,
-    forever.
+    Loops over leaves or batches call this for each one before they start the next, for
+    two reasons. Otherwise all leaves would be read from files before the first result
+    is ready. And XLA runs all CPU devices with one thread for each core: if many
+    programs for several devices run at once, some can wait forever in threads that the
+    others need.
     """
     of_cpu = [
         leaf
@@ -66,9 +68,10 @@ def settled(tree: Tree) -> Tree:
 
 
 def sharded_like(leaf: jax.Array, like: Any) -> Any:
-    """The leaf where `like` is, unless `jit` traces it: the way back of `gathered`.
+    """Puts a leaf where `like` is: the inverse of `gathered`.
 
-    Where `like` is in a file, so is the leaf then.
+    If `like` is in a file, the leaf is written to its file. If `jit` traces the leaf,
+    it stays as it is.
     """
     if isinstance(like, lazy.Leaf):
         return like.place(leaf)

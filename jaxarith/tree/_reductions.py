@@ -16,23 +16,33 @@ from jaxarith.typing import Tree
 
 
 def safe_sqrt(x: jax.Array) -> jax.Array:
-    """The square root with derivative 0, not NaN, at 0: what a norm at zero needs."""
+    """Returns the square root; its derivative at 0 is 0, not NaN.
+
+    The gradient of a norm at zero needs that.
+
+    Example:
+      >>> print(safe_sqrt(jnp.array(9.0)), jax.grad(safe_sqrt)(0.0))
+      3.0 0.0
+    """
     zero = x <= 0  # not `x > 0`, which would turn NaN into 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
 
 
 def gram(trees: Sequence[Tree]) -> jax.Array:
-    r"""Inner products of trees, `G[i, j] = Σ_leaves <tree_i, tree_j>`.
+    r"""Returns the inner products of trees, `G[i, j] = Σ_leaves <tree_i, tree_j>`.
 
-    Cosines, norms, AWD and task-vector bases need no more of the task vectors than
-    this. The leaves are read once; a leaf that a tree lacks is zero. Sharded leaves are
-    gathered one after another, so that the result has the bits of one device.
+    Cosines, norms, AWD and task-vector bases need nothing else from the task vectors.
+    Each leaf is read once. A leaf that a tree lacks counts as zero. Sharded leaves are
+    gathered one after another, so the result has the same bits as on one device.
 
     Args:
       trees: T trees whose common leaves have the same shapes.
 
     Returns:
-      `[T, T]` in float32, or float64 where a leaf is.
+      `[T, T]` in float32, or in float64 if a leaf is float64.
+
+    Raises:
+      ValueError: common leaves differ in shape.
 
     Example:
       >>> gram([{"w": jnp.ones(2)}, {"w": jnp.ones(2), "b": jnp.ones(1)}])
@@ -44,17 +54,22 @@ def gram(trees: Sequence[Tree]) -> jax.Array:
 
 
 def gram_of(rows: Iterable[tuple]) -> jax.Array:
-    """`gram` of trees, given as rows of one leaf of all trees; 0 if there is no row."""
+    """Returns `gram` of trees that are given row by row; 0 if there is no row.
+
+    Args:
+      rows: for each path, the tuple of its leaves in all trees, as in `aligned`.
+    """
     return total(settled(_leaf_gram(gathered(row))) for row in rows)
 
 
-BLOCK = 8  # tasks whose products are summed in one pass
+BLOCK = 8  # number of tasks whose products are summed in one pass
 
 
 @jax.jit
 def _leaf_gram(leaves):
-    # Products of entries summed in one loop read each vector once. A matrix product
-    # would first copy the leaves side by side, and raveling would gather their shards.
+    # One loop that sums the products of entries reads each vector once. A matrix
+    # product would first copy the leaves side by side, and raveling would gather their
+    # shards.
     count = len(leaves)
     dtype = lazy.wide_dtype(*leaves)
     leaves = [jnp.asarray(leaf, dtype) for leaf in leaves]
@@ -74,15 +89,22 @@ def _leaf_gram(leaves):
 
 
 def total(terms: Iterable[jax.Array]) -> jax.Array:
-    """The sum of arrays, entry by entry; the number 0 if there is none."""
+    """Returns the sum of arrays, entry by entry; the number 0 if there is no array."""
     return cast(jax.Array, sum(terms))
 
 
 def sums(terms: Sequence[jax.Array]) -> jax.Array:
-    """The sums `[len(terms)]` over all entries of arrays of one shape, in one pass.
+    """Returns the sum over all entries of each array, `[len(terms)]`, in one pass.
 
-    Arrays that are computed from few others, as products of them are, are not stored,
-    and the others are read once.
+    If the arrays are computed from a few others, for example as their products, they
+    are not stored, and the others are read once.
+
+    Args:
+      terms: arrays of one shape.
+
+    Example:
+      >>> print(sums([jnp.ones(3), jnp.arange(3.0)]))
+      [3. 3.]
     """
     return _sums(tuple(terms))
 
@@ -98,10 +120,21 @@ def _sums_jvp(primals, tangents):
 
 
 def counts(conditions: Sequence[ArrayLike], dtype: DTypeLike = jnp.int32) -> jax.Array:
-    """The numbers of true entries `[len(conditions)]`, in one pass, as `sums`."""
+    """Returns the number of true entries of each array, `[len(conditions)]`.
+
+    Like `sums`, it takes one pass.
+
+    Args:
+      conditions: `bool` arrays of one shape.
+      dtype: dtype of the counts.
+
+    Example:
+      >>> print(counts([jnp.array([True, False]), jnp.array([True, True])]))
+      [1 2]
+    """
     terms = [_in_rows(jnp.atleast_1d(jnp.asarray(t, dtype))) for t in conditions]
     zero = jnp.zeros((), dtype)
-    # XLA makes a loop over the last axis of several reductions at once, but only then.
+    # XLA fuses several reductions into one loop only if they reduce the last axis.
     rows = jax.lax.reduce(
         terms,
         [zero] * len(terms),
@@ -112,7 +145,10 @@ def counts(conditions: Sequence[ArrayLike], dtype: DTypeLike = jnp.int32) -> jax
 
 
 def _in_rows(term, longest=4096, width=1024):
-    """A long last axis as rows: the loop over it adds up one by one, and rounds so."""
+    """Cuts a long last axis into rows.
+
+    The loop adds entries one by one, so the rounding error grows with the length.
+    """
     *rest, length = term.shape
     if length <= longest:
         return term
@@ -121,10 +157,18 @@ def _in_rows(term, longest=4096, width=1024):
 
 
 def aligned(trees: Sequence[Tree]) -> Mapping[str, tuple]:
-    """For each path that any tree has, its leaf in every tree.
+    """Returns, for each path that any tree has, its leaf in every tree.
 
-    Where a tree lacks the leaf, zeros stand for it that take no memory. Leaves in files
-    are read when their path is looked up.
+    If a tree lacks a leaf, zeros that take no memory stand for it. Leaves in files are
+    read when their path is looked up.
+
+    Raises:
+      ValueError: common leaves differ in shape.
+
+    Example:
+      >>> rows = aligned([{"a": np.array(1.0)}, {"b": np.array(2.0)}])
+      >>> {path: tuple(map(float, row)) for path, row in rows.items()}
+      {'a': (1.0, 0.0), 'b': (0.0, 2.0)}
     """
     flat = [flatten(tree) for tree in trees]
     aligned = {}
@@ -133,7 +177,8 @@ def aligned(trees: Sequence[Tree]) -> Mapping[str, tuple]:
         shapes = {jnp.shape(leaf) for leaf in found}
         if len(shapes) > 1:
             raise ValueError(
-                f"the trees disagree on the shape of {path}: {sorted(shapes)}."
+                f"the trees differ in the shape of {path}: {sorted(shapes)}; expected "
+                "one shape. Check that all trees come from the same model."
             )
         zeros = np.zeros((), _common_dtype(found))
         zeros = np.broadcast_to(zeros, jnp.shape(found[0]))
@@ -142,7 +187,7 @@ def aligned(trees: Sequence[Tree]) -> Mapping[str, tuple]:
 
 
 def _common_dtype(leaves):
-    """Their dtype if they share one; of float8 and another there is no common one."""
+    """Returns the common dtype; float8 and another dtype have none in JAX."""
     dtypes = {jnp.result_type(leaf) for leaf in leaves}
     return dtypes.pop() if len(dtypes) == 1 else lazy.wide_dtype(*leaves)
 
@@ -153,7 +198,15 @@ def _as_array(leaf):
 
 
 def cosine(gram: jax.Array) -> jax.Array:
-    """Cosines from a Gram matrix `[T, T]`; zero for a tree that is zero."""
+    """Returns the cosines `[T, T]` from a Gram matrix `[T, T]`.
+
+    The cosines of a tree that is zero are zero.
+
+    Example:
+      >>> print(cosine(jnp.array([[4.0, 3.0], [3.0, 9.0]])))
+      [[1.  0.5]
+       [0.5 1. ]]
+    """
     norms = safe_sqrt(jnp.diagonal(gram))
     scale = norms[:, None] * norms[None, :]
     zero = scale == 0

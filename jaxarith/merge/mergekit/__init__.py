@@ -1,19 +1,21 @@
-"""mergekit's merges, tensor by tensor as its version 0.1.5 defines them.
+"""mergekit's merges, tensor by tensor, as its version 0.1.5 defines them.
 
-They give the models that people's mergekit files give; the operators of
-`jaxarith.merge` follow the papers, which differ. Parameters are named as in those
-files, `lambda` apart, which is `coef`. Every number that a file can set by layer or by
-filter may be a function of a tensor's path.
+They return the models that mergekit's files define. The operators of `jaxarith.merge`
+follow the papers, which differ. Parameters have the names of those files, except
+`lambda`, which is `coef`. Every number that a file can set by layer or by filter may be
+a function of a tensor's path.
 
-mergekit merges task vectors, or, without a base model, the models themselves. Here
-these are the task vectors of parameters that are zero: `linear`, `slerp`, `karcher`,
-`nuslerp` and `multislerp` then are those of the models.
+mergekit merges task vectors, or, without a base model, the models themselves. In the
+second case `params_0` is zero here and the task vectors are the models. Then `linear`,
+`slerp`, `karcher`, `nuslerp` and `multislerp` merge the models.
 
-All sums are taken in float32 or better and cast once; mergekit computes most in the
-dtype of the checkpoints. Its `int8_mask` has no effect on a result, nor here.
+All sums are taken in float32 or better and cast once; mergekit computes most sums in
+the dtype of the checkpoints. mergekit's `int8_mask` does not change its results, so it
+has no counterpart here.
 
-`karcher` is that of `jaxarith.merge`, which differs where models of norm below 1e-5
-meet others, and where directions cancel: mergekit then takes that of the first model.
+`karcher` is the function of `jaxarith.merge`. It differs from mergekit in two cases: if
+a model has a norm below 1e-5, and if directions cancel. In the latter case mergekit
+takes the direction of the first model.
 """
 
 from jaxarith.merge.karcher import karcher as karcher

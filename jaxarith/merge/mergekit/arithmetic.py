@@ -1,15 +1,16 @@
-r"""mergekit's generalized task arithmetic, with TIES, DARE and DELLA among its cases.
+r"""mergekit's generalized task arithmetic; TIES, DARE and DELLA are special cases.
 
-The eight methods are one formula, tensor by tensor. The task vectors are made sparse,
-:math:`\hat\tau_t`, and with weights w, perhaps of one sign in every entry,
+The eight methods use one formula, tensor by tensor. The task vectors are made sparse,
+:math:`\hat\tau_t`, and are added with weights w. Optionally, each entry sums only
+values of one sign.
 
 .. math:: \theta = \theta_0 + \lambda\,\frac{\sum_{t \in A} w_t \hat\tau_t}
                                             {\sum_{t \in A} w_t}, \qquad
           A = \{t : \operatorname{sgn}(w_t \hat\tau_t) = \gamma\},
           \quad \gamma = \operatorname{sgn}^+\big(\textstyle\sum_t w_t\hat\tau_t\big),
 
-where :math:`\operatorname{sgn}^+(0) = 1`, all t are in A without a consensus of signs,
-and the divisor is one without `normalize`.
+where :math:`\operatorname{sgn}^+(0) = 1`. Without a consensus of signs all t are in A.
+Without `normalize` the divisor is one.
 """
 
 import dataclasses
@@ -39,14 +40,14 @@ MethodName = Literal[
 
 
 class Method(NamedTuple):
-    """A member of the family.
+    """A method of the family.
 
     Attributes:
-      keep: which entries of a task vector stay: all, the largest, those between
+      keep: the entries of a task vector that stay: all, the largest, those between
         outliers and small ones, random ones, or random ones that tend to be large.
       consensus: whether only the entries of the elected sign are merged.
-      normalize: whether the sum is divided by the sum of weights, by default.
-      rescale: whether the rest keeps the sum of magnitudes, by default.
+      normalize: default of `normalize`: whether to divide by the sum of weights.
+      rescale: default of `rescale`: whether to restore the sum of magnitudes.
     """
 
     keep: Literal["all", "largest", "middle", "random", "ranked"]
@@ -81,7 +82,7 @@ def generalized_task_arithmetic(
     coef: Coef = 1.0,
     key: jax.Array | None = None,
 ) -> Params:
-    """A merge of mergekit's task-arithmetic family.
+    """Merges by a method of mergekit's task-arithmetic family.
 
     ====================  =========================  =========  =========  =======
     method                entries that stay          consensus  normalize  rescale
@@ -90,39 +91,42 @@ def generalized_task_arithmetic(
     `ties`                the largest                yes        yes        no
     `dare_linear`         random ones                no         no         yes
     `dare_ties`           random ones                yes        no         yes
-    `breadcrumbs`         the largest but outliers   no         no         no
-    `breadcrumbs_ties`    the largest but outliers   yes        no         no
-    `della`               random, rather large ones  yes        yes        yes
-    `della_linear`        random, rather large ones  no         no         yes
+    `breadcrumbs`         the largest, no outliers   no         no         no
+    `breadcrumbs_ties`    the largest, no outliers   yes        no         no
+    `della`               random, mostly large ones  yes        yes        yes
+    `della_linear`        random, mostly large ones  no         no         yes
     ====================  =========================  =========  =========  =======
 
-    Of the n entries of a tensor ⌊density·n⌋ stay, at least one unless the density is
-    zero; a density of one keeps all, outliers too. The breadcrumbs drop ⌊gamma·n⌋
-    outliers, or fewer where the others would not suffice. Entries of the magnitude of
-    the smallest or the largest that stays do so too; in mergekit it depends on a sort
-    which of them do.
+    A tensor of n entries keeps ⌊density·n⌋ of them, at least one unless the density is
+    zero. A density of one keeps all entries, outliers too. The breadcrumbs drop
+    ⌊gamma·n⌋ outliers, or fewer if too few entries would remain. Entries that equal the
+    smallest or the largest kept entry stay too; in mergekit a sort decides which of
+    them stay.
 
-    Where mergekit's breadcrumbs lose every tensor with density·n < 1, one entry stays
-    here. Sums are taken in float32, not in the checkpoint's dtype. Random entries are
-    drawn by key, path and task, as in `dare` and `della`; they cannot be mergekit's. A
-    row of one entry, which mergekit's DELLA fails at, is kept at the mean density.
+    Four points differ from mergekit. If density·n < 1, mergekit's breadcrumbs drop the
+    whole tensor; here one entry stays. Sums are taken in float32, not in the dtype of
+    the checkpoint. Random entries depend on key, path and task, as in `dare` and
+    `della`, so they differ from mergekit's. mergekit's DELLA fails at a row of one
+    entry; here it is kept with the mean density.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
-      method: a name of the table.
+      taus: T task vectors. A missing leaf counts as zero.
+      method: name of a method in the table.
       weight: the factor of a task vector: one number, one per task `[T]`, or either by
         path.
-      density: the share of entries that stays, in [0, 1]; given like `weight`.
-      normalize: whether to divide by the sum of the weights in A; None is the table's.
-      rescale: whether the entries that stay are scaled to the sum of magnitudes that
-        the tensor had; None is the table's.
-      gamma: the share of outliers, of the breadcrumbs; given like `weight`.
-      epsilon: for DELLA: entries of a row along the second axis are kept with
-        probability density - epsilon (the smallest) to density + epsilon; both must be
-        in (0, 1), unless the density is 0 or 1. Given like `weight`.
+      density: the share of entries that stay, in [0, 1]; given like `weight`.
+      normalize: whether to divide by the sum of the weights in A; None takes the value
+        of the table.
+      rescale: whether to scale the entries that stay so that the tensor keeps its sum
+        of magnitudes; None takes the value of the table.
+      gamma: for the breadcrumbs, the share of outliers; given like `weight`.
+      epsilon: for DELLA, half the range of probabilities; given like `weight`. The
+        entries of a row along the second axis are kept with a probability from
+        density - epsilon (the smallest entry) to density + epsilon (the largest). Both
+        must be in (0, 1), unless the density is 0 or 1.
       coef: mergekit's `lambda`: one number, or one by path.
-      key: the key of the random draws, which DARE and DELLA need.
+      key: random key of the draws of DARE and DELLA.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -149,14 +153,14 @@ def generalized_task_arithmetic(
     scale = "l1" if rescale else "none"
     if keep in ("random", "ranked") and key is None:
         raise ValueError(
-            f"{method} needs a key of its draws, such as jax.random.key(0)."
+            f"{method} needs a key; found None. Give key=jax.random.key(0)."
         )
     _leaves.check(params_0, taus)
     weights = _leaves.task_coefs(weight, taus, "weight")
     coefs = _leaves.vector_coef(coef, taus)
     rows = tree.aligned(taus)
     if keep != "all":
-        rows = _leaves.Mapped(tree.gathered, rows)  # what follows sums over leaves
+        rows = _leaves.Mapped(tree.gathered, rows)  # the next steps sum over leaves
     if keep in ("largest", "middle"):
         shares = _shares(density, rows, "density")
         outliers = _shares(gamma if keep == "middle" else 0, rows, "gamma")
@@ -180,7 +184,7 @@ def generalized_task_arithmetic(
 
 
 def _shares(value: Coef, rows, name) -> dict[str, np.ndarray]:
-    """The share of every task `[T]` by path, in float64, as ⌊share·n⌋ needs it."""
+    """Returns the share of every task by path, `[T]`, in float64 for ⌊share·n⌋."""
     shares, known = {}, _leaves.unmapped(rows)
     value_of = task_vectors.by_path(value, known, name)
     for path, row in known.items():
@@ -198,8 +202,8 @@ def _check_windows(densities, windows):
         certain = (density == 0) | (density == 1)
         if not (certain | (low > 0) & (high < 1)).all():
             raise ValueError(
-                f"density of {path} is {density} and epsilon {windows[path]}; density "
-                "± epsilon must be in (0, 1)."
+                f"density of {path} is {density} and epsilon is {windows[path]}; "
+                "density ± epsilon must be in (0, 1)."
             )
 
 
@@ -225,9 +229,9 @@ def _keep_between(row, densities, outliers, bounded, rescale):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Between:
-    """A leaf, zero outside of two magnitudes, where the program that needs it looks.
+    """A leaf with zeros outside two magnitudes; the program that uses it sets them.
 
-    Leaves of float32 for every task would take longer to store than to merge.
+    To store such leaves in float32 for every task would take longer than the merge.
     """
 
     tau: jax.Array
@@ -256,14 +260,14 @@ def _with_norm(leaf):
 
 
 def _ranks(densities, outliers, size):
-    """The ranks `[T]` of the smallest and the largest magnitude that stay."""
+    """Returns the ranks `[T]` of the smallest and the largest magnitude that stay."""
     kept = np.maximum((densities * size).astype(int), densities > 0)
     below = np.maximum(size - kept - (outliers * size).astype(int), 0)
     return below + 1, below + kept
 
 
 def _keep_random(row, key, densities, windows, ranked, rescale):
-    # Task by task: the random numbers take more memory than the leaf.
+    # One task at a time, because the random numbers take more memory than the leaf.
     return tuple(
         tau if density == 1 else _draw(tau, key, task, density, window, ranked, rescale)
         for task, (tau, density, window) in enumerate(
@@ -292,7 +296,7 @@ def _merge_leaf(leaf_0, taus, weights, coef, consensus, normalize):
         total = sum(weighted([tau != 0 for tau in taus], weights))
     merged = sum(taus)
     if normalize:
-        # mergekit's bounds: a quotient by a sum that vanishes is left out.
+        # As in mergekit, the sum is not divided by weights that sum to zero.
         zero = total == 0 if consensus else jnp.abs(total) < 1e-8
         merged = merged / jnp.where(zero, 1, total)
     return leaf_0 + coef * merged

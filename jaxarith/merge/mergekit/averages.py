@@ -1,7 +1,7 @@
 """mergekit's averages of models: linear, and along great circles.
 
-Where mergekit merges models without a base, `params_0` is zero and the task vectors are
-the models.
+If mergekit merges models without a base, `params_0` is zero here and the task vectors
+are the models.
 """
 
 import jax
@@ -17,11 +17,11 @@ from jaxarith.typing import Coef, Params, Taus
 def linear(
     params_0: Params, taus: Taus, *, weight: Coef, normalize: bool = True
 ) -> Params:
-    """The weighted sum of the models `params_0 + tau`, or their weighted mean.
+    """Returns the weighted sum of the models `params_0 + tau`, or their weighted mean.
 
     Args:
       params_0: pre-trained parameters, or zeros.
-      taus: T task vectors, or the models. A leaf that one lacks counts as zero.
+      taus: T task vectors, or the models. A missing leaf counts as zero.
       weight: one number, one per task `[T]`, or either by path.
       normalize: whether the weights are divided by their sum.
 
@@ -29,8 +29,8 @@ def linear(
       Parameters with the structure and dtypes of `params_0`.
 
     Raises:
-      ValueError: weights to be normalized that sum to zero, a wrong number of weights,
-        no task vector, one that does not fit, or non-finite values.
+      ValueError: weights that sum to zero and cannot be normalized, a wrong number of
+        weights, no task vector, one that does not fit, or non-finite values.
 
     Example:
       >>> models = [{"w": jnp.ones(2)}, {"w": jnp.full(2, 4.0)}]
@@ -46,13 +46,13 @@ def linear(
 
 @_leaves.leaf_function(static="normalized")
 def _sum_models(leaf_0, taus, weights, normalized):
-    # A mean moves θ₀ not even by the rounding of its weights.
+    # In a mean, θ₀ must not change even by the rounding errors of the weights.
     share = 1 if normalized else jnp.sum(weights)
     return share * leaf_0 + sum(w * tau for w, tau in zip(weights, taus, strict=True))
 
 
 def _normalized(weights):
-    """Weights `[T]`, or those by path, divided by their sum."""
+    """Returns weights `[T]`, or weights by path, divided by their sum."""
     totals = jax.tree.map(jnp.sum, weights)
     for path, total in tree.flatten(totals).items():
         if not isinstance(total, Tracer) and total == 0:
@@ -67,12 +67,12 @@ def _normalized(weights):
 def slerp(params_0: Params, taus: Taus, *, t: Coef) -> Params:
     """Interpolates two models `params_0 + tau` on the sphere, tensor by tensor.
 
-    Linear where |cos Ω| > 0.9995. A tensor that is zero in one model is at a right
-    angle to the other, as in mergekit; `merge.slerp` interpolates it linearly.
+    It is linear if |cos Ω| > 0.9995. As in mergekit, a tensor that is zero in one model
+    counts as orthogonal to that of the other; `merge.slerp` interpolates it linearly.
 
     Args:
       params_0: pre-trained parameters, or zeros.
-      taus: two task vectors or models: mergekit's base model, and the other.
+      taus: two task vectors or models: mergekit's base model, and the other model.
       t: the position from the first (0) to the second (1): one number, or one by path.
 
     Returns:
@@ -108,18 +108,18 @@ def nuslerp(
     flatten: bool = True,
     row_wise: bool = False,
 ) -> Params:
-    """Interpolates two task vectors on the sphere; two models where `params_0` is zero.
+    """Interpolates two task vectors on the sphere; two models if `params_0` is zero.
 
-    The position is the second weight over the sum of both, or 0.5 where they cancel.
-    Linear where the angle vanishes or is 180°.
+    The position is the second weight divided by the sum of both, or 0.5 if they cancel.
+    The interpolation is linear if the angle is 0° or 180°.
 
     Args:
       params_0: pre-trained parameters, or zeros.
-      taus: two task vectors, or the models. A leaf that one lacks counts as zero.
+      taus: two task vectors, or the models. A missing leaf counts as zero.
       weight: one number, one per task `[2]`, or either by path.
       flatten: mergekit's `nuslerp_flatten`: whether a whole tensor is one vector.
-        Otherwise the vectors run along an axis.
-      row_wise: mergekit's `nuslerp_row_wise`: whether that is the first axis and not
+        Otherwise the vectors run along one axis.
+      row_wise: mergekit's `nuslerp_row_wise`: whether this is the first axis instead of
         the last.
 
     Returns:
@@ -153,13 +153,16 @@ def _check_pair(params_0, taus):
     _leaves.check(params_0, taus)
     if len(taus) != 2:
         raise ValueError(
-            f"this method merges exactly two models; found {len(taus)}. For more, "
-            "`karcher` and `multislerp` are means on the sphere."
+            f"this method merges exactly two models; found {len(taus)}. For more, use "
+            "`karcher` or `multislerp`, which are means on the sphere."
         )
 
 
 def _cosine(ends, axis, least):
-    """The cosine of whole leaves, or along an axis; norms below `least` count as it."""
+    """Returns the cosine of whole leaves or along an axis; norms are at least `least`.
+
+    `axis` is None for whole leaves.
+    """
     a, b = ends
     products = [a * a, b * b, a * b]
     if axis is None:
@@ -171,7 +174,7 @@ def _cosine(ends, axis, least):
 
 
 def _along_arc(ends, t, cosine, linear):
-    angle = jnp.arccos(jnp.where(linear, 0, cosine))  # where finite, so is its gradient
+    angle = jnp.arccos(jnp.where(linear, 0, cosine))  # keeps the gradient finite
     first, second = (
         jnp.where(linear, share, jnp.sin(share * angle) / jnp.sin(angle))
         for share in (1 - t, t)
@@ -187,30 +190,32 @@ def multislerp(
     normalize: bool = True,
     eps: float = 1e-8,
 ) -> Params:
-    r"""The weighted mean of directions, with the weighted mean of norms.
+    r"""Returns the weighted mean of directions, times the weighted mean of norms.
 
     .. math:: \theta_0 + \sum_t w_t \|\tau_t\| \cdot
               \frac{\sum_t w_t u_t}{\|\sum_t w_t u_t\|}, \qquad
               u_t = \frac{\tau_t}{\|\tau_t\| + \epsilon}.
 
-    mergekit's step in the tangent space at the mean is zero but for rounding: there the
-    weighted vectors cancel, which is what makes it the mean. Where the mean direction
-    vanishes, of any number of models, the vectors are added with their weights;
-    mergekit does so for two and fails for more, also at tensors that no model changed.
+    mergekit also takes a step in the tangent space at the mean. This step is zero up to
+    rounding, because the weighted vectors cancel at their mean. If the mean direction
+    is zero, the vectors are added with their weights, for any number of models.
+    mergekit does so for two models and fails for more, even at tensors that no model
+    changed.
 
     Args:
-      params_0: pre-trained parameters, or zeros where the models are interpolated.
-      taus: T task vectors, or the models. A single one is taken as it is.
+      params_0: pre-trained parameters, or zeros to interpolate the models.
+      taus: T task vectors, or the models. A single one is not changed.
       weight: one number, one per task `[T]`, or either by path.
-      normalize: mergekit's `normalize_weights`: whether they are divided by their sum.
-      eps: added to norms, and the length below which the mean has no direction.
+      normalize: mergekit's `normalize_weights`: whether the weights are divided by
+        their sum.
+      eps: a number that is added to norms. A mean shorter than this has no direction.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
 
     Raises:
-      ValueError: weights to be normalized that sum to zero, a wrong number of weights,
-        no task vector, one that does not fit, or non-finite values.
+      ValueError: weights that sum to zero and cannot be normalized, a wrong number of
+        weights, no task vector, one that does not fit, or non-finite values.
 
     Example:
       >>> models = [{"w": jnp.array([2.0, 0.0])}, {"w": jnp.array([0.0, 4.0])}]
@@ -239,18 +244,18 @@ def _multislerp_leaf(leaf_0, taus, weights, eps):
 
 
 def model_stock(params_0: Params, taus: Taus, *, filter_wise: bool = False) -> Params:
-    """Model Stock with the cosines as they are: see `merge.model_stock`.
+    """Merges by Model Stock, without a bound on the cosines: see `merge.model_stock`.
 
-    Three things differ from that one. A negative cosine moves away from the mean; where
-    the formula then has no value the leaf stays at `params_0`. A product of two norms
-    below 1e-6 counts as 1e-6, which lowers the cosines of short vectors. And rows may
-    have a ratio of their own.
+    Three points differ from that function. With a negative cosine the result moves away
+    from the mean; if the formula has no value, the leaf stays at `params_0`. A product
+    of two norms below 1e-6 counts as 1e-6, which lowers the cosines of short vectors.
+    And each row may have its own ratio.
 
     Args:
       params_0: pre-trained parameters.
-      taus: N ≥ 2 task vectors. A leaf that one lacks counts as zero.
-      filter_wise: whether every row along the last axis counts as a layer, and not the
-        leaf.
+      taus: N ≥ 2 task vectors. A missing leaf counts as zero.
+      filter_wise: whether every row along the last axis counts as a layer, instead of
+        the whole leaf.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.

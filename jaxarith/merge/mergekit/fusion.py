@@ -1,4 +1,4 @@
-"""mergekit's merges that take over entries by how much they matter: fusion and RAM."""
+"""mergekit's merges that take over important entries: Arcee fusion and RAM."""
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,18 @@ _EPSILON = 1e-8  # added to every probability
 
 
 def arcee_fusion(params_0: Params, taus: Taus) -> Params:
-    r"""Takes over the entries of another model that matter most; the rest is the base.
+    r"""Takes over the most important entries of another model; the rest is the base.
 
-    The importance of an entry is its move times how far the softmax of its row, over
-    the last axis, has moved:
+    The importance of an entry is its change, times the change of the softmax of its row
+    over the last axis:
 
     .. math:: |\tau_{ij}| \, \mathrm{KL}\big(\mathrm{softmax}(\theta_i) \,\|\,
               \mathrm{softmax}(\theta_{0,i})\big).
 
-    Entries from the median plus 1.5 interquartile ranges on are taken over. Quantiles
-    are those of all entries of a leaf. mergekit takes those of a million entries that
-    it draws without a seed, so its result differs from run to run.
+    An entry is taken over if its importance is at least the median plus 1.5
+    interquartile ranges. The quantiles are over all entries of a leaf. mergekit takes
+    them over a million entries, which it draws without a seed, so its result differs
+    from run to run.
 
     Args:
       params_0: mergekit's base model.
@@ -44,8 +45,8 @@ def arcee_fusion(params_0: Params, taus: Taus) -> Params:
     _leaves.check(params_0, taus)
     if len(taus) != 1:
         raise ValueError(
-            f"arcee_fusion takes over entries of one model; found {len(taus)} task "
-            "vectors."
+            f"arcee_fusion takes exactly one task vector; found {len(taus)}. Merge "
+            "them one after another."
         )
     return _leaves.fold_all(_fused, params_0, taus)
 
@@ -53,7 +54,7 @@ def arcee_fusion(params_0: Params, taus: Taus) -> Params:
 @_leaves.leaf_function(whole=True)
 def _fused(leaf_0, taus):
     [tau] = taus
-    # Computed once: to compute it again with the threshold may round it otherwise.
+    # Computed once: a second computation, with the threshold, may round differently.
     importance = jax.lax.optimization_barrier(_importance(leaf_0, tau))
     last = importance.size - 1
     ranks = jnp.array([int(share * last) + 1 for share in (0.25, 0.5, 0.75)])
@@ -66,22 +67,23 @@ def _importance(leaf_0, tau):
     if not leaf_0.ndim:
         return jnp.zeros_like(tau)  # the softmax of one entry does not move
     before, after = (jax.nn.softmax(x) + _EPSILON for x in (leaf_0, leaf_0 + tau))
-    # With after - before, which sums to zero, no term is negative and none cancels.
+    # The sum of after - before is zero. With it no term is negative and none cancels.
     terms = after * jnp.log1p((after - before) / before) - (after - before)
     divergence = jnp.sum(jnp.maximum(terms, 0), axis=-1, keepdims=True)
     return jnp.abs(tau) * divergence
 
 
 def ram(params_0: Params, taus: Taus, *, epsilon: float = 1e-5) -> Params:
-    """Reinforced agent merging: the mean where models meet, the whole move elsewhere.
+    """Merges by reinforced agent merging (arXiv:2601.13572).
 
-    A task vector is active where its magnitude is above `epsilon`. Where several are,
-    their mean is added; where one is, all of it. arXiv:2601.13572.
+    A task vector is active at an entry if its magnitude there is above `epsilon`. If
+    several task vectors are active, their mean is added. If only one is active, its
+    whole entry is added.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
-      epsilon: the magnitude above which an entry counts, as it is: not a share.
+      taus: T task vectors. A missing leaf counts as zero.
+      epsilon: absolute magnitude above which an entry is active.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -106,14 +108,15 @@ def ramplus_tl(
     alpha: float = 0.2,
     epsilon: float = 1e-5,
 ) -> Params:
-    """RAM+, tensor by tensor: entries of one task alone are made larger.
+    """Merges by RAM+, tensor by tensor: makes the entries of a single task larger.
 
-    They are multiplied by 1 + r · min(shared / unique, alpha): numbers of the entries
-    of the leaf where the task is active with others, and alone.
+    An entry where only one task is active is multiplied by
+    1 + r · min(shared / unique, alpha). `unique` is the number of entries of the leaf
+    where only this task is active; `shared` is the number where others are active too.
 
     Args:
       params_0, taus, epsilon: as for `ram`.
-      r: how much longer they become.
+      r: factor of the ratio; 0 is `ram`.
       alpha: the largest ratio that counts.
 
     Returns:

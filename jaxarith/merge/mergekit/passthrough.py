@@ -1,27 +1,28 @@
-"""mergekit's passthrough: one model as it is, of which tensors may be scaled."""
+"""mergekit's passthrough: one model, whose tensors may be scaled."""
 
 from jaxarith.merge import _leaves
 from jaxarith.typing import Coef, Params, Taus
 
 
 def passthrough(params_0: Params, taus: Taus, *, scale: Coef = 1.0) -> Params:
-    """The one model, with its tensors times a number.
+    """Returns a model, with its tensors multiplied by a number.
 
-    A scale of 0 for the last matrix of each residual branch makes a layer that passes
-    on what it gets, as in models that are made deeper (Wu et al. LLaMA Pro. ACL 2024.
+    With a scale of 0 for the last matrix of each residual branch, a layer returns its
+    input. That is used to make models deeper (Wu et al. LLaMA Pro. ACL 2024.
     arXiv:2401.02415).
 
     Args:
-      params_0: its structure and dtypes are used, and leaves that the model lacks.
-      taus: the one model.
-      scale: a number, or one by path.
+      params_0: parameters that define the structure and the dtypes. Leaves that the
+        model lacks are taken from here.
+      taus: a list with the one model.
+      scale: one number, or one by path.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
 
     Raises:
-      ValueError: there are several models, the model does not fit, or has non-finite
-        values.
+      ValueError: there are several models, the model does not fit, or its values are
+        not finite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -32,8 +33,8 @@ def passthrough(params_0: Params, taus: Taus, *, scale: Coef = 1.0) -> Params:
     _leaves.check(params_0, taus)
     if len(taus) != 1:
         raise ValueError(
-            f"passthrough takes one model; found {len(taus)}. `linear` has the mean of "
-            "several."
+            f"passthrough takes one model; found {len(taus)}. For the mean of several, "
+            "use `linear`."
         )
     return _leaves.fold_all(
         _scaled, params_0, taus, _leaves.task_coefs(scale, taus, "scale")

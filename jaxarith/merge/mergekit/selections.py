@@ -12,22 +12,22 @@ from jaxarith.typing import Coef, Params, Taus
 
 
 def sce(params_0: Params, taus: Taus, *, select_topk: Coef = 1.0) -> Params:
-    """SCE: select entries that vary, calculate weights, erase minority signs.
+    """Merges by SCE: selects entries that vary, weights models, erases minority signs.
 
     Wan, Zhong, Yang, Zhang, Li, Quan. FuseChat. arXiv:2408.07990.
 
-    In every leaf the entries are kept whose variance over the models is largest:
-    ⌊select_topk·m⌋ of the m entries with any, at least one; mergekit then keeps none.
-    Of entries with equal variance all are kept. The weight of a model is its share in
-    the sum of mean squares, but all are equal where that sum is below 1e-6. Entries
-    without the sign of the sum over models are erased, and the rest is averaged by
-    weight.
+    Every leaf keeps the entries with the largest variance over the models. If m entries
+    have a variance above zero, ⌊select_topk·m⌋ of them are kept, but at least one;
+    mergekit may keep none. Entries of equal variance are all kept. The weight of a
+    model is its share in the sum of mean squares; if that sum is below 1e-6, all
+    weights are equal. Entries whose sign differs from that of the sum over models are
+    erased, and the rest is averaged with the weights.
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A leaf that one lacks counts as zero.
-      select_topk: the share, in [0, 1]: one number, or one by path. One selects all
-        entries, those without variance too; zero none.
+      taus: T task vectors. A missing leaf counts as zero.
+      select_topk: the share of entries, in [0, 1]: one number, or one by path. 1
+        selects all entries, even those without variance; 0 selects none.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -39,7 +39,7 @@ def sce(params_0: Params, taus: Taus, *, select_topk: Coef = 1.0) -> Params:
     Example:
       >>> params_0 = {"w": jnp.zeros(2)}
       >>> taus = [{"w": jnp.array([3.0, -1.0])}, {"w": jnp.array([1.0, 3.0])}]
-      >>> print(sce(params_0, taus)["w"])  # of equal weights
+      >>> print(sce(params_0, taus)["w"])  # the weights are equal
       [2. 3.]
     """
     _leaves.check(params_0, taus)
@@ -49,7 +49,7 @@ def sce(params_0: Params, taus: Taus, *, select_topk: Coef = 1.0) -> Params:
         if known and not 0 <= np.asarray(share) <= 1:
             where = f" of {path}" if path else ""
             raise ValueError(f"select_topk{where} is {share}; it must be in [0, 1].")
-    rows = _leaves.Mapped(tree.gathered, tree.aligned(taus))  # it sums over leaves
+    rows = _leaves.Mapped(tree.gathered, tree.aligned(taus))  # SCE sums over leaves
     rows = _leaves.Mapped(_select, rows, shares)
     return _leaves.fold_all(_sce_leaf, params_0, rows)
 
@@ -67,16 +67,16 @@ def _sce_leaf(leaf_0, taus):
 
 
 def _select(row, share):
-    # The variance is the result of a program: to compute it again, with the threshold,
-    # may round it otherwise, and lose the very entry that the threshold comes from.
+    # A separate program computes the variance. A second computation, with the
+    # threshold, may round differently and lose the entry that the threshold comes from.
     return _keep_varying(row, _variance(row), share)
 
 
 @jax.jit
 def _variance(row):
-    """The variance over the tasks of every entry of a leaf."""
+    """Returns the variance of every entry of a leaf over the tasks."""
     row = [_leaves.widened(tau) for tau in row]
-    # From the first task: the variance of equal entries is zero, not rounding.
+    # Differences from the first task make the variance of equal entries exactly zero.
     rest = [tau - row[0] for tau in row]
     mean = sum(rest) / len(row)
     return sum((tau - mean) ** 2 for tau in rest) / len(row)
@@ -94,13 +94,14 @@ def _keep_varying(row, variance, share):
 
 
 def nearswap(params_0: Params, taus: Taus, *, t: Coef) -> Params:
-    """Takes over from the other model the entries that are near: min(1, t/|τ|) of each.
+    """Moves every entry towards another model, by the share min(1, t/|τ|).
+
+    So an entry that is near to the base is taken over completely.
 
     Args:
       params_0: mergekit's base model.
-      taus: one task vector.
-      t: the distance up to which an entry is taken over whole: one number, or one by
-        path.
+      taus: a list of one task vector.
+      t: largest change of an entry: one number, or one by path.
 
     Returns:
       Parameters with the structure and dtypes of `params_0`.
@@ -117,7 +118,8 @@ def nearswap(params_0: Params, taus: Taus, *, t: Coef) -> Params:
     _leaves.check(params_0, taus)
     if len(taus) != 1:
         raise ValueError(
-            f"nearswap merges one model into its base; found {len(taus)} task vectors."
+            f"nearswap takes exactly one task vector; found {len(taus)}. Merge them "
+            "one after another."
         )
     return _leaves.fold_all(
         _swap_leaf, params_0, taus, _leaves.vector_coef(t, taus, "t")
