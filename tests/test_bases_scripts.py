@@ -157,7 +157,7 @@ def test_a_partition_that_does_not_cover_the_tasks_is_one_clear_error(
         (table4_partitions, {"inner": ("RegMean",)}, "the merges are MTL"),
         (table4_partitions, {"tasks": vision.vision.EIGHT}, "too many partitions"),
         (basis_sizes, {"sizes": (2, 8)}, r"--sizes \(2, 8\): give numbers from 1 to 7"),
-        (basis_sizes, {"tasks": ("mnist", "svhn")}, "at least 3 have an eigengap"),
+        (basis_sizes, {"tasks": ("mnist", "svhn")}, "at least 3, for an eigengap"),
         (table6_negation, {"target": "cars"}, "--target cars is none of"),
         (table7_generalization, {"related": ("cars",)}, "--related cars is none of"),
     ],

@@ -94,7 +94,7 @@ def test_prompts_that_are_broken_are_refused_before_anything_is_written(tmp_path
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps({"prompt": "a"}))
     config = figure13_real_toxicity_prompts.Config(out=tmp_path / "out", prompts=file)
-    with pytest.raises(ValueError, match="Expected an object per line"):
+    with pytest.raises(ValueError, match="Expected an object on every line"):
         figure13_real_toxicity_prompts.main(config)
     assert not config.out.exists()
 

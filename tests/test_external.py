@@ -208,7 +208,7 @@ def test_another_pre_trained_model_is_refused(tmp_path, whole, original):
     config["vision_config"]["hidden_act"] = "gelu"
     config["vision_config"].pop("model_type", None)
     (whole / "config.json").write_text(json.dumps(config))
-    refused(tmp_path, whole, "hidden_act is gelu, there quick_gelu")
+    refused(tmp_path, whole, "hidden_act is gelu, expected quick_gelu")
     assert not (tmp_path / "bank" / "tiny_clip" / "nonlinear").exists()
 
 

@@ -1,11 +1,11 @@
-"""What the AWD paper's tables lack: later merges, and the simplest rivals of AWD.
+"""Rows beyond the AWD paper's tables: later merges, and the simplest rivals of AWD.
 
-Merges with the library's defaults, at the coefficients of their papers: TSV-M and WUDI
-at 1, Iso-C, Iso-CTS, DC-Merge and ESM at the best of 0.1, 0.2, …, 3 on validation data,
-PCB-Merging at that of 0.8, 0.9, …, 1.3. ESM looks at 32 validation images of a task
-without their labels, the others at none. "WUDI, spectral filter" is the closed form
-along as many directions as the participation ratio says. Published, mean test accuracy
-in percent on the same eight tasks:
+Merges have the library's defaults and the coefficients of their papers. TSV-M and WUDI
+use 1. Iso-C, Iso-CTS, DC-Merge and ESM use the best of 0.1, 0.2, …, 3 on validation
+data, PCB-Merging the best of 0.8, 0.9, …, 1.3. ESM uses 32 unlabelled validation images
+per task; the others use none. "WUDI, spectral filter" is the closed form; the
+participation ratio sets its number of directions. Published, mean test accuracy in
+percent on the same eight tasks:
 
     merge        source            ViT-B-32  ViT-B-16  ViT-L-14
     TSV-M        arXiv:2606.19164  85.9      89.0      93.0
@@ -16,23 +16,23 @@ in percent on the same eight tasks:
     WUDI         WUDI's README     85.2      -         92.6
     PCB-Merging  WUDI's README     76.3      -         87.5
 
-arXiv:2606.19164 is the paper of ESM, which ran other papers' merges on the checkpoints
-of TSV-M's, whose individual models have 92.8, 94.6 and 95.8. WUDI's README has the
+arXiv:2606.19164 is the paper of ESM. It ran the merges of other papers on TSV-M's
+checkpoints; their individual models have 92.8, 94.6 and 95.8. WUDI's README uses the
 checkpoints of the AWD paper's tables.
 
-AWD merges the weights of the linear layers alone. What it gains over their plain sum,
-and what K scalars can gain at all, two rows say:
+AWD merges only the weights of the linear layers. Two rows show what AWD gains over
+their plain sum, and what K scalars can gain at most:
 
-- "Task Arithmetic, linear weights": their plain sum, at the λ of 0.3, …, 1 that is best
-  on validation data.
-- "K weights searched": a coefficient for every task by coordinate ascent on mean
-  validation accuracy, on the same weights. It starts at the λ of the row above for all
-  tasks; in each of at most three sweeps it visits the tasks in order and moves the
-  coefficient of one to the best of 0, 0.1, …, 1 if that is better than where it is.
+- "Task Arithmetic, linear weights": their plain sum, at the best λ of 0.3, …, 1 on
+  validation data.
+- "K weights searched": one coefficient per task for the same weights, by coordinate
+  ascent on mean validation accuracy. All start at the λ of the row above. Each of at
+  most three sweeps visits the tasks in order, and moves a coefficient to the best of 0,
+  0.1, …, 1 if that is better than its current value.
 
-And AWD of other vectors, beside their plain sum: those of fine-tuning the attention
-weights alone (linear-layers paper, paradigm 1), and linearised ones with the cyclic τJp
-penalty, whose merges are evaluated in the tangent space.
+Further rows have AWD of other vectors, beside their plain sum: vectors with only the
+attention weights trained (linear-layers paper, paradigm 1), and linearised vectors with
+the cyclic τJp penalty, which are evaluated in the tangent space.
 """
 
 import functools
@@ -54,7 +54,7 @@ NAMES: dict[Other, str] = {
     "tau_jp_cyclic": "linearised, τJp",
 }
 _TO_THREE = np.linspace(0.1, 3, 30)
-MERGES: dict[str, tuple[Callable, Numbers]] = {  # with the coefficients to try
+MERGES: dict[str, tuple[Callable, Numbers]] = {  # (merge, coefficients to try)
     "TSV-M": (merge.tsv, (1.0,)),
     "Iso-C": (merge.iso_c, _TO_THREE),
     "Iso-CTS": (merge.iso_cts, _TO_THREE),
@@ -66,7 +66,7 @@ MERGES: dict[str, tuple[Callable, Numbers]] = {  # with the coefficients to try
     ),
     "PCB-Merging": (merge.pcb, np.linspace(0.8, 1.3, 6)),
 }
-ESM = "ESM"  # looks at images
+ESM = "ESM"  # the only one that needs images
 PUBLISHED = tables.published_by_column(__doc__, "merge", "source")
 PLAIN, SEARCHED = "Task Arithmetic, linear weights", "K weights searched"
 TENTHS = np.linspace(0, 1, 11)
@@ -74,7 +74,7 @@ SWEEPS = 3
 
 
 def published(title: str) -> dict[str, tuple[float, str]]:
-    """By merge, the mean accuracy on a model that another paper prints, and which."""
+    """Returns, by merge, the published mean accuracy on a model, and its source."""
     return {
         name: (value, source)
         for (model, name, source), (value,) in PUBLISHED.items()
@@ -88,16 +88,16 @@ def ascent(
     start: float,
     candidates: Numbers = TENTHS,
 ) -> np.ndarray:
-    """A coefficient for every task by coordinate ascent, as the module describes it.
+    """Finds a coefficient for every task by coordinate ascent (see the module).
 
-    It is `evaluate.search_per_task`, but all candidates of a task are one call, so that
-    they share a pass over the images.
+    It is like `evaluate.search_per_task`, but makes one call for all candidates of a
+    task: they share a pass over the images.
 
     Args:
-      values: what is maximised at rows of coefficients, `[n, K] -> [n]`.
-      tasks: K.
-      start: the coefficient of all tasks at first.
-      candidates: the values that every coefficient may take.
+      values: function to maximise, from rows of coefficients `[n, K]` to `[n]`.
+      tasks: number of tasks, K.
+      start: initial coefficient of all tasks.
+      candidates: possible values of a coefficient.
 
     Example:
       >>> ascent(lambda c: -np.sum((c - [0.3, 0.8]) ** 2, axis=1), 2, 0.5)
@@ -109,7 +109,7 @@ def ascent(
         for task in range(tasks):
             rows = np.tile(chosen, (len(candidates) + 1, 1))
             rows[1:, task] = candidates
-            chosen = rows[np.argmax(values(rows))]  # of equals where it is
+            chosen = rows[np.argmax(values(rows))]  # if equal, the current value
         if np.array_equal(chosen, before):
             break
     return chosen
@@ -118,12 +118,12 @@ def ascent(
 def weights_searched(
     setup: setups.Setup, parts: Taus, start: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Coefficients that `ascent` finds on validation data, and test accuracies, `[T]`.
+    """Returns `ascent`'s coefficients on validation data, and test accuracies, `[T]`.
 
     Args:
       setup: the model and the tasks.
-      parts: a vector of every task.
-      start: the coefficient of all tasks at first.
+      parts: one vector per task.
+      start: initial coefficient of all tasks.
     """
 
     def means(rows):
@@ -137,13 +137,13 @@ def weights_searched(
 def rows_of(
     setup: setups.Setup, taus: Taus, how: solving.Options, others: Sequence[Other]
 ) -> list[dict]:
-    """The rows of one model.
+    """Returns the rows of one model.
 
     Args:
       setup: the model and the tasks.
       taus: the vectors of ordinary fine-tuning.
       how: options of the script.
-      others: the methods whose vectors AWD merges too.
+      others: further methods; AWD merges their vectors too.
     """
     coefs, rows = disentangled.coefs(setup.options), []
 
@@ -187,7 +187,7 @@ def rows_of(
 
 
 def shown(setup: setups.Setup, rows: Sequence[dict]) -> dict[str, str]:
-    """The tables of a model."""
+    """Returns the tables of a model by caption."""
     known = published(setup.title)
     same = sorted(setup.names) == sorted(disentangled.TASKS) or setup.options.smoke
     lines = []
@@ -200,5 +200,5 @@ def shown(setup: setups.Setup, rows: Sequence[dict]) -> dict[str, str]:
     title = f"{setup.title}: not in the AWD paper"
     return {
         f"{title}. Test accuracy, percent.": tables.markdown(lines),
-        f"{title}: what was searched.": tables.markdown(chosen, digits=6),
+        f"{title}: searched values.": tables.markdown(chosen, digits=6),
     }

@@ -1,9 +1,9 @@
-"""What the scripts on images share: vectors of linear weights, AWD, and the search.
+"""Shared code of the scripts on images: vectors of linear weights, AWD, the search.
 
-The paper merges the weights of the linear layers in the blocks and nothing else, from
-vectors of ordinary fine-tuning (`nonlinear` in the bank); so it is here for AWD. One
-coefficient λ of 0.3, 0.4, …, 1 is chosen by the mean accuracy on validation data, and
-so is the weight α of AWD of 1e-2, 1e-3, …, 1e-6.
+The AWD paper merges only the weights of the linear layers in the blocks, from vectors
+of ordinary fine-tuning (`nonlinear` in the bank); so does AWD here. The coefficient λ
+out of 0.3, 0.4, …, 1 and AWD's weight α out of 1e-2, 1e-3, …, 1e-6 are chosen by the
+mean accuracy on validation data.
 """
 
 import functools
@@ -29,17 +29,17 @@ ALPHAS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
 def linear_weights(taus: Taus) -> list[Tree]:
-    """The part of task vectors that AWD disentangles and merges."""
+    """Returns the part of task vectors that AWD disentangles and merges."""
     return [tree.select(tau, clip.BLOCK_LINEAR_WEIGHTS) for tau in taus]
 
 
 def alphas(config: options.Options) -> tuple[float, ...]:
-    """The candidates of α; of a smoke run two."""
+    """Returns the candidates of α; two of them in a smoke run."""
     return ALPHAS[1:4:2] if config.smoke else ALPHAS
 
 
 def coefs(config: options.Options) -> np.ndarray:
-    """The candidates of λ; of a smoke run two."""
+    """Returns the candidates of λ; two of them in a smoke run."""
     return COEFS[::7] if config.smoke else COEFS
 
 
@@ -51,14 +51,14 @@ def disentangled(
     alpha: float = 1e-4,
     objective: Literal["reduce", "reverse"] = "reduce",
 ) -> list[Tree]:
-    """The vectors τ_i - δ of the linear weights.
+    """Returns the vectors τ_i - δ of the linear weights.
 
     Args:
-      params_0: parameters of the model, or any tree of the vectors' form.
+      params_0: parameters of the model, or any tree with the vectors' structure.
       taus: whole task vectors, or their linear weights.
       how: options of the script.
-      alpha: the weight of the norm of δ.
-      objective: "reduce" the cosines, or "reverse".
+      alpha: weight of the norm of δ.
+      objective: "reduce" the cosines, or "reverse" (increase them).
     """
     parts = linear_weights(taus)
     given = {"alpha": alpha, "objective": objective}
@@ -66,14 +66,14 @@ def disentangled(
 
 
 def apart(parts: Taus, merged: Tree) -> list[Tree]:
-    """The vectors τ_i - δ, from the τ_i and the sum of the τ_i - δ."""
-    # K δ is what that sum lacks of the plain one.
+    """Returns the vectors τ_i - δ, from the τ_i and the sum of the τ_i - δ."""
+    # The plain sum minus that sum is K δ.
     lacking = task_vectors.difference(task_vectors.add(parts), merged)
     return [task_vectors.apply(part, lacking, -1 / len(parts)) for part in parts]
 
 
 def sums(setup: setups.Setup, taus: Taus, how: solving.Options) -> dict[str, Tree]:
-    """By α, one after the other, the sum of the disentangled vectors."""
+    """Returns the sum of the disentangled vectors for every α."""
     parts = linear_weights(taus)
     progress = tqdm(alphas(setup.options), desc="AWD", unit="α")
     return {
@@ -83,28 +83,29 @@ def sums(setup: setups.Setup, taus: Taus, how: solving.Options) -> dict[str, Tre
 
 
 def beside_sum(taus: Taus, vector: Tree, coef: float = 1.0) -> dict[str, float]:
-    """`solving.beside_sum`, with the plain sum of the linear weights."""
+    """Returns `solving.beside_sum` with the plain sum of the linear weights."""
     return solving.beside_sum(vector, task_vectors.add(linear_weights(taus)), coef)
 
 
 def ties(setup: setups.Setup, taus: Taus) -> Tree:
-    """The vector of TIES at λ = 1, with the sum of the entries of the elected sign.
+    """Returns the vector of TIES at λ = 1; it sums the entries of the elected sign.
 
-    So AdaMerging and FusionBench have it, at λ = 0.3; the authors of TIES take the mean
-    and search λ from 0.8 to 2.5. The paper, which searches up to 1, does not say which.
+    AdaMerging and FusionBench sum them too, at λ = 0.3. The authors of TIES take the
+    mean, and search λ from 0.8 to 2.5. The AWD paper searches λ up to 1, and does not
+    say which form it uses.
     """
     model = merge.ties(setup.params_0, taus, preset="adamerging", coef=1.0)
     return task_vectors.difference(model, setup.params_0)
 
 
 class Chosen(NamedTuple):
-    """A merged vector at the coefficient that validation data have chosen.
+    """The candidate and the coefficient that validation data have chosen.
 
     Attributes:
-      name: which of the candidates it is.
-      coef: λ.
-      validation: mean accuracy there.
-      test: accuracies on test data, `[T]`.
+      name: name of the candidate.
+      coef: coefficient λ.
+      validation: mean validation accuracy at λ.
+      test: test accuracies at λ, `[T]`.
     """
 
     name: str
@@ -120,14 +121,15 @@ def searched(
     *,
     linearized: bool = False,
 ) -> Chosen:
-    """The candidate and the coefficient with the best mean validation accuracy.
+    """Finds the candidate and the coefficient with the best mean validation accuracy.
+
+    If several are equal, the first candidate with its smallest coefficient wins.
 
     Args:
       setup: the model and the tasks.
-      candidates: merged vectors at λ = 1 by name; of equals the first is taken, at the
-        smallest coefficient.
-      coefs: the candidates of λ.
-      linearized: whether they belong to the tangent-space model.
+      candidates: merged vectors at λ = 1, by name.
+      coefs: the candidate values of λ.
+      linearized: whether the vectors belong to the tangent-space model.
     """
     vectors = list(candidates.values())
     units = np.eye(len(vectors))
@@ -141,7 +143,7 @@ def searched(
 
 
 def mean_cosine(taus: Taus) -> float:
-    """The mean magnitude of the cosines of different vectors: Eq. 11."""
+    """Returns the mean |cosine| of different vectors (AWD paper, Eq. 11)."""
     cosines = np.abs(task_vectors.cosine_matrix(taus))
     return float(jnp.mean(cosines[~np.eye(len(taus), dtype=bool)]))
 
@@ -152,13 +154,13 @@ def shown(
     published: Mapping[str, Mapping[Any, Sequence[float | None]]],
     keys: Sequence[str],
 ) -> dict[str, str]:
-    """The table of a model: the tasks and the mean, with what the paper prints.
+    """Returns the table of a model: tasks and mean, beside the published values.
 
     Args:
       setup: the model and the tasks.
       rows: rows of the model.
-      published: by model and row, a value of each of `TASKS`, and the mean, which is
-        shown beside ours where the tasks are the same.
+      published: by model and row, a value for each of `TASKS`, then the mean. The mean
+        is shown only if the tasks are the paper's.
       keys: the fields that name a row.
     """
     same = sorted(setup.names) == sorted(TASKS) or setup.options.smoke

@@ -1,19 +1,19 @@
-"""Figures 2 and 7: models of one task, from parts of their vectors and at any λ.
+"""Figures 2 and 7: single-task models from parts of their vectors, and at every λ.
 
 Xiong et al. Adaptive Weight Disentanglement. arXiv:2411.18729: section 4.2, 8.5.
 
     python -m experiments.awd.figure2_single_models --data-dir DATA
 
-Figure 2 compares on every task the fine-tuned model, θ0 + τ_i of the linear weights of
-the blocks alone, and θ0 + (τ_i - δ) after AWD; that of RoBERTa is with `table3_glue`.
-Figure 7 shows θ0 + λ τ_i on its own task against λ.
+Figure 2 compares three models on every task: the fine-tuned model, θ0 + τ_i with only
+the linear weights of the blocks, and θ0 + (τ_i - δ) after AWD. `table3_glue` draws
+Figure 2 for RoBERTa. Figure 7 shows the accuracy of θ0 + λ τ_i on its own task by λ.
 
-Data: those of `table1_addition`, whose task vectors are taken from the bank.
+Data: the same as for `table1_addition`. Its task vectors in the bank are used.
 
 Published, as plots only: the three models of Figure 2 are alike on every task, and
 "when λ > 0.3 for each combination of Θ + λτ_i, its performance is close to that of the
-fully fine-tuned model". Figure 2 is of ViT-B/32 and, it seems, Figure 7 of ViT-B/32
-and ViT-L/14.
+fully fine-tuned model". Figure 2 shows ViT-B/32; Figure 7 seems to show ViT-B/32 and
+ViT-L/14.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class Config(solving.Options, options.Models):
     models: tuple[str, ...] = (options.B32, options.L14)
     tasks: tuple[str, ...] = disentangled.TASKS
     alpha: float = 1e-4
-    """α of AWD; take that which `table1_addition` has found."""
+    """α of AWD; use the value that `table1_addition` has found."""
 
 
 @script.full_precision
@@ -74,10 +74,10 @@ def main(config: Config) -> dict:
             plots.curves(file, drawn, x="coefficient λ", y="test accuracy, %")
     results = {"rows": rows, "curves": curves, "merged": merged}
     shown = {
-        "Test accuracy of the models of one task each, percent.": rows,
+        "Test accuracy of single-task models, percent.": rows,
         "AWD's merged vector beside the plain sum.": tables.markdown(merged, digits=6),
     }
-    title = "Models of one task (AWD paper, Figures 2 and 7)"
+    title = "Single-task models (AWD paper, Figures 2 and 7)"
     return tables.write(config.out, title, shown, results)
 
 

@@ -6,7 +6,7 @@ Xiong et al. Adaptive Weight Disentanglement. arXiv:2411.18729: section 4.5, 8.6
     python -m experiments.awd.figure3_number_of_tasks --tasks a=A b=B c=C d=D e=E \\
         --model MODEL --out runs/digits
 
-Data: those of `table1_addition`, whose task vectors are taken from the bank.
+Data: the same as for `table1_addition`. Its task vectors in the bank are used.
 
 Published, ViT-B/32, mean test accuracy in percent over eight subsets of each size:
 
@@ -16,16 +16,16 @@ Published, ViT-B/32, mean test accuracy in percent over eight subsets of each si
     Ties-Merging         92.6  85.6  83.9  79.2  77.6  75.1  72.4
     AWD Task Arithmetic  92.4  85.7  85.1  80.6  79.7  77.1  75.2
 
-Figure 3a is this table with 95 % confidence intervals. Figure 3b: with λ up to 0.2 AWD
-is as Task Arithmetic, beyond it is better.
+Figure 3a is this table with 95 % confidence intervals. Figure 3b: for λ up to 0.2 AWD
+equals Task Arithmetic, for larger λ it is better.
 
-For the paper's eight tasks the subsets are those that it lists, and the lists are as
-they stand there: those of two, three, five and six tasks have a set twice, in another
-order, and that of seven has five different ones. For other tasks they are all subsets
-of each size or, where there are more, eight of them, drawn with the seed. λ of 0, 0.1,
-…, 1 is chosen for each subset on its validation data, and so is α of AWD. The intervals
-are those of Student's t over the subsets of a list, as if they were independent, which
-subsets that share tasks are not.
+For the paper's eight tasks the subsets are those of the paper's lists, unchanged. The
+lists for two, three, five and six tasks have one set twice, in another order, and the
+list for seven tasks has five different sets. For other tasks all subsets of each size
+are used; if there are more than eight, eight are drawn with the seed. λ out of 0, 0.1,
+…, 1 and α of AWD are chosen for each subset on its validation data. The intervals
+assume Student's t and independent subsets; but subsets share tasks, so they are not
+independent.
 """
 
 import dataclasses
@@ -44,9 +44,9 @@ from jaxarith.typing import Taus
 
 COEFS = np.linspace(0, 1, 11)
 METHODS = ("Individual", "Task Arithmetic", "Ties-Merging", "AWD Task Arithmetic")
-BESIDE = ("cosine with sum", "effective λ")  # means over the subsets
+BESIDE = ("cosine with sum", "effective λ")  # averaged over the subsets
 PUBLISHED = tables.published_by_column(__doc__, "method")
-# Of two to seven tasks, as Appendix 8.6 lists them.
+# Subsets of two to seven tasks, from Appendix 8.6.
 SUBSETS = """
 dtd gtsrb, gtsrb svhn, gtsrb sun397, svhn sun397, svhn gtsrb, svhn eurosat, svhn
 mnist, mnist cars
@@ -82,7 +82,7 @@ class Config(solving.Options, options.OneModel):
 
 
 def subsets_of(names: Sequence[str], *, seed: int, largest: int = 8) -> list[tuple]:
-    """The subsets of two and more tasks: the paper's, or all, or so many of each size.
+    """Returns subsets of two and more tasks: the paper's, or `largest` of each size.
 
     Example:
       >>> subsets_of(["a", "b", "c"], seed=0)
@@ -103,7 +103,7 @@ def subsets_of(names: Sequence[str], *, seed: int, largest: int = 8) -> list[tup
 
 
 def interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % confidence interval of a mean; 0 of one value.
+    """Returns half the 95 % confidence interval of a mean; 0 for a single value.
 
     Example:
       >>> print(round(interval([1.0, 2.0, 3.0]), 3))
@@ -116,7 +116,7 @@ def interval(values: Sequence[float]) -> float:
 
 
 def sums_of(setup: setups.Setup, taus: Taus, how: solving.Options) -> dict[str, dict]:
-    """By method, the candidates for a merged vector at λ = 1."""
+    """Returns the candidate merged vectors at λ = 1, by method."""
     return {
         "Task Arithmetic": {"": task_vectors.add(taus)},
         "Ties-Merging": {"": disentangled.ties(setup, taus)},
@@ -127,7 +127,7 @@ def sums_of(setup: setups.Setup, taus: Taus, how: solving.Options) -> dict[str, 
 def measured(
     setup: setups.Setup, taus, how: solving.Options, singles: dict[str, float]
 ) -> list[dict]:
-    """The rows of one subset: those of `setup`."""
+    """Returns the rows of one subset, the tasks of `setup`."""
     tasks = {"tasks": setup.names, "number": len(setup.tasks)}
     mean = 100 * float(np.mean([singles[name] for name in setup.names]))
     none = dict.fromkeys(("alpha", *BESIDE))
@@ -145,7 +145,7 @@ def measured(
 
 
 def by_number(rows: Sequence[dict]) -> list[dict]:
-    """The mean over the subsets of each size and method, with its interval."""
+    """Returns the mean over subsets by size and method, with its interval."""
     found = []
     numbers = sorted({row["number"] for row in rows})
     for number, method in itertools.product(numbers, METHODS):
@@ -165,7 +165,7 @@ def by_number(rows: Sequence[dict]) -> list[dict]:
 def by_coef(
     setup: setups.Setup, taus, how: solving.Options, alpha: float
 ) -> dict[str, list[float]]:
-    """Figure 3b: by method, mean test accuracy of all tasks at each λ."""
+    """Returns, for Figure 3b, mean test accuracy of all tasks at each λ, by method."""
     coefs = scores.coefs_of(setup.options, COEFS)
     sums = sums_of(setup, taus, how)
     merged = [own.get(f"{alpha:g}") or own[""] for own in sums.values()]
@@ -179,7 +179,7 @@ def by_coef(
 
 
 def draw(config: Config, means: Sequence[dict], curves: dict):
-    """Figures 3a and 3b."""
+    """Draws Figures 3a and 3b."""
     lines = {}
     for method in METHODS[1:]:
         own = [row for row in means if row["method"] == method]
@@ -197,7 +197,7 @@ def draw(config: Config, means: Sequence[dict], curves: dict):
 def main(config: Config) -> dict:
     config = options.smoke(config)
     if len(config.tasks) < 2:
-        raise ValueError(f"two tasks at least are merged; got {config.tasks}.")
+        raise ValueError(f"--tasks names {config.tasks}; expected two or more.")
     runs.start(config)
     setup = setups.load(config, config.model, control=False)
     taus = dict(zip(setup.names, vectors.vectors(setup, "nonlinear"), strict=True))
@@ -206,7 +206,7 @@ def main(config: Config) -> dict:
         name: scores.accuracies(setup, [tau], tasks[name].test, False, [[1.0]])[0]
         for name, tau in tqdm(taus.items(), desc="single models", unit="task")
     }
-    once, rows = {}, []  # a set that is listed twice is measured once
+    once, rows = {}, []  # a set that the paper lists twice is measured once
     for subset in tqdm(subsets_of(setup.names, seed=config.seed), unit="subset"):
         names = frozenset(subset)
         if names not in once:
@@ -216,7 +216,7 @@ def main(config: Config) -> dict:
             )
         rows += once[names]
     means = by_number(rows)
-    alpha = rows[-1]["alpha"]  # of all tasks
+    alpha = rows[-1]["alpha"]  # the value for all tasks
     curves = by_coef(setup, list(taus.values()), config, alpha)
     if runs.is_first():
         draw(config, means, curves)
@@ -242,11 +242,11 @@ def main(config: Config) -> dict:
     compared = [{name: row[name] for name in names} for row in means if row[BESIDE[0]]]
     table = {
         caption: beside,
-        "AWD's merged vector beside the plain sum of the same weights, means over "
+        "AWD's merged vector beside the plain sum of the same weights, mean over "
         "subsets.": tables.markdown(compared, digits=6),
     }
     title = "Accuracy by the number of tasks (AWD paper, Table 11 and Figure 3)"
-    note = f"figure3a.png is this table. figure3b.png is of all tasks, α = {alpha:g}."
+    note = f"figure3a.png shows this table; figure3b.png all tasks, with α = {alpha:g}."
     return tables.write(config.out, title, table, results, note)
 
 

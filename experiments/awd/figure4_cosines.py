@@ -4,18 +4,18 @@ Xiong et al. Adaptive Weight Disentanglement. arXiv:2411.18729: section 4.6, 8.2
 
     python -m experiments.awd.figure4_cosines --data-dir DATA
 
-Figure 4 has the cosines of all pairs of task vectors, and of those that AWD has
-disentangled. For Figure 6 α is varied and λ is not: the mean |cosine| that is left, as
-a share of that of the task vectors, against the accuracy of the merged model.
+Figure 4 has the cosines of all pairs of task vectors, before and after AWD. Figure 6
+varies α at a fixed λ. It shows the accuracy of the merged model by the mean |cosine|
+after AWD, as a share of that of the task vectors.
 
-Data: those of `table1_addition`, whose task vectors are taken from the bank. With
---bank-only none, and then there is Figure 4 alone.
+Data: the same as for `table1_addition`. Its task vectors in the bank are used. With
+--bank-only no data are needed, and only Figure 4 is drawn.
 
-Published, as plots only, of ViT-B/32 and ViT-L/14: cosines shrink, and "as the
+Published, as plots only, for ViT-B/32 and ViT-L/14: cosines shrink, and "as the
 normalised cosine similarity between disentangled task vectors decreases, the
 performance of the merged model correspondingly improves". The paper states neither the
-values of α nor λ; here they are 1e-6, …, 1 in half decades, and 0.3. Cosines are of
-the linear weights of the blocks, before and after.
+values of α nor λ; here α is 1e-6, …, 1 in half decades, and λ is 0.3. All cosines are
+those of the linear weights of the blocks.
 """
 
 import dataclasses
@@ -37,13 +37,13 @@ class Config(solving.Options, banked.Options, options.Models):
     models: tuple[str, ...] = (options.B32, options.L14)
     tasks: tuple[str, ...] = disentangled.TASKS
     alpha: float = 1e-4
-    """α of Figure 4; take that which `table1_addition` has found."""
+    """α of Figure 4; use the value that `table1_addition` has found."""
     coef: float = 0.3
     """λ of Figure 6."""
 
 
 def sweep(setup: setups.Setup, taus, config: Config) -> list[dict]:
-    """Rows of Figure 6: at each α, the cosines that are left and the accuracy."""
+    """Returns the rows of Figure 6: cosines after AWD and accuracy, for each α."""
     alphas = ALPHAS[::6] if setup.options.smoke else ALPHAS
     before = disentangled.mean_cosine(disentangled.linear_weights(taus))
     cosines, sums = [], []
@@ -76,7 +76,7 @@ def main(config: Config) -> dict:
     for own in banked.each(config, config.models):
         taus = own.vectors("nonlinear")
         parts = disentangled.linear_weights(taus)
-        start = jax.tree.map(np.zeros_like, parts[0])  # AWD is one of vectors alone
+        start = jax.tree.map(np.zeros_like, parts[0])  # AWD needs only the vectors
         both = {
             "task vectors": parts,
             "disentangled": disentangled.disentangled(
@@ -106,11 +106,10 @@ def main(config: Config) -> dict:
             plots.scatter(file, {own.title: label}, **axes)
     results = {"matrices": matrices, "rows": rows}
     if config.bank_only:
-        caption = "Mean magnitude of the cosines of two tasks. " + banked.note(config)
+        caption = "Mean |cosine| of two tasks. " + banked.note(config)
     else:
         caption = (
-            "Cosines that AWD leaves, and test accuracy in percent at λ = "
-            f"{config.coef:g}."
+            f"Cosines after AWD, and test accuracy in percent at λ = {config.coef:g}."
         )
     title = "Cosines before and after AWD (Figures 4 and 6)"
     return tables.write(config.out, title, {caption: rows}, results, digits=6)

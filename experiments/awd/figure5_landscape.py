@@ -5,14 +5,15 @@ Xiong et al. Adaptive Weight Disentanglement. arXiv:2411.18729: Section 4.6.
     python -m experiments.awd.figure5_landscape --data-dir DATA
     python -m experiments.awd.figure5_landscape --pairs mnist,svhn --out runs/figure5
 
-L_i + L_j, mean cross entropies on test data, at θ0 + a τ_i + b τ_j, and in the second
-panel with the vectors that AWD has disentangled of those of all tasks.
+The figure shows L_i + L_j, mean cross entropies on test data, at θ0 + a τ_i + b τ_j.
+The second panel uses the vectors after AWD, which has disentangled those of all tasks.
 
-Data: those of `table1_addition`, whose task vectors are taken from the bank.
+Data: the same as for `table1_addition`. Its task vectors in the bank are used.
 
-Published, as plots only, of ViT-B/32: RESISC45 with Cars and SUN397 with DTD, where
-"disentangled task vectors [...] exhibit a more expansive low-loss basin". The grid and
-the samples are not stated; here they are 21 × 21 on [-0.5, 1.5]² and 2048 of each task.
+Published, as plots only, for ViT-B/32: RESISC45 with Cars, and SUN397 with DTD, where
+"disentangled task vectors [...] exhibit a more expansive low-loss basin". The paper
+states neither the grid nor the samples; here they are 21 × 21 points on [-0.5, 1.5]²
+and 2048 samples of each task.
 """
 
 import dataclasses
@@ -35,30 +36,33 @@ PAIRS = ("resisc45,stanford_cars", "sun397,dtd")
 class Config(solving.Options, options.OneModel):
     tasks: tuple[str, ...] = disentangled.TASKS
     pairs: tuple[str, ...] = PAIRS
-    """Pairs of the tasks, with a comma between them."""
+    """Pairs of tasks, each TASK,TASK."""
     alpha: float = 1e-4
-    """α of AWD; take that which `table1_addition` has found."""
+    """α of AWD; use the value that `table1_addition` has found."""
     low: float = -0.5
-    """The smallest coefficient of both vectors."""
+    """Smallest coefficient of both vectors."""
     high: float = 1.5
-    """The largest."""
+    """Largest coefficient of both vectors."""
     points: int = 21
-    """How many coefficients of each vector."""
+    """Number of coefficients of each vector."""
     loss_samples: int = 2048
-    """Test samples of each task, drawn with a fixed seed."""
+    """Number of test samples of each task, drawn with a fixed seed."""
 
 
 def check(config: Config):
-    """Raises ValueError for pairs that are not two of the tasks."""
+    """Raises a ValueError if a pair is not two of the tasks."""
     names = [spec.partition("=")[0] for spec in config.tasks]
     for pair in config.pairs:
         own = pair.split(",")
         if len(own) != 2 or own[0] == own[1] or not set(own) <= set(names):
-            raise ValueError(f"--pairs {pair} is not two of the tasks {names}.")
+            raise ValueError(
+                f"--pairs {pair}: expected two of the tasks {names}, with a comma "
+                "between them."
+            )
 
 
 def joint_loss(setup: setups.Setup, taus, grid: np.ndarray, samples: int) -> np.ndarray:
-    """The sum of the mean losses of both tasks at coefficients `[n, m, 2]`."""
+    """Returns the sum of both tasks' mean losses at coefficients `[n, m, 2]`."""
     total = np.zeros(grid.shape[:-1])
     for task in setup.tasks:
 
@@ -116,11 +120,11 @@ def main(config: Config) -> dict:
             )
     beside = disentangled.beside_sum(taus, task_vectors.add(parts))
     results = {"grids": grids, "rows": rows, "merged": beside}
-    caption = f"{setup.title}: the lowest joint loss on the grid, and where."
+    caption = f"{setup.title}: the lowest joint loss on the grid, and its place."
     title = "Joint losses of two tasks (AWD paper, Figure 5)"
     shown = {
         caption: rows,
-        "AWD's vector of all tasks at λ = 1 beside the plain sum.": [beside],
+        "AWD's vector for all tasks at λ = 1, beside the plain sum.": [beside],
     }
     return tables.write(config.out, title, shown, results, digits=3)
 

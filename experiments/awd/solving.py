@@ -1,18 +1,19 @@
-"""How the scripts find AWD's redundant vector, and what it changes of the plain sum.
+"""Finds AWD's redundant vector, and compares AWD's merge with the plain sum.
 
 With one redundant vector δ = Σ c_k τ_k for whole vectors, AWD's merge is
-λ Σ (1 - K c_k) τ_k: task arithmetic with K scalars. So every report says of AWD's
-merged vector
+λ Σ (1 - K c_k) τ_k: task arithmetic with K scalars. So every report has two figures for
+AWD's merged vector:
 
-- its cosine with the plain sum Σ τ_k of the same weights, which is 1 where AWD is task
-  arithmetic at another λ, and
-- its effective λ, the length of its projection on the plain sum in units of that sum.
+- Its cosine with the plain sum Σ τ_k of the same weights. It is 1 if AWD is task
+  arithmetic at another λ.
+- Its effective λ: the length of its projection on the plain sum, divided by the length
+  of that sum.
 
-The paper describes plain gradient descent, states neither its learning rate nor
-whether the cosines are those of whole vectors, and has no code. In the authors' later
-code for RoBERTa (`decompose.py` of WUDI, Cheng et al. 2025) every row of a weight has a
-redundant vector of its own, found by 2000 steps of SGD with a momentum of 0.9. The
-nearest to it here is `--scope row --solver momentum --awd-steps 2000`.
+The paper describes plain gradient descent. It states neither the learning rate nor
+whether the cosines are those of whole vectors, and it has no code. In the authors'
+later code for RoBERTa (`decompose.py` of WUDI, Cheng et al. 2025) every row of a weight
+has its own redundant vector, found by 2000 steps of SGD with a momentum of 0.9. The
+closest options here are `--scope row --solver momentum --awd-steps 2000`.
 """
 
 import dataclasses
@@ -28,18 +29,18 @@ from jaxarith.typing import Coef, Params, Taus, Tree
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of all scripts on AWD."""
+    """Options of all scripts on AWD."""
 
     scope: Scope = "global"
-    """What shares a redundant vector: the whole model, a parameter tensor, or a row,
-    which is the weights of one output of a layer."""
+    """The part that shares one redundant vector: the whole model (global), a parameter
+    tensor (layer), or the weights of one output of a layer (row)."""
     solver: Solver = "gradient_descent"
-    """How it is found, see `jaxarith.merge.awd`."""
+    """The solver for the redundant vector, see `jaxarith.merge.awd`."""
     step_size: float = 0.01
     """AWD's learning rate, in units of the mean squared norm of the task vectors; for
-    `adam` of their root mean square entry."""
+    `adam` in units of their root mean square entry."""
     awd_steps: int = 1000
-    """The steps in which it is found."""
+    """Number of steps of AWD's solver."""
 
 
 def merged(
@@ -51,15 +52,15 @@ def merged(
     coef: Coef = 1.0,
     objective: Literal["reduce", "reverse"] = "reduce",
 ) -> Tree:
-    """The vector Σ λ_k (τ_k - δ), of the leaves that the task vectors have.
+    """Returns the vector Σ λ_k (τ_k - δ), with the leaves of the task vectors.
 
     Args:
       params_0: pre-trained parameters.
-      parts: the task vectors, which all have the same leaves.
+      parts: the task vectors, all with the same leaves.
       how: options of the script.
-      alpha: the weight of the norm of δ.
-      coef: λ, one number or one for every task.
-      objective: "reduce" the cosines, or "reverse".
+      alpha: weight of the norm of δ.
+      coef: coefficient λ, one number or one per task.
+      objective: "reduce" the cosines, or "reverse" (increase them).
     """
     model = merge.awd(
         params_0,
@@ -77,7 +78,7 @@ def merged(
 
 
 def weighted_sum(taus: Taus, weights: Iterable[float]) -> Tree:
-    """Σ w_k τ_k of task vectors that all have the same leaves."""
+    """Returns Σ w_k τ_k; the task vectors all have the same leaves."""
     weights = [float(weight) for weight in weights]
 
     def of_leaf(*leaves):
@@ -87,7 +88,7 @@ def weighted_sum(taus: Taus, weights: Iterable[float]) -> Tree:
 
 
 def beside_sum(vector: Tree, total: Tree, coef: float = 1.0) -> dict[str, float]:
-    """A merged vector's cosine with the plain sum, and its effective λ: cells of a row.
+    """Returns a merged vector's cosine with the plain sum, and its effective λ.
 
     Args:
       vector: the merged vector at coefficient 1.

@@ -1,14 +1,14 @@
-"""Table 10: six tasks are merged, and two others are looked at too.
+"""Table 10: merges six tasks, and also measures two others.
 
 Xiong et al. Adaptive Weight Disentanglement. arXiv:2411.18729: Appendix 8.4.
 
     python -m experiments.awd.table10_unseen --data-dir DATA
     python -m experiments.awd.table10_unseen --unseen dtd,svhn --out runs/table10_dtd
 
-Data: those of `table1_addition`, whose task vectors are taken from the bank.
+Data: the same as for `table1_addition`. Its task vectors in the bank are used.
 
-Published, ViT-B/16, test accuracy in percent on the tasks that are merged, and on those
-that are not, by which the tables are called:
+Published, ViT-B/16, test accuracy in percent on the merged (seen) and on the other
+(unseen) tasks. The unseen tasks name the tables:
 
     eurosat,mnist        SUN397  Cars  RES45  DTD   SVHN  GTSRB  mean  Euro  MNIST  mean
     Task Arithmetic      68.1    73.0  81.6   59.1  89.1  83.8   75.8  43.9  87.5   65.7
@@ -18,9 +18,9 @@ that are not, by which the tables are called:
     Task Arithmetic      69.0    73.8  81.1   87.6  58.2  98.4   78.0  56.0   67.7  61.9
     AWD Task Arithmetic  72.3    77.0  85.4   93.5  76.7  98.5   81.1  58.2   68.6  63.4
 
-The 61.9 is the mean of the two printed accuracies; the text of the table lacks it. Of
-the second split AWD's 76.7 on DTD is at odds with the mean 81.1, which implies about
-60. λ and α are chosen on the validation data of the tasks that are merged.
+The table does not print 61.9; it is the mean of the two printed accuracies. In the
+second split AWD's 76.7 on DTD contradicts the mean 81.1, which implies about 60. λ and
+α are chosen on the validation data of the merged tasks.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from experiments.common import runs, script, tables
 from experiments.common.vision import options, scores, setups, vectors
 from jaxarith import task_vectors
 
-# By the tasks that are unseen, those that are seen, in the order of the paper.
+# From unseen tasks to seen tasks, in the order of the paper.
 SEEN = {
     "eurosat,mnist": ("sun397", "stanford_cars", "resisc45", "dtd", "svhn", "gtsrb"),
     "resisc45,svhn": ("sun397", "stanford_cars", "gtsrb", "eurosat", "dtd", "mnist"),
@@ -47,22 +47,28 @@ class Config(solving.Options, options.OneModel):
     model: str = options.B16
     tasks: tuple[str, ...] = disentangled.TASKS
     unseen: tuple[str, ...] = tuple(SEEN)
-    """Of every split the tasks that are not merged, with commas between them."""
+    """For every split, the tasks that are not merged, with commas between them."""
 
 
 def check(config: Config):
-    """Raises ValueError for a split that leaves fewer than two tasks to merge."""
+    """Raises a ValueError for a split with unknown tasks, or too few to merge."""
     names = [spec.partition("=")[0] for spec in config.tasks]
     for split in config.unseen:
         unseen = split.split(",")
         if unknown := sorted(set(unseen) - set(names)):
-            raise ValueError(f"--unseen {split}: {unknown} are not among {names}.")
+            raise ValueError(
+                f"--unseen {split}: {unknown} are not among --tasks {names}. Name "
+                "others, or add them to --tasks."
+            )
         if len(set(names) - set(unseen)) < 2:
-            raise ValueError(f"--unseen {split} leaves fewer than two tasks to merge.")
+            raise ValueError(
+                f"--unseen {split} leaves fewer than two tasks to merge. Name fewer, "
+                "or add --tasks."
+            )
 
 
 def rows_of(setup: setups.Setup, split: str, how: solving.Options) -> list[dict]:
-    """The two rows of one split."""
+    """Returns the two rows of one split."""
     tasks = {task.name: task for task in setup.tasks}
     unseen = split.split(",")
     of_paper = set(tasks) == set(disentangled.TASKS)
@@ -101,13 +107,13 @@ def main(config: Config) -> dict:
     check(config)
     runs.start(config)
     setup = setups.load(config, config.model, control=False)
-    # All at once, for training side by side is faster.
+    # All tasks at once, because training side by side is faster.
     vectors.vectors(setup, "nonlinear")
     rows, shown = [], {}
     for split in config.unseen:
         found = rows_of(setup, split, config)
         rows += found
-        # The order of the fields is that of the published values.
+        # The fields are in the order of the published values.
         values = [name for name in found[0] if isinstance(found[0][name], float)]
         values.remove("coef")
         of_paper = setup.title == "ViT-B-16" and len(values) == 10
@@ -121,8 +127,8 @@ def main(config: Config) -> dict:
         shown[caption] = tables.markdown(beside)
     names = ("unseen", "method", "coef", "alpha", "cosine with sum", "effective λ")
     searched = [{name: row[name] for name in names} for row in rows]
-    shown["What was searched."] = tables.markdown(searched, digits=6)
-    title = "Tasks that are not merged (AWD paper, Table 10)"
+    shown["Searched values."] = tables.markdown(searched, digits=6)
+    title = "Unseen tasks (AWD paper, Table 10)"
     return tables.write(config.out, title, shown, {"rows": rows})
 
 

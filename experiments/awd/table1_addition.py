@@ -1,4 +1,4 @@
-"""Tables 1, 2 and 4: eight image models merged by every method, on three CLIPs.
+"""Tables 1, 2 and 4: merges eight image models by every method, on three CLIPs.
 
 Xiong et al. Adaptive Weight Disentanglement. arXiv:2411.18729.
 
@@ -6,10 +6,10 @@ Xiong et al. Adaptive Weight Disentanglement. arXiv:2411.18729.
     python -m experiments.awd.table1_addition --out runs/table2 \\
         --models openai/clip-vit-large-patch14
 
-Table 1 is of ViT-B/32, Table 2 of ViT-L/14, Table 4 of ViT-B/16.
+Table 1 is for ViT-B/32, Table 2 for ViT-L/14, Table 4 for ViT-B/16.
 
 Data: Cars, DTD, EuroSAT, GTSRB, MNIST, RESISC45, SUN397 and SVHN; `jaxarith data check`
-says what is missing.
+says which are missing.
 
 Published, test accuracy in percent:
 
@@ -62,19 +62,19 @@ Published, test accuracy in percent:
     Representation Surgery  68.3    72.3  88.7   97.7     91.0  89.5   98.9   72.9  84.9
     AWD AdaMerging          71.5    81.9  84.3   94.6     93.3  96.8   98.6   72.6  86.7
 
-The paper takes its baselines from others' papers. Here all start from the same vectors,
-λ of Task Arithmetic, TIES and AWD is searched in 0.3, …, 1 and that of Consensus in
-0.1, …, 1 on validation data, and α of AWD in 1e-2, …, 1e-6. Fisher and RegMean look at
-256 validation images of each task, those below Consensus at unlabelled test images, as
-their papers do. TIES sums the entries of the elected sign. Surgery is of Task
-Arithmetic. The paper does not say which α AWD AdaMerging has; it has that of AWD Task
-Arithmetic here. Nor does it say which of its two starts, 0.3 or 0.4: here 0.3.
+The paper copies its baselines from other papers. Here all methods start from the same
+vectors. On validation data, λ of Task Arithmetic, TIES and AWD is searched in 0.3, …,
+1, λ of Consensus in 0.1, …, 1, and α of AWD in 1e-2, …, 1e-6. Fisher and RegMean use
+256 validation images per task. The AdaMerging rows and Surgery use unlabelled test
+images, as their papers do. TIES sums the entries of the elected sign. Surgery corrects
+Task Arithmetic. The paper states neither α nor the initial coefficient (0.3 or 0.4) of
+AWD AdaMerging; here α is that of AWD Task Arithmetic, and the coefficient is 0.3.
 
 "Cosine with sum" and "effective λ" compare AWD's vector with the plain sum of the same
-weights, see `experiments.awd.solving`. Below the paper's rows are others, which its
-tables lack (`--no-beyond-paper` leaves them out), see `experiments.awd.beyond`: TSV-M,
-Iso-C, Iso-CTS, WUDI and PCB-Merging, the plain sum of the linear weights, a search of K
-weights, and AWD of vectors that are trained otherwise.
+weights, see `experiments.awd.solving`. A second table has rows that the paper lacks,
+see `experiments.awd.beyond` (`--no-beyond-paper` leaves it out): TSV-M, Iso-C, Iso-CTS,
+WUDI and PCB-Merging, the plain sum of the linear weights, a search of K weights, and
+AWD of vectors from other training methods.
 """
 
 import dataclasses
@@ -98,14 +98,14 @@ PUBLISHED = {
 class Config(solving.Options, options.Models):
     tasks: tuple[str, ...] = disentangled.TASKS
     beyond_paper: bool = True
-    """Also measure what the paper's tables lack, see above."""
+    """Also measure rows that the paper's tables lack, see above."""
     others: tuple[beyond.Other, ...] = ("linear_layers_1",)
-    """Methods that train other vectors, which AWD merges too. tau_jp_cyclic needs a
+    """Further training methods; AWD merges their vectors too. tau_jp_cyclic needs a
     control task, or --control none."""
 
 
 def rows_of(setup: setups.Setup, config: Config) -> list[dict]:
-    """The rows of one model, in the order of the paper."""
+    """Returns the rows of one model, in the order of the paper."""
     taus, rows = vectors.vectors(setup, "nonlinear"), []
 
     def add(method, accuracies, **found):
@@ -159,11 +159,11 @@ def rows_of(setup: setups.Setup, config: Config) -> list[dict]:
 
 
 def surgery(setup: setups.Setup, taus, total, coef: float) -> np.ndarray:
-    """Test accuracies of Task Arithmetic with features corrected task by task.
+    """Returns test accuracies of Task Arithmetic with Representation Surgery.
 
-    Yang et al. (2024, arXiv:2402.02705): a layer of width 16 learns from unlabelled
-    test images, in 1000 batches of 16, what separates the features of the merged model
-    from those of the task's own.
+    Yang et al. (2024, arXiv:2402.02705). For each task a layer of width 16 learns the
+    difference between the features of the merged model and of the task's own model,
+    from 1000 batches of 16 unlabelled test images.
     """
     key = jax.random.key(setup.options.seed)
     steps = 2 if setup.options.smoke else 1000
@@ -195,7 +195,7 @@ def main(config: Config) -> dict:
             if row["coef"] is not None
         ]
         shown |= disentangled.shown(setup, found, PUBLISHED, keys=["method"])
-        caption = f"{setup.title}: what was searched."
+        caption = f"{setup.title}: searched values."
         shown[caption] = tables.markdown(searched, digits=6)
         if config.beyond_paper:
             taus = vectors.vectors(setup, "nonlinear")

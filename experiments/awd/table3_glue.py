@@ -1,4 +1,4 @@
-"""Tables 3, 8 and 9 (AWD paper), and Figure 2 of RoBERTa: eight GLUE tasks merged.
+"""Tables 3, 8 and 9 (AWD paper), and Figure 2 for RoBERTa: merges eight GLUE tasks.
 
 Xiong et al. Multi-Task Model Merging via Adaptive Weight Disentanglement.
 arXiv:2411.18729: section 4.4, Table 3; 8.3, Tables 8 and 9; 4.2, Figure 2.
@@ -8,11 +8,11 @@ arXiv:2411.18729: section 4.4, Table 3; 8.3, Tables 8 and 9; 4.2, Figure 2.
     python -m experiments.awd.table3_glue --models FacebookAI/roberta-base \\
         --from cola=FINE_TUNED_1 mrpc=FINE_TUNED_2
 
-Data: `nyu-mll/glue` from the Hugging Face Hub, or GLUE's own files in a folder. How
-RoBERTa is fine-tuned, `experiments.common.language.roberta_glue` says.
+Data: `nyu-mll/glue` from the Hugging Face Hub, or GLUE's own files in a folder.
+`experiments.common.language.roberta_glue` describes the fine-tuning of RoBERTa.
 
-Published, the score over that of the task's own model, in percent; Table 3 has the
-means, Tables 8 and 9 all of it:
+Published, the score divided by the score of the task's own model, in percent. Table 3
+has only the means, Tables 8 and 9 have all values:
 
     RoBERTa-Base               CoLA  SST-2  MRPC  STS-B  QQP   QNLI  MNLI  RTE   Avg
     Pre-trained                0.0   53.8   85.0  4.0    37.5  53.1  37.1  71.2  41.7
@@ -35,29 +35,30 @@ means, Tables 8 and 9 all of it:
     AWD Task Arithmetic        10.4  90.8   86.5  87.1   91.8  87.1  78.1  63.8  74.5
 
 The eight scores of the pre-trained RoBERTa-base have the mean 42.7, not 41.7; all other
-means are as printed.
+means are correct.
 
-Figure 2 compares the single models with what is left of them where their task vectors
-keep the weights of linear layers in the blocks alone, and where AWD has taken its part
-away too. It is a plot only; the text says that nothing is lost.
+Figure 2 compares three models of every task: the whole single-task model; the model
+with only the linear weights of the blocks in its task vector; and the latter after AWD.
+It is a plot only; the text says that nothing is lost.
 
-What the paper leaves open, and what we take:
+The paper leaves the following open; our choices are:
 
-- λ is searched in 0.3, 0.4, …, 1 and AWD's α in 1e-2 to 1e-6, as for its image models,
-  by the mean normalised score on validation samples; the other methods have the same
+- λ is searched in 0.3, 0.4, …, 1 and AWD's α in 1e-2 to 1e-6, as for the image models,
+  by the mean normalised score on validation samples. The other methods search the same
   λ. AWD's β and number of steps are those of `jaxarith.merge.awd`.
 - TIES keeps a fifth of the entries, DARE a tenth. TIES sums the entries of the elected
-  sign, as for image models (`table1_addition`), since λ is at most 1; with the mean, as
-  its authors have it, they search λ from 0.8 to 2.5.
-- A score that is not above 0 normalises nothing, and its task has no normalised score.
+  sign, as for image models (`table1_addition`), because λ is at most 1. Its authors
+  take the mean, and search λ from 0.8 to 2.5.
+- If the score of a task's own model is 0 or less, the task has no normalised score.
 
 "Cosine with sum" and "effective λ" compare AWD's vector with the plain sum of the same
-weights, see `experiments.awd.solving`. A second table (`--no-beyond-paper` leaves it
-out) has what the paper's lacks: TSV-M, Iso-C, Iso-CTS, WUDI and PCB-Merging at the
+weights, see `experiments.awd.solving`. A second table has rows that the paper lacks
+(`--no-beyond-paper` leaves it out): TSV-M, Iso-C, Iso-CTS, WUDI and PCB-Merging at the
 coefficients of `experiments.awd.beyond`, with scores normalised in the same way; the
-plain sum of the linear weights; and a coefficient for every task on these weights, by
-coordinate ascent over the same candidates from their best common one
-(`evaluate.search_per_task`). No published scores are known of these on these models.
+plain sum of the linear weights; and one coefficient per task for these weights. The
+latter are found by coordinate ascent over the same candidates, starting from the best
+common one (`evaluate.search_per_task`). No published scores of these methods on these
+models are known.
 """
 
 import dataclasses
@@ -88,23 +89,23 @@ VARIANTS = ("full", "linear weights only", "AWD, linear weights only")  # of Fig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(solving.Options, roberta_glue.Options):
-    """Tables 3, 8 and 9 (AWD paper), Figure 2 of RoBERTa: merge eight GLUE tasks."""
+    """Tables 3, 8 and 9 (AWD paper), Figure 2 for RoBERTa: merge eight GLUE tasks."""
 
     coefs: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    """The candidates of the coefficient λ."""
+    """Candidate values of the coefficient λ."""
     alphas: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-    """The candidates of AWD's α."""
+    """Candidate values of AWD's α."""
     drop_rate: float = 0.9
-    """The share of the entries that DARE drops."""
+    """Share of the entries that DARE drops."""
     density: float = 0.2
-    """The share of the entries that TIES keeps."""
+    """Share of the entries that TIES keeps."""
     beyond_paper: bool = True
-    """Also measure what the paper's tables lack, see above."""
+    """Also measure rows that the paper's tables lack, see above."""
 
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
+    """Runs everything; returns the content of `report.json`."""
     config = roberta_glue.smoke(config, coefs=(0.3, 1.0), alphas=(1e-2, 1e-4))
     if record := planning.recorder():
         plan(config, record)
@@ -141,9 +142,9 @@ def main(config: Config) -> dict:
 
 
 def plan(config: Config, record: planning.Recorder):
-    """Notes the vectors, and the passes of all rows over validation and test parts."""
+    """Reports the vectors and the forward passes of all rows to the plan."""
     coefs = len(config.coefs)
-    # Four merges and AWD at every α are searched; two rows before, and averaging.
+    # Searched: four merges, and AWD at every α. Not searched: two rows, and averaging.
     validated, tested = 1 + (4 + len(config.alphas)) * coefs, 2 + 5 + 1
     tested += 2  # Figure 2
     if config.beyond_paper:
@@ -159,7 +160,7 @@ def plan(config: Config, record: planning.Recorder):
 def scores_at(
     setup: roberta_glue.Setup, taus: dict[str, Tree], vector: Tree, split: str
 ) -> Callable[[float], list[float]]:
-    """The scores of all tasks with one vector, as a function of its coefficient."""
+    """Returns the scores of all tasks with one vector, as a function of λ."""
     return roberta_glue.scores_at(setup, taus, [vector] * len(taus), split)
 
 
@@ -168,7 +169,7 @@ def titles(names: Iterable[str]) -> list[str]:
 
 
 def row(setup: roberta_glue.Setup, method: str, found, single) -> dict:
-    """A plain row, in percent: normalised scores with their mean, and the scores."""
+    """Returns a row in percent: normalised scores with their mean, and scores."""
     named = titles(setup.tasks)
     pairs = zip(found, single, strict=True)
     normalized = [100 * a / b if b > 0 else None for a, b in pairs]
@@ -182,7 +183,7 @@ def row(setup: roberta_glue.Setup, method: str, found, single) -> dict:
 
 
 def merged(setup: roberta_glue.Setup, taus, config: Config) -> dict[str, tuple]:
-    """The merges but AWD: a vector, and the candidates of its coefficient."""
+    """Returns for all merges except AWD a vector, and candidates of its coefficient."""
     params_0, parts = setup.params_0, roberta_glue.encoders(taus)
     key = jax.random.key(config.seed)
     dropped = merge.drop(parts, drop_rate=config.drop_rate, key=key)
@@ -214,9 +215,10 @@ def merged(setup: roberta_glue.Setup, taus, config: Config) -> dict[str, tuple]:
 def search(
     setup: roberta_glue.Setup, taus, vector, single, coefs
 ) -> tuple[float, float]:
-    """The coefficient with the best mean normalised score on validation data, and it.
+    """Returns the coefficient with the best mean normalised validation score.
 
-    Where a single model scores nothing, the scores are not normalised.
+    Also returns that score. If a single model scores 0 or less, scores are not
+    normalised.
     """
     scores = scores_at(setup, taus, vector, "validation")
     usable = min(single) > 0
@@ -227,7 +229,7 @@ def search(
 def disentangled(
     setup: roberta_glue.Setup, taus, single, config: Config
 ) -> tuple[float, float, Tree]:
-    """AWD's best α and λ on validation data, and its vector."""
+    """Returns AWD's best α and λ on validation data, and its vector."""
     found = []
     for alpha in tqdm(config.alphas, desc="AWD", unit="α"):
         vector = awd(setup, taus, config, np.ones(len(taus)), alpha)
@@ -238,14 +240,14 @@ def disentangled(
 
 
 def linear_weights(taus) -> list[Tree]:
-    """What AWD takes of the task vectors."""
+    """Returns the part of the task vectors that AWD merges."""
     return [tree.select(tau, bert.BLOCK_LINEAR_WEIGHTS) for tau in taus.values()]
 
 
 def awd(
     setup: roberta_glue.Setup, taus, how: solving.Options, weights, alpha: float
 ) -> Tree:
-    """The weighted sum of the disentangled vectors."""
+    """Returns the weighted sum of the disentangled vectors."""
     parts, coef = linear_weights(taus), np.asarray(weights, np.float32)
     return solving.merged(setup.params_0, parts, how, alpha=alpha, coef=coef)
 
@@ -253,7 +255,7 @@ def awd(
 def beyond_rows(
     setup: roberta_glue.Setup, taus, config: Config, own, single
 ) -> list[dict]:
-    """What the paper's tables lack, see the module's docstring."""
+    """Returns the rows that the paper's tables lack, see the module's docstring."""
     encoders, rows = roberta_glue.encoders(taus), []
 
     def add(name, vector, coefs):
@@ -288,7 +290,7 @@ def beyond_rows(
 def single_models(
     setup: roberta_glue.Setup, taus, how: solving.Options, alpha: float, full
 ) -> list[dict]:
-    """Figure 2: scores of the single models and of what is left of them."""
+    """Returns the rows of Figure 2: scores of whole and reduced single models."""
     units = np.eye(len(taus))
     rebuilt = [awd(setup, taus, how, unit, alpha) for unit in units]
     found = (
@@ -318,7 +320,7 @@ def figure(out: Path, setup: roberta_glue.Setup, variants: list[dict]):
 def write(config: Config, results: dict) -> dict:
     """Writes report.json and report.md; returns the results."""
     columns = [*titles(config.tasks), "Avg"]
-    # Of fewer tasks the paper's mean says nothing.
+    # The paper's mean is shown only if all tasks are present.
     mean = "Avg" if tuple(config.tasks) == tuple(roberta_glue.TITLES) else None
     names = (*COLUMNS[:-1], mean)
     captions, half = {}, -(-len(columns) // 2)
@@ -358,7 +360,7 @@ def write(config: Config, results: dict) -> dict:
         for line in results["rows"] + results["beyond"]
         if line["coefficient"] is not None
     ]
-    captions["What was searched."] = tables.markdown(chosen, digits=6)
+    captions["Searched values."] = tables.markdown(chosen, digits=6)
     captions["Figure 2: scores of single models, percent."] = results["figure 2"]
     title = "Eight GLUE tasks with RoBERTa (AWD, Tables 3, 8 and 9, Figure 2)"
     note = "Table 3 is the column Avg."

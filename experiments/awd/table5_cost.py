@@ -5,8 +5,8 @@ Xiong et al. Adaptive Weight Disentanglement. arXiv:2411.18729: Section 7.2.
     python -m experiments.awd.table5_cost
     python -m experiments.awd.table5_cost --models ViT-B-32 --solvers adam
 
-Needs neither data nor models: cost depends on shapes alone, and the vectors are drawn,
-with a part that all share, in the shapes of the linear weights of the blocks.
+The script needs neither data nor models, because the cost depends only on shapes. It
+draws random vectors with a common part, in the shapes of the blocks' linear weights.
 
 Published, eight tasks on an NVIDIA A100 40GB:
 
@@ -14,15 +14,15 @@ Published, eight tasks on an NVIDIA A100 40GB:
     ViT-B-32  142.0    3.76
     ViT-L-14  463.0    5.04
 
-The paper states neither its optimizer nor what its memory holds; eight float32 vectors
-of ViT-L/14 alone are 9.7 GB. "gradient_descent" is Algorithm 1 by the Gram matrix, the
-same steps in eight variables, and so is "momentum"; "adam" steps in the space of the
-weights, as automatic differentiation does. With `--scope row` there are eight variables
-for every row of a weight.
+The paper states neither its optimizer nor what its memory includes; eight float32
+vectors of ViT-L/14 alone are 9.7 GB. "gradient_descent" runs Algorithm 1 on the Gram
+matrix: the same steps, in eight variables. "momentum" does so too. "adam" takes its
+steps in the space of the weights, with automatic differentiation. With `--scope row`
+there are eight variables for every row of a weight.
 
-Seconds are those of the second of two calls, the whole merge included; that of
-compilation is a column of its own. Memory is what XLA plans for the merge as one
-program: its arguments (the vectors and the model), results and temporaries.
+Seconds are measured on the second of two calls, for the whole merge; compilation has
+its own column. Memory is XLA's plan for the merge as one program: its arguments (the
+vectors and the model), results and temporaries.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from jaxarith import merge, tree
 from jaxarith.merge.awd import Scope
 from jaxarith.typing import Tree
 
-# Layers, width, and width of the MLP.
+# (number of layers, width, width of the MLP)
 SHAPES = {"ViT-B-32": (12, 768, 3072), "ViT-L-14": (24, 1024, 4096)}
 PUBLISHED = tables.published(__doc__, "model")
 SMOKE = (2, 16, 32)
@@ -49,18 +49,20 @@ Solver = Literal["gradient_descent", "momentum", "adam"]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(runs.Options):
     models: tuple[Literal["ViT-B-32", "ViT-L-14"], ...] = ("ViT-B-32", "ViT-L-14")
-    """Whose shapes."""
+    """Models whose shapes are used."""
     solvers: tuple[Solver, ...] = ("gradient_descent", "adam")
-    """By the Gram matrix, or in the space of the weights."""
+    """Solvers: on the Gram matrix (gradient_descent, momentum), or in the space of the
+    weights (adam)."""
     scope: Scope = "global"
-    """What shares a redundant vector, see `jaxarith.merge.awd`."""
+    """The part that shares one redundant vector, see `jaxarith.merge.awd`."""
     vectors: int = 8
-    """How many task vectors."""
+    """Number of task vectors."""
     steps: int = 1000
+    """Number of steps of the solver."""
 
 
 def drawn(shape: tuple[int, int, int], key: jax.Array) -> Tree:
-    """Normal weights in the shapes of all linear layers of the blocks."""
+    """Draws normal weights in the shapes of all linear layers of the blocks."""
     layers, width, hidden = shape
     sizes = {
         f"self_attn/{name}_proj": (width, width) for name in ("q", "k", "v", "out")
@@ -76,7 +78,7 @@ def drawn(shape: tuple[int, int, int], key: jax.Array) -> Tree:
 
 
 def vectors_of(shape: tuple[int, int, int], count: int) -> list[Tree]:
-    """Task vectors with cosines of 0.2."""
+    """Draws task vectors with cosines of 0.2."""
     shared = drawn(shape, jax.random.key(0))
     return [
         jax.tree.map(lambda a, b: 1e-3 * (0.5 * a + b), shared, own)
@@ -85,10 +87,10 @@ def vectors_of(shape: tuple[int, int, int], count: int) -> list[Tree]:
 
 
 def measured(shape, solver: str, config: Config) -> dict:
-    """Seconds and bytes of one merge."""
+    """Returns the seconds and gigabytes of one merge."""
     taus = vectors_of(shape, config.vectors)
     params_0 = drawn(shape, jax.random.key(1000))
-    # The step of each in its own units; it changes no cost.
+    # Each solver has its own units; the value does not change the cost.
     step_size = 1e-3 if solver == "adam" else 0.01
 
     @jax.jit

@@ -1,10 +1,10 @@
-"""Tables 6 and 7: vectors made more orthogonal by AWD, and less by its reverse.
+"""Tables 6 and 7: AWD makes vectors more orthogonal, its reverse less orthogonal.
 
 Xiong et al. Adaptive Weight Disentanglement. arXiv:2411.18729: Appendix 8.2.
 
     python -m experiments.awd.table6_reversed --data-dir DATA
 
-Data: those of `table1_addition`, whose task vectors are taken from the bank.
+Data: the same as for `table1_addition`. Its task vectors in the bank are used.
 
 Published, test accuracy in percent:
 
@@ -34,10 +34,10 @@ Published, test accuracy in percent:
     Individual Reconstructed  84.6    92.3  97.4   99.7  98.2  99.3   99.7   84.4  94.4
     AWD Task Arithmetic       36.0    31.5  48.5   54.9  83.2  54.3   97.6   37.9  55.5
 
-A reconstructed model is θ0 + (τ_i - δ). The paper says of the reverse only that the
-vectors "can still recover the performance of the original" ones. Here its α is that of
-1e-2, …, 1e-6 with the best reconstructed models on validation data, and its λ is that
-of AWD, so that the objective is all that differs.
+A reconstructed model is θ0 + (τ_i - δ). About the reverse the paper only says that the
+vectors "can still recover the performance of the original" ones. Here its α is the one
+of 1e-2, …, 1e-6 with the best reconstructed models on validation data. Its λ is that of
+AWD, so only the objective differs.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ class Config(solving.Options, options.Models):
 
 
 def rows_of(setup: setups.Setup, how: solving.Options) -> list[dict]:
-    """The rows of one model, in the order of the paper."""
+    """Returns the rows of one model, in the order of the paper."""
     taus, rows = vectors.vectors(setup, "nonlinear"), []
     alphas = disentangled.alphas(setup.options)
     coefs = disentangled.coefs(setup.options)
@@ -83,7 +83,7 @@ def rows_of(setup: setups.Setup, how: solving.Options) -> list[dict]:
         row |= {"coef": None, "alpha": None}
         rows.append(row | {"cosine with sum": None, "effective λ": None} | found)
 
-    # Those of one α at a time: of all α they would not fit into memory.
+    # One α at a time: the vectors for all α would not fit into memory.
     def vectors_at(alpha, objective):
         given = {"alpha": alpha, "objective": objective}
         return disentangled.disentangled(setup.params_0, taus, how, **given)
@@ -108,7 +108,7 @@ def rows_of(setup: setups.Setup, how: solving.Options) -> list[dict]:
         alpha: scores.on_own(setup, vectors_at(alpha, "reverse"), "validation").mean()
         for alpha in tqdm(alphas, desc="AWD, reversed", unit="α")
     }
-    alpha = max(kept, key=kept.__getitem__)  # of equals the first, the largest α
+    alpha = max(kept, key=kept.__getitem__)  # if equal, the first (largest) α
     own = vectors_at(alpha, "reverse")
     single = scores.on_own(setup, own, "test")[0]
     add(REVERSED, "Individual Reconstructed", single, own, alpha=alpha)

@@ -1,4 +1,4 @@
-"""AWD by scope and solver, beside task arithmetic at its best λ: not in the paper.
+"""Compares scopes and solvers of AWD with task arithmetic at its best λ (our table).
 
     python -m experiments.awd.table_scopes
     python -m experiments.awd.table_scopes --model openai/clip-vit-base-patch32 \\
@@ -7,16 +7,16 @@
         --tasks sun397 stanford_cars resisc45 eurosat svhn gtsrb mnist dtd
 
 Without options it is a small study: the embedded tiny CLIP on the six small tasks of
-the quickstart, which need no data, with three seeds of the training.
+the quickstart, which need no data, with three training seeds.
 
 Every row is a merged vector. All are searched in the same way on validation data: λ in
-0.1, 0.15, …, 0.7, and α of AWD in 1e-2 and 1e-4. A gain is the difference to Task
-Arithmetic of whole vectors with the same seed; the spread is the largest value over the
-seeds less the smallest. "Cosine with sum" and "effective λ" compare with the plain sum
-of the linear weights (`experiments.awd.solving`), and "cosine left" is the mean
-magnitude of the cosines of the disentangled vectors over that of the task vectors. The
-weights of "K weights searched" start at the best λ of the plain sum of the linear
-weights (`experiments.awd.beyond`).
+0.1, 0.15, …, 0.7, and α of AWD in 1e-2 and 1e-4. "Gain" is the difference to Task
+Arithmetic of whole vectors with the same seed. "Spread" is the largest value over the
+seeds minus the smallest. "Cosine with sum" and "effective λ" compare with the plain sum
+of the linear weights (`experiments.awd.solving`). "Cosine left" is the mean |cosine| of
+the disentangled vectors divided by that of the task vectors. The weights of "K weights
+searched" start at the best λ of the plain sum of the linear weights
+(`experiments.awd.beyond`).
 """
 
 import dataclasses
@@ -45,13 +45,13 @@ class Config(options.OneModel):
     """A CLIP: a folder, or an id of the Hugging Face Hub."""
     tasks: tuple[str, ...] = small_tasks.NAMES
     source: Literal["tfds", "hub", "folder", "small"] | None = "small"
-    """Where the tasks come from; `small` are those of the quickstart."""
+    """Source of the tasks; `small` are the tasks of the quickstart."""
     steps: int | None = 120
     """Optimizer steps."""
     batch_size: int = 64
     learning_rate: float = 1e-3
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the training, each with a bank of its own below --bank."""
+    """Training seeds; each has its own bank below --bank."""
     scopes: tuple[Scope, ...] = get_args(Scope)
     solvers: tuple[Solver, ...] = ("gradient_descent", "momentum", "adam")
     step_size: float = 0.01
@@ -60,7 +60,7 @@ class Config(options.OneModel):
 
 
 def rows_of(setup: setups.Setup, config: Config) -> list[dict]:
-    """The rows of one seed."""
+    """Returns the rows of one seed."""
     taus, rows = vectors.vectors(setup, "nonlinear"), []
     parts = disentangled.linear_weights(taus)
     total, coefs = task_vectors.add(parts), scores.coefs_of(config, COEFS)
@@ -109,7 +109,7 @@ def rows_of(setup: setups.Setup, config: Config) -> list[dict]:
 
 
 def over_seeds(rows: Sequence[dict]) -> list[dict]:
-    """Means over the seeds, with the spread and the gain over Task Arithmetic."""
+    """Returns means over the seeds, with spread and gain over Task Arithmetic."""
     plain = {row["seed"]: row["mean"] for row in rows if row["method"] == PLAIN}
     found = []
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -127,7 +127,7 @@ def over_seeds(rows: Sequence[dict]) -> list[dict]:
 
 
 def one_seed(config: Config, seed: int) -> list[dict]:
-    """The rows of a seed, whose vectors have a bank of their own."""
+    """Returns the rows of a seed; its vectors have their own bank."""
     folder = f"seed_{seed}"
     own = dataclasses.replace(
         config, seed=seed, bank=config.bank / folder, out=config.out / folder
@@ -141,7 +141,9 @@ def main(config: Config) -> dict:
         config, seeds=config.seeds[:2], scopes=("row",), solvers=("momentum",)
     )
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
-        raise ValueError(f"--seeds {config.seeds}: name at least one, each once.")
+        raise ValueError(
+            f"--seeds {config.seeds}: expected at least one, and each only once."
+        )
     rows = []
     for seed in tqdm(config.seeds, desc="seeds", unit="seed"):
         rows += one_seed(config, seed)

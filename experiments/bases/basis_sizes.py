@@ -1,41 +1,42 @@
 """Table of bases of equal size: clusters, PCA, autoencoder, random sample.
 
-Zeng et al. Task Vector Bases. arXiv:2502.01015, whose first version has clusters, and
-whose authors' current code has the others. The table is ours.
+Zeng et al. Task Vector Bases. arXiv:2502.01015. The first version of the paper has
+clusters; the authors' current code has the other bases. The table is ours.
 
     python -m experiments.bases.basis_sizes --data-dir DATA
     python -m experiments.bases.basis_sizes --tasks a=FOLDER b=FOLDER c=FOLDER
 
-Data: the eight image tasks, or any three or more. Negation needs the control task, and
+Data: the eight image tasks, or any three or more. Negation needs the control task;
 --control none leaves it out.
 
-All bases store as many vectors; the mean of PCA is one of them. Every task vector is
-recovered from them:
+All bases store the same number of vectors (PCA's mean is one of them). Every task
+vector is recovered from them:
 
-- clusters: the mean of its cluster, in the clusters of Algorithm 1;
-- clusters, fitted: the linear combination of these means that is nearest to it;
-- PCA, autoencoder: as `jaxarith.merge.linear_bases` has them;
-- sample, fitted: the nearest linear combination of some task vectors at random.
+- clusters: the mean of the task's cluster, from Algorithm 1;
+- clusters, fitted: the nearest linear combination of these means;
+- PCA, autoencoder: see `jaxarith.merge.linear_bases`;
+- sample, fitted: the nearest linear combination of randomly chosen task vectors.
 
 Columns:
 
-- error: the norm of what is not recovered, relative to the norm of the task vectors;
-- least: the least error that any linear basis of this size can have;
-- own: accuracy with the recovered vector of a task, the mean over tasks;
-- sum of basis: accuracy on all tasks with the sum of the basis vectors, which is the
-  paper's addition. With PCA it is without the mean, as in the authors' code, and
-  depends on the signs of eigenvectors, which are arbitrary;
-- sum of recovered: the same with the sum of the recovered vectors. With clusters and
-  with PCA it is the sum of the task vectors themselves;
-- target, control: accuracies after the recovered vector of a task is subtracted, as
-  in Table 6.
+- error: norm of the unrecovered part, relative to the norm of the task vectors;
+- least: the smallest error that a linear basis of this size can have;
+- own: accuracy on a task with its recovered vector, mean over tasks;
+- sum of basis: accuracy on all tasks with the sum of the basis vectors. This is the
+  paper's addition. For PCA the sum has no mean, as in the authors' code, and depends on
+  the arbitrary signs of eigenvectors;
+- sum of recovered: accuracy on all tasks with the sum of the recovered vectors. For
+  clusters and PCA it equals the sum of the task vectors;
+- target, control: accuracies after subtracting the recovered vector of a task, as in
+  Table 6.
 
-Coefficients are chosen on validation data. Those of sums are 0, 0.05, …, 1, where the
-absolute weights of the task vectors sum to T times the coefficient, so that no sum has
-a larger range than another.
+Coefficients are chosen on validation data. For sums they are 0, 0.05, …, 1. The
+absolute weights of the task vectors always sum to T times the coefficient, so no sum
+has a larger range than another.
 
 A second table has the bounds of `jaxarith.evaluate.bounds` for every number of
-clusters, relative to C, and what the eigengap and the bound of generalization choose.
+clusters, relative to C, and the numbers that the eigengap and the bound of
+generalization choose.
 """
 
 import dataclasses
@@ -65,22 +66,23 @@ from jaxarith.typing import Taus
 class Config(options.OneModel):
     model: str = partitions.LAION_B32
     sizes: tuple[int, ...] = ()
-    """Numbers of stored vectors; by default half of the tasks, as the authors' code."""
+    """Numbers of stored vectors; by default half the tasks, as in the authors' code."""
     draws: int = 1
-    """Starts of the autoencoder, and random samples, over which the table averages."""
+    """Number of starts of the autoencoder, and of random samples; the table averages
+    over them."""
     tolerance: float = 0.25
-    """Of the fewest clusters: how much the bound of generalization may exceed that of
-    a cluster of every task, relative to C."""
+    """Tolerance for the fewest clusters, relative to C: how much the bound of
+    generalization may exceed that of one cluster per task."""
 
 
 class Bases(NamedTuple):
-    """Vectors to store, as weights of the T task vectors.
+    """A basis and its recovered vectors, as weights of the T task vectors.
 
     Attributes:
-      method: the name in the table.
-      stored: how many vectors are stored.
-      basis: `[T, M]`, the basis vectors.
-      recovered: `[T, T]`, the recovered vectors.
+      method: name in the table.
+      stored: number of stored vectors.
+      basis: the basis vectors, `[T, M]`.
+      recovered: the recovered vectors, `[T, T]`.
     """
 
     method: str
@@ -90,11 +92,11 @@ class Bases(NamedTuple):
 
 
 def of_size(gram: jax.Array, stored: int, config: Config) -> list[Bases]:
-    """All bases of one size, those with random numbers as often as they are drawn.
+    """Returns all bases of one size; random ones once for every draw.
 
     Args:
       gram: inner products of the task vectors, `[T, T]`.
-      stored: how many vectors are stored, less than T.
+      stored: number of stored vectors, less than T.
       config: options of the script.
     """
     tasks = len(gram)
@@ -106,7 +108,7 @@ def of_size(gram: jax.Array, stored: int, config: Config) -> list[Bases]:
         Bases("clusters", stored, means, means @ members.T),
         fitted(gram, "clusters, fitted", means),
     ]
-    if stored > 1:  # the mean is one of them
+    if stored > 1:  # the mean takes one place
         encoder, decoder = map(np.asarray, pca_factors(gram, stored - 1))
         recovered = encoder @ decoder + 1 / tasks
         found.append(Bases("PCA", stored, encoder, recovered))
@@ -121,14 +123,14 @@ def of_size(gram: jax.Array, stored: int, config: Config) -> list[Bases]:
 
 
 def fitted(gram: jax.Array, method: str, basis: np.ndarray) -> Bases:
-    """A basis with the recovered vectors that are nearest to the task vectors."""
+    """Returns a basis with the nearest recovered vectors to the task vectors."""
     inner = basis.T @ np.asarray(gram, float)
     decoder = np.linalg.lstsq(inner @ basis, inner)[0]
     return Bases(method, basis.shape[1], basis, basis @ decoder)
 
 
 def sum_of(weights: np.ndarray) -> np.ndarray:
-    """The sum of vectors `[T, n]`, with absolute weights that sum to T."""
+    """Returns the sum of vectors `[T, n]`, scaled to absolute weights that sum to T."""
     total = weights.sum(axis=1)
     return total * (len(total) / np.abs(total).sum())
 
@@ -136,11 +138,11 @@ def sum_of(weights: np.ndarray) -> np.ndarray:
 def measured(
     setup: setups.Setup, taus: Taus, gram: jax.Array, several: Sequence[Bases]
 ) -> list[dict]:
-    """A row of every basis."""
+    """Returns a row for every basis."""
     sums = [
         sum_of(weights) for own in several for weights in (own.basis, own.recovered)
     ]
-    # Many are the sum of all task vectors.
+    # Many sums equal the sum of all task vectors; each is measured once.
     unique, which = np.unique(np.round(sums, 5), axis=0, return_inverse=True)
     coefs = scores.coefs_of(setup.options, scores.COEFS)
     found = scores.searched(setup, taus, unique, coefs)
@@ -171,13 +173,13 @@ def measured(
 
 
 def least_error(gram: jax.Array, stored: int) -> float:
-    """The error of the truncated SVD of the task vectors (Eckart and Young)."""
+    """Returns the error of the truncated SVD of the task vectors (Eckart, Young)."""
     shares = np.linalg.eigvalsh(np.asarray(gram, float) / float(gram.trace()))
     return max(float(shares[: len(gram) - stored].sum()), 0) ** 0.5
 
 
 def negated(setup: setups.Setup, taus: Taus, own: Bases) -> dict:
-    """Accuracies after negation of every recovered vector, if there is a control."""
+    """Returns accuracies after negating recovered vectors; {} without a control."""
     if setup.control is None:
         return {}
     found = scores.negation(setup, combined(taus, own.recovered), linearized=False)
@@ -186,7 +188,7 @@ def negated(setup: setups.Setup, taus: Taus, own: Bases) -> dict:
 
 
 def means_over_draws(rows: Sequence[dict]) -> list[dict]:
-    """One row for every method and size."""
+    """Averages over draws: one row for every method and size."""
     groups: dict = {}
     for row in rows:
         groups.setdefault((row["method"], row["stored"]), []).append(row)
@@ -201,7 +203,7 @@ def means_over_draws(rows: Sequence[dict]) -> list[dict]:
 def numbers_of_clusters(
     setup: setups.Setup, gram: jax.Array, tolerance: float
 ) -> list[dict]:
-    """The bounds for every number of clusters, and what chooses it."""
+    """Returns the bounds for every number of clusters, and the chosen numbers."""
     cosines = tree.cosine(gram)
     fewest = len(bounds.fewest_clusters(gram, tolerance))
     largest = float(gram.diagonal().max())
@@ -227,10 +229,12 @@ def main(config: Config) -> dict:
     config = options.smoke(config, sizes=(1, 2))
     count = len(config.tasks)
     if count < 3:
-        raise ValueError(f"{count} tasks; at least 3 have an eigengap.")
+        raise ValueError(
+            f"--tasks names {count} tasks; expected at least 3, for an eigengap."
+        )
     sizes = config.sizes or (count // 2,)
     if not all(0 < size < count for size in sizes):
-        raise ValueError(f"--sizes {sizes}: give numbers from 1 to {count - 1}.")
+        raise ValueError(f"--sizes {sizes}: expected numbers from 1 to {count - 1}.")
     if config.draws < 1:
         raise ValueError(f"--draws {config.draws}: expected 1 or more.")
     runs.start(config)
@@ -244,8 +248,8 @@ def main(config: Config) -> dict:
     results = {"rows": rows, "means": means_over_draws(rows), "clusters": choices}
     control = f", and on {setup.control.title}" if setup.control else ""
     shown = {
-        f"Bases by size: accuracies in percent{control}; draws of the autoencoder and "
-        f"of samples: {config.draws}.": tables.markdown(results["means"], digits=3),
+        f"Bases by size: accuracies in percent{control}; {config.draws} draws of the "
+        "autoencoder and of samples.": tables.markdown(results["means"], digits=3),
         "Numbers of clusters: bounds relative to C, for a smoothness of 1; tolerance "
         f"{config.tolerance:g}.": tables.markdown(choices, digits=3),
     }

@@ -7,16 +7,16 @@ Zeng et al. Task Vector Bases. arXiv:2502.01015: section 6.2.
 Data: the eight image tasks. The models are two checkpoints of LAION-2B, see
 `two_models`.
 
-Of a task i and every other task j the gap is L_i(θ_0 + 0.5 τ_i + 0.5 τ_j) - L_i(θ_i),
-where L_i is the mean cross-entropy on test data; the paper does not name the split.
+For a task i and every other task j the gap is L_i(θ_0 + 0.5 τ_i + 0.5 τ_j) - L_i(θ_i).
+L_i is the mean cross-entropy on test data; the paper does not name the split.
 
-Published, as plots only. Figure 3, of MNIST: "highly similar tasks, such as digit
+Published, as plots only. Figure 3, for MNIST: "highly similar tasks, such as digit
 classification in MNIST, SVHN, and GTSRB, lead to larger loss gaps" than less related
-ones. Figure 6, of DTD: "larger local smoothness consistently leads to a larger gap".
+ones. Figure 6, for DTD: "larger local smoothness consistently leads to a larger gap".
 
 The local smoothness L is the spectral norm of the Hessian of the fine-tuned model's
-loss, by power iteration on some test images; the paper states neither their number nor
-that of the iterations. `residual` says how far the iteration has come.
+loss, by power iteration on some test images. The paper states neither the number of
+images nor of iterations. `residual` shows how well the iteration has converged.
 """
 
 import dataclasses
@@ -37,17 +37,17 @@ from jaxarith.typing import Params
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(two_models.Options):
     targets: tuple[str, str] = ("mnist", "dtd")
-    """The tasks whose loss is measured, in Figure 3 and in Figure 6."""
+    """The tasks whose loss is measured, for Figure 3 and for Figure 6."""
     share: float = 0.5
-    """The coefficient of both vectors."""
+    """Coefficient of both vectors."""
     smoothness_samples: int = 1024
-    """Test images that the Hessian is of."""
+    """Number of test images for the Hessian."""
     iterations: int = 50
-    """The largest number of power iterations, each a pass over those images."""
+    """Largest number of power iterations; each is a pass over those images."""
 
 
 def gaps(setup: setups.Setup, taus, target: int, share: float) -> dict[int, float]:
-    """The loss gap of a task with every other task merged in, by their index."""
+    """Returns the loss gap of a task by the index of the other task in the merge."""
     unit = np.eye(len(taus))
     others = [i for i in range(len(taus)) if i != target]
     coefs = [unit[target], *(share * (unit[target] + unit[i]) for i in others)]
@@ -59,7 +59,7 @@ def gaps(setup: setups.Setup, taus, target: int, share: float) -> dict[int, floa
 def smoothness(
     setup: setups.Setup, task: setups.Task, tau: Params, config: Config
 ) -> hessian.Eigenvalue:
-    """The local smoothness L of a task's loss at its fine-tuned model."""
+    """Returns the local smoothness L of a task's loss at its fine-tuned model."""
     dataset = setups.drawn(setup, task.test, config.smoothness_samples)
 
     def loss(features, labels):
@@ -70,7 +70,7 @@ def smoothness(
         setup.apply_fn,
         loss,
         task_vectors.apply(setup.params_0, tau),
-        list(dataset.batches),  # read once, for all iterations
+        list(dataset.batches),  # read once for all iterations
         key=jax.random.key(config.seed),
         max_iterations=config.iterations,
         mesh=setup.mesh,
@@ -85,8 +85,8 @@ def main(config: Config) -> dict:
     unknown = [name for name in targets if name not in names]
     if unknown or len(names) < 2:
         raise ValueError(
-            f"--targets {' '.join(config.targets)}; they must be among two --tasks or "
-            f"more, which are {', '.join(names)}."
+            f"--targets {' '.join(config.targets)}: expected targets among the --tasks "
+            f"{', '.join(names)}, and at least two tasks."
         )
     runs.start(config)
     setups = two_models.both(config)
@@ -114,7 +114,7 @@ def main(config: Config) -> dict:
     if runs.is_first():
         figures(config, rows, smooth, first, second)
     results = {"rows": rows, "smoothness": smooth}
-    caption = "Loss gap of the target, with half of its own vector and half of another."
+    caption = "Loss gap of the target, with half its own vector plus half another one."
     power = f"Local smoothness of {second}, by power iteration."
     shown = {caption: rows, power: smooth}
     title = "Loss gaps of pairs (bases paper, Figures 3 and 6)"

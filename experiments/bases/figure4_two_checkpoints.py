@@ -1,4 +1,4 @@
-"""Figures 4 and 5, and Table 9: directions and norms of vectors of two pre-trainings.
+"""Figures 4, 5 and Table 9: directions and norms of vectors from two pre-trainings.
 
 Zeng et al. Task Vector Bases. arXiv:2502.01015: section 6.2, C.1.
 
@@ -7,7 +7,7 @@ Zeng et al. Task Vector Bases. arXiv:2502.01015: section 6.2, C.1.
 Data: the eight image tasks. The models are two checkpoints of LAION-2B, see
 `two_models`.
 
-Published, the norm of task vectors / its percentage of the pre-trained model's norm:
+Published, norm of task vectors / the same in percent of the pre-trained model's norm:
 
     task      laion2b_e16  laion2b_s34b_b79k
     mnist     2.18 / 0.46  2.30 / 0.42
@@ -19,14 +19,13 @@ Published, the norm of task vectors / its percentage of the pre-trained model's 
     sun397    3.03 / 0.65  3.18 / 0.58
     svhn      2.64 / 0.56  2.76 / 0.51
 
-Figure 4 is a heat map of 16 by 16 cosines, whose block of vectors of different
-pre-trainings is near 0. Figure 5 shows two random coordinates of all models, with the
-distance of the two pre-trained ones, about 314, beside that of their own fine-tuned
-ones, about 2.
+Figure 4 is a heat map of 16 by 16 cosines. Cosines between different pre-trainings are
+near 0. Figure 5 shows two random coordinates of all models. The two pre-trained models
+are about 314 apart, a fine-tuned model is about 2 from its own pre-trained model.
 
-All norms here are of the image encoder. The paper does not say whether its 314 counts
-the text encoder too; by the ratios of Table 9, the model that it divides by has norm
-470 and 545.
+All our norms are those of the image encoder. The paper does not say whether its 314
+includes the text encoder. By the ratios of Table 9, the models that it divides by have
+norms of 470 and 545.
 """
 
 import dataclasses
@@ -61,7 +60,7 @@ class Config(two_models.Options):
 def coordinates(
     trees: Sequence[Tree], rng: np.random.Generator
 ) -> list[tuple[float, float]]:
-    """Two entries of every tree, the same two, drawn among all entries."""
+    """Returns two entries of every tree, at the same two random places."""
     flat = [tree.flatten(values) for values in trees]
     paths = list(flat[0])
     sizes = np.array([np.size(flat[0][path]) for path in paths])
@@ -81,7 +80,7 @@ def xs_and_ys(points: Sequence[tuple[float, float]]) -> tuple[list, list]:
 
 
 def blocks(cosines: np.ndarray) -> dict[str, float]:
-    """Means of the cosines of different tasks within each model, and across both."""
+    """Returns mean cosines of different tasks within each model, and across both."""
     count = len(cosines) // 2
     different = ~np.eye(count, dtype=bool)
     return {
@@ -123,14 +122,14 @@ def main(config: Config) -> dict:
             config.out / "figure4.png",
             cosines,
             {
-                "task vectors of two pre-trainings": [
+                "task vectors from two pre-trainings": [
                     list(range(count)),
                     list(range(count, 2 * count)),
                 ]
             },
             [f"{task} {i}" for i in (1, 2) for task in found[0].titles],
             value="cosine",
-            box="of one pre-training",
+            box="same pre-training",
         )
         largest = max(row["norm"] for row in rows)
         title = (
@@ -155,13 +154,13 @@ def main(config: Config) -> dict:
     )
     summary = [results["blocks"] | {"distance of the models": apart}]
     shown = {
-        "Table 9: norms, and their percentage of the pre-trained model's.": (
+        "Table 9: norms, and their percentage of the pre-trained model's norm.": (
             tables.markdown(beside, digits=2)
         ),
-        "Mean cosines of vectors, and the distance of the pre-trained models "
+        "Mean cosines of vectors, and distance of the pre-trained models "
         "(published: about 314).": tables.markdown(summary, digits=3),
     }
-    title = "Vectors of two pre-trainings (bases paper, Figures 4 and 5, Table 9)"
+    title = "Vectors from two pre-trainings (bases paper, Figures 4 and 5, Table 9)"
     return tables.write(config.out, title, shown, results)
 
 

@@ -1,4 +1,4 @@
-"""Figures 7 and 8 (bases paper): seventy language tasks in clusters, merged by them.
+"""Figures 7 and 8 (bases paper): clusters seventy language tasks, and merges them.
 
 Zeng et al. Efficient Model Editing with Task Vector Bases: A Theoretical Framework and
 Scalable Approach. arXiv:2502.01015: section 6.4.1, Appendix D.3.
@@ -7,34 +7,37 @@ Scalable Approach. arXiv:2502.01015: section 6.4.1, Appendix D.3.
     python -m experiments.bases.figure7_seventy_tasks --tasks MR=mr.txt QNLI RTE \\
         --prompt 'MR={text} It was {mask}.|0:terrible,1:great' --ks 1 2 --shown-ks 2
 
-Data: the datasets of the paper's list, from the Hugging Face Hub but for SUBJ, CR, MPQA
-and MR, which are files of LM-BFF's datasets.tar, unpacked in DATA; or any files.
-`jaxarith/data/prompt_sources.json` says how each is read, and
-`experiments.common.language.prompted` how RoBERTa-base is fine-tuned; it was not tried
-against the Hub. Seventy vectors of the blocks take 24 GB of host memory and of the
-bank's disk. Up to 32 merged models are evaluated on all test data; --samples bounds it.
+Data: the datasets of the paper's list, or any files. They come from the Hugging Face
+Hub; SUBJ, CR, MPQA and MR are files of LM-BFF's datasets.tar, unpacked in DATA.
+`jaxarith/data/prompt_sources.json` says how each is read; this was not tried against
+the Hub. `experiments.common.language.prompted` describes the fine-tuning of
+RoBERTa-base. Seventy vectors of the blocks take 24 GB of host memory and of disk for
+the bank. Up to 32 merged models are evaluated on all test data; --samples limits them.
 
-Figure 7: the cosines of all task vectors, ordered by spectral clusters, with the k of
-the largest eigengap and with k = 10. Figure 8: the mean accuracy of the mean of the
-clusters' means, with the clusters and with five random partitions, by their number k.
+Figure 7 shows the cosines of all task vectors, ordered by spectral clusters, with the k
+of the largest eigengap and with k = 10. Figure 8 shows the mean accuracy of the mean of
+the clusters' means by the number of clusters k, for the spectral clusters and for five
+random partitions.
 
-Published: the eigengap gives k = 3, with clusters of one sentence and multiple choice,
-of two sentences, and of texts by humans or machines. The lines are a plot only: k = 3
-is best and above k = 1, random partitions are all below k = 1, and "far below" them are
+Published: the eigengap is largest at k = 3. The clusters are tasks with one sentence
+and multiple choice, with two sentences, and texts by humans or machines. The lines are
+a plot only: k = 3 is best and above k = 1, and all random partitions are below k = 1.
+"Far below" them are
 
     model          mean accuracy
     Pre-trained    42.15
     Majority vote  40.47
 
-What the paper leaves open, and what we take:
+The paper leaves the following open; our choices are:
 
-- The list has 72 tasks, of which the paper keeps the 70 whose own model is better than
-  a majority vote; so do we, on the test part. --keep-all keeps the others.
-- Which k: those of the first version of its code, 1, 3, 5, 10, 15, 20, and 70.
-- A majority vote is here for the most frequent class of the whole training split. The
-  authors' code votes for one of the classes of the balanced few samples, at random.
-- A random partition gives one task to every group, and the others to any; the
-  authors' code gives all to any, and may leave a group empty.
+- The list has 72 tasks. The paper keeps the 70 whose own model is better than a
+  majority vote; so do we, on the test part. --keep-all keeps the others too.
+- The values of k are those of the first version of its code, 1, 3, 5, 10, 15, 20, and
+  70.
+- Our majority vote predicts the most frequent class of the whole training split. The
+  authors' code predicts a random class of the few balanced samples.
+- Our random partition first gives one task to every group, then the others to any. The
+  authors' code gives all tasks to any group, so a group may be empty.
 """
 
 import dataclasses
@@ -62,27 +65,33 @@ class Config(prompted.Options):
     """The tasks, in order: names of the paper's list (Appendix D.3), or files with
     labelled texts, NAME=FILE, NAME=TRAIN,TEST or NAME=TRAIN,VALIDATION,TEST."""
     ks: tuple[int, ...] = (1, 3, 5, 10, 15, 20, 70)
-    """Numbers of clusters of Figure 8; a larger one than that of the tasks is a cluster
-    of each."""
+    """Numbers of clusters for Figure 8. If one exceeds the number of tasks, every task
+    is its own cluster."""
     shown_ks: tuple[int, ...] = (0, 10)
-    """Numbers of clusters of Figure 7; 0 is the one that the eigengap gives."""
+    """Numbers of clusters for Figure 7; 0 for the number from the eigengap."""
     partitions: int = 5
-    """Random partitions for every number of clusters."""
+    """Number of random partitions for every number of clusters."""
     keep_all: bool = False
-    """Keep tasks whose own model is not better than a majority vote."""
+    """Also keep tasks whose own model is not better than a majority vote."""
 
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
-    # The tiny model learns nothing, and no task would be kept.
+    """Runs everything; returns the content of `report.json`."""
+    # The tiny model learns nothing, so no task would be kept without keep_all.
     config = prompted.smoke(
         config, ks=(1, 2), shown_ks=(0, 2), partitions=2, keep_all=True
     )
     if len(config.tasks) < 3:
-        raise ValueError(f"{len(config.tasks)} tasks; clusters need at least three.")
+        raise ValueError(
+            f"--tasks names {len(config.tasks)} tasks; expected at least three, for "
+            "clusters."
+        )
     if not config.ks or min(config.ks) < 1 or min(config.shown_ks, default=0) < 0:
-        raise ValueError(f"--ks {config.ks} and --shown-ks {config.shown_ks}.")
+        raise ValueError(
+            f"--ks {config.ks} and --shown-ks {config.shown_ks}: expected --ks of 1 or "
+            "more, and --shown-ks of 0 or more."
+        )
     if record := planning.recorder():
         plan(config, record)
         return {}
@@ -97,8 +106,8 @@ def main(config: Config) -> dict:
     left_out = [setup.names[i] for i in range(len(tasks)) if i not in kept]
     if len(kept) < 3:
         raise ValueError(
-            f"{len(kept)} tasks whose own model is better than a majority vote; "
-            "clusters need three. Train for longer, or say --keep-all."
+            f"only {len(kept)} tasks have a model better than a majority vote; "
+            "clusters need three. Train for longer, or give --keep-all."
         )
     setup = setup._replace(tasks=[setup.tasks[i] for i in kept])
     taus, tasks = [taus[i] for i in kept], [tasks[i] for i in kept]
@@ -133,7 +142,7 @@ def main(config: Config) -> dict:
 
 
 def plan(config: Config, record: planning.Recorder):
-    """Notes the vectors, and the passes over all test parts."""
+    """Reports the vectors and the passes over all test parts to the plan."""
     sizes = prompted_plan.vectors(record, config)
     count = len(config.tasks)
     numbers = {min(k, count) for k in config.ks}
@@ -146,7 +155,7 @@ def fitting(config: Config, kept: Sequence[int]) -> list[int]:
 
 
 def measured(setup: prompted.Setup, taus: Taus) -> list[dict]:
-    """Accuracies on every task, in percent: a plain row of each."""
+    """Returns a row for every task: its accuracies in percent."""
     before = prompted.scores(setup, setup.params_0, "test")
     rows = []
     progress = tqdm(setup.tasks, desc="single models", unit="task")
@@ -164,7 +173,7 @@ def measured(setup: prompted.Setup, taus: Taus) -> list[dict]:
 
 
 def merged(setup: prompted.Setup, taus: Taus, cosines, config: Config) -> list[dict]:
-    """The mean accuracy of Mean after Mean, a row for every number of clusters."""
+    """Returns a row for every number of clusters: accuracy of the mean of means."""
     rng = np.random.default_rng(config.seed)
 
     def accuracy(clusters):
@@ -174,7 +183,7 @@ def merged(setup: prompted.Setup, taus: Taus, cosines, config: Config) -> list[d
     rows = []
     numbers = sorted({min(k, len(taus)) for k in config.ks})
     for k in tqdm(numbers, desc="partitions", unit="k"):
-        # With one cluster, or as many as tasks, all partitions are the same.
+        # With one cluster, or one per task, there is only one partition.
         count = 0 if k in (1, len(taus)) else config.partitions
         found = accuracy(cluster(cosines, k))
         others = [
@@ -193,9 +202,9 @@ def merged(setup: prompted.Setup, taus: Taus, cosines, config: Config) -> list[d
 
 
 def mean_of_means(params_0, taus: Taus, clusters: Sequence[Sequence[int]]) -> Tree:
-    """The average of the averages of every cluster's models, in one pass.
+    """Returns the average of the clusters' average models, in one pass.
 
-    A task's weight is one over the number of clusters and the size of its own.
+    The weight of a task is 1 / (number of clusters · size of its cluster).
     """
     weights = np.zeros(len(taus))
     for members in clusters:
@@ -204,14 +213,14 @@ def mean_of_means(params_0, taus: Taus, clusters: Sequence[Sequence[int]]) -> Tr
 
 
 def random_partition(rng: np.random.Generator, tasks: int, k: int) -> list[list[int]]:
-    """k groups of the tasks at random, none of which is empty.
+    """Returns k random groups of the tasks; no group is empty.
 
     Example:
       >>> found = random_partition(np.random.default_rng(0), 5, 3)
       >>> len(found), sorted(sum(found, []))
       (3, [0, 1, 2, 3, 4])
     """
-    # First one task for every group, so that no labelling has to be thrown away.
+    # One task for every group first, so that no group is empty.
     labels = np.concatenate([np.arange(k), rng.integers(k, size=tasks - k)])
     labels = rng.permutation(labels)
     return [np.flatnonzero(labels == label).tolist() for label in range(k)]
@@ -256,15 +265,15 @@ def write(config: Config, results: dict):
             shown, digits=2
         ),
         "Mean accuracy in percent without a merge.": tables.markdown(beside, digits=2),
-        "Every task, in percent.": tables.markdown(results["tasks"]),
+        "Accuracy on every task, in percent.": tables.markdown(results["tasks"]),
     }
-    parts = [f"The eigengap gives k = {results['eigengap']}; published: 3."]
+    parts = [f"The eigengap chooses k = {results['eigengap']}; published: 3."]
     for k, found in results["clusters"].items():
         groups = "; ".join(", ".join(members) for members in found)
         parts.append(f"Clusters with k = {k}: {groups}.")
     if results["left out"]:
         names = ", ".join(results["left out"])
-        parts.append(f"Not better than a majority vote, and left out: {names}.")
+        parts.append(f"Left out, not better than a majority vote: {names}.")
     title = "Seventy language tasks (bases, Figures 7 and 8)"
     tables.write(config.out, title, captions, results, "\n\n".join(parts))
 

@@ -1,4 +1,4 @@
-"""Figures 9 and 11: clusters of task vectors, early in training and in tangent space.
+"""Figures 9 and 11: clusters of task vectors, early in training and of tangent vectors.
 
 Zeng et al. Task Vector Bases. arXiv:2502.01015: C.2, C.5, Algorithm 1.
 
@@ -17,16 +17,15 @@ Published, as heat maps, and the clusters of Algorithm 1:
     converged  mnist,svhn,gtsrb dtd eurosat,resisc45 sun397 stanford_cars
     tangent    mnist,svhn sun397,dtd,stanford_cars eurosat resisc45 gtsrb
 
-"The first two steps of batch updates and two full epochs": step 0 is after the first
-update here, step 1 after the second, epoch 0 after the first pass over the training
-data, epoch 1 after the second. They are snapshots of one training with the schedule of
-all its steps, which the bank keeps as `nonlinear_early`. The tangent vectors are
-trained as in Table 1 of `tau_jp`.
+The paper says "the first two steps of batch updates and two full epochs". Here step 0
+is after the first update, step 1 after the second; epoch 0 is after the first pass over
+the training data, epoch 1 after the second. They are snapshots of one training with the
+full schedule; the bank has them as `nonlinear_early`. The tangent vectors are trained
+as in Table 1 of `tau_jp`.
 
-The number of clusters is that of the eigengap, and the clustering that of scikit-learn
-with a fixed seed; the paper does not say with which seed or implementation, nor which
-model it has: ours is `laion2b_e16`, see `table4_partitions`. `gap` is the number that
-the eigengap gives.
+The eigengap sets the number of clusters, in the column `gap`. The clustering is
+scikit-learn's with a fixed seed. The paper states neither seed, implementation nor
+model; our model is `laion2b_e16`, see `table4_partitions`.
 """
 
 import dataclasses
@@ -51,24 +50,24 @@ class Config(options.OneModel):
 
 
 def moments(setup: setups.Setup, task: setups.Task) -> dict[str, int]:
-    """After how many steps a task is looked at.
+    """Returns the numbers of steps after which a task has a snapshot.
 
     Raises:
-      ValueError: its training is shorter than two epochs.
+      ValueError: the training is shorter than two epochs.
     """
     config = vectors.recipe_of(setup, "nonlinear", task)
     epoch = math.ceil(len(task.train) / config.batch_size)
     if config.steps < max(2, 2 * epoch):
         raise ValueError(
             f"two epochs of {task.name} are {2 * epoch} steps of batch size "
-            f"{config.batch_size}, and it trains for {config.steps}; give more --steps."
+            f"{config.batch_size}, but it trains for {config.steps}. Give more --steps."
         )
     return {"step 0": 1, "step 1": 2, "epoch 0": epoch, "epoch 1": 2 * epoch}
 
 
 def early_vectors(setup: setups.Setup) -> dict[str, list[Tree]]:
-    """The task vectors at each of the moments, and at the end of that training."""
-    steps = [moments(setup, task) for task in setup.tasks]  # errors before training
+    """Returns the task vectors at every snapshot, and at the end of the training."""
+    steps = [moments(setup, task) for task in setup.tasks]  # raises before training
     wanted = [
         vectors.wanted_of(
             setup,
@@ -91,7 +90,7 @@ def early_vectors(setup: setups.Setup) -> dict[str, list[Tree]]:
 
 
 def written(partition: partitions.Partition, titles) -> str:
-    """Clusters as the paper prints them.
+    """Returns clusters in the form that the paper prints.
 
     Example:
       >>> written([[0, 1], [2]], ["MNIST", "SVHN", "Cars"])
@@ -102,7 +101,7 @@ def written(partition: partitions.Partition, titles) -> str:
 
 
 def published(name: str, setup: setups.Setup) -> str | None:
-    """The paper's clusters of its eight tasks, in the order of the first members."""
+    """Returns the paper's clusters, sorted by first member; None for other tasks."""
     [clusters] = PUBLISHED[name]
     if sorted(",".join(clusters).split(",")) != sorted(setup.names):
         return None
@@ -114,7 +113,10 @@ def published(name: str, setup: setups.Setup) -> str | None:
 def main(config: Config) -> dict:
     config = options.smoke(config)
     if len(config.tasks) < 3:
-        raise ValueError(f"{len(config.tasks)} tasks; at least 3 have an eigengap.")
+        raise ValueError(
+            f"--tasks names {len(config.tasks)} tasks; expected at least 3, for an "
+            "eigengap."
+        )
     runs.start(config)
     setup = setups.load(config, config.model, control=False)
     longer = dataclasses.replace(config, steps=8)  # two epochs of a smoke run

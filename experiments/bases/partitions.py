@@ -1,4 +1,4 @@
-"""What the scripts of the bases paper share: partitions, and merged clusters.
+"""Shared code of the bases paper's scripts: partitions, and merged clusters.
 
 Zeng et al. Efficient Model Editing with Task Vector Bases: A Theoretical Framework and
 Scalable Approach. arXiv:2502.01015.
@@ -19,7 +19,7 @@ from jaxarith.typing import Params, Taus, Tree
 Partition = list[list[int]]
 
 FOUR = ("mnist", "svhn", "eurosat", "resisc45")
-# The order of the columns of Tables 10 to 12, M, S, E and R being tasks 0 to 3.
+# The order of partitions in Tables 10 to 12; M, S, E and R are tasks 0 to 3.
 _OF_FOUR = (
     *("MSER", "MS-ER", "MR-ES", "ME-SR", "M-ESR", "S-MER", "E-MSR", "R-MSE"),
     *("M-S-ER", "S-R-EM", "M-R-ES", "E-S-RM", "M-E-RS", "E-R-MS", "M-S-E-R"),
@@ -35,52 +35,52 @@ LAION = {LAION_B32: "ViT-B-32", LAION_B16: "ViT-B-16", LAION_L14: "ViT-L-14"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(options.Options):
-    """The options of scripts that merge the clusters of partitions."""
+    """Options of scripts that merge the clusters of partitions."""
 
     tasks: tuple[str, ...] = FOUR
     partition: tuple[str, ...] = ()
-    """The partition that is singled out, MS-ER in the paper: clusters such as
-    mnist,svhn eurosat,resisc45. By default that of Algorithm 1."""
+    """The partition with its own column (MS-ER in the paper), for example mnist,svhn
+    eurosat,resisc45. By default Algorithm 1 finds it."""
     inner: tuple[str, ...] = INNER
-    """The inner merges. MTL and Tangent train every cluster."""
+    """The inner merges. MTL and Tangent train a model for every cluster."""
 
     @property
     def names(self) -> list[str]:
-        """The names of the tasks, some of which are given as NAME=FOLDER."""
+        """The names of the tasks, without folders."""
         return [spec.partition("=")[0] for spec in self.tasks]
 
 
 def architecture(setup: setups.Setup) -> str:
-    """What the paper calls a model: by its architecture alone."""
+    """Returns the paper's name of a model, which is its architecture."""
     known = {Path(model).name: title for model, title in LAION.items()}
     return known.get(Path(setup.model).name, setup.title)
 
 
 def other_models(models: Iterable[str]) -> str:
-    """A line on models that are not the paper's beside its numbers, or nothing.
+    """Returns a note if our models differ from the paper's, else "".
 
-    The paper does not say which checkpoints its tables of partitions are of. Zero-shot
+    The paper does not name the checkpoints of its tables of partitions. The zero-shot
     accuracies of Tables 6 and 7 fit `laion2b_e16`.
 
     Example:
       >>> other_models([LAION_B32, "runs/clip"])  # doctest: +ELLIPSIS
-      "Published numbers are of OpenCLIP's models of LAION-2B (...); ours of clip."
+      "Published numbers use OpenCLIP's models of LAION-2B (...); ours use clip."
     """
     known = {Path(model).name for model in LAION}
     names = [Path(model).name for model in models]
     if not (others := [name for name in names if name not in known]):
         return ""
     return (
-        "Published numbers are of OpenCLIP's models of LAION-2B (ViT-B-32: by its "
-        f"accuracies laion2b_e16); ours of {', '.join(others)}."
+        "Published numbers use OpenCLIP's models of LAION-2B (ViT-B-32: by its "
+        f"accuracies laion2b_e16); ours use {', '.join(others)}."
     )
 
 
 def partitions(count: int) -> list[Partition]:
-    """All partitions of so many tasks into clusters, those of fewer clusters first.
+    """Returns all partitions of `count` tasks into clusters, fewest clusters first.
 
-    Those of four tasks are in the order of the paper's Tables 10 to 12, with members as
-    they are written there.
+    For four tasks, partitions and members have the order of the paper's Tables 10 to
+    12.
 
     Example:
       >>> partitions(3)
@@ -110,7 +110,7 @@ def partitions(count: int) -> list[Partition]:
 
 
 def letters(titles: Sequence[str]) -> list[str]:
-    """The initials of tasks, where all are different, or else their names.
+    """Returns the initials of tasks if all are different, else their names.
 
     Example:
       >>> letters(["MNIST", "SVHN"]), letters(["Cars", "CIFAR10"])
@@ -121,7 +121,7 @@ def letters(titles: Sequence[str]) -> list[str]:
 
 
 def label(partition: Partition, names: Sequence[str]) -> str:
-    """A partition as the paper writes it, or with names of several letters.
+    """Returns a partition as the paper writes it, or with longer names.
 
     Example:
       >>> label([[0, 1], [2]], "MSE"), label([[0, 1], [2]], ["dtd", "sun397", "cars"])
@@ -134,10 +134,10 @@ def label(partition: Partition, names: Sequence[str]) -> str:
 
 
 def given_partition(clusters: Sequence[str], names: Sequence[str]) -> Partition:
-    """The partition that clusters such as "mnist,svhn" make of the tasks.
+    """Returns the partition of the tasks from clusters, for example "mnist,svhn".
 
     Raises:
-      ValueError: a name is none of a task, or not every task is in exactly one cluster.
+      ValueError: a name is unknown, or a task is not in exactly one cluster.
 
     Example:
       >>> given_partition(["mnist,svhn", "dtd"], ["mnist", "svhn", "dtd"])
@@ -147,7 +147,7 @@ def given_partition(clusters: Sequence[str], names: Sequence[str]) -> Partition:
     unknown = sorted({n for members in listed for n in members} - set(names))
     if unknown:
         raise ValueError(
-            f"--partition names {', '.join(unknown)}, and the tasks are "
+            f"--partition names {', '.join(unknown)}; expected the tasks "
             f"{', '.join(names)}."
         )
     indices = [[list(names).index(name) for name in members] for members in listed]
@@ -155,57 +155,57 @@ def given_partition(clusters: Sequence[str], names: Sequence[str]) -> Partition:
         return in_order(checked_partition(indices, len(names)))
     except ValueError as error:
         raise ValueError(
-            f"--partition {' '.join(clusters)}: every one of the tasks "
-            f"{', '.join(names)} must be in exactly one cluster. {error}"
+            f"--partition {' '.join(clusters)}: each of the tasks {', '.join(names)} "
+            f"must be in exactly one cluster. {error}"
         ) from error
 
 
 def check(config: Options):
-    """Raises a ValueError for inner merges or a partition that there are not."""
+    """Raises a ValueError for unknown inner merges, or a wrong partition."""
     unknown = [name for name in config.inner if name not in INNER]
     if unknown or not config.inner:
         raise ValueError(
-            f"--inner {', '.join(unknown)}; the merges are {', '.join(INNER)}."
+            f"--inner {', '.join(unknown)}: expected merges out of {', '.join(INNER)}."
         )
     if config.partition:
         given_partition(config.partition, config.names)
 
 
 def check_count(count: int):
-    """Raises a ValueError for so many tasks that their partitions are too many."""
+    """Raises a ValueError if the tasks have too many partitions to merge them all."""
     if count > 6:
         raise ValueError(
-            f"{count} tasks have too many partitions to merge them all; six tasks have "
-            "203. table4_partitions has --no-all-partitions."
+            f"{count} tasks have too many partitions to merge them all; expected at "
+            "most six tasks, which have 203. table4_partitions has --no-all-partitions."
         )
 
 
 def chosen_partition(config: Options, taus: Taus) -> Partition:
-    """The given partition, or that of Algorithm 1 for the vectors."""
+    """Returns the given partition, or the one that Algorithm 1 finds."""
     if config.partition:
         return given_partition(config.partition, config.names)
     return found_partition(taus)
 
 
 def found_partition(taus: Taus) -> Partition:
-    """The clusters of Algorithm 1; of two vectors, which have no eigengap, both."""
+    """Returns the clusters of Algorithm 1; one or two vectors stay single."""
     if len(taus) < 3:
         return [[i] for i in range(len(taus))]
     return in_order(cluster(task_vectors.cosine_matrix(taus)))
 
 
 def key(members: Iterable[int]) -> tuple[int, ...]:
-    """A cluster, in whichever order its members are written."""
+    """Returns a cluster as a key that ignores the order of its members."""
     return tuple(sorted(members))
 
 
 def frozen(partition: Partition) -> frozenset:
-    """A partition, in whichever order its clusters are written."""
+    """Returns a partition as a key that ignores all orders."""
     return frozenset(map(key, partition))
 
 
 def in_order(partition: Partition) -> Partition:
-    """The same partition as `partitions` has it, so that it has the paper's label.
+    """Returns the partition in the order of `partitions`, which fixes its label.
 
     Example:
       >>> in_order([[3, 2], [1, 0]]), in_order([[2], [1, 0]])
@@ -218,22 +218,22 @@ def in_order(partition: Partition) -> Partition:
 
 
 def clusters_of(several: Sequence[Partition]) -> list[tuple[int, ...]]:
-    """All clusters of some partitions, each once; of all those of T tasks 2**T - 1."""
+    """Returns all clusters of some partitions, each only once."""
     found = {key(members): None for partition in several for members in partition}
     return list(found)
 
 
 def ties(params_0: Params, taus: Taus) -> Tree:
-    """TIES with α = 0.4 (C.5), on the sum of the entries of the elected sign.
+    """Merges by TIES with α = 0.4 (C.5); it sums the entries of the elected sign.
 
-    The paper does not say whether they are summed or averaged. It is the sum that
-    Table 12 needs: at 0.4 the mean of sparse vectors would move little, as that of Topk
-    does, and TIES is the best of the outer merges there.
+    The paper does not say whether they are summed or averaged. Only the sum explains
+    Table 12, where TIES is the best outer merge: at 0.4 the mean of sparse vectors
+    would change the model only a little, as Topk does.
     """
     return merge.ties(params_0, taus, density=0.2, coef=0.4, aggregate="sum")
 
 
-# Merges that need the vectors alone; the others of `INNER` need data.
+# Merges that need only the vectors; the others of `INNER` need data.
 DATALESS: Mapping[str, Callable] = {
     "Mean": merge.average,
     "TIES": ties,
@@ -244,15 +244,15 @@ DATALESS: Mapping[str, Callable] = {
 def merged_clusters(
     setup: setups.Setup, inner: str, clusters: Sequence[tuple[int, ...]]
 ) -> list[Tree]:
-    """The basis vector of every cluster, on the host.
+    """Returns the basis vector of every cluster, on the host.
 
-    A cluster of one task is its own vector with every method: the paper has the same
-    number for M-S-E-R in all rows of Table 10 but that of Tangent.
+    The basis of a cluster with one task is the task's vector, for every method: in
+    Table 10 the paper has the same number for M-S-E-R in all rows except Tangent.
 
     Args:
       setup: the model and the tasks.
       inner: one of `INNER`.
-      clusters: members by their index.
+      clusters: clusters, as indices of their members.
     """
     linearized = inner == "Tangent"
     taus = vectors.vectors(setup, "linear" if linearized else "nonlinear")
@@ -273,17 +273,17 @@ def merged_clusters(
 
 
 def merged_vector(setup: setups.Setup, method: str, taus: Taus) -> Tree:
-    """What one of the merges without data makes of some vectors, as a task vector."""
+    """Merges some vectors by a merge without data; returns a task vector."""
     found = DATALESS[method](setup.params_0, taus)
     return task_vectors.difference(found, setup.params_0)
 
 
 def averages(values: Mapping[str, float], sizes: Mapping[str, int]) -> dict:
-    """Columns "Avg." of Table 10: the means over partitions of k = 2 and over all.
+    """Returns the columns "Avg." of Table 10: means over k = 2, and over all.
 
     Args:
-      values: by the label of each partition.
-      sizes: the number of clusters of each.
+      values: values by the label of a partition.
+      sizes: numbers of clusters by the label of a partition.
     """
     two = [value for name, value in values.items() if sizes[name] == 2]
     return {
@@ -295,16 +295,17 @@ def averages(values: Mapping[str, float], sizes: Mapping[str, int]) -> dict:
 def save_strategies(
     rows: Sequence[Mapping], natural: Partition, count: int
 ) -> list[dict]:
-    """Table 5: what is worth saving before the next task comes, means over models.
+    """Returns the rows of Table 5: three ways to save vectors, means over models.
 
-    "Save One" merges all earlier tasks into one vector: the mean of the partitions into
-    one task and the cluster of all others. "Save All" keeps every vector.
+    "Save One" merges all earlier tasks into one vector: it is the mean over the
+    partitions with one single task and one cluster of all others. "Save All" keeps
+    every vector.
 
     Args:
-      rows: with "merge", the "partition" as lists of indices, and "abs"; of every
-        model, with the same inner and outer merge.
+      rows: rows of all models with the same inner and outer merge; each has "merge",
+        "partition" (lists of indices) and "abs".
       natural: the partition whose bases are saved, MS-ER in the paper.
-      count: the number of tasks.
+      count: number of tasks.
     """
     everything = {(i,) for i in range(count)}
 

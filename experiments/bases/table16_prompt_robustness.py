@@ -1,20 +1,20 @@
-"""Table 16 (bases paper): whether vectors are alike by task or by form of the prompt.
+"""Table 16 (bases paper): do vectors resemble by task, or by the form of the prompt?
 
 Zeng et al. Efficient Model Editing with Task Vector Bases: A Theoretical Framework and
 Scalable Approach. arXiv:2502.01015: Appendix D.4.
 
     python -m experiments.bases.table16_prompt_robustness --data-dir DATA
 
-SST-2, whose prompt has one sentence, is trained with a prompt of two, its sentence
-before and after the mask: "[S1] It was [MASK]. [S1]". CR and MNLI have their own, of
-one sentence and of two. How RoBERTa-base is fine-tuned, `prompted` of
-`experiments.common.language` says; the vectors of CR and MNLI are those of the other
-scripts.
+The prompt of SST-2 has one sentence. Here it is trained with a prompt of two, which has
+the sentence before and after the mask: "[S1] It was [MASK]. [S1]". CR and MNLI keep
+their own prompts, with one and with two sentences.
+`experiments.common.language.prompted` describes the fine-tuning of RoBERTa-base. The
+vectors of CR and MNLI are shared with the other scripts.
 
 Data: GLUE from the Hugging Face Hub; CR as a file of LM-BFF's datasets.tar, unpacked in
 DATA; or any files, see --help.
 
-Published, SST2Adv being the adversarial prompt:
+Published (SST2Adv is the adversarial prompt):
 
     first  second   cosine
     MNLI   SST2Adv  0.0075
@@ -22,7 +22,8 @@ Published, SST2Adv being the adversarial prompt:
     CR     SST2Adv  0.0627
 
 The rows of SST-2 with its own prompt are ours. The paper's text prints the template
-with a full stop after the second sentence, which may end its own; here it has none.
+with a full stop after the second sentence, which may only end the text; here the
+template has none.
 """
 
 import dataclasses
@@ -39,19 +40,19 @@ PUBLISHED = tables.published(__doc__, "first", "second")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(prompted.Options):
-    """Table 16 (bases paper): cosines of vectors, one of an adversarial prompt."""
+    """Table 16 (bases paper): cosines of vectors, one with an adversarial prompt."""
 
     tasks: tuple[str, ...] = ("MNLI", "CR", "SST2")
-    """A task of two sentences, one of one sentence, and the one of which the prompt is
-    changed: names of the paper's list (Appendix D.3), or files, NAME=FILE."""
+    """Three tasks: one with two sentences, one with one sentence, and the one whose
+    prompt is changed. Names of the paper's list (Appendix D.3), or NAME=FILE."""
 
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
+    """Runs everything; returns the content of `report.json`."""
     config = prompted.smoke(config, ("QNLI", "CR", "SST2"))
     if len(config.tasks) != 3:
-        raise ValueError(f"three tasks are compared; --tasks names {config.tasks}.")
+        raise ValueError(f"--tasks names {config.tasks}; expected three tasks.")
     if record := planning.recorder():
         plan(config, record)
         return {}
@@ -82,7 +83,7 @@ def main(config: Config) -> dict:
 
 
 def plan(config: Config, record: planning.Recorder):
-    """Notes the vectors, of the last task with both prompts."""
+    """Reports the vectors to the plan; the last task has two prompts."""
     prompted_plan.vectors(record, config, again=config.tasks[2:])
 
 

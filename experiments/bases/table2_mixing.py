@@ -1,4 +1,4 @@
-"""Table 2: task vectors of two pre-trainings, mixed.
+"""Table 2: mixes task vectors from two pre-trainings.
 
 Zeng et al. Task Vector Bases. arXiv:2502.01015: section 6.2.
 
@@ -14,14 +14,15 @@ Published, mean test accuracy in percent over eight tasks:
     50 / 50            59.92          61.71
     fine-tuned from 2  54.21          71.09
 
-How a vector of the other pre-training is made can be read in two ways, and both are
-here. The caption says τ = θ_i - θ_0, θ_0 being that of the column ("subtracted"), and
-the text that "if we subtract pretrained 2 from any finetune 1" its norm is huge. But
-Figure 4 compares vectors that both have been made with their own pre-trained model, and
-Table 2 refers to it ("own").
+The paper can be read in two ways about a vector from the other pre-training; both are
+measured here. By the caption τ = θ_i - θ_0, with the θ_0 of the column ("subtracted");
+the text says that "if we subtract pretrained 2 from any finetune 1" its norm is huge.
+But Figure 4 compares vectors made with their own pre-trained model, and Table 2 refers
+to it ("own").
 
-The sum of the eight vectors has one coefficient of 0, 0.05, …, 1, with the best mean
-accuracy on validation data, for every cell; the paper does not state how it is chosen.
+For every cell, the sum of the eight vectors has the coefficient out of 0, 0.05, …, 1
+with the best mean accuracy on validation data. The paper does not state how it is
+chosen.
 """
 
 import numpy as np
@@ -38,28 +39,27 @@ class Config(two_models.Options): ...
 
 
 def cells(setup: setups.Setup, own, other, apart) -> dict[str, list[dict]]:
-    """The cells of one column, by the reading of the caption.
+    """Returns the cells of one column, for both readings of the caption.
 
     Args:
       setup: setup of the column's model.
-      own: the vectors of its pre-training.
-      other: those of the other one.
+      own: the vectors from its pre-training.
+      other: the vectors from the other pre-training.
       apart: the other pre-trained parameters minus those of `setup`.
 
     Returns:
-      For each reading the cells of the column's own vectors, of half and half, and of
-      the other's.
+      For each reading three cells: own vectors, half and half, the other's vectors.
     """
     count = len(own)
     taus = [task_vectors.add(own), task_vectors.add(other), apart]
-    # The sum over tasks of θ_i - θ_0, where θ_i are of the other pre-training, has the
-    # distance of the two models once for every task.
+    # If θ_i come from the other pre-training, the sum over tasks of θ_i - θ_0 has the
+    # difference of the two models once for every task.
     shares = {
         "own": [(1, 0, 0), (0.5, 0.5, 0), (0, 1, 0)],
         "subtracted": [(1, 0, 0), (0.5, 0.5, 0.5 * count), (0, 1, count)],
     }
     rows = np.array([row for part in shares.values() for row in part])
-    # At 1 / T the distance of the two models is crossed once, in the second reading.
+    # In the second reading, 1 / T adds the difference of the two models exactly once.
     coefs = np.union1d(scores.coefs_of(setup.options, scores.COEFS), [1 / count])
     found = scores.searched(setup, taus, rows, coefs)
     made = [{"abs": accuracy, "coefficient": coef} for accuracy, coef in found]
@@ -79,7 +79,7 @@ def main(config: Config) -> dict:
     rows = []
     for reading in ("subtracted", "own"):
         first, second = (column[reading] for column in columns)
-        # Of the second model its own vectors are those of the last row.
+        # The second model's own vectors are in the last row.
         for name, *pair in zip(PUBLISHED, first, second[::-1], strict=True):
             row = {"reading": reading, "vectors": name}
             for number, cell in enumerate(pair, 1):
@@ -89,7 +89,7 @@ def main(config: Config) -> dict:
     titles = two_models.titles(found)
     return tables.compared(
         config.out,
-        "Vectors of two pre-trainings (bases paper, Table 2)",
+        "Vectors from two pre-trainings (bases paper, Table 2)",
         "Mean test accuracy of the sum of task vectors, percent.",
         rows,
         PUBLISHED if titles == list(two_models.TITLES) else {},

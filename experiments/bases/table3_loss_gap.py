@@ -1,10 +1,10 @@
-"""Table 3: how far the loss of a model of all tasks is from that of each task's own.
+"""Table 3: loss gaps between the merged model and each task's own model.
 
 Zeng et al. Task Vector Bases. arXiv:2502.01015: section 6.2.2.
 
     python -m experiments.bases.table3_loss_gap --data-dir DATA
 
-Data: the eight image tasks; the vectors are those of Table 1 of `tau_jp`.
+Data: the eight image tasks. The vectors are those of `tau_jp.table1_addition`.
 
 Published, L_i(θ_TA) - L_i(θ_i) with ViT-B/16:
 
@@ -19,9 +19,10 @@ Published, L_i(θ_TA) - L_i(θ_i) with ViT-B/16:
     svhn      0.60
 
 The loss is the mean cross-entropy on test data. The paper states neither the split, nor
-the coefficient of Task Arithmetic, nor of whom the ViT-B/16 is: we take one of 0, 0.05,
-…, 1, searched on validation data, and OpenAI's. "LC(1+ε) ≈ 5" there is of L = 1, C = 4
-and ε = 0.2, constants that it calls reasonable and does not measure.
+the coefficient of Task Arithmetic, nor the source of the ViT-B/16. We search the
+coefficient in 0, 0.05, …, 1 on validation data, and use OpenAI's model. The paper's
+"LC(1+ε) ≈ 5" uses L = 1, C = 4 and ε = 0.2, which it calls reasonable and does not
+measure.
 """
 
 import dataclasses
@@ -68,8 +69,8 @@ def main(config: Config) -> dict:
     return tables.compared(
         config.out,
         "Loss gaps of addition (bases paper, Table 3)",
-        "Loss gap, the losses of the merged and of the own model, and the accuracy of "
-        f"the merged one in percent, at coefficient {coef:.2f}.",
+        "Loss gap, losses of the merged and of the own model, and accuracy of the "
+        f"merged model in percent, at coefficient {coef:.2f}.",
         rows,
         PUBLISHED,
         keys=["task", "merged", "own", "accuracy"],

@@ -6,13 +6,13 @@ Zeng et al. Task Vector Bases. arXiv:2502.01015: section 6.3, C.3.
     python -m experiments.bases.table4_partitions --tasks a=FOLDER b=FOLDER c=FOLDER \\
         --partition a,b c --models openai/clip-vit-base-patch32
 
-Data: MNIST, SVHN, EuroSAT and RESISC45, or any tasks. T tasks have as many partitions
-as Bell's number says, 15 of four and 4140 of eight; with --no-all-partitions only the
-one of --partition (by default that of Algorithm 1), one cluster of all, and one of
-every task are merged.
+Data: MNIST, SVHN, EuroSAT and RESISC45, or any tasks. The number of partitions is
+Bell's number: 15 for four tasks, 4140 for eight. With --no-all-partitions only three
+are merged: that of --partition (by default Algorithm 1's), one cluster of all tasks,
+and one cluster per task.
 
-Published, mean test accuracy in percent. Table 4 has a row for every inner merge,
-averages over partitions and the partition MS-ER, with Task Arithmetic as outer merge:
+Published, mean test accuracy in percent. Table 4 has a row for every inner merge, with
+Task Arithmetic as outer merge: averages over partitions, and the partition MS-ER:
 
     Table 4  avg. k = 2  avg. all  MS-ER
     MTL      95.45       93.85     95.52
@@ -22,8 +22,8 @@ averages over partitions and the partition MS-ER, with Task Arithmetic as outer 
     Topk     82.17       83.05     85.69
     Mean     85.65       86.44     88.65
 
-Table 5, one merge for both, means over three models of what is saved before the next
-task comes:
+Table 5, the same inner and outer merge, means over three models, by what is saved
+before the next task comes:
 
     Table 5  Save One  MS-ER  Save All
     Mean     86.04     89.88  89.88
@@ -87,23 +87,23 @@ Table 12, the same merge twice, Mean / TIES / Topk, by model:
     E-R-MS    88.39 / 89.75 / 70.96  87.25 / 92.78 / 67.04  92.06 / 92.81 / 80.12
     M-S-E-R   89.23 / 91.55 / 70.75  87.42 / 90.70 / 68.04  92.98 / 95.18 / 79.05
 
-The paper does not say which checkpoints these are. Its zero-shot accuracies of Tables 6
-and 7 fit ViT-B/32 of LAION-2B, `laion2b_e16`, which is the default; of the two others
-we take the models of LAION-2B too. What else is not stated, and what we take:
+The paper does not name its checkpoints. The zero-shot accuracies of Tables 6 and 7 fit
+ViT-B/32 of LAION-2B, `laion2b_e16`, which is our default; the two others are models of
+LAION-2B too. Other choices and observations:
 
-- Bases are added with one coefficient of 0, 0.05, …, 1, the one with the best mean
-  validation accuracy; with more than 1, k = 1 of Mean (87.41) would exceed k = 4.
-- α = 0.4 of TIES is the factor of the sum of its entries, in both merges.
-- A basis of one task is its task vector. The Topk cells of k = 4 in Tables 11 and 12
-  differ (67.84, 68.04) and should then be one; so should k = 1 of Mean in Tables 10 and
-  11 (87.41, 87.42). TIES at k = 1 of ViT-B/16 and L/14 in Table 12 has the values of
-  Mean.
-- MS-ER of TIES and Topk in Table 5 (91.41, 73.63) are 91.37 and 73.65 as the means of
-  the cells of Table 12; the other cells agree.
-- Joint training (MTL, Tangent) takes a batch of every member in each of as many steps
-  as one task has, see `vectors.cluster_vector`.
+- Bases are added with one coefficient out of 0, 0.05, …, 1, the one with the best mean
+  validation accuracy. With coefficients above 1, k = 1 of Mean (87.41) would exceed
+  k = 4.
+- α = 0.4 of TIES multiplies the sum of its entries, in both merges.
+- A basis of one task is its task vector. Then the Topk cells of k = 4 in Tables 11 and
+  12 should be equal, but they differ (67.84, 68.04); so do k = 1 of Mean in Tables 10
+  and 11 (87.41, 87.42). In Table 12, TIES at k = 1 of ViT-B/16 and L/14 has the values
+  of Mean.
+- In Table 5, MS-ER of TIES and Topk are 91.41 and 73.63; the means of the cells of
+  Table 12 are 91.37 and 73.65. The other cells agree.
+- Joint training (MTL, Tangent) is described in `vectors.cluster_vector`.
 
-Tables 4, 10 and 11 are of the first model.
+Tables 4, 10 and 11 use the first model.
 """
 
 import dataclasses
@@ -119,7 +119,7 @@ from jaxarith.typing import Tree
 
 TABLE_4 = tables.published(__doc__, "Table 4")
 TABLE_5 = tables.published(__doc__, "Table 5")
-# By table, model, merge and partition.
+# Published values by (table, model, merge, partition).
 PUBLISHED = {
     (table, "ViT-B-32", merge, label): value
     for table in ("10", "11")
@@ -133,11 +133,11 @@ PUBLISHED = {
     ).items()
     for merge, value in zip(("Mean", "TIES", "Topk"), values, strict=True)
 }
-# Vectors that are evaluated at once, all of which every device holds.
+# Number of vectors that are evaluated at once; every device holds all of them.
 _TOGETHER = 8
 CAPTIONS = {
-    "10": "Table 10: bases of several inner merges, added with one coefficient",
-    "11": "Table 11: bases by Mean, several outer merges",
+    "10": "Table 10: bases from several inner merges, added with one coefficient",
+    "11": "Table 11: bases from Mean, several outer merges",
     "12": "Table 12: the same inner and outer merge",
 }
 
@@ -147,10 +147,10 @@ class Config(partitions.Options):
     models: tuple[str, ...] = (
         *(partitions.LAION_B32, partitions.LAION_B16, partitions.LAION_L14),
     )
-    """CLIPs: folders, or ids of the Hugging Face Hub. Of the first are Tables 4, 10 and
-    11, of all Tables 5 and 12."""
+    """CLIPs: folders, or ids of the Hugging Face Hub. Tables 4, 10 and 11 use the
+    first, Tables 5 and 12 use all."""
     all_partitions: bool = True
-    """Merge with all partitions; --no-all-partitions takes three, see above."""
+    """Merge with all partitions; --no-all-partitions uses three, see above."""
 
 
 def added(
@@ -160,7 +160,7 @@ def added(
     several: Sequence[partitions.Partition],
     linearized: bool,
 ) -> list[tuple[float, float]]:
-    """Task Arithmetic over the bases of each partition: accuracy and coefficient."""
+    """Adds the bases of each partition; returns accuracies and coefficients."""
     rows = np.zeros((len(several), len(clusters)))
     for row, partition in zip(rows, several, strict=True):
         row[[clusters.index(partitions.key(members)) for members in partition]] = 1
@@ -175,7 +175,7 @@ def merged_twice(
     several: Sequence[partitions.Partition],
     outer: str,
 ) -> list[tuple[float, None]]:
-    """An outer merge without data, of the bases of each partition: test accuracies."""
+    """Merges the bases of each partition without data; returns test accuracies."""
     found: list[float] = []
     progress = tqdm(total=len(several), desc=f"outer {outer}", unit="partition")
     for first in range(0, len(several), _TOGETHER):
@@ -194,20 +194,20 @@ def merged_twice(
 
 
 def several_of(config: Config, count: int, chosen) -> list[partitions.Partition]:
-    """The partitions that are merged, each once."""
+    """Returns the partitions to merge, each only once."""
     if config.all_partitions:
         return partitions.partitions(count)
     ends = [list(range(count))], [[i] for i in range(count)]
     unique = {partitions.frozen(own): own for own in (ends[0], chosen, ends[1])}
     found = list(unique.values())
-    # In seconds: a cluster of all tasks is another shape of every merge.
+    # A smoke run skips the cluster of all tasks, which needs another compilation.
     return found[1:] if config.smoke else found
 
 
 def rows_of(
     setup: setups.Setup, config: Config, several: Sequence, is_first: bool
 ) -> list[dict]:
-    """The rows of one model, in the order of the tables and of their columns."""
+    """Returns the rows of one model, in the order of the tables and columns."""
     clusters = partitions.clusters_of(several)
     inner = list(config.inner) if is_first else []
     plan = [("10", name, "Task Arithmetic") for name in inner]
@@ -215,7 +215,7 @@ def rows_of(
         plan += [("11", "Mean", name) for name in partitions.DATALESS]
     plan += [("12", name, name) for name in partitions.DATALESS]
     names = partitions.letters(setup.titles)
-    cells: dict = {}  # Mean over Mean is in two tables
+    cells: dict = {}  # cells are reused: Mean over Mean is in two tables
     for first in dict.fromkeys(first for _, first, _ in plan):
         bases = partitions.merged_clusters(setup, first, clusters)
         for second in {second: None for _, name, second in plan if name == first}:
@@ -246,9 +246,9 @@ def rows_of(
 
 
 def beside(rows: Sequence[Mapping], model: str, table: str) -> list[dict]:
-    """A table of the paper on its side: a row for every partition, ours beside theirs.
+    """Returns a transposed table of the paper: a row per partition, ours and theirs.
 
-    Published cells stand beside partitions that the paper has, by their label.
+    Published cells are found by the label of the partition.
     """
     own = [row for row in rows if (row["model"], row["table"]) == (model, table)]
     found: dict[str, dict] = {}
@@ -263,9 +263,9 @@ def beside(rows: Sequence[Mapping], model: str, table: str) -> list[dict]:
 def summary(
     rows: Sequence[Mapping], chosen: partitions.Partition, averaged: bool
 ) -> list[dict]:
-    """Table 4: the partition that is singled out, and the averages of Table 10.
+    """Returns Table 4: the chosen partition, and the averages of Table 10.
 
-    Without averages where not all partitions were merged.
+    It has no averages if not all partitions were merged.
     """
     found = []
     own = [row for row in rows if row["table"] == "10"]
@@ -292,9 +292,9 @@ def main(config: Config) -> dict:
     config = options.smoke(config)
     names = config.names
     if len(names) < 2:
-        raise ValueError(f"at least two tasks are merged; got {names}.")
+        raise ValueError(f"--tasks names {names}; expected two or more.")
     partitions.check(config)
-    if config.all_partitions:  # --no-all-partitions takes three
+    if config.all_partitions:
         partitions.check_count(len(names))
     if config.smoke:
         config = dataclasses.replace(config, all_partitions=False)
@@ -304,7 +304,7 @@ def main(config: Config) -> dict:
     chosen: partitions.Partition = []
     setup = None
     for setup in setups.each(config, config.models, control=False):
-        # Of the first model, so that one partition is compared over all.
+        # The first model chooses the partition; all models use the same one.
         is_first = not chosen
         taus = vectors.vectors(setup, "nonlinear")
         chosen = chosen or partitions.chosen_partition(config, taus)
@@ -324,11 +324,11 @@ def main(config: Config) -> dict:
         "table_5": table_5,
     }
     are_theirs = tuple(names) == partitions.FOUR and natural == "MS-ER"
-    columns = list(table_4[0])[1:]  # the averages, or not, and the bases
+    columns = list(table_4[0])[1:]  # the averages, if any, and the bases
     theirs = {name: values[-len(columns) :] for name, values in TABLE_4.items()}
     shown = {
-        f"Table 4: mean accuracy over partitions, and that of {natural}, percent; Task "
-        "Arithmetic is the outer merge.": tables.beside(
+        f"Table 4: mean accuracy over partitions, and accuracy of {natural}, percent; "
+        "Task Arithmetic is the outer merge.": tables.beside(
             table_4,
             theirs if are_theirs else {},
             keys=["inner"],

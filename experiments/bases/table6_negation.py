@@ -1,15 +1,14 @@
-"""Table 6: unlearning a task by negating the basis that it is in.
+"""Table 6: unlearns a task by negating its basis.
 
 Zeng et al. Task Vector Bases. arXiv:2502.01015: section 6.3.
 
     python -m experiments.bases.table6_negation --data-dir DATA
 
-Data: MNIST, SVHN, EuroSAT, RESISC45, and ImageNet as the control task. The vectors are
-those of `table4_partitions`, and in the bank.
+Data: MNIST, SVHN, EuroSAT, RESISC45, and ImageNet as the control task. The vectors of
+`table4_partitions` in the bank are used.
 
-Published, test accuracy in percent on MNIST (target, the lower the better) / on
-ImageNet (control), with the bases of MS-ER and of MSER, and with the task vector of
-MNIST itself:
+Published, test accuracy in percent on MNIST (target, lower is better) / on ImageNet
+(control), with the bases of MS-ER and of MSER, and with the task vector of MNIST:
 
     inner        basis  target / control
     MTL          MS     21.53 / 63.13
@@ -27,12 +26,12 @@ MNIST itself:
     τ, ordinary  M      15.68 / -
     τ, Tangent   M      0.11 / -
 
-All controls are at least 62.44, which is 95 % of 65.7: ViT-B/32 of LAION-2B,
-`laion2b_e16`, which is the default model. The paper does not name it.
+All controls are at least 62.44, which is 95 % of 65.7, the accuracy of ViT-B/32 of
+LAION-2B, `laion2b_e16`. The paper does not name its model; this one is our default.
 
-The coefficient is one of 0, 0.1, …, 3, that with the lowest accuracy on the target
-among those that keep 95 % of the control accuracy, on validation data. The paper states
-no range.
+The coefficient is chosen on validation data out of 0, 0.1, …, 3: of those that keep 95
+% of the control accuracy, the one with the lowest accuracy on the target. The paper
+states no range.
 """
 
 import dataclasses
@@ -55,7 +54,7 @@ class Config(partitions.Options, options.OneModel):
 
 
 def rows_of(setup: setups.Setup, config: Config) -> list[dict]:
-    """The rows of the table, and those of the task vector itself."""
+    """Returns the rows of the table, and those of the task's own vector."""
     index = setup.names.index(config.target)
     names = partitions.letters(setup.titles)
     by_kind = {False: vectors.vectors(setup, "nonlinear")}
@@ -102,7 +101,7 @@ def main(config: Config) -> dict:
     names = config.names
     if config.target not in names:
         raise ValueError(
-            f"--target {config.target} is none of the tasks {', '.join(names)}."
+            f"--target {config.target}: expected one of the tasks {', '.join(names)}."
         )
     partitions.check(config)
     runs.start(config)

@@ -1,24 +1,24 @@
-"""Tables 7, 13 and 14, and Figure 10: tasks that the bases were not made from.
+"""Tables 7, 13 and 14, and Figure 10: bases on held-out tasks.
 
 Zeng et al. Task Vector Bases. arXiv:2502.01015: section 6.3, C.4.
 
     python -m experiments.bases.table7_generalization --data-dir DATA
 
-Data: MNIST, SVHN, EuroSAT and RESISC45, of which the bases are; GTSRB, DTD, Cars and
-SUN397, which are held out.
+Data: MNIST, SVHN, EuroSAT and RESISC45 for the bases; GTSRB, DTD, Cars and SUN397 are
+held out.
 
-Of every partition of the four tasks the basis is taken whose cosine with the vector of
-the held-out task is largest, and added with coefficient 1 or with that of 0, 0.05, …,
-1 which has the best accuracy on the held-out task's validation data.
+For every partition of the four tasks, the basis with the largest cosine with the vector
+of the held-out task is added. Its coefficient is 1, or "tuned": the one out of 0, 0.05,
+…, 1 with the best accuracy on the held-out task's validation data.
 
-Published, test accuracy in percent on GTSRB and DTD, first of the pre-trained model:
+Published, test accuracy in percent on GTSRB and DTD, first for the pre-trained model:
 
     held out  pre-trained
     gtsrb     36.48
     dtd       54.73
 
-"Found": of how many of the 15 partitions the basis for GTSRB has MNIST or SVHN. The
-others are at coefficient 1 / tuned:
+"Found" is the number of the 15 partitions whose basis for GTSRB has MNIST or SVHN. The
+other columns are at coefficient 1 / tuned:
 
     task   inner    found  Avg. of 15     MS-ER          M-S-E-R        MSER
     gtsrb  MTL      14     28.72 / 43.21  23.68 / 41.02  22.69 / 37.91  30.61 / 44.77
@@ -34,13 +34,13 @@ others are at coefficient 1 / tuned:
     dtd    Topk     -      48.72 / 54.89  54.09 / 55.00  46.27 / 55.00  53.61 / 54.78
     dtd    Mean     -      49.09 / 54.75  48.19 / 54.73  46.27 / 55.00  50.53 / 54.73
 
-Table 7 is the tuned columns of MS-ER and M-S-E-R. The cells of Tangent and MSER for DTD
-(41.77) are those for GTSRB, so probably a slip: at coefficient 0, which a search may
-choose, DTD is at 54.73. Figure 10 is a plot; "for most merging methods, GTSRB has the
-highest similarity". The checkpoint is `laion2b_e16` by those accuracies, see
+Table 7 has the tuned columns of MS-ER and M-S-E-R. The cells of Tangent and MSER for
+DTD (41.77) equal those for GTSRB. That is probably a mistake: at coefficient 0, which a
+search may choose, DTD has 54.73. Figure 10 is a plot; "for most merging methods, GTSRB
+has the highest similarity". By these accuracies the checkpoint is `laion2b_e16`, see
 `table4_partitions`.
 
-The paper has the full task vector of the held-out task; so do we.
+The paper uses the full task vector of the held-out task; so do we.
 """
 
 import dataclasses
@@ -66,17 +66,17 @@ PRETRAINED = tables.published(__doc__, "held out")
 class Config(partitions.Options, options.OneModel):
     model: str = partitions.LAION_B32
     held_out: tuple[str, ...] = ("gtsrb", "dtd", "stanford_cars", "sun397")
-    """The held-out tasks: names, or NAME=FOLDER. The paper has accuracies of the first
-    two."""
+    """The held-out tasks: names, or NAME=FOLDER. The paper prints accuracies for the
+    first two."""
     related: tuple[str, ...] = ("mnist", "svhn")
-    """Tasks that the basis for the first held-out task should have."""
+    """Tasks that the basis for the first held-out task should contain."""
 
 
 def nearest_clusters(
     several: Sequence[partitions.Partition],
     cosines: Mapping[tuple[int, ...], float],
 ) -> list[tuple[int, ...]]:
-    """Of every partition the cluster with the largest cosine.
+    """Returns for every partition the cluster with the largest cosine.
 
     Example:
       >>> nearest_clusters([[[0], [1]], [[0, 1]]], {(0,): 0.1, (1,): 0.3, (0, 1): 0.2})
@@ -91,16 +91,16 @@ def nearest_clusters(
 def row_of(
     task: setups.Task, inner: str, nearest, several, cosines, accuracies, chosen
 ) -> dict:
-    """A row of Tables 13 and 14.
+    """Returns a row of Tables 13 and 14.
 
     Args:
       task: the held-out task.
       inner: the inner merge.
-      nearest: the cluster that is taken, for every partition.
+      nearest: the chosen cluster of every partition.
       several: all partitions.
-      cosines: cosine of every cluster's basis with the task's vector.
+      cosines: cosines of every cluster's basis with the task's vector.
       accuracies: for every cluster, `(at coefficient 1, at the tuned one)`.
-      chosen: the partition with columns of its own.
+      chosen: the partition with its own columns.
     """
     found = dict(zip(map(partitions.frozen, several), nearest, strict=True))
     count = len(several[-1])
@@ -130,12 +130,15 @@ def main(config: Config) -> dict:
     )
     names = config.names
     if len(names) < 2 or not config.held_out:
-        raise ValueError("two tasks make bases at least, and one is held out.")
+        raise ValueError(
+            f"--tasks names {len(names)} tasks and --held-out {len(config.held_out)}; "
+            "expected at least two tasks for bases, and one held out."
+        )
     wanted = [raw_tasks.name_of(spec) for spec in config.related]
     unknown = sorted(set(wanted) - set(names))
     if unknown and config.related != Config.related:
         raise ValueError(
-            f"--related {', '.join(unknown)} is none of the tasks {', '.join(names)}."
+            f"--related {', '.join(unknown)}: expected tasks out of {', '.join(names)}."
         )
     partitions.check(config)
     partitions.check_count(len(names))
@@ -194,10 +197,11 @@ def main(config: Config) -> dict:
     }
     are_theirs = tuple(names) == partitions.FOUR and natural == "MS-ER"
     shown = {
-        f"{task.title}: test accuracy with the most similar basis, at coefficient 1 "
-        f"and tuned, percent; `bases` is {natural}, `single` and `all` one vector of "
-        f"each task and of all; pre-trained {pretrained_of(rows, task):.2f}"
-        f"{published_of(task)}. `cosine` is Figure 10's.": table_of(
+        f"{task.title}: test accuracy in percent with the most similar basis, at "
+        f"coefficient 1 and tuned. `bases` is {natural}; `single` has one vector per "
+        "task; `all` has one for all tasks. Pre-trained "
+        f"{pretrained_of(rows, task):.2f}{published_of(task)}. `cosine` is shown in "
+        "Figure 10.": table_of(
             [row for row in rows if row["task"] == task.name],
             PUBLISHED if are_theirs else {},
         )
@@ -209,8 +213,11 @@ def main(config: Config) -> dict:
 
 
 def accuracies_of(setup, bases, linearized, task, coefs):
-    """Test accuracy of the pre-trained model, and with every basis alone: at
-    coefficient 1 and at the best of `coefs` on validation data. In percent."""
+    """Returns test accuracies in percent: pre-trained, and with every basis alone.
+
+    A basis has two accuracies: at coefficient 1, and at the best of `coefs` on
+    validation data.
+    """
     unit = np.eye(len(bases))
     grid = (np.asarray(coefs)[:, None, None] * unit).reshape(-1, len(bases))
     given = (setup, bases)

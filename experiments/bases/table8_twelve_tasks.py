@@ -1,4 +1,4 @@
-"""Tables 8 and 15 (bases paper): twelve language tasks merged, by masks and without.
+"""Tables 8 and 15 (bases paper): merges twelve language tasks, with and without masks.
 
 Zeng et al. Efficient Model Editing with Task Vector Bases: A Theoretical Framework and
 Scalable Approach. arXiv:2502.01015: section 6.4.2, Table 8; Appendix D.1, Table 15.
@@ -6,11 +6,11 @@ Scalable Approach. arXiv:2502.01015: section 6.4.2, Table 8; Appendix D.1, Table
     python -m experiments.bases.table8_twelve_tasks --data-dir DATA
 
 Data: GLUE, SNLI and TREC from the Hugging Face Hub; SUBJ, CR, MPQA and MR as files of
-LM-BFF's datasets.tar, unpacked in DATA; or any files, see --help. How RoBERTa-base is
-fine-tuned, `experiments.common.language.prompted` says.
+LM-BFF's datasets.tar, unpacked in DATA; or any files, see --help.
+`experiments.common.language.prompted` describes the fine-tuning of RoBERTa-base.
 
-Published, accuracy, of MRPC and QQP F1, in percent; of Table 8 masks, non-zero entries
-of a mask in percent, and gigabytes:
+Published in Table 15, accuracy in percent, F1 for MRPC and QQP; in Table 8, the number
+of masks, their non-zero entries in percent, and gigabytes:
 
     Table 15             SST-2  CR    MR    MPQA  TREC  SUBJ
     Task Arithmetic      88.5   88.2  80.3  82.9  32.0  61.0
@@ -42,22 +42,22 @@ of a mask in percent, and gigabytes:
     Mask Sharing         4      11.6        0.15
     Stitch Twice         12     7.93        0.31
 
-All but the last two rows are those of He et al. (2024), whose models are others: their
-code trains by other options, and on other draws of samples.
+All rows except the last two come from He et al. (2024). Their models differ: their code
+trains with other options, and on other draws of samples.
 
-What the paper leaves open, and what we take:
+The paper leaves the following open; our choices are:
 
-- Coefficients of the methods that have one are searched in 0.1, 0.2, …, 1 by the mean
-  score on validation samples. Fisher, RegMean and AdaMerging look at texts without
-  labels, of the validation part and AdaMerging of the test part.
-- Masks are learned from the training samples by He et al.'s code: 10 steps at 1e7 from
-  the 1e-5 of the entries with the largest magnitudes, where the regulariser holds every
-  entry on its side (`--regularizer`), with its weight for language.
-- The clusters are those of the whole task vectors' cosines, four as in the paper; the
-  text can be read as those of the masked vectors too. --clusters 0 takes as many as the
-  eigengap says.
-- Storage is masks x density x 4 bytes x trained parameters. Of RoBERTa-base these are
-  85.1 million, so 0.34 GB a model; the paper's 3.90 / 12 is 0.325.
+- Methods with a coefficient search it in 0.1, 0.2, …, 1 by the mean score on validation
+  samples. Fisher, RegMean and AdaMerging use unlabelled texts: Fisher and RegMean of
+  the validation part, AdaMerging of the test part.
+- Masks are learned from the training samples as in He et al.'s code: 10 steps at 1e7,
+  starting from the 1e-5 of the entries with the largest magnitudes. The regulariser
+  keeps every entry on its side (`--regularizer`), with the code's weight for language.
+- The clusters are computed from the cosines of whole task vectors; there are four, as
+  in the paper. The text could also mean masked vectors. --clusters 0 takes the number
+  from the eigengap.
+- Storage is masks x density x 4 bytes x trained parameters. RoBERTa-base has 85.1
+  million of them, so 0.34 GB per model; the paper's 3.90 / 12 is 0.325.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ from jaxarith.merge.stitch_twice import stitched_masks
 from jaxarith.models import bert, heads
 from jaxarith.typing import Numbers, Params, Taus, Tree
 
-TASKS = {  # names of the list, and what the paper's table calls them
+TASKS = {  # from names of the list to names in the paper's table
     **{"SST2": "SST-2", "CR": "CR", "MR": "MR", "MPQA": "MPQA", "TREC": "TREC"},
     **{"SUBJ": "SUBJ", "QNLI": "QNLI", "SNLI": "SNLI", "MNLI": "MNLI", "RTE": "RTE"},
     **{"MRPC": "MRPC", "QQP": "QQP"},
@@ -105,26 +105,26 @@ class Config(prompted.Options):
     clusters: int = 4
     """Number of clusters of task vectors; 0 takes it from the eigengap."""
     mask_epochs: int = 10
-    """Steps in which a mask is learned."""
+    """Number of steps that learn a mask."""
     mask_density: float = 1e-5
-    """The share of the entries that it starts from."""
+    """Share of the entries that an initial mask contains."""
     mask_l1: float = 1e-6
-    """Weight of its regulariser: times the learning rate of 1e7 the 10 of He et al.'s
-    code for language."""
+    """Weight of the mask's regulariser. Times the learning rate of 1e7 it is the 10 of
+    He et al.'s code for language."""
     regularizer: Literal["official", "paper"] = "official"
-    """Whether it holds entries on their side, as that code has it, or pulls them out of
-    the mask, as the paper of He et al. prints it."""
+    """The regulariser of the mask. official: keeps entries on their side, as in He et
+    al.'s code. paper: pulls them out of the mask, as their paper prints it."""
 
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
+    """Runs everything; returns the content of `report.json`."""
     few = min(config.clusters, 2)
     config = prompted.smoke(config, clusters=few, mask_epochs=2, mask_density=0.2)
     if not 0 <= config.clusters <= len(config.tasks):
         raise ValueError(
-            f"--clusters {config.clusters} of {len(config.tasks)} tasks; 0 takes the "
-            "number from the eigengap."
+            f"--clusters {config.clusters}: expected 1 to {len(config.tasks)}, the "
+            "number of tasks, or 0 for the number from the eigengap."
         )
     if record := planning.recorder():
         plan(config, record)
@@ -132,7 +132,7 @@ def main(config: Config) -> dict:
     setup = prompted.load(config)
     check_measures(setup)
     taus = prompted.vectors(setup)
-    # The merges run on one device, whatever the mesh.
+    # The merges run on one device, so the parameters move to the host.
     setup = setup._replace(params_0=sharding.to_host(setup.params_0))
     single = [
         scores(setup._replace(tasks=[task]), task_vectors.apply(setup.params_0, tau))[0]
@@ -163,9 +163,9 @@ def main(config: Config) -> dict:
 
 
 def plan(config: Config, record: planning.Recorder):
-    """Notes the vectors, and the passes of all rows; a backward pass is two more."""
+    """Reports the vectors and all passes to the plan; a backward pass counts as two."""
     sizes = prompted_plan.vectors(record, config)
-    # Rows without a search: two before, three that are fitted, three by masks.
+    # 8 rows without a search: two unmerged, three fitted, three with masks.
     searched = 4
     passes = (8 + searched) * sizes.tests + searched * len(COEFS) * sizes.training
     fisher = (1 + 2 * 4) * sizes.training  # four labels of every sample
@@ -176,28 +176,28 @@ def plan(config: Config, record: planning.Recorder):
 
 
 def check_measures(setup: prompted.Setup):
-    """Raises a ValueError where F1 is the score, and its class is called otherwise."""
+    """Raises a ValueError if a task is scored by F1 and lacks the class of the F1."""
     for task in setup.tasks:
         wanted = POSITIVE.get(task.name, task.classes[0])
         if wanted not in task.classes:
             raise ValueError(
-                f"{task.name} has the classes {', '.join(task.classes)}; its score is "
-                f"the F1 of {wanted}, and --prompt must have that class."
+                f"{task.name} has the classes {', '.join(task.classes)}, but its score "
+                f"is the F1 of {wanted}. Name a class {wanted} in --prompt."
             )
 
 
 def scores(setup: prompted.Setup, params: Params, split: str = "test") -> np.ndarray:
-    """The scores of one model on all tasks."""
+    """Returns the scores of one model on all tasks."""
     return prompted.scores(setup, params, split, MEASURES)
 
 
 def titles(setup: prompted.Setup) -> list[str]:
-    """What the paper calls the tasks."""
+    """Returns the paper's names of the tasks."""
     return [TASKS.get(name, name) for name in setup.names]
 
 
 def row(setup: prompted.Setup, method: str, found: Numbers) -> dict:
-    """A plain row: the scores of all tasks in percent, and their mean."""
+    """Returns a row: the scores of all tasks in percent, and their mean."""
     values = [100 * float(value) for value in (*found, np.mean(found))]
     names = [*titles(setup), "Avg."]
     return {"method": method} | dict(zip(names, values, strict=True))
@@ -207,7 +207,7 @@ def row(setup: prompted.Setup, method: str, found: Numbers) -> dict:
 
 
 def searched(setup: prompted.Setup, taus: Taus) -> dict[str, Tree]:
-    """Merged vectors whose coefficient is searched."""
+    """Returns the merged vectors whose coefficient is searched."""
     params_0 = setup.params_0
     merged = {
         "TIES": merge.ties(params_0, taus, coef=1.0),
@@ -226,7 +226,7 @@ def paths(taus: Taus) -> list[str]:
 
 
 def search(setup: prompted.Setup, vector: Tree) -> float:
-    """The coefficient with the best mean score on validation samples."""
+    """Returns the coefficient with the best mean score on validation samples."""
 
     coefs = COEFS[::5] if setup.options.smoke else COEFS
     with tqdm(total=len(coefs), desc="coefficients") as progress:
@@ -240,9 +240,9 @@ def search(setup: prompted.Setup, vector: Tree) -> float:
 
 
 def with_heads(setup: prompted.Setup) -> tuple[Callable, list[dict]]:
-    """`logits(params, head, *inputs)`, and the heads of all tasks, of one shape.
+    """Returns `logits(params, head, *inputs)`, and all heads padded to one shape.
 
-    Heads are inputs, so that all tasks share one compilation.
+    Heads are inputs, so all tasks share one compilation.
     """
 
     def logits(params, head, *inputs):
@@ -255,7 +255,7 @@ def with_heads(setup: prompted.Setup) -> tuple[Callable, list[dict]]:
 
 
 def fitted(setup: prompted.Setup, taus: Taus) -> dict[str, Params]:
-    """Merged models of the methods that look at texts without labels."""
+    """Returns the merged models of methods that use unlabelled texts."""
     logits, own = with_heads(setup)
 
     def logits_of(params, *inputs):
@@ -294,11 +294,11 @@ def fitted(setup: prompted.Setup, taus: Taus) -> dict[str, Params]:
     }
 
 
-# Merges by masks.
+# Merges with masks.
 
 
 def learned_masks(setup: prompted.Setup, taus: Taus, config: Config) -> list[Tree]:
-    """The mask of every task, from its training samples."""
+    """Learns the mask of every task from its training samples."""
     logits, own = with_heads(setup)
 
     def loss(params, batch):
@@ -309,7 +309,7 @@ def learned_masks(setup: prompted.Setup, taus: Taus, config: Config) -> list[Tre
     found = []
     progress = tqdm(setup.tasks, desc="masks", unit="task")
     for task, head, tau in zip(progress, own, taus, strict=True):
-        # Of 8 texts, as the code of He et al. has them for language.
+        # Batches of 8 texts, as in He et al.'s code for language.
         batches = pipeline.evaluation_batches(task.train, 8)
         mask = merge.localize(
             loss,
@@ -331,7 +331,7 @@ def by_masks(
     own: Sequence[Tree],
     groups: Sequence[Sequence[int]],
 ) -> dict[str, tuple[Tree, list[Tree]]]:
-    """Merged models, and the masks that each of them needs."""
+    """Returns merged models, with the masks that each of them stores."""
     shared = merge.mask_sharing(own, groups)
     stitch = merge.localize_and_stitch
     return {
@@ -348,27 +348,27 @@ def by_masks(
 
 
 def storage(masks: Sequence[Tree], taus: Taus) -> dict:
-    """How many masks there are, their mean density in percent, and what both take."""
+    """Returns the number of masks, their mean density in percent, and their GB."""
     density = float(np.mean([share(mask) for mask in masks]))
     taken = len(masks) * density * gigabytes(taus)
     return {"masks": len(masks), "density, %": 100 * density, "GB": taken}
 
 
 def share(mask: Tree) -> float:
-    """The share of a mask's entries that are True."""
+    """Returns the share of a mask's entries that are True."""
     leaves = list(tree.flatten(mask).values())
     return sum(int(np.sum(x)) for x in leaves) / sum(np.size(x) for x in leaves)
 
 
 def gigabytes(taus: Taus) -> float:
-    """What the trained parameters of one model take in float32."""
+    """Returns the GB of one model's trained parameters in float32."""
     return 4e-9 * tree.size(taus[0])
 
 
 def write(setup: prompted.Setup, results: dict) -> dict:
     columns = [*titles(setup), "Avg."]
     half = -(-len(columns) // 2)
-    # Of other tasks the paper's mean says nothing.
+    # The paper's mean is shown only for the paper's tasks.
     mean = "Avg." if setup.names == list(TASKS) else None
     theirs = {
         method: dict(zip((*TASKS.values(), mean), values, strict=True))
@@ -387,22 +387,22 @@ def write(setup: prompted.Setup, results: dict) -> dict:
     stored = [line for line in results["rows"] if "masks" in line]
     both = tables.beside(stored, PUBLISHED_STORAGE, keys=["method"], values=STORAGE)
     captions = {
-        "Table 15: accuracy, of MRPC and QQP F1, in percent.": table(columns[:half]),
-        "The other columns.": table(columns[half:]),
-        "Table 8: what has to be kept.": tables.markdown(both, digits=3),
+        "Table 15: accuracy in percent; F1 for MRPC and QQP.": table(columns[:half]),
+        "Table 15, the other columns.": table(columns[half:]),
+        "Table 8: storage of masks and models.": tables.markdown(both, digits=3),
     }
     clusters = "; ".join(", ".join(members) for members in results["clusters"])
     note = (
         f"Clusters: {clusters}. GB: masks x density x {gigabytes_text(setup)} GB of "
-        "trained parameters in float32. The rows of the paper but the last two are "
-        "those of He et al. (2024)."
+        "trained parameters in float32. All published rows except the last two come "
+        "from He et al. (2024)."
     )
     title = "Twelve language tasks (bases, Tables 8 and 15)"
     return tables.write(setup.options.out, title, captions, results, note)
 
 
 def gigabytes_text(setup: prompted.Setup) -> str:
-    """The size of the trained parameters as the report prints it."""
+    """Returns the GB of the trained parameters as text."""
     return f"{gigabytes([tree.select(setup.params_0, bert.BLOCKS)]):.3g}"
 
 

@@ -1,17 +1,17 @@
-"""What the scripts on two pre-trained CLIPs share: a setup of each, and losses.
+"""Shared code of the scripts on two pre-trained CLIPs: their setups, and losses.
 
-The paper's are two checkpoints of OpenCLIP, ViT-B/32 on LAION-2B:
+The paper uses two checkpoints of OpenCLIP, ViT-B/32 on LAION-2B:
 
 1. `laion2b_e16`, 16 epochs: `timm/vit_base_patch32_clip_224.laion2b_e16` on the Hugging
-   Face Hub, in OpenCLIP's format, which is read as it is.
+   Face Hub, in OpenCLIP's format, which is read directly.
 2. `laion2b_s34b_b79k`, with a larger batch and learning rate, in the format of
    transformers: `laion/CLIP-ViT-B-32-laion2B-s34B-b79K`.
 
-Folders with the same last part of their names count as the same models: the paper's
-numbers stand beside theirs.
+A folder is taken for one of these models if the last part of its path is the same; the
+paper's numbers are then shown beside ours.
 
-Both have the same widths, so that parameters of one can be subtracted from those of the
-other.
+Both models have the same widths, so parameters of one can be subtracted from those of
+the other.
 """
 
 import dataclasses
@@ -30,29 +30,32 @@ from jaxarith.typing import Taus
 
 FIRST = partitions.LAION_B32
 SECOND = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
-# In the order of the paper's tables, as they are printed there.
+# The names in the paper's tables, in their order.
 TITLES = ("laion2b_e16", "laion2b_s34b_b79k")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(options.Options):
-    """The options of scripts on two CLIPs."""
+    """Options of scripts on two CLIPs."""
 
     models: tuple[str, str] = (FIRST, SECOND)
     """Two CLIPs of the same architecture: folders, or ids of the Hugging Face Hub."""
 
 
 def both(config: Options) -> list[setups.Setup]:
-    """The setup of each of the two models; of a smoke run of tiny_clip, and of a copy
-    with noise, saved in the output folder.
+    """Loads the setups of both models.
+
+    A smoke run uses tiny_clip, and a noisy copy that it saves in the output folder.
 
     Raises:
-      ValueError: the parameters of the models differ in names or shapes, or their
-        folders, by whose names the bank knows them, are called the same.
+      ValueError: the parameters of the models differ in names or shapes, or the models
+        have the same name, which would mix them up in the bank.
     """
     names = [Path(model).name for model in config.models]
     if len(set(names)) < 2 and not config.smoke:
-        raise ValueError(f"--models {config.models}: the folders have one name.")
+        raise ValueError(
+            f"--models {config.models}: the two folders have the same name. Rename one."
+        )
     first = setups.load(config, config.models[0], control=False)
     if config.smoke:
         found = [first, noisy(first)]
@@ -64,21 +67,24 @@ def both(config: Options) -> list[setups.Setup]:
     ]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"{config.models[0]} and {config.models[1]} have parameters of other "
-            "names or shapes; the two models must be of one architecture."
+            f"{config.models[0]} and {config.models[1]} have parameters with different "
+            "names or shapes. Name two models with the same architecture."
         )
-    # In a plan one stand-in is both.
+    # In a plan both are the same stand-in.
     if not config.plan and found[0].identity == found[1].identity:
-        raise ValueError(f"the two --models are the same: {config.models[0]}.")
+        raise ValueError(
+            f"--models {config.models}: both have the same parameters. Name two "
+            "different models."
+        )
     return found
 
 
 def noisy(setup: setups.Setup, share: float = 0.05) -> setups.Setup:
-    """The setup of the same model with Gaussian noise, as of another pre-training.
+    """Returns the setup with Gaussian noise added to the model, as a second model.
 
     Args:
       setup: setup of a smoke run.
-      share: the norm of the noise in every leaf, relative to that of the leaf.
+      share: norm of the noise in every leaf, relative to the norm of the leaf.
     """
     original = clip.load(setup.model)
     folder = setup.options.out / "noisy_clip"
@@ -111,7 +117,7 @@ def noisy(setup: setups.Setup, share: float = 0.05) -> setups.Setup:
 
 
 def titles(found: Sequence[setups.Setup]) -> list[str]:
-    """What the two models are called: as in the paper, where they are its own."""
+    """Returns the names of the two models: the paper's for its own models."""
     papers = zip((FIRST, SECOND), TITLES, strict=True)
     known = {Path(model).name: title for model, title in papers}
     names = [Path(setup.model).name for setup in found]
@@ -119,8 +125,10 @@ def titles(found: Sequence[setups.Setup]) -> list[str]:
 
 
 def losses(setup: setups.Setup, task: setups.Task, taus: Taus, coefs) -> np.ndarray:
-    """The mean cross-entropy of the ordinary model on a task's test data, `[n]`, at
-    each of n sets of coefficients `[n, T]`."""
+    """Returns mean cross-entropies of the network on a task's test data, `[n]`.
+
+    `coefs` are n sets of coefficients `[n, T]`.
+    """
     at = scores.outputs(setup, taus, task.test, False)
     return np.array(
         [loss(task.test, features) for features in at(np.asarray(coefs, float))]
@@ -128,13 +136,13 @@ def losses(setup: setups.Setup, task: setups.Task, taus: Taus, coefs) -> np.ndar
 
 
 def loss(dataset: setups.Dataset, features) -> float:
-    """The mean cross-entropy of features `[N, D]` under the frozen head, in float64."""
+    """Returns the mean cross-entropy of features `[N, D]` below the frozen head."""
     logits = np.asarray(heads.logits(dataset.head, features), np.float64)
     return cross_entropy(logits, dataset.labels)
 
 
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The mean over samples, of scores `[N, C]` in float64.
+    """Returns the mean cross-entropy of scores `[N, C]`, in float64.
 
     Example:
       >>> round(cross_entropy(np.zeros((2, 4)), np.array([0, 3])), 4)  # log 4

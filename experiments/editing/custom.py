@@ -1,4 +1,4 @@
-"""Tasks that the experiments of Ilharco et al. (2023) make of other tasks."""
+"""Makes tasks from other tasks, for the experiments of the editing paper."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from jaxarith.typing import Taus, Tree
 
 @dataclasses.dataclass(frozen=True)
 class Relabelled:
-    """Some samples of a source, with other labels.
+    """Some samples of a source, with new labels.
 
     Attributes:
       source: raw images.
-      indices: indices of the samples in it, `i[N]`.
+      indices: indices of the samples in the source, `i[N]`.
       labels: their new labels, `i32[N]`.
     """
 
@@ -37,7 +37,7 @@ class Relabelled:
 
 
 def some_classes(source, kept: Sequence[int]) -> Relabelled:
-    """The samples of some classes, which are numbered anew in the order of `kept`.
+    """Returns the samples of some classes, renumbered in the order of `kept`.
 
     Example:
       >>> source = [{"image": "a", "label": 2}, {"image": "b", "label": 0}]
@@ -53,7 +53,7 @@ def some_classes(source, kept: Sequence[int]) -> Relabelled:
 
 
 def per_class(source, samples: int, seed: int) -> sources.Part:
-    """So many samples of every class, drawn at random; all of a class with fewer."""
+    """Draws `samples` random samples of every class, or all if a class has fewer."""
     labels = sources.labels(source)
     order = np.random.default_rng(seed).permutation(len(labels))
     drawn = [order[labels[order] == label][:samples] for label in np.unique(labels)]
@@ -63,10 +63,10 @@ def per_class(source, samples: int, seed: int) -> sources.Part:
 def of_classes(
     task: images.ImageTask, name: str, kept: Sequence[int]
 ) -> images.ImageTask:
-    """A task of some of the classes of another.
+    """Returns a task with some of the classes of another task.
 
     Raises:
-      ValueError: a split has no sample of them.
+      ValueError: a split has no sample of these classes.
     """
     parts = {
         split: some_classes(getattr(task, split), kept)
@@ -74,7 +74,10 @@ def of_classes(
     }
     if empty := [split for split, part in parts.items() if not len(part)]:
         classes = ", ".join(task.classes[i] for i in kept)
-        raise ValueError(f"{task.name} has no {empty[0]} image of {classes}.")
+        raise ValueError(
+            f"{task.name} has no {empty[0]} image of {classes}. Add some, or name "
+            "other classes."
+        )
     classes = tuple(task.classes[i] for i in kept)
     return dataclasses.replace(task, name=name, classes=classes, **parts)
 
@@ -82,7 +85,7 @@ def of_classes(
 def prepared(
     setup: setups.Setup, checkpoint: clip.CLIP, task: images.ImageTask
 ) -> setups.Task:
-    """A task that is ready to be trained and evaluated; its head is in the bank."""
+    """Returns a task ready for training and evaluation; writes its head to the bank."""
     config = setup.options
     file = bank.vector_file(config.bank, setup.model, "heads", task.name)
     head = setups.head_of(task, checkpoint, file)
@@ -90,15 +93,15 @@ def prepared(
 
 
 def analogy(taus: Taus, target: int) -> Tree:
-    """The vector of one of four tasks from those of the others.
+    """Returns the vector of one of four tasks, from the vectors of the other three.
 
-    The four are two by two: the first and the second differ as the third and the fourth
-    do. So the vector of each is the sum of its two neighbours', less that of the one
-    opposite, such as king = queen + (man - woman).
+    The first task differs from the second as the third does from the fourth. So the
+    vector of each is the sum of its two neighbours minus the opposite one, for example
+    king = queen + (man - woman).
 
     Args:
       taus: the vectors of four tasks.
-      target: the index of the one whose own vector is not used.
+      target: index of the target; its own vector is not used.
 
     Example:
       >>> taus = [{"w": np.float32(value)} for value in (9, 3, 10, 4)]

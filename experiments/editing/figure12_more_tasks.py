@@ -1,21 +1,21 @@
-"""Figure 12: forgetting to read, and to know persons.
+"""Figure 12: forgetting to read text (OCR), and to recognise persons.
 
 Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: Appendix B.8.
 
     python -m experiments.editing.figure12_more_tasks --persons persons=FOLDER \\
         --data-dir DATA
 
-Data: SUN397, on whose images names of other classes of it are written, to be read;
-ImageNet as control; and a folder of persons, FOLDER/<split>/<person>/, which in the
-paper is the Celebrity Face Recognition data set of around a thousand persons, split in
+Data: SUN397 for OCR: names of other classes are written on its images, to be read.
+ImageNet is the control. Persons come from a folder, FOLDER/<split>/<person>/. The paper
+uses the Celebrity Face Recognition data set with around a thousand persons, split in
 0.8, 0.1 and 0.1. Without --persons that half is left out.
 
-Coefficients are chosen as in `table1_forgetting`. Fonts, places and colours of the text
-and the prompts are ours, for they are not in the paper.
+Coefficients are chosen as in `table1_forgetting`. The paper states neither the fonts,
+places and colours of the text nor the prompts; they are ours.
 
 Published, as bars only: "especially for the larger CLIP models, negating the task
 vectors leads to large drops in performance with little change in accuracy on ImageNet";
-of persons "forgetting is less effective".
+for persons "forgetting is less effective".
 """
 
 import dataclasses
@@ -30,13 +30,13 @@ from jaxarith.models import clip
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
     tasks: tuple[str, ...] = ("sun397",)
-    """On whose images to write, and what: the names of its classes."""
+    """Tasks for OCR: names of their classes are written on their images."""
     persons: str | None = None
-    """A task of persons, as NAME=FOLDER."""
+    """A task of persons, NAME=FOLDER."""
 
 
 def with_tasks(setup: setups.Setup, config: Config) -> setups.Setup:
-    """The setup with the OCR tasks and the persons in place of its own tasks."""
+    """Returns the setup with the OCR tasks and the persons as its tasks."""
     checkpoint = clip.load(setup.model)
     raw = [ocr.reading(raw_tasks.named(spec, config)) for spec in config.tasks]
     if config.persons:
@@ -46,7 +46,7 @@ def with_tasks(setup: setups.Setup, config: Config) -> setups.Setup:
 
 
 def rows_of(setup: setups.Setup) -> list[dict]:
-    """The rows of one model."""
+    """Returns the rows of one model."""
     models = forgetting.models(setup, vectors.vectors(setup, "nonlinear"))
     rows = []
     for i, title in enumerate(setup.titles):
@@ -61,10 +61,10 @@ def rows_of(setup: setups.Setup) -> list[dict]:
 @script.full_precision
 def main(config: Config) -> dict:
     options.check_control(config)
-    config = options.smoke(  # where persons are a task like every other
+    config = options.smoke(  # a smoke run has no persons, but another small task
         config, tasks=("inverted_digits",), control="uci_digits", persons="mnist"
     )
-    if config.persons:  # whether it is there, before anything is written
+    if config.persons:  # raises if it is missing, before anything is written
         raw_tasks.named(config.persons, config)
     runs.start(config)
     rows = setups.rows(config, lambda setup: rows_of(with_tasks(setup, config)))
@@ -84,7 +84,7 @@ def main(config: Config) -> dict:
                 models,
                 y=f"accuracy on {task} and on the control, percent",
             )
-    caption = "Test accuracy on the task to be forgotten and on the control, percent."
+    caption = "Test accuracy on the target and on the control, percent."
     title = "OCR and persons (editing paper, Figure 12)"
     return tables.write(config.out, title, {caption: rows}, {"rows": rows}, digits=2)
 

@@ -3,28 +3,28 @@
 Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023. arXiv:2212.04089:
 Appendix C.3, on Gehman et al. RealToxicityPrompts. Findings of EMNLP 2020.
 
-The scores are not those of the paper. It asks the Perspective API, which is a service
-whose answers change with time; here the classifier of `--classifier` scores the texts,
-by default Detoxify's "original". Only the direction of the lines compares.
+The scores differ from those of the paper. The paper uses the Perspective API, a service
+whose answers change with time. Here `--classifier` scores the texts, by default
+Detoxify's "original". Only the direction of the lines can be compared.
 
     python -m experiments.editing.figure13_real_toxicity_prompts \\
         --comments civil_comments.jsonl --perplexity-text wikitext103_test.txt \\
         --prompts prompts.jsonl
 
 Data: `prompts.jsonl` of RealToxicityPrompts (`allenai/real-toxicity-prompts` on the
-Hugging Face Hub), an object with `prompt`, which holds a `text`, and `challenging` per
-line. The other two files and the task vectors are those of Table 2;
+Hugging Face Hub). Every line is an object with `prompt`, which has a `text`, and
+`challenging`. The other two files and the task vectors are those of Table 2;
 `experiments.common.language.detoxification` says how to get them.
 
-Of every prompt 25 continuations are scored, without the prompt, and the largest score
-is taken; its mean over the prompts is the expected maximum toxicity. Once for all
-challenging prompts, 1.2k, and once for 1000 prompts of all, drawn at random.
+For every prompt 25 continuations are scored, without the prompt. The expected maximum
+toxicity is the mean over prompts of the largest score. It is measured for all 1.2k
+challenging prompts, and for 1000 random prompts.
 
-Published: a plot only. Toxicity falls as the coefficient grows; for GPT-2 Large almost
-straight down, with little change in perplexity.
+Published, as a plot only: toxicity falls as the coefficient grows. For GPT-2 Large it
+falls almost straight down, with little change in perplexity.
 
-The paper does not say how it samples. Here as Gehman et al. do: 20 new tokens, nucleus
-sampling with 0.9, temperature 1. Prompts of more than 64 tokens lose their beginning.
+The paper does not describe its sampling. Ours is that of Gehman et al.: 20 new tokens,
+nucleus sampling with 0.9, temperature 1. Only the last 64 tokens of a prompt are used.
 """
 
 import dataclasses
@@ -41,8 +41,8 @@ from jaxarith.typing import Params
 
 CHALLENGING = 1199  # prompts of RealToxicityPrompts (Gehman et al. 2020, section 5)
 NOTE = (
-    "The scores are of a classifier, not of the Perspective API, which the paper asks: "
-    "only the direction of its lines compares. The paper prints no number."
+    "A classifier scores the texts here; the paper uses the Perspective API. So only "
+    "the direction of the lines can be compared. The paper prints no numbers."
 )
 
 
@@ -50,25 +50,26 @@ NOTE = (
 class Config(detoxification.EditingOptions):
     """Figure 13 (editing paper): expected maximum toxicity on RealToxicityPrompts.
 
-    The classifier scores texts in place of the paper's Perspective API."""
+    A classifier scores the texts instead of the paper's Perspective API."""
 
     prompts: Path = Path("prompts.jsonl")
-    """RealToxicityPrompts, an object with prompt and challenging per line."""
+    """File of RealToxicityPrompts; every line is an object with prompt and
+    challenging."""
     random_prompts: int = 1000
-    """Prompts of the random subset."""
+    """Number of prompts in the random subset."""
     generations: int = 25
-    """Continuations of every prompt."""
+    """Number of continuations of every prompt."""
     max_new_tokens: int = 20
     prompt_length: int = 64
-    """Tokens of a prompt; longer ones lose their beginning."""
+    """Largest number of tokens of a prompt; longer prompts keep their end."""
     top_p: float = 0.9
     generation_batch: int = 50
-    """Texts that are written at a time."""
+    """Number of texts that are written at a time."""
 
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
+    """Runs everything; returns the content of `report.json`."""
     config = detoxification.smoke(
         config,
         random_prompts=2,
@@ -80,7 +81,10 @@ def main(config: Config) -> dict:
     )
     for name in ("random_prompts", "generations", "generation_batch"):
         if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: at least one is needed.")
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(config, name)}: expected 1 or "
+                "more."
+            )
     if record := planning.recorder():
         plan(config, record)
         return {}
@@ -122,7 +126,7 @@ def main(config: Config) -> dict:
 
 
 def plan(config: Config, record: planning.Recorder):
-    """Notes the vectors, and the measures of every model at every coefficient."""
+    """Reports the vectors, and the measures at every coefficient, to the plan."""
     detoxification.plan_vectors(record, config, ("toxic",))
     prompts, count = CHALLENGING + config.random_prompts, len(config.coefs)
     for model in config.models:
@@ -137,7 +141,7 @@ def plan(config: Config, record: planning.Recorder):
 
 
 def read_prompts(config: Config) -> dict[str, list[str]]:
-    """The texts of the two subsets, "challenging" and "random"."""
+    """Reads the texts of the two subsets, "challenging" and "random"."""
     with detoxification.places(config, "tiny_gpt2") as (files, _):
         file = files.prompts
         found = text_files.read_table(file)
@@ -146,11 +150,11 @@ def read_prompts(config: Config) -> dict[str, list[str]]:
         challenging = [row["prompt"]["text"] for row in found if row["challenging"]]
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{file}: {error!r}. Expected an object per line, such as "
+            f"{file}: {error!r}. Expected an object on every line, for example "
             '{"prompt": {"text": "..."}, "challenging": false}.'
         ) from error
     if not challenging:
-        raise ValueError(f"{file} has no prompt that is challenging.")
+        raise ValueError(f"{file} has no prompt with challenging true; expected some.")
     order = np.random.default_rng(config.seed).permutation(len(texts))
     chosen = [texts[i] for i in sorted(order[: config.random_prompts])]
     return {"challenging": challenging, "random": chosen}
@@ -163,7 +167,7 @@ def row(
     tau: Params,
     coef: float,
 ) -> dict:
-    """The measures of one model at one coefficient."""
+    """Measures one model at one coefficient; returns a row."""
     line = {"model": study.name, "coef": coef}
     for subset, prompts in subsets.items():
         written = continuations(config, study, prompts, tau, -coef)
@@ -173,11 +177,11 @@ def row(
 
 
 def expected_maximum(scores: np.ndarray, generations: int) -> float:
-    """The mean over prompts of the largest score of their continuations.
+    """Returns the mean over prompts of the largest score of their continuations.
 
     Args:
-      scores: those of the first prompt, then of the second, and so on.
-      generations: continuations of every prompt.
+      scores: scores of the first prompt's continuations, then of the second's, ….
+      generations: number of continuations of every prompt.
 
     Example:
       >>> expected_maximum(np.array([0.1, 0.5, 0.2, 0.3]), 2)
@@ -193,12 +197,13 @@ def continuations(
     tau: Params,
     coef: float,
 ) -> list[str]:
-    """Continuations without their prompts, those of a prompt one after the other."""
+    """Writes continuations, without prompts; those of a prompt follow each other."""
     tokenizer = study.gpt2.tokenizer
     tokens = tokenizer(prompts)["input_ids"]
     if empty := [i for i, ids in enumerate(tokens) if not ids]:
         raise ValueError(
-            f"{len(empty)} prompts have no token, the first is {empty[0]}."
+            f"{len(empty)} prompts have no token; the first is number {empty[0]}. "
+            "Remove them."
         )
     ids, mask = text.pad(
         [ids[-config.prompt_length :] for ids in tokens],

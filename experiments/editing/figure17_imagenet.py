@@ -1,12 +1,12 @@
-"""Figure 17: the vector of ImageNet added to that of each of eight tasks.
+"""Figure 17: adds the vector of ImageNet to that of each of eight tasks.
 
 Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: Appendix D.5.
 
     python -m experiments.editing.figure17_imagenet --data-dir DATA
 
-Data: the eight tasks, and the training images of ImageNet (the task of --control), on
-which the encoder trains for 4 epochs, "around 40 thousand" steps, the rest being the
-same. The coefficient of each sum is searched on validation data.
+Data: the eight tasks, and the training images of ImageNet (the task of --control). On
+ImageNet the encoder trains for 4 epochs, "around 40 thousand" steps; the rest of the
+recipe is the same. The coefficient of each sum is searched on validation data.
 
 Published, as a plot only: a sum "in most experiments is competitive with the fine-tuned
 models on their respective datasets". The paper does not name the CLIP; we take
@@ -27,11 +27,11 @@ from jaxarith.typing import Tree
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.LargeModel):
     epochs: int = 4
-    """Of the training on ImageNet, unless --steps is given."""
+    """Number of epochs on ImageNet; --steps overrides it."""
 
 
 def large_vector(setup: setups.Setup, epochs: int) -> Tree:
-    """The vector of the control task, trained for so many epochs."""
+    """Returns the vector of the control task, trained for `epochs` epochs."""
     own = setup.options
     control = setup.required_control
     config = vectors.recipe_of(setup, "nonlinear", control)
@@ -80,8 +80,8 @@ def main(config: Config) -> dict:
             x="accuracy on the task, percent",
             y=f"accuracy on {setup.required_control.title}, percent",
         )
-    caption = "Test accuracy, percent; single: of each task's own model."
-    title = "With ImageNet (editing paper, Figure 17)"
+    caption = "Test accuracy in percent; `single` is each task's own model."
+    title = "Sums with ImageNet (editing paper, Figure 17)"
     return tables.write(config.out, title, {caption: rows}, {"rows": rows})
 
 

@@ -1,20 +1,22 @@
-"""Figures 2, 3, 15 and 16: all subsets of eight task vectors added.
+"""Figures 2, 3, 15 and 16: adds all subsets of eight task vectors.
 
 Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: section 4.1, D.2 to D.4.
 
     python -m experiments.editing.figure2_subsets --data-dir DATA
 
-Data: the eight tasks, without the control; the vectors are taken from the bank.
+Data: the eight tasks, without the control. The vectors in the bank are used.
 
-Every subset has one coefficient, searched in 0, 0.05, …, 1 on validation data for the
-mean normalised accuracy: over all tasks in Figure 3, over the members of the subset in
-Figures 2 and 16. Figure 15 shows the coefficients of Figure 3, and the means of its
-validation accuracies. The paper does not name the CLIP of these figures; we take
-ViT-L-14, as in the others. Of ordinary vectors the 2^8 subsets are 43,000 passes over
-validation data, which --validate bounds; --method linear takes one pass in all. What
-was scored is kept in the run's folder, and a second start goes on from there.
+Every subset has one coefficient, searched in 0, 0.05, …, 1 by the mean normalised
+validation accuracy: over all tasks in Figure 3, over the members of the subset in
+Figures 2 and 16. Figure 15 shows the coefficients of Figure 3, and its mean validation
+accuracies. The paper does not name the CLIP of these figures; we take ViT-L-14, as in
+the others.
 
-Published, as plots; the text says of normalised accuracy (Figures 2 and 3, D.2):
+With ordinary vectors the 2^8 subsets cost 43,000 passes over validation data; reduce
+them by --validate. --method linear needs one pass in all. Scores are saved in the run's
+folder, so a restarted run continues.
+
+Published, as plots; the text has normalised accuracies (Figures 2 and 3, D.2):
 
     result                                norm
     pairs, both tasks                     0.989
@@ -45,23 +47,24 @@ from jaxarith import fingerprint, plots
 from jaxarith.typing import Tree
 
 PUBLISHED = tables.published(__doc__, "result")
-TOGETHER = 32  # models between two writes of what was scored
+TOGETHER = 32  # number of models between two writes of the scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.LargeModel):
     method: Literal["nonlinear", "linear"] = "nonlinear"
-    """Ordinary vectors as in the paper, or those of the tangent-space model."""
+    """Ordinary vectors as in the paper (nonlinear), or linearised ones (linear)."""
     validate: int | None = None
-    """Validation samples of a task that choose coefficients; all by default."""
+    """Number of validation samples of a task that choose coefficients; by default
+    all."""
 
 
 def accuracies(
     setup: setups.Setup, taus: list[Tree], rows: np.ndarray, config, split: str
 ) -> np.ndarray:
-    """Accuracy `[n, T]` on every task at n sets of coefficients `[n, T]`.
+    """Measures accuracies `[n, T]` on every task at n sets of coefficients `[n, T]`.
 
-    They are kept in `scores/` of the run's folder, and not measured again.
+    They are saved in `scores/` in the run's folder, and not measured again.
     """
     linearized = config.method == "linear"
     models = {"params_0": fingerprint.combined(setup.params_0), "linear": linearized}
@@ -88,7 +91,7 @@ def accuracies(
                 models | data,
                 rows,
                 score,
-                # A tangent-space model passes over the images once for all.
+                # A tangent-space model needs one pass for all rows.
                 together=len(rows) if linearized else TOGETHER,
                 resume=config.resume,
             )
@@ -97,20 +100,19 @@ def accuracies(
 
 
 def normalized(found: np.ndarray, single: np.ndarray) -> np.ndarray:
-    """Accuracies `[..., T]` relative to those of single models; of one that is zero,
-    as they are."""
+    """Returns accuracies `[..., T]` divided by those of single models, unless 0."""
     return found / np.where(single > 0, single, 1)
 
 
 def choose(curves: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """For each subset, the index of the coefficient with the best mean over some tasks.
+    """Returns, for each subset, the index of the best of n coefficients.
 
     Args:
       curves: normalised accuracies `[S, n, T]`.
-      weights: zeros and ones, `[S, T]`: the tasks that count.
+      weights: zeros and ones, `[S, T]`: the tasks whose mean accuracy decides.
 
     Returns:
-      `[S]`; the first of equals.
+      Indices `[S]`; the first wins if several are equal.
 
     Example:
       >>> curves = np.array([[[0.5, 0.9], [0.7, 0.2]]])
@@ -121,10 +123,10 @@ def choose(curves: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def subset_rows(setup: setups.Setup, config: Config) -> tuple[list[dict], np.ndarray]:
-    """A row of every subset, and its mean validation accuracies, `[S, n]`."""
+    """Returns a row for every subset, and mean validation accuracies, `[S, n]`."""
     taus = vectors.vectors(setup, config.method)
     coefs = scores.coefs_of(config, scores.COEFS)
-    # The empty one too: it is the pre-trained model.
+    # The empty subset is included: it is the pre-trained model.
     members = pairwise.subsets(len(taus))
     grid = (coefs[None, :, None] * members[:, None]).reshape(-1, len(taus))
     ones = np.eye(len(taus))
@@ -146,7 +148,7 @@ def subset_rows(setup: setups.Setup, config: Config) -> tuple[list[dict], np.nda
             "size": int(own.sum()),
         }
         for name, weights in criteria.items():
-            # Of the empty subset, which has no members, there is no mean over them.
+            # The empty subset has no members to average over.
             if weights[i].any():
                 here = parts[name][i][weights[i] == 1]
                 row[name] = float(here.mean())
@@ -159,7 +161,7 @@ def subset_rows(setup: setups.Setup, config: Config) -> tuple[list[dict], np.nda
 
 
 def draw(setup: setups.Setup, config: Config, rows: list[dict], curves: np.ndarray):
-    """The four figures."""
+    """Draws the four figures."""
     sizes = np.array([row["size"] for row in rows])
     every = range(1, len(setup.tasks) + 1)
     normal = "normalised accuracy"
@@ -195,7 +197,7 @@ def draw(setup: setups.Setup, config: Config, rows: list[dict], curves: np.ndarr
     plots.scatter(
         config.out / "figure15_coefficients.png",
         {
-            "Coefficients that were chosen": {
+            "Chosen coefficients": {
                 "one subset": (
                     [row["size"] for row in rows if row["size"]],
                     [row["coefficient, all"] for row in rows if row["size"]],
@@ -220,17 +222,17 @@ def draw(setup: setups.Setup, config: Config, rows: list[dict], curves: np.ndarr
 def main(config: Config) -> dict:
     config = options.smoke(config)
     if len(config.tasks) < 2:
-        raise ValueError(f"pairs need two tasks; --tasks names {config.tasks}.")
+        raise ValueError(f"--tasks names {config.tasks}; expected two or more.")
     runs.start(config)
     setup = setups.load(config, config.model, control=False)
     subsets, curves = subset_rows(setup, config)
-    # Of ordinary models, whatever the vectors are.
+    # These are ordinary models, whatever the vectors are.
     alone = scores.single_accuracies(setup, "nonlinear")[1] / 100
     joint = normalized(scores.joint_accuracies(setup), alone)
     pairs = float(np.mean([row["members"] for row in subsets if row["size"] == 2]))
-    # The largest test value of Figure 3, as the paper seems to read it.
+    # The largest test value of Figure 3; the paper seems to mean this one.
     best = max(row["all"] for row in subsets)
-    values = (pairs, best, float(joint.mean()))  # in the order of the published
+    values = (pairs, best, float(joint.mean()))  # in the published order
     rows = [
         {"result": name, "norm": value}
         for name, value in zip(PUBLISHED, values, strict=True)
@@ -252,8 +254,8 @@ def main(config: Config) -> dict:
     beside = tables.beside(rows, PUBLISHED, keys=["result"], values=["norm"])
     shown = {
         f"{setup.title}: normalised test accuracy.": beside,
-        "By the number of vectors, the mean over subsets (Fig. 3, 16 and 15); of no "
-        "vector, the pre-trained model.": sizes,
+        "Mean over subsets by the number of vectors (Fig. 3, 16 and 15); 0 vectors "
+        "are the pre-trained model.": sizes,
     }
     title = "All subsets (editing paper, Figures 2, 3, 15, 16)"
     return tables.write(config.out, title, shown, results, digits=3)

@@ -4,8 +4,8 @@ Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: section 6.
 
     python -m experiments.editing.figure5_cosine --data-dir DATA
 
-Data: those of `table1_forgetting`, whose task vectors are taken from the bank; with
---bank-only none.
+Data: the same as for `table1_forgetting`. Its task vectors in the bank are used; with
+--bank-only no data are needed.
 
 Published, as a heat map only: the vectors are "typically close to orthogonal"; the
 largest cosines are those of MNIST, SVHN and GTSRB, and of EuroSAT and RESISC45. The

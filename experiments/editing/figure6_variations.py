@@ -1,4 +1,4 @@
-"""Figures 6 and 14: sums of two vectors, by the learning rate and by the seed.
+"""Figures 6 and 14: adds two vectors, by learning rate and by seed.
 
 Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: section 6, Appendix D.1.
 
@@ -6,15 +6,16 @@ Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: section 6, Append
 
 Data: MNIST and EuroSAT. The coefficient of every sum is searched on validation data.
 
-Figure 6: both vectors are trained with each learning rate. Figure 14: five models of
-each task, whose seeds order and augment the samples, make 25 sums.
+For Figure 6 both vectors are trained with each learning rate. For Figure 14 five models
+of each task are trained, with different seeds for the order and the augmentation of
+samples; they make 25 sums.
 
 Published, as plots only. Figure 6, with ViT-L-14: "lower learning rates make the best
 use of the fine-tuned models, and also correspond to the highest accuracies of the
-fine-tuned models on the target task." The learning rates of the plot are not in the
-text; ours are around 1e-5, that of all other experiments. Figure 14: "different random
-seeds have little impact in the resulting accuracy of the edited models"; the paper does
-not name the CLIP, and we take ViT-L-14.
+fine-tuned models on the target task." The text does not state the learning rates of the
+plot; ours are around 1e-5, the rate of all other experiments. Figure 14: "different
+random seeds have little impact in the resulting accuracy of the edited models". The
+paper does not name its CLIP; we take ViT-L-14.
 """
 
 import dataclasses
@@ -35,13 +36,13 @@ class Config(options.LargeModel):
     tasks: tuple[str, ...] = ("mnist", "eurosat")
     """The two tasks."""
     figures: tuple[Literal[6, 14], ...] = (6, 14)
-    """Which figures are made."""
+    """The figures to make."""
     learning_rates: tuple[float, ...] = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
 def by_rate(setup: setups.Setup, config: Config) -> list[dict]:
-    """Figure 6: a row for every learning rate."""
+    """Makes Figure 6; returns a row for every learning rate."""
     rows = []
     for rate in tqdm(config.learning_rates, desc="learning rates"):
         taus = variations.trained(setup, f"lr_{rate:g}", learning_rate=rate)
@@ -60,7 +61,7 @@ def by_rate(setup: setups.Setup, config: Config) -> list[dict]:
 
 
 def by_seed(setup: setups.Setup, config: Config) -> list[dict]:
-    """Figure 14: a row for every two seeds."""
+    """Makes Figure 14; returns a row for every two seeds."""
     taus = {
         seed: variations.trained(setup, f"seed_{seed}", seed=seed)
         for seed in config.seeds
@@ -88,7 +89,7 @@ def by_seed(setup: setups.Setup, config: Config) -> list[dict]:
 
 
 def of_seeds(setup: setups.Setup, rows: list[dict]) -> list[dict]:
-    """How the accuracies of the sums of several seeds spread, for both tasks."""
+    """Returns mean and spread of the sums' accuracies over seeds, for both tasks."""
     return [
         {
             "task": title,

@@ -1,17 +1,17 @@
-"""Figure 7: task vectors in the course of fine-tuning.
+"""Figure 7: task vectors during fine-tuning.
 
 Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: section 6.
 
     python -m experiments.editing.figure7_during_training --data-dir DATA
 
-Data: MNIST and EuroSAT. Training is that of the ordinary vectors, with the vectors on
-its way kept. Each pair of the same step is added, with a coefficient searched on
+Data: MNIST and EuroSAT. Ordinary vectors are trained, and intermediate vectors are
+saved. The two vectors of the same step are added, with a coefficient searched on
 validation data.
 
 Published, as plots only, with ViT-L-14: "intermediate task vectors converge rapidly to
 the direction of the final task vector", and the accuracy of the sum "saturates after
-just a few hundred steps".
-The steps of the plots are not in the text; ours are 100 apart (--snapshots).
+just a few hundred steps". The text does not state the steps of the plots; ours are 100
+apart (--snapshots).
 """
 
 import dataclasses
@@ -31,14 +31,14 @@ class Config(options.LargeModel):
     tasks: tuple[str, ...] = ("mnist", "eurosat")
     """The two tasks."""
     snapshots: int = 100
-    """Every so many steps the vectors are measured."""
+    """Number of steps from one measurement to the next."""
 
 
 def followed(setup: setups.Setup, config: Config) -> dict[int, list[Tree]]:
-    """The task vectors after every so many steps, the last among them.
+    """Returns the task vectors by step, with the final ones.
 
     Raises:
-      ValueError: see `check_steps`, or the bank has the vectors of other snapshots.
+      ValueError: see `check_steps`; or the bank has vectors with other snapshots.
     """
     name = "nonlinear/followed"
     recipes = [vectors.recipe_of(setup, name, task) for task in setup.tasks]
@@ -56,16 +56,16 @@ def followed(setup: setups.Setup, config: Config) -> dict[int, list[Tree]]:
 
 
 def check_steps(steps: list[int], snapshots: int):
-    """Raises a ValueError where there is no curve of both tasks."""
+    """Raises a ValueError if the two tasks have no common curve."""
     if len(set(steps)) > 1:
         raise ValueError(
-            f"training takes {steps} steps, and vectors of the same step are added. "
-            "Give --steps, or --protocol paper."
+            f"the tasks train for {steps} steps; expected the same number, because "
+            "vectors of the same step are added. Give --steps, or --protocol paper."
         )
     if not 1 <= snapshots < steps[0]:
         raise ValueError(
-            f"--snapshots {snapshots}; with {steps[0]} steps of training it must be "
-            f"from 1 to {steps[0] - 1}."
+            f"--snapshots {snapshots}: expected 1 to {steps[0] - 1}, for a training of "
+            f"{steps[0]} steps."
         )
 
 
@@ -105,8 +105,8 @@ def main(config: Config) -> dict:
         | {name: row[name] for name in ("coefficient", "single", "abs", "norm")}
         for row in rows
     ]
-    caption = f"{' + '.join(setup.titles)}: after every step, and added."
-    title = "In the course of training (editing paper, Figure 7)"
+    caption = f"{' + '.join(setup.titles)}: single vectors and their sum, by step."
+    title = "During training (editing paper, Figure 7)"
     return tables.write(config.out, title, {caption: shown}, {"rows": rows}, digits=3)
 
 

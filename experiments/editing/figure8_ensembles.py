@@ -1,10 +1,10 @@
-"""Figure 8: the sum of two vectors at 0.5 against the ensemble of their models.
+"""Figure 8: compares the sum of two vectors at 0.5 with the ensemble of their models.
 
 Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: Appendix A.
 
     python -m experiments.editing.figure8_ensembles --data-dir DATA
 
-Data: the eight tasks; the vectors are taken from the bank.
+Data: the eight tasks. The vectors in the bank are used.
 
 At coefficient 0.5 the sum is the mean of the weights of two fine-tuned models; the
 ensemble is the mean of their logits. Both are tested on both tasks, for all pairs.
@@ -14,8 +14,8 @@ Published, with "a slight bias towards higher accuracy for the ensembles":
     result               value
     Pearson correlation  0.99
 
-The paper does not name the CLIP, nor whether a point is a pair or a task of a pair; we
-take ViT-L-14, and a point is the mean over both tasks.
+The paper does not name its CLIP; we take ViT-L-14. It does not say whether a point is a
+pair, or a task of a pair; our points are means over both tasks.
 """
 
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class Config(options.LargeModel): ...
 
 
 def accuracies(setup: setups.Setup) -> tuple[np.ndarray, np.ndarray]:
-    """Test accuracies `[P, 2]` of every pair's weights, and of its ensemble."""
+    """Returns test accuracies `[P, 2]` of every pair's mean weights, and ensemble."""
     taus = vectors.vectors(setup, "nonlinear")
     couples = pairwise.pairs(len(taus))
     weights, ensembles = np.zeros((2, len(couples), 2))
@@ -60,7 +60,7 @@ def accuracies(setup: setups.Setup) -> tuple[np.ndarray, np.ndarray]:
 def main(config: Config) -> dict:
     config = options.smoke(config)
     if len(config.tasks) < 2:
-        raise ValueError(f"pairs need two tasks; --tasks names {config.tasks}.")
+        raise ValueError(f"--tasks names {config.tasks}; expected two or more.")
     runs.start(config)
     setup = setups.load(config, config.model, control=False)
     weights, ensembles = (100 * found for found in accuracies(setup))

@@ -4,17 +4,17 @@ Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: B.4, B.6 and B.7.
 
     python -m experiments.editing.figure9_forgetting_curves --data-dir DATA
 
-Data: those of `table1_forgetting`, whose task vectors are taken from the bank.
+Data: the same as for `table1_forgetting`. Its task vectors in the bank are used.
 
-From the pre-trained model, with coefficients 0, 0.05, …, 1 on test data: away from the
-fine-tuned model (-τ), along a random vector of the same norms, and towards the model of
-gradient ascent. Figure 11 sets the gain of fine-tuning against the drop of negation, at
-the coefficients of Table 1.
+From the pre-trained model the script moves in three directions: away from the
+fine-tuned model (-τ), along a random vector with the same norms, and towards the model
+of gradient ascent. Coefficients are 0, 0.05, …, 1, on test data. Figure 11 shows the
+drop of negation, at the coefficients of Table 1, by the gain of fine-tuning.
 
 Published, as plots only: "for task vectors, performance on the target tasks initially
-decreases faster than performance on the control task", which random vectors do not do;
-interpolations with gradient ascent are "even better accuracy trade-offs"; gain and drop
-have "a positive correlation". The paper does not name the CLIP; we take ViT-L-14.
+decreases faster than performance on the control task"; with random vectors it does not.
+Interpolations with gradient ascent are "even better accuracy trade-offs". Gain and drop
+have "a positive correlation". The paper does not name its CLIP; we take ViT-L-14.
 """
 
 import numpy as np
@@ -74,15 +74,15 @@ def main(config: Config) -> dict:
         "curves": {name: found.tolist() for name, found in curves.items()},
     }
     shown = {
-        "Figures 9 and 10. Test accuracies, mean over tasks, percent.": means,
-        f"Figure 11. Points of accuracy; Pearson correlation {correlation}.": rows,
+        "Figures 9 and 10: test accuracies in percent, mean over tasks.": means,
+        f"Figure 11: points of accuracy; Pearson correlation {correlation}.": rows,
     }
     title = "Curves of forgetting (editing paper, Figures 9, 10, 11)"
     return tables.write(config.out, title, shown, results, digits=2)
 
 
 def draw(setup: setups.Setup, curves: dict[str, np.ndarray], points):
-    """The three figures."""
+    """Draws the three figures."""
     out = setup.options.out
     axes = {"x": "control accuracy, percent", "y": "target accuracy, percent"}
     for figure, other in ((9, "random vector"), (10, "gradient ascent")):

@@ -1,6 +1,6 @@
-"""What Ilharco et al. (2023) measure of forgetting: accuracy on target and control.
+"""Measures forgetting as the editing paper does: accuracy on target and control.
 
-In `[T, 2, ...]`, 2 are the task that is forgotten and the control.
+In `[T, 2, ...]` the 2 are (target, control).
 """
 
 import numpy as np
@@ -11,16 +11,21 @@ from jaxarith.typing import Numbers, Taus
 
 
 def negation(setup: setups.Setup, taus: Taus) -> scores.Negation:
-    """Subtracts each vector; the coefficient is the largest of 0, 0.05, …, 1 that keeps
-    95 % of the control accuracy on validation data (B.1)."""
+    """Subtracts each vector, with the largest coefficient that keeps the control.
+
+    Coefficients are 0, 0.05, …, 1; the control must keep 95 % of its accuracy on
+    validation data (B.1).
+    """
     return scores.negation(
         setup, taus, linearized=False, coefs=scores.COEFS, largest=True
     )
 
 
 def models(setup: setups.Setup, taus: Taus) -> dict[str, tuple[np.ndarray, list]]:
-    """By model, test accuracies `[T, 2]` in percent and the coefficients of its tasks:
-    the pre-trained, the fine-tuned, and that with a vector subtracted."""
+    """Returns, by model, test accuracies `[T, 2]` in percent, and coefficients `[T]`.
+
+    The models are the pre-trained and fine-tuned one, and one with a vector subtracted.
+    """
     found, none = negation(setup, taus), [None] * len(taus)
     tuned = curves(setup, taus, [1.0])[..., 0]
     return {
@@ -31,7 +36,7 @@ def models(setup: setups.Setup, taus: Taus) -> dict[str, tuple[np.ndarray, list]
 
 
 def curves(setup: setups.Setup, taus: Taus, coefs: Numbers) -> np.ndarray:
-    """Test accuracies `[T, 2, n]` with each vector alone at every coefficient."""
+    """Returns test accuracies `[T, 2, n]` of single vectors at n coefficients."""
     rows = np.asarray(coefs)[:, None]
     progress = tqdm(setup.tasks, desc="target and control", unit="task")
     found = []

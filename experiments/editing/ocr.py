@@ -1,7 +1,7 @@
-"""Images with a class name written on them, to be read: the OCR task.
+"""The OCR task: images with a class name written on them, to be read.
 
 Ilharco et al. Patching open-vocabulary models by interpolating weights. NeurIPS 2022:
-images of SUN397, on which the name of another class than the image's is written.
+on images of SUN397, the name of another class than the image's is written.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ TEMPLATES = (
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """A source with names written on its images, and the names as labels.
+    """A source with names written on its images; the names are the labels.
 
-    What is written, and how, depends on the place of a sample alone.
+    The text and its look depend only on the seed and the index of a sample.
 
     Attributes:
       source: raw images.
       classes: the names, two or more.
-      seed: another one for every split.
+      seed: random seed; every split needs a different one.
     """
 
     source: Any
@@ -50,7 +50,7 @@ class Written:
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """`i32[N]`: drawn from the classes that the images do not show."""
+        """The labels, `i32[N]`, drawn from the classes that the image does not show."""
         shown = sources.labels(self.source)
         away = np.random.default_rng(self.seed).integers(
             1, len(self.classes), size=len(shown)
@@ -59,10 +59,10 @@ class Written:
 
 
 def written(image: Image.Image, text: str, rng: np.random.Generator) -> Image.Image:
-    """A copy of the image with the text at a random place, in a random font and colour.
+    """Returns a copy of the image with text at a random place, font and colour.
 
-    The text is as wide as 60 to 95 percent of the image, or less where it would be
-    higher than a third of it; around the letters is a line of the opposite brightness.
+    The text is 60 to 95 percent as wide as the image, and at most a third as high. The
+    letters have an outline of the opposite brightness.
     """
     image = image.copy()
     fonts = glyphs.matplotlib_fonts()
@@ -83,7 +83,7 @@ def written(image: Image.Image, text: str, rng: np.random.Generator) -> Image.Im
 
 
 def reading(task: images.ImageTask) -> images.ImageTask:
-    """The task of reading the class names of another on its images."""
+    """Returns the OCR task with the images and the class names of another task."""
     splits = ("train", "validation", "test")
     parts = {
         split: Written(getattr(task, split), tuple(task.classes), seed)

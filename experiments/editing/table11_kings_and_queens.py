@@ -1,19 +1,20 @@
-"""Table 11: a class that was never trained on, from three others by analogy.
+"""Table 11: learns a class without training on it, from three others by analogy.
 
 Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: section 5, E.2.
 
     python -m experiments.editing.table11_kings_and_queens --people people=FOLDER \\
         --data-dir DATA
 
-Data: ImageNet, the control; and images of four classes in FOLDER/train/<class>/ and
-FOLDER/test/<class>/ (the paper's are 50 of each from a web search, not published).
+Data: ImageNet as the control; and images of four classes in FOLDER/train/<class>/ and
+FOLDER/test/<class>/ (the paper has 50 of each from a web search, not published).
 
-The encoder learns one class alone, among the 1000 classes of ImageNet and "something",
-the name that it gets; king = queen + (man - woman), and so for each of the four. All
-1001 classes are the options on the control too. 40 steps.
+For each of the four classes the encoder trains for 40 steps on that class only. The
+class gets the name "something" beside the 1000 classes of ImageNet. Then king = queen +
+(man - woman), and in the same way for each of the four. All 1001 classes are also the
+options on the control.
 
-Published, test accuracy on the target / on the control, in percent, of the pre-trained
-model, and of the sum for Queens, Kings, Woman and Men, the places 0 to 3:
+Published, test accuracy on the target / on the control, in percent, for the pre-trained
+model, and for the sum for Queens, Kings, Woman and Men (places 0 to 3):
 
     method       ViT-B-32    ViT-B-16    ViT-L-14
     Pre-trained  0.0 / 63.4  0.0 / 68.3  0.0 / 75.5
@@ -24,10 +25,10 @@ model, and of the sum for Queens, Kings, Woman and Men, the places 0 to 3:
     2      69.4 / 62.5  87.8 / 67.5  100.0 / 74.6
     3      58.0 / 62.6  62.0 / 67.6  96.0 / 74.6
 
-The coefficient is one of 0, 0.1, …, 1; the paper does not say what chooses it. Here it
-is the best mean of the target's and the control's accuracy on validation data, images
-of the target among them, as in the other experiments of the paper. Nor does it say of
-what the warm-up is with 40 steps: a tenth, as of 2000.
+The coefficient is one of 0, 0.1, …, 1; the paper does not say how it is chosen. Here it
+has the best mean of target and control accuracy on validation data, with images of the
+target, as in the other experiments of the paper. The paper does not state the warm-up
+for 40 steps; here it is a tenth, as for 2000 steps.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ from jaxarith.data import images
 from jaxarith.models import clip
 
 COEFS = np.linspace(0, 1, 11)
-# By model, "Pre-trained" or "+ task vectors", and the place of the target.
+# Published values by (model, "Pre-trained" or "+ task vectors", place of the target).
 PUBLISHED = {
     (*key, place): values
     for key, values in tables.published_by_column(__doc__, "method").items()
@@ -56,26 +57,26 @@ PUBLISHED = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
     tasks: tuple[str, ...] = ()
-    """Not used: the tasks are made of --people."""
+    """Not used: the tasks come from --people."""
     people: str = "people=people"
-    """The task of the four classes, as NAME=FOLDER."""
+    """The task with the four classes, NAME=FOLDER."""
     classes: tuple[str, str, str, str] = ("queen", "king", "woman", "man")
-    """Four of its classes: the first is to the second as the third to the fourth."""
+    """Four of its classes: the first is to the second as the third is to the fourth."""
     steps: int | None = 40
     """Optimizer steps."""
 
 
 def people_of(config: Config) -> images.ImageTask:
-    """The task of the four classes.
+    """Loads the task with the four classes.
 
     Raises:
-      ValueError: it lacks one.
+      ValueError: the task lacks one of the classes.
     """
     people = raw_tasks.named(config.people, config)
     if missing := [name for name in config.classes if name not in people.classes]:
         raise ValueError(
             f"{config.people} has no class {missing[0]!r}; it has "
-            f"{', '.join(people.classes)}."
+            f"{', '.join(people.classes)}. Name four of them by --classes."
         )
     return people
 
@@ -83,8 +84,10 @@ def people_of(config: Config) -> images.ImageTask:
 def concepts(
     setup: setups.Setup, config: Config
 ) -> tuple[list[setups.Task], setups.Setup]:
-    """A task of each class, of images of that class alone, and the setup with a control
-    that has "something" among its options."""
+    """Returns a task for each class, with images of that class only, and the setup.
+
+    The control of the setup has "something" as a further option.
+    """
     people = people_of(config)
     known = raw_tasks.named(config.control, config)
     known_and_more = dataclasses.replace(
@@ -116,7 +119,7 @@ def concepts(
 
 
 def rows_of(setup: setups.Setup, config: Config) -> list[dict]:
-    """The rows of one model, with both accuracies in percent."""
+    """Returns the rows of one model, with both accuracies in percent."""
     tasks, setup = concepts(setup, config)
     trained = vectors.vectors(setup, "nonlinear")
     taus = [custom.analogy(trained, i) for i in range(4)]
@@ -158,11 +161,11 @@ def rows_of(setup: setups.Setup, config: Config) -> list[dict]:
 @script.full_precision
 def main(config: Config) -> dict:
     options.check_control(config)
-    config = options.smoke(  # four digits, of which there must be some in every split
+    config = options.smoke(  # four digits; every split must have some of each
         config, people="mnist", classes=tuple("0123"), samples=100
     )
     config = dataclasses.replace(config, tasks=())
-    people_of(config)  # before anything is written
+    people_of(config)  # raises before anything is written
     runs.start(config)
     rows = setups.rows(config, lambda setup: rows_of(setup, config))
     beside = tables.beside(
@@ -174,7 +177,7 @@ def main(config: Config) -> dict:
     )
     for row in beside:
         del row["place"]
-    caption = "Test accuracy on the target and on the control, percent, 1001 options."
+    caption = "Test accuracy on target and control in percent, with 1001 options."
     title = "Learning via analogy (editing paper, Table 11)"
     return tables.write(config.out, title, {caption: beside}, {"rows": rows})
 

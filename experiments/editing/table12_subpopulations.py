@@ -1,23 +1,23 @@
-"""Table 12 and Figure 4: a subpopulation from three others by analogy, and few shots.
+"""Table 12 and Figure 4: learns a subpopulation by analogy, and from few samples.
 
 Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: section 5, E.3.
 
     python -m experiments.editing.table12_subpopulations --sketch sketches=FOLDER \\
         --photo imagenet=FOLDER
 
-Data: two image folders with the same classes, <split>/<class>/: in the paper the 125
-classes that ImageNet shares with the sketches of Eitz et al. (2012). Other styles of
-the same classes do too, such as `--sketch usps=digits/usps --photo mnist=digits/mnist`.
+Data: two image folders with the same classes, <split>/<class>/. The paper uses the 125
+classes that ImageNet shares with the sketches of Eitz et al. (2012). Any two styles of
+the same classes work: `--sketch usps=digits/usps --photo mnist=digits/mnist`.
 
-The first half of the classes is A, the other is B: sketches of A are sketches of B plus
-photographs of A less photographs of B, and so for each of the four. Vectors are of 500
-steps. The coefficient of the sum is one of 0, 0.1, …, 1 that is best on validation data
-of the target. k samples of every class of the target then train the pre-trained or the
-edited model, for 500 steps again. The warm-up of the paper is 200 steps whatever their
-number; here it is a tenth, as of 2000.
+The first half of the classes is A, the other is B. Then sketches of A are sketches of B
+plus photographs of A minus photographs of B, and in the same way for each of the four.
+Vectors are trained for 500 steps. The coefficient of the sum is the best of 0, 0.1, …,
+1 on validation data of the target. Then the pre-trained or the edited model trains on k
+samples of every class of the target, for another 500 steps. The paper always has a
+warm-up of 200 steps; here it is a tenth of the steps, as for 2000.
 
-Published, accuracy by samples of every class of the target, without and with task
-vectors; the last row stands in the paper's text:
+Published, accuracy by the number of samples per class of the target, without and with
+task vectors:
 
     ViT-B-32  task vectors  Sketches-A  Sketches-B  ImageNet-A  ImageNet-B  Average
     0         no            0.712       0.677       0.861       0.923       0.793
@@ -49,8 +49,9 @@ vectors; the last row stands in the paper's text:
     4         no            0.875       0.883       0.934       0.973       0.916
     4         yes           0.903       0.887       0.941       0.975       0.927
 
-Independent coefficients (--independent): λ_B = λ_C = 0.32 and λ_A = 0.28 on average,
-0.7 points better than a single one. Which classes are in which half is not published.
+Published for independent coefficients (--independent), in the paper's text: λ_B = λ_C =
+0.32 and λ_A = 0.28 on average, 0.7 points better than a single one. The paper does not
+say which classes are in which half.
 """
 
 import dataclasses
@@ -81,37 +82,38 @@ PUBLISHED = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.Models):
     tasks: tuple[str, ...] = ()
-    """Not used: the tasks are made of --sketch and --photo."""
+    """Not used: the tasks come from --sketch and --photo."""
     sketch: str = "sketches=sketches"
-    """The first style, as NAME=FOLDER."""
+    """The first style, NAME=FOLDER."""
     photo: str = "photos=photos"
-    """The second style, of the same classes."""
+    """The second style, NAME=FOLDER, with the same classes."""
     shots: tuple[int, ...] = (0, 1, 2, 4)
-    """Samples of every class of the target."""
+    """Numbers of samples per class of the target."""
     steps: int | None = 500
     """Optimizer steps."""
     independent: bool = False
-    """Search a coefficient of each of the three vectors too: 11³ models by target."""
+    """Also search one coefficient for each of the three vectors: 11³ models per
+    target."""
 
 
 def styles(config: Config) -> list[images.ImageTask]:
-    """The task of each style.
+    """Loads the tasks of both styles.
 
     Raises:
-      ValueError: they have other classes, or too few.
+      ValueError: their classes differ, or are fewer than four.
     """
     raw = [raw_tasks.named(spec, config) for spec in (config.sketch, config.photo)]
     first, second = (task.classes for task in raw)
     if len(first) < 4 or set(first) != set(second):
         raise ValueError(
-            f"{config.sketch} has {len(first)} classes and {config.photo} "
-            f"{len(second)}; they must be the same, and at least four."
+            f"{config.sketch} has {len(first)} classes and {config.photo} has "
+            f"{len(second)}; expected the same classes, and at least four."
         )
     return raw
 
 
 def subpopulations(setup: setups.Setup, config: Config) -> list[setups.Task]:
-    """The four tasks: halves A and B of the first style, and of the second."""
+    """Returns the four tasks: halves A and B of the first style, then the second."""
     raw = styles(config)
     classes = list(raw[0].classes)
     half = (len(classes) + 1) // 2
@@ -129,7 +131,7 @@ def subpopulations(setup: setups.Setup, config: Config) -> list[setups.Task]:
 def fine_tuned(
     setup: setups.Setup, shots: int, starts: Sequence[Tree] | None
 ) -> list[Tree]:
-    """Vectors of the targets, trained on few samples, from the start or from others."""
+    """Returns vectors trained on few samples, from the pre-trained or other models."""
     tasks = []
     for task in setup.tasks:
         train = custom.per_class(task.train, shots, setup.options.seed)
@@ -150,8 +152,7 @@ def fine_tuned(
 
 
 def best(setup, taus, rows, task: setups.Task) -> tuple[np.ndarray, float]:
-    """The coefficients that are best on validation data, the first of equals, and their
-    test accuracy."""
+    """Returns the best coefficients on validation data, and their test accuracy."""
     found = scores.accuracies(setup, taus, task.validation, False, rows)
     chosen = rows[int(found.argmax())]
     [test] = scores.accuracies(setup, taus, task.test, False, [chosen])
@@ -159,7 +160,7 @@ def best(setup, taus, rows, task: setups.Task) -> tuple[np.ndarray, float]:
 
 
 def results_of(setup: setups.Setup, config: Config) -> tuple[list[dict], list[dict]]:
-    """The rows of one model, and what coefficients were found for each target."""
+    """Returns the rows of one model, and the coefficients found for each target."""
     setup = setup._replace(tasks=subpopulations(setup, config))
     trained = vectors.vectors(setup, "nonlinear")
     coefs = scores.coefs_of(config, COEFS)
@@ -206,10 +207,10 @@ def main(config: Config) -> dict:
         config, sketch="inverted_digits", photo="mnist", samples=64, shots=(0, 1)
     )
     config = dataclasses.replace(config, tasks=())
-    styles(config)  # before anything is written
+    styles(config)  # raises before anything is written
     runs.start(config)
     rows, coefficients = [], []
-    # The two styles may not be among the tasks that have a control.
+    # No control: the experiment does not need one.
     for setup in setups.each(config, config.models, control=False):
         own, found = results_of(setup, config)
         rows += own
@@ -221,8 +222,8 @@ def main(config: Config) -> dict:
     results = {"rows": rows, "coefficients": coefficients}
     note = f"Sketches are {config.sketch}, ImageNet is {config.photo}."
     shown = {
-        "Test accuracy; samples of every class of the target.": beside,
-        "Coefficients, and the accuracy without samples.": coefficients,
+        "Test accuracy, by samples per class of the target.": beside,
+        "Coefficients, and test accuracy without samples.": coefficients,
     }
     return tables.write(
         config.out,
@@ -235,7 +236,7 @@ def main(config: Config) -> dict:
 
 
 def draw(config: Config, rows: Sequence[dict]):
-    """Figure 4: the mean over targets and models."""
+    """Draws Figure 4: the mean over targets and models."""
 
     def means(used):
         found = [
@@ -254,7 +255,7 @@ def draw(config: Config, rows: Sequence[dict]):
             "from the pre-trained model": (config.shots, means("no")),
             "from the edited model": (config.shots, means("yes")),
         },
-        x="samples of every class of the target",
+        x="samples per class of the target",
         y="accuracy, mean over targets and models",
     )
 

@@ -4,9 +4,9 @@ Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: section 3.1, B.
 
     python -m experiments.editing.table1_forgetting --data-dir DATA
 
-Data: the eight tasks and ImageNet, whose validation images are the control.
+Data: the eight tasks, and the validation images of ImageNet as the control.
 
-Published, mean test accuracy on the target (to be low) / on the control, in percent:
+Published, mean test accuracy in percent on the target (should be low) / on the control:
 
     method                ViT-B-32     ViT-B-16     ViT-L-14
     Pre-trained           48.3 / 63.4  55.2 / 68.3  64.8 / 75.5
@@ -15,7 +15,7 @@ Published, mean test accuracy on the target (to be low) / on the control, in per
     Random vector         45.7 / 61.5  53.1 / 66.0  60.9 / 72.9
     Negative task vector  24.0 / 60.9  21.3 / 65.4  19.0 / 72.9
 
-Tables 5, 6 and 7, the same of every task, for ViT-L-14, ViT-B-16 and ViT-B-32:
+Tables 5, 6 and 7, the same for every task, with ViT-L-14, ViT-B-16 and ViT-B-32:
 
     ViT-L-14       Fine-tuned   Random       Negative
     stanford_cars  92.8 / 73.1  72.0 / 73.3  32.0 / 72.4
@@ -47,11 +47,11 @@ Tables 5, 6 and 7, the same of every task, for ViT-L-14, ViT-B-16 and ViT-B-32:
     sun397         63.2 / 63.4  75.1 / 54.6  0.25 / 0.01  61.3 / 60.5  50.7 / 60.5
     svhn           31.5 / 63.4  97.2 / 44.7  6.38 / 0.29  31.2 / 60.7  7.65 / 61.0
 
-The coefficient is the largest of 0, 0.05, …, 1 with 95 % of the pre-trained control
-accuracy. The paper does not say on which data; here on validation data, which of
-ImageNet are 5,000 training images. One below a coefficient that is not allowed does
-not matter. Gradient ascent is the model as it is trained, at coefficient 1. Of Table 5
-the rows of the pre-trained model and of gradient ascent by task are unknown to us.
+The coefficient is the largest of 0, 0.05, …, 1 that keeps 95 % of the pre-trained
+control accuracy, also if a smaller coefficient does not keep it. The paper does not say
+on which data; we use validation data, for ImageNet 5,000 training images. Gradient
+ascent is the trained model, at coefficient 1. We do not know the rows of Table 5 for
+the pre-trained model and for gradient ascent.
 """
 
 import numpy as np
@@ -61,7 +61,7 @@ from experiments.common.vision import options, scores, seeds, setups, vectors
 from experiments.editing import forgetting
 
 PUBLISHED = tables.published_by_column(__doc__, "method")
-_NAMES = {  # of the columns of Tables 5 to 7
+_NAMES = {  # from the columns of Tables 5 to 7 to methods
     "Ascent": "Gradient ascent",
     "Random": "Random vector",
     "Negative": "Negative task vector",
@@ -77,7 +77,7 @@ class Config(options.Seeded): ...
 
 
 def rows_of(setup: setups.Setup) -> list[dict]:
-    """The rows of one model; each has its accuracies of every task, `[T, 2]`."""
+    """Returns the rows of one model; each has accuracies of every task, `[T, 2]`."""
     nonlinear = vectors.vectors(setup, "nonlinear")
     negative = forgetting.negation(setup, nonlinear)
     drawn = forgetting.negation(setup, vectors.vectors(setup, "random"))
@@ -122,9 +122,8 @@ def main(config: Config) -> dict:
         of_tasks, PUBLISHED_TASKS, keys=["model", "method", "task"], values=values
     )
     shown = {
-        "Table 1. Mean test accuracy on the task to be forgotten and on the control, "
-        "percent.": mean,
-        "Tables 5, 6 and 7. The same of every task.": single,
+        "Table 1: mean test accuracy on the target and on the control, percent.": mean,
+        "Tables 5, 6 and 7: the same for every task.": single,
     }
     title = "Forgetting image tasks (editing paper, Table 1)"
     return tables.write(config.out, title, shown, {"rows": rows}, digits=2)

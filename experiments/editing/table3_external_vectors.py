@@ -1,4 +1,4 @@
-"""Table 3 (editing paper): GLUE tasks of T5-base, better with vectors of others.
+"""Table 3 (editing paper): improves T5-base on GLUE tasks by external vectors.
 
 Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023. arXiv:2212.04089: section
 4.2, Appendix D.7.
@@ -7,26 +7,28 @@ Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023. arXiv:2212.04089:
         --external mrm8488/t5-base-finetuned-imdb-sentiment my/folder
 
 Data: `nyu-mll/glue` and the T5s, fetched from the Hugging Face Hub (`pip install -e
-'.[text]'` for what reads them). `--external` names fine-tuned copies of the same T5, by
-folder or id: from a file with one on every line, `--external $(cat ids.txt)`. With
---preselect 20 only the twenty nearest to a task are scored for it.
+'.[text]'` installs the readers). `--external` names fine-tuned copies of the same T5,
+folders or ids; from a file with one on every line, use `--external $(cat ids.txt)`.
+With --preselect 20 only the twenty nearest models are scored for a task.
 
-A T5 is fine-tuned on each task, and the vector of one other model is added to it. Which
-one, and its coefficient, are chosen on a part of the training split as large as GLUE's
-validation split, which is the test part; no vector is added where none is better. The
-answer is the label with the smallest perplexity. Published, the mean of F1 and accuracy
-(MRPC), accuracy (RTE, SST-2) and Matthews correlation (CoLA), in percent:
+A T5 is fine-tuned on each task, and the vector of one external model is added to it.
+The model and its coefficient are chosen on a validation part of the training split; if
+none helps, no vector is added. GLUE's validation split is the test part, and the
+validation part has the same size. The answer is the label with the smallest perplexity.
+Published, the mean of F1 and accuracy (MRPC), accuracy (RTE, SST-2) and Matthews
+correlation (CoLA), in percent:
 
     method                     MRPC  RTE   CoLA  SST-2  average
     Zero-shot                  74.8  52.7  8.29  92.7   57.1
     Fine-tuned                 88.5  77.3  52.3  94.5   78.1
     Fine-tuned + task vectors  89.3  77.5  53.0  94.7   78.6
 
-The paper takes 427 models that it does not list. What else it leaves open:
+The paper uses 427 models that it does not list. It also leaves the following open; our
+choices are:
 
-- The text of the prompts: those of T5's own format, in which T5 has seen these tasks.
-- The candidates of the coefficient: 0.1, 0.2, …, 1.
-- What the 3 seeds decide: here the order of the samples and the held-out part.
+- The prompts have T5's own format, in which T5 has seen these tasks.
+- The candidate coefficients are 0.1, 0.2, …, 1.
+- The 3 seeds set the order of the samples and the held-out part.
 """
 
 import dataclasses
@@ -55,33 +57,33 @@ PAPERS_MODELS = 427
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(text_to_text.Options):
-    """Table 3 (editing paper): add vectors of others to T5s fine-tuned on GLUE."""
+    """Table 3 (editing paper): add external vectors to T5s fine-tuned on GLUE."""
 
     model: str = "google-t5/t5-base"
     """A T5: a folder, or an id of the Hugging Face Hub."""
     external: tuple[str, ...] = ()
     """Fine-tuned copies of the T5: folders, or ids of the Hub."""
     coefs: tuple[float, ...] = tuple(i / 10 for i in range(1, 11))
-    """The candidates of the coefficient of an external vector."""
+    """Candidate coefficients of an external vector."""
     preselect: int | None = None
-    """Score for every task only so many vectors, those with the largest cosine with its
-    own vector; by default all. A run with all says what this would have missed."""
+    """Number of vectors to score for every task, those with the largest cosine with its
+    own vector; by default all. A run with all reports what this would have missed."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """The rows are means over them."""
+    """Seeds; the rows are means over them."""
     epochs: float = 5
     batch_size: int = 32
     learning_rate: float = 1e-5
 
 
 class Task(NamedTuple):
-    """A task as tokens, with one seed.
+    """A task as tokens, for one seed.
 
     Attributes:
       name: name of the task.
       seed: the seed.
-      wanted: its task vector.
-      validation, test: batches to evaluate on.
-      candidates: the answers to choose from, `[C, T]`.
+      wanted: description of its task vector.
+      validation, test: batches for evaluation.
+      candidates: the possible answers as tokens, `[C, T]`.
     """
 
     name: str
@@ -94,7 +96,7 @@ class Task(NamedTuple):
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
+    """Runs everything; returns the content of `report.json`."""
     script.needs("text", "sklearn", "transformers")
     if not config.smoke:
         script.needs("text", "datasets")
@@ -124,17 +126,18 @@ def main(config: Config) -> dict:
 
 
 def run(config: Config, others: Sequence[str]) -> dict:
-    """The script with the places of the external models."""
+    """Runs the script, with the folders or ids of the external models."""
     if not others:
-        raise ValueError("no --external; name at least one model.")
+        raise ValueError("--external is empty; name at least one model.")
     mesh = runs.start(config)
     base = text_to_text.load(config, mesh, config.model)
     if config.preselect is not None and not 0 < config.preselect <= len(others):
         raise ValueError(
-            f"--preselect {config.preselect} of {len(others)} external models."
+            f"--preselect {config.preselect}: expected 1 to {len(others)}, the number "
+            "of external models."
         )
-    # Hundreds do not fit in memory, so all are read here, before hours of work, and
-    # again when their turn comes: once for all tasks.
+    # Hundreds of models do not fit in memory. All are read here once, to find mistakes
+    # before hours of work, and once more when they are scored.
     for other in tqdm(others, desc="external models", unit="model"):
         text_to_text.external_vector(base, other)
     tasks = [prepare(config, base, name, s) for s in config.seeds for name in TASKS]
@@ -161,17 +164,19 @@ def run(config: Config, others: Sequence[str]) -> dict:
         }
         for found in searches
     ]
-    shown = {caption: beside, "The vectors that are chosen": chosen}
+    shown = {caption: beside, "Chosen vectors": chosen}
     if config.preselect is None:
-        shown["What --preselect N would have kept"] = kept(searches, len(others))
-    return tables.write(config.out, "Table 3: task vectors of others", shown, results)
+        shown["Vectors that --preselect N would have kept"] = kept(
+            searches, len(others)
+        )
+    return tables.write(config.out, "Table 3: external task vectors", shown, results)
 
 
 def plan(config: Config, record: planning.Recorder):
-    """Notes the vectors, and the passes of the survey and of all rows."""
+    """Reports the vectors and the passes of the survey and all rows to the plan."""
     answer, others = planned.ANSWER, len(config.external) or PAPERS_MODELS
     if not config.external:
-        record.note(f"No --external: {others} models, as many as the paper takes.")
+        record.note(f"Without --external, {others} models are assumed: the paper's.")
     full = planned.t5_model(config.model, config.max_length, (answer,))
     wanted = []
     for seed, name in itertools.product(config.seeds, TASKS):
@@ -184,7 +189,7 @@ def plan(config: Config, record: planning.Recorder):
     method = text_to_text.METHOD
     planned.vectors(record, full, method, text_to_text.loss, wanted, together=1)
     scored = others if config.preselect is None else config.preselect
-    rows = scored * len(config.coefs) + 1 + len(ROWS)  # one is validated too
+    rows = scored * len(config.coefs) + 1 + len(ROWS)  # one validates the own model
     texts = len(config.seeds) * sum(planned.glue_parts(name)[1] for name in TASKS)
     ranks = planned.t5_model(config.model, config.max_length, (2, answer))
     record.evaluate(ranks, rows * texts)
@@ -192,7 +197,7 @@ def plan(config: Config, record: planning.Recorder):
 
 
 def prepare(config: Config, base: text_to_text.Base, name: str, seed: int) -> Task:
-    """A task as tokens."""
+    """Returns a task as tokens."""
     task = glue.TASKS[name]
     parts = text_to_text.glue_task(config, name, seed)
     records = {
@@ -214,7 +219,7 @@ def prepare(config: Config, base: text_to_text.Base, name: str, seed: int) -> Ta
 
 
 def accuracy_of(base: text_to_text.Base, task: Task, params: Params, part: str):
-    """The task's metric on its "validation" or "test" part."""
+    """Returns the task's metric on its "validation" or "test" part."""
     batches = getattr(task, part)
     predicted = text_to_text.ranked(base, params, batches, task.candidates)
     return glue.score(glue.TASKS[task.name], predicted, evaluate.labels(batches))
@@ -227,10 +232,13 @@ def survey(
     taus: Taus,
     others: Sequence[str],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Validation scores `[task, n, m]` of n external vectors at m coefficients, and the
-    cosines `[task, n]` with the tasks' own; NaN where nothing was scored.
+    """Scores n external vectors at m coefficients on the validation part of every task.
 
-    They are kept in `scores/` of the run's folder, and not measured again.
+    Scores are saved in `scores/` in the run's folder, and not measured again.
+
+    Returns:
+      Scores `[task, n, m]`, and cosines `[task, n]` with the tasks' own vectors. They
+      are NaN for vectors that were not scored.
     """
     params_0 = base.checkpoint.params
     scores = np.full((len(tasks), len(others), len(config.coefs)), np.nan)
@@ -254,7 +262,7 @@ def survey(
         cosines[:, i] = similarities(taus, external)
 
         def score(rows, external=external):
-            """Scores of rows of a task, by its number, and a coefficient."""
+            """Returns a score for each row (number of a task, coefficient)."""
             found = []
             for t, coef in rows:
                 task = int(t)
@@ -275,7 +283,9 @@ def survey(
 
 
 def nearest(cosines: np.ndarray, count: int) -> np.ndarray:
-    """Which of `[task, n]` are among so many largest of their row, the first of equals.
+    """Marks the `count` largest entries of each row of `[task, n]`.
+
+    The first ones win if several are equal.
 
     Example:
       >>> nearest(np.array([[0.1, 0.3, 0.2]]), 2)
@@ -294,11 +304,16 @@ def measure(
     scores: np.ndarray,
     cosines: np.ndarray,
 ) -> dict:
-    """The choice of one task with one seed, and its test scores.
+    """Chooses the external vector for one task and seed; returns its test scores.
 
     Args:
-      scores: `[n, m]`, NaN for vectors that were not scored.
-      cosines: `[n]`.
+      config: options of the script.
+      base: the T5.
+      others: folders or ids of the n external models.
+      task: the task.
+      tau: the task's own vector.
+      scores: validation scores `[n, m]`, NaN for vectors that were not scored.
+      cosines: cosines with the task's own vector, `[n]`.
     """
     params_0 = base.checkpoint.params
     fine_tuned = task_vectors.apply(params_0, tau)
@@ -332,11 +347,11 @@ def measure(
 
 
 def kept(searches: list[dict], count: int) -> list[dict]:
-    """How often the N vectors of the largest cosine hold the one that was chosen.
+    """Counts how often the N vectors with the largest cosine include the chosen one.
 
     Args:
-      searches: as `measure` returns them, of runs that score all vectors.
-      count: the number of vectors.
+      searches: results of `measure`, with all vectors scored.
+      count: number of vectors.
     """
     ranks = [s["rank by cosine"] for s in searches if s["rank by cosine"] is not None]
     sizes = [n for n in (1, 2, 5, 10, 20, 50, 100, 200) if n < count]
@@ -348,7 +363,7 @@ def kept(searches: list[dict], count: int) -> list[dict]:
 
 
 def row(name: str, searches: list[dict]) -> dict:
-    """A row of the table, in percent."""
+    """Returns a row of the table, in percent."""
     of_task = [
         100 * float(np.mean([s[name] for s in searches if s["task"] == task]))
         for task in TASKS

@@ -1,4 +1,4 @@
-"""Table 4 (editing paper): sentiment in a domain without labels, by an analogy.
+"""Table 4 (editing paper): sentiment in a domain without labels, by analogy.
 
 Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023. arXiv:2212.04089: section
 5, Appendix E.1.
@@ -7,14 +7,15 @@ Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023. arXiv:2212.04089:
     python -m experiments.editing.table4_analogies --models google-t5/t5-small \\
         --yelp yelp_train.csv,yelp_test.csv --amazon amazon_train.csv,amazon_test.csv
 
-Data: `fancyzhx/yelp_polarity` and `fancyzhx/amazon_polarity` of the Hugging Face Hub,
-or files with labelled texts of each, which `jaxarith.data.text.read` reads; of their
-two labels, sorted, the first is negative.
+Data: `fancyzhx/yelp_polarity` and `fancyzhx/amazon_polarity` of the Hugging Face Hub;
+or files with labelled texts, in a format of `jaxarith.data.text.read`. The first of
+their two sorted labels is the negative one.
 
-The vector of a target domain is λ1 of the auxiliary domain's sentiment vector, and λ2
-of the difference of both domains' vectors of language modelling, which predict the next
-128 tokens of the training texts from 128. Both coefficients are searched among 0, 0.1,
-…, 1. Answers are ranked. Published, accuracy in percent on the target:
+The vector of a target domain is λ1 times the auxiliary domain's sentiment vector, plus
+λ2 times the difference of both domains' language-modelling vectors. Language modelling
+predicts the next 128 tokens of the training texts from 128 tokens. Both coefficients
+are searched in 0, 0.1, …, 1. Answers are ranked. Published, accuracy in percent on the
+target:
 
     model     method                   yelp  amazon
     T5-small  Fine-tuned on auxiliary  88.6  87.9
@@ -27,18 +28,19 @@ of the difference of both domains' vectors of language modelling, which predict 
     T5-large  Task analogies           95.1  95.2
     T5-large  Fine-tuned on target     95.5  95.5
 
-What the paper leaves open, and what we take:
+The paper leaves the following open; our choices are:
 
-- On which labels the coefficients are chosen: on texts of the target domain, 2000 of
-  its training split, which no vector sees. So some labels of it are read.
-- The learning rate: the paper takes, for every size, of 1e-5, 3e-5, 5e-5 and 8e-4 the
-  fastest that does not diverge, and does not say which; see --learning-rates.
-- The prompt: T5's of SST-2, "sst2 sentence: …", with negative and positive.
-- Of Amazon's reviews, the content without the title.
-- Of two coefficients as good as each other the smaller λ1, then the smaller λ2.
+- Coefficients are chosen on 2000 texts of the target domain's training split. No vector
+  is trained on them, but their labels are used.
+- The paper chooses, for every size, the largest learning rate of 1e-5, 3e-5, 5e-5 and
+  8e-4 that does not diverge, and does not name it; see --learning-rates.
+- The prompt is T5's for SST-2, "sst2 sentence: …", with negative and positive.
+- Amazon's reviews are used without their titles.
+- If two pairs of coefficients are equally good, the smaller λ1 wins, then the smaller
+  λ2.
 
-A single epoch of all labelled texts is 35,000 steps of Yelp and 225,000 of Amazon;
---train-samples for less.
+One epoch on all labelled texts has 35,000 steps for Yelp and 225,000 for Amazon;
+--train-samples reduces them.
 """
 
 import dataclasses
@@ -70,29 +72,30 @@ class Config(text_to_text.Options):
     models: tuple[str, ...] = tuple(SIZES)
     """T5s: folders, or ids of the Hugging Face Hub."""
     learning_rates: tuple[float, ...] = (5e-5,)
-    """One for every model, or one for all."""
+    """Learning rates, one for every model, or one for all."""
     yelp: str = "fancyzhx/yelp_polarity"
     """A dataset of the Hub, or the files TRAIN,TEST."""
     amazon: str = "fancyzhx/amazon_polarity"
     """A dataset of the Hub, or the files TRAIN,TEST."""
     train_samples: int | None = None
-    """Training texts of a domain, drawn at random; all by default."""
+    """Number of training texts of a domain, drawn at random; by default all."""
     validation_samples: int = 2000
-    """Texts of a training split on which the coefficients are chosen."""
+    """Number of texts of a training split that choose the coefficients."""
     test_samples: int | None = None
-    """Test texts of a domain, drawn at random; all by default."""
+    """Number of test texts of a domain, drawn at random; by default all."""
     coefs: tuple[float, ...] = tuple(i / 10 for i in range(11))
-    """The candidates of both coefficients."""
+    """Candidate values of both coefficients."""
     epochs: float = 1
     batch_size: int = 16
-    """The paper's 2, of which it accumulates 8."""
+    """Number of texts per step; the paper accumulates 8 batches of 2."""
     micro_batches: int = 1
-    """Into how many parts a batch is cut, for less memory; the paper has 8."""
+    """Number of parts of a batch that are computed one after another. More parts need
+    less memory; the paper has 8."""
     seed: int = 0
 
 
 class Domain(NamedTuple):
-    """The records of a domain, `{"text", "label"}`, label 1 being positive."""
+    """The records `{"text", "label"}` of a domain; label 1 is positive."""
 
     train: list[dict]
     validation: list[dict]
@@ -100,15 +103,15 @@ class Domain(NamedTuple):
 
 
 class Study(NamedTuple):
-    """One T5 and the two domains as tokens.
+    """One T5, and the two domains as tokens.
 
     Attributes:
       config: the options.
       name: name of the model.
       base: the T5.
-      wanted: the task vectors, by name.
-      parts: batches to evaluate on, by domain and "validation" or "test".
-      candidates: the answers to choose from.
+      wanted: descriptions of the task vectors, by name.
+      parts: batches for evaluation, by domain and "validation" or "test".
+      candidates: the possible answers as tokens.
     """
 
     config: Config
@@ -121,7 +124,7 @@ class Study(NamedTuple):
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Runs everything; returns what `report.json` holds."""
+    """Runs everything; returns the content of `report.json`."""
     script.needs("text", "transformers")
     files = "," in config.yelp and "," in config.amazon
     if not (config.smoke or files):
@@ -142,7 +145,9 @@ def main(config: Config) -> dict:
             "models; give one for all, or one for each."
         )
     if config.validation_samples < 1:
-        raise ValueError("--validation-samples: at least one is needed.")
+        raise ValueError(
+            f"--validation-samples {config.validation_samples}: expected 1 or more."
+        )
     if record := planning.recorder():
         plan(config, record)
         return {}
@@ -150,7 +155,7 @@ def main(config: Config) -> dict:
     domains = {name: read(config, name) for name in DOMAINS}
     rates = config.learning_rates * (len(config.models) // len(config.learning_rates))
     for model in () if config.smoke else config.models[1:]:
-        hub.find(model)  # before hours of training of the first
+        hub.find(model)  # report a missing one before hours of training
     lines, searches = [], {}
     models = zip(config.models, rates, strict=True)
     for model, rate in tqdm(models, "models", len(rates), unit="model"):
@@ -160,7 +165,7 @@ def main(config: Config) -> dict:
         own, curves = of_model(study)
         lines += own
         searches |= curves
-        del study  # Amazon's tokens are gigabytes: those of one model at a time
+        del study  # Amazon's tokens take gigabytes: keep those of one model only
     lines.sort(key=lambda line: DOMAINS.index(line["target"]))
     results = {"rows": lines, "searches": searches}
     keys = ["target", "model", "method"]
@@ -177,7 +182,7 @@ def main(config: Config) -> dict:
 
 
 def plan(config: Config, record: planning.Recorder):
-    """Notes the vectors, and the passes of the searches and of all rows."""
+    """Reports the vectors and the passes of the searches and all rows to the plan."""
     answer = planned.ANSWER
     recipe = functools.partial(
         text_to_text.recipe,
@@ -207,20 +212,20 @@ def plan(config: Config, record: planning.Recorder):
             record.evaluate(ranks, searched + len(METHODS) * test)
     record.note(planned.ANSWERS)
     record.note(
-        "How many blocks of tokens the texts of a domain are is not known without "
-        "them: language modelling counts as many samples as there are texts. The "
-        "domains are Yelp and Amazon of the Hub, whatever files are named."
+        "The plan does not read texts, so it does not know their number of blocks: "
+        "language modelling counts one sample per text. The plan always uses the sizes "
+        "of Yelp and Amazon on the Hub, also if files are named."
     )
 
 
 def trained_texts(config: Config, name: str) -> int:
-    """How many texts of a domain of the Hub are trained on."""
+    """Returns the number of training texts of a domain of the Hub."""
     kept = SAMPLES[name][0] - config.validation_samples
     return min(config.train_samples or kept, kept)
 
 
 def of_model(study: Study) -> tuple[list[dict], dict]:
-    """The rows of a model, and its searches by model and target."""
+    """Returns the rows of a model, and its searches by model and target."""
     network, wanted = text_to_text.network(study.base), study.wanted
     found = training.vectors(study.config, network, list(wanted.values()), together=1)
     taus = dict(zip(wanted, found, strict=True))
@@ -233,7 +238,7 @@ def of_model(study: Study) -> tuple[list[dict], dict]:
 
 
 def read(config: Config, name: str) -> Domain:
-    """The texts and labels of a domain."""
+    """Reads the texts and labels of a domain."""
     option = getattr(config, name)
     if config.smoke:
         task, seed = glue.TASKS["sst2"], DOMAINS.index(name)
@@ -246,8 +251,9 @@ def read(config: Config, name: str) -> Domain:
         train_split, test = (from_hub(option, part) for part in ("train", "test"))
     if len(train_split) <= config.validation_samples:
         raise ValueError(
-            f"{name}: {len(train_split)} training texts; {config.validation_samples} "
-            "are held out for validation. Give fewer --validation-samples."
+            f"{name} has {len(train_split)} training texts, but "
+            f"{config.validation_samples} are held out for validation. Give fewer "
+            "--validation-samples."
         )
     order = splits.torch_permutation(len(train_split), config.seed)
     held_out, kept = np.split(order, [config.validation_samples])
@@ -260,7 +266,7 @@ def read(config: Config, name: str) -> Domain:
 
 
 def from_files(name: str, option: str) -> list[list[dict]]:
-    """The records of the files of both splits, with their labels as 0 and 1."""
+    """Reads the records of both splits from files, with labels 0 and 1."""
     files = option.split(",")
     if len(files) != 2:
         raise ValueError(f"--{name} {option!r}: expected TRAIN,TEST, two files.")
@@ -276,7 +282,7 @@ def from_files(name: str, option: str) -> list[list[dict]]:
 
 
 def from_hub(dataset: str, split: str) -> list[dict]:
-    """The records of a split, through Hugging Face `datasets`."""
+    """Loads the records of a split by Hugging Face `datasets`."""
     import datasets
 
     found = datasets.load_dataset(dataset, split=split)
@@ -286,7 +292,7 @@ def from_hub(dataset: str, split: str) -> list[dict]:
 
 
 def prepare(config: Config, mesh, model: str, rate: float, domains) -> Study:
-    """Loads a T5, and makes tokens of the domains."""
+    """Loads a T5, and converts the domains to tokens."""
     base = text_to_text.load(config, mesh, model)
     candidates = language.candidates(base.tokenizer, WORDS)
     sources, parts = {}, {}
@@ -317,13 +323,13 @@ def prepare(config: Config, mesh, model: str, rate: float, domains) -> Study:
 
 
 def prompted(records: list[dict]) -> list[dict]:
-    """Records in T5's format of SST-2."""
+    """Returns records in T5's format for SST-2."""
     found = glue.text_to_text(glue.TASKS["sst2"], records)
     return [{**row, "target": WORDS[row["label"]]} for row in found]
 
 
 def rows(study: Study, taus: dict[str, Tree], target: str):
-    """The rows of a target domain, and the search of its coefficients."""
+    """Returns the rows of a target domain, and the search of its coefficients."""
     [auxiliary] = [name for name in DOMAINS if name != target]
     config, params_0 = study.config, study.base.checkpoint.params
     auxiliary_tau = taus[f"{auxiliary}_sentiment"]

@@ -1,14 +1,14 @@
-"""Table 8: forgetting, with a control that has no class in common with the task.
+"""Table 8: forgetting, with a control that shares no class with the task.
 
 Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023: Appendix B.5.
 
     python -m experiments.editing.table8_class_overlap --data-dir DATA
 
-Data: Cars, SUN397 and ImageNet; the vectors are taken from the bank. Which classes are
-left out follows from WordNet 3.0: for Cars those below "wheeled vehicle", for SUN397
-those below "structure" or "geological formation". It needs `pip install nltk`, and
-`python -m nltk.downloader wordnet`; or --excluded names a JSON file,
-{"stanford_cars": ["minivan", ...], ...}, with names of the control's classes.
+Data: Cars, SUN397 and ImageNet. The vectors in the bank are used. WordNet 3.0 decides
+which classes are left out: for Cars those below "wheeled vehicle", for SUN397 those
+below "structure" or "geological formation". This needs `pip install nltk` and `python
+-m nltk.downloader wordnet`. Alternatively, --excluded names a JSON file with names of
+the control's classes, {"stanford_cars": ["minivan", ...], ...}.
 
 Published, accuracy on the target / on the control, in percent:
 
@@ -26,9 +26,10 @@ Published, accuracy on the target / on the control, in percent:
     yes        sun397         Fine-tuned            82.4 / 73.1
     yes        sun397         Negative task vector  48.1 / 72.4
 
-"We measure accuracy on a subset of classes": we leave out their images, and their names
-from the options of those that stay. The coefficient is chosen anew with the filtered
-control, as the two targets of SUN397 show.
+The paper says "We measure accuracy on a subset of classes". We leave out the images of
+the other classes, and their names among the options. The coefficient is chosen again
+with the filtered control; the two target accuracies of SUN397 show that the paper does
+so too.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ from experiments.common.vision import options, raw_tasks, setups, vectors
 from experiments.editing import custom, forgetting
 from jaxarith.data import task_info
 
-# Nodes of WordNet, by task.
+# WordNet nodes by task; classes of the control below them are left out.
 NODES = {
     "stanford_cars": ("wheeled_vehicle.n.01",),
     "sun397": ("structure.n.01", "geological_formation.n.01"),
@@ -57,12 +58,12 @@ class Config(options.LargeModel):
     tasks: tuple[str, ...] = ("stanford_cars", "sun397")
     """The tasks that are forgotten."""
     excluded: Path | None = None
-    """JSON file of the control's classes that each task leaves out; WordNet says by
-    default."""
+    """JSON file with the control's classes that each task leaves out; by default
+    WordNet decides."""
 
 
 def below(nodes: Sequence[str]) -> set[str]:
-    """The ids, such as n04285008, of all nouns of WordNet at or below some nodes.
+    """Returns the ids (for example n04285008) of WordNet's nouns at or below nodes.
 
     Raises:
       ValueError: NLTK or its copy of WordNet is not installed.
@@ -73,33 +74,33 @@ def below(nodes: Sequence[str]) -> set[str]:
         roots: list[Any] = [wordnet.synset(node) for node in nodes]
     except (ImportError, LookupError) as error:
         raise ValueError(
-            "WordNet is needed: pip install nltk && python -m nltk.downloader wordnet; "
-            "or name the classes with --excluded."
+            "WordNet is not installed. Run pip install nltk && python -m "
+            "nltk.downloader wordnet, or name the classes by --excluded."
         ) from error
     found = {s for root in roots for s in root.closure(lambda s: s.hyponyms())}
     return {f"n{synset.offset():08d}" for synset in {*found, *roots}}
 
 
 def read(file: Path) -> Mapping[str, Sequence[str]]:
-    """The classes of --excluded by task.
+    """Reads the classes of --excluded by task.
 
     Raises:
-      ValueError: it is no JSON object.
+      ValueError: the file is not a JSON object.
     """
     text = file.read_text(encoding="utf-8")
     try:
         return dict(json.loads(text))
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f'{file}: expected {{"task": ["class", ...], ...}} in JSON; {error}.'
+            f'{file}: expected JSON, {{"task": ["class", ...], ...}}; {error}.'
         ) from error
 
 
 def excluded_classes(config: Config, classes: Sequence[str]) -> dict[str, set[int]]:
-    """Of every task, the labels of the control that are left out.
+    """Returns for every task the labels of the control that are left out.
 
     Raises:
-      ValueError: there are none for a task, all of them, or an unknown name.
+      ValueError: a task leaves out no class or all classes, or a name is unknown.
     """
     tasks = [spec.partition("=")[0] for spec in config.tasks]
     if config.smoke:
@@ -108,8 +109,8 @@ def excluded_classes(config: Config, classes: Sequence[str]) -> dict[str, set[in
         unknown = [task for task in tasks if task not in NODES]
         if unknown or config.control != "imagenet":
             raise ValueError(
-                f"what {config.control} has in common with {unknown or tasks} "
-                "is not known; say it with --excluded."
+                f"the classes that {config.control} shares with {unknown or tasks} "
+                "are not known. Name them by --excluded."
             )
         ids = [labels[0] for labels in task_info.TASKS["imagenet"].labels]
         theirs = {task: below(NODES[task]) for task in tasks}
@@ -121,14 +122,18 @@ def excluded_classes(config: Config, classes: Sequence[str]) -> dict[str, set[in
         raw = read(config.excluded)
         names = {name for task in tasks for name in raw.get(task, [])}
         if wrong := sorted(names - set(classes)):
-            raise ValueError(f"{config.excluded}: {config.control} has no {wrong}.")
+            raise ValueError(
+                f"{config.excluded}: {config.control} has no classes {wrong}. Use "
+                "names of its classes."
+            )
         found = {
             task: {classes.index(name) for name in raw.get(task, [])} for task in tasks
         }
     for task, labels in found.items():
         if not 0 < len(labels) < len(classes):
             raise ValueError(
-                f"{len(labels)} of {len(classes)} classes excluded: {task}."
+                f"{task} leaves out {len(labels)} of {len(classes)} classes; expected "
+                "at least one, and not all."
             )
     return found
 
@@ -136,7 +141,7 @@ def excluded_classes(config: Config, classes: Sequence[str]) -> dict[str, set[in
 def filtered(
     setup: setups.Setup, split: setups.Dataset, excluded: set[int]
 ) -> setups.Dataset:
-    """A split without some of its classes, neither among its images nor its options."""
+    """Returns a split without some classes, in its images and in its options."""
     kept = [i for i in range(len(split.head)) if i not in excluded]
     source = custom.some_classes(split.source, kept)
     head = split.head[np.array(kept)]
@@ -144,7 +149,7 @@ def filtered(
 
 
 def rows_of(setup: setups.Setup, excluded: Mapping[str, set[int]]) -> list[dict]:
-    """The rows, without filtering first."""
+    """Returns the rows: first without filtering, then with it."""
     taus = vectors.vectors(setup, "nonlinear")
     rows = []
     for filtering in ("no", "yes"):

@@ -1,4 +1,4 @@
-"""Task vectors of the ordinary fine-tuning with something of it changed."""
+"""Task vectors from ordinary fine-tuning with some options changed."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from jaxarith.typing import Taus, Tree
 
 
 def trained(setup: setups.Setup, name: str, **changes) -> list[Tree]:
-    """Ordinary vectors of all tasks, trained with some options changed.
+    """Returns ordinary vectors of all tasks, trained with some options changed.
 
     Args:
       setup: the model and the tasks.
       name: name of the variation; its folder in the bank is `nonlinear/<name>`.
-      changes: options of the script and their values, such as `seed=3`; where they are
-        what the options say anyway, the vectors are those of "nonlinear".
+      changes: options of the script and their values, for example `seed=3`. If they
+        equal the script's options, the vectors of "nonlinear" are returned.
     """
     if all(getattr(setup.options, option) == x for option, x in changes.items()):
         return vectors.vectors(setup, "nonlinear")
@@ -30,7 +30,7 @@ def trained(setup: setups.Setup, name: str, **changes) -> list[Tree]:
 
 
 def added(setup: setups.Setup, taus: Taus) -> dict:
-    """Accuracies in percent of the pair of vectors: alone and added, and as a row."""
+    """Returns a row for two vectors: accuracies in percent, single and added."""
     found = scores.addition(setup, taus, linearized=False)
     return {
         "coefficient": found.search.coef,
@@ -42,6 +42,6 @@ def added(setup: setups.Setup, taus: Taus) -> dict:
 
 
 def check_pair(tasks: Sequence[str]):
-    """Raises ValueError unless there are two tasks."""
+    """Raises a ValueError unless there are two tasks."""
     if len(tasks) != 2:
-        raise ValueError(f"two task vectors are added; --tasks names {tasks}.")
+        raise ValueError(f"--tasks names {tasks}; expected two tasks.")

@@ -1,15 +1,15 @@
-"""Figures 3 and 6: single-task accuracies, non-linear against the two linear ways.
+"""Figures 3 and 6: single-task accuracies, non-linear against two linear methods.
 
 Jin et al. Fine-Tuning Attention Modules Only. ICLR 2025.
 
     python -m experiments.linear_layers.figure3_single_tasks --data-dir DATA
 
-Data: those of table1_addition, whose task vectors it takes from the bank.
+Data: the same as for `table1_addition`. Its task vectors in the bank are used.
 
 Published as pictures of three models: Figure 3 has the means over the tasks, Figure 6
-every task. Where NTK linearisation lies below the diagonal of Figure 3, training the
-attention's weights alone lies nearer to it: it loses less against ordinary fine-tuning.
-The one number in the text is that of Table 2, the mean in percent:
+every task. In Figure 3, NTK linearisation lies below the diagonal. Training only the
+weights of attention lies nearer to it: it loses less against ordinary fine-tuning. The
+only number in the text is the mean of Table 2, in percent:
 
     method  ViT-B-32
     Ours    89.55
@@ -68,7 +68,7 @@ def main(config: Config) -> dict:
     return tables.compared(
         config.out,
         "Single-task accuracies (linear-layers paper, Figures 3 and 6)",
-        "Test accuracy of the tasks' own models, percent.",
+        "Test accuracy of single-task models, percent.",
         rows,
         PUBLISHED,
         keys=["model", "method", *names],

@@ -1,4 +1,4 @@
-"""Figures 4 and 7: disentanglement error ξ of a pair, of representations and labels.
+"""Figures 4 and 7: disentanglement error ξ of a pair, for representations and labels.
 
 Jin et al. Fine-Tuning Attention Modules Only. ICLR 2025.
 
@@ -7,20 +7,20 @@ Jin et al. Fine-Tuning Attention Modules Only. ICLR 2025.
         --out runs/linear_layers/figure7 --data-dir DATA
 
 Data: DTD and SUN397 (Figure 4), Cars and RESISC45 (Figure 7), or any pair. The task
-vectors are those of table1_addition, from the bank.
+vectors of `table1_addition` in the bank are used.
 
-The upper maps are of the image encoder alone: half the sum of both KL divergences
-between the softmax of its features (dist of section 4). The lower ones are with the
-head: the share of labels that differ. The red box is the range in which coefficients
-are searched.
+The upper maps use only the image encoder: half the sum of both KL divergences between
+the softmax of its features (dist in section 4). The lower maps use the head too: the
+share of labels that differ. The red box is the range in which coefficients are
+searched.
 
-Published as heat maps of ViT-B-32. The text says of Figure 4 that ξ of representations
-is small around the pre-trained model and stays small beyond coefficients of 1, where
-that of labels does not, and that linear ways of training enlarge the region of small ξ.
+Published as heat maps of ViT-B-32. The text says about Figure 4: ξ of representations
+is small around the pre-trained model, and stays small beyond coefficients of 1, where ξ
+of labels does not. Linear training enlarges the region of small ξ.
 
-The authors' public code takes the first 16 batches of 128 and divides by the number of
-all batches, so its ξ is too small for large test splits: about a tenth of SUN397's is
-counted. Ours is the mean over the samples that are drawn.
+The authors' public code takes the first 16 batches of 128, but divides by the number of
+all batches. So its ξ is too small for large test splits: for SUN397 about a tenth is
+counted. Ours is the mean over the drawn samples.
 """
 
 import dataclasses
@@ -43,32 +43,32 @@ DISTANCES = {
     "representation": pairwise.symmetric_kl,
     "label": pairwise.labels_differ,
 }
-# The largest value of the colours; 0.2 is that of the authors' code.
+# Titles of the maps, and the largest value of their colours; the authors' code has 0.2.
 SCALES = (("ξ of representations (KL)", 0.2), ("ξ of labels (0/1)", 1.0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(options.OneModel):
     figure: Literal[4, 7] = 4
-    """The figure, whose pair is measured."""
+    """The figure; its pair of tasks is measured."""
     tasks: tuple[str, ...] = ()
-    """Another pair: names of jaxarith data check, or NAME=FOLDER."""
+    """Another pair of tasks: names of jaxarith data check, or NAME=FOLDER."""
     points: int = 15
-    """Values of each coefficient."""
+    """Number of values of each coefficient."""
     limit: float = 2.0
-    """The coefficients are from -limit to limit."""
+    """Coefficients run from -limit to limit."""
     test_samples: int = 2048
-    """How many test samples of each task are drawn, with a fixed seed."""
+    """Number of test samples of each task, drawn with a fixed seed."""
 
 
 def inside(grid: np.ndarray, coefs: np.ndarray) -> float:
-    """The mean of ξ `[n, n]` where both coefficients are between 0 and 1."""
+    """Returns the mean of ξ `[n, n]` over coefficients between 0 and 1."""
     within = (coefs >= 0) & (coefs <= 1)
     return float(grid[np.ix_(within, within)].mean())
 
 
 def rows_of(maps: dict[str, np.ndarray], coefs: np.ndarray) -> list[dict]:
-    """The mean ξ of every method, over coefficients from 0 to 1 and over the map."""
+    """Returns mean ξ of every method, over coefficients 0 to 1 and over the map."""
     rows = []
     for label, grids in maps.items():
         row: dict = {"method": label}
@@ -83,10 +83,12 @@ def rows_of(maps: dict[str, np.ndarray], coefs: np.ndarray) -> list[dict]:
 def main(config: Config) -> dict:
     config = dataclasses.replace(config, tasks=config.tasks or PAIRS[config.figure])
     if len(config.tasks) != 2:
-        raise ValueError(f"ξ compares two tasks; --tasks names {list(config.tasks)}.")
+        raise ValueError(
+            f"--tasks names {list(config.tasks)}; expected two tasks, which ξ compares."
+        )
     config = options.started(config, points=3, test_samples=48)
     setup = setups.load(config, config.model, control=False)
-    setup = pairwise.pair_setup(setup, (0, 1))  # a smoke run has three
+    setup = pairwise.pair_setup(setup, (0, 1))  # a smoke run has three tasks
     coefs = np.linspace(-config.limit, config.limit, config.points)
     maps = {
         label: pairwise.disentanglement_error(
@@ -105,7 +107,7 @@ def main(config: Config) -> dict:
         pair = (first, second)
         plots.disentanglement(config.out / "xi.png", maps, coefs, pair, scales=SCALES)
     caption = (
-        "Mean ξ of the representations (symmetric KL) and of the labels (0/1), over "
+        "Mean ξ of representations (symmetric KL) and of labels (0/1), over "
         "coefficients from 0 to 1 and over the whole map."
     )
     return tables.write(

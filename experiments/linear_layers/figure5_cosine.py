@@ -1,17 +1,17 @@
-"""Figure 5: cosines between the task vectors of three ways to fine-tune.
+"""Figure 5: cosines between the task vectors of three fine-tuning methods.
 
 Jin et al. Fine-Tuning Attention Modules Only. ICLR 2025.
 
     python -m experiments.linear_layers.figure5_cosine --data-dir DATA
 
-Data: those of table1_addition, whose task vectors it takes from the bank; with
---bank-only none.
+Data: the same as for `table1_addition`. Its task vectors in the bank are used; with
+--bank-only no data are needed.
 
-Published as heat maps, of which the text says that vectors of the attention's weights
-alone are closer to orthogonal than ordinary ones and those of NTK linearisation. The
-model is not named; ViT-B-32 is that of the paper's other maps. The labels of SUN397 and
-SVHN are possibly swapped there: in the authors' public code they are in another order
-than the vectors.
+Published as heat maps. The text says that vectors with only the weights of attention
+are closer to orthogonal than ordinary vectors and than those of NTK linearisation. It
+does not name the model; the paper's other maps are of ViT-B-32. The labels of SUN397
+and SVHN may be swapped in the paper: in the authors' public code their order differs
+from that of the vectors.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ def main(config: Config) -> dict:
         "cosines": {label: found.tolist() for label, found in cosines.items()},
         "rows": rows,
     }
-    caption = "Cosine between the task vectors of two tasks, over all pairs. "
+    caption = "Cosines between the task vectors of two tasks, over all pairs. "
     caption += banked.note(config)
     title = "Cosines between task vectors (linear-layers paper, Figure 5)"
     tables.write(config.out, title, {caption: rows}, results, digits=3)

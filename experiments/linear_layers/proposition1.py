@@ -1,21 +1,24 @@
-r"""Proposition 1, measured: what the vectors of other tasks do to a task's inputs.
+r"""Proposition 1, measured: how other tasks' vectors change a task's layer outputs.
 
 Jin et al. Fine-Tuning Attention Modules Only. ICLR 2025: section 3, Eq. 3.
 
     python -m experiments.linear_layers.proposition1 --data-dir DATA
 
-The paper argues that linear layers are disentangled where
+The paper argues that linear layers are disentangled if
 :math:`\sum_{t \neq i} \tau_t^\top x \to 0` for the inputs x of task i, and does not
-measure it. Here it is measured, at every weight of attention's layers, with the inputs
-that the pre-trained model gives them on 256 validation images of the task: the root
-mean square of :math:`\sum_{t \neq i} \tau_t^\top x` over that of the task's own
-:math:`\tau_i^\top x`, and over that of :math:`w^\top x`, what the layer gives before.
+measure it. This script measures it at every weight of attention's layers, with the
+layers' inputs in the pre-trained model for 256 validation images of the task. It
+divides the root mean square of :math:`\sum_{t \neq i} \tau_t^\top x` by that of the
+task's own :math:`\tau_i^\top x`, and by that of the layer's pre-trained outputs
+:math:`w^\top x`.
 
-It is exact for the layers and not for the model: behind the first of them the inputs
-change as well. A ratio above 1 says that the other tasks move a layer's outputs more
-than the own task does, and so at coefficient 1 that the vectors are no orthogonal ones
-to each other's data. Data: those of `table1_addition`, whose task vectors it takes from
-the bank; of ordinary and of linearised training the same weights are looked at.
+The result is exact for single layers, not for the model: after the first layer the
+inputs change too. A ratio above 1 means that, at coefficient 1, the other tasks change
+the outputs of a layer more than the own task does; so the vectors are not orthogonal to
+each other's data.
+
+Data: the same as for `table1_addition`. Its task vectors in the bank are used. For
+ordinary and linearised training the same weights are measured.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,11 +48,11 @@ class Config(options.Models): ...
 def squares(
     grams: Mapping[str, jax.Array], kernels: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    r"""The mean of :math:`\|w^\top x\|^2` over a layer's inputs, by path.
+    r"""Returns the mean of :math:`\|w^\top x\|^2` over a layer's inputs, by path.
 
     Args:
-      grams: the mean of :math:`x x^\top`, `[in, in]` by the path of a kernel.
-      kernels: w, `[in, out]`, by path.
+      grams: mean of :math:`x x^\top`, `[in, in]`, by the path of a kernel.
+      kernels: kernels w, `[in, out]`, by path.
     """
     return {path: _square(gram, kernels[path]) for path, gram in grams.items()}
 
@@ -60,7 +63,7 @@ def _square(gram, kernel):
 
 
 def inputs(setup: setups.Setup) -> list[dict[str, jax.Array]]:
-    """For each task the Gram matrices of the inputs of attention's layers."""
+    """Returns for each task the Gram matrices of the inputs of attention's layers."""
     params_0 = sharding.to_host(setup.params_0)
     planned.passes(setup, fitted.SAMPLES * len(setup.tasks))
     progress = tqdm(fitted.validation_samples(setup), desc="inputs", unit="task")
@@ -74,7 +77,9 @@ def inputs(setup: setups.Setup) -> list[dict[str, jax.Array]]:
 def ratios(
     grams: Sequence[Mapping[str, jax.Array]], kernels: Mapping, taus: Taus
 ) -> dict[str, np.ndarray]:
-    """Root mean squares of the others' moves, `[T, layers]`.
+    """Returns ratios of root mean squares, `[T, layers]`.
+
+    The numerator is the change of a layer's outputs by all other tasks.
 
     Args:
       grams: Gram matrices of the inputs of every task.
@@ -82,7 +87,8 @@ def ratios(
       taus: T task vectors.
 
     Returns:
-      "own": over the task's own moves; "layer": over the layer's outputs before.
+      "own": ratio to the change by the task itself. "layer": ratio to the pre-trained
+      outputs of the layer.
     """
     leaves = [tree.flatten(tau) for tau in taus]
     found: dict[str, list] = {"own": [], "layer": []}
@@ -108,7 +114,9 @@ def main(config: Config) -> dict:
     rows, matrices = [], []
     for setup in setups.each(config, config.models, control=False):
         if len(setup.tasks) < 2:
-            raise ValueError("one task has no others; name at least two --tasks.")
+            raise ValueError(
+                f"--tasks names {len(setup.tasks)} task; expected two or more."
+            )
         grams, panels = inputs(setup), {}
         kernels = sharding.to_host(tree.flatten(setup.params_0))
         for label, method in METHODS.items():
@@ -124,12 +132,12 @@ def main(config: Config) -> dict:
             matrices.append(named | layers)
         if runs.is_first():
             file = config.out / f"proposition1_{setup.title}.png"
-            label = "others' moves over the task's own"
+            label = "change by other tasks / by the own task"
             plots.bars(file, panels, setup.titles, y=label)
     caption = (
-        "Root mean square of the moves of a layer's outputs by all other tasks over "
-        "that by the task itself, mean over layers and, in the columns of tasks, by "
-        "the task whose images enter."
+        "Change of a layer's outputs by all other tasks, divided by the change by the "
+        "task itself (root mean squares); mean over layers. A column of a task uses "
+        "the images of that task."
     )
     results = {"rows": rows, "layers": [*grams[0]], "matrices": matrices}
     title = "Proposition 1, measured (linear-layers paper)"

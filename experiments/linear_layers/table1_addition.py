@@ -8,7 +8,7 @@ Layers Only Is a Simple yet Effective Way for Task Arithmetic).
         --models openai/clip-vit-base-patch32
 
 Data: Cars, DTD, EuroSAT, GTSRB, MNIST, RESISC45, SUN397 and SVHN; `jaxarith data check`
-says what is missing.
+says which are missing.
 
 Published, mean absolute / normalised test accuracy in percent:
 
@@ -18,10 +18,10 @@ Published, mean absolute / normalised test accuracy in percent:
     Linear (NTK)  76.26 / 85.82  79.01 / 86.32  85.53 / 91.44
     Ours          78.37 / 87.42  80.44 / 87.25  87.91 / 93.66
 
-Ours are ordinary vectors of models in which only the weights of the query, key, value
-and output projections of the attention were trained. The NTK row is that of the
-standard linearisation here. The authors' public code has another: its outputs pass
-through a ReLU, and the point of linearisation moves along with training.
+"Ours" are ordinary vectors; only the weights of attention's query, key, value and
+output projections are trained. Our NTK row uses the standard linearisation. The
+authors' public code differs: its outputs pass through a ReLU, and the point of
+linearisation moves during training.
 """
 
 from experiments.common import script, tables
@@ -39,7 +39,7 @@ class Config(options.Addition): ...
 
 
 def rows_of(setup: setups.Setup) -> list[dict]:
-    """The rows of one model."""
+    """Returns the rows of one model."""
     found = {
         label: scores.of_method(setup, method) for label, method in METHODS.items()
     }
@@ -64,8 +64,8 @@ def main(config: Config) -> dict:
     return tables.compared(
         config.out,
         "Task addition (linear-layers paper, Table 1)",
-        "Mean absolute and normalised test accuracy, percent, at the coefficient that "
-        "is best on validation data.",
+        "Mean absolute and normalised test accuracy in percent, at the best "
+        "coefficient on validation data.",
         rows,
         PUBLISHED,
         keys=["model", "method"],

@@ -1,13 +1,14 @@
-"""Table 2: which layers are trained: four paradigms, alone and added up.
+"""Table 2: four choices of trained layers (paradigms), single and added.
 
 Jin et al. Fine-Tuning Attention Modules Only. ICLR 2025.
 
     python -m experiments.linear_layers.table2_paradigms --data-dir DATA
 
-Data: those of table1_addition, whose vectors of paradigm (1) it takes from the bank.
+Data: the same as for `table1_addition`. Its vectors of paradigm (1) in the bank are
+used.
 
-Published, percent: mean test accuracy of the tasks' own models / mean absolute /
-normalised test accuracy of all vectors added at a searched coefficient:
+Published, in percent: mean test accuracy of single-task models / mean absolute /
+normalised test accuracy of the sum of all vectors at a searched coefficient:
 
     paradigm                             ViT-B-32
     (1) weights of Q, K, V and output    89.55 / 78.37 / 87.42
@@ -15,8 +16,8 @@ normalised test accuracy of all vectors added at a searched coefficient:
     (3) weights of all linear layers     88.95 / 76.52 / 86.11
     (4) biases of all linear layers too  89.43 / 77.80 / 86.93
 
-Ours is (1). "All linear layers in the attention module" would be those of (1) if the
-attention alone were meant; here they are those of the residual block, with its MLP.
+Ours is (1). "All linear layers in the attention module" must mean the residual block
+with its MLP; with attention alone they would be the layers of (1).
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ class Config(options.Seeded):
 
 
 def rows_of(setup: setups.Setup) -> list[dict]:
-    """The rows of one model."""
+    """Returns the rows of one model."""
     rows = []
     for paradigm, method in METHODS.items():
         found = scores.of_method(setup, method)
@@ -64,8 +65,8 @@ def main(config: Config) -> dict:
     return tables.compared(
         config.out,
         "Paradigms (linear-layers paper, Table 2)",
-        "Mean test accuracy of the tasks' own models, and absolute and normalised that "
-        "of all vectors added, percent.",
+        "Mean test accuracy of single-task models, and absolute and normalised "
+        "accuracy of the sum of all vectors, percent.",
         rows,
         PUBLISHED,
         keys=["model", "paradigm"],
