@@ -33,6 +33,10 @@ def wide_dtype(*leaves: Any) -> np.dtype:
     """Returns the dtype to compute in: the common dtype, but float32 or better.
 
     Floats of at most eight bits count as float32, because JAX does not promote them.
+
+    Example:
+      >>> wide_dtype(jnp.ones(1, jnp.bfloat16))
+      dtype('float32')
     """
     dtypes = (jnp.result_type(leaf) for leaf in leaves)
     wide = (dtype if dtype.itemsize > 1 else jnp.float32 for dtype in dtypes)
@@ -83,7 +87,12 @@ def _nothing():
 
 @jax.jit
 def all_finite(array: jax.Array) -> jax.Array:
-    """Returns whether no entry is NaN or infinite."""
+    """Returns whether no entry is NaN or infinite, `bool[]`.
+
+    Example:
+      >>> print(all_finite(jnp.array([1.0, jnp.inf])))
+      False
+    """
     # Zero times NaN or infinity is NaN, and so is the sum. The maximum does not work:
     # on CPUs XLA's maximum skips NaN in float32.
     return jnp.sum(array * 0) == 0

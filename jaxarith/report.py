@@ -15,7 +15,12 @@ _CONTROL = re.compile(
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file under a temporary name and renames it."""
+    """Writes a text file under a temporary name and renames it.
+
+    Args:
+      path: path of the file; an older file is replaced.
+      text: content of the file, written in UTF-8.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial")
     try:
@@ -32,6 +37,10 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Writes plain data as JSON.
 
+    Args:
+      path: path of the file; an older file is replaced.
+      content: dicts, lists, texts, numbers, booleans and None.
+
     Raises:
       ValueError: a number is NaN or infinite.
     """
@@ -40,6 +49,10 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 def listed(names: Sequence[Any], most: int = 8) -> str:
     """Returns the first names for a message, and how many more there are.
+
+    Args:
+      names: items of any type.
+      most: largest number of names to show.
 
     Example:
       >>> listed("abc", most=2)
@@ -51,6 +64,10 @@ def listed(names: Sequence[Any], most: int = 8) -> str:
 
 def cut(value: Any, most: int = 80) -> str:
     """Returns a value as text for a message; a long text is cut.
+
+    Args:
+      value: a text, or a value of any other type, which is shown as Python writes it.
+      most: largest number of characters.
 
     Example:
       >>> cut(list(range(100)), most=10)
@@ -75,6 +92,10 @@ def printable(text: str) -> str:
 
 def shown(message: str, most: int = 4000) -> str:
     """Returns a message for a terminal: printable, and cut in the middle if long.
+
+    Args:
+      message: the text.
+      most: largest number of characters before the middle is cut.
 
     Example:
       >>> shown("a" * 50 + "b" * 50, most=20)

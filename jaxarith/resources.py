@@ -32,6 +32,11 @@ def used(
         context; without one, leaves stay on one device.
       threads: largest number of threads in each pool. None keeps the number of the
         surrounding context; without one, each pool uses its own number.
+
+    Example:
+      >>> with used(threads=2):
+      ...     at_most(8)
+      2
     """
     global _devices, _threads
     before = _devices, _threads
@@ -65,6 +70,11 @@ def spread(sizes: Mapping[str, int]) -> dict[str, Device]:
 
     Returns:
       The device of each leaf, by path; empty unless there are several devices.
+
+    Example:
+      >>> with used(devices=["gpu 0", "gpu 1"]):
+      ...     spread({"kernel": 3, "scale": 1, "bias": 1})
+      {'kernel': 'gpu 0', 'scale': 'gpu 1', 'bias': 'gpu 1'}
     """
     if len(_devices) < 2:
         return {}

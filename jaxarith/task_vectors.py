@@ -98,8 +98,15 @@ def by_path(
       paths: slash paths of leaves; a mapping must have all of them.
       name: name of the coefficient in error messages.
 
+    Returns:
+      A function from a slash path to the coefficient of its leaf.
+
     Raises:
       ValueError: a mapping lacks a leaf.
+
+    Example:
+      >>> by_path({"w": 0.5}, ["w"])("w"), by_path(0.3, ["w"])("w")
+      (0.5, 0.3)
     """
     if not isinstance(coef, Mapping):
         return coef if callable(coef) else lambda _: coef
@@ -199,6 +206,11 @@ def random_like(key: jax.Array, tau: Params) -> Params:
     Returns:
       A tree with the structure of `tau`, in float32 or better. Leaves of integers are
       left out.
+
+    Example:
+      >>> noise = random_like(jax.random.key(0), {"w": jnp.array([3.0, 4.0])})
+      >>> print(norm(noise).round(3))
+      5.0
     """
 
     def leaf(path, value):
@@ -213,7 +225,15 @@ def random_like(key: jax.Array, tau: Params) -> Params:
 def leaf_key(key: jax.Array, path: str) -> jax.Array:
     """Returns the random key of a leaf.
 
-    It depends on `key` and on the leaf's path, not on the order of the leaves.
+    Args:
+      key: random key of the whole tree.
+      path: slash path of the leaf.
+
+    Returns:
+      A key that depends on `key` and `path`, but not on the order of the leaves.
+
+    Example:
+      >>> key = leaf_key(jax.random.key(0), "mlp/kernel")
     """
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 

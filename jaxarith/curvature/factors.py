@@ -121,7 +121,18 @@ Curvature = Factors | EigenFactors
 
 
 def check_base(curvature: Curvature, params_0: Params) -> None:
-    """Raises a ValueError if the curvature was measured at other parameters."""
+    """Checks that the curvature was measured at these parameters.
+
+    Args:
+      curvature: result of `collect`, `merge`, `eigen` or `correct`.
+      params_0: pre-trained parameters.
+
+    Raises:
+      ValueError: the fingerprints of the parameters differ.
+
+    Example:
+      >>> check_base(factors, params_0)  # doctest: +SKIP
+    """
     if curvature.base != (base := fingerprint.combined(params_0)):
         raise ValueError(
             f"the curvature was measured at parameters with the fingerprint "

@@ -167,7 +167,7 @@ def chosen(
 def trim_thresholds(
     rows: Mapping[str, tuple], density: float, trim: Trim = "global"
 ) -> Any:
-    """Returns the smallest magnitude that is kept of each task vector, `[T]`.
+    """Returns, for each task vector, the smallest magnitude that is kept, `[T]`.
 
     For d entries it is exactly the (d - ⌊density·d⌋)-th smallest magnitude. This keeps
     ⌊density·d⌋ + 1 entries, as many as the authors' code. With `trim="tensor"` the

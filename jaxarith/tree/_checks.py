@@ -31,6 +31,12 @@ def check_part(
     Raises:
       ValueError: a leaf is not in `whole` or has another shape. The message lists the
         first paths.
+
+    Example:
+      >>> check_part({"c": 1.0}, {"w": 1.0}, "task vector")
+      Traceback (most recent call last):
+      ValueError: the task vector does not fit the parameters (1 leaves):
+        + c []: not in the parameters
     """
     expected = {path: jnp.shape(leaf) for path, leaf in flatten(whole).items()}
     found = {path: jnp.shape(leaf) for path, leaf in flatten(part).items()}
@@ -62,6 +68,11 @@ def check_finite(tree: Tree, name: str) -> None:
 
     Raises:
       ValueError: a leaf holds NaN or infinity. The message lists the first paths.
+
+    Example:
+      >>> check_finite({"w": jnp.nan}, "task vector")  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      ValueError: the task vector has NaN or infinite values in 1 leaves: w. Check ...
     """
     leaves = {}
     for path, leaf in flatten(tree).items():
@@ -88,6 +99,10 @@ def is_finite(tree: Tree) -> bool:
     """Returns whether all values are known to be finite; False if `jit` traces one.
 
     Leaves in files do not count: they are checked when they are written.
+
+    Example:
+      >>> is_finite({"w": jnp.ones(2)}), is_finite({"w": jnp.inf})
+      (True, False)
     """
     leaves = [
         leaf

@@ -8,6 +8,10 @@ from typing import Any
 def first_few(items: Collection[Any], most: int = 8) -> list[str]:
     """Returns the first items as texts, and a last text that counts the rest.
 
+    Args:
+      items: items of any type.
+      most: largest number of items to show.
+
     Example:
       >>> ", ".join(first_few("abcde", most=2))
       'a, b, … and 3 more'

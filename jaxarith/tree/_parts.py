@@ -51,7 +51,11 @@ def floating(tree: Tree) -> Tree:
 
 
 def restrict(tree: Tree, paths: Collection[str]) -> Tree:
-    """Returns the leaves with these slash paths; paths that do not exist are ignored.
+    """Returns the leaves with these slash paths.
+
+    Args:
+      tree: the tree.
+      paths: slash paths of leaves; those that do not exist are ignored.
 
     Example:
       >>> restrict({"kernel": 1.0, "bias": 2.0}, ["bias"])
@@ -75,6 +79,10 @@ def _without_empty(node):
 def update(tree: Tree, part: Tree) -> Tree:
     """Returns the tree with the leaves of `part` in place of its own.
 
+    Args:
+      tree: the tree.
+      part: new leaves; it may hold only some leaves of the tree.
+
     Raises:
       ValueError: a leaf of `part` is not in the tree or has another shape.
 
@@ -91,6 +99,10 @@ def update(tree: Tree, part: Tree) -> Tree:
 
 def fill(part: Tree, like: Tree) -> Tree:
     """Returns `part` in the structure and dtypes of `like`; missing leaves are zero.
+
+    Args:
+      part: a tree that holds some leaves of `like`.
+      like: the tree that defines structure, shapes and dtypes.
 
     Raises:
       ValueError: a leaf of `part` is not in `like` or has another shape.

@@ -9,7 +9,12 @@ from jaxarith.typing import Tree
 
 
 def path_name(path: tuple) -> str:
-    """Returns the slash path of a JAX key path."""
+    """Returns the slash path of a JAX key path.
+
+    Example:
+      >>> path_name((jax.tree_util.DictKey("mlp"), jax.tree_util.DictKey("bias")))
+      'mlp/bias'
+    """
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -65,7 +70,11 @@ def unflatten(leaves: Mapping[str, Any]) -> dict:
 
 
 def map_with_path(function: Callable, tree: Tree) -> Tree:
-    """Returns the tree of `function(slash_path, leaf)` of every leaf.
+    """Returns a tree with `function(slash_path, leaf)` in place of every leaf.
+
+    Args:
+      function: a function of a slash path and a leaf.
+      tree: the tree.
 
     Example:
       >>> map_with_path(lambda path, leaf: f"{path}={leaf}", {"a": {"b": 1}})

@@ -15,6 +15,12 @@ def is_traced(*values: Any) -> bool:
     """Returns whether `jit` or another transformation traces any of the arrays.
 
     Arrays that a traced function closes over have known values, so they do not count.
+
+    Example:
+      >>> seen = []
+      >>> jax.jit(lambda x: seen.append(is_traced(x)))(1.0)
+      >>> seen, is_traced(1.0)
+      ([True], False)
     """
     return any(
         isinstance(array, Tracer)
@@ -32,6 +38,10 @@ def gathered(tree: Tree) -> Tree:
     as one device.
 
     Leaves on one device stay as they are. If `jit` traces a leaf, all leaves do.
+
+    Example:
+      >>> gathered({"w": np.ones(2)})
+      {'w': array([1., 1.])}
     """
     if is_traced(tree):
         return tree
@@ -55,6 +65,10 @@ def settled(tree: Tree) -> Tree:
     is ready. And XLA runs all CPU devices with one thread for each core: if many
     programs for several devices run at once, some can wait forever in threads that the
     others need.
+
+    Example:
+      >>> settled({"w": np.ones(2)})
+      {'w': array([1., 1.])}
     """
     of_cpu = [
         leaf
@@ -70,8 +84,18 @@ def settled(tree: Tree) -> Tree:
 def sharded_like(leaf: jax.Array, like: Any) -> Any:
     """Puts a leaf where `like` is: the inverse of `gathered`.
 
-    If `like` is in a file, the leaf is written to its file. If `jit` traces the leaf,
-    it stays as it is.
+    Args:
+      leaf: a computed leaf.
+      like: the leaf whose place is used.
+
+    Returns:
+      The leaf, with the sharding of `like`. If `like` is in a file, the leaf is written
+      to its file, and the result stands for it. If `jit` traces the leaf, it stays as
+      it is.
+
+    Example:
+      >>> sharded_like(np.ones(2), np.zeros(2))
+      array([1., 1.])
     """
     if isinstance(like, lazy.Leaf):
         return like.place(leaf)

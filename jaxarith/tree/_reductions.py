@@ -58,6 +58,11 @@ def gram_of(rows: Iterable[tuple]) -> jax.Array:
 
     Args:
       rows: for each path, the tuple of its leaves in all trees, as in `aligned`.
+
+    Example:
+      >>> print(gram_of([(jnp.ones(2), jnp.zeros(2))]))
+      [[2. 0.]
+       [0. 0.]]
     """
     return total(settled(_leaf_gram(gathered(row))) for row in rows)
 
@@ -89,7 +94,12 @@ def _leaf_gram(leaves):
 
 
 def total(terms: Iterable[jax.Array]) -> jax.Array:
-    """Returns the sum of arrays, entry by entry; the number 0 if there is no array."""
+    """Returns the sum of arrays, entry by entry; the number 0 if there is no array.
+
+    Example:
+      >>> print(total([jnp.ones(2), jnp.ones(2)]))
+      [2. 2.]
+    """
     return cast(jax.Array, sum(terms))
 
 
