@@ -117,6 +117,7 @@ def gradients(kind, sizes, micro_batches=1, product_dtype=None):
 # The program of a step is the same whichever tasks the penalty's samples come from.
 ON_MESHES = [(kind, "data=8") for kind in STEPS]
 ON_MESHES += [("ordinary", "fsdp=8"), ("mixed", "fsdp=8"), ("cyclic", MIXED)]
+ON_MESHES += [("linearised", "data=2,fsdp=4")]
 
 
 @pytest.mark.parametrize(("kind", "mesh"), ON_MESHES)

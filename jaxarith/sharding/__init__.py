@@ -11,6 +11,7 @@ from jaxarith.sharding.mesh import initialize as initialize
 from jaxarith.sharding.mesh import local_rows as local_rows
 from jaxarith.sharding.mesh import make_mesh as make_mesh
 from jaxarith.sharding.mesh import mesh_of as mesh_of
+from jaxarith.sharding.mesh import of_samples as of_samples
 from jaxarith.sharding.mesh import on_mesh as on_mesh
 from jaxarith.sharding.mesh import one_device as one_device
 from jaxarith.sharding.mesh import pin as pin
@@ -20,3 +21,4 @@ from jaxarith.sharding.mesh import shardings as shardings
 from jaxarith.sharding.mesh import spec as spec
 from jaxarith.sharding.mesh import spread as spread
 from jaxarith.sharding.mesh import to_host as to_host
+from jaxarith.sharding.mesh import whole as whole

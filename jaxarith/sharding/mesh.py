@@ -265,23 +265,45 @@ def on_mesh(apply_fn: ApplyFn, mesh: Mesh) -> ApplyFn:
 
     Without it the compiler may prefer to move the samples to the parameters, which are
     many times smaller than the activations of a large batch. A leaf that is sharded
-    over `fsdp` is gathered where it is read; in reverse mode, gradients are summed and
-    each device keeps its part.
+    over `fsdp` is gathered where it is read. What is differentiated in its parameters
+    takes `of_samples` and `whole` instead.
 
     Args:
       apply_fn: `apply_fn(params, *inputs) -> outputs`; inputs and outputs are trees of
         arrays `[B, ...]`, B a multiple of `batch_shards`.
       mesh: from `make_mesh`.
     """
+    pinned = of_samples(apply_fn, mesh)
+    if pinned is apply_fn:
+        return apply_fn
+    return lambda params, *inputs: pinned(whole(params, mesh), *inputs)
+
+
+def of_samples(apply_fn: ApplyFn, mesh: Mesh) -> ApplyFn:
+    """The model with its samples left where they are, of parameters that are `whole`.
+
+    Args:
+      apply_fn, mesh: as for `on_mesh`.
+    """
     if batch_shards(mesh) == 1:
         return apply_fn
 
     def pinned(params, *inputs):
-        params = constrain(params, mesh, P())
         outputs = apply_fn(params, *constrain(inputs, mesh, P(BATCH)))
         return constrain(outputs, mesh, P(BATCH))
 
     return pinned
+
+
+def whole(tree: Tree, mesh: Mesh) -> Tree:
+    """The tree with every leaf gathered on every device, inside a `jit`.
+
+    Parameters are gathered before a loss of theirs is differentiated, not within it.
+    The gradient of a gathering is a gathered gradient: within it, every device would
+    sum all of it with all others. Before it, the devices of `fsdp` sum and keep parts,
+    and only those are summed over `data`.
+    """
+    return tree if batch_shards(mesh) == 1 else constrain(tree, mesh, P())
 
 
 def constrain(tree: Tree, mesh: Mesh, spec: P) -> Tree:

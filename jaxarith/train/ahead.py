@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxarith import sharding
+from jaxarith.curvature import Curvature
 from jaxarith.train import padding
 from jaxarith.train.config import TrainConfig
 from jaxarith.train.step import init_state, make_step, objective
@@ -28,12 +29,13 @@ def lowered_step(
     inputs: Sequence[str] = ("image",),
     penalty_mask: str | None = None,
     mesh: Mesh | None = None,
+    curvature: Curvature | None = None,
 ) -> jax.stages.Lowered:
     """The program of one optimizer step of `fine_tune`, before it is compiled.
 
     Its `cost_analysis()` counts FLOPs, of a loop those of one round: of
     `config.micro_batches` and of the tasks of a device those of one. What it compiles
-    to knows by `memory_analysis()` what each device needs. Curvature is not in it.
+    to knows by `memory_analysis()` what each device needs.
 
     Args:
       apply_fn, loss_fn, config, inputs, penalty_mask, mesh: as for `fine_tune`.
@@ -42,6 +44,8 @@ def lowered_step(
       tasks: the number of tasks that train side by side.
       others: the number of other tasks of a strict penalty.
       constants: as for `fine_tune`, or `jax.ShapeDtypeStruct`s of them, `[T, ...]`.
+      curvature: curvature that all tasks share, with arrays or
+        `jax.ShapeDtypeStruct`s; by default no penalty of curvature is in the step.
 
     Example:
       >>> shape = jax.ShapeDtypeStruct((3, 2), np.float32)
@@ -101,6 +105,7 @@ def lowered_step(
         placed(params_0, sharding.shardings(params_0, mesh)),
         everywhere(batch, P("task", sharding.BATCH)),
         everywhere(constants, P("task")),
+        placed(curvature, sharding.shardings(curvature, mesh)),
     )
 
 

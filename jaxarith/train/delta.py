@@ -59,7 +59,7 @@ def objective(
       coef: the weight c of the distillation.
       product_dtype: as for `tangent.jvp`.
     """
-    apply_fn = sharding.on_mesh(apply_fn, mesh)
+    apply_fn = sharding.of_samples(apply_fn, mesh)
 
     def total(taus, params_0, batch, constants):
         if "alpha" not in batch:

@@ -40,7 +40,7 @@ def objective(
     `batch` holds the fields named by `inputs`, what `loss_fn` reads and, with a
     penalty, `"penalty"`: a dict of the same input fields for samples of other tasks,
     and of `penalty_mask`, which `fine_tune` explains. The devices of `mesh`, by default
-    one, share the samples.
+    one, share the samples; `tau` and `params_0` are `sharding.whole`.
     """
     mesh = mesh or sharding.one_device()
     if config.distill:
@@ -52,7 +52,7 @@ def objective(
             mesh,
             config.product_dtype,
         )
-    apply_fn = sharding.on_mesh(apply_fn, mesh)
+    apply_fn = sharding.of_samples(apply_fn, mesh)
 
     def total(tau, params_0, batch, constants):
         task_inputs = tuple(batch[name] for name in inputs)
@@ -129,6 +129,7 @@ def make_step(
         return sharding.pin(grads, mesh), metrics
 
     def gradient(tau, params_0, batch, constants):
+        tau, params_0 = sharding.whole((tau, params_0), mesh)
         if config.micro_batches == 1:
             return part(tau, params_0, batch, constants)
         parts = _micro_batches(batch, config.micro_batches, mesh)
