@@ -165,8 +165,8 @@ def check_folder(folder: str | os.PathLike) -> None:
     """Checks that reading or copying a model's folder reads nothing outside it.
 
     Links to files must stay inside the folder. Links to blobs in the Hub's cache are
-    allowed too. Subfolders and links to folders are not checked, because no reader
-    opens them.
+    allowed too. Subfolders are not checked. Links to folders are skipped, because no
+    reader opens them.
 
     Raises:
       ValueError: the folder holds another link, a pipe, a socket or a device.

@@ -19,7 +19,7 @@ def cross_entropy(logits: Array, labels: Array, mask: Array | None = None) -> ja
         values.
 
     Returns:
-      A scalar; 0 if no entry counts.
+      A scalar; 0 if the mask is False everywhere.
 
     Example:
       >>> print(cross_entropy(jnp.zeros((2, 4)), jnp.array([0, 3])).round(4))

@@ -70,7 +70,8 @@ class Factors:
             triples = zip(
                 self.inputs[name], self.outputs[name], self.divisors[name], strict=True
             )
-            # If no input changes the features, d = 0 and A = B = 0.
+            # Without samples, or if the layer cannot change the features, d = 0 and
+            # A = B = 0.
             return tree.total(
                 _times(b, _times(a, w).T).T / jnp.where(d == 0, 1, d)
                 for a, b, d in triples

@@ -63,8 +63,8 @@ def awd(
 
     Args:
       params_0: pre-trained parameters.
-      taus: K ≥ 2 task vectors. A missing leaf counts as zero. A vector that is
-        zero has no direction: its cosines count as 0 for every δ.
+      taus: K ≥ 2 task vectors. A missing leaf counts as zero. A vector that is zero has
+        no direction: its cosines count as 0 for every δ.
       coef: the coefficient λ: one number, one per task `[K]`, or either by path.
       alpha: the weight α of the norm of δ, in units of 1/norm: vectors that are twice
         as long need half the α. The paper searches 1e-6 to 1e-2.

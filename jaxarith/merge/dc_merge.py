@@ -62,8 +62,8 @@ def dc_merge(
       ratio: for "linear", the ratio ρ ≥ 1 of the first to the last smoothed value. If
         the ratio of the singular values is smaller, that one is used.
       keep: the share of entries of every core that TIES keeps, in (0, 1], at least one
-        entry. If Tk < 1/(keep·T), it keeps fewer entries than a task has singular
-        values. The default is for matrices of a few hundred rows and columns.
+        entry. If Tk < 1/(keep·T), that is fewer than the k singular values of a task.
+        The default is for matrices of a few hundred rows and columns.
       matrices: a regular expression for the whole paths of the 2-D leaves to decompose.
         The others are averaged, and so are matrices with fewer singular values than
         tasks. None decomposes all; the authors leave out `text_projection`.

@@ -24,10 +24,10 @@ The equations of the paper set all singular values to 1. Then vectors of full ra
 the same norm in all layers of a kind, so β = 1, and the length of the task vectors is
 lost. The authors' code uses the mean of the singular values, which is the default here.
 
-The authors' code differs from the paper in more points; we follow the paper there. It
-multiplies the vectors by the eigenvalues to the power 0.15 before ⊥, and the product by
-2. It uses the norm of :math:`A_t` before it is cut to k rows. It merges the output
-projection of attention by TSV-Merge. For RoBERTa it does not scale tasks and columns.
+The authors' code also does the following; none of it is done here. It multiplies the
+vectors by the eigenvalues to the power 0.15 before ⊥, and the product by 2. It uses the
+norm of :math:`A_t` before it is cut to k rows. It merges the output projection of
+attention by TSV-Merge. For RoBERTa it does not scale tasks and columns.
 """
 
 import functools

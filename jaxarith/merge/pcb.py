@@ -51,8 +51,8 @@ def pcb(
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A missing leaf counts as zero. `density` is a share
-        of the leaves that at least one task vector has.
+      taus: T task vectors. A missing leaf counts as zero. `density` is a share of all
+        entries of the leaves that at least one task vector has.
       density: the share of entries of every task vector that is kept, in (0, 1].
       clip: the share of the smallest magnitudes, and of the largest, that is clipped,
         in [0, 0.5).

@@ -85,8 +85,8 @@ def ties(
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A missing leaf counts as zero. `density` is a share
-        of the leaves that at least one task vector has.
+      taus: T task vectors. A missing leaf counts as zero. `density` is a share of all
+        entries of the leaves that at least one task vector has.
       density: the share of entries of every task vector that is kept, in (0, 1].
       coef: the coefficient λ of the merged vector: a number, or one by path. For the
         mean, the authors search 0.8 to 2.5.

@@ -26,8 +26,8 @@ def topk(
 
     Args:
       params_0: pre-trained parameters.
-      taus: T task vectors. A missing leaf counts as zero. `density` is a share
-        of all entries of the leaves that at least one task vector has.
+      taus: T task vectors. A missing leaf counts as zero. `density` is a share of all
+        entries of the leaves that at least one task vector has.
       density: the share of entries of every task vector that is kept, in (0, 1].
       coef: the coefficient λ: one number, one per task `[T]`, or either by path.
 

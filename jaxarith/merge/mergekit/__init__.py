@@ -10,8 +10,8 @@ second case `params_0` is zero here and the task vectors are the models. Then `l
 `slerp`, `karcher`, `nuslerp` and `multislerp` merge the models.
 
 All sums are taken in float32 or better and cast once; mergekit computes most sums in
-the dtype of the checkpoints. mergekit's `int8_mask` does not change its results, so it
-has no counterpart here.
+the dtype of the checkpoints. mergekit's `int8_mask` has no effect on a result, neither
+there nor here.
 
 `karcher` is the function of `jaxarith.merge`. It differs from mergekit in two cases: if
 a model has a norm below 1e-5, and if directions cancel. In the latter case mergekit
