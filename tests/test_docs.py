@@ -163,3 +163,9 @@ def test_commands_of_scripts_have_options_that_exist():
         if name.startswith("experiments."):
             script = importlib.import_module(name)
             tyro.cli(script.Config, args=words)
+
+
+def test_names_of_the_api_become_links_to_their_entries():
+    text = "## `merge.ties`\n\nSee `merge.ties`, `x.y`.\n\n```\n`merge.ties`\n```\n"
+    link = "[`merge.ties`][jaxarith.merge.ties.ties]"
+    assert api.linked(text) == text.replace("See `merge.ties`", f"See {link}")

@@ -1,14 +1,17 @@
 """The pages of the API, from the sources: no module is imported, so none must load.
 
 `PAGES` lists the modules that have a page. A page has the names that its module defines
-and, of a package, those that its `__init__` re-exports as `X as X`.
+and those that it re-exports as `X as X`.
 """
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2]
+_NAME = re.compile(r"(?<![`\[\w])`(\w+\.\w+)`(?!`)")
+_CODE = re.compile(r"(^ *```.*?^ *```$|^#[^\n]*$)", re.MULTILINE | re.DOTALL)
 
 # Title of a group: its modules, below `jaxarith`.
 PAGES = {
@@ -97,9 +100,8 @@ def source(module: str) -> Path:
 def names(module: str) -> dict[str, str]:
     """Every public name of a module, and where it is defined: `jaxarith.a.b.name`."""
     found = {}
-    file = source(module)
-    for node in ast.parse(file.read_text("utf-8")).body:
-        if isinstance(node, ast.ImportFrom) and file.name == "__init__.py":
+    for node in ast.parse(source(module).read_text("utf-8")).body:
+        if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 if alias.asname == alias.name:
                     found[alias.name] = f"{node.module}.{alias.name}"
@@ -124,6 +126,31 @@ def owner(place: str) -> str:
     """The module on whose page a name has its entry: the first that offers it."""
     modules = (module for group in PAGES.values() for module in group)
     return next(module for module in modules if place in names(module).values())
+
+
+@functools.cache
+def _places() -> dict[str, str]:
+    """Names as docstrings write them, `merge.ties`, and where they are defined."""
+    modules = [module for group in PAGES.values() for module in group]
+    found: dict[str, set[str]] = {}
+    for module in modules:
+        for name, place in names(module).items():
+            if not is_module(place):
+                short = f"{module.rsplit('.', 1)[-1]}.{name}"
+                found.setdefault(short, set()).add(place)
+    return {short: places.pop() for short, places in found.items() if len(places) == 1}
+
+
+def linked(text: str) -> str:
+    """Markdown with every `module.name` of the API as a link to its entry."""
+
+    def link(match: re.Match) -> str:
+        place = _places().get(match[1])
+        return match[0] if place is None else f"[`{match[1]}`][{place}]"
+
+    parts = _CODE.split(text)
+    parts[::2] = [_NAME.sub(link, part) for part in parts[::2]]
+    return "".join(parts)
 
 
 def page(module: str) -> str:

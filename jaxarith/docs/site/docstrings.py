@@ -1,14 +1,16 @@
-"""An extension of griffe, which reads the sources: formulas in docstrings."""
+"""An extension of griffe, which reads the sources: formulas and names in docstrings."""
 
 from typing import Any
 
+import api
 import formulas
 import griffe
 
 
-class Formulas(griffe.Extension):
+class Markdown(griffe.Extension):
     """Changes the docstring of every object once, when its module is read."""
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = formulas.as_markdown(obj.docstring.value)
+            text = formulas.as_markdown(obj.docstring.value)
+            obj.docstring.value = api.linked(text)

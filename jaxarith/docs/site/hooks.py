@@ -43,4 +43,6 @@ def on_page_markdown(
     places = {page: place for place, page in links.PAGES.items()}
     place = places.get(page.file.src_uri, "")
     is_api = page.file.src_uri.startswith("api/")
-    return links.rewritten(markdown, place) if place and not is_api else markdown
+    if is_api or not place:
+        return markdown
+    return api.linked(links.rewritten(markdown, place))
