@@ -37,6 +37,9 @@ def write(folder: Path) -> None:
         vocabulary = {word: i for i, word in enumerate(words)}
         tokenizer = {"added_tokens": [], "model": {"vocab": vocabulary}}
         (place / "tokenizer.json").write_text(json.dumps(tokenizer))
+        decoder = {str(len(words) - 1): {"content": words[-1]}}
+        settings = {"added_tokens_decoder": decoder}
+        (place / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def slices(folder: Path, method: str, **parameters: float) -> str:

@@ -124,6 +124,37 @@ def test_a_coefficient_for_each_model(models, tmp_path):
     np.testing.assert_allclose(load(out)["a.weight"], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("given", "numbers"),
+    [
+        (["-1e-1"], [-0.1, -0.1]),
+        (["-1E-1", "2.5e0"], [-0.1, 2.5]),
+        (["-.5", "-1.e-2"], [-0.5, -0.01]),
+        (["2e-1", "-3"], [0.2, -3.0]),
+    ],
+)
+def test_coefficients_may_be_negative_with_an_exponent(
+    models, tmp_path, given, numbers
+):
+    out = tmp_path / "merged"
+    options = ("--method", "task_arithmetic", "--coef", *given, "--quiet")
+    assert run(models, out, *options) == 0
+    base, *rest = (load(model)["a.weight"] for model in models)
+    expected = base + sum(c * (x - base) for c, x in zip(numbers, rest, strict=True))
+    np.testing.assert_allclose(load(out)["a.weight"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("word", ["-inf", "-nan", "-1e-1x", "-1e"])
+def test_what_only_looks_like_a_number_is_refused(models, tmp_path, capsys, word):
+    options = ("--method", "task_arithmetic", "--coef", word)
+    try:
+        status = run(models, tmp_path / "merged", *options)
+    except SystemExit as ended:
+        status = ended.code
+    assert status in (1, 2)
+    assert "--coef" in capsys.readouterr().err
+
+
 def test_models_are_averaged_without_a_base(models, tmp_path, capsys):
     _, one, two = models
     out = tmp_path / "merged"

@@ -92,11 +92,11 @@ def test_unknown_methods_are_refused(models, tmp_path, capsys):
 def test_an_existing_folder_is_refused_before_anything_is_read(tmp_path, capsys):
     out = tmp_path / "merged"
     out.mkdir()
-    (out / "old.txt").write_text("old")
+    (out / "old_vocab.txt").write_text("old")
     nowhere = write(tmp_path / "config.yaml", "no: yaml")
     error = fails(capsys, nowhere, out)
     assert "exists" in error and "--overwrite" in error
-    assert (out / "old.txt").read_text() == "old"
+    assert (out / "old_vocab.txt").read_text() == "old"
 
 
 def test_overwrite_replaces_the_folder_once_the_new_one_is_complete(
@@ -104,15 +104,15 @@ def test_overwrite_replaces_the_folder_once_the_new_one_is_complete(
 ):
     out = tmp_path / "merged"
     out.mkdir()
-    (out / "old.txt").write_text("old")
+    (out / "old_vocab.txt").write_text("old")
     flags = ("--overwrite", "--method", "ties", "--density")
     error = failure(capsys, models, out, *flags, "0.5")
     assert "no model that could be replaced" in error
     (out / "config.json").write_text("{}")
     failure(capsys, models, out, *flags, "2")
-    assert (out / "old.txt").read_text() == "old"
+    assert (out / "old_vocab.txt").read_text() == "old"
     assert run(models, out, *flags, "0.5") == 0
-    assert (out / "model.safetensors").exists() and not (out / "old.txt").exists()
+    assert (out / "model.safetensors").exists() and not (out / "old_vocab.txt").exists()
     for place in (models[0], models[2]):
         error = failure(capsys, models, place, *flags, "0.5")
         assert "holds one of the models" in error
@@ -158,7 +158,7 @@ def test_mistakes_around_files_are_told(models, tmp_path, capsys):
     out = tmp_path / "merged"
     assert "config.yaml, line 1: there is no method" in fails(capsys, config, out)
     assert "nowhere.yaml" in fails(capsys, tmp_path / "nowhere.yaml", out)
-    assert "Is a directory" in fails(capsys, tmp_path, out)
+    assert "is a folder; expected the YAML" in fails(capsys, tmp_path, out)
     assert "name the new folder" in fails(capsys, config)
     assert "two new folders" in fails(capsys, config, out, "--out", out)
     assert "--base belongs in" in fails(capsys, config, out, "--base", "b")
@@ -186,3 +186,40 @@ def test_a_full_disk_and_ctrl_c_leave_nothing(models, tmp_path, capsys, monkeypa
         assert run(models, tmp_path / "merged", "--method", "average") == status
         assert told in capsys.readouterr().err.splitlines()[-1]
         assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", [["merge"], ["recipe", "check"]])
+def test_a_missing_recipe_is_told_with_what_was_expected(tmp_path, capsys, command):
+    out = [str(tmp_path / "out")] * (command == ["merge"])
+    for place, told in (
+        (
+            tmp_path / "c.yaml",
+            "there is no file .*c.yaml; expected the YAML of a merge",
+        ),
+        (tmp_path, "is a folder; expected the YAML file of a merge. .* --model"),
+    ):
+        assert cli.main([*command, str(place), *out]) == 1
+        error = capsys.readouterr().err
+        assert re.search(told, error) and "Errno" not in error
+        assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "command", [["inspect"], ["convert"], ["verify"], ["extract"]], ids=" ".join
+)
+@pytest.mark.parametrize("name", ["none.safetensors", "./none", "none.bin"])
+def test_a_missing_model_is_told_with_what_was_expected(
+    tmp_path, capsys, monkeypatch, command, name
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    rest = {
+        "inspect": [],
+        "convert": ["out"],
+        "verify": [name, name],
+        "extract": [name, "--rank", "1", "--out", "out"],
+    }
+    assert cli.main([*command, name, *rest[command[0]]]) == 1
+    error = capsys.readouterr().err
+    assert "Errno" not in error
+    assert "expected weights" in error or "give the path of a folder" in error

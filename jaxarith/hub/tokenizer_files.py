@@ -53,7 +53,8 @@ def read(folder: Path) -> Tokenizer | None:
     """The tokenizer of a folder; None if it has no `tokenizer.json`.
 
     Raises:
-      ValueError: the file is no JSON of a tokenizer.
+      ValueError: the file is no JSON of a tokenizer, or what `tokenizer_config.json`
+        adds is none of tokens.
     """
     file = folder / FILE
     if not file.is_file():
@@ -65,20 +66,35 @@ def read(folder: Path) -> Tokenizer | None:
             vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
         entries = {x["content"]: dict(x) for x in content.get("added_tokens") or ()}
         ids = {**vocabulary, **{token: x["id"] for token, x in entries.items()}}
+        _check_ids(ids)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{file} is no file of the tokenizers library ({error!r}). Load the "
             "tokenizer with transformers and save it again."
         ) from error
     settings = folder / SETTINGS
-    more = files.read_json(settings) if settings.is_file() else {}
-    decoder = more.get("added_tokens_decoder") if isinstance(more, Mapping) else None
     taken = set(ids.values())
-    for key, entry in (decoder or {}).items():
-        if entry["content"] not in ids and int(key) not in taken:
-            ids[entry["content"]] = int(key)
-            entries[entry["content"]] = {"id": int(key), **entry}
+    try:
+        more = files.read_json(settings) if settings.is_file() else {}
+        known = more.get("added_tokens_decoder") if isinstance(more, Mapping) else None
+        for key, entry in (known or {}).items():
+            if entry["content"] not in ids and int(key) not in taken:
+                ids[entry["content"]] = int(key)
+                entries[entry["content"]] = {"id": int(key), **entry}
+        _check_ids(ids)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{settings} is no such file of transformers ({error!r}). Load the "
+            "tokenizer with transformers and save it again."
+        ) from error
     return Tokenizer(ids, entries, content)
+
+
+def _check_ids(ids: Mapping[Any, Any]) -> None:
+    """Raises a ValueError if something else than a text has an id, or no number."""
+    for token, row in ids.items():
+        if not isinstance(token, str) or type(row) is not int or row < 0:
+            raise ValueError(f"the token {token!r} has the id {row!r}")
 
 
 def plain(token: str) -> dict[str, Any]:

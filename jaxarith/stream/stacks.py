@@ -51,8 +51,9 @@ def layers(names: Iterable[str], config: Mapping[str, Any] | None = None) -> int
     text = (config or {}).get("text_config")
     for part in (text if isinstance(text, Mapping) else {}, config or {}):
         for key in MAIN:
-            if part.get(key) in counts:
-                return part[key]
+            count = part.get(key)
+            if type(count) is int and count in counts:
+                return count
     return max(counts, default=0)
 
 
