@@ -29,8 +29,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _run(args: argparse.Namespace) -> int:
-    from jaxarith.data import check
-
+    try:
+        from jaxarith.data import check
+    except ImportError as error:
+        raise ImportError(
+            f"the data of tasks needs an extra: pip install 'jaxarith[data]' ({error})."
+        ) from error
     if "/" in args.name and not Path(args.name).is_dir():
         raise ValueError(
             f"{args.name} is no folder; expected the name of a task, or an image "

@@ -85,7 +85,13 @@ def _run(args: argparse.Namespace) -> None:
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         if len(found.get("cosines", ())) > 1:
-            from jaxarith import plots  # here: matplotlib is slow to import
+            try:
+                from jaxarith import plots  # here: matplotlib is slow to import
+            except ImportError as error:
+                raise ImportError(
+                    "cosines.png needs matplotlib: pip install 'jaxarith[demo]', or "
+                    "leave out --out."
+                ) from error
 
             # What is longer leaves no room for the figure.
             names = [model["name"][-_LABEL:] for model in found["models"]]
