@@ -140,7 +140,7 @@ def test_a_partition_has_the_papers_label_however_it_is_written():
     [
         (["a,b"], "must be in exactly one cluster"),
         (["a,b", "b,c"], "must be in exactly one cluster"),
-        (["a,b,c", "d"], "names d, and the tasks are a, b, c"),
+        (["a,b,c", "d"], "names d; expected the tasks a, b, c"),
     ],
 )
 def test_a_partition_that_does_not_cover_the_tasks_is_one_clear_error(
@@ -156,7 +156,11 @@ def test_a_partition_that_does_not_cover_the_tasks_is_one_clear_error(
         (table4_partitions, {"partition": ("mnist,svhn",)}, "exactly one cluster"),
         (table4_partitions, {"inner": ("RegMean",)}, "the merges are MTL"),
         (table4_partitions, {"tasks": vision.vision.EIGHT}, "too many partitions"),
-        (basis_sizes, {"sizes": (2, 8)}, r"--sizes \(2, 8\): give numbers from 1 to 7"),
+        (
+            basis_sizes,
+            {"sizes": (2, 8)},
+            r"--sizes \(2, 8\): expected numbers from 1 to 7",
+        ),
         (basis_sizes, {"tasks": ("mnist", "svhn")}, "at least 3, for an eigengap"),
         (table6_negation, {"target": "cars"}, "--target cars is none of"),
         (table7_generalization, {"related": ("cars",)}, "--related cars is none of"),

@@ -214,7 +214,9 @@ def test_the_bank_gives_factors_again_and_none_of_other_data(setup, monkeypatch)
     for a, b in zip(*map(jax.tree.leaves, (first, again)), strict=True):
         np.testing.assert_array_equal(a, b)
     other = task._replace(identity=task.identity | {"labels": 1})
-    with pytest.raises(ValueError, match=r"(?s)measured otherwise.*task/labels"):
+    with pytest.raises(
+        ValueError, match=r"(?s)measured with another configuration.*task/labels"
+    ):
         curved.factors_of(setup, kind, other)
 
 

@@ -47,7 +47,7 @@ MISTAKES = {
     f"{DETOXIFY} nowhere.jsonl": "nowhere.jsonl: no such file",
     f"{DETOXIFY} latin.jsonl": "latin.jsonl is not text in UTF-8",
     f"{DETOXIFY} cut.jsonl": "cut.jsonl, line 2 is not JSON",
-    f"{DETOXIFY} list.jsonl": r"line 1 is \[1, 2\]; expected an object",
+    f"{DETOXIFY} list.jsonl": r"line 1 is \[1, 2\]; expected a JSON object",
     f"{DETOXIFY} words.jsonl": "could not convert string to float: 'much'",
     f"{DETOXIFY} comments.jsonl --keep toxicity~1": "expected COLUMN>NUMBER",
     f"{DETOXIFY} comments.jsonl --label rude": "no label 'rude'; it has toxic, threat",
@@ -64,12 +64,12 @@ MISTAKES = {
     f"{STUDY} b=mood.txt --merges nope": "invalid choice 'nope'",
     f"{STUDY} b=mood.txt --model gpt2": "expected a BERT or RoBERTa",
     f"{STUDY} b=mood.txt --out mood.txt": "mood.txt is a file; name a folder",
-    f"{WORDS} a={{text}}{{mask}}|0:bad,7:good": "words for 7; the classes are 0, 1",
+    f"{WORDS} a={{text}}{{mask}}|0:bad,7:good": "words for 7; the classes of the task",
     f"{WORDS} a={{text}}|0:bad,1:good": "must hold {mask} once",
     "awd.table3_glue --models roberta --data-dir GLUE --tasks rte cola": (
         "rte: .*'maybe' is no label of rte.* cola: .*no such file"
     ),
-    "awd.table3_glue --tasks rte nope": "no tasks of GLUE: nope",
+    "awd.table3_glue --tasks rte nope": "not tasks of GLUE: nope",
     "tau_jp.table3_glue --coefficient two": "invalid choice 'two'",
     "tau_jp.table4_detoxification --penalty-text empty.txt --model gpt2 --classifier "
     "classifier --comments comments.jsonl --perplexity-text perplexity_text.txt "

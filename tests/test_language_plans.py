@@ -198,7 +198,7 @@ def test_seventy_and_twelve_prompted_tasks(given):
     fitted = (9 + 1 + 3 * 10) * trained + 3 * 16 * 500 * 2
     expected = (8 + 4) * 20 + 4 * 10 * trained + fitted
     assert list(record.passes.values()) == [expected]
-    with pytest.raises(ValueError, match="knows the tasks of the paper's list, not a"):
+    with pytest.raises(ValueError, match="only the tasks of the paper's list, not a"):
         noted(table8_twelve_tasks, **options, **own, tasks=("a=b.csv", "CR"))
 
 
@@ -206,7 +206,7 @@ def test_test_parts_that_are_not_known_are_not_counted(given):
     folder, options, bank = given
     own = {"model": folder("roberta"), "bank": bank, "max_length": 12}
     record = noted(figure7_seventy_tasks, **options, **own, tasks=("CB", "CR", "RTE"))
-    assert any("1 of 3 tasks are not known" in note for note in record.notes)
+    assert any("1 of 3 tasks have unknown sizes" in note for note in record.notes)
 
 
 # GPT-2.
@@ -292,7 +292,7 @@ def test_models_of_the_papers_have_their_parameters(model, millions):
 
 
 def test_an_unknown_model_is_refused():
-    with pytest.raises(ValueError, match="sizes of nobody/model are not known"):
+    with pytest.raises(ValueError, match="nobody/model has no config.json"):
         architectures.gpt2_of("nobody/model")
 
 

@@ -122,7 +122,7 @@ def test_sizes_of_the_papers_models_are_known(model, layers, width):
 
 
 def test_an_unknown_model_is_refused():
-    with pytest.raises(ValueError, match="sizes of nobody/model are not known"):
+    with pytest.raises(ValueError, match="nobody/model has no config.json"):
         architectures.config_of("nobody/model")
 
 

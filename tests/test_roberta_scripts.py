@@ -178,7 +178,7 @@ def test_few_samples_are_balanced_repeated_and_apart_from_validation():
     assert not set(drawn) & set(held_out)
     assert len({i for i in drawn if labels[i] == "a"}) == 16
     assert len({i for i in drawn if labels[i] == "b"}) == 7  # of nine, two held out
-    with pytest.raises(ValueError, match="1 rows of the class b"):
+    with pytest.raises(ValueError, match="the class b has 1 rows"):
         prompted_texts.draw(["a", "a", "b"], ["a", "b"], 1, seed=0)
 
 
