@@ -311,3 +311,57 @@ def test_sweeps_of_all_lengths_are_one_program():
             mesh=sharding.make_mesh("data=1"),
         )
     assert len(traced) == 1
+
+
+def test_a_sweep_of_several_vectors_is_a_sweep_of_each_and_reads_batches_once():
+    read = []
+
+    def batches():
+        for batch in pipeline.evaluation_batches(source(3), 8):
+            read.append(1)
+            yield batch
+
+    total = task_vectors.add(TAUS)
+    several = [
+        ([TAUS[0]], [[0.0], [0.3], [1.0]]),
+        ([total], [[0.5], [0.0], [0.5]]),
+        (TAUS, [[0.2, -0.7], [0.0, 0.0]]),
+    ]
+    mesh = sharding.make_mesh("data=1")
+    model = (apply_fn, PARAMS_0)
+    actual = evaluate.sweep_all(*model, several, batches(), mesh=mesh)
+    assert len(read) == 3
+    for (taus, coefs), found in zip(several, actual, strict=True):
+        own = [
+            evaluate.sweep(*model, taus, batches(), [point], mesh=mesh)[0]
+            for point in coefs
+        ]
+        np.testing.assert_array_equal(found, own)
+
+
+def test_a_sweep_computes_no_model_twice():
+    runs = []
+
+    def counted(params, x):
+        jax.debug.callback(lambda: runs.append(1))
+        return apply_fn(params, x)
+
+    several = [
+        ([TAUS[0]], [[0.0], [0.3], [0.3]]),
+        ([TAUS[1]], [[0.0], [0.3], [-0.0]]),
+    ]
+    batches = pipeline.evaluation_batches(source(3), 23)
+    first, second = evaluate.sweep_all(
+        counted, PARAMS_0, several, batches, mesh=sharding.make_mesh("data=1")
+    )
+    jax.effects_barrier()
+    assert len(runs) == 3  # of θ0, and of each vector at 0.3
+    np.testing.assert_array_equal(first[1], first[2])
+    np.testing.assert_array_equal(second[[0, 2]], first[[0, 0]])
+    assert (first[1] != second[1]).any()
+
+
+def test_a_sweep_of_nothing_is_refused():
+    batches = pipeline.evaluation_batches(source(3), 8)
+    with pytest.raises(ValueError, match="at least one pair"):
+        evaluate.sweep_all(apply_fn, PARAMS_0, [], batches)

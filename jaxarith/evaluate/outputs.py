@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxarith import sharding
@@ -61,11 +60,12 @@ def outputs(
         (settled(_apply(apply_fn, mesh, params, *_inputs(b, inputs, mesh))), mask_of(b))
         for b in batches
     ]
-    _check_any(rows)
-    return np.concatenate([_unpadded(*row) for row in rows])
+    check_any(rows)
+    return np.concatenate([unpadded(*row) for row in rows])
 
 
-def _check_any(rows):
+def check_any(rows: Sequence) -> None:
+    """Raises a ValueError if the batches have given no rows."""
     if not rows:
         raise ValueError(
             "there is no batch to evaluate on. Batches that are read several times "
@@ -101,15 +101,16 @@ def _edit(params_0, taus, coefs):
     return task_arithmetic(params_0, taus, coef=coefs)
 
 
-def _unpadded(rows, mask, axis=0):
-    # A mask is as long as its batch; more rows than that filled up the devices.
+def unpadded(rows: jax.Array, mask: np.ndarray, axis: int = 0) -> np.ndarray:
+    """The rows on the host, without those of padding."""
+    # The mask has the length of the batch. Rows beyond it filled up the devices.
     return np.compress(mask, np.asarray(rows), axis)
 
 
 def labels(batches: Sequence[dict]) -> np.ndarray:
     """The labels of every sample that is not padding, in the order of `outputs`."""
     rows = [np.asarray(fields_of(b, ["label"])[0])[mask_of(b)] for b in batches]
-    _check_any(rows)
+    check_any(rows)
     return np.concatenate(rows)
 
 
@@ -131,116 +132,6 @@ def forward(
         return outputs(apply_fn, params, batches, inputs, mesh=mesh)
 
     return at
-
-
-def sweep(
-    apply_fn: ApplyFn,
-    params_0: Params,
-    taus: Taus,
-    batches: Iterable[dict],
-    coefs: Sequence[Numbers] | np.ndarray,
-    inputs: Sequence[str] = ("image",),
-    *,
-    mesh: Mesh | None = None,
-    readout: Callable[[jax.Array], jax.Array] = lambda found: found,
-) -> np.ndarray:
-    r"""Outputs of :math:`f(x; \theta_0 + \sum_t \lambda_t\tau_t)` at many coefficients.
-
-    Every device computes other coefficients, on all samples; of fewer coefficients than
-    devices, several share the samples. So n passes take the time of n over the number
-    of devices. Each holds the whole model and all task vectors, and no device waits for
-    another, whatever axes the mesh has. Where all coefficients of a point are equal,
-    pass the sum of the task vectors as the only one.
-
-    Args:
-      apply_fn, params_0, taus, batches, inputs: as for `forward`.
-      coefs: n sets of coefficients, `[n, T]`, such as the points of a ξ grid.
-      mesh: the devices; by default all.
-      readout: what is kept of the outputs `[B, ...]` of a batch, or of the part of one
-        that a device has, such as the predicted labels; all outputs of all coefficients
-        may be more than the host can hold.
-
-    Returns:
-      `[n, N, ...]`.
-
-    Raises:
-      ValueError: `coefs` is not `[n, T]`.
-
-    Example:
-      >>> f = lambda params, x: params["w"] * x
-      >>> batch = {"image": np.ones(1, np.float32), "mask": np.ones(1, bool)}
-      >>> start, tau = {"w": np.float32(1)}, {"w": np.float32(2)}
-      >>> print(sweep(f, start, [tau], [batch], [[0.0], [0.5], [1.0]]).T)
-      [[1. 2. 3.]]
-    """
-    points = np.asarray(coefs, np.float32)
-    if points.ndim != 2 or points.shape[1] != len(taus) or not len(points):
-        raise ValueError(
-            f"coefficients of shape {list(points.shape)} for {len(taus)} task vectors; "
-            "expected [n, T]."
-        )
-    mesh = _shared_by(mesh or sharding.make_mesh(), len(points))
-    whole = NamedSharding(mesh, P())
-    params_0, taus = sharding.put((params_0, tuple(taus)), whole)
-    # Few programs serve sweeps of all lengths: each has room for eight points on every
-    # device, and a longer sweep is several calls.
-    parts = np.array_split(points, -(-len(points) // (_ROOM * mesh.shape["task"])))
-    placed = [_placed(part, mesh) for part in parts]
-    rows = []
-    for batch in batches:
-        fields = sharding.spread(fields_of(batch, inputs), mesh)
-        at_batch = []
-        for each, room, places in placed:
-            model = (apply_fn, readout, mesh, params_0, taus)
-            found = settled(_at_all(*model, each, room, *fields))
-            at_batch.append(_unpadded(found, mask_of(batch), axis=1)[places])
-        rows.append(np.concatenate(at_batch))
-    _check_any(rows)
-    return np.concatenate(rows, axis=1)
-
-
-_ROOM = 8
-
-
-def _shared_by(mesh, points):
-    """The devices of a mesh, with the axis `task` for points and `data` for samples."""
-    size = max(n for n in range(1, min(points, mesh.size) + 1) if mesh.size % n == 0)
-    devices = mesh.devices.reshape(size, mesh.size // size, 1)
-    return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
-
-
-def _placed(coefs, mesh):
-    """Points shared by the devices: how many each computes, the room, their places."""
-    each = -(-len(coefs) // mesh.shape["task"])
-    number = np.arange(len(coefs))
-    places = number // each * _ROOM + number % each
-    room = np.zeros((_ROOM * mesh.shape["task"], coefs.shape[1]), np.float32)
-    room[places] = coefs
-    return each, sharding.put(room, NamedSharding(mesh, P("task"))), places
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _at_all(apply_fn, readout, mesh, params_0, taus, each, coefs, *inputs):
-    def own(coefs, params_0, taus, each, *inputs):
-        @jax.jit  # traced once, for its shape and for the loop
-        def at(coefs):
-            params = task_arithmetic(params_0, taus, coef=coefs)
-            return readout(apply_fn(params, *inputs))
-
-        one = jax.eval_shape(at, coefs[0])
-        nothing = jnp.zeros((len(coefs), *one.shape), one.dtype)
-        return jax.lax.fori_loop(
-            0, each, lambda i, found: found.at[i].set(at(coefs[i])), nothing
-        )
-
-    found = jax.shard_map(
-        own,
-        mesh=mesh,
-        in_specs=(P("task"), *[P()] * 3, *[P(sharding.BATCH)] * len(inputs)),
-        out_specs=P("task", sharding.BATCH),
-        check_vma=False,
-    )(coefs, params_0, taus, each, *inputs)
-    return sharding.constrain(found, mesh, P())
 
 
 class TangentOutputs(NamedTuple):
@@ -296,8 +187,8 @@ def tangent(
         )
         for b in batches
     ]
-    _check_any(rows)
+    check_any(rows)
     return TangentOutputs(
-        np.concatenate([_unpadded(f0, mask) for f0, _, mask in rows]),
-        np.concatenate([_unpadded(moves, mask, 1) for _, moves, mask in rows], axis=1),
+        np.concatenate([unpadded(f0, mask) for f0, _, mask in rows]),
+        np.concatenate([unpadded(moves, mask, 1) for _, moves, mask in rows], axis=1),
     )
