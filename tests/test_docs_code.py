@@ -12,8 +12,9 @@ from test_docs import DOCS, ROOT, blocks, commands
 from jaxarith import cli, curvature, hub, merge
 from jaxarith.models import clip
 
-# Fewer steps, and pages that a test of their own reads.
+# Fewer steps and fewer leaves, and pages that a test of their own reads.
 FEWER = {"steps=100": "steps=2"}
+FEWER_LEAVES = {"task_vectors.md": {"clip.IMAGE_ENCODER": "'visual_projection/.*'"}}
 OWN_TESTS = {"methods.md", "own_images.md"}
 PAGES = [
     file.name
@@ -52,7 +53,7 @@ def run(page: str) -> dict:
     file = ROOT / page if page == "README.md" else DOCS / page
     scope = {"__name__": page}
     for code in blocks(file, "python"):
-        for old, new in FEWER.items():
+        for old, new in (FEWER | FEWER_LEAVES.get(page, {})).items():
             code = code.replace(old, new)
         exec(compile(code, page, "exec"), scope)
     return scope

@@ -20,6 +20,7 @@ def _pages() -> dict[str, str]:
         f"{_DOCS}{file.name}": file.name for file in (ROOT / _DOCS).glob("[a-z]*.md")
     }
     found["README.md"] = "index.md"
+    found["jaxarith/CHANGELOG.md"] = "changes.md"
     for place in ("experiments/README.md", "experiments/bench/README.md"):
         found[place] = place
     tutorials = ROOT / "experiments" / "tutorials"
