@@ -1,21 +1,34 @@
 """The measured functions: the same in both libraries, and what they report."""
 
 import dataclasses
+import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench import encoders, jvp_cost, jvp_report, measure
+from experiments.bench import (
+    encoders,
+    jvp_cost,
+    jvp_report,
+    jvp_rows,
+    jvp_steps,
+    measure,
+)
 from jaxarith import curvature, tree
+from jaxarith.models import t5
 
-CONFIG = jvp_cost.Config("unused", model="tiny", batch=8, layers=1, torch=False)
+CONFIG = jvp_cost.Config(
+    Path("unused"), model="tiny", batch=(8,), layers=1, torch=False
+)
+POINT = jvp_steps.Point("tiny", 8, layers=1)
 
 
 @pytest.fixture(scope="module")
 def work():
-    return jvp_cost.prepare(CONFIG)
+    return jvp_steps.prepare(POINT)
 
 
 def test_the_encoders_have_their_published_sizes():
@@ -31,6 +44,7 @@ def test_the_encoders_have_their_published_sizes():
         "t5-small-encoder": 35_330_816,
         "t5-small": 60_506_624,
         "gpt2": 124_439_808,
+        "gpt2-medium": 354_823_168,
     }
 
 
@@ -50,7 +64,7 @@ def test_the_paradigms_train_as_many_entries_as_published(name):
 
 
 def test_the_linearised_gradient_is_the_same_in_every_form(work):
-    rows = jvp_cost.steps(work)
+    rows = jvp_steps.steps(work)
     names = ["linearised step", "linearised step, transposed", "linearised step, remat"]
     results = [jax.jit(rows[name][0])(*rows[name][1]) for name in names]
     for other in results[1:]:
@@ -62,7 +76,7 @@ def test_the_linearised_gradient_is_the_same_in_every_form(work):
 
 
 def test_curvature_adds_the_gradient_of_its_form(work):
-    rows = jvp_cost.steps(work)
+    rows = jvp_steps.steps(work)
     factors = work.factors
     plain, curved = [
         jax.jit(rows[name][0])(*rows[name][1])
@@ -71,7 +85,7 @@ def test_curvature_adds_the_gradient_of_its_form(work):
     moved = curvature.product(work.taus[0], factors)
     jax.tree.map(
         lambda a, b, m: np.testing.assert_allclose(
-            a, b + 2 * jvp_cost.PENALTY_COEF * m, rtol=1e-5, atol=1e-6
+            a, b + 2 * jvp_steps.PENALTY_COEF * m, rtol=1e-5, atol=1e-6
         ),
         *(curved, plain, moved),
     )
@@ -79,10 +93,10 @@ def test_curvature_adds_the_gradient_of_its_form(work):
 
 
 def test_many_tangents_are_those_of_single_calls(work):
-    rows = jvp_cost.steps(work)
-    function, args = rows[f"{jvp_report.TASKS} tangents by jvps"]
+    rows = jvp_steps.steps(work)
+    function, args = rows[f"{jvp_steps.TASKS} tangents by jvps"]
     outputs, tangents = jax.jit(function)(*args)
-    function, args = rows[f"{jvp_report.TASKS} JVPs"]
+    function, args = rows[f"{jvp_steps.TASKS} JVPs"]
     for moved, (f0, expected) in zip(tangents, function(*args), strict=True):
         np.testing.assert_allclose(outputs, f0, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(moved, expected, rtol=1e-4, atol=1e-5)
@@ -118,25 +132,67 @@ def test_the_report_holds_the_rows_asked_for(tmp_path):
     assert [row["row"] for row in results["rows"]] == list(rows)
     assert results["rows"][0]["ratio"] == 1
     assert results["goals"] == [] and results["machine"]["load"] >= 0
+    assert "is for trying the script" in (tmp_path / "report.md").read_text()
     for row in results["rows"]:
         assert 0 < row["shortest"] <= row["seconds"] <= row["longest"]
         assert row["compile_seconds"] > 0
+        rate = row["tokens_per_second"] / row["samples_per_second"]
+        assert rate == pytest.approx(encoders.encoder("tiny").tokens)
     assert 1.5 < results["rows"][1]["flop_ratio"] < 1.7
     assert {"report.json", "report.md", "cost.png"} <= {
         path.name for path in tmp_path.iterdir()
     }
 
 
+def test_batches_and_lengths_share_a_table_and_a_figure(tmp_path, monkeypatch):
+    monkeypatch.setattr(jvp_steps, "TASKS", 1)
+    small = functools.partial(t5.T5Config, vocab_size=64, d_model=32, d_kv=8, d_ff=64)
+    monkeypatch.setattr(t5, "T5Config", small)
+    config = jvp_cost.Config(
+        *(tmp_path, "t5-small-encoder", (8, 16), (8, 24)),
+        torch=False,
+        rows=("forward",),
+        repetitions=2,
+        layers=1,
+    )
+    rows = jvp_cost.main(config)["rows"]
+    sizes = [(row["batch"], row["length"]) for row in rows]
+    assert sizes == [(8, 8), (16, 8), (8, 24), (16, 24)]
+    flops = {size: row["flops"] for size, row in zip(sizes, rows, strict=True)}
+    assert flops[16, 8] == pytest.approx(2 * flops[8, 8], rel=0.01)
+    assert 3 * flops[8, 8] < flops[8, 24] < 4 * flops[8, 8]  # attention grows faster
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("| batch | length |") == 1
+    assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="a length of 64 tokens for tiny"):
+        jvp_cost.main(dataclasses.replace(config, model="tiny", length=(64,)))
+
+
 def test_a_machine_that_is_not_quiet_is_named():
     assert not measure.unquiet({"load": 0.5, "cores": 2})
     [text] = measure.unquiet({"load": 3.1, "cores": 2})
     assert "3.1 processes ran on its 2 cores" in text
+    [text] = measure.unquiet({"load": 0.1, "cores": 2, measure.OTHERS: 1.2})
+    assert "1.2 cores were busy with others while rows ran" in text
+
+
+def test_the_work_of_other_processes_is_counted_without_ones_own(monkeypatch):
+    for name, values in (("_busy", [10.0, 14.0]), ("_own", [1.0, 2.0])):
+        monkeypatch.setattr(measure, name, functools.partial(next, iter(values)))
+    clock = functools.partial(next, iter([0.0, 2.0]))
+    monkeypatch.setattr(measure.time, "perf_counter", clock)
+    with measure.watched() as others:
+        pass
+    assert others == {measure.OTHERS: 1.5}
+    monkeypatch.undo()
+    busy = measure._busy()
+    assert busy is None or busy >= measure._own() > 0
 
 
 def test_wrong_options_are_refused_before_any_work(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="batch of 4; at least 8"):
-        jvp_cost.main(dataclasses.replace(CONFIG, out=out, batch=4))
+    with pytest.raises(ValueError, match="batch of \\(16, 4\\); at least 8"):
+        jvp_cost.main(dataclasses.replace(CONFIG, out=out, batch=(16, 4)))
     with pytest.raises(ValueError, match=r"unknown rows \['JVPS'\]; the rows are for"):
         jvp_cost.main(dataclasses.replace(CONFIG, out=out, rows=("JVPS",)))
     assert not out.exists()
@@ -151,20 +207,61 @@ def test_pytorch_computes_the_same(model, monkeypatch):
     for module, name, few in [
         (encoders, "TOKENS", 16),
         (encoders, "TARGET_TOKENS", 8),
-        (jvp_cost, "TASKS", 2),
+        (jvp_steps, "TASKS", 2),
     ]:
         monkeypatch.setattr(module, name, few)
-    config = dataclasses.replace(CONFIG, model=model, torch=True, compile=False)
-    work = jvp_cost.prepare(config)
+    work = jvp_steps.prepare(POINT._replace(model=model))
     names = ["forward", "linearised step"]
     if model == "tiny":  # the other rows are made of the same calls
         names += ["ordinary step", "JVP", "+ cyclic τJp", "+ strict τJp"]
-        names += [jvp_report.part_name("1")]
-    rows = jvp_cost.steps(work)
-    ours = {name: jvp_cost.compile_row(name, *rows[name]).run for name in names}
-    theirs = torch_tangent.steps(work, "cpu", "float32", jvp_cost.PENALTY_COEF)
+        names += [jvp_steps.linearized_part("1"), jvp_steps.ordinary_part("1")]
+    rows = jvp_steps.steps(work)
+    ours = {name: jvp_rows.compile_row(name, *rows[name]).run for name in names}
+    theirs = torch_tangent.steps(work, "cpu", "float32", jvp_steps.PENALTY_COEF)
     apart = torch_tangent.compare(ours, theirs, "float32")
     assert list(apart) == names and max(apart.values()) < 1e-5
+
+
+@pytest.mark.torch
+def test_pytorchs_rows_have_both_forms_and_their_memory(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    # Without a compiler of C++.
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    name = jvp_steps.ordinary_part("1")
+    config = dataclasses.replace(
+        CONFIG, out=tmp_path, torch=True, rows=(name,), repetitions=2
+    )
+    results = jvp_cost.main(config)
+    [row] = results["rows"]
+    for form in ("eager", "compiled"):
+        assert 0 < row[form]["shortest"] <= row[form]["longest"]
+        assert row[form]["peak_bytes"] is None or row[form]["peak_bytes"] >= 0
+    assert row["compiled"]["compile_seconds"] > 0
+    faster = min(row[form]["seconds"] for form in ("eager", "compiled"))
+    assert row["torch_over_jaxarith"] == faster / row["seconds"]
+    assert "| faster PyTorch / ours |" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.torch
+def test_a_row_that_does_not_compile_is_named(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from experiments.bench import torch_tangent
+
+    def fails(function, dynamic):
+        def run():
+            raise RuntimeError("no kernel for this\nand more")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", fails)
+    rows, checks = torch_tangent.compared_rows(
+        {"forward": lambda: torch.ones(3)},
+        {"forward": lambda: jnp.ones(3), "JVP": lambda: jnp.ones(3)},
+        "float32",
+        compile=True,
+    )
+    assert list(rows) == ["forward"] and rows["forward"].compiled is None
+    assert checks["torch.compile"] == {"forward": "no kernel for this"}
 
 
 @pytest.mark.torch

@@ -5,9 +5,10 @@ import json
 import jax
 import pytest
 
-from experiments.bench import collectives, encoders, scaling
+from experiments.bench import collectives, encoders, scaling, scaling_report
 from experiments.bench.collectives import Collective
 from jaxarith import sharding, tree
+from jaxarith.sharding import mesh as meshes
 
 pytestmark = pytest.mark.devices
 
@@ -135,9 +136,66 @@ def test_a_ring_of_eight_sends_its_published_share(name, sent):
 
 
 def test_the_binding_batch_takes_as_long_to_send_for_as_to_compute():
-    chip = scaling.Chip("", flops=100.0, sends=10.0)
-    row = {"sent_bytes": 40.0, "flops": 1600.0, "batch_per_device": 8}
-    assert scaling.binding_batch(row, chip) == 2  # 4 s to send, 2 s for a sample
+    chip = scaling_report.Chip("", flops=100.0, sends=10.0)
+    row = {"scattered_bytes": 40.0, "flops": 1600.0, "batch_per_device": 8}
+    assert scaling_report.binding_batch(row, chip) == 2  # 4 s to send, 2 s for a sample
+
+
+SCATTERED = """HloModule step
+
+%fused (a: f32[8], i: s32[]) -> f32[2] {
+  %p.1 = s32[] parameter(1)
+  %p.0 = f32[8]{0} parameter(0)
+  ROOT %s = f32[2]{0} dynamic-slice(%p.0, %p.1), dynamic_slice_sizes={2}
+}
+
+ENTRY %main (x: f32[8]) -> f32[4] {
+  %t = (f32[8]{0}, f32[4]{0}) all-reduce(%x, %y), replica_groups={{0,1,2,3}}, \
+to_apply=%add
+  %g0 = f32[8]{0} get-tuple-element(%t), index=0
+  %g1 = f32[4]{0} get-tuple-element(%t), index=1
+  %u = f32[2]{0} fusion(%g0, %i), kind=kLoop, calls=%fused
+  %one = f32[12]{0} all-reduce(%z), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %half = f32[6]{0} dynamic-slice(%one, %i), dynamic_slice_sizes={6}
+  ROOT %v = f32[4]{0} add(%g1, %g1)
+}
+"""
+
+
+def test_a_sum_of_which_a_part_is_read_counts_as_a_reduce_scatter():
+    assert collectives.collectives(SCATTERED, 4) == [
+        *(Collective("all-reduce", 48, 4), Collective("all-reduce", 48, 2))
+    ]
+    assert collectives.collectives(SCATTERED, 4, scattered=True) == [
+        *(Collective("reduce-scatter", 32, 4), Collective("all-reduce", 16, 4)),
+        Collective("reduce-scatter", 48, 2),
+    ]
+    # Another reader, of all of it; and a part of another size.
+    for text in (
+        SCATTERED.replace("add(%g1, %g1)", "add(%g1, %g0)"),
+        SCATTERED.replace("f32[2]", "f32[4]"),
+    ):
+        first = collectives.collectives(text, 4, scattered=True)[0]
+        assert first == Collective("all-reduce", 48, 4)
+
+
+def test_devices_of_fsdp_sum_parts_and_only_parts_are_summed_over_data(monkeypatch):
+    monkeypatch.setattr(meshes, "SMALLEST_SHARDED", 256)
+    mesh = sharding.make_mesh("data=2,fsdp=4")
+    compiled = scaling.program(encoders.encoder("tiny", layers=1), mesh, 4)
+    found = collectives.collectives(compiled.as_text() or "", 8, scattered=True)
+    sharded = 4 * sum(leaf.size for leaf in jax.tree.leaves(LAYOUT) if leaf.size >= 256)
+
+    def size(name, devices):
+        of = (one for one in found if (one.name, one.devices) == (name, devices))
+        return sum(one.size for one in of)
+
+    assert size("all-gather", 4) == 2 * sharded  # θ0 and τ, once
+    # All but vectors and positions, which are summed over all devices.
+    parts = size("reduce-scatter", 4)
+    assert 0.97 * sharded < parts < sharded
+    assert size("all-reduce", 2) == parts / 4
+    assert size("all-reduce", 8) == pytest.approx(WHOLE - parts, abs=8)
 
 
 MESHES = ("data=1", "data=2", "fsdp=2")
@@ -147,12 +205,36 @@ MESHES = ("data=1", "data=2", "fsdp=2")
 def counted(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "scaling"
     config = scaling.Config(
-        out, models=("tiny",), meshes=MESHES, batch_per_device=32, layers=1
+        out,
+        models=("tiny",),
+        meshes=MESHES,
+        curvature=("fsdp=2",),
+        batch_per_device=32,
+        layers=1,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding.mesh, "SMALLEST_SHARDED", 256)
+        patch.setattr(meshes, "SMALLEST_SHARDED", 256)
         results = scaling.main(config)
-    return out, results, {row["mesh"]: row for row in results["rows"]}
+    rows = {row["mesh"]: row for row in results["rows"] if not row["curvature"]}
+    return out, results, rows
+
+
+def test_the_penalty_of_curvature_is_counted_by_what_it_adds(counted):
+    out, results, rows = counted
+    [curved] = [row for row in results["rows"] if row["curvature"]]
+    plain = rows["fsdp=2"]
+    assert curved["mesh"] == "fsdp=2" and curved["flops"] > 1.01 * plain["flops"]
+    [added] = scaling_report.what_curvature_adds(results["rows"])
+    assert added["flop_ratio"] == curved["flops"] / plain["flops"]
+    # The step reads the factors besides.
+    assert added["added"]["arguments MB"] > 0
+    assert "What the penalty of curvature adds" in (out / "report.md").read_text()
+
+
+def test_texts_are_compiled_too():
+    encoder = encoders.encoder("t5-small-encoder", layers=1, length=8)
+    found = scaling.count(scaling.program(encoder, sharding.make_mesh("data=2"), 1), 2)
+    assert found["flops"] > 1e6 and found["collectives"]["all-reduce"]["count"] == 1
 
 
 LAYOUT = encoders.encoder("tiny", layers=1).layout

@@ -22,7 +22,7 @@ def measured(tmp_path_factory):
     layout = clip.layout(clip.CLIPConfig.from_json(config))
     hub.save(folder / "clip", random_params(0, layout), config)
     out = folder / "tangent_grid"
-    options = tangent_grid.Config(out, model=folder / "clip", **TINY)
+    options = tangent_grid.Config(out, model=folder / "clip", goals=True, **TINY)
     return out, tangent_grid.main(options)
 
 

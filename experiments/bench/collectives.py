@@ -6,6 +6,8 @@ import math
 import re
 from typing import NamedTuple
 
+from experiments.bench import sliced
+
 
 class Collective(NamedTuple):
     """An operation in which devices exchange data.
@@ -48,12 +50,16 @@ TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 CHAIN = re.compile(r'chain_id="(\d+)"')
 
 
-def collectives(text: str, devices: int) -> list[Collective]:
+def collectives(
+    text: str, devices: int, *, scattered: bool = False
+) -> list[Collective]:
     """The collectives of a compiled program, each as often as a step runs it.
 
     Args:
       text: text of a compiled program, `compiled.as_text()`.
       devices: that the program is for.
+      scattered: count a sum of which every device reads nothing but a part as the
+        reduce-scatter that it is on an accelerator. The CPU's compiler has none.
 
     Raises:
       ValueError: one is in a loop whose number of iterations the program does not say.
@@ -84,7 +90,15 @@ def collectives(text: str, devices: int) -> list[Collective]:
             size *= together  # the result is one part
         if computation.startswith("all-reduce-scatter"):
             name = "reduce-scatter"  # as a TPU has it: a sum and a slice of it, fused
-        found.append(Collective(name, size, together, int(runs[computation])))
+        times = int(runs[computation])
+        if scattered and name == "all-reduce" and not started:
+            parts = sliced.bytes_of_parts(computations, computation, line, together)
+            if parts:
+                found.append(Collective("reduce-scatter", parts, together, times))
+            size -= parts
+            if not size:
+                continue
+        found.append(Collective(name, size, together, times))
     return found
 
 
@@ -130,10 +144,7 @@ def _bytes(shape: str, name: str, started: bool) -> int:
     shape = re.sub(r"\{[^}]*\}|/\*.*?\*/| ", "", shape)
     if started and name != "all-reduce":
         shape = _parts(shape[1:-1])[1]  # of operands, results, and what else
-    return sum(
-        int(bits or 8) * math.prod(int(size) for size in sizes.split(",") if size) // 8
-        for bits, sizes in re.findall(r"[a-z]+(\d*)\w*\[([\d,]*)\]", shape)
-    )
+    return sum(sliced.sizes(shape))
 
 
 def _parts(tuple_: str) -> list[str]:

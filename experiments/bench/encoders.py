@@ -23,10 +23,16 @@ from jaxarith.models import clip, gpt2, t5
 from jaxarith.typing import Tree
 
 Vision = Literal["vit-b-32", "vit-b-16", "vit-l-14", "tiny"]
-Name = Literal[Vision, "t5-small-encoder", "t5-small", "gpt2"]
+Name = Literal[Vision, "t5-small-encoder", "t5-small", "gpt2", "gpt2-medium"]
 NAMES: tuple[str, ...] = get_args(Name)
-TOKENS = 128  # of a text
+TOKENS = 128  # of a text, if no length is given
 TARGET_TOKENS = 32  # of what T5's decoder reads
+TEXT = ("ids", "mask", "target_ids", "target_mask")
+
+GPT2 = {
+    "gpt2": {},
+    "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
+}
 
 # What Jin et al. (2025), "Fine-Tuning Linear Layers Only", train of every block: the
 # weights of the attention (1), with biases (2), all linear weights (3), with biases.
@@ -54,6 +60,9 @@ class Encoder(NamedTuple):
       make_inputs: `make_inputs(rng, B) -> inputs`, NumPy arrays.
       paradigms: patterns of the paths that partial fine-tuning trains.
       config: what config.json of transformers would say.
+      tokens: tokens of a sample: of an image its patches and the class token, of T5
+        those of the encoder and of the decoder.
+      inputs: names of the inputs, for a batch.
     """
 
     apply_fn: Callable
@@ -62,35 +71,54 @@ class Encoder(NamedTuple):
     make_inputs: Callable
     paradigms: dict[str, str]
     config: dict
+    tokens: int
+    inputs: tuple[str, ...]
 
 
-def encoder(name: str, layers: int | None = None) -> Encoder:
-    """One of `NAMES`; with fewer blocks than the model has, if `layers` says so."""
-    if name == "gpt2":
-        return _gpt2(layers)
+def encoder(name: str, layers: int | None = None, length: int | None = None) -> Encoder:
+    """An encoder with random weights and inputs.
+
+    Args:
+      name: one of `NAMES`.
+      layers: number of transformer blocks, by default the model's own.
+      length: tokens of a text, by default `TOKENS`.
+
+    Raises:
+      ValueError: images are given a length.
+    """
+    if name in GPT2:
+        return _gpt2(name, layers, length or TOKENS)
     if name in ("t5-small", "t5-small-encoder"):
-        return _t5(layers, decoder=name == "t5-small")
+        return _t5(layers, length or TOKENS, decoder=name == "t5-small")
+    if length is not None:
+        raise ValueError(
+            f"a length of {length} tokens for {name}, which reads images of one size; "
+            "leave it out, or take a language model."
+        )
     return _vision(name, layers)
 
 
-def _gpt2(layers):
-    config = gpt2.GPT2Config(**({} if layers is None else {"n_layer": layers}))
+def _gpt2(name, layers, length):
+    sizes = GPT2[name] | ({} if layers is None else {"n_layer": layers})
+    config = gpt2.GPT2Config(**sizes, n_positions=max(1024, length))
     return Encoder(
         functools.partial(mean_features, gpt2.encoder(config)),
         None,
         gpt2.layout(config),
-        functools.partial(random_texts, config.vocab_size, (TOKENS,)),
+        functools.partial(random_texts, config.vocab_size, (length,)),
         GPT2_PARADIGMS,
         {"architectures": ["GPT2Model"], "use_cache": False, **vars(config)},
+        length,
+        TEXT[:2],
     )
 
 
-def _t5(layers, decoder):
+def _t5(layers, length, decoder):
     config = t5.T5Config(**({} if layers is None else {"num_layers": layers}))
     apply_fn, leaves, tokens, architecture = (
-        (t5.hidden_states, ".*", (TOKENS, TARGET_TOKENS), "T5Model")
+        (t5.hidden_states, ".*", (length, TARGET_TOKENS), "T5Model")
         if decoder
-        else (t5.encoder, t5.ENCODER, (TOKENS,), "T5EncoderModel")
+        else (t5.encoder, t5.ENCODER, (length,), "T5EncoderModel")
     )
     return Encoder(
         functools.partial(mean_features, apply_fn(config)),
@@ -99,6 +127,8 @@ def _t5(layers, decoder):
         functools.partial(random_texts, config.vocab_size, tokens),
         T5_PARADIGMS,
         {"architectures": [architecture], "use_cache": False, **vars(config)},
+        sum(tokens),
+        TEXT if decoder else TEXT[:2],
     )
 
 
@@ -125,6 +155,8 @@ def _vision(name, layers):
         functools.partial(random_images, model.vision.image_size),
         CLIP_PARADIGMS,
         {"architectures": ["CLIPVisionModelWithProjection"], **fields},
+        (model.vision.image_size // model.vision.patch_size) ** 2 + 1,
+        ("image",),
     )
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments.bench import encoders
 from jaxarith import curvature, tree
@@ -42,12 +41,12 @@ def shapes(encoder: encoders.Encoder, inputs: Sequence, rank: int) -> curvature.
 
 def filled(shapes: Tree) -> Tree:
     """Random arrays of these shapes; what they hold costs no time."""
-    rng = np.random.default_rng(0)
+    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
 
     def leaf(shape):
+        key = next(keys)
         if jnp.issubdtype(shape.dtype, jnp.integer):
             return jnp.zeros(shape.shape, shape.dtype)
-        values = rng.standard_normal(shape.shape, np.float32)
-        return jnp.asarray(0.02 * values)
+        return 0.02 * jax.random.normal(key, shape.shape, shape.dtype)
 
     return jax.tree.map(leaf, shapes)

@@ -1,16 +1,16 @@
-"""What `jvp_cost` aims at and reports."""
+"""What `jvp_cost` aims at, and its tables and figures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
 
 from experiments.bench import measure
-from jaxarith import report
-
-TASKS = 8
-
-
-def part_name(paradigm: str) -> str:
-    return f"linearised, paradigm ({paradigm})"
+from experiments.bench.jvp_steps import TASKS, linearized_part
+from jaxarith import plots, report
 
 
-def goals(rows: list[dict], with_torch: bool) -> list[dict]:
+def goals(rows: Sequence[dict], with_torch: bool) -> list[dict]:
     """The goals of the project for ViT-B/32 on a CPU, and what was reached."""
     by_name = {row["row"]: row for row in rows}
     found = []
@@ -26,7 +26,8 @@ def goals(rows: list[dict], with_torch: bool) -> list[dict]:
     goal("linearised over ordinary, FLOPs", "flops", linear, ordinary, 1.68)
     for mode, limit in {"cyclic": 1.2, "mixed": 1.2, "strict": 2.15}.items():
         goal(f"{mode} over linearised", "seconds", f"+ {mode} τJp", linear, limit)
-    goal("paradigm (1) over ordinary", "seconds", part_name("1"), ordinary, 1.35)
+    part = linearized_part("1")
+    goal(f"{part}, over ordinary", "seconds", part, ordinary, 1.35)
     many, separate = f"{TASKS} tangents by jvps", f"{TASKS} JVPs"
     goal("jvps over separate JVPs", "seconds", many, separate, 0.85)
     for step in (ordinary, linear):
@@ -40,21 +41,107 @@ def goals(rows: list[dict], with_torch: bool) -> list[dict]:
     return found
 
 
-HEADER = ["row", "s", "shortest to longest", "over ordinary", "GFLOP"]
-HEADER += ["over ordinary", "temporary MB", "compile s", "samples/s"]
-HEADER += ["PyTorch s", "torch.compile s", "faster PyTorch / ours"]
+def cost_table(rows: Sequence[dict]) -> str:
+    """What a tangent costs: seconds, FLOPs and memory of every row."""
+    sizes = _sizes(rows)
+    header = [*sizes, "row", "s", "shortest to longest", "over ordinary", "GFLOP"]
+    header += ["over ordinary", "temporary MB", "compile s", "samples/s", "tokens/s"]
 
-
-def table(rows) -> str:
     def cells(row):
-        bytes_ = row["temporary_bytes"]
         return [
-            *(row["row"], row["seconds"]),
-            f"{row['shortest']:.3f} to {row['longest']:.3f}",
-            *(row["ratio"], row["flops"] / 1e9, row["flop_ratio"]),
-            *(None if bytes_ is None else bytes_ / 1e6, row["compile_seconds"]),
-            *(row["samples_per_second"], row["torch_seconds"]),
-            *(row["torch_compile_seconds"], row["torch_over_jaxarith"]),
+            *(row[size] for size in sizes),
+            *(row["row"], row["seconds"], _range(row), row["ratio"]),
+            *(row["flops"] / 1e9, row["flop_ratio"], _mb(row["temporary_bytes"])),
+            *(row["compile_seconds"], row["samples_per_second"]),
+            round(row["tokens_per_second"]),
         ]
 
-    return report.markdown_table(HEADER, [cells(row) for row in rows])
+    return report.markdown_table(header, [cells(row) for row in rows])
+
+
+def torch_table(rows: Sequence[dict]) -> str:
+    """Against whom: the rows that PyTorch has too, by its two forms."""
+    sizes = _sizes(rows)
+    header = [*sizes, "row", "s", "eager s", "shortest to longest", "torch.compile s"]
+    header += ["shortest to longest", "faster PyTorch / ours", "temporary MB"]
+    header += ["eager peak MB", "torch.compile peak MB", "torch.compile's first call s"]
+
+    def cells(row):
+        eager, compiled = row["eager"], row["compiled"] or {}
+        return [
+            *(row[size] for size in sizes),
+            *(row["row"], row["seconds"], eager["seconds"], _range(eager)),
+            *(compiled.get("seconds"), _range(compiled), row["torch_over_jaxarith"]),
+            *(_mb(row["temporary_bytes"]), _mb(eager["peak_bytes"])),
+            *(_mb(compiled.get("peak_bytes")), compiled.get("compile_seconds")),
+        ]
+
+    beside = [row for row in rows if row["eager"]]
+    return report.markdown_table(header, [cells(row) for row in beside])
+
+
+def parts_of(results: dict, *, with_goals: bool) -> list[str]:
+    """The paragraphs and tables of the report.
+
+    Args:
+      results: what report.json holds.
+      with_goals: whether goals were asked for.
+    """
+    rows, machine = results["rows"], results["machine"]
+    parts = [measure.named(machine), cost_table(rows)]
+    if any(row["eager"] for row in rows):
+        parts.append(torch_table(rows))
+    if with_goals:
+        names = ["goal", "reached", "limit", "met"]
+        parts.append(measure.table(results["goals"], names))
+    parts += [f"{kind}: {measure.named(x)}" for kind, x in results["checks"].items()]
+    if small := trial(machine):
+        parts.append(small)
+    return parts
+
+
+def trial(machine: dict) -> str:
+    """What a reader must know of a tiny or shortened model; empty for others."""
+    if machine["model"] != "tiny" and machine["layers"] is None:
+        return ""
+    return (
+        "A tiny or shortened model is for trying the script: what it costs says "
+        "nothing about a whole one."
+    )
+
+
+def _sizes(rows):
+    """Which of model, dtype, batch and length differ between rows."""
+    names = ("model", "dtype", "batch", "length")
+    return [name for name in names if len({row.get(name) for row in rows}) > 1]
+
+
+def _range(row):
+    return f"{row['shortest']:.3f} to {row['longest']:.3f}" if row else None
+
+
+def _mb(count):
+    return None if count is None else count / 1e6
+
+
+def figure(path: Path, rows: Sequence[dict]):
+    """cost.png: seconds by row, or how they grow with batch and length."""
+    sizes, names = _sizes(rows), list(dict.fromkeys(row["row"] for row in rows))
+    if not sizes:
+        groups = {"jaxarith": [row["seconds"] for row in rows]}
+        for form, label in (("eager", "PyTorch"), ("compiled", "torch.compile")):
+            if any(row[form] for row in rows):
+                groups[label] = [(row[form] or NONE)["seconds"] for row in rows]
+        plots.horizontal_bars(path, groups, names, x="seconds")
+        return
+    axis, *other = sizes
+    lines: dict[str, list] = {}
+    for row in rows:
+        label = ", ".join([row["row"], *(f"{row[name]} tokens" for name in other)])
+        lines.setdefault(label, []).append(row["runs"])
+    places = list(dict.fromkeys(row[axis] for row in rows))
+    x = {"batch": "samples of a step", "length": "tokens of a text"}[axis]
+    plots.repeated(path, places, lines, {}, x=x, y="seconds of a step")
+
+
+NONE = {"seconds": np.nan}

@@ -1,10 +1,12 @@
 """Seconds, memory, the machine they were measured on, and the report of them."""
 
+import contextlib
 import ctypes
+import datetime
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +16,9 @@ import numpy as np
 from jaxarith import report
 
 K = TypeVar("K")
+# Of the minute before this process did anything.
+LOAD = round(os.getloadavg()[0], 2)
+OTHERS = "cores busy with other processes"
 
 
 def seconds(function: Callable) -> float:
@@ -97,6 +102,8 @@ def named(values: Mapping) -> str:
 def write(out: Path | None, title: str, parts: Sequence[str], results: dict) -> dict:
     """Prints a report; where there is a folder, writes report.json and report.md.
 
+    A machine that was not quiet is named at the end.
+
     Args:
       out: the folder.
       title: title of report.md; none if it is empty.
@@ -106,6 +113,7 @@ def write(out: Path | None, title: str, parts: Sequence[str], results: dict) -> 
     Returns:
       The results, which report.json holds.
     """
+    parts = [*parts, *(unquiet(results["machine"]) if "machine" in results else ())]
     text, head = "\n\n".join(parts), f"# {title}\n\n" if title else ""
     print(f"\n{text}")
     if out is not None:
@@ -116,35 +124,69 @@ def write(out: Path | None, title: str, parts: Sequence[str], results: dict) -> 
 
 
 def machine() -> dict:
-    """What the measured times depend on."""
+    """What the measured times depend on; "load" is that before this process began."""
     return {
+        "date": datetime.date.today().isoformat(),
         "processor": processor(),
         "cores": os.cpu_count(),
+        "load": LOAD,
         "devices": [device.device_kind for device in jax.devices()],
         "jax": jax.__version__,
         "numpy": np.__version__,
     }
 
 
-def load() -> dict[str, float]:
-    """What else the machine does, to be asked before anything is timed."""
-    return {"load": round(os.getloadavg()[0], 2)}
+@contextlib.contextmanager
+def watched() -> Iterator[dict]:
+    """Adds to a dict how many cores other processes kept busy meanwhile (Linux).
+
+    Example:
+      >>> with watched() as others:
+      ...     _ = sum(range(10**6))
+      >>> set(others) <= {"cores busy with other processes"}
+      True
+    """
+    found: dict = {}
+    begin, busy, own = time.perf_counter(), _busy(), _own()
+    yield found
+    took, after = time.perf_counter() - begin, _busy()
+    if busy is not None and after is not None and took:
+        others = (after - busy - (_own() - own)) / took
+        found[OTHERS] = max(round(others, 2), 0.0)
+
+
+def _busy() -> float | None:
+    """Seconds that all cores have worked, for whichever process."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    user, nice, system, _, _, irq, softirq, *_ = map(
+        int, stat.read_text().split("\n")[0].split()[1:]
+    )
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def _own() -> float:
+    return sum(os.times()[:4])
 
 
 def unquiet(machine: Mapping) -> list[str]:
     """What a reader of the times must know of the machine, as paragraphs.
 
     Args:
-      machine: what `machine` and `load` returned before anything was timed.
+      machine: what `machine` returned, and what `watched` added.
 
     Example:
       >>> unquiet({"load": 0.1, "cores": 2})
       []
     """
-    if machine["load"] <= 0.25 * (machine["cores"] or 1):
+    cores = machine["cores"] or 1
+    before, meanwhile = machine["load"], machine.get(OTHERS, 0.0)
+    if max(before, meanwhile) <= 0.25 * cores:
         return []
+    during = f", and {meanwhile} cores were busy with others while rows ran"
     return [
-        f"The machine was not quiet: {machine['load']} processes ran on its "
-        f"{machine['cores']} cores in the minute before. Ratios of rows that run in "
-        "turn say more than seconds."
+        f"The machine was not quiet: {before} processes ran on its {cores} cores in "
+        f"the minute before{during if OTHERS in machine else ''}. Ratios of rows that "
+        "run in turn say more than seconds."
     ]

@@ -139,6 +139,8 @@ class Config:
     array, copies of which take five times the memory of the inputs."""
     layers: int | None = None
     """Fewer transformer blocks than the model has, to try the script."""
+    goals: bool = False
+    """Whether to print what was aimed at, and what was reached."""
 
 
 def shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
@@ -290,7 +292,7 @@ def main(config: Config) -> dict:
         raise ValueError(f"unknown methods {unknown}; known are {', '.join(METHODS)}.")
     # Of slow methods the compilation counts, so none is kept from an earlier run.
     jax.config.update("jax_enable_compilation_cache", False)
-    where = measure.machine() | measure.load()
+    where = measure.machine()
     layout = shapes(config)
     params_0 = random_leaves(layout, 0, 2e-2)
     taus = [
@@ -316,10 +318,10 @@ def main(config: Config) -> dict:
     results = {
         "machine": where,
         "rows": rows,
-        "goals": goals(rows, config, layout, taus, copied),
+        "goals": goals(rows, config, layout, taus, copied) if config.goals else [],
     }
-    parts = [named(where), *measure.unquiet(where), table(rows)]
-    parts.append(measure.table(results["goals"]))
+    parts = [named(where), table(rows)]
+    parts += [measure.table(results["goals"])] if config.goals else []
     return measure.write(config.out, "Merge operators", parts, results)
 
 

@@ -1,7 +1,8 @@
 """What a training step does on many devices, read from its compiled program.
 
-The linearised step of an image encoder at its published size, with the optimizer, is
-compiled for meshes of 1 to 256 devices and not run: no parameter and no image is made.
+The linearised step of an encoder at its published size, with the optimizer, is compiled
+for meshes of 1 to 256 devices and not run: no parameter and no sample is made. On some
+meshes it is compiled with the penalty of curvature too.
 The batch of a device stays the same (weak scaling). Parameters lie whole on the devices
 of the axis `data` and are cut into parts for those of `fsdp` (`jaxarith.sharding`). XLA
 tells the FLOPs and the memory of a device; the collectives are read from the text.
@@ -19,13 +20,13 @@ parts alone (reduce-scatter), and gathers in bfloat16 what its products round to
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +35,19 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.bench import collectives, encoders, measure
+from experiments.bench import (
+    collectives,
+    encoders,
+    factors,
+    measure,
+    scaling_report,
+)
 from experiments.common import script
-from jaxarith import losses, plots, report, sharding, train, tree
+from jaxarith import losses, sharding, train, tree
 from jaxarith.models import heads
 
 CLASSES = 100
-MESHES = ("data=1", "data=2", "fsdp=2", "data=4", "fsdp=4", "data=8", "fsdp=8")
+MESHES = ("data=1", "data=8", "data=2,fsdp=4", "fsdp=8", "data=64", "data=8,fsdp=8")
 MESHES += ("data=256", "data=32,fsdp=8", "fsdp=256")
 # Slices of TPU v5e by their chips; below four, a part of the smallest host.
 SLICES = {1: "2x2", 2: "2x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8"}
@@ -51,38 +58,21 @@ SLICES |= {64: "8x8", 128: "8x16", 256: "16x16"}
 class Config:
     out: Path
     """Folder for report.json, report.md, sent.png and flops.png."""
-    models: tuple[encoders.Vision, ...] = ("vit-b-32", "vit-l-14")
+    models: tuple[encoders.Name, ...] = (
+        *("vit-b-32", "vit-b-16", "vit-l-14", "gpt2-medium"),
+    )
     """The encoders, at their published sizes."""
     meshes: tuple[str, ...] = MESHES
     """Of each program: the sizes of the axes data and fsdp."""
+    curvature: tuple[str, ...] = ("data=8", "data=8,fsdp=8", "data=32,fsdp=8")
+    """Those of the meshes on which the step is also compiled with the penalty of
+    curvature."""
     batch_per_device: int = 16
     """Samples of a step that each device computes."""
     platform: Literal["cpu", "tpu"] = "cpu"
     """Whose compiler: for virtual CPU devices, or for a slice of TPU v5e."""
     layers: int | None = None
     """Fewer transformer blocks than the model has, to try the script."""
-
-
-class Chip(NamedTuple):
-    """A chip as its maker publishes it.
-
-    Attributes:
-      name: the chip and what connects it to others.
-      flops: operations of dense products in bfloat16, per second.
-      sends: bytes that one chip can send per second.
-    """
-
-    name: str
-    flops: float
-    sends: float
-
-
-# As Google's page of the TPU v5e and NVIDIA's data sheet of the H100 give them.
-CHIPS = (
-    Chip("TPU v5e, interconnect of 1600 Gbit/s", 197e12, 200e9),
-    Chip("H100 SXM, NVLink of 450 GB/s each way", 989e12, 450e9),
-    Chip("H100 SXM, network of 400 Gbit/s", 989e12, 50e9),
-)
 
 
 def make_devices(config: Config):
@@ -148,13 +138,31 @@ def _chips(count: int) -> list:
 
 
 def program(
-    encoder: encoders.Encoder, mesh: Mesh, batch_per_device: int
+    encoder: encoders.Encoder,
+    mesh: Mesh,
+    batch_per_device: int,
+    *,
+    curvature: bool = False,
 ) -> jax.stages.Compiled:
-    """The linearised step of one task, compiled for the devices of a mesh."""
-    samples = batch_per_device * mesh.size
-    config = train.TrainConfig(linearized=True, batch_size=samples)
-    (image,) = encoder.make_inputs(np.random.default_rng(0), 1)
-    width = jax.eval_shape(encoder.apply_fn, encoder.layout, image).shape[-1]
+    """The linearised step of one task, compiled for the devices of a mesh.
+
+    Args:
+      encoder: the model.
+      mesh: the devices.
+      batch_per_device: samples of each.
+      curvature: whether the step has the penalty of curvature.
+    """
+    config = train.TrainConfig(
+        linearized=True,
+        batch_size=batch_per_device * mesh.size,
+        penalty="kronecker" if curvature else None,
+    )
+    sample = encoder.make_inputs(np.random.default_rng(0), 1)
+    width = jax.eval_shape(encoder.apply_fn, encoder.layout, *sample).shape[-1]
+    rows = {
+        name: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+        for name, leaf in zip(encoder.inputs, sample, strict=True)
+    }
 
     def loss_fn(features, batch, head):
         return losses.cross_entropy(heads.logits(head, features), batch["label"])
@@ -163,22 +171,35 @@ def program(
         encoder.apply_fn,
         encoder.layout,
         loss_fn,
-        {
-            "image": jax.ShapeDtypeStruct(image.shape[1:], jnp.float32),
-            "label": jax.ShapeDtypeStruct((), jnp.int32),
-        },
+        rows | {"label": jax.ShapeDtypeStruct((), jnp.int32)},
         config,
         constants=jax.ShapeDtypeStruct((1, CLASSES, width), jnp.float32),
+        inputs=encoder.inputs,
         mesh=mesh,
+        curvature=factors.shapes(encoder, sample, 0) if curvature else None,
     )
-    return lowered.compile()
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    return lowered.compile(compiler_options=fewer_passes() if is_cpu else None)
+
+
+def fewer_passes() -> dict[str, Any]:
+    """Options by which LLVM takes a third of its time; XLA's own work stays the same.
+
+    Nothing runs here, so the instructions need not be fast.
+    """
+    options: dict[str, Any] = {"xla_backend_optimization_level": 0}
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # others may lack it
+        options["xla_cpu_use_fusion_emitters"] = False
+    return options
 
 
 def count(compiled: jax.stages.Compiled, devices: int) -> dict:
     """What each device computes, holds and sends in a step."""
     memory: Any = compiled.memory_analysis()
     costs: Any = compiled.cost_analysis()
-    found = collectives.collectives(compiled.as_text() or "", devices)
+    text = compiled.as_text() or ""
+    found = collectives.collectives(text, devices)
+    scattered = collectives.collectives(text, devices, scattered=True)
     kinds: dict[str, dict] = {}
     for one in sorted(found):
         kind = kinds.setdefault(one.name, {"count": 0, "bytes": 0, "sent_bytes": 0})
@@ -192,83 +213,8 @@ def count(compiled: jax.stages.Compiled, devices: int) -> dict:
         "collectives": kinds,
         "repeated_in_loops": sum(one.times > 1 for one in found),
         "sent_bytes": sum(one.sent for one in found),
+        "scattered_bytes": sum(one.sent for one in scattered),
     }
-
-
-def binding_batch(row: dict, chip: Chip) -> float:
-    """Samples per device below which sending takes longer than computing.
-
-    Assumes that FLOPs grow with the batch, as all but the optimizer's do, and that
-    nothing is sent while a chip computes.
-    """
-    sending = row["sent_bytes"] / chip.sends
-    computing = row["flops"] / row["batch_per_device"] / chip.flops
-    return sending / computing
-
-
-def limits(rows: Sequence[dict]) -> list[dict]:
-    """The binding batches of the meshes of the most devices, if more than one."""
-    most = max(row["devices"] for row in rows)
-    return [
-        {
-            "model": row["model"],
-            "mesh": row["mesh"],
-            "batch_per_device": {chip.name: binding_batch(row, chip) for chip in CHIPS},
-        }
-        for row in rows
-        if row["devices"] == most > 1
-    ]
-
-
-def parts_of(results: dict) -> list[str]:
-    """The paragraphs and tables of the report."""
-    rows = results["rows"]
-    header = ["model", "mesh", "batch", "GFLOP", "arguments MB", "temporary MB"]
-    header += ["collectives", "sent MB"]
-    cells = [
-        [
-            *(row["model"], row["mesh"], row["batch_per_device"] * row["devices"]),
-            row["flops"] / 1e9,
-            *(row["argument_bytes"] / 1e6, row["temporary_bytes"] / 1e6),
-            ", ".join(f"{kind['count']} {k}" for k, kind in row["collectives"].items()),
-            row["sent_bytes"] / 1e6,
-        ]
-        for row in rows
-    ]
-    repeated = sum(row["repeated_in_loops"] for row in rows)
-    parts = [
-        f"For {results['device']}, by jax {results['jax']}. FLOPs, memory and bytes "
-        "are those of one device and one step; the batch is that of all devices.",
-        report.markdown_table(header, cells),
-        f"{repeated or 'None'} of the collectives are in loops of several iterations.",
-    ]
-    if results["limits"]:
-        header = ["model", "mesh", *(chip.name for chip in CHIPS)]
-        cells = [
-            [limit["model"], limit["mesh"], *limit["batch_per_device"].values()]
-            for limit in results["limits"]
-        ]
-        parts += [
-            "Communication begins to bind where a device has fewer samples than this. "
-            "It is the time to send over the time to compute a sample, at the rates "
-            "that the makers publish (products in bfloat16), in rings, with nothing "
-            "sent during computation.",
-            report.markdown_table(header, cells),
-        ]
-    return parts
-
-
-def figures(config: Config, rows: Sequence[dict]):
-    """What a device sends and computes, by mesh."""
-    for key, unit, name, y in (
-        ("sent_bytes", 1e6, "sent", "MB that a device sends in a step"),
-        ("flops", 1e9, "flops", "GFLOP of a device in a step"),
-    ):
-        groups = {
-            model: [row[key] / unit for row in rows if row["model"] == model]
-            for model in config.models
-        }
-        plots.bars(config.out / f"{name}.png", groups, config.meshes, y=y)
 
 
 def main(config: Config) -> dict:
@@ -283,27 +229,32 @@ def main(config: Config) -> dict:
         )
     make_devices(config)
     meshes = make_meshes(config)
-    programs = [(model, sizes) for model in config.models for sizes in meshes]
+    programs = [
+        (model, sizes, curvature)
+        for model in config.models
+        for sizes in meshes
+        for curvature in ((False, True) if sizes in config.curvature else (False,))
+    ]
     rows, bar = [], tqdm(programs, desc="compile", unit="program")
-    for model, sizes in bar:
+    for model, sizes, curvature in bar:
         bar.set_postfix_str(f"{model}, {sizes}")
         encoder, mesh = encoders.encoder(model, config.layers), meshes[sizes]
-        compiled = program(encoder, mesh, config.batch_per_device)
+        compiled = program(encoder, mesh, config.batch_per_device, curvature=curvature)
         options = {"model": model, "parameters": tree.size(encoder.layout)}
-        options |= {"mesh": sizes, "devices": mesh.size}
+        options |= {"mesh": sizes, "devices": mesh.size, "curvature": curvature}
         options |= {"batch_per_device": config.batch_per_device}
         rows.append(options | count(compiled, mesh.size))
     results = {
         "device": next(iter(meshes.values())).devices.flat[0].device_kind,
         "jax": jax.__version__,
         "layers": config.layers,
-        "chips": [chip._asdict() for chip in CHIPS],
+        "chips": [chip._asdict() for chip in scaling_report.CHIPS],
         "rows": rows,
-        "limits": limits(rows),
+        "limits": scaling_report.limits(rows),
     }
     title = "A step on many devices"
-    measure.write(config.out, title, parts_of(results), results)
-    figures(config, rows)
+    measure.write(config.out, title, scaling_report.parts_of(results), results)
+    scaling_report.figures(config.out, rows, config.models, config.meshes)
     return results
 
 

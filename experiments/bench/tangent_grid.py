@@ -57,6 +57,8 @@ class Config:
     classes: int = 10
     batch_size: int = 128
     seed: int = 0
+    goals: bool = False
+    """Whether to print what was aimed at, and what was reached."""
 
 
 class Dataset(NamedTuple):
@@ -386,7 +388,7 @@ def main(config: Config) -> dict:
         "rows": rows,
         "search_per_task": search_per_task(study),
         "adamerging": adamerging(study),
-        "goals": tangent_report.goals(rows),
+        "goals": tangent_report.goals(rows) if config.goals else [],
     }
     parts = tangent_report.parts_of(results)
     measure.write(config.out, "Cached tangents", parts, results)

@@ -68,5 +68,5 @@ def parts_of(results: dict) -> list[str]:
         f"{step['making_seconds']:.2f} s for the cache, with passes "
         f"{step['forward_seconds_per_step']:.4f} s per step; entropies differ by "
         f"{step['entropy_difference']:.1e} at most.",
-        measure.table(results["goals"]),
+        *([measure.table(results["goals"])] if results["goals"] else []),
     ]

@@ -8,15 +8,20 @@ does.
 """
 
 import functools
+import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+import torch._dynamo
 import transformers
 
+from experiments.bench import jvp_rows, measure
+from experiments.bench.jvp_steps import TASKS, linearized_part, ordinary_part
 from jaxarith import tree
 from jaxarith.hub import layouts
 from jaxarith.typing import Tree
@@ -119,10 +124,11 @@ def steps(work, device: str, dtype: str, coef: float) -> dict[str, Callable]:
     mode cannot differentiate.
 
     Args:
-      work: a `jvp_cost.Work`.
+      work: a `jvp_steps.Work`.
       device, dtype: as PyTorch calls them.
       coef: weight of the penalty.
     """
+    torch.backends.cudnn.allow_tf32 = False  # which would round images to 10 bits
     kind: Any = getattr(torch, dtype)
     as_tensors = functools.partial(tensors, device=device, dtype=kind)
     features, fused_features = (
@@ -140,7 +146,7 @@ def steps(work, device: str, dtype: str, coef: float) -> dict[str, Callable]:
 
     def batches(name, arrays):
         # One batch per task: the strict penalty is a pass for each of them.
-        count = len(taus) if "strict" in name else 1
+        count = TASKS if "strict" in name else 1
         chunks = zip(*(jnp.split(array, count) for array in arrays), strict=True)
         return [inputs_of(chunk, device, kind) for chunk in chunks]
 
@@ -150,25 +156,38 @@ def steps(work, device: str, dtype: str, coef: float) -> dict[str, Callable]:
         total = functools.partial(linearized, penalty_inputs, coef)
         return functools.partial(waited, functools.partial(gradient, total, tau))
 
-    def ordinary(params):
-        return loss(fused_features(params, *inputs))
+    def ordinary(part):
+        return loss(fused_features({**params, **part}, *inputs))
 
-    return {
+    def ordinary_of(part):
+        return functools.partial(waited, functools.partial(gradient, ordinary, part))
+
+    def selected(values, pattern):
+        return as_tensors(tree.select(values, pattern))
+
+    rows = {
         "forward": no_gradient(lambda: fused_features(params, *inputs)),
-        "ordinary step": functools.partial(
-            waited, functools.partial(gradient, ordinary, params)
-        ),
+        "ordinary step": ordinary_of(params),
         "JVP": no_gradient(lambda: jvp(features, params, taus[0], *inputs)),
         "linearised step": stepping([], taus[0]),
-        **{row: stepping([], as_tensors(part)) for row, part in work.parts.items()},
+        **{
+            linearized_part(name): stepping([], selected(work.taus[0], pattern))
+            for name, pattern in work.parts.items()
+        },
+        **{
+            ordinary_part(name): ordinary_of(selected(work.params, pattern))
+            for name, pattern in work.parts.items()
+        },
         **{
             row: stepping(batches(row, arrays), taus[0])
             for row, arrays in work.penalties.items()
         },
-        f"{len(taus)} JVPs": no_gradient(
-            lambda: [jvp(features, params, tau, *inputs) for tau in taus]
-        ),
     }
+    if len(taus) > 1:
+        rows[f"{TASKS} JVPs"] = no_gradient(
+            lambda: [jvp(features, params, tau, *inputs) for tau in taus]
+        )
+    return rows
 
 
 def compare(ours: Mapping, theirs: Mapping, dtype: str) -> dict[str, float]:
@@ -217,24 +236,79 @@ def _flat(values):
     return [values]
 
 
-def compared_steps(work, ours: Mapping, device: str, dtype: str, coef, compile: bool):
-    """The functions to time by library and row, and how they compare with `ours`.
+def device_of(name: str) -> str:
+    """What PyTorch calls the device that JAX calls "cpu" or "gpu"."""
+    return "cuda" if name == "gpu" else name
+
+
+def peak_bytes(function: Callable) -> int | None:
+    """What a call needs beyond what it starts with and what it returns.
+
+    On a GPU PyTorch counts it. On a CPU it is the highest mark of the process's
+    memory; None where the system does not tell that (only Linux does).
+    """
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = function()
+        peak = torch.cuda.max_memory_allocated() - before
+        return max(peak - sum(leaf.nbytes for leaf in jax.tree.leaves(result)), 0)
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    _, peak, held = measure.peak_memory(function)
+    return max(peak - held, 0)
+
+
+def compared_rows(
+    theirs: Mapping[str, Callable], ours: Mapping[str, Callable], dtype: str, compile
+) -> tuple[dict[str, jvp_rows.Theirs], dict[str, dict]]:
+    """PyTorch's rows, eager and compiled, and how they compare with `ours`.
 
     Args:
-      work, device, dtype, coef: as for `steps`.
+      theirs: what `steps` returned.
       ours: JAX's functions by row; only these rows are returned.
+      dtype: dtype of the numbers.
       compile: whether to try `torch.compile` too, on every row.
+
+    Returns:
+      The rows; and by kind of check, what was found of each row: "apart" for eager
+      mode, "torch.compile" for the error of a row that does not compile.
+
+    Raises:
+      ValueError: the results of eager mode are not ours.
     """
-    theirs = {k: f for k, f in steps(work, device, dtype, coef).items() if k in ours}
-    checks: dict[str, dict] = {"apart": compare(ours, theirs, dtype)}
-    functions = {("torch", name): function for name, function in theirs.items()}
-    tried = list(theirs) if compile else ()
-    for name in sorted(tried):
-        compiled = torch.compile(theirs[name])
-        try:
-            compare(ours, {name: compiled}, dtype)
-            functions["torch.compile", name] = compiled
-        except Exception as error:  # whatever the compiler of PyTorch raises
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            checks.setdefault("torch.compile", {})[name] = lines[0][:300]
-    return functions, checks
+    _no_silent_fallback()
+    found: dict[str, jvp_rows.Theirs] = {}
+    checks: dict[str, dict] = {"apart": {}}
+    for name in ours:
+        if name not in theirs:
+            continue
+        checks["apart"] |= compare({name: ours[name]}, theirs, dtype)
+        compiled, took = None, None
+        if compile:
+            compiled = torch.compile(theirs[name], dynamic=False)
+            try:
+                begin = time.perf_counter()
+                compiled()
+                took = time.perf_counter() - begin
+                compare(ours, {name: compiled}, dtype)
+            except Exception as error:  # whatever the compiler of PyTorch raises
+                lines = [line for line in str(error).splitlines() if line.strip()]
+                said = (lines or [type(error).__name__])[0][:300]
+                checks.setdefault("torch.compile", {})[name] = said
+                compiled, took = None, None
+        found[name] = jvp_rows.Theirs(theirs[name], compiled, took, peak_bytes)
+    return found, checks
+
+
+def _no_silent_fallback():
+    # All rows share code. Beyond the usual limit of programs of one function PyTorch
+    # runs it in eager mode and does not say so.
+    torch._dynamo.reset()
+    for name, value in (
+        ("recompile_limit", 256),
+        ("accumulated_recompile_limit", 4096),
+        ("fail_on_recompile_limit_hit", True),
+    ):
+        if hasattr(torch._dynamo.config, name):  # versions differ
+            setattr(torch._dynamo.config, name, value)
