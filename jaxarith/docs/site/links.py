@@ -24,7 +24,7 @@ def _pages() -> dict[str, str]:
     for place in ("experiments/README.md", "experiments/bench/README.md"):
         found[place] = place
     tutorials = ROOT / "experiments" / "tutorials"
-    for file in [*tutorials.glob("README.md"), *tutorials.glob("[a-z]*.py")]:
+    for file in [*tutorials.glob("README.md"), *tutorials.glob("[a-z]*_*.py")]:
         place = file.relative_to(ROOT)
         found[str(place)] = str(place.with_suffix(".md"))
     for module in (module for group in api.PAGES.values() for module in group):
