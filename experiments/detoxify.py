@@ -93,7 +93,7 @@ class Config(gpt2.Options):
     def __post_init__(self):
         super().__post_init__()
         if self.penalty_text is not None and not self.linearized:
-            raise ValueError("--penalty-text needs --linearized; give both or none.")
+            raise ValueError("--penalty-text needs --linearized; give it too.")
         if not self.temperature > 0:
             raise ValueError(
                 f"--temperature {self.temperature}: expected a value above 0; without "

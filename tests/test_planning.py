@@ -102,7 +102,7 @@ def test_known_tasks_stand_in_with_their_published_sizes(tmp_path):
     few = raw_tasks.named("svhn", dataclasses.replace(options, samples=100))
     assert (len(few.train), few.test.stands_for) == (100, 100)
     assert stand_ins.of(task) is task
-    with pytest.raises(ValueError, match="no task 'cats'"):
+    with pytest.raises(ValueError, match="unknown task 'cats'"):
         raw_tasks.named("cats", options)
 
 

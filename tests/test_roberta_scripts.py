@@ -156,7 +156,7 @@ def test_all_that_is_missing_is_one_error_and_nothing_is_written(tmp_path):
             out=tmp_path / "out",
             bank=tmp_path / "bank",
         )
-        missing = r"(?s)MR: .*datasets.tar.*cats: .*no task.*none.txt.*CR: .*original"
+        missing = r"(?s)MR: .*datasets.tar.*cats: not a task.*none.txt.*CR: .*original"
         with pytest.raises(ValueError, match=missing):
             script.main(config)
     config = table3_glue.Config(data_dir=tmp_path, out=tmp_path / "out")
@@ -359,7 +359,7 @@ def test_tasks_are_files_too_and_their_vectors_are_kept(roberta, tmp_path, monke
     ("script", "options", "message"),
     [
         ("figure7_seventy_tasks", {"tasks": ("MR", "CR")}, "at least three"),
-        ("table8_twelve_tasks", {"clusters": 13}, "--clusters 13 of 12"),
+        ("table8_twelve_tasks", {"clusters": 13}, "--clusters 13: expected 1 to 12"),
         ("table16_prompt_robustness", {"tasks": ("MR", "CR")}, "expected three tasks"),
         ("table8_twelve_tasks", {"tasks": ("MR", "MR", "CR", "MR")}, "each only once"),
         (

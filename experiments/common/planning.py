@@ -135,7 +135,7 @@ class Recorder:
         self.disk += 4 * tree.size(trained) * len(training.names)
 
     def vector(self, file: Path, params_0: Tree, trained: str) -> Tree:
-        """Returns a random vector in place of this file; equal files, equal vectors."""
+        """Returns a random vector instead of this file's, always the same."""
         if file not in self.made:
             part = tree.select(tree.floating(params_0), trained)
             rng = np.random.default_rng(list(os.fsencode(file)))

@@ -36,7 +36,7 @@ class Options(curvatures.Options, runs.Banked, runs.Planned):
     """The tasks, in order: names of jaxarith data check, or NAME=FOLDER with images in
     FOLDER/<split>/<class>/."""
     tasks_file: Path | None = None
-    """A text file in place of --tasks, with one task a line; # begins a comment."""
+    """A text file with one task per line, instead of --tasks; # begins a comment."""
     control: str = "imagenet"
     """The control task: a name or NAME=FOLDER, as for --tasks; none for no control. The
     penalty protects its outputs and those of the other tasks."""
