@@ -174,7 +174,7 @@ def test_a_model_that_does_not_fit_the_base_has_no_vector(tmp_path):
     raw = hub.read_json(folder)
     for change in ({"d_ff": 40}, {"num_layers": 2}):
         (folder / "config.json").write_text(json.dumps({**raw, **change}))
-        with pytest.raises(ValueError, match="(?s)tiny_t5, so it has no task vector.*wi"):
+        with pytest.raises(ValueError, match="(?s)so it has no task vector.*wi"):
             text_to_text.external_vector(base, str(folder))
     (folder / "config.json").write_text(json.dumps({**raw, "model_type": "bart"}))
     with pytest.raises(ValueError, match="'bart'; expected a T5"):
