@@ -1,11 +1,11 @@
 """Accuracies of a study's task vectors and of their merges, and the rows of its table.
 
-An ordinary model runs once for every coefficient, all coefficients of a batch in one
-compiled program (`evaluate.sweep`). A linearised one runs once in all: its outputs are
-affine in the coefficients (`evaluate.tangent`).
+An ordinary model runs once for every merge and coefficient. All of them share one pass
+over the data of a split and one compiled program (`evaluate.sweep_all`). A linearised
+model runs once in all: its outputs are affine in the coefficients (`evaluate.tangent`).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from experiments.common import runs
 from experiments.common.studies import merges
-from experiments.common.studies.study import Dataset, Study, classifier
+from experiments.common.studies.study import Config, Dataset, Study, classifier
 from jaxarith import evaluate, metrics, task_vectors
 from jaxarith.typing import Numbers, Taus, Tree
 
@@ -24,6 +24,8 @@ SPLITS: tuple[Split, ...] = ("validation", "test")
 
 # Accuracies on a split of all T tasks, `[n, T]`, at n coefficients.
 AccuraciesAt = Callable[[Split, Numbers], np.ndarray]
+# A vector, and the coefficients at which it is added.
+Along = tuple[Tree, Numbers]
 # Accuracies of every task's own vector on its own data, `[T]`, by split.
 Single = dict[Split, list[float]]
 
@@ -87,39 +89,71 @@ def linearized_sum(study: Study, outputs: Outputs) -> AccuraciesAt:
 
 def ordinary_single(study: Study, vectors: Taus) -> Single:
     """Accuracies of every task's own ordinary vector on its own data."""
-    return {
-        split: _swept(study, split, vectors, [1.0], f"single tasks, {split}")[
-            0
-        ].tolist()
-        for split in SPLITS
-    }
+    own = [[(vector, [1.0])] for vector in vectors]
+
+    def single(split):
+        [found] = _swept(study, split, own, f"single tasks, {split}")
+        return found[0].tolist()
+
+    return {split: single(split) for split in SPLITS}
+
+
+def ordinary_at(
+    study: Study, split: Split, several: Mapping[str, Along], title: str
+) -> dict[str, np.ndarray]:
+    """Accuracies of the networks θ0 + c·τ for several vectors τ, in one pass.
+
+    Args:
+      study: the study.
+      split: the part of the data.
+      several: by name a vector, such as the sum of all or a merge, and its n
+        coefficients.
+      title: the title of the progress bar.
+
+    Returns:
+      By name `[n, T]`.
+    """
+    own = [list(several.values())] * len(study.names)
+    found = _swept(study, split, own, f"{title}, {split}")
+    return dict(zip(several, found, strict=True))
 
 
 def ordinary_along(study: Study, vector: Tree, title: str) -> AccuraciesAt:
-    """The network θ0 + c·τ for one vector τ, such as the sum of all, or a merge."""
-    vectors = [vector] * len(study.names)
-    return lambda split, coefs: _swept(
-        study, split, vectors, coefs, f"{title}, {split}"
-    )
+    """The network θ0 + c·τ for one vector τ, as a function of c."""
+    return lambda split, coefs: ordinary_at(
+        study, split, {title: (vector, coefs)}, title
+    )[title]
 
 
-def _swept(study, split, vectors, coefs, title):
-    """Accuracies `[n, T]` on every task with that task's vector, at n coefficients."""
+def _swept(
+    study: Study, split: Split, own: Sequence[Sequence[Along]], title: str
+) -> list[np.ndarray]:
+    """Accuracies along vectors of each task on that task's data.
+
+    Args:
+      study, split, title: as for `ordinary_at`.
+      own: for each task K vectors with their coefficients, as many for every task.
+
+    Returns:
+      For each of the K vectors `[n, T]`.
+    """
     datasets, columns = _datasets(study, split), []
     with _passes(datasets, title) as bar:
-        for dataset, vector in zip(datasets, vectors, strict=True):
-            found = evaluate.sweep(
+        for dataset, along in zip(datasets, own, strict=True):
+            found = evaluate.sweep_all(
                 classifier(study.apply_fn, study.logits),
                 {"encoder": study.params_0, "head": dataset.padded},
-                [{"encoder": vector}],
+                [
+                    ([{"encoder": vector}], np.reshape(coefs, (-1, 1)))
+                    for vector, coefs in along
+                ],
                 _ticking(dataset.batches, bar),
-                np.reshape(coefs, (-1, 1)),
                 study.inputs,
                 mesh=study.mesh,
                 readout=_classes,
             )
-            columns.append(np.mean(found == dataset.labels, axis=1))
-    return np.stack(columns, axis=1)
+            columns.append([np.mean(x == dataset.labels, axis=1) for x in found])
+    return [np.stack(column, axis=1) for column in zip(*columns, strict=True)]
 
 
 def _classes(logits):
@@ -172,23 +206,44 @@ def merge_rows(
     study: Study, method: str, merge_name: str, at: AccuraciesAt, single: Single
 ) -> tuple[list[dict], evaluate.Search]:
     """Rows at coefficient 1 and at the one chosen on validation data; the search."""
+    coefs = coefs_of(study.config, merge_name)
+    search = search_of(at("validation", coefs), coefs, single)
+    found = at("test", [1.0, search.coef])
+    return rows_of(study, method, merge_name, search, found, single), search
+
+
+def coefs_of(config: Config, merge_name: str) -> np.ndarray:
+    """The candidate coefficients of a merge."""
     # Every coefficient of a merge of ordinary vectors costs forward passes.
-    stride = 5 if study.config.smoke else 1 if merge_name == "task_arithmetic" else 2
-    coefs = COEFS[::stride]
-    accuracies = dict(zip(coefs, at("validation", coefs), strict=True))
+    return COEFS[:: 5 if config.smoke else 1 if merge_name == "task_arithmetic" else 2]
+
+
+def search_of(
+    accuracies: np.ndarray, coefs: np.ndarray, single: Single
+) -> evaluate.Search:
+    """The best coefficient by validation accuracies `[n, T]`."""
     own = single["validation"]
-    search = evaluate.search(
-        accuracies.__getitem__,
+    return evaluate.search(
+        dict(zip(coefs, accuracies, strict=True)).__getitem__,
         own if all(own) else [1.0] * len(own),  # absolute, where one is zero
         coefs,
     )
+
+
+def rows_of(
+    study: Study,
+    method: str,
+    merge_name: str,
+    search: evaluate.Search,
+    found: np.ndarray,
+    single: Single,
+) -> list[dict]:
+    """The rows of a merge, from test accuracies `[2, T]` at 1 and at the chosen."""
     chosen = ((1.0, False), (search.coef, True))
-    found = at("test", [coef for coef, _ in chosen])
-    rows = [
+    return [
         row(study, method, merge_name, coef, searched, accuracy, single["test"])
         for (coef, searched), accuracy in zip(chosen, found, strict=True)
     ]
-    return rows, search
 
 
 class Evaluation(NamedTuple):
@@ -229,36 +284,38 @@ def evaluate_all(study: Study, taus: dict[str, Taus]) -> Evaluation:
 
 def evaluate_ordinary(study: Study, vectors: Taus) -> Evaluation:
     """The pre-trained model, the ordinary ones, and all merges of their vectors."""
-    method = "nonlinear"
+    method, title = "nonlinear", "evaluate, ordinary"
     single = ordinary_single(study, vectors)
     total = task_vectors.add(vectors)
-    zero = ordinary_along(study, total, "zero-shot")("test", [0.0])[0]
-    alone = [
-        row(study, "zero_shot", "none", 0, False, zero, single["test"]),
-        row(
-            study,
-            f"individual_{method}",
-            "none",
-            1,
-            False,
-            single["test"],
-            single["test"],
-        ),
-    ]
     searched = {"task_arithmetic": total} | merges.merged_vectors(study, vectors)
-    rows, searches = [], {}
-    for name, vector in _progress(searched, "evaluate, ordinary"):
-        title = name.replace("_", " ")
-        at = ordinary_along(study, vector, title)
-        found, search = merge_rows(study, method, name, at, single)
-        rows += found
-        searches[f"{method}, {title}"] = search
-    for name, vector in merges.fitted_vectors(study, vectors).items():
-        at = ordinary_along(study, vector, name)
-        rows.append(
-            row(study, method, name, 1, False, at("test", [1.0])[0], single["test"])
-        )
-    return Evaluation(alone, rows, searches, {})
+    fitted = merges.fitted_vectors(study, vectors)
+    coefs = {name: coefs_of(study.config, name) for name in searched}
+    along = {name: (vector, coefs[name]) for name, vector in searched.items()}
+    validation = ordinary_at(study, "validation", along, title)
+    searches = {
+        name: search_of(found, coefs[name], single)
+        for name, found in validation.items()
+    }
+    chosen = {
+        name: (searched[name], [1.0, search.coef]) for name, search in searches.items()
+    }
+    at_one = {name: (vector, [1.0]) for name, vector in fitted.items()}
+    start = {"zero_shot": (total, [0.0])}
+    found = ordinary_at(study, "test", chosen | at_one | start, title)
+    [zero], own = found["zero_shot"], single["test"]
+    alone = [
+        row(study, "zero_shot", "none", 0, False, zero, own),
+        row(study, f"individual_{method}", "none", 1, False, own, own),
+    ]
+    rows = []
+    for name, search in searches.items():
+        rows += rows_of(study, method, name, search, found[name], single)
+    rows += [row(study, method, name, 1, False, found[name][0], own) for name in fitted]
+    titled = {
+        f"{method}, {name.replace('_', ' ')}": search
+        for name, search in searches.items()
+    }
+    return Evaluation(alone, rows, titled, {})
 
 
 def evaluate_linearized(study: Study, method: str, vectors: Taus) -> Evaluation:
@@ -276,8 +333,3 @@ def evaluate_linearized(study: Study, method: str, vectors: Taus) -> Evaluation:
         rows.append(row(study, method, "adamerging", mean, False, found, own))
     title = f"{method}, task arithmetic"
     return Evaluation(alone, rows, {title: search}, {method: outputs})
-
-
-def _progress(named: dict, title: str):
-    bar = tqdm(named.items(), desc=title, unit="merge", disable=not runs.is_first())
-    return iter(bar)
