@@ -137,6 +137,13 @@ def test_formulas_and_examples_of_docstrings():
     )
 
 
+def test_a_colon_in_what_a_function_returns_ends_no_type():
+    text = "Sums.\n\nReturns:\n  A pair: `(a, b)`.\n"
+    expected = text.replace("A pair", "tuple[int, int]: A pair")
+    assert formulas.as_markdown(text, "tuple[int, int]") == expected
+    assert formulas.as_markdown(text) == text
+
+
 def test_cells_of_a_script_become_markdown():
     script = '"""Doc."""\n\n# %% [markdown]\n# # Title\n# text\n\n# %%\nx = 1\n\n# %%\n'
     assert percent.markdown(script) == "# Title\ntext\n\n```python\nx = 1\n```\n"

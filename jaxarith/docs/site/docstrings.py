@@ -12,5 +12,6 @@ class Markdown(griffe.Extension):
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
-            text = formulas.as_markdown(obj.docstring.value)
+            returns = obj.returns if isinstance(obj, griffe.Function) else None
+            text = formulas.as_markdown(obj.docstring.value, str(returns or ""))
             obj.docstring.value = api.linked(text)
