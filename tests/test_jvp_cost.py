@@ -94,9 +94,9 @@ def test_curvature_adds_the_gradient_of_its_form(work):
 
 def test_many_tangents_are_those_of_single_calls(work):
     rows = jvp_steps.steps(work)
-    function, args = rows[f"{jvp_steps.TASKS} tangents by jvps"]
+    function, args = rows[jvp_steps.MANY[0]]
     outputs, tangents = jax.jit(function)(*args)
-    function, args = rows[f"{jvp_steps.TASKS} JVPs"]
+    function, args = rows[jvp_steps.MANY[1]]
     for moved, (f0, expected) in zip(tangents, function(*args), strict=True):
         np.testing.assert_allclose(outputs, f0, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(moved, expected, rtol=1e-4, atol=1e-5)
@@ -145,7 +145,6 @@ def test_the_report_holds_the_rows_asked_for(tmp_path):
 
 
 def test_batches_and_lengths_share_a_table_and_a_figure(tmp_path, monkeypatch):
-    monkeypatch.setattr(jvp_steps, "TASKS", 1)
     small = functools.partial(t5.T5Config, vocab_size=64, d_model=32, d_kv=8, d_ff=64)
     monkeypatch.setattr(t5, "T5Config", small)
     config = jvp_cost.Config(

@@ -34,7 +34,16 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from experiments.bench import encoders, jvp_report, jvp_rows, measure
-from experiments.bench.jvp_steps import PENALTY_COEF, DType, Point, Work, prepare, steps
+from experiments.bench.jvp_steps import (
+    MANY,
+    PENALTY_COEF,
+    TASKS,
+    DType,
+    Point,
+    Work,
+    prepare,
+    steps,
+)
 from experiments.common import script
 from jaxarith import tangent, task_vectors
 
@@ -95,11 +104,13 @@ def rounding(work: Work, ours: dict[str, jvp_rows.Compiled]) -> dict:
 
 def measure_point(config: Config, point: Point) -> tuple[list[dict], dict]:
     """All rows of one batch and length, and what was checked of them."""
-    work = prepare(point)
+    many = not config.rows or set(config.rows) & set(MANY)
+    work = prepare(point, TASKS if many else 1)
     chosen = steps(work)
-    if unknown := set(config.rows) - set(chosen):
+    known = [*chosen, *(name for name in MANY if name not in chosen)]
+    if unknown := set(config.rows) - set(known):
         raise ValueError(
-            f"unknown rows {sorted(unknown)}; the rows are {', '.join(chosen)}."
+            f"unknown rows {sorted(unknown)}; the rows are {', '.join(known)}."
         )
     names = list(config.rows or chosen)
     bar = tqdm(names, desc="compile", unit="row")

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.bench import measure
-from experiments.bench.jvp_steps import TASKS
+from experiments.bench.jvp_steps import MANY
 
 
 class Compiled(NamedTuple):
@@ -41,7 +41,7 @@ class Theirs(NamedTuple):
 
 def compile_row(name: str, function: Callable, args: tuple) -> Compiled:
     """Compiles a row of `jvp_steps.steps`."""
-    if name == f"{TASKS} JVPs":  # several calls of one program
+    if name == MANY[1]:  # several calls of one program
         params, taus, *inputs = args
         jvp = lambda *args: function(args[0], [args[1]], *args[2:])[0]  # noqa: E731
         one = compile_row("", jvp, (params, taus[0], *inputs))

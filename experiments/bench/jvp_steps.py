@@ -19,6 +19,7 @@ from jaxarith.typing import Params, Tree
 CLASSES = 100
 PENALTY_COEF = 0.1
 TASKS = 8
+MANY = (f"{TASKS} tangents by jvps", f"{TASKS} JVPs")  # rows of many tangents
 DType = Literal["float32", "bfloat16"]
 # Of the paradigms of Jin et al. (2025), see `encoders`.
 PARTS = {
@@ -230,8 +231,9 @@ def steps(work: Work) -> dict[str, tuple[Callable, tuple]]:
         rows[name] = penalized_step(work), (params, tau, inputs, penalty_inputs)
     rows["+ curvature"] = curved_step(work), (params, tau, work.factors, *inputs)
     if len(work.taus) > 1:
-        rows[f"{TASKS} tangents by jvps"] = jvps, (params, work.taus, *inputs)
-        rows[f"{TASKS} JVPs"] = one_by_one, (params, work.taus, *inputs)
+        together, apart = MANY
+        rows[together] = jvps, (params, work.taus, *inputs)
+        rows[apart] = one_by_one, (params, work.taus, *inputs)
     if remat := encoder.rematerialized:
         rows["ordinary step, remat"] = ordinary_step(work, remat), (params, *inputs)
         rows["linearised step, remat"] = (

@@ -20,8 +20,8 @@ import torch
 import torch._dynamo
 import transformers
 
-from experiments.bench import jvp_rows, measure
-from experiments.bench.jvp_steps import TASKS, linearized_part, ordinary_part
+from experiments.bench import jvp_rows, jvp_steps, measure
+from experiments.bench.jvp_steps import MANY, linearized_part, ordinary_part
 from jaxarith import tree
 from jaxarith.hub import layouts
 from jaxarith.typing import Tree
@@ -146,7 +146,7 @@ def steps(work, device: str, dtype: str, coef: float) -> dict[str, Callable]:
 
     def batches(name, arrays):
         # One batch per task: the strict penalty is a pass for each of them.
-        count = TASKS if "strict" in name else 1
+        count = jvp_steps.TASKS if "strict" in name else 1
         chunks = zip(*(jnp.split(array, count) for array in arrays), strict=True)
         return [inputs_of(chunk, device, kind) for chunk in chunks]
 
@@ -184,7 +184,7 @@ def steps(work, device: str, dtype: str, coef: float) -> dict[str, Callable]:
         },
     }
     if len(taus) > 1:
-        rows[f"{TASKS} JVPs"] = no_gradient(
+        rows[MANY[1]] = no_gradient(
             lambda: [jvp(features, params, tau, *inputs) for tau in taus]
         )
     return rows
