@@ -7,6 +7,7 @@ import pytest
 from checks import assert_close
 from flax import linen as nn
 from oracles import normal
+from test_activations import plain_quick_gelu
 from tiny import random_params, tiny_clip
 
 from jaxarith import tangent, tree
@@ -21,19 +22,8 @@ def plain_standardize(x):
     return centered / jnp.sqrt((centered**2).mean(-1, keepdims=True) + EPS)
 
 
-def plain_quick_gelu(x):
-    return x / (1 + jnp.exp(-1.702 * x))
-
-
-PAIRS = {
-    "standardize": (lambda x: layers.standardize(x, EPS), plain_standardize),
-    "quick_gelu": (layers.quick_gelu, plain_quick_gelu),
-}
-
-
-@pytest.mark.parametrize("name", PAIRS)
-def test_stated_derivatives_are_those_of_autodiff(x64, name):
-    ours, plain = PAIRS[name]
+def test_the_stated_derivative_is_that_of_autodiff(x64):
+    ours, plain = (lambda x: layers.standardize(x, EPS)), plain_standardize
     x, dx, g = (normal((7, i), 3, 5, scale=2.0) for i in range(3))
     pushed, expected = (jax.jvp(f, (x,), (dx,)) for f in (ours, plain))
     np.testing.assert_allclose(pushed[0], expected[0], **CLOSE)
@@ -46,13 +36,6 @@ def test_stated_derivatives_are_those_of_autodiff(x64, name):
     np.testing.assert_allclose(square(ours), square(plain), **CLOSE)
     many = jax.vmap(lambda d: jax.jvp(ours, (x,), (d,))[1])(jnp.stack([dx, g]))
     np.testing.assert_allclose(many[1], jax.jvp(plain, (x,), (g,))[1], **CLOSE)
-
-
-def test_quick_gelu_and_its_slope_are_finite_far_from_zero():
-    x = jnp.array([-1e4, -200.0, 0.0, 200.0, 1e4])
-    np.testing.assert_allclose(layers.quick_gelu(x), [0, 0, 0, 200, 1e4])
-    slope = jax.vmap(jax.grad(layers.quick_gelu))(x)
-    np.testing.assert_allclose(slope, [0, 0, 0.5, 1, 1], atol=1e-6)
 
 
 def test_layer_norm_is_that_of_flax_under_the_same_names():

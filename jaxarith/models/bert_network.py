@@ -9,13 +9,13 @@ Shapes: B texts, S tokens, D = hidden_size.
 """
 
 import dataclasses
-import functools
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxarith.models.activations import gelu, gelu_tanh
 from jaxarith.models.layers import Dense, LayerNorm, attend
 
 Head = Literal["masked_lm", "classifier"]
@@ -96,12 +96,7 @@ class BertConfig:
 # Where Hugging Face's RobertaConfig differs.
 _DEFAULTS = {"bert": {}, "roberta": {"vocab_size": 50265, "pad_token_id": 1}}
 
-_gelu = functools.partial(nn.gelu, approximate=False)
-_ACTIVATIONS = {
-    "gelu": _gelu,
-    "gelu_new": functools.partial(nn.gelu, approximate=True),
-    "relu": nn.relu,
-}
+_ACTIVATIONS = {"gelu": gelu, "gelu_new": gelu_tanh, "relu": nn.relu}
 
 
 def _dense(config, features, name):
@@ -288,7 +283,7 @@ class RobertaLMHead(nn.Module):
     def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         c = self.config
         bias = self.param("bias", nn.initializers.zeros, (c.vocab_size,))
-        hidden = _gelu(_dense(c, c.hidden_size, "dense")(hidden))  # whatever hidden_act
+        hidden = gelu(_dense(c, c.hidden_size, "dense")(hidden))  # whatever hidden_act
         return LayerNorm(c.layer_norm_eps, name="layer_norm")(hidden), bias
 
 

@@ -29,13 +29,8 @@ from flax import linen as nn
 from jaxarith import hub
 from jaxarith.hub import open_clip
 from jaxarith.models import heads
-from jaxarith.models.layers import (
-    Dense,
-    LayerNorm,
-    attend,
-    quick_gelu,
-    rematerialized,
-)
+from jaxarith.models.activations import gelu, quick_gelu
+from jaxarith.models.layers import Dense, LayerNorm, attend, rematerialized
 from jaxarith.typing import ApplyFn
 
 # The real CLIP of a megabyte and a half that comes with the package; see its README.md.
@@ -125,10 +120,7 @@ def _tower(kind, raw, name):
     return kind(**{key: value for key, value in stated.items() if key in known})
 
 
-_ACTIVATIONS = {
-    "quick_gelu": quick_gelu,
-    "gelu": functools.partial(nn.gelu, approximate=False),
-}
+_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
 class Attention(nn.Module):
@@ -217,7 +209,10 @@ class PatchEmbedding(nn.Module):
         shape = (p, p, channels, self.width)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         patches = images.reshape(b, h // p, p, w // p, p, channels)
-        tokens = jnp.einsum("bhpwqc,pqcd->bhwd", patches, kernel)
+        # The numbers of a patch in the kernel's order: for a product over axes in
+        # another order XLA copies the kernel and its tangent as well.
+        rows = patches.transpose(0, 1, 3, 2, 4, 5).reshape(-1, p * p * channels)
+        tokens = rows @ kernel.reshape(-1, self.width)
         return tokens.reshape(b, -1, self.width)
 
 

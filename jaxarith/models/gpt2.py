@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxarith import hub
+from jaxarith.models.activations import gelu_tanh
 from jaxarith.models.blocked_attention import Mask, causal
 from jaxarith.models.generate import Decoder
 from jaxarith.models.layers import Dense, LayerNorm, attend
@@ -153,8 +154,7 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         hidden = Conv1D(c.n_inner or 4 * c.n_embd, name="c_fc")(x)
-        hidden = nn.gelu(hidden, approximate=True)
-        return Conv1D(c.n_embd, _residual(c), name="c_proj")(hidden)
+        return Conv1D(c.n_embd, _residual(c), name="c_proj")(gelu_tanh(hidden))
 
 
 def _residual(config):

@@ -100,27 +100,31 @@ class LayerNorm(nn.Module):
 
 
 @jax.custom_jvp
-def quick_gelu(x: jax.Array) -> jax.Array:
-    r"""The sigmoid approximation of GELU that OpenAI trained CLIP with.
+def softmax(scores: jax.Array) -> jax.Array:
+    r"""Softmax along the last axis.
 
-    .. math:: x\,\sigma(1.702\,x)
+    The derivative is stated, with :math:`y` the result, so that the product of `y` and
+    the tangent is computed once:
 
-    Hendrycks, Gimpel. Gaussian Error Linear Units. 2016. arXiv:1606.08415.
+    .. math:: \dot y = y\dot s - y \sum y\dot s
+
+    Args:
+      scores: `[..., K]`, finite.
 
     Example:
-      >>> print(quick_gelu(jnp.array([-1.0, 0.0, 1.0])).round(4))
-      [-0.1542  0.      0.8458]
+      >>> print(softmax(jnp.log(jnp.array([1.0, 3.0]))))
+      [0.25 0.75]
     """
-    return x * nn.sigmoid(1.702 * x)
+    powers = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
 
 
-@quick_gelu.defjvp
-def _quick_gelu_jvp(primals, tangents):
-    (x,), (dx,) = primals, tangents
-    # σ(2z) as (1 + tanh z)/2: were it the sigmoid of the value, XLA would store it for
-    # both, and it is the largest array of a transformer block.
-    gate = 0.5 + 0.5 * jnp.tanh(0.851 * x)
-    return quick_gelu(x), gate * (1 + 1.702 * x * (1 - gate)) * dx
+@softmax.defjvp
+def _softmax_jvp(primals, tangents):
+    (scores,), (ds,) = primals, tangents
+    y = softmax(scores)
+    moved = y * ds
+    return y, moved - y * moved.sum(axis=-1, keepdims=True)
 
 
 def attend(
@@ -154,10 +158,11 @@ def attend(
     long = is_long(q.shape[-3], k.shape[-3])
     if long or isinstance(mask, Causal) or isinstance(bias, RelativeBias):
         return attend_in_blocks(q, k, v, mask=mask, bias=bias)
-    scores = jnp.einsum("...qhd,...khd->...hqk", q, k)
-    scores = masked(scores, mask, bias)
-    weights = nn.softmax(scores).astype(v.dtype)
-    mixed = jnp.einsum("...hqk,...khd->...qhd", weights, v)
+    # Heads first, once for all products: einsum would copy k and v for each of them.
+    q, k, v = (jnp.moveaxis(x, -2, -3) for x in (q, k, v))
+    scores = masked(jnp.einsum("...qd,...kd->...qk", q, k), mask, bias)
+    weights = softmax(scores).astype(v.dtype)
+    mixed = jnp.moveaxis(jnp.einsum("...qk,...kd->...qd", weights, v), -3, -2)
     return mixed.reshape(*mixed.shape[:-2], -1)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from flax import linen as nn
 from numpy.typing import ArrayLike
 
+from jaxarith.models.activations import gelu_tanh
 from jaxarith.models.blocked_attention import Bias, Mask, RelativeBias, is_long
 from jaxarith.models.layers import Dense, attend
 
@@ -88,7 +89,7 @@ class T5Config:
 
 _ACTIVATIONS = {
     "relu": nn.relu,
-    "gated-gelu": functools.partial(nn.gelu, approximate=True),
+    "gated-gelu": gelu_tanh,
 }
 
 
