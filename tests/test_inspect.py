@@ -151,9 +151,7 @@ def test_differences_between_checkpoints_are_listed(tmp_path, capsys):
     assert entry["dtypes"] == [["layers.10.fc.weight", "f32", "f16"]]
     assert entry["equal"] == 2
     printed = capsys.readouterr().out
-    assert (
-        "- 1 tensors are of another dtype: layers.10.fc.weight (f32 → f16)" in printed
-    )
+    assert "- 1 tensor is of another dtype: layers.10.fc.weight (f32 → f16)" in printed
 
 
 @pytest.fixture

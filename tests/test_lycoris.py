@@ -215,7 +215,7 @@ def test_modules_of_another_model_are_left_out_and_noted(tmp_path):
     found = lycoris.read(tmp_path / "both.safetensors", stored(BASE))
     assert found.deltas.keys() == {f"{QUERY}.weight"}
     [note] = found.notes
-    assert "1 modules of lora_te1 are of another model, and left out" in note
+    assert "1 module of lora_te1 is of another model, and left out" in note
 
 
 @pytest.mark.parametrize(

@@ -318,11 +318,11 @@ ERRORS = {
     ),
     "NaN": (
         [GOOD, {"a": {"w": jnp.array([1, jnp.nan])}}],
-        "task vector 1 has NaN or infinite values in 1 leaves: a/w",
+        "task vector 1 has NaN or infinite values in 1 leaf: a/w",
     ),
     "infinity": (
         [{"a": {"w": jnp.array([1, -jnp.inf])}}, GOOD],
-        "task vector 0 has NaN or infinite values in 1 leaves: a/w",
+        "task vector 0 has NaN or infinite values in 1 leaf: a/w",
     ),
 }
 

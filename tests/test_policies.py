@@ -306,7 +306,7 @@ def test_a_model_with_more_digits_than_the_base_is_noted():
     base = {"a": stored("float16"), "b": stored("float32")}
     _, notes = policies.fit(base, {"a": stored("float32"), "b": stored("f4")}, "m1")
     assert notes == [
-        "m1: 1 tensors (a) float32, float16 in the base; the merge has the base's "
+        "m1: 1 tensor (a) float32, float16 in the base; the merge has the base's "
         "types, unless a dtype is given (--dtype)"
     ]
     _, notes = policies.fit(base, {"a": stored("f2"), "b": stored("f2")}, "m1")

@@ -85,11 +85,11 @@ def test_a_packed_base_has_the_names_of_the_model(method, tmp_path):
     assert tensors.keys() == {*PLAIN, f"{X}.weight"}
     assert str(tensors[f"{X}.weight"]) == "bf16[8, 16]"
     assert tensors["model.norm.weight"].dtype == np.float32
-    assert f"1 weights of the format {method} are dequantised to bf16" in notes[0]
-    assert "1 matrices were not quantised, stay bf16: model.embed_tokens" in notes[1]
+    assert f"1 weight of the format {method} is dequantised to bf16" in notes[0]
+    assert "1 matrix was not quantised, stays bf16: model.embed_tokens" in notes[1]
     assert len(notes) == 2 + (method == "compressed-tensors")
     if len(notes) == 3:
-        assert f"1 scales of activations or of the cache are left out: {X}" in notes[2]
+        assert f"1 scale of activations or of the cache is left out: {X}" in notes[2]
 
     with pytest.raises(ValueError, match=r"base is quantised .* \(--dequantize\)"):
         stream.open_models(base, [model])

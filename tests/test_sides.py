@@ -204,7 +204,7 @@ def test_tokens_without_rows_are_noted(tmp_path, capsys):
     places = [checkpoint(tmp_path / name, weight) for name in ("base", "m1")]
     write(tmp_path / "base" / "added_tokens.json", '{"<x>": 4, "<y>": 3}')
     assert run(places, tmp_path / "out", "--method", "average") == 0
-    assert "no rows for 1 tokens: <x> is 4 in added" in capsys.readouterr().err
+    assert "no rows for 1 token: <x> is 4 in added" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", TOKENS)
@@ -222,7 +222,9 @@ def test_truncation_refuses_while_tokens_lie_beyond(file, tmp_path, capsys):
     options = ("--method", "average", "--vocabulary", "truncate")
     assert run(places, tmp_path / "out", *options) == 1
     error = capsys.readouterr().err
-    assert "keep 6 rows, and 1 special or added" in error and message in error
+    assert (
+        "keep 6 rows, and 1 special or added token lies" in error and message in error
+    )
     assert not (tmp_path / "out").exists()
     write(tmp_path / "base" / file, json.dumps(content).replace("6", "5"))
     assert run(places, tmp_path / "out", *options) == 0

@@ -1,6 +1,7 @@
 """Files of task vectors in `jaxarith merge` and `jaxarith inspect`."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -73,7 +74,7 @@ def test_vectors_are_added_with_the_bits_of_python(
     said = capsys.readouterr().err
     assert "the task vector of dtd by the method nonlinear" in said
     count = len(tree.flatten(taus[0]))
-    assert f"{count} tensors; " in said and "are not in it: the base's stay" in said
+    assert re.search(rf"of {count} tensors?, without .* of the base, which stay", said)
     record = json.loads((tmp_path / "out" / "jaxarith_merge.json").read_text())
     inputs = record["inputs"]
     assert [entry["local"] for entry in inputs] == [True] * 3
@@ -145,7 +146,7 @@ def test_a_vector_that_does_not_fit_is_refused(tmp_path, base, taus, change, cap
         "extra": "+ score.weight f32[2, 3]: no such weight in the base",
         "shape": "! visual_projection.weight: [2, 3], and [12, 24] in the base",
     }[change]
-    assert "does not fit the base (1 tensors)" in said and line in said
+    assert "does not fit the base (1 tensor)" in said and line in said
     if change == "extra":
         options = ["--missing", "base", "--coef", "1"]
         files = [tmp_path / "tau.safetensors"]

@@ -172,7 +172,7 @@ def _config(config: Mapping[str, Any], dtype: str | None) -> Mapping[str, Any]:
 
 def _report(out: Path, leaves: Mapping[str, np.ndarray], left: list[str]) -> None:
     size = sum(leaf.nbytes for leaf in leaves.values())
-    print(f"{out}: {len(leaves)} tensors, {size:,} bytes")
+    print(f"{out}: {tree.counted(len(leaves), 'tensor')}, {size:,} bytes")
     if left:
         print(f"not copied: {', '.join(tree.first_few(left, most=12))}")
 

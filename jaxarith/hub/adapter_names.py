@@ -107,7 +107,7 @@ def _ends(name):
 
 def unfit(folder: Path, lines: Sequence[str]) -> str:
     """What an error says about an adapter, with a line for each tensor."""
-    title = f"{folder} does not fit the base ({len(lines)} tensors):"
+    title = f"{folder} does not fit the base ({tree.counted(len(lines), 'tensor')}):"
     listed = "\n  ".join([title, *tree.first_few(lines)])
     return (
         f"{listed}\nGive the model that the adapter was trained on, with the same head."

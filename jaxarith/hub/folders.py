@@ -296,9 +296,10 @@ def _open_shards(index):
     opened = {path: _open_file(path) for path in sorted({*file_of.values()})}
     absent = [name for name, path in file_of.items() if name not in opened[path][0]]
     if absent:
+        some = tree.counted(len(absent), "tensor that is", "tensors that are")
         raise ValueError(
-            f"{index} names {len(absent)} tensors that are not in their shards, such "
-            f"as {min(absent)!r}. The shards are of another model: download them again."
+            f"{index} names {some} not in their shards, such as {min(absent)!r}. The "
+            "shards are of another model: download them again."
         )
     tensors = {}
     for held, _ in opened.values():

@@ -213,7 +213,8 @@ def _section(title, sign, leaves):
     for paths in by_top.values():
         if len(paths) > _SHOWN:
             module = os.path.commonprefix([path.split("/")[:-1] for path in paths])
-            lines.append(f"    {sign} {'/'.join(module)}/...  ({len(paths)} leaves)")
+            below = tree.counted(len(paths), "leaf", "leaves")
+            lines.append(f"    {sign} {'/'.join(module)}/...  ({below})")
         else:
             lines += [f"    {sign} {path}  {leaves[path]}" for path in paths]
     return lines

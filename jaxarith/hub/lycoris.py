@@ -98,10 +98,14 @@ def read(file: str | os.PathLike, base: Mapping[str, Stored]) -> Adapter:
         listed = "\n  ".join(tree.first_few(lines))
         raise ValueError(f"{file} does not fit the base:\n  {listed}")
     notes = [
-        f"{file}: {len(left)} modules of {prefix} are of another model, and left out"
+        f"{file}: {_some_of(len(left), prefix)} of another model, and left out"
         for prefix, left in absent.items()
     ]
     return Adapter(deltas, {}, tuple(notes))
+
+
+def _some_of(count, prefix):
+    return tree.counted(count, f"module of {prefix} is", f"modules of {prefix} are")
 
 
 def _made(leaf: Stored, make: Callable[..., np.ndarray], *args: Stored) -> Stored:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxarith import files
+from jaxarith import files, tree
 from jaxarith.hub import memory
 from jaxarith.hub.stored import DTYPES, NAMES, Stored
 
@@ -238,10 +238,8 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._close()
         if kind is None and self._missing:
-            raise ValueError(
-                f"{len(self._missing)} tensors were not merged, such as "
-                f"{min(self._missing)}."
-            )
+            were = tree.counted(len(self._missing), "tensor was", "tensors were")
+            raise ValueError(f"{were} not merged, such as {min(self._missing)}.")
 
 
 def _write(file, offset, array):

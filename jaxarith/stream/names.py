@@ -68,7 +68,8 @@ def match(
     ]
     if other:
         few = "; ".join(tree.first_few(other, most=2))
-        notes.append(f"{label}: {len(other)} names are spelled otherwise: {few}")
+        are = tree.counted(len(other), "name is", "names are")
+        notes.append(f"{label}: {are} spelled otherwise: {few}")
     return found, notes
 
 

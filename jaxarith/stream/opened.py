@@ -324,9 +324,10 @@ def narrowed(
     if _has_float64() or not names:
         return [], []
     few = ", ".join(tree.first_few(names, most=3))
+    are = tree.counted(len(names), f"tensor ({few}) is", f"tensors ({few}) are")
     note = (
-        f"{len(names)} tensors ({few}) are float64 and merged in float32; "
-        "jax_enable_x64 (JAX_ENABLE_X64=1) merges them in float64"
+        f"{are} float64 and merged in float32; jax_enable_x64 (JAX_ENABLE_X64=1) "
+        "merges in float64"
     )
     return names, [note]
 

@@ -99,7 +99,7 @@ def fit(
         lines = [f"- {name} {base[name]}: not in it" for name in lacking]
         lines += [f"+ {name} {ours[name]}: not in the base" for name in strange]
         raise ValueError(
-            _listed(f"{label} does not fit the base ({len(lines)} tensors):", lines)
+            _listed(f"{label} does not fit the base ({_tensors(lines)}):", lines)
             + '\nmissing="base" (--missing base), in `jaxarith merge` and `inspect`, '
             "keeps the tensors of the base there."
         )
@@ -165,7 +165,7 @@ def fit_vector(
     ]
     if lines:
         raise ValueError(
-            _listed(f"{label} does not fit the base ({len(lines)} tensors):", lines)
+            _listed(f"{label} does not fit the base ({_tensors(lines)}):", lines)
             + "\nGive the base that the task vector was trained from. "
             'missing="base" (--missing base) leaves out tensors that the base lacks.'
         )
@@ -182,8 +182,8 @@ def fit_vector(
             notes.append(f"{label}: {name} is tied to {twin} and moves with it")
     if rest := [name for name in still if name not in found]:
         notes.append(
-            f"{label}: a task vector of {len(found)} tensors; {_some(rest)} are not in "
-            "it: the base's stay"
+            f"{label}: a task vector of {_tensors(found)}, without {_some(rest)} of "
+            "the base, which stay"
         )
     return found, notes
 
@@ -269,7 +269,7 @@ def rows(
                 )
     if wrong:
         raise ValueError(
-            _listed(f"{len(wrong)} tensors have other shapes:", wrong)
+            _listed(f"{_tensors(wrong)} of other shapes:", wrong)
             + "\nOnly fine-tuned models of one base can be merged."
         )
     lines = [
@@ -331,4 +331,8 @@ def _listed(title, lines):
 
 
 def _some(found):
-    return f"{len(found)} tensors ({', '.join(tree.first_few(found, most=3))})"
+    return f"{_tensors(found)} ({', '.join(tree.first_few(found, most=3))})"
+
+
+def _tensors(found):
+    return tree.counted(len(found), "tensor")

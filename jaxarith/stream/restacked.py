@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from jax.typing import DTypeLike
 
-from jaxarith import lazy
+from jaxarith import lazy, tree
 from jaxarith.hub import Stored, lora
 from jaxarith.stream import inputs, layer_configs, opened, policies, tying
 from jaxarith.stream.layer_configs import Layer
@@ -297,7 +297,8 @@ def _config(
     config, notes = layer_configs.restacked(
         template.config, template.count, [row[0] for row in layers]
     )
-    notes.append(f"config.json counts and lists the {len(layers)} layers of the slices")
+    count = tree.counted(len(layers), "layer")
+    notes.append(f"config.json counts and lists the {count} of the slices")
     first, last = slices[0].first.model, slices[-1].first.model
     if template.has_encoder:
         notes.append(

@@ -10,6 +10,7 @@ from jaxarith.lazy import wide_dtype as wide_dtype
 from jaxarith.tree._checks import check_finite as check_finite
 from jaxarith.tree._checks import check_part as check_part
 from jaxarith.tree._checks import is_finite as is_finite
+from jaxarith.tree._listing import counted as counted
 from jaxarith.tree._listing import first_few as first_few
 from jaxarith.tree._parts import fill as fill
 from jaxarith.tree._parts import floating as floating

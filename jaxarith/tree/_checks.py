@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxarith import lazy
-from jaxarith.tree._listing import first_few
+from jaxarith.tree._listing import counted, first_few
 from jaxarith.tree._paths import flatten
 from jaxarith.tree._placement import is_traced, settled
 from jaxarith.typing import Tree
@@ -35,7 +35,7 @@ def check_part(
     Example:
       >>> check_part({"c": 1.0}, {"w": 1.0}, "task vector")
       Traceback (most recent call last):
-      ValueError: the task vector does not fit the parameters (1 leaves):
+      ValueError: the task vector does not fit the parameters (1 leaf):
         + c []: not in the parameters
     """
     expected = {path: jnp.shape(leaf) for path, leaf in flatten(whole).items()}
@@ -52,7 +52,8 @@ def check_part(
         if path in expected and expected[path] != shape
     ]
     if lines:
-        title = f"the {part_name} does not fit the {whole_name} ({len(lines)} leaves):"
+        leaves = counted(len(lines), "leaf", "leaves")
+        title = f"the {part_name} does not fit the {whole_name} ({leaves}):"
         raise ValueError("\n  ".join([title, *first_few(lines, most=10)]))
 
 
@@ -72,7 +73,7 @@ def check_finite(tree: Tree, name: str) -> None:
     Example:
       >>> check_finite({"w": jnp.nan}, "task vector")  # doctest: +ELLIPSIS
       Traceback (most recent call last):
-      ValueError: the task vector has NaN or infinite values in 1 leaves: w. Check ...
+      ValueError: the task vector has NaN or infinite values in 1 leaf: w. Check ...
     """
     leaves = {}
     for path, leaf in flatten(tree).items():
@@ -89,7 +90,8 @@ def check_finite(tree: Tree, name: str) -> None:
     finite = jax.device_get(finite)
     if bad := [path for path, known in finite.items() if not all(known)]:
         raise ValueError(
-            f"the {name} has NaN or infinite values in {len(bad)} leaves: "
+            f"the {name} has NaN or infinite values in "
+            f"{counted(len(bad), 'leaf', 'leaves')}: "
             f"{', '.join(first_few(bad, most=5))}. Check the run or the file that it "
             "came from."
         )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxarith
-from jaxarith import files, hub, report, resources, stream
+from jaxarith import files, hub, report, resources, stream, tree
 from jaxarith.commands import arguments
 from jaxarith.commands.adapters import classes, differences, kept
 from jaxarith.commands.adapters.low_rank import low_rank
@@ -156,7 +156,8 @@ def _run(args: argparse.Namespace) -> None:
         ):
             tensors, rows, rest = _extracted(args, opened, layout, linear, spill)
         if not rows:
-            others = f"; {len(rest)} other tensors do" if rest else ""
+            some = tree.counted(len(rest), "other tensor does", "other tensors do")
+            others = f"; {some}" if rest else ""
             raise ValueError(
                 f"no linear layer of {args.model} differs from {args.base}{others}."
             )
@@ -274,9 +275,9 @@ def _told(
     if len(few) < len(rows):
         lines.append(f"(the {len(few)} layers that keep least; all are in README.md)")
     lines.append(
-        f"{out}: {len(rows)} layers, rank {max(row.rank for row in rows)}, energy kept "
-        f"{_total(rows):.2%}, least {worst[0].energy:.2%} in "
-        f"{printable(worst[0].module)} ({size / 1e6:.2f} MB)"
+        f"{out}: {tree.counted(len(rows), 'layer')}, rank "
+        f"{max(row.rank for row in rows)}, energy kept {_total(rows):.2%}, least "
+        f"{worst[0].energy:.2%} in {printable(worst[0].module)} ({size / 1e6:.2f} MB)"
     )
     if whole:
         lines.append(f"kept whole: {printable(_listed(whole))}")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxarith import files, hub, resources, stream
+from jaxarith import files, hub, resources, stream, tree
 from jaxarith.commands.adapters import merging, opened
 from jaxarith.commands.adapters.merging import Merged, Whole
 from jaxarith.commands.adapters.opened import Adapters
@@ -110,7 +110,8 @@ def run(args: argparse.Namespace, out: Path) -> None:
         hub.publish(new, out, before, temporary / "old")
     if not args.quiet:
         print(
-            f"{recipe.request.method} of {len(recipe.models)} adapters: {out} "
+            f"{recipe.request.method} of "
+            f"{tree.counted(len(recipe.models), 'adapter')}: {out} "
             f"({size / 1e6:.2f} MB)\n{_told(summary)}"
         )
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxarith import lazy, report, stream
+from jaxarith import lazy, report, stream, tree
 from jaxarith.commands import arguments
 from jaxarith.commands.merge import flags
 from jaxarith.hub import Stored
@@ -246,7 +246,9 @@ def _told(args: argparse.Namespace, verdict: Verdict, folder: Path) -> str:
             lines.append(f"{what} ({len(found)}): {report.listed(found)}")
     count = len(verdict.compared)
     agreeing = count - len(differing)
-    lines.append(f"{agreeing} of {count} tensors agree")
+    lines.append(
+        f"{agreeing} of {tree.counted(count, 'tensor agrees', 'tensors agree')}"
+    )
     close = [one for one in verdict.compared if one.excess <= 1]
     if close:
         worst = max(close, key=lambda one: one.excess)

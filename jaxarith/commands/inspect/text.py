@@ -80,12 +80,11 @@ def _mean(entry):
 
 def _facts(model):
     counts = ", ".join(f"{count:,} {dtype}" for dtype, count in model["dtypes"].items())
-    files = len(model["files"])
+    files = tree.counted(len(model["files"]), "file")
     lines = [
-        f"- {len(model['tensors'])} tensors, {model['parameters']:,} parameters "
-        f"({counts})",
-        f"- {model['bytes']:,} bytes in {files} file{'s' * (files > 1)}, "
-        f"{_some(model['files'])}",
+        f"- {tree.counted(len(model['tensors']), 'tensor')}, "
+        f"{model['parameters']:,} parameters ({counts})",
+        f"- {model['bytes']:,} bytes in {files}, {_some(model['files'])}",
         f"- norm {_short(model['norm'])}",
         f"- fingerprint {model['fingerprint']}",
     ]
@@ -127,7 +126,7 @@ def _differences(entry):
     def changed(key):
         return [f"{name} ({a} → {b})" for name, a, b in entry[key]]
 
-    lines = [f"- {entry['equal']} tensors are equal"]
+    lines = [f"- {tree.counted(entry['equal'], 'tensor is', 'tensors are')} equal"]
     for title, items in {
         "missing": entry["missing"],
         "added": entry["added"],
@@ -135,7 +134,8 @@ def _differences(entry):
         "of another dtype": changed("dtypes"),
     }.items():
         if items:
-            lines.append(f"- {len(items)} tensors are {title}: {_some(items)}")
+            are = tree.counted(len(items), "tensor is", "tensors are")
+            lines.append(f"- {are} {title}: {_some(items)}")
     return "\n".join(lines)
 
 

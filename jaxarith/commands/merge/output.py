@@ -31,7 +31,8 @@ def planned(
     notes: Sequence[str],
 ) -> str:
     """The plan of a merge, for people to read."""
-    passes = recipe.function.passes
+    passes = tree.counted(recipe.function.passes, "pass", "passes")
+    files = tree.counted(len(plan.files), "file")
     first = "base" if recipe.base else "first model"
     if isinstance(recipe, SlicedRecipe) and recipe.base is None:
         first = "first model of each slice"
@@ -41,8 +42,8 @@ def planned(
         *(("model", model) for model in recipe.models),
         ("tensors", f"{plan.tensors}, the largest of {_bytes(plan.largest)}"),
         ("dtype", dtype or f"that of the {first}"),
-        ("reads", f"{_bytes(plan.bytes_in)} in each of about {passes} passes"),
-        ("writes", f"{_bytes(plan.bytes_out)} in {len(plan.files)} files"),
+        ("reads", f"{_bytes(plan.bytes_in)} in each of about {passes}"),
+        ("writes", f"{_bytes(plan.bytes_out)} in {files}"),
         ("memory", f"about {_bytes(plan.peak_bytes)}"),
         *(("note", note) for note in notes),
     ]
@@ -103,7 +104,8 @@ def beside(opened: Opened, dtype: str | None, tokenizer: Planned) -> Beside:
         _check_tokens(config, files, min(rows.values()))
     elif lines := sides.beyond({}, files, tying.rows(opened.base)):
         few = "; ".join(tree.first_few(lines, most=3))
-        notes.append(f"the embeddings have no rows for {len(lines)} tokens: {few}")
+        tokens = tree.counted(len(lines), "token")
+        notes.append(f"the embeddings have no rows for {tokens}: {few}")
     return Beside(config, files, made, tuple(notes))
 
 
@@ -217,8 +219,10 @@ def inputs(
 def _check_tokens(config, files, rows):
     """Raises a ValueError if tokens are beyond the rows that a merge keeps."""
     if lines := sides.beyond(config, files, rows):
+        what = "special or added token"
+        lie = tree.counted(len(lines), f"{what} lies", f"{what}s lie")
         raise ValueError(
-            f"the merge would keep {rows} rows, and {len(lines)} special or added "
-            f"tokens lie beyond them: {'; '.join(tree.first_few(lines, most=4))}. "
+            f"the merge would keep {tree.counted(rows, 'row')}, and {lie} beyond: "
+            f"{'; '.join(tree.first_few(lines, most=4))}. "
             'Choose vocabulary="base-rows" or "skip" (--vocabulary).'
         )

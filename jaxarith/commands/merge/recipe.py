@@ -303,8 +303,8 @@ def _binding(labels: Sequence[str], settings: Sequence[Setting], same: bool) -> 
 def _check_layers(expected: int, found: int) -> None:
     if found != expected:
         raise ValueError(
-            f"the slice has {expected} layers and the models have {found}; this recipe "
-            "is one of whole models."
+            f"the slice has {tree.counted(expected, 'layer')} and the models have "
+            f"{found}; this recipe is one of whole models."
         )
 
 

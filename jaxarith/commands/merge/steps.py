@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxarith import hub, stream
+from jaxarith import hub, stream, tree
 from jaxarith.commands.merge import documents, kept, mergekit_yaml
 from jaxarith.commands.merge.documents import Document
 from jaxarith.commands.merge.located import Located
@@ -176,7 +176,8 @@ def done(ready: Prepared, place: Any, report: stream.Report) -> str:
     """What a merge did, in a line."""
     recipe = ready.recipe
     return (
-        f"{recipe.request.method} of {len(recipe.models)} models: {place} "
+        f"{recipe.request.method} of {tree.counted(len(recipe.models), 'model')}: "
+        f"{place} "
         f"({report.bytes_read / 1e9:.2f} GB read, {report.bytes_written / 1e9:.2f} "
         f"GB written, {report.seconds:.1f} s)"
     )

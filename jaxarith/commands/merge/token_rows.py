@@ -52,24 +52,25 @@ def rerowing(
         [have, *others] = {*rows.values()}
         if not others and (request.pad_to_multiple_of is None or have == count):
             note = (
-                f"all models have the same {len(ids)} tokens: rows of embeddings stay "
-                "where they are"
+                f"all models have the same {tree.counted(len(ids), 'token')}: rows of "
+                "embeddings stay where they are"
             )
             return None, [note]
     before = next(iter(rows.values()))
     notes.append(
-        f"the vocabulary has {len(ids)} tokens; embeddings and heads have {count} rows "
-        f"({before} before), in the order of its ids"
+        f"the vocabulary has {tree.counted(len(ids), 'token')}; embeddings and heads "
+        f"have {tree.counted(count, 'row')} ({before} before), in the order of its ids"
     )
     for name, table in own.items():
         if lacking := int((table[ids] < 0).sum()):
-            notes.append(f"{name} has no rows of its own for {lacking} tokens")
+            tokens = tree.counted(lacking, "token")
+            notes.append(f"{name} has no rows of its own for {tokens}")
         theirs = known[name].ids
         if lost := [token for token in theirs if token not in out.ids]:
             few = ", ".join(tree.first_few([repr(x) for x in lost], most=5))
             notes.append(
-                f"{name} has {len(lost)} tokens that the new vocabulary lacks, whose "
-                f"rows are left out: {few}"
+                f"{name} has {tree.counted(len(lost), 'token')} that the new "
+                f"vocabulary lacks, whose rows are left out: {few}"
             )
     new = Rerowing(
         count=count,
@@ -118,7 +119,8 @@ def _fills(
             fills[row] = of_base if of_base and len(having) > 1 else having
             nobody += [token] * (not having)
     few = ", ".join(tree.first_few([repr(x) for x in nobody], most=5))
-    note = f"no model has a row for {len(nobody)} tokens, which are zero: {few}"
+    zero = tree.counted(len(nobody), "token, which is", "tokens, which are")
+    note = f"no model has a row for {zero} zero: {few}"
     return fills, [note] * bool(nobody)
 
 
@@ -173,10 +175,15 @@ def united(
     notes = []
     if words:
         few = ", ".join(tree.first_few([repr(x) for x in words], most=5))
+        of = f"of other vocabularies ({few})"
+        are = tree.counted(
+            len(words),
+            f"token {of} is added as a word",
+            f"tokens {of} are added as words",
+        )
         notes.append(
-            f"{len(words)} tokens of other vocabularies ({few}) are added as words "
-            "that the tokenizer finds in a text before all else; their merges are not "
-            "united"
+            f"{are} that the tokenizer finds in a text before all else; their merges "
+            "are not united"
         )
     if differing:
         few = ", ".join(tree.first_few(list(dict.fromkeys(differing)), most=5))

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
+from jaxarith import tree
 from jaxarith.commands.merge.methods import Method
 from jaxarith.commands.merge.request import Model, Slice, Source
 from jaxarith.commands.merge.yaml_lines import Node
@@ -64,8 +65,9 @@ def slices(
             if _length(source) != _length(sources[0]):
                 raise item.error(
                     f"layer_range is [{source.start}, {source.stop}], of "
-                    f"{_length(source)} layers, and that of {sources[0].model.name} "
-                    f"has {_length(sources[0])}; sources of a slice have one length."
+                    f"{tree.counted(_length(source), 'layer')}, and that of "
+                    f"{sources[0].model.name} has {_length(sources[0])}; sources of a "
+                    "slice have one length."
                 )
         if method.models not in (None, len(sources)):
             raise fields["sources"].error(

@@ -153,10 +153,9 @@ def _method(label: str, said: str) -> str | None:
 
 
 def _notes(place, method, dtype, found, result, dropped):
-    yield (
-        f"{place}: {len(found.weights)} weights of the format {method} are dequantised "
-        f"to {short(dtype)}"
-    )
+    of = f"of the format {method}"
+    are = tree.counted(len(found.weights), f"weight {of} is", f"weights {of} are")
+    yield f"{place}: {are} dequantised to {short(dtype)}"
     stay = {
         name: short(x.dtype)
         for name, x in result.items()
@@ -165,10 +164,14 @@ def _notes(place, method, dtype, found, result, dropped):
     if stay:
         kinds = " and ".join(sorted({*stay.values()}))
         few = ", ".join(tree.first_few(sorted(stay), most=3))
-        yield f"{place}: {len(stay)} matrices were not quantised, stay {kinds}: {few}"
+        were = tree.counted(
+            len(stay),
+            "matrix was not quantised, stays",
+            "matrices were not quantised, stay",
+        )
+        yield f"{place}: {were} {kinds}: {few}"
     if dropped:
         few = ", ".join(tree.first_few(sorted(dropped), most=3))
-        yield (
-            f"{place}: {len(dropped)} scales of activations or of the cache are left "
-            f"out: {few}"
-        )
+        of = "of activations or of the cache"
+        are = tree.counted(len(dropped), f"scale {of} is", f"scales {of} are")
+        yield f"{place}: {are} left out: {few}"
