@@ -95,7 +95,7 @@ def main(config: Config) -> dict:
                 for i, title in enumerate(setup.titles)
             }
             file = config.out / f"{file}.png"
-            plots.curves(file, lines, x="steps of fine-tuning", y=y)
+            plots.curves(file, lines, x="steps of fine-tuning", y=y, best=False)
     shown = [
         {"step": row["step"]}
         | {

@@ -257,6 +257,7 @@ def draw(config: Config, rows: Sequence[dict]):
         },
         x="samples per class of the target",
         y="accuracy, mean over targets and models",
+        best=False,
     )
 
 
