@@ -197,7 +197,7 @@ def test_checkpoints_of_other_curvature_are_refused(tmp_path):
         ),
         ("diagonal", lambda: {"a": FOUND[0], "b": FOUND[1]}, "in the order of the tas"),
         ("diagonal", lambda: [FOUND[0], (FOUND[1], {})], "1 is a tuple"),
-        ("diagonal", lambda: [FOUND[0], measured(rank=2)[1]], "0 and 1 have other"),
+        ("diagonal", lambda: [FOUND[0], measured(rank=2)[1]], "0 and 1 are of other"),
     ],
 )
 def test_mistakes_are_found_before_training(penalty, given, message):
