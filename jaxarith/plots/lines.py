@@ -47,6 +47,7 @@ def curves(
                 markeredgewidth=1.3,
             )
     axis.set(xlabel=x, ylabel=y)
+    _whole_ticks(axis, list(lines.values())[-1][0])
     axis.grid(True)
     ends = {label: (xs[-1], ys[-1]) for label, (xs, ys) in lines.items()}
     _name(axis, ends, looks)

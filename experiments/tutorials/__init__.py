@@ -1,0 +1,1 @@
+"""Tutorials: scripts with cells, which are notebooks too; see README.md."""
