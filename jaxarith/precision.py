@@ -1,4 +1,4 @@
-"""Matrix products in fewer bits inside a function that knows nothing of it."""
+"""Matrix products in fewer bits inside any function, without a change to it."""
 
 import functools
 from collections.abc import Callable
@@ -16,9 +16,9 @@ def products_in(function: Callable, dtype: DTypeLike) -> Callable:
     Products accumulate in the dtype that they had; all else is computed as before. The
     gradient of the result is that of `function`, its products rounded in the same way.
 
-    Only products change that depend on the arguments, and of two floating-point
-    operands wider than `dtype`. They are found in calls, conditionals, loops and
-    `jax.checkpoint`; not in what a `custom_vjp` or a kernel computes.
+    A product changes if it depends on the arguments and both operands are
+    floating-point numbers wider than `dtype`. Products inside calls, conditionals,
+    loops and `jax.checkpoint` are found; those of a `custom_vjp` or a kernel are not.
 
     Args:
       function: takes pytrees of arrays and gives a pytree of arrays.
@@ -50,8 +50,8 @@ def products_in(function: Callable, dtype: DTypeLike) -> Callable:
 def _evaluate(jaxpr, consts, args, moving, dtype):
     """The outputs of a jaxpr; `moving` tells which arguments are not constants.
 
-    What a tangent function computes from its constants alone is a part of the point at
-    which it was taken, computed anew (`jax.checkpoint`), and must not be rounded.
+    What a tangent function computes from its constants alone belongs to the point of
+    linearisation (`jax.checkpoint` repeats that work) and must not be rounded.
     """
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
     changing = {var for var, m in zip(jaxpr.invars, moving, strict=True) if m}
@@ -93,9 +93,9 @@ def _moves_inside(eqn, moves):
 
 
 def _parts_of_scan(params, operands):
-    """Operands that the body closes over, that it carries, and that it has slices of.
+    """The operands: constants of the body, what it carries, and what it gets slices of.
 
-    JAX 0.10 says how many there are of each by two numbers, JAX 0.12 by a tree.
+    JAX 0.10 counts each kind by two numbers, JAX 0.12 by a tree.
     """
     if "ft_in" in params:
         return map(list, params["ft_in"].update(operands).unpack())
@@ -117,7 +117,7 @@ def _rounded(param, moving, dtype):
     if isinstance(param, core.ClosedJaxpr):
         if not _has_wide_product(param.jaxpr, dtype):
             return param
-        # Of a conditional, the first operand chooses the branch.
+        # The first operand of a conditional chooses the branch.
         moving = moving[len(moving) - len(param.jaxpr.invars) :]
         avals = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in param.in_avals]
         evaluate = functools.partial(_evaluate, param.jaxpr, param.consts)

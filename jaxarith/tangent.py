@@ -8,8 +8,8 @@ of Pre-Trained Models. NeurIPS 2023. arXiv:2305.12827.
 A task vector may cover a part of the parameters. What it does not cover is closed over
 as a constant, so frozen leaves cost no tangent products.
 
-With `product_dtype`, `bfloat16` say, the operands of the matrix products of the tangent
-are rounded to it, forward and in the gradient; they accumulate in float32, and
+`product_dtype`, such as `bfloat16`, rounds the operands of the tangent's matrix
+products, forward and in the gradient. The products accumulate in float32, and
 :math:`f(x; \theta_0)` is computed in float32 throughout.
 """
 
@@ -32,7 +32,7 @@ def linearize(
 
     The result has the signature of `apply_fn` and is affine in its parameters, so it is
     trained, merged and evaluated like any other model. One call costs a forward pass
-    and a tangent pass: 3 times the matrix products of `apply_fn`. Outputs that are no
+    and a tangent pass: 3 times the matrix products of `apply_fn`. Outputs that are not
     floating-point numbers, such as predicted classes, are those at `params_0`.
 
     Args:
@@ -69,7 +69,7 @@ def _moved(output, tangent):
 
 
 def _has_none(tangent):
-    """Whether it stands for the tangent of an output that is not differentiable."""
+    """Whether it is the placeholder of an output that is not differentiable."""
     return jnp.result_type(tangent) == jax.dtypes.float0
 
 
@@ -119,7 +119,7 @@ def jvps(
     r"""The outputs and many tangents :math:`J(x;\theta_0)\tau_t` of one linearisation.
 
     The forward pass is shared: T tangents cost 1 + 2T forward passes, against 3T of T
-    calls of `jvp`. A rematerialised model computes it anew for every tangent.
+    calls of `jvp`. A rematerialised model repeats it for every tangent.
 
     Args:
       apply_fn, params_0, *inputs: as for `jvp`.

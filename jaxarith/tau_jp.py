@@ -107,8 +107,8 @@ def linearized_and_penalty(
 ) -> tuple[Any, jax.Array]:
     """The linearised outputs on a batch and the penalty on another, fused.
 
-    Both batches go through one linearisation, so the penalty costs no more than its
-    share of samples.
+    Both batches go through one linearisation, so the penalty costs its share of
+    samples and no more.
 
     Args:
       apply_fn, params_0, tau: as for `tangent.jvp`.

@@ -13,10 +13,10 @@ With :math:`e = \exp(s - \max s)` and :math:`l = \sum e`, a block divides the pr
 .. math:: \dot o = \frac{(e\dot s)\,v + e\,\dot v - o \sum e\dot s}{l}
 
 and its transpose the ordinary backward pass of attention, which computes `e` again. A
-forward pass has 2 products of all scores with D numbers. Value and tangent have 6, the
-transpose 4, and `e` 1 again: 11 in all, against 10 without blocks.
+forward pass takes 2 products of the size of all scores. Value and tangent take 6, the
+transpose 4, and the second `e` takes 1: 11 in all, against 10 without blocks.
 
-On a CPU XLA finds what is computed twice from one input and keeps the first result
+On a CPU XLA finds results that are computed twice from one input and stores the first
 instead, see `layers.rematerialized`; it does not see through the loop.
 
 Chen, Xu, Zhang, Guestrin. Training Deep Nets with Sublinear Memory Cost. 2016.
@@ -29,12 +29,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-LENGTH = 512  # of a text, from which on attention is by blocks
-QUERIES = 128  # of a block, at most
+LENGTH = 512  # tokens; texts of this length and longer are computed by blocks
+QUERIES = 128  # the most queries of a block
 
 
 class Causal(NamedTuple):
-    """The mask with which tokens see themselves and the real ones before them.
+    """The causal mask: a token sees itself and the real tokens before it.
 
     Attributes:
       real: bool[..., 1, 1, S], False for padding.

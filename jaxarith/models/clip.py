@@ -318,7 +318,7 @@ class TextTower(nn.Module):
         return Dense(dim, use_bias=False, name="text_projection")(pooled)
 
 
-@functools.cache  # the same function again keeps what is compiled of it
+@functools.cache  # one function per config, so that it is compiled once
 def image_encoder(config: CLIPConfig, *, remat: bool = False) -> ApplyFn:
     """`apply_fn(params, images[B, H, W, 3]) -> features[B, projection_dim]`.
 
@@ -327,8 +327,8 @@ def image_encoder(config: CLIPConfig, *, remat: bool = False) -> ApplyFn:
 
     Args:
       config: configuration of the model.
-      remat: compute every block anew in backward passes, which takes less memory and
-        more time.
+      remat: repeat every block's forward pass in backward passes, which takes less
+        memory and more time.
     """
     tower = ImageTower(config, remat)
     return lambda params, images: tower.apply({"params": params}, images)

@@ -44,7 +44,7 @@ def generate(
     top_p: float | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """The tokens with which a model continues each text of a batch.
+    """The tokens that a model appends to each text of a batch.
 
     At temperature 0 each token is the one of the largest logit. Otherwise it is drawn
     from the softmax of the logits, divided by the temperature, then cut to `top_k`,

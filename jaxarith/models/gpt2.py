@@ -320,7 +320,7 @@ def classifier(config: GPT2Config) -> ApplyFn:
 
     They are read at the last token that attention_mask does not call padding.
     transformers takes the last one that is not `pad_token_id`, whatever its mask says:
-    the two differ where a text ends with that token, say an end of text that also pads.
+    the two differ where a text ends with that token, as when one token ends and pads.
     """
     module = Classifier(config)
 

@@ -1,8 +1,8 @@
-"""Layers whose derivatives cost no more than the mathematics asks for.
+"""Layers whose derivatives need few passes over memory.
 
-They compute what Flax's own compute, under the same parameter names. The difference
-lies in what XLA makes of their tangents and of the transposes of these: on a CPU an
-ordinary training step of ViT-B/32 takes half the time, see experiments/bench/README.md.
+They compute the same as Flax's layers, under the same parameter names. XLA makes faster
+programs of their tangents and gradients: on a CPU an ordinary training step of ViT-B/32
+takes half the time, see experiments/bench/README.md.
 """
 
 import functools
@@ -43,8 +43,8 @@ Dense = functools.partial(nn.Dense, dot_general=_rows_dot)
 def standardize(x: jax.Array, eps: float) -> jax.Array:
     r"""Mean 0 and variance 1 along the last axis: :math:`(x - \mu)/\sqrt{\sigma^2+ε}`.
 
-    The variance is the mean square of what is centred: E[x²] - E[x]², Flax's faster
-    form, cancels where the mean is large.
+    The variance is the mean square of the centred numbers. Flax's faster form,
+    E[x²] - E[x]², loses digits where the mean is large.
 
     The derivative is stated, with :math:`y` the result and means over the last axis:
 
@@ -137,9 +137,9 @@ def attend(
 ) -> jax.Array:
     r"""Softmax attention: :math:`\operatorname{softmax}(q k^\top + \text{bias})\,v`.
 
-    Vaswani et al. 2017, arXiv:1706.03762, Eq. 1, its root of D left to the caller. The
-    softmax is float32 or better. Texts of 512 tokens and more, or as many
-    scores of other shapes, are computed by blocks of queries: `blocked_attention`.
+    Vaswani et al. 2017, arXiv:1706.03762, Eq. 1; the caller divides by the root of D.
+    The softmax is computed in float32 or better. Texts of 512 tokens and more, or as
+    many scores of other shapes, are computed by blocks of queries: `blocked_attention`.
 
     Args:
       q, k, v: `[..., Q, H, D]`, `[..., K, H, D]` and `[..., K, H, D]`, H being heads.
@@ -171,8 +171,9 @@ def rematerialized(
 ) -> jax.Array:
     """`block(x, mask, queries)`, keeping only the input for backward passes.
 
-    They compute the block anew: at most a fifth more matrix products in a linearised
-    training step and a third more in an ordinary one, against a fraction of the memory.
+    They repeat the block's forward pass: at most a fifth more matrix products in a
+    linearised training step and a third more in an ordinary one, for a fraction of the
+    memory.
 
     `nn.remat` alone does this on accelerators. On a CPU XLA finds that a block is
     computed twice from one input and keeps the first result after all, unless the

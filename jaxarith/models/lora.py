@@ -109,13 +109,13 @@ def adapted(apply_fn: ApplyFn, *, alpha: float) -> ApplyFn:
     A layer reads its factors where it reads its kernel. W + BA is never made.
 
     Args:
-      apply_fn: `apply_fn(params, *inputs)` that calls Linen modules; `nn.remat` inside
-        them is fine, a `jit` of its own is not, for it hides the layers.
+      apply_fn: `apply_fn(params, *inputs)` that calls Linen modules. They may use
+        `nn.remat`. It must not be jitted itself: `jit` hides the layers.
       alpha: the scale α; the rank is that of the factors.
 
     Returns:
       `apply(params, *inputs)` for parameters with factors, as `init` gives them. Keep
-      the function: a second one is compiled anew.
+      the function: a second one is compiled again.
 
     Raises:
       ValueError: when called, if there are no factors or no layer reads some of them.
@@ -149,7 +149,7 @@ def _add_product(alpha, layers, next_function, args, kwargs, context):
     x = args[0] if args else kwargs["inputs"]
     a, b = (layer.get_variable("params", name) for name in (FACTOR_A, FACTOR_B))
     scale = alpha / a.shape[-1]
-    # Rows: of operands with several row axes XLA makes transposes first, see `layers`.
+    # As rows: XLA would first transpose operands with several row axes, see `layers`.
     x, a, b = (v.astype(outputs.dtype) for v in (x.reshape(-1, x.shape[-1]), a, b))
     dot = functools.partial(jnp.dot, precision=layer.precision)
     return outputs + dot(scale * dot(x, a), b).reshape(outputs.shape)
@@ -285,8 +285,8 @@ def tangent_factors(params_0: Params, tau: Params) -> dict:
       tau: task vector of the factors, trained linearised.
 
     Returns:
-      Factors for the same α: of the same rank where all of :math:`B_0` is zero, as
-      `init` makes it, and of twice the rank otherwise.
+      Factors for the same α. Their rank is the same where :math:`B_0` is zero, as after
+      `init`, and twice as large otherwise.
     """
     start, moved = tree.select(params_0, FACTORS), tree.select(tau, FACTORS)
     moves = _pairs(tree.fill(moved, start))

@@ -195,8 +195,8 @@ def _method(config, name) -> ApplyFn:
 def shift_right(labels: Array, config: T5Config) -> jax.Array:
     """The decoder's inputs for labels `i32[..., T]`: each token stands one later.
 
-    The start token comes first, the last token is left out, and what is -100 in the
-    labels, where nothing counts, is padding.
+    The start token comes first and the last token is left out. Labels of -100, which
+    no loss counts, become padding.
 
     Example:
       >>> print(shift_right(jnp.array([[7, 8, 1, -100, -100]]), T5Config()))
