@@ -10,12 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "jaxarith" / "docs"
+# The scripts that make the site. They are no part of the package.
 sys.path.append(str(DOCS / "site"))
-
-import api  # noqa: E402  (they are no part of the package)
-import formulas  # noqa: E402
-import links  # noqa: E402
-import percent  # noqa: E402
+api, formulas, links, percent = map(
+    importlib.import_module, ("api", "formulas", "links", "percent")
+)
 
 GUIDES = [ROOT / "README.md", *sorted(DOCS.glob("[a-z]*.md"))]
 MODULES = [module for group in api.PAGES.values() for module in group]
