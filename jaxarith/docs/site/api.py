@@ -40,6 +40,7 @@ PAGES = {
         "models.heads",
         "models.generate",
         "models.layers",
+        "models.activations",
         "models.blocked_attention",
     ],
     "Data": [
