@@ -4,9 +4,7 @@
 # `jaxarith merge` merges checkpoints in folders, of any architecture: it reads
 # safetensors and never builds a model. This tutorial makes small folders with the names
 # and the configuration of a Llama. Their weights are random, so nothing here can talk;
-# what you see is what moves where. With your folders the commands are the same.
-#
-# Needs `pip install -e '.[demo]'` for the pictures.
+# what you see is what moves where. Needs `pip install -e '.[demo]'` for a picture.
 
 # %%
 import json
@@ -32,7 +30,6 @@ CONFIG |= {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_hea
 
 
 def jaxarith(*words):
-    """Runs a command as a terminal does."""
     print("\n$ jaxarith", *words)
     assert cli.main([str(word) for word in words]) == 0
 
@@ -43,7 +40,6 @@ def normal(seed, names, shape=(WIDTH, WIDTH)):
 
 
 def written(name, tensors, file, config):
-    """A folder with weights and their configuration."""
     (OUT / name).mkdir(exist_ok=True)
     save_file(tensors, OUT / name / file, {"format": "pt"})
     kind = "adapter_config.json" if file == ADAPTER else "config.json"
@@ -76,8 +72,7 @@ jaxarith("recipe", "check", OUT / "recipe.yaml")
 jaxarith("merge", OUT / "recipe.yaml", OUT / "merged", "--overwrite")
 
 # %% [markdown]
-# Did it do what the file says? For every layer, the share of each model's change that
-# is in the merged model, by least squares. The two lines of the picture cross.
+# Did it? The picture has, by layer, each model's share in the merge (least squares).
 
 # %%
 merged = load_file(OUT / "merged" / WEIGHTS)
@@ -89,14 +84,12 @@ for i in range(LAYERS):
     shares.append(np.linalg.lstsq(np.stack(each, 1), moved, rcond=None)[0])
 print(np.round(shares, 3).T)
 lines = {n: (range(LAYERS), np.array(shares)[:, i]) for i, n in enumerate(changes)}
-y = "share of the model's change"
-plots.curves(OUT / "gradients.png", lines, x="layer", y=y, best=False)
+plots.curves(OUT / "gradients.png", lines, x="layer", y="share", best=False)
 
 # %% [markdown]
 # ## LoRA adapters
 #
-# Two adapters of one base, as PEFT writes them. `--to-adapter` merges them to one
-# adapter, without the base's weights: by TIES in the small space that they span.
+# `--to-adapter` merges PEFT's adapters to one, here by TIES, without the base's weights.
 
 # %%
 lora = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
@@ -111,8 +104,7 @@ ties = ["--method", "ties", "--overwrite", "--out", OUT / "lora_ties"]
 jaxarith("merge", "--to-adapter", *ties, *both)
 
 # %% [markdown]
-# Adapters merge into the base too. `verify` shows that it is the same to merge their
-# sum as an adapter, and to merge both into the base.
+# Adapters merge into the base too: `verify` shows that it is the same.
 
 # %%
 sums = ["--method", "task_arithmetic", "--overwrite", *both, "--out"]
@@ -125,5 +117,4 @@ jaxarith("verify", BASE, OUT / "lora_sum", OUT / "with_sum")
 #
 # - `jaxarith merge --help`: all methods, tokenizers, slices, packed models.
 # - `merged/README.md` and `merged/jaxarith_merge.json`: what was merged, and its notes.
-# - `jaxarith inspect MODEL ... --base BASE --out REPORT`: norms, cosines, a picture.
 # - `jaxarith extract BASE TUNED --rank 32 --out LORA` makes an adapter of a model.

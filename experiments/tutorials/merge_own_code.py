@@ -3,9 +3,7 @@
 #
 # A merge is a function `merge.method(params_0, taus, ...) -> params`. It takes any tree
 # of arrays: the state of a Flax NNX model, an Equinox module, a nested dict. Your
-# training loop stays as it is. Three lines are new.
-#
-# Needs `pip install -e . equinox`, and none of the extras.
+# training loop stays as it is. Needs `pip install -e . equinox`, and no extra.
 
 # %%
 import equinox as eqx
@@ -35,8 +33,7 @@ def points(task, angle, seed, count=400):
 angles = dict(enumerate((60, 120, -60)))
 starts = [points(task, angle=0, seed=0) for task in angles]
 before = [np.concatenate(column) for column in zip(*starts, strict=True)]
-train = [points(task, angle, seed=1) for task, angle in angles.items()]
-test = [points(task, angle, seed=2) for task, angle in angles.items()]
+train, test = ([points(*one, seed=s) for one in angles.items()] for s in (1, 2))
 
 
 def fitted(apply, params, data, steps):
@@ -77,20 +74,16 @@ apply = jax.jit(lambda params, x: nnx.merge(graph, params)(x))
 params_0 = fitted(apply, fresh, before, steps=400)
 tuned = [fitted(apply, params_0, data, steps=150) for data in train]
 
-# These are the three lines.
+# Three lines are all that a merge takes.
 taus = [task_vectors.difference(params, params_0) for params in tuned]
 merged = merge.task_arithmetic(params_0, taus, coef=0.6)
 model = nnx.merge(graph, merged)
-
-print("one input through the merged model:", model(test[0][0][:1]))
-print("cosines of the task vectors:")
-print(np.asarray(task_vectors.cosine_matrix(taus)).round(2))
+print("cosines:", np.asarray(task_vectors.cosine_matrix(taus)).round(2).tolist())
 
 # %% [markdown]
 # The columns are the three tasks and their mean. A model that was fine-tuned on one
-# task is wrong at the other places. A merge knows something of all three. Which merge
-# and which coefficient are the best, one has to try, in real work on validation data.
-# Coefficients may depend on the path of a leaf: below, more is added to the last layer.
+# task is wrong at the other places. Which merge and coefficient are the best, one has
+# to try. Coefficients may depend on the path: below, more is added to the last layer.
 
 # %%
 show("pre-trained", apply, params_0)
@@ -107,8 +100,7 @@ show("task_arithmetic, layers", apply, by_layer)
 # %% [markdown]
 # ## Equinox
 #
-# `eqx.partition` takes the arrays apart from activations and sizes. Merges see the
-# arrays alone; they run under `jax.jit`, as here.
+# `eqx.partition` takes the arrays, which merges see, apart from all else.
 
 # %%
 module = eqx.nn.MLP(2, 2, 32, depth=2, key=jax.random.key(0))
@@ -118,7 +110,6 @@ params_0 = fitted(apply, arrays, before, steps=400)
 tuned = [fitted(apply, params_0, data, steps=150) for data in train]
 taus = [task_vectors.difference(params, params_0) for params in tuned]
 merged = jax.jit(merge.task_arithmetic)(params_0, taus, coef=0.6)
-show("Equinox: pre-trained", apply, params_0)
 show("Equinox: sum at 0.6", apply, merged)
 
 # %% [markdown]

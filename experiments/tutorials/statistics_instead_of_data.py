@@ -6,10 +6,8 @@
 # of the others. Here each task gives a file of statistics in place of its images.
 #
 # In the tangent space, what a task vector τ does to another task's outputs is a
-# quadratic form, E‖J(x)τ‖² = τᵀGτ. G is the *curvature*. It depends on the images but
-# not on τ, so it is measured once, before any training, and without labels.
-#
-# Needs `pip install -e '.[demo]'`. Nothing is downloaded.
+# quadratic form, E‖J(x)τ‖² = τᵀGτ. G is the *curvature*. It is measured once, before
+# any training, and without labels. Needs `pip install -e '.[demo]'`, and no download.
 
 # %%
 from pathlib import Path
@@ -25,7 +23,6 @@ from jaxarith.models import clip, heads
 
 OUT = Path("runs/tutorials")
 OUT.mkdir(parents=True, exist_ok=True)
-
 model = clip.load(clip.TINY_CLIP)
 encode = clip.image_encoder(model.config)
 params_0 = tree.select(model.params, clip.IMAGE_ENCODER)
@@ -37,25 +34,24 @@ tests = [pipeline.evaluation_batches(task.test, 128) for task in tasks]
 
 # %% [markdown]
 # **Each owner of a task, alone.** One pass over a few unlabelled images gives Kronecker
-# factors: for every layer, how its inputs and its output gradients vary. `rank` keeps a
-# few exact products besides, for what happens between layers.
+# factors of every layer. `rank` keeps exact products for what is between layers.
 
 # %%
 files = [OUT / f"{name}.curvature.safetensors" for name in names]
-for number, file in enumerate(files):
-    batches = pipeline.evaluation_batches(tasks[number].train[:64], 64)
-    key = jax.random.key(number)
+for i, file in enumerate(files):
+    batches = pipeline.evaluation_batches(tasks[i].train[:64], 64)
+    key = jax.random.key(i)
     own = curvature.collect(encode, params_0, batches, rank=8, joint=True, key=key)
     curvature.save(file, own)
     print(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB, of 64 images")
 
 # %% [markdown]
 # **Whoever fine-tunes a task** loads the files of the others. `curvature.others` merges
-# them: for task i, all files but the i-th. `calibrate` scales the factors so that they
-# agree with the exact products.
+# them, for task i all but the i-th. `calibrate` fits the factors to the exact products.
 
 # %%
 measured = [curvature.load(file, params_0)[0] for file in files]
+measured = [one for one in measured if isinstance(one, curvature.Factors)]
 others = [curvature.calibrate(one) for one in curvature.others(measured)]
 
 
@@ -66,9 +62,8 @@ def loss_fn(features, batch, head):
 
 def fine_tuned(others=None, **options):
     """One linearised task vector for each task."""
-    config = train.TrainConfig(
-        steps=40, batch_size=32, learning_rate=1e-3, linearized=True, **options
-    )
+    options |= {"steps": 40, "batch_size": 32, "learning_rate": 1e-3}
+    config = train.TrainConfig(linearized=True, **options)
     batches = train.task_batches([task.train for task in tasks], config, names=names)
     own = {"names": names, "constants": heads.pad(head_of), "curvature": others}
     return train.fine_tune(encode, params_0, loss_fn, batches, config, **own)
@@ -115,13 +110,11 @@ x, y = "coefficient of every task vector", "test accuracy, mean of 3 tasks"
 plots.curves(OUT / "rescaling.png", lines, x=x, y=y)
 
 # %% [markdown]
-# The penalised vectors add up best at coefficient 1, where the plain sum falls already.
-# No training has seen an image of another task.
+# The penalised sum is best at coefficient 1. No training saw another task's images.
 #
 # ## Where to go next
 #
-# - `jaxarith.curvature`: EK-FAC (`eigen`), diagonals, other ways to merge files.
+# - `jaxarith.curvature`: EK-FAC (`eigen`), diagonals, other ways to merge files. The
+#   paper: Porrello et al. Dataless Weight Disentanglement (TAK). ICLR 2026.
 # - `python -m experiments.curvature.choose_coef --help` chooses the penalty's weight.
 # - Ordinary models can be trained this way too: `train.Distill` (DELTA).
-# - Porrello et al. Dataless Weight Disentanglement in Task Arithmetic via
-#   Kronecker-Factored Approximate Curvature. ICLR 2026.

@@ -6,8 +6,7 @@
 # sum would do every task. Here we fine-tune a tiny CLIP on three image tasks in three
 # ways, add the three vectors of each way, and look at what the sum can do.
 #
-# Needs `pip install -e '.[demo]'`: the CLIP is part of the library, and the images are
-# part of Python packages. Nothing is downloaded.
+# Needs `pip install -e '.[demo]'`, which has the images. Nothing is downloaded.
 
 # %%
 import functools
@@ -59,9 +58,8 @@ def loss_fn(features, batch, head):
 
 def fine_tuned(**options):
     """One task vector for each task."""
-    config = train.TrainConfig(
-        steps=40, batch_size=32, learning_rate=1e-3, penalty_batch_size=8, **options
-    )
+    options |= {"steps": 40, "batch_size": 32, "learning_rate": 1e-3}
+    config = train.TrainConfig(penalty_batch_size=8, **options)
     batches = train.task_batches([task.train for task in tasks], config, names=names)
     own = {"names": names, "constants": heads.pad(head_of)}
     return train.fine_tune(encode, params_0, loss_fn, batches, config, **own)
@@ -72,13 +70,11 @@ taus["cyclic τJp"] = fine_tuned(linearized=True, penalty="cyclic")
 
 # %% [markdown]
 # `evaluate.forward` runs a network, and `evaluate.tangent` a linearised model, at any
-# coefficients of the task vectors. The second passes once over the images: the outputs
-# of a linearised model are affine in the coefficients.
+# coefficients of the task vectors. The second passes once over the images.
 
 
 # %%
 def predicted(task, features):
-    """The classes that the head of a task sees."""
     return np.asarray(heads.logits(head_of[task], jnp.asarray(features)).argmax(-1))
 
 
@@ -106,8 +102,7 @@ for way in taus:
 # nearly what each does alone, at coefficient 1: nothing had to be searched.
 #
 # Where does the loss come from? The picture shows ξ for two of the tasks: the share of
-# answers that change because the *other* vector was added too. White: no interference.
-# The box marks coefficients from 0 to 1, the range in which one usually looks.
+# answers that change because the *other* vector was added. White: none. Box: 0 to 1.
 
 # %%
 pair, coefs, maps = (0, 2), np.linspace(-2, 2, 11), {}
@@ -116,13 +111,10 @@ for way in ("linearised", "cyclic τJp"):
     run = [lambda c, at=outputs[way][i]: at([c[0], 0, c[1]]) for i in pair]
     maps[way] = evaluate.disentanglement_error(run, answers, coefs)
     print(f"{way:12} mean ξ {maps[way].mean():.3f}")
-file = OUT / "interference.png"
-plots.disentanglement(file, maps, coefs, (names[pair[0]], names[pair[1]]))
+plots.disentanglement(OUT / "interference.png", maps, coefs, (names[0], names[2]))
 
 # %% [markdown]
 # ## Where to go next
 #
 # - `statistics_instead_of_data.py`: the same without images of the other tasks.
-# - `python -m experiments.quickstart --out runs/quickstart`: six tasks, longer
-#   training, ten merges beside the sum.
-# - `jaxarith.tau_jp`: the penalty for your own training loop.
+# - `python -m experiments.quickstart --out runs/quickstart`: six tasks, ten merges.
