@@ -89,7 +89,7 @@ plots.curves(OUT / "gradients.png", lines, x="layer", y="share", best=False)
 # %% [markdown]
 # ## LoRA adapters
 #
-# `--to-adapter` merges PEFT's adapters to one, here by TIES, without the base's weights.
+# `--to-adapter` merges PEFT's adapters to one, here by TIES, without the base.
 
 # %%
 lora = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
