@@ -335,6 +335,6 @@ def test_wrong_options_are_errors():
     fails(of_path, mergekit.multislerp, [tau], weight=lambda path: 0.0)
     fails("exactly two models; found 3", mergekit.slerp, [tau] * 3, t=0.5)
     fails("exactly two models; found 1", mergekit.nuslerp, [tau], weight=0.5)
-    fails("found 2 task vectors", mergekit.nearswap, [tau] * 2, t=0.5)
+    fails("one task vector; found 2", mergekit.nearswap, [tau] * 2, t=0.5)
     fails("at least 2 task vectors", mergekit.model_stock, [tau])
     fails("select_topk is 2.0", mergekit.sce, [tau], select_topk=2.0)

@@ -99,7 +99,7 @@ def test_the_default_epsilon_is_a_number_and_no_share():
 
 def test_wrong_input_is_refused():
     base, tau = {"w": jnp.zeros(3)}, {"w": jnp.ones(3)}
-    with pytest.raises(ValueError, match="one model; found 2"):
+    with pytest.raises(ValueError, match="exactly one task vector; found 2"):
         mergekit.arcee_fusion(base, [tau, tau])
     with pytest.raises(ValueError, match="epsilon is -1"):
         mergekit.ram(base, [tau], epsilon=-1.0)

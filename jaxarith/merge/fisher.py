@@ -156,7 +156,7 @@ def fisher_diagonal(
     _leaves.one_of(estimator, Estimator, "estimator")
     if samples is not None and (estimator != "per_example" or key is None):
         raise ValueError(
-            "samples needs the per_example estimator and a key to draw labels; found "
+            "samples needs a key, and the per_example estimator, to draw labels; found "
             f"estimator {estimator!r} and key {key}."
         )
     if min(chunk, 1 if samples is None else samples) < 1:
