@@ -14,7 +14,7 @@ Config = choose_glue_coef.Config
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"penalty_coefs": (0.1, 0.1)}, "each once"),
+        ({"penalty_coefs": (0.1, 0.1)}, "each only once"),
         ({"penalty_coefs": (0.0,)}, "numbers above 0"),
         ({"coefs": (0.5, 1.0)}, "one coefficient"),
     ],

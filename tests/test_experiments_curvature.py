@@ -187,7 +187,7 @@ def test_of_equal_weights_the_first_is_chosen():
         ({"coefs": (0.0, 1.0)}, "above 0"),
         ({"coefs": (1.0, float("nan"))}, "above 0"),
         ({"coefs": (1.0, float("inf"))}, "above 0"),
-        ({"coefs": (1.0, 1.0)}, "each once"),
+        ({"coefs": (1.0, 1.0)}, "each only once"),
         ({"choose_on": "cars"}, "--choose-on cars is not among --tasks"),
     ],
 )

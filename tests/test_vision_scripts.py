@@ -165,7 +165,7 @@ CONTROLLED = (
 def test_scripts_that_measure_a_control_refuse_none(name, tmp_path):
     script = importlib.import_module(f"experiments.{name}")
     config = script.Config(control="none", out=tmp_path / "out", bank=tmp_path / "bank")
-    with pytest.raises(ValueError, match="--control none: this needs"):
+    with pytest.raises(ValueError, match="--control none: this script needs"):
         script.main(config)
     assert not list(tmp_path.iterdir())
 
@@ -185,10 +185,10 @@ def test_without_a_control_the_other_tasks_are_kept_alone(folders, tmp_path):
     assert setup.control is None
     known = vectors.others_of(setup, "tau_jp_cyclic", setup.tasks[0])
     assert [task.name for task in known] == ["b"]
-    with pytest.raises(ValueError, match="--control none: this needs"):
+    with pytest.raises(ValueError, match="--control none: this script needs"):
         vectors.others_of(setup, "delta", setup.tasks[0])
     alone = setup._replace(tasks=setup.tasks[:1])
-    with pytest.raises(ValueError, match="and a has none. Name more --tasks"):
+    with pytest.raises(ValueError, match="a has no others. Name more --tasks"):
         vectors.others_of(alone, "tau_jp_cyclic", alone.tasks[0])
     assert not vectors.others_of(alone, "tau_jp_incremental", alone.tasks[0])
 
