@@ -13,8 +13,13 @@ from jaxarith import cli, curvature, hub, merge
 from jaxarith.models import clip
 
 # Fewer steps and fewer leaves, and pages that a test of their own reads.
-FEWER = {"steps=100": "steps=2"}
-FEWER_LEAVES = {"task_vectors.md": {"clip.IMAGE_ENCODER": "'visual_projection/.*'"}}
+PROJECTION = "'visual_projection/.*'"
+FEWER = {
+    "README.md": {"steps=100": f"steps=2, trained={PROJECTION}"},
+    "devices.md": {"steps=100": "steps=2"},
+    "interference.md": {"steps=100": f"steps=2, trained={PROJECTION}"},
+    "task_vectors.md": {"clip.IMAGE_ENCODER": PROJECTION},
+}
 OWN_TESTS = {"methods.md", "own_images.md"}
 PAGES = [
     file.name
@@ -53,7 +58,7 @@ def run(page: str) -> dict:
     file = ROOT / page if page == "README.md" else DOCS / page
     scope = {"__name__": page}
     for code in blocks(file, "python"):
-        for old, new in (FEWER | FEWER_LEAVES.get(page, {})).items():
+        for old, new in FEWER.get(page, {}).items():
             code = code.replace(old, new)
         exec(compile(code, page, "exec"), scope)
     return scope
