@@ -101,6 +101,28 @@ def test_dense_is_that_of_flax(x64, shape):
     jax.tree.map(compare, everything(layers.Dense), everything(nn.Dense))
 
 
+@pytest.mark.parametrize("dtype", [float, np.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 5)])
+def test_a_product_with_a_transposed_kernel_is_the_plain_one(x64, shape, dtype):
+    x = jnp.asarray(normal(0, *shape), dtype)
+    kernel = jnp.asarray(normal(1, 7, 5), dtype)
+
+    def everything(product):
+        loss = lambda x, kernel: jnp.sum(product(x, kernel) ** 3)  # noqa: E731
+        pushed = jax.jvp(product, (x, kernel), (2 * x, kernel))
+        many = jax.vmap(product)(jnp.stack([x, -x]), jnp.stack([kernel, kernel]))
+        return jax.grad(loss, argnums=(0, 1))(x, kernel), pushed, many
+
+    expected = everything(lambda x, kernel: jnp.einsum("...i,oi->...o", x, kernel))
+    found = everything(layers.times_transposed)
+    for leaf, other in zip(
+        jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+    ):
+        scale = np.abs(other).max()
+        tolerance = (1e-10 if dtype is float else 1e-5) * scale
+        np.testing.assert_allclose(leaf, other, rtol=0, atol=tolerance)
+
+
 def test_dense_takes_a_precision_and_a_dtype():
     x = normal(0, 2, 3, 5)
     layer = layers.Dense(4, dtype=jnp.bfloat16, precision="highest")

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from jaxarith import hub
 from jaxarith.models.bert_network import BertConfig, Head, Model
+from jaxarith.models.layers import times_transposed
 from jaxarith.typing import ApplyFn, Params
 
 # Path patterns for `tree.select`: the blocks, which are what prompt-based fine-tuning
@@ -101,7 +102,8 @@ def masked_lm(config: BertConfig) -> ApplyFn:
     def apply_fn(params, input_ids, attention_mask, token_type_ids=None):
         inputs = input_ids, attention_mask, token_type_ids
         hidden, bias = apply({"params": params}, *inputs)
-        return hidden @ output_words(config, params)[0].T + bias[None, None]
+        words, _ = output_words(config, params)
+        return times_transposed(hidden, words) + bias[None, None]
 
     return apply_fn
 

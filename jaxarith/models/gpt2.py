@@ -31,7 +31,7 @@ from jaxarith import hub
 from jaxarith.models.activations import gelu_tanh
 from jaxarith.models.blocked_attention import Mask, causal
 from jaxarith.models.generate import Decoder
-from jaxarith.models.layers import Dense, LayerNorm, attend
+from jaxarith.models.layers import Dense, LayerNorm, attend, times_transposed
 from jaxarith.typing import ApplyFn
 
 # Path patterns for `tree.select`: the blocks without embeddings, last norm and head;
@@ -98,13 +98,6 @@ _normal = nn.initializers.normal(0.02)
 Embed = functools.partial(nn.Embed, embedding_init=_normal)
 
 
-def _times_transposed(x, kernel):
-    """`x[..., in] @ kernel[out, in].T` as one product of matrices; see `layers`."""
-    rows = x.reshape(-1, x.shape[-1])
-    product = jax.lax.dot_general(rows, kernel, (((1,), (1,)), ((), ())))
-    return product.reshape(*x.shape[:-1], kernel.shape[0])
-
-
 class Conv1D(nn.Module):
     """A linear layer whose kernel is `[out, in]`, as Hugging Face's Flax stores it."""
 
@@ -119,7 +112,7 @@ class Conv1D(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         bias = bias.reshape((1,) * (x.ndim - 1) + (-1,))
-        return _times_transposed(x, kernel) + bias
+        return times_transposed(x, kernel) + bias
 
 
 class Attention(nn.Module):
@@ -284,7 +277,7 @@ def _last_real(x, attention_mask):
 
 
 def _logits(params, hidden):
-    return _times_transposed(hidden, params["transformer"]["wte"]["embedding"])
+    return times_transposed(hidden, params["transformer"]["wte"]["embedding"])
 
 
 def encoder(config: GPT2Config) -> ApplyFn:

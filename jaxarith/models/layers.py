@@ -35,6 +35,18 @@ def _rows_dot(x, kernel, dimension_numbers, precision=None):
     return product.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
+def times_transposed(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x[..., in] @ kernel[out, in].T` as one product of matrices, as in `Dense`.
+
+    Example:
+      >>> print(times_transposed(jnp.array([[[1.0, 2.0]]]), jnp.array([[3.0, 4.0]])))
+      [[[11.]]]
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    product = jax.lax.dot_general(rows, kernel, (((1,), (1,)), ((), ())))
+    return product.reshape(*x.shape[:-1], kernel.shape[0])
+
+
 # flax.linen.Dense by another route to the same product.
 Dense = functools.partial(nn.Dense, dot_general=_rows_dot)
 

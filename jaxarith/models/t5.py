@@ -28,6 +28,7 @@ from jaxarith import hub, tree
 from jaxarith.losses import IGNORED
 from jaxarith.models.blocked_attention import causal
 from jaxarith.models.generate import Decoder
+from jaxarith.models.layers import times_transposed
 from jaxarith.models.t5_stacks import Linear, Past, Stack, T5Config, Texts
 from jaxarith.typing import ApplyFn, Array
 
@@ -117,8 +118,7 @@ class Transformer(nn.Module):
             hidden = hidden * c.d_model**-0.5
         if not c.tie_word_embeddings:
             return self.lm_head(hidden)
-        rows = hidden.reshape(-1, c.d_model) @ self.shared.embedding.T
-        return rows.reshape(*hidden.shape[:-1], c.vocab_size)
+        return times_transposed(hidden, self.shared.embedding)
 
 
 def _check_targets(decoder_input_ids, decoder_mask, batch):
