@@ -342,7 +342,7 @@ def test_methods_and_flags_that_do_not_fit_are_refused(folders, tmp_path, capsys
     from merge_command import checkpoint
 
     model = checkpoint(tmp_path / "model", {"a.weight": normal(0, 2, 2)})
-    assert "is no PEFT adapter" in error(models=[model, folders["one"]])
+    assert "is not a PEFT adapter" in error(models=[model, folders["one"]])
     plain = ["merge", "--method", "average", "--adapter-rank", "3", "--model", model]
     assert cli.main([*plain, "--out", str(out)]) == 1
     assert "--adapter-rank is the rank of a --to-adapter" in capsys.readouterr().err

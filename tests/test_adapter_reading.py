@@ -333,10 +333,13 @@ TOKENS = "base_model.model.embed.token_adapter.trainable_tokens_delta"
     ("change", "message"),
     [
         ({"config": {"trainable_token_indices": [1, 11]}}, "trained tokens up to 11"),
-        ({"config": {"trainable_token_indices": [1]}}, r"1 trained tokens f32\[2, 6\]"),
-        ({"config": {"trainable_token_indices": [1, 1]}}, r"have the indices \[1, 1\]"),
+        ({"config": {"trainable_token_indices": [1]}}, r"1 trained token f32\[2, 6\]"),
+        (
+            {"config": {"trainable_token_indices": [1, 1]}},
+            r"its trained tokens are \[1, 1\]",
+        ),
         ({"config": {"trainable_token_indices": None}}, "expected one LoRA adapter"),
-        ({TOKENS: None}, "holds no trained tokens"),
+        ({TOKENS: None}, "has no trained tokens"),
     ],
 )
 def test_broken_tokens_are_refused(torch, peft, tmp_path, change, message):

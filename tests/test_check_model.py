@@ -49,7 +49,7 @@ def test_missing_data_is_named_and_is_no_failure(shallow_folder, tmp_path, monke
 
 def test_without_weights_it_says_what_to_fetch(tmp_path, monkeypatch):
     def load(model):
-        raise FileNotFoundError("the Hub did not give it")
+        raise FileNotFoundError("it could not be downloaded")
 
     monkeypatch.setattr(clip, "load", load)
     with pytest.raises(SystemExit) as stop:

@@ -23,9 +23,9 @@ LLAMA = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_attention_heads": 8}, "num_attention_heads is 8, in the base 4"),
-        ({"num_key_value_heads": 1}, "num_key_value_heads is 1, in the base 2"),
-        ({"model_type": "mistral"}, "model_type 'mistral' and the base of 'llama'"),
+        ({"num_attention_heads": 8}, "num_attention_heads is 8, but 4 in the base"),
+        ({"num_key_value_heads": 1}, "num_key_value_heads is 1, but 2 in the base"),
+        ({"model_type": "mistral"}, "model_type 'mistral' and the base 'llama'"),
     ],
 )
 def test_other_heads_and_types_are_refused(change, message):
@@ -43,11 +43,11 @@ def test_heads_of_parts_are_compared_too():
 @pytest.mark.parametrize(
     ("change", "note"),
     [
-        ({"hidden_act": "gelu"}, 'hidden_act is "gelu", in the base "silu"'),
-        ({"rms_norm_eps": 1e-3}, "rms_norm_eps is 0.001, in the base 1e-06"),
-        ({"rope_theta": 1e6}, "rope.theta is 1000000.0, in the base 10000.0"),
+        ({"hidden_act": "gelu"}, 'hidden_act is "gelu", but "silu" in the base'),
+        ({"rms_norm_eps": 1e-3}, "rms_norm_eps is 0.001, but 1e-06 in the base"),
+        ({"rope_theta": 1e6}, "rope.theta is 1000000.0, but 10000.0 in the base"),
         ({"rope_scaling": {"type": "linear"}}, 'rope.kind is "linear"'),
-        ({"sliding_window": 4096}, "m alone gives in config.json: sliding_window"),
+        ({"sliding_window": 4096}, "only m states in config.json: sliding_window"),
     ],
 )
 def test_the_rest_is_noted_key_by_key(change, note):
@@ -75,7 +75,7 @@ def test_a_language_model_is_compared_with_the_part_that_is_one():
         configs.compare(base, LLAMA | {"num_attention_heads": 8}, "m")
     tower = {"model_type": "clip", "vision_config": {"model_type": "clip_v", "a": 1}}
     notes = configs.compare(tower, {"model_type": "clip_v", "a": 2}, "m")
-    assert "vision_config" in notes[0] and "a is 2, in the base 1" in notes[1]
+    assert "vision_config" in notes[0] and "a is 2, but 1 in the base" in notes[1]
 
 
 def test_a_model_without_a_configuration_is_noted(tmp_path, capsys):
@@ -101,7 +101,7 @@ def test_a_model_without_a_configuration_is_noted(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(json.dumps(content))
     for _ in range(2):
         assert cli.main(["merge", str(tmp_path / "c.yaml"), *dry]) == 1
-        assert "b has no config.json, by which slices" in capsys.readouterr().err
+        assert "b has no config.json. Slices need" in capsys.readouterr().err
         content["slices"].reverse()
         (tmp_path / "c.yaml").write_text(json.dumps(content))
 

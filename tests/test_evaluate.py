@@ -230,7 +230,7 @@ def test_samples_of_batches_without_a_mask_all_count():
     for of in (evaluate.forward, evaluate.tangent):
         expected = of(apply_fn, PARAMS_0, TAUS, batches)([0.5, 1.0])
         found = of(apply_fn, PARAMS_0, TAUS, bare)([0.5, 1.0])
-        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
     np.testing.assert_array_equal(evaluate.labels(bare), evaluate.labels(batches))
     datasets = [bare], [batches]
     found, expected = (tau_jp.matrix(apply_fn, PARAMS_0, TAUS, d) for d in datasets)

@@ -87,7 +87,7 @@ def test_hidden_files_are_not_copied(model):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 def test_json_beyond_the_limits_is_an_error_with_its_file(model, text, message, name):
     (model / name).write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match=f"{name} is no valid JSON: .*{message}"):
+    with pytest.raises(ValueError, match=f"{name} is not valid JSON: .*{message}"):
         hub.read_json(model, name)
 
 

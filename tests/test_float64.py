@@ -56,8 +56,8 @@ def test_the_library_names_them_and_refuses_what_float32_lacks(tmp_path):
     base, one = write(tmp_path, tensors(0), tensors(1))
     opened = stream.open_models(base, [one])
     assert opened.narrowed == ("a.weight",)
-    assert any("a.weight) are float64" in note for note in opened.notes)
+    assert any("a.weight) is float64" in note for note in opened.notes)
     large = checkpoint(tmp_path / "large", tensors(2, 1e300))
     opened = stream.open_models(base, [large])
-    with pytest.raises(ValueError, match="a.weight of model 0.* beyond float32"):
+    with pytest.raises(ValueError, match="a.weight of model 0.* too large for float32"):
         stream.merge(merge.average, opened, tmp_path / "out", quiet=True)

@@ -277,7 +277,7 @@ def unsavable(params):
     double = {**params, "visual_projection": {"kernel": np.ones(2), "scale": 1.0}}
     return {
         "non-finite": (bad, r"the tree has NaN or infinite .* logit_scale \(1 of 1\)"),
-        "no array": (text, "logit_scale is of type .*expected an array"),
+        "no array": (text, "logit_scale has the dtype .*expected an array"),
         "one name for two": (double, "both be saved as visual_projection.weight"),
     }
 

@@ -125,4 +125,4 @@ def test_find_of_what_is_nowhere_is_one_clear_error(monkeypatch, tmp_path, model
         hub.find(model, revision="v1")
     message = str(error.value)
     assert message.startswith(f"{model!r} at revision 'v1' is not a folder")
-    assert "give the path of a folder" in message
+    assert "name a folder that holds" in message

@@ -257,7 +257,7 @@ def test_a_language_model_in_another_is_found(tmp_path, trained, outer):
     )
     assert found.deltas.keys() == {f"{outer}.{layer}.weight"}
     noted = " ".join(found.notes)
-    assert (f"{trained}.{layer}.weight and the like are taken" in noted) == (
+    assert (f"{trained}.{layer}.weight is taken as" in noted) == (
         not (f".{outer}".endswith(f".{trained}") or f".{trained}".endswith(f".{outer}"))
     )
 
@@ -293,20 +293,20 @@ def test_two_modules_for_one_tensor_are_an_error(tmp_path):
     ("config", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"use_dora": True}, "use_dora and holds no magnitude_vector of .*down_proj"),
+        ({"use_dora": True}, "use_dora, but has no magnitude_vector of .*down_proj"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is set"),
         ({"megatron_config": {"x": 1}}, "megatron_config is set"),
-        ({"lora_bias": True}, "lora_bias and holds no bias of .*down_proj"),
-        ({"trainable_token_indices": [3]}, "indices and holds no trained tokens"),
+        ({"lora_bias": True}, "lora_bias, but has no bias of .*down_proj"),
+        ({"trainable_token_indices": [3]}, "indices, but has no trained tokens"),
         ({"target_parameters": ["experts"]}, "no factors of parameters experts that"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4.*base's weights"),
         ({"init_lora_weights": "olora"}, "olora.*base's weights"),
-        ({"r": None}, "must give r, a whole number"),
-        ({"r": 0}, "must give r, a whole number"),
+        ({"r": None}, "must state r as a whole number"),
+        ({"r": 0}, "must state r as a whole number"),
         ({"rank_pattern": {"(": 3}}, "rank_pattern"),
         ({"alpha_pattern": ["x"]}, "alpha_pattern"),
-        ({"r": 4}, r"A \[3, 10\] and B \[6, 3\], and the rank is 4"),
-        ({"rank_pattern": {"down_proj": 2}}, "and the rank is 2"),
+        ({"r": 4}, r"A \[3, 10\] and B \[6, 3\], but .* states the rank 4"),
+        ({"rank_pattern": {"down_proj": 2}}, "states the rank 2"),
     ],
 )
 def test_what_is_no_plain_lora_is_refused(tmp_path, config, message):
@@ -327,8 +327,8 @@ A, B = (f"{PREFIX}{DOWN}.lora_{side}.weight" for side in "AB")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(B), "of .*down_proj lora_A; expected an A and a B"),
-        (lambda t: t.pop(A), "of .*down_proj lora_B; expected an A and a B"),
+        (lambda t: t.pop(B), "holds lora_A for .*down_proj; expected both A and B"),
+        (lambda t: t.pop(A), "holds lora_B for .*down_proj; expected both A and B"),
         (lambda t: t.clear(), "holds no tensors"),
         (lambda t: t.update({A: normal(3, 9)}), r"down_proj.weight is f32\[6, 10\]"),
         (lambda t: t.update({B: normal(3)}), r"B \[3\]"),
@@ -372,7 +372,7 @@ def test_an_adapter_is_a_folder_with_its_config(tmp_path):
     folder = adapter(tmp_path / "a", linear(DOWN, 6, 10))
     assert lora.is_adapter(folder)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(FileNotFoundError, match="opens no pickle"):
+    with pytest.raises(FileNotFoundError, match="does not open pickles"):
         lora.read_adapter(folder, base_of(LLAMA))
     (folder / "adapter_config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):

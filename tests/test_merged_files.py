@@ -75,7 +75,7 @@ def test_an_adapter_is_no_base(models, tmp_path, capsys):
     error = failure(
         capsys, [str(tmp_path / "lora"), one, two], tmp_path / "out", *DOUBLE
     )
-    assert "lora is an adapter; the base must be a whole model" in error
+    assert "lora is an adapter, but the base must be a whole model" in error
 
 
 def in_pytorch(torch, folder, shards, zipped=True):

@@ -59,7 +59,9 @@ def test_other_vocabularies_are_an_error_that_lists_them(rows, tmp_path):
     with pytest.raises(ValueError, match="vocabularies differ") as caught:
         merged(tmp_path, f32(0), resized(f32(1), rows))
     for name in EMBEDDINGS:
-        assert f"{name}: 48 rows in the base, {rows} in model 0" in str(caught.value)
+        assert f"{name}: 48 rows in the base, but {rows} in model 0" in str(
+            caught.value
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -108,7 +110,7 @@ def test_missing_and_unknown_tensors_are_an_error_that_lists_them(tmp_path):
     model = without(f32(1), lost) | {"adapter.weight": np.ones(3, np.float32)}
     with pytest.raises(ValueError) as caught:
         merged(tmp_path, f32(0), model)
-    assert f"- {lost} f32[8]: not in it" in str(caught.value)
+    assert f"- {lost} f32[8]: not in the model" in str(caught.value)
     assert "+ adapter.weight f32[3]: not in the base" in str(caught.value)
 
 
@@ -307,7 +309,7 @@ def test_a_model_with_more_digits_than_the_base_is_noted():
     _, notes = policies.fit(base, {"a": stored("float32"), "b": stored("f4")}, "m1")
     assert notes == [
         "m1: 1 tensor (a) float32, float16 in the base; the merge has the base's "
-        "types, unless a dtype is given (--dtype)"
+        "dtypes, unless a dtype is given (--dtype)"
     ]
     _, notes = policies.fit(base, {"a": stored("f2"), "b": stored("f2")}, "m1")
     assert notes == []

@@ -199,13 +199,13 @@ def test_a_folder_with_gguf_merges_into_one_that_loads(gguf, torch, tmp_path, ca
 def test_what_is_not_known_is_refused(gguf, tmp_path):
     file = tmp_path / "a.gguf"
     write(gguf, file, "mamba", {})
-    with pytest.raises(ValueError, match="architecture mamba; known here are llama"):
+    with pytest.raises(ValueError, match="architecture mamba; supported are llama"):
         quantised.gguf.read(file, BF16)
     write(gguf, file, "qwen2", {}, more=["blk.0.ffn_gate_exps.weight"])
     with pytest.raises(ValueError, match="ffn_gate_exps.weight has no place in qwen2"):
         quantised.gguf.read(file, BF16)
     (tmp_path / "b.gguf").write_bytes(b"GGUF" + bytes(20))
-    with pytest.raises(ValueError, match="2 files in GGUF .* name one of them"):
+    with pytest.raises(ValueError, match="2 files in GGUF .* Name one of them"):
         quantised.gguf.find(tmp_path)
     with pytest.raises(ValueError, match="cannot be read as GGUF"):
         quantised.gguf.read(tmp_path / "b.gguf", BF16)

@@ -161,7 +161,7 @@ def test_what_was_dequantised_is_said(models, tmp_path, capsys):
     count = sum(f"{x}" in notes for x in ("weights of the format gptq", "mxfp4"))
     assert count == 1 and "are dequantised to bf16" in notes
     assert "matrices were not quantised, stay bf16" in notes
-    assert "difference holds the rounding" in notes and base not in notes
+    assert "difference contains the rounding" in notes and base not in notes
     assert "are dequantised to bf16" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -131,7 +131,7 @@ CORRUPT = {
     "no JSON": damaged(lambda header: b"{" * 40),
     "no UTF-8": damaged(lambda header: b"\xff" * 40),
     "a list": damaged(lambda header: [1, 2]),
-    "unknown type": entry(dtype="F31"),
+    "unknown dtype": entry(dtype="F31"),
     "type of another size": entry(dtype="F64"),
     "packed type": entry(dtype="F8_E4M3", shape=[16]),
     "another shape": entry(shape=[9]),

@@ -325,7 +325,7 @@ def test_tied_heads_stay_tied_and_others_are_written(torch, tmp_path, models, me
     assert "lm_head.weight" not in found
     assert generated(torch, out)[0].config.tie_word_embeddings
     notes = json.loads((out / "jaxarith_merge.json").read_text())["notes"]
-    assert any("head is tied to the embedding, which is that of" in x for x in notes)
+    assert any("head is tied to the embedding, which comes from" in x for x in notes)
 
     for first, last in ((tied[0], models[0]), (models[0], tied[0])):
         out, found = merged(passed((first, 0, 1), (last, 1, 2)))
@@ -383,7 +383,7 @@ def test_the_language_model_beside_an_encoder_of_images(torch, tmp_path, merged)
             np.testing.assert_array_equal(tensor, twin)
     load = transformers.LlavaForConditionalGeneration.from_pretrained
     notes = json.loads((out / "jaxarith_merge.json").read_text())["notes"]
-    assert any(x.endswith(f"the encoder beside them is that of {a}") for x in notes)
+    assert any(x.endswith(f"the encoder beside them comes from {a}") for x in notes)
     model, info = load(out, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys"))
     assert model.config.text_config.num_hidden_layers == 4
@@ -416,7 +416,7 @@ def test_models_of_other_sizes_are_refused(torch, tmp_path, models, capsys):
 
 
 MISTAKES = {
-    "range": ([("a", 0, 2), ("b", 1, 5)], 4, r"\[1, 5\], and .*b has 4 layers"),
+    "range": ([("a", 0, 2), ("b", 1, 5)], 4, r"\[1, 5\], but .*b has 4 layers"),
     "unknown": ([("a", 0, 2), ("nowhere", 0, 1)], 4, "nowhere"),
 }
 

@@ -94,7 +94,7 @@ def test_numbers_that_are_not_known_are_told():
     a = config(2, num_adapter_layers=3, attn_layer_offset=4, sparse_layers=0)
     new, [note] = restacked(a, 2, layers(a, 2, 0, 1, 1))
     assert new == a | {"num_hidden_layers": 3}
-    assert "keeps num_adapter_layers: whether" in note
+    assert "keeps num_adapter_layers: it is not known whether" in note
 
 
 def test_configurations_of_transformers_stay_if_the_layers_do():
@@ -134,7 +134,7 @@ def test_a_model_that_lists_nothing_is_like_the_others_or_refused():
         restacked(a, 2, picked)
     with pytest.raises(ValueError, match="layer_types of config.json of A differs"):
         restacked(b, 2, picked)
-    with pytest.raises(ValueError, match="does not say that there are 3 layers"):
+    with pytest.raises(ValueError, match="does not state the 3 layers"):
         restacked(a, 3, picked)
 
 

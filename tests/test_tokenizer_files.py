@@ -61,7 +61,7 @@ def test_ids_with_gaps_take_no_more_tokens(tmp_path):
 def test_what_is_no_tokenizer_is_told(tmp_path, content):
     assert tokenizer_files.read(tmp_path) is None
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ValueError, match="is no file of the tokenizers library"):
+    with pytest.raises(ValueError, match="is not a file of the tokenizers library"):
         tokenizer_files.read(tmp_path)
 
 

@@ -395,7 +395,8 @@ def test_a_head_of_other_rows_is_refused(models, tmp_path, capsys):
     path = write(tmp_path / "c.yaml", text + "tokenizer_source: union\n")
     message = fails(capsys, path, tmp_path / "out")
     assert (
-        "lm_head.weight of" in message and "has 7 rows and its embedding 8" in message
+        "lm_head.weight of" in message
+        and "has 7 rows, but its embedding has 8" in message
     )
 
 

@@ -74,7 +74,9 @@ def test_vectors_are_added_with_the_bits_of_python(
     said = capsys.readouterr().err
     assert "the task vector of dtd by the method nonlinear" in said
     count = len(tree.flatten(taus[0]))
-    assert re.search(rf"of {count} tensors?, without .* of the base, which stay", said)
+    assert re.search(
+        rf"of {count} tensors?, without .* of the base, which do not move", said
+    )
     record = json.loads((tmp_path / "out" / "jaxarith_merge.json").read_text())
     inputs = record["inputs"]
     assert [entry["local"] for entry in inputs] == [True] * 3
@@ -144,7 +146,7 @@ def test_a_vector_that_does_not_fit_is_refused(tmp_path, base, taus, change, cap
     said = capsys.readouterr().err
     line = {
         "extra": "+ score.weight f32[2, 3]: no such weight in the base",
-        "shape": "! visual_projection.weight: [2, 3], and [12, 24] in the base",
+        "shape": "! visual_projection.weight: [2, 3], but [12, 24] in the base",
     }[change]
     assert "does not fit the base (1 tensor)" in said and line in said
     if change == "extra":
@@ -164,7 +166,7 @@ def test_what_is_no_task_vector_is_refused(tmp_path, base, files, capsys):
 
 
 def test_a_vector_needs_a_base(files):
-    with pytest.raises(ValueError, match="needs the base that it moves"):
+    with pytest.raises(ValueError, match="which moves a base"):
         stream.open_models(None, files)
 
 

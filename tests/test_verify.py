@@ -189,5 +189,5 @@ def test_an_adapter_of_another_base_is_noted(place, tmp_path, capsys, stated, no
     adapter = tmp_path / "adapter"
     write(adapter, 1, base_model_name_or_path=stated)
     run(place, place / "float32", adapter=adapter)
-    told = f"trained on org/other by its adapter_config.json, and added to {place}/base"
+    told = f"trained on org/other (its adapter_config.json), but added to {place}/base"
     assert (told in capsys.readouterr().err) == noted

@@ -1,10 +1,13 @@
 """Checkpoint files <-> trees of arrays, in the formats of the Hugging Face Hub.
 
-`download` finds the folder of a checkpoint, `folders` its tensors, `reading` and
-`writing` do what they say. `safetensors` knows the files, `layouts` the names of
-tensors, `lora` adapters of PEFT, `lycoris` those of kohya, `quantised` packed
-weights, `vectors` files of task vectors, `open_clip` the files of OpenCLIP, and
-`pickles` PyTorch's own, which it reads as data.
+- `download` finds the folder of a checkpoint, and `folders` finds the tensors in it.
+- `reading` and `writing` read and write whole checkpoints and trees.
+- `safetensors` handles that file format, and `layouts` the names of tensors.
+- `lora` handles adapters of PEFT, and `lycoris` those of kohya.
+- `quantised` unpacks packed weights.
+- `vectors` opens files of task vectors.
+- `open_clip` opens the files of OpenCLIP.
+- `pickles` opens PyTorch's own files and reads them as data only.
 """
 
 from jaxarith.hub.download import find as find

@@ -1,4 +1,4 @@
-"""What an `adapter_config.json` of PEFT says: kind, ranks, scales."""
+"""Reads and checks an `adapter_config.json` of PEFT: kind, ranks, scales."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from jaxarith.hub import folders, patterns
 
 CONFIG = "adapter_config.json"
 
-# What changes the meaning of a file and has no weights that could be merged.
+# Keys that change the meaning of a file so that it cannot be merged, and why.
 _UNSUPPORTED = {
     "alora_invocation_tokens": "the adapter acts on some tokens only",
     "arrow_config": "the adapter is chosen by the input",
@@ -22,7 +22,7 @@ _UNSUPPORTED = {
     "use_qalora": "the factors see averaged inputs",
     "velora_config": "VeLoRA is not LoRA",
 }
-# What may be given, beside nothing.
+# Optional keys and the types of their values.
 _KINDS: dict[str, Any] = {
     "base_model_name_or_path": str,
     "task_type": str,
@@ -35,23 +35,24 @@ _WORDS: dict[Any, str] = {
     list: "a list of names",
     list | dict: "a list of indices, or lists by names",
 }
-# Starts that leave the base's weights as they are; PiSSA and others subtract from them.
+# Initialisations that do not change the base's weights. PiSSA and others subtract from
+# them.
 _STARTS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The configuration of a LoRA adapter.
+    """Reads the configuration of a LoRA adapter.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: the adapter is of a kind that cannot be read, or ranks or scales are
-        not given as they should be.
+      FileNotFoundError: the folder has no configuration.
+      ValueError: this kind of adapter is not supported, or ranks or scales are missing
+        or malformed.
     """
     config = folders.read_json(folder, CONFIG)
     problem = None
     start = config.get("init_lora_weights", True)
     if (kind := config.get("peft_type")) != "LORA":
-        problem = f"its peft_type is {kind!r}, and only 'LORA' is supported"
+        problem = f"its peft_type is {kind!r}, but only 'LORA' is supported"
     elif str(start).lower() not in _STARTS:
         problem = (
             f"init_lora_weights is {start!r}, which changes the base's weights as "
@@ -61,7 +62,7 @@ def read(folder: Path) -> dict[str, Any]:
         if config.get(key):
             problem = problem or f"{key} is set: {why}. Merge it into a model in PEFT"
     if problem:
-        raise ValueError(f"{folder} is no adapter that jaxarith can read: {problem}.")
+        raise ValueError(f"jaxarith cannot read the adapter {folder}: {problem}.")
     try:
         ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
         alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
@@ -74,9 +75,9 @@ def read(folder: Path) -> dict[str, Any]:
         good = False
     if not good:
         raise ValueError(
-            f"{folder / CONFIG} must give r, a whole number above 0, and lora_alpha, a "
-            "number, and by patterns of names the same in rank_pattern and "
-            "alpha_pattern. Save the adapter again."
+            f"{folder / CONFIG} must state r as a whole number above 0 and lora_alpha "
+            "as a number. rank_pattern and alpha_pattern must map patterns of names to "
+            "such numbers. Save the adapter again."
         )
     for key, kinds in _KINDS.items():
         found = config.get(key)
@@ -85,18 +86,18 @@ def read(folder: Path) -> dict[str, Any]:
             good = all(isinstance(name, str) for name in found or ())
         if not good:
             raise ValueError(
-                f"{folder / CONFIG} says {key} is {str(found)[:60]!r}; expected "
+                f"{folder / CONFIG} states {key} as {str(found)[:60]!r}; expected "
                 f"{_WORDS[kinds]}. Save the adapter again."
             )
     return config
 
 
 def rank_and_scaling(config: Mapping[str, Any], name: str) -> tuple[int, float]:
-    r"""The rank of a module and :math:`\alpha / r`, or :math:`\alpha / \sqrt r`.
+    r"""Returns a module's rank and :math:`\alpha / r`, or :math:`\alpha / \sqrt r`.
 
     Args:
       config: the configuration, as `read` returns it.
-      name: the module's name in the adapter; of a parameter its whole name.
+      name: the module's name in the adapter, or the whole name of a parameter.
     """
     rank = _matching(config.get("rank_pattern"), name, config["r"])
     alpha = _matching(config.get("alpha_pattern"), name, config["lora_alpha"])
@@ -104,7 +105,7 @@ def rank_and_scaling(config: Mapping[str, Any], name: str) -> tuple[int, float]:
 
 
 def _matching(values, name, default):
-    """PEFT's rule: the first pattern that fits whole words at the end of the name."""
+    """Returns the value of the first pattern that fits a name's end, as in PEFT."""
     for pattern, value in (values or {}).items():
         if patterns.fits_end(pattern, name):
             return value

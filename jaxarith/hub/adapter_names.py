@@ -1,4 +1,4 @@
-"""Names of tensors in adapters, and in the models that they were trained on."""
+"""Finds the tensors of a model by the names that adapters use for them."""
 
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -6,10 +6,10 @@ from pathlib import Path
 
 from jaxarith import tree
 
-# What stands before the layers of a language model.
+# Prefixes of the layers of a language model.
 _OUTER = re.compile(r"^((model|language_model)\.)+")
 
-# Names of ViT, DINOv2 and their like in files, and in the classes of transformers 5.
+# Names of ViT, DINOv2 and similar models in files, and in classes of transformers 5.
 _VISION = tuple(
     (re.compile(pattern), spelling)
     for pattern, spelling in (
@@ -28,12 +28,16 @@ _VISION = tuple(
 def fit(
     folder: Path, wanted: Collection[str], base: Collection[str]
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """By name in an adapter, the name in its base; and notes on other spellings.
+    """Finds the name in the base for each name in an adapter.
 
     Args:
-      folder: the adapter, for messages.
+      folder: the adapter, to name in messages.
       wanted: names in the adapter.
       base: names in the base.
+
+    Returns:
+      `{name in the adapter: name in the base}`, and notes on names that are spelled in
+      another way.
 
     Raises:
       ValueError: a name has no place in the base, or several.
@@ -64,16 +68,16 @@ def fit(
         few = ", ".join(tree.first_few(base, most=3))
         raise ValueError(f"{unfit(folder, lines)} The base has {few}.")
     first = min(wanted)
-    note = f"{folder}: {first} and the like are taken for {spelled[first]} of the base"
+    note = f"{folder}: {first} is taken as {spelled[first]} of the base; so are others"
     return spelled, (note,)
 
 
 def _spelled_otherwise(
     wanted: Collection[str], base: Collection[str], spell: Callable[[str], str]
 ) -> dict[str, str] | None:
-    """The base's names for those of an adapter, where both become one in a spelling.
+    """Matches names of an adapter with the base's if both have the same new spelling.
 
-    None unless each has one place, and each its own.
+    Returns None unless each name has exactly one place, and no two share one.
     """
     inner: dict[str, list[str]] = {}
     for name in base:
@@ -86,10 +90,10 @@ def _spelled_otherwise(
 
 
 def _inside(name: str) -> str:
-    """A language model may be inside or outside another.
+    """Returns a name without the prefix of a language model.
 
-    Its names begin with model, model.language_model or language_model.model, by the
-    class and version that saved them.
+    The names begin with model, model.language_model or language_model.model, depending
+    on the class and the version that saved them.
     """
     return _OUTER.sub("", name)
 
@@ -106,7 +110,7 @@ def _ends(name):
 
 
 def unfit(folder: Path, lines: Sequence[str]) -> str:
-    """What an error says about an adapter, with a line for each tensor."""
+    """Returns the error message for an adapter, with a line for each tensor."""
     title = f"{folder} does not fit the base ({tree.counted(len(lines), 'tensor')}):"
     listed = "\n  ".join([title, *tree.first_few(lines)])
     return (

@@ -1,7 +1,7 @@
-"""Factors of parameters rather than modules, such as the fused experts of a layer.
+"""Finds the factors of single parameters, for example the fused experts of a layer.
 
-PEFT's `target_parameters`. A module may have several such parameters; their pairs of
-factors are nested in the file and not named, so that their shapes must tell them apart.
+These are PEFT's `target_parameters`. A module may have several such parameters. The
+file nests their pairs of factors without names, so only shapes tell them apart.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from jaxarith.hub.stored import Stored
 def groups(
     factors: Collection[str], targets: Sequence[str] | None, base: Collection[str]
 ) -> dict[str, list[str]]:
-    """By module with factors of parameters, the names of these parameters.
+    """Returns the names of the trained parameters of each module that has them.
 
     Args:
       factors: the names of pairs, as `adapter_tensors.Parts.factors` has them.
@@ -41,7 +41,7 @@ def groups(
 
 
 def pairs(module: str, factors: Mapping[str, Factors]) -> Iterator[tuple[str, Factors]]:
-    """The pairs of factors of a module, from the outermost."""
+    """Yields the pairs of factors of a module with their names, the outermost first."""
     name = module
     while name in factors:
         yield name, factors[name]
@@ -54,16 +54,16 @@ def assign(
     parameters: Mapping[str, Stored],
     ranks: Mapping[str, int],
 ) -> dict[str, Factors]:
-    """The pair of each parameter, by its name.
+    """Returns the pair of factors of each parameter, by the parameter's name.
 
     Args:
       module: the module that has the parameters.
-      found: its pairs of factors.
-      parameters: by name in the adapter, the parameters that the adapter may move.
-      ranks: by name, their ranks.
+      found: the module's pairs of factors.
+      parameters: the parameters that the adapter may move, by name in the adapter.
+      ranks: the ranks of the parameters, by name.
 
     Raises:
-      ValueError: shapes do not tell which pair is whose.
+      ValueError: the shapes do not decide which pair belongs to which parameter.
     """
     fitting = [
         [name for name, leaf in parameters.items() if _fits(pair, leaf, ranks[name])]
@@ -75,8 +75,9 @@ def assign(
     shapes = ", ".join(f"A {list(x.a.shape)} and B {list(x.b.shape)}" for x in found)
     listed = ", ".join(f"{name} {leaf}" for name, leaf in parameters.items())
     raise ValueError(
-        f"{module} has the factors {shapes}, which must be those of {listed}, each "
-        "with one of another shape. Merge the adapter into a model in PEFT."
+        f"{module} has the factors {shapes}. They must belong to {listed}, but the "
+        "shapes do not fit, or do not decide which is which. Merge the adapter into a "
+        "model in PEFT."
     )
 
 
@@ -102,11 +103,11 @@ def lies_in_out(
 ) -> bool:
     """Whether the experts of a parameter are `[in, out]`, as those of gpt-oss are.
 
-    Of square ones, the other parameter of the module tells: where one of the two is
-    square, the first side of the other is longer if they are `[out, in]`.
+    If the experts are square, the other parameter of the module decides: its first side
+    is longer if both are `[out, in]`.
 
     Raises:
-      ValueError: nothing tells.
+      ValueError: the shapes do not decide it.
     """
     _, *sides = _experts(leaf.shape)
     if len(leaf.shape) == 2 or sides[0] != sides[1]:
@@ -116,7 +117,7 @@ def lies_in_out(
     if len(orders) != 1:
         raise ValueError(
             f"{name} has square experts, {leaf}, and no other parameter of the module "
-            "tells whether they are [out, in]. Merge the adapter into a model in PEFT."
+            "shows whether they are [out, in]. Merge the adapter into a model in PEFT."
         )
     return orders.pop()
 
@@ -124,10 +125,10 @@ def lies_in_out(
 def product(
     pair: Factors, scaling: float, in_out: bool, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """What the factors add to a parameter, in float32.
+    """Returns what the factors add to a parameter, in float32.
 
-    The expert is the slowest index of the rows of A and the fastest of the columns of
-    B.
+    The expert is the slowest index in the rows of A, and the fastest index in the
+    columns of B.
     """
     count, *_ = _experts(shape)
     a = pair.a.read().astype(np.float32).reshape(count, -1, pair.a.shape[1])

@@ -1,4 +1,4 @@
-"""LoRA adapters in the folders of PEFT as what they do to a base.
+"""Computes what LoRA adapters in the folders of PEFT add to a base.
 
 Hu et al. LoRA: Low-Rank Adaptation of Large Language Models. ICLR 2022.
 arXiv:2106.09685. Kalajdzievski. A Rank Stabilization Scaling Factor for Fine-Tuning
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxarith import report
+from jaxarith import report, tree
 from jaxarith.hub import (
     adapter_config,
     adapter_names,
@@ -33,12 +33,14 @@ _OF_STACK = re.compile(r"(.*?)(encoder|decoder)\.embed_tokens\.weight")
 
 
 class Adapter(NamedTuple):
-    """What an adapter does to a base. A tensor may be replaced and then moved.
+    """The changes that an adapter makes to a base.
+
+    A tensor may be both replaced and moved; it is replaced first.
 
     Attributes:
-      deltas: by name of the base's tensor, what is added to it, in float32.
-      replaced: by name of the base's tensor, the tensor that takes its place.
-      notes: how its names were understood, where they are not the base's.
+      deltas: what is added to each tensor, in float32, by its name in the base.
+      replaced: new tensors, by the names of the base's tensors that they replace.
+      notes: how names were matched that differ from the base's.
     """
 
     deltas: dict[str, Stored]
@@ -50,24 +52,25 @@ def read_adapter(folder: str | os.PathLike, base: Mapping[str, Stored]) -> Adapt
     r"""Finds what a LoRA adapter adds to a base; the tensors are read when used.
 
     A delta is :math:`s B A` with :math:`s = \alpha / r`, or :math:`\alpha / \sqrt r`
-    for rank-stabilised adapters, computed in float32 whatever the adapter's dtype. That
-    of DoRA, with magnitudes :math:`m` and norms over the inputs of each output, is
+    for rank-stabilised adapters. It is computed in float32, whatever the adapter's
+    dtype. With DoRA's magnitudes :math:`m`, and norms over the inputs of each output,
+    the delta is
 
     .. math:: \frac{m}{\lVert W_0 + s B A \rVert} (W_0 + s B A) - W_0.
 
-    Trained tokens (`trainable_token_indices`) move the rows of an embedding to theirs.
+    Trained tokens (`trainable_token_indices`) replace rows of an embedding.
 
-    The base may have a prefix in front of its names that the adapter has not, or the
-    other way round.
+    The names of the base may have a prefix that those of the adapter lack, or the other
+    way round.
 
     Args:
       folder: holds `adapter_config.json` and `adapter_model.safetensors`.
       base: the tensors of the model that the adapter was trained on, by name.
 
     Raises:
-      FileNotFoundError: one of the two files is not there.
-      ValueError: the adapter is of a kind that has no weights to merge, is corrupt, or
-        does not fit the base.
+      FileNotFoundError: one of the two files does not exist.
+      ValueError: this kind of adapter has no weights to merge, or the adapter is
+        corrupt or does not fit the base.
 
     Example:
       >>> adapter = read_adapter("my_lora", base)  # doctest: +SKIP
@@ -83,7 +86,7 @@ def read_adapter(folder: str | os.PathLike, base: Mapping[str, Stored]) -> Adapt
     groups = adapter_parameters.groups(parts.factors, targets, places)
     if targets and not groups:
         raise ValueError(
-            f"{folder} says target_parameters and holds no factors of parameters "
+            f"{folder} states target_parameters, but has no factors of parameters "
             f"{report.listed(targets)} that the base has."
         )
     of_groups = {name for module in groups for name, _ in _pairs(module, parts)}
@@ -124,9 +127,9 @@ def read_adapter(folder: str | os.PathLike, base: Mapping[str, Stored]) -> Adapt
 def _without_copies(
     whole: Mapping[str, Stored], base: Mapping[str, Stored]
 ) -> dict[str, Stored]:
-    """The whole tensors without further names of an embedding of two stacks.
+    """Removes additional names of an embedding that two stacks share.
 
-    A file of T5 holds its one matrix once, and its class has it three times.
+    A file of T5 holds the matrix once, but the model's class has it under three names.
     """
 
     def is_copy(name: str) -> bool:
@@ -150,7 +153,7 @@ def _of_modules(
     start: Mapping[str, Stored],
     known: Mapping[str, bool],
 ) -> tuple[dict[str, Stored], list[str]]:
-    """The deltas of modules by the base's names, and a line for each misfit."""
+    """Returns the deltas of modules by the base's names, and a line for each misfit."""
     deltas: dict[str, Stored] = {}
     lines: list[str] = []
     flag = bool(config.get("fan_in_fan_out"))
@@ -167,24 +170,24 @@ def _of_modules(
         if pair.bias is not None:
             bias = names[f"{module}.bias"]
             if pair.bias.shape != start[bias].shape:
-                lines.append(f"! {bias} is {start[bias]}, and its factor {pair.bias}")
+                lines.append(f"! {bias} is {start[bias]}, but has factor {pair.bias}")
             read = functools.partial(_scaled, pair.bias, scaling)
             deltas[bias] = Stored.made(np.float32, start[bias].shape, read)
     return deltas, lines
 
 
 def _misfit(module, pair, rank, turned, name, leaf):
-    """What is wrong with the shapes of the factors of a module, in no or one line."""
+    """Returns a line that says how the factors' shapes are wrong; none if they fit."""
     a, b = pair.a.shape, pair.b.shape
     factors = f"! {module}: A {list(a)} and B {list(b)}"
     if len(a) < 2 or len(a) != len(b) or (a[0], b[1]) != (rank, rank):
-        return [f"{factors}, and the rank is {rank} by {CONFIG}"]
+        return [f"{factors}, but {CONFIG} states the rank {rank}"]
     product = (b[0], *a[1:])
     whole = math.prod(b[2:]) == 1 and (product[::-1] if turned else product)
     if whole != leaf.shape or not leaf.is_floating:
-        return [f"{factors}, and {name} is {leaf}"]
+        return [f"{factors}, but {name} is {leaf}"]
     if pair.magnitude is not None and pair.magnitude.size != b[0]:
-        return [f"{factors}, and the magnitudes {pair.magnitude}"]
+        return [f"{factors}, but the magnitudes are {pair.magnitude}"]
     return []
 
 
@@ -202,7 +205,7 @@ def _dora(product, magnitude, turned, leaf):
     axes = tuple(range(moved.ndim))[: -1 if turned else None][0 if turned else 1 :]
     norms = np.sqrt(np.sum(np.square(moved), axis=axes, keepdims=True))
     lengths = magnitude.read().astype(np.float32).reshape(norms.shape)
-    with np.errstate(invalid="ignore", divide="ignore"):  # reported when it is merged
+    with np.errstate(invalid="ignore", divide="ignore"):  # the merge reports it
         moved *= lengths / norms
     moved -= start
     return moved
@@ -219,7 +222,7 @@ def _assigned(
     group: Mapping[str, str],
     places: Mapping[str, Stored],
 ) -> list[tuple[str, Factors, float]]:
-    """The parameters of a module by the base's names, their factors and scales."""
+    """Returns a module's parameters by the base's names, their factors and scales."""
     scales = {name: adapter_config.rank_and_scaling(config, name) for name in group}
     given = adapter_parameters.assign(
         module,
@@ -241,7 +244,7 @@ def _of_parameter(place, pair, scaling, places):
 
 
 def _token_indices(config, module):
-    """PEFT's indices of the trained tokens of an embedding: a list, or by its name."""
+    """Returns PEFT's indices of an embedding's trained tokens: one list, or by name."""
     given = config.get("trainable_token_indices")
     if isinstance(given, Mapping):
         ends = [key for key in given if f".{module}".endswith(f".{key}")]
@@ -252,9 +255,10 @@ def _token_indices(config, module):
 def _misfit_tokens(module, rows, indices, leaf, moved):
     good = isinstance(indices, list) and all(type(i) is int for i in indices)
     if not good or len(set(indices)) != len(indices):
-        return [f"! {module}: its trained tokens have the indices {indices}"]
+        return [f"! {module}: the indices of its trained tokens are {indices}"]
     if (rows.shape, len(leaf.shape)) != ((len(indices), *leaf.shape[1:]), 2):
-        return [f"! {module}: {len(indices)} trained tokens {rows} of {leaf}"]
+        tokens = tree.counted(len(indices), "trained token")
+        return [f"! {module}: {tokens} {rows} for {leaf}"]
     if not all(0 <= i < leaf.shape[0] for i in indices) or not leaf.is_floating:
         return [f"! {module}: trained tokens up to {max(indices)} of {leaf}"]
     return [f"! {module} has factors as well as trained tokens"] * moved
@@ -271,7 +275,7 @@ def _of_tokens(rows, indices, leaf):
 
 
 def _check_tied(folder, config, parts, names, base):
-    """Raises a ValueError if what does not add up moves one matrix by two names."""
+    """Raises a ValueError if a tied matrix moves in ways that cannot be added."""
     moved = {m: pair.magnitude is not None for m, pair in parts.factors.items()}
     moved |= dict.fromkeys(parts.tokens, True)
     places: dict[int, list[str]] = {}
@@ -282,7 +286,7 @@ def _check_tied(folder, config, parts, names, base):
     for modules in places.values():
         if len(modules) > 1 and any(moved[module] for module in modules):
             raise ValueError(
-                f"{folder} moves {' and '.join(modules)}, which are one tied matrix; "
-                "DoRA and trained tokens of both do not add up. Merge it into a model "
-                "in PEFT."
+                f"{folder} moves {' and '.join(modules)}, which are one tied matrix. "
+                "Their DoRA or trained tokens cannot be added. Merge the adapter into "
+                "a model in PEFT."
             )

@@ -1,4 +1,4 @@
-"""The tensors in a file of a PEFT adapter, by what they do to a module."""
+"""Sorts the tensors in a file of a PEFT adapter by what they do to a module."""
 
 import re
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from jaxarith.hub.stored import Stored
 PREFIX = "base_model.model."
 BASE_LAYER = ".base_layer"  # the layer inside one of PEFT's
 
-# A module's factors are `lora_A.weight` and `lora_B.weight`, or with the name of the
-# adapter as in `lora_A.default.weight`; those of embeddings have no `.weight`, and
-# neither has the magnitude of DoRA.
+# A module's factors are `lora_A.weight` and `lora_B.weight`, or with the adapter's name
+# `lora_A.default.weight`. Factors of embeddings and magnitudes of DoRA have no
+# `.weight`.
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<side>[AB])(?:\.[^.]+)?\.weight|"
     r"lora_(?P<table>embedding_[AB])(?:\.[^.]+)?|"
@@ -24,11 +24,11 @@ _FACTOR = re.compile(
 )
 # Words that PEFT puts between the names of modules where it wraps them.
 _WRAPPED = re.compile(r"(?<=\.)(base_layer|modules_to_save(\.default)?)\.")
-# Where biases are trained, PEFT saves those of `modules_to_save` three times: by their
-# own names, by the wrapper's, and as they were.
+# If biases are trained, PEFT saves those of `modules_to_save` three times: under their
+# own names, under the wrapper's names, and with their original values.
 _SPARE = re.compile(r"(.+)\.(?:original_module|modules_to_save(?:\.default)?)\.(.+)")
 _PAIRS = ({"A", "B"}, {"embedding_A", "embedding_B"})
-# What factors have beside A and B, by the configuration's key that says so.
+# Further tensors beside A and B, by the configuration's key that announces them.
 _TOLD = {"use_dora": "magnitude_vector", "lora_bias": "bias"}
 
 
@@ -38,9 +38,9 @@ class Factors(NamedTuple):
     Attributes:
       a: `[rank, in, *window]`.
       b: `[out, rank, *ones]`.
-      embedding: whether the layer is a table, whose delta is the transpose.
-      magnitude: the lengths `[out]` of DoRA, if the adapter is one.
-      bias: what is added to the layer's bias, `[out]`, before scaling.
+      embedding: whether the layer is an embedding; its delta is then transposed.
+      magnitude: DoRA's lengths `[out]`; None for other adapters.
+      bias: what is added to the layer's bias, `[out]`, before scaling; None without it.
     """
 
     a: Stored
@@ -58,10 +58,10 @@ class Parts(NamedTuple):
     """The tensors of an adapter.
 
     Attributes:
-      factors: by module. Of a module with several trained parameters, the pairs are
-        `module`, `module.base_layer`, and so on, from the outermost.
-      tokens: by the module of an embedding, the rows of its trained tokens.
-      whole: by name, tensors that take the place of the base's.
+      factors: pairs by module. If a module has several trained parameters, their pairs
+        are `module`, `module.base_layer`, and so on, the outermost first.
+      tokens: the rows of trained tokens, by the module of their embedding.
+      whole: tensors that replace those of the base, by name.
       inner: the names in `whole` that PEFT saves beside factors of the same module.
     """
 
@@ -72,15 +72,16 @@ class Parts(NamedTuple):
 
 
 def read(folder: Path, config: Mapping[str, Any]) -> Parts:
-    """Finds the tensors of an adapter; none is read.
+    """Finds the tensors of an adapter, without reading them.
 
     Args:
       folder: the adapter.
       config: its configuration, as `adapter_config.read` returns it.
 
     Raises:
-      FileNotFoundError: there is no file of safetensors.
-      ValueError: it holds what its configuration does not tell, or is incomplete.
+      FileNotFoundError: the adapter has no safetensors file.
+      ValueError: the file has tensors that the configuration does not announce, or is
+        incomplete.
     """
     kinds: dict[str, dict[str, Stored]] = {}
     tokens: dict[str, Stored] = {}
@@ -115,7 +116,7 @@ def read(folder: Path, config: Mapping[str, Any]) -> Parts:
         )
     if config.get("trainable_token_indices") and not tokens:
         raise ValueError(
-            f"{folder} says trainable_token_indices and holds no trained tokens. The "
+            f"{folder} states trainable_token_indices, but has no trained tokens. The "
             "file is incomplete: save the adapter again."
         )
     factors = {m: _factors(folder, config, m, x) for m, x in kinds.items() if x}
@@ -123,7 +124,7 @@ def read(folder: Path, config: Mapping[str, Any]) -> Parts:
 
 
 def _module(name):
-    """The name of a module in its model, and one `base_layer` for each layer inside."""
+    """Returns a module's name in its model, with `base_layer` for each layer inside."""
     bare = name
     while bare.endswith(BASE_LAYER):
         bare = bare.removesuffix(BASE_LAYER)
@@ -131,7 +132,7 @@ def _module(name):
 
 
 def _told(config, module, kind, tokens):
-    """Whether a configuration speaks of such tensors; PEFT drops them otherwise."""
+    """Whether a configuration announces such tensors; otherwise PEFT drops them."""
     key = next((key for key, told in _TOLD.items() if told == kind), None)
     if tokens:
         key = "trainable_token_indices"
@@ -144,14 +145,14 @@ def _factors(folder, config, module, found):
     sides = sorted(found.keys() - {"magnitude_vector", "bias"})
     if set(sides) not in _PAIRS:
         raise ValueError(
-            f"{folder} holds of {module} lora_{' and lora_'.join(sides)}; expected an "
-            "A and a B. The file is incomplete: save the adapter again."
+            f"{folder} holds lora_{' and lora_'.join(sides)} for {module}; expected "
+            "both A and B. The file is incomplete: save the adapter again."
         )
     a, b = (found[side] for side in sides)
     for key, kind in _TOLD.items():
         if config.get(key) and kind not in found:
             raise ValueError(
-                f"{folder} says {key} and holds no {kind} of {module}. The file is "
+                f"{folder} states {key}, but has no {kind} of {module}. The file is "
                 "incomplete: save the adapter again."
             )
     return Factors(
@@ -162,8 +163,9 @@ def _factors(folder, config, module, found):
 def _open(folder):
     if not (file := folder / folders.ADAPTER).is_file():
         raise FileNotFoundError(
-            f"{folder} holds no {folders.ADAPTER}. jaxarith opens no pickle: if there "
-            "is an adapter_model.bin, load the adapter in PEFT and save it again."
+            f"{folder} holds no {folders.ADAPTER}. jaxarith does not open pickles: if "
+            "the folder has an adapter_model.bin, load the adapter in PEFT and save it "
+            "again."
         )
     tensors, _ = safetensors.open_file(file)
     packed.check(file, tensors, {})

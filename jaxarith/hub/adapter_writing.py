@@ -1,4 +1,4 @@
-"""Adapters written as folders that PEFT loads, tensor by tensor."""
+"""Writes adapters as folders that PEFT loads, tensor by tensor."""
 
 import functools
 import json
@@ -16,10 +16,10 @@ from jaxarith.hub.stored import Stored
 
 
 class Spill:
-    """A file for arrays that are known before the file that they belong in is.
+    """A temporary file for arrays whose final file cannot be written yet.
 
     Raises:
-      ValueError: on `put`, if an array has NaN or infinite values.
+      ValueError: in `put`, if an array has NaN or infinite values.
     """
 
     def __init__(self, path: Path):
@@ -33,7 +33,7 @@ class Spill:
         self._file.close()
 
     def put(self, label: str, array: np.ndarray) -> Stored:
-        """Writes an array, which is read back when it is used."""
+        """Writes an array and returns a tensor that reads it back when it is used."""
         if not np.isfinite(array).all():
             raise ValueError(
                 f"{label}: the result has NaN or infinite values, or overflows "
@@ -52,7 +52,7 @@ def _read(path, start, dtype, count):
 
 
 def factor_names(module: str, embedding: bool = False) -> tuple[str, str]:
-    """The names of the factors A and B of a module in a file.
+    """Returns the names of the factors A and B of a module in a file.
 
     Example:
       >>> factor_names("fc")
@@ -76,18 +76,18 @@ def config(
     bias: str = "none",
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The `adapter_config.json` of factors whose scale is 1.
+    """Returns the `adapter_config.json` for factors with the scale 1.
 
-    `r` is the largest rank and α is `r`, so that readers without patterns scale right
-    as well.
+    `r` is the largest rank and α is `r`, so readers that ignore patterns also scale
+    correctly.
 
     Args:
-      ranks: by the whole name of a module, its rank.
+      ranks: the rank of each module, by the module's whole name.
       base: name of the model that is adapted.
-      task_type: PEFT's, such as `CAUSAL_LM`.
+      task_type: PEFT's task type, for example `CAUSAL_LM`.
       modules_to_save: names of modules that the adapter replaces.
       fan_in_fan_out: whether layers are Conv1D, as in GPT-2.
-      bias: whose biases the adapter replaces, PEFT's "none" or "all".
+      bias: which biases the adapter replaces: PEFT's "none" or "all".
       more: further keys.
 
     Example:
@@ -124,12 +124,15 @@ def config(
 def write(
     folder: Path, tensors: Mapping[str, Stored], config: Mapping[str, Any]
 ) -> int:
-    """Writes the two files of an adapter into a folder; returns the bytes of weights.
+    """Writes the two files of an adapter into a folder.
 
     Args:
       folder: a folder that exists.
-      tensors: the tensors by the names that they have in the file.
+      tensors: the tensors by their names in the file.
       config: the content of `adapter_config.json`.
+
+    Returns:
+      The number of bytes of weights.
     """
     size = sum(tensor.nbytes for tensor in tensors.values())
     [shard] = safetensors.plan(tensors, size + 1, {"format": "pt"})

@@ -1,4 +1,4 @@
-"""Checks of tensors that are read or written: they are numbers, and finite."""
+"""Checks that tensors which are read or written hold finite numbers."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ def check_numeric(tensors: Mapping[str, Stored | np.ndarray]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in NUMERIC:
             raise ValueError(
-                f"{name} is of type {short(tensor.dtype)}; expected an array of "
+                f"{name} has the dtype {short(tensor.dtype)}; expected an array of "
                 "numbers."
             )
 

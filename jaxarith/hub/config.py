@@ -1,11 +1,11 @@
-"""Changes of a `config.json` and of the configurations in it."""
+"""Changes entries of a `config.json` and of the configurations inside it."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 
 def parts(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The configurations in a configuration, such as `text_config`, by their keys."""
+    """Returns the configurations inside a configuration, for example `text_config`."""
     return {
         key: value
         for key, value in config.items()
@@ -16,7 +16,9 @@ def parts(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def replaced(
     config: Mapping[str, Any], chosen: Callable[[str, Any], bool], new: Any
 ) -> dict[str, Any]:
-    """The configuration, and those in it, with another value of the chosen entries.
+    """Returns the configuration with a new value for the chosen entries.
+
+    Entries of the configurations inside it are replaced as well.
 
     Example:
       >>> replaced({"a": 1, "text_config": {"a": 2}}, lambda key, _: key == "a", 0)
@@ -30,7 +32,7 @@ def replaced(
 
 
 def without(config: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    """The configuration, and those in it, without these keys."""
+    """Returns the configuration, and those inside it, without these keys."""
     inner = {key: without(part, keys) for key, part in parts(config).items()}
     whole = {**config, **inner}
     return {key: value for key, value in whole.items() if key not in keys}

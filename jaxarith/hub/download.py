@@ -20,23 +20,25 @@ from jaxarith.hub.folders import (
 
 
 def find(model: str | os.PathLike, *, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: a local one, or one downloaded from the Hub.
+    """Finds the folder of a checkpoint, or downloads it from the Hugging Face Hub.
 
-    Configuration, tokenizer and weights are downloaded, the weights in one format:
-    safetensors where the repository has them, else msgpack, else PyTorch's where that
-    is installed, else OpenCLIP's. Where the Hub cannot be reached, a copy that was
-    downloaded before is used.
+    A download contains the configuration, the tokenizer and the weights in one format:
+    safetensors if the repository has them, else msgpack, else PyTorch's if PyTorch is
+    installed, else OpenCLIP's. If the Hub cannot be reached, a copy from an earlier
+    download is used.
 
     Args:
-      model: a folder; the folder of a model in the Hub's cache, such as `models--a--b`;
-        or the id of a model such as `openai/clip-vit-base-patch32`, perhaps with
-        `@revision`.
-      revision: a branch, tag or commit on the Hub, such as `refs/pr/32`.
+      model: a folder; or the folder of a model in the Hub's cache (`models--a--b`); or
+        the id of a model (`openai/clip-vit-base-patch32`), with or without `@revision`.
+      revision: a branch, tag or commit on the Hub, for example `refs/pr/32`.
+
+    Returns:
+      The path of the folder.
 
     Raises:
-      FileNotFoundError: there is neither a folder nor a model that can be downloaded.
-      ValueError: the model's weights are in no format that jaxarith reads, or `model`
-        is a file.
+      FileNotFoundError: no such folder exists, and no such model can be downloaded.
+      ValueError: jaxarith cannot read the format of the model's weights, or `model` is
+        a file.
 
     Example:
       >>> find("google-t5/t5-small")  # doctest: +SKIP
@@ -58,10 +60,10 @@ def find(model: str | os.PathLike, *, revision: str | None = None) -> Path:
         info = huggingface_hub.model_info(model, revision=revision)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise FileNotFoundError(
-            f"the Hub has no {model!r}{at} for you: {str(error).strip()}\n"
-            "Check the spelling; where access is restricted, run `hf auth login`."
+            f"the Hub shows you no model {model!r}{at}: {str(error).strip()}\n"
+            "Check the spelling. If access is restricted, run `hf auth login`."
         ) from error
-    # Any failure to reach the Hub, for which its client has many exceptions.
+    # The client raises many exceptions when it cannot reach the Hub.
     except Exception as unreachable:
         try:
             cached = huggingface_hub.snapshot_download(
@@ -69,10 +71,10 @@ def find(model: str | os.PathLike, *, revision: str | None = None) -> Path:
             )
         except Exception:
             raise FileNotFoundError(
-                f"{model!r}{at} is not a folder, is not in the download cache, "
-                f"and the Hub did not give it: {str(unreachable).strip()}\n"
-                "Check the spelling and the connection, or give the path of a folder "
-                f"that holds {CONFIG} and {WEIGHTS}."
+                f"{model!r}{at} is not a folder and not in the download cache, and it "
+                f"could not be downloaded: {str(unreachable).strip()}\n"
+                "Check the spelling and the connection, or name a folder that holds "
+                f"{CONFIG} and {WEIGHTS}."
             ) from unreachable
         return Path(cached)
     names = [file.rfilename for file in info.siblings or []]
@@ -89,8 +91,8 @@ def find(model: str | os.PathLike, *, revision: str | None = None) -> Path:
     else:
         raise ValueError(no_weights(f"{model}{at}", names))
     patterns = [*(f"*{suffix}" for suffix in SIDE_SUFFIXES), weights]
-    # What else belongs to the model: other tokenizers, licences, layers of
-    # sentence-transformers in folders of their own, such as 2_Dense.
+    # These also belong to the model: other tokenizers, licences, and the layers of
+    # sentence-transformers, which have their own folders (2_Dense).
     patterns += [
         name
         for name in names
@@ -105,7 +107,7 @@ def find(model: str | os.PathLike, *, revision: str | None = None) -> Path:
 
 
 def _snapshot(folder: Path) -> Path:
-    """The folder itself, or the current snapshot where it is a model of the cache."""
+    """Returns the folder, or its current snapshot if it is a model of the cache."""
     snapshots, main = folder / "snapshots", folder / "refs" / "main"
     if (folder / CONFIG).exists() or not snapshots.is_dir():
         return folder
@@ -115,7 +117,7 @@ def _snapshot(folder: Path) -> Path:
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise ValueError(
-            f"{folder} is a model in the Hub's cache without a main branch; name one "
+            f"{folder} is a model in the Hub's cache without a main branch. Name one "
             f"of its snapshots: {names}."
         )
     return found[0]

@@ -1,7 +1,7 @@
-"""Folders of checkpoints: which files they hold, and which tensors, none of them read.
+"""Finds the files and the tensors of checkpoint folders, without reading the tensors.
 
-The weights are in `model.safetensors`, in shards of it, or in `flax_model.msgpack`; or,
-where PyTorch is installed to read them as data, in `pytorch_model.bin` or shards of it.
+The weights are in `model.safetensors`, in shards of it, or in `flax_model.msgpack`. If
+PyTorch is installed, `pytorch_model.bin` and shards of it are read too, as data only.
 A checkpoint may also be a single file, which then has no configuration.
 """
 
@@ -26,8 +26,8 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 CONFIG = "config.json"
 ADAPTER = "adapter_model.safetensors"  # PEFT's; `lora` reads it
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py")
-# What training runs, other merges and quantised copies leave in a folder, and the
-# card, which is of another model.
+# Files that training runs, other merges and quantised copies leave in a folder, and
+# the card, which describes another model.
 _LEFT_OVERS = re.compile(
     r".*\.index\.json|.*_results\.json|trainer_state\.json|log_history\.json|"
     r"adapter_config\.json|(hf_)?quant\w*_config\.json|recipe\.yaml|params\.json|"
@@ -42,8 +42,8 @@ _HEAVY = re.compile(
 _MODULES = "modules.json"  # of sentence-transformers: names the folders of layers
 _TEMPLATES = "additional_chat_templates"
 
-_CONVERT = """PyTorch's own files are pickles, which PyTorch reads as data: pip install
-torch, for a whole model, or convert the file once, where PyTorch is:
+_CONVERT = """PyTorch's own files are pickles, which PyTorch reads as data. For a whole
+model, run pip install torch. Or convert the file once, where PyTorch is installed:
   import torch, safetensors.torch
   weights = torch.load("pytorch_model.bin", weights_only=True, map_location="cpu")
   weights = {name: w.clone().contiguous() for name, w in weights.items()}
@@ -54,10 +54,10 @@ class Checkpoint(NamedTuple):
     """The weights of a folder, not read yet.
 
     Attributes:
-      tensors: the tensors by their names in the file; those of msgpack have slashes.
-      metadata: what the header of the file says, or that of the first shard.
+      tensors: the tensors by their names in the file. Names in msgpack have slashes.
+      metadata: the metadata in the header of the file, or of the first shard.
       file: the file that holds or lists the tensors.
-      notes: what was done to tensors of a packed checkpoint.
+      notes: sentences that say how packed tensors were unpacked.
     """
 
     tensors: dict[str, Stored]
@@ -67,7 +67,7 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
-    """Finds the tensors of a checkpoint, of whatever types.
+    """Finds the tensors of a checkpoint, whatever their dtypes, without reading them.
 
     Args:
       folder: a folder, or a single file of safetensors or of PyTorch.
@@ -77,6 +77,10 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
       ImportError: the file is PyTorch's, and PyTorch is not installed.
       ValueError: a file is corrupt or of another kind, or shards lack tensors that
         their index names.
+
+    Example:
+      >>> print(open_checkpoint("merged").tensors["head.weight"])  # doctest: +SKIP
+      f32[10, 512]
     """
     if (file := Path(folder)).is_file():
         return Checkpoint(*_open_file(file), file)
@@ -96,7 +100,13 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
 
 
 def open_tensors(folder: str | os.PathLike) -> tuple[Path, dict[str, Stored]]:
-    """The file that holds or lists the weights, and all tensors by name, not read.
+    """Finds the tensors of a checkpoint and checks that they are numbers.
+
+    Args:
+      folder: a folder or a single file, as for `open_checkpoint`.
+
+    Returns:
+      The file that holds or lists the weights, and all tensors by name, not read yet.
 
     Raises:
       FileNotFoundError: the folder, its weights or one of the shards does not exist.
@@ -108,7 +118,13 @@ def open_tensors(folder: str | os.PathLike) -> tuple[Path, dict[str, Stored]]:
 
 
 def names(folder: str | os.PathLike) -> set[str]:
-    """The names of all tensors of a checkpoint, with slashes; none is read.
+    """Returns the names of all tensors of a checkpoint, without reading the tensors.
+
+    Args:
+      folder: a folder or a single file, as for `open_checkpoint`.
+
+    Returns:
+      The names with slashes in place of dots.
 
     Raises:
       FileNotFoundError: the folder, its weights or one of the shards does not exist.
@@ -118,7 +134,7 @@ def names(folder: str | os.PathLike) -> set[str]:
 
 
 def _open_file(file):
-    """The tensors of a file of whatever kind, and its metadata."""
+    """Returns the tensors of a file of any known kind, and its metadata."""
     if file.suffix == ".safetensors":
         return safetensors.open_file(file)
     if file.suffix in pickles.SUFFIXES:
@@ -130,10 +146,10 @@ def _open_file(file):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights of a checkpoint or of an adapter.
+    """Returns the files that hold the weights of a checkpoint or of an adapter.
 
     Args:
-      folder: a folder, or a single file, which is the one.
+      folder: a folder, or a single file, which is then the only one returned.
     """
     if folder.is_file():
         return [folder]
@@ -144,35 +160,52 @@ def weight_files(folder: Path) -> list[Path]:
             return sorted(set(shards(folder / index).values()))
     if (file := folder / ADAPTER).is_file():
         return [file]
-    return sorted(folder.glob("*.gguf"))  # where there is nothing else
+    return sorted(folder.glob("*.gguf"))  # only if no other format was found
 
 
 def shards(index: Path) -> dict[str, Path]:
-    """By tensor, the file that holds it, of a `model.safetensors.index.json`.
+    """Returns the file that holds each tensor, as an index file states it.
+
+    Args:
+      index: the path of a `model.safetensors.index.json`.
+
+    Returns:
+      `{name of the tensor: path of its file}`.
 
     Raises:
       FileNotFoundError: a file does not exist in the folder of the index.
-      ValueError: it is no such index.
+      ValueError: the file is not such an index.
     """
     shard_of = read_json(index.parent, index.name).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
-        raise ValueError(f"{index} has no weight_map: it is no index of shards.")
+        raise ValueError(
+            f"{index} has no weight_map, so it is not an index of shards. Download it "
+            "again."
+        )
     for shard in sorted(set(map(str, shard_of.values()))):
         path = index.parent / shard
         if path.parent != index.parent or not path.is_file():
             raise FileNotFoundError(
-                f"{index} names the shard {shard!r}, which is not beside it. Download "
-                f"it again; the folder holds {_listing(index.parent)}."
+                f"{index} names the shard {shard!r}, which is not beside it. The "
+                f"folder holds {_listing(index.parent)}. Download the shard again."
             )
     return {name: index.parent / str(shard) for name, shard in shard_of.items()}
 
 
 def read_json(folder: str | os.PathLike, name: str = CONFIG) -> dict[str, Any]:
-    """The content of a JSON file of a checkpoint.
+    """Reads a JSON file of a checkpoint.
+
+    Args:
+      folder: the folder of the checkpoint.
+      name: the name of the file in it.
 
     Raises:
       FileNotFoundError: the file does not exist.
-      ValueError: it is no JSON object.
+      ValueError: the file does not hold a JSON object.
+
+    Example:
+      >>> read_json("merged")["model_type"]  # doctest: +SKIP
+      'clip'
     """
     path = existing(folder) / name
     try:
@@ -182,18 +215,28 @@ def read_json(folder: str | os.PathLike, name: str = CONFIG) -> dict[str, Any]:
             f"{path.parent} holds no {name}; it holds {_listing(path.parent)}."
         ) from None
     except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object.")
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}; expected a JSON object."
+        )
     return content
 
 
 def side_files(folder: Path) -> list[Path]:
-    """The files that belong to a model beside its weights and its configuration.
+    """Returns the files of a model other than its weights and its configuration.
 
-    All but weights, hidden files and what training left: tokenizers, preprocessing,
-    generation, code, licences. So are chat templates in a folder of their own and, with
-    their weights, the folders that the modules.json of sentence-transformers names.
+    These are tokenizers, preprocessing, generation settings, code and licences, but not
+    hidden files, and not files that training left. Also included are chat templates in
+    a folder of their own, and the folders that the modules.json of
+    sentence-transformers names, with their weights.
+
+    Args:
+      folder: the folder of the model.
+
+    Raises:
+      ValueError: one of the inner folders holds links to files elsewhere, pipes or
+        devices.
     """
     found = [file for file in sorted(folder.iterdir()) if is_side_file(file.name)]
     found = [file for file in found if file.is_file()]
@@ -204,14 +247,14 @@ def side_files(folder: Path) -> list[Path]:
 
 
 def is_side_file(name: str) -> bool:
-    """Whether a file at the top of a folder belongs to a model, by its name."""
+    """Whether the name of a file at the top of a folder says it belongs to a model."""
     if name == CONFIG or name.startswith("."):
         return False
     return not (_LEFT_OVERS.fullmatch(name) or _HEAVY.fullmatch(name))
 
 
 def left_behind(folder: Path) -> list[str]:
-    """What a copy of a model does not have of its folder, but for merged weights."""
+    """Returns the files and folders that a merged copy of a model will not contain."""
     kept = {file.relative_to(folder).parts[0] for file in side_files(folder)}
     kept |= {CONFIG, INDEX, PICKLE_INDEX, "README.md", "jaxarith_merge.json"}
     kept |= {MSGPACK, *(file.name for file in weight_files(folder))}
@@ -223,7 +266,7 @@ def left_behind(folder: Path) -> list[str]:
 
 
 def copy_side_files(found: Iterable[Path], folder: Path, new: Path) -> None:
-    """Copies files of a folder, or of folders in it, to the same places in another."""
+    """Copies files of a folder, or of its subfolders, to the same places in another."""
     for file in found:
         place = new / file.relative_to(folder)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +285,7 @@ def _inner_folders(folder):
 
 
 def _is_inside(path, folder):
-    """Whether a path is below a folder, and not through links."""
+    """Whether a path lies below a folder without passing through links."""
     real = folder.resolve()
     return path != folder and path.resolve() == real / path.relative_to(folder)
 
@@ -253,11 +296,11 @@ def _is_plain(file, folder):
 
 
 def existing(folder: str | os.PathLike) -> Path:
-    """The path of a folder.
+    """Returns the path of a folder after checking it.
 
     Raises:
-      FileNotFoundError: there is no such folder.
-      ValueError: it holds links to files elsewhere, pipes or devices.
+      FileNotFoundError: the folder does not exist.
+      ValueError: the folder holds links to files elsewhere, pipes or devices.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -270,7 +313,7 @@ def existing(folder: str | os.PathLike) -> Path:
 
 
 def no_weights(place: str, names: Iterable[str]) -> str:
-    """What an error says about a place without weights that jaxarith reads."""
+    """Returns the error message for a place without weights that jaxarith can read."""
     names = sorted(names)
     found = ", ".join(tree.first_few(names, most=20)) or "nothing"
     text = (
@@ -279,8 +322,8 @@ def no_weights(place: str, names: Iterable[str]) -> str:
     )
     if any(name.startswith("open_clip_") for name in names):
         return (
-            f"{text}\nThat is OpenCLIP's format, from which `jaxarith convert IN OUT` "
-            "makes a folder of transformers."
+            f"{text}\nThis is OpenCLIP's format. Run `jaxarith convert IN OUT` to turn "
+            "it into a folder that transformers loads."
         )
     is_pickle = any(Path(name).suffix in pickles.SUFFIXES for name in names)
     return f"{text}\n{_CONVERT}" if is_pickle else text
@@ -299,12 +342,12 @@ def _open_shards(index):
         some = tree.counted(len(absent), "tensor that is", "tensors that are")
         raise ValueError(
             f"{index} names {some} not in their shards, such as {min(absent)!r}. The "
-            "shards are of another model: download them again."
+            "shards belong to another model. Download them again."
         )
     tensors = {}
     for held, _ in opened.values():
         tensors |= held
-    # The index decides where a tensor stands that several shards hold.
+    # Several shards may hold the same tensor: the index decides which one is used.
     tensors |= {name: opened[path][0][name] for name, path in file_of.items()}
     return Checkpoint(tensors, next(iter(opened.values()))[1], index)
 
@@ -315,12 +358,14 @@ def _open_msgpack(path):
     try:
         content = serialization.msgpack_restore(path.read_bytes())
         arrays = tree.flatten(content)
-    # msgpack and flax raise a dozen unrelated exceptions on bytes that are not theirs.
+    # On other bytes, msgpack and flax raise a dozen unrelated exceptions.
     except Exception as error:
         raise ValueError(safetensors.corrupt(path, error)) from error
     strange = [x for x in arrays.values() if not isinstance(x, np.ndarray | np.generic)]
     if strange or not isinstance(content, dict):
-        raise ValueError(f"{path} is no tree of arrays, so not a model's parameters.")
+        raise ValueError(
+            f"{path} does not hold a tree of arrays, so it is not a model's parameters."
+        )
     return {name: _in_memory(array) for name, array in arrays.items()}
 
 

@@ -1,8 +1,8 @@
-"""Experts that a file holds one by one, and that a model holds in one parameter.
+"""Applies adapters of fused experts to files that hold each expert separately.
 
-transformers 5 fuses the experts of most models when it loads them, and adapters are
-trained on its parameters: `gate_up_proj` `[experts, 2 width, hidden]` and `down_proj`
-`[experts, hidden, width]`.
+transformers 5 fuses the experts of most models when it loads them. Adapters are then
+trained on the fused parameters: `gate_up_proj` `[experts, 2 width, hidden]` and
+`down_proj` `[experts, hidden, width]`.
 """
 
 import re
@@ -15,17 +15,17 @@ from jaxarith.hub.adapter_tensors import Factors
 from jaxarith.hub.stored import Stored
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
-# The names of an expert's matrices: the two that are fused, and the last.
+# The names of an expert's matrices: the two that are fused, and then the last.
 _MATRICES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _MODULE = re.compile(r"\.block_sparse_moe(?=\.experts$)")  # in files of Mixtral
 
 
 class Fused(NamedTuple):
-    """A parameter of a model whose parts are tensors of a file.
+    """A parameter of a model that a file holds in separate tensors.
 
     Attributes:
-      leaf: its dtype and shape `[experts, out, in]`; it is not read.
-      parts: for each expert, the tensors that lie below each other in its matrix.
+      leaf: dtype and shape `[experts, out, in]` of the parameter; it cannot be read.
+      parts: for each expert, the names of the tensors that are stacked in its matrix.
     """
 
     leaf: Stored
@@ -33,7 +33,7 @@ class Fused(NamedTuple):
 
 
 def find(base: Mapping[str, Stored]) -> dict[str, Fused]:
-    """The fused parameters of a model, by name, whose experts a file holds apart."""
+    """Returns, by name, the fused parameters whose experts a file holds separately."""
     counts: dict[str, int] = {}
     for found in filter(None, map(_EXPERT.fullmatch, base)):
         counts[found[1]] = max(counts.get(found[1], 0), int(found[2]) + 1)
@@ -54,7 +54,7 @@ def find(base: Mapping[str, Stored]) -> dict[str, Fused]:
 
 
 def _fused(rows):
-    """One leaf for equal experts; None where they differ."""
+    """Returns one leaf for all experts; None if they differ in shape or dtype."""
     [shapes, *others] = [tuple(part.shape for part in row) for row in rows]
     if any(other != shapes for other in others) or len({x[1:] for x in shapes}) > 1:
         return None
@@ -63,7 +63,7 @@ def _fused(rows):
 
 
 def deltas(fused: Fused, pair: Factors, scaling: float) -> dict[str, Stored]:
-    """What factors of the parameter add to each tensor of the file."""
+    """Returns what factors of the parameter add to each tensor of the file."""
     count, rows, _ = fused.leaf.shape
     found = {}
     for expert, names in enumerate(fused.parts):

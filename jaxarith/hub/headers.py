@@ -1,10 +1,10 @@
-"""Folders with the headers of weights alone: all of a model but its numbers.
+"""Makes model folders that contain only the headers of weights, and no numbers.
 
-Their files have the true headers and the true lengths, and take no space: what was
-never written is a hole. So whatever looks at names, shapes and types of tensors works
-on them, for a model that is not downloaded, or that is yet to be merged. All numbers
-are zero, but for one in each tensor where no two are to be equal: equal ones are taken
-to be tied where the configuration does not say whether they are.
+The files have the true headers and the true lengths, but take no space on the disk:
+bytes that were never written are a hole in the file. So code that looks only at names,
+shapes and dtypes of tensors works for a model that is not downloaded or not merged yet.
+All numbers are zero. The exception: if no two tensors may be equal, one number in each
+differs, because equal tensors count as tied unless the configuration says otherwise.
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ _BESIDE = (CONFIG, INDEX, "adapter_config.json")
 
 
 def sketch(folder: Path, shards: Iterable[Shard], *, tied: bool) -> None:
-    """Writes planned files of weights, but for the weights.
+    """Writes planned files of weights with their headers, but without the weights.
 
     Args:
-      folder: where to write them.
-      shards: the files.
+      folder: the folder to write them in.
+      shards: the planned files.
       tied: whether the configuration ties embedding and head.
     """
     shards = list(shards)
@@ -56,24 +56,24 @@ def _write(path: Path, header: bytes, nbytes: int, tied: bool) -> None:
             if name != "__metadata__" and entry["dtype"] in ("F32", "F16", "BF16"):
                 start, end = entry["data_offsets"]
                 file.seek(len(header) + start)
-                # The low byte of small numbers that are finite, whatever the dtype.
+                # Setting the low byte makes a small finite number in every dtype.
                 file.write(bytes([number % 255 + 1])[: end - start])
 
 
 def fetch(model: str, folder: Path) -> Path:
-    """A model of the Hub with its headers alone, downloaded to a new folder.
+    """Downloads only the headers of a model on the Hub to a new folder.
 
-    Where the Hub is out of reach, a copy that was downloaded before is taken.
+    If the Hub cannot be reached, a copy from an earlier download is used.
 
     Args:
-      model: the id of a model, perhaps with `@revision`.
-      folder: where to make it.
+      model: the id of a model, with or without `@revision`.
+      folder: the folder to make.
 
     Returns:
-      The folder, or that of the earlier copy.
+      The folder, or the folder of the earlier copy.
 
     Raises:
-      FileNotFoundError: the Hub has no such model, or is out of reach.
+      FileNotFoundError: the Hub has no such model, or cannot be reached.
       ValueError: the model has no weights in safetensors.
     """
     import huggingface_hub  # here: local folders do not need it
@@ -81,7 +81,7 @@ def fetch(model: str, folder: Path) -> Path:
     name, _, revision = model.partition("@")
     try:
         info = huggingface_hub.model_info(name, revision=revision or None)
-    # Any failure to reach the Hub, for which its client has many exceptions.
+    # The client raises many exceptions when it cannot reach the Hub.
     except Exception as unreachable:
         try:
             cached = huggingface_hub.snapshot_download(
@@ -89,17 +89,18 @@ def fetch(model: str, folder: Path) -> Path:
             )
         except Exception:
             raise FileNotFoundError(
-                f"{model!r} is no folder, is not in the download cache, and the Hub "
-                f"did not give it: {str(unreachable).strip()}\nCheck the spelling and "
-                "the connection; where access is restricted, run `hf auth login`."
+                f"{model!r} is not a folder and not in the download cache, and it "
+                f"could not be downloaded: {str(unreachable).strip()}\nCheck the "
+                "spelling and the connection. If access is restricted, run `hf auth "
+                "login`."
             ) from unreachable
         return Path(cached)
     names = [file.rfilename for file in info.siblings or []]
     wanted = [x for x in (WEIGHTS, INDEX, ADAPTER) if x in names][:1]
     if not wanted:
         raise ValueError(
-            f"{no_weights(model, names)}\nOnly files of safetensors have headers that "
-            "can be read without the weights."
+            f"{no_weights(model, names)}\nOnly safetensors files have headers that can "
+            "be read without the weights. Download the model first."
         )
     folder.mkdir(parents=True)
     at = info.sha or revision or None  # all files of one commit
@@ -119,24 +120,25 @@ def fetch(model: str, folder: Path) -> Path:
             _write_found(folder / file, found, tied)
     except ValueError:
         raise
-    except Exception as error:  # of the client, as above
+    except Exception as error:  # the client raises many kinds, as above
         raise FileNotFoundError(
-            f"the Hub has {model} and did not give all of it: {str(error).strip()}"
+            f"the Hub has {model}, but not all of its headers could be downloaded: "
+            f"{str(error).strip()}"
         ) from error
     return folder
 
 
 def _shards(model, folder):
-    """The files of an index, all of them beside it."""
+    """Returns the files that an index names, all of them beside it."""
     of_name = read_json(folder, INDEX).get("weight_map")
     files = sorted({*map(str, of_name.values())}) if isinstance(of_name, dict) else []
     if not files or any("/" in file for file in files):
-        raise ValueError(f"{INDEX} of {model} names no files beside it.")
+        raise ValueError(f"{INDEX} of {model} must name files beside it, and does not.")
     return files
 
 
 def _write_found(path, found, tied):
-    """A file with a header that the Hub's client has read."""
+    """Writes a file with a header that the Hub's client has read."""
     header = {"__metadata__": dict(found.metadata)} if found.metadata else {}
     for name, info in found.tensors.items():
         entry = dataclasses.asdict(info)

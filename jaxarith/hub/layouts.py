@@ -1,4 +1,4 @@
-"""What the names in a checkpoint mean, and whether its tensors fit a model.
+"""Translates the names in a checkpoint, and checks that its tensors fit a model.
 
 A layout is the tree of shapes and dtypes that a model expects, with the names of
 Hugging Face's Flax models. PyTorch's names and orientations follow from it:
@@ -17,12 +17,12 @@ import numpy as np
 from jaxarith import tree
 from jaxarith.hub.stored import Stored, described
 
-_SHOWN = 8  # leaves of one module in an error, before they are only counted
+_SHOWN = 8  # an error lists at most this many leaves of a module, or else their number
 
 # Buffers that older versions of transformers saved with the parameters.
 _NOT_PARAMETERS = re.compile(r"(.*[./])?position_ids")
-# What a leaf may be called in Flax. TensorFlow's names of the scale and bias of a norm
-# are still in the files of Google's BERT.
+# Flax's names for a leaf. The files of Google's BERT still use TensorFlow's names for
+# the scale and bias of a norm.
 _LEAVES = {
     "weight": ("kernel", "scale", "embedding", "weight"),
     "gamma": ("scale",),
@@ -31,11 +31,11 @@ _LEAVES = {
 
 
 def to_flax(stored: Mapping[str, Stored], paths: Collection[str]) -> dict[str, Stored]:
-    """Tensors under PyTorch's or Flax's names, by the paths of a layout.
+    """Renames tensors with PyTorch's or Flax's names to the paths of a layout.
 
-    Those under PyTorch's names are turned to Flax's orientations. Names that do not fit
-    as they are may fit under one of the keys at the top of the layout: transformers 5
-    writes a `CLIPVisionModel` without `vision_model.` in front. Tensors that fit
+    Tensors with PyTorch's names are transposed to Flax's orientations. Names that do
+    not fit are also tried under each key at the top of the layout, because transformers
+    5 writes a `CLIPVisionModel` without `vision_model.` in front. Tensors that fit
     nowhere keep their names, with slashes.
     """
     names = [name for name in stored if not _NOT_PARAMETERS.fullmatch(name)]
@@ -53,7 +53,7 @@ def to_flax(stored: Mapping[str, Stored], paths: Collection[str]) -> dict[str, S
         leaf = stored[name]
         if path.endswith("/kernel") and name.endswith(".weight"):
             leaf = _transposed(leaf)
-        # A second tensor for the same leaf is one that the model does not expect.
+        # The model does not expect a second tensor for the same leaf.
         leaves[name if path in leaves else path] = leaf
     return leaves
 
@@ -64,15 +64,16 @@ def without_extras(
     ignore: str | None,
     copies: Mapping[str, str],
 ) -> dict[str, Stored]:
-    """What `to_flax` returns without tensors that a model has no use for.
+    """Removes the tensors that a model does not need from the result of `to_flax`.
 
     Args:
-      stored: by path; tensors outside the layout by their own names, with slashes.
+      stored: tensors by path; those outside the layout by their own names, with
+        slashes.
       paths: the paths of the layout.
       ignore: pattern for whole names outside the layout; those tensors are left out.
-      copies: `{name: path}` of tensors outside the layout that a file may hold beside a
-        leaf that is tied to them, or in place of it. Names here and in `ignore` may
-        have a key of the top of the layout in front or not.
+      copies: `{name: path}`. Tensor `name` is outside the layout and tied to leaf
+        `path`; the file may hold one of them or both. Names here and in `ignore` may
+        have a key at the top of the layout in front.
 
     Raises:
       ValueError: a copy differs from the leaf that the model ties it to.
@@ -97,9 +98,10 @@ def _check_copy(name, copy, path, leaf):
     if copy is leaf or np.array_equal(copy.read(), leaf.read()):
         return
     raise ValueError(
-        f"the checkpoint holds {name} {copy} beside {path} {leaf}, with other values. "
-        "The model ties the two, so one of them would be lost: it is of another "
-        "architecture, or was trained untied."
+        f"the checkpoint holds {name} {copy} and {path} {leaf} with different values. "
+        "The model ties the two, so one of them would be lost. The checkpoint has "
+        "another architecture, or was trained untied: use the model that it was made "
+        "with."
     )
 
 
@@ -120,7 +122,7 @@ def _flax_path(name, paths):
 
 def _transposed(leaf):
     if len(leaf.shape) < 2:
-        return leaf  # of a wrong shape, which `check` reports
+        return leaf  # its shape is wrong, which `check` reports
     return _turned(leaf, (*range(2, len(leaf.shape)), 1, 0))
 
 
@@ -132,11 +134,11 @@ def _turned(leaf, axes):
 
 
 def to_torch(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays by slash path under PyTorch's names and orientations.
+    """Converts arrays by slash path to PyTorch's names and orientations.
 
     Raises:
-      ValueError: one module has, say, both a kernel and a scale, which would both be
-        its weight.
+      ValueError: two leaves get the same name, for example a module's kernel and scale,
+        which would both be its weight.
     """
     names = _torch_names(leaves)
     axes = {path: _torch_axes(path, array.ndim) for path, array in leaves.items()}
@@ -147,7 +149,7 @@ def to_torch(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def stored_to_torch(leaves: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The same of tensors that are not read yet; errors as for `to_torch`."""
+    """Like `to_torch`, for tensors that are not read yet."""
     names = _torch_names(leaves)
     return {
         names[path]: _turned(leaf, _torch_axes(path, len(leaf.shape)))
@@ -160,23 +162,25 @@ def _torch_names(paths):
     for path in paths:
         name = re.sub(r"/(kernel|scale|embedding)$", "/weight", path).replace("/", ".")
         if name in owners:
-            raise ValueError(f"{path} and another leaf would both be saved as {name}.")
+            raise ValueError(
+                f"{path} and another leaf would both be saved as {name}. Rename one."
+            )
         owners[name] = path
     return {path: name for name, path in owners.items()}
 
 
 def _torch_axes(path, ndim):
-    """How a kernel is transposed; None of other leaves."""
+    """Returns the axes that transpose a kernel; None for other leaves."""
     if not path.endswith("/kernel") or ndim < 2:
         return None
     return (ndim - 1, ndim - 2, *range(ndim - 2))
 
 
 def check(file: Path, layout: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
-    """Raises one ValueError that lists every path by which `stored` and layout differ.
+    """Raises one ValueError that lists every path in which `stored` and layout differ.
 
     Args:
-      file: named in the message.
+      file: the file to name in the message.
       layout: the expected leaves by slash path, with `shape` and `dtype`.
       stored: the leaves of the checkpoint by slash path.
     """
@@ -227,12 +231,12 @@ def _advice(expected, missing, unexpected, different):
     if missing and held and not different and not lost.intersection(held):
         patterns = "|".join(top if top in expected else f"{top}/.*" for top in held)
         return (
-            f"The checkpoint holds only {', '.join(held)}. Load it by hub.load(folder, "
+            f"The checkpoint holds only {', '.join(held)}. Use hub.load(folder, "
             f'layout, select="{patterns}") and take the rest from another checkpoint.'
         )
     if unexpected and not missing and not different:
         call = 'hub.load(folder, layout, select=".*")'
-        return f"If the model needs none of it, load it by {call}."
+        return f"If the model does not need these leaves, use {call}."
     return (
         "Use the model and the config.json that belong to this checkpoint, or download "
         "it again."

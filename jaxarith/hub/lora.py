@@ -1,7 +1,7 @@
-"""LoRA adapters in the folders of PEFT: read as task vectors, and written.
+"""Reads LoRA adapters in the folders of PEFT as task vectors, and writes them.
 
-`adapter_config` reads what a folder says of its adapter, `adapter_tensors` its file,
-and `adapter_reading` what both do to a base.
+`adapter_config` reads the configuration of an adapter and `adapter_tensors` its file.
+`adapter_reading` computes from both what the adapter adds to a base.
 """
 
 import json
@@ -23,7 +23,11 @@ FACTOR_A, FACTOR_B = "lora_a", "lora_b"
 
 
 def is_adapter(folder: str | os.PathLike) -> bool:
-    """Whether a folder holds a PEFT adapter rather than a model."""
+    """Whether a folder holds a PEFT adapter rather than a model.
+
+    Args:
+      folder: the path of a folder, which need not exist.
+    """
     return (Path(folder) / CONFIG).is_file()
 
 
@@ -33,16 +37,16 @@ def save_adapter(
     """Writes factors as a LoRA adapter that PEFT loads on top of a checkpoint.
 
     `peft.PeftModel.from_pretrained(model, folder)` finds the layers by name, so `model`
-    must be of the class that the checkpoint's config.json states: with a head, say,
-    names begin with `bert.encoder.`, and without one with `encoder.`.
+    must have the class that the checkpoint's config.json states. For example, names
+    begin with `bert.encoder.` in a model with a head, and with `encoder.` otherwise.
 
     Args:
-      folder: it must not exist. It appears whole or not at all.
-      factors: pairs of leaves `lora_a` `[in, r]` and `lora_b` `[r, out]`, beside or
-        without their kernels, as `models.lora` has them; other leaves are left out.
-      base: the checkpoint that was adapted, a folder or an id of the Hugging Face Hub;
-        its tensors' names are those of the adapter, and PEFT's config names it.
-      alpha: the scale α; the rank is that of the factors.
+      folder: a folder that does not exist yet. It appears whole or not at all.
+      factors: pairs of leaves `lora_a` `[in, r]` and `lora_b` `[r, out]`, with or
+        without their kernels, as `models.lora` makes them; other leaves are left out.
+      base: the checkpoint that was adapted: a folder, or an id on the Hugging Face Hub.
+        The adapter uses its tensors' names, and PEFT's config names it.
+      alpha: the scale α. The rank is that of the factors.
 
     Raises:
       FileExistsError: the folder exists.
@@ -53,13 +57,13 @@ def save_adapter(
     """
     folder = Path(folder).absolute()
     if folder.exists():
-        raise FileExistsError(f"{folder} exists; name a folder that does not.")
+        raise FileExistsError(f"{folder} exists. Name a new folder.")
     pairs = _factors_by_module(factors)
     ranks = {a.shape[-1] for a, _ in pairs.values()}
     if len(ranks) != 1:
         raise ValueError(
-            f"factors of the ranks {sorted(ranks)}; expected lora_a and lora_b of one "
-            "rank, as `models.lora.init` makes them."
+            f"the factors have the ranks {sorted(ranks)}; expected lora_a and lora_b "
+            "of one rank, as `models.lora.init` makes them."
         )
     base_folder = download.find(base)
     _, tensors = folders.open_tensors(base_folder)
@@ -72,7 +76,7 @@ def save_adapter(
         target = names[f"{module}.weight"].removesuffix(".weight").removeprefix(outer)
         targets.append(target)
         for side, factor in zip("AB", pair, strict=True):
-            # PyTorch's orientation, [out, in].
+            # PyTorch's matrices are [out, in].
             found[f"{PREFIX}{target}.lora_{side}.weight"] = factor.T
     config = {
         "peft_type": "LORA",
@@ -98,17 +102,17 @@ def save_adapter(
 
 
 def _outer_name(config):
-    """What a base model's files may have in front of its modules' names, or nothing.
+    """Returns the prefix that files may add to the names of a base model's modules.
 
-    A `BertModel` has a module `encoder`, which is `bert.encoder` in the file if that
-    was written by a model with a head, or by `save`.
+    A `BertModel` has a module `encoder`. In the file it is named `bert.encoder` if a
+    model with a head, or `save`, wrote the file.
     """
     [architecture, *_] = config.get("architectures") or [""]
     return f"{config.get('model_type')}." if architecture.endswith("Model") else ""
 
 
 def _factors_by_module(factors):
-    """A and B by the module's name, with dots."""
+    """Returns A and B by the module's name, with dots."""
     leaves = tree.flatten(factors)
     return {
         path.removesuffix(f"/{FACTOR_A}").replace("/", "."): (

@@ -1,14 +1,14 @@
-r"""Files of LoRA, LoHa and LoKr as kohya's sd-scripts and LyCORIS write them.
+r"""Reads files of LoRA, LoHa and LoKr that kohya's sd-scripts and LyCORIS write.
 
-With the scale :math:`s = \alpha / r`, or 1 where the file gives no :math:`\alpha`:
+The scale is :math:`s = \alpha / r`, or 1 if the file has no :math:`\alpha`. Then
 
 .. math::
     \Delta_\text{LoRA} = s\,U D, \qquad
     \Delta_\text{LoHa} = s\,(A_1 B_1) \odot (A_2 B_2), \qquad
     \Delta_\text{LoKr} = s\,W_1 \otimes W_2.
 
-With `dora_scale` the sum of base and delta gets new lengths. Dots in the names of
-modules are underscores in these files, so that the base tells which module is meant.
+With `dora_scale`, the sum of base and delta gets new lengths. These files write the
+dots in names of modules as underscores, so the base decides which module is meant.
 
 Yeh, Hsieh, Gao, Yang, Oh, Gong. Navigating Text-To-Image Customization: From LyCORIS
 Fine-Tuning to Model Evaluation. ICLR 2024. arXiv:2309.14859.
@@ -34,16 +34,16 @@ _KINDS = (
     "lokr_t2 diff diff_b alpha dora_scale"
 ).split()
 _SIGNS = (".lora_down.weight", ".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".diff")
-# The part of a pipeline that a module is of.
+# Prefixes that name the part of a pipeline that a module belongs to.
 _PREFIX = re.compile(r"(lora_(?:unet|te\d?|transformer|prior)|lycoris)_")
-# What stands before the layers in some classes of a model.
+# Prefixes of the layers in some classes of a model.
 _OUTER = re.compile(r"(diffusion_model|model|transformer|unet|text_model)_")
 
 _Parts = Mapping[str, Stored]
 
 
 def is_lycoris(file: str | os.PathLike) -> bool:
-    """Whether a path is a file of kohya or LyCORIS, by the names of its tensors."""
+    """Whether the names of its tensors say that a file is of kohya or LyCORIS."""
     file = Path(file)
     if file.suffix != ".safetensors" or not file.is_file():
         return False
@@ -54,16 +54,16 @@ def is_lycoris(file: str | os.PathLike) -> bool:
 def read(file: str | os.PathLike, base: Mapping[str, Stored]) -> Adapter:
     """Finds what a file adds to a base; the tensors are read when used.
 
-    A file may be of several models, such as a U-Net and text encoders: what is of a
-    part of which the base has nothing is left out, and noted.
+    A file may hold adapters of several models, for example of a U-Net and of text
+    encoders. Modules of models other than the base are left out, and noted.
 
     Args:
-      file: a file of safetensors.
+      file: a safetensors file.
       base: the tensors of one of the models that it was trained on, by name.
 
     Raises:
-      ValueError: it holds another kind of adapter, is incomplete, or does not fit the
-        base.
+      ValueError: the file holds another kind of adapter, is incomplete, or does not fit
+        the base.
 
     Example:
       >>> adapter = read("style.safetensors", unet)  # doctest: +SKIP
@@ -86,7 +86,7 @@ def read(file: str | os.PathLike, base: Mapping[str, Stored]) -> Adapter:
         shape, make = found
         leaf = base[name]
         if _as_matrix(shape) != _as_matrix(leaf.shape) or not leaf.is_floating:
-            lines.append(f"! {module} is of the shape {list(shape)}, and {name} {leaf}")
+            lines.append(f"! {module} has shape {list(shape)}, but {name} is {leaf}")
             continue
         deltas[name] = _made(leaf, make)
         if (lengths := parts.get("dora_scale")) is not None:
@@ -114,7 +114,7 @@ def _made(leaf: Stored, make: Callable[..., np.ndarray], *args: Stored) -> Store
 
 
 def _modules(file: Path) -> dict[str, dict[str, Stored]]:
-    """The tensors of each module, by their kinds."""
+    """Returns the tensors of each module, by their kinds."""
     tensors, _ = safetensors.open_file(file)
     packed.check(file, tensors, {})
     modules: dict[str, dict[str, Stored]] = {}
@@ -129,7 +129,7 @@ def _modules(file: Path) -> dict[str, dict[str, Stored]]:
         raise ValueError(
             f"{file} holds {', '.join(tree.first_few(strange, most=3))}; supported are "
             "LoRA, LoHa, LoKr and full differences (diff) of kohya and LyCORIS. Merge "
-            "it into a model in the program that made it."
+            "the file into a model in the program that made it."
         )
     return modules
 
@@ -137,7 +137,7 @@ def _modules(file: Path) -> dict[str, dict[str, Stored]]:
 def _places(
     file: Path, modules: Mapping[str, _Parts], base: Mapping[str, Stored]
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """The base's weight of each module; by prefix, the modules of other models."""
+    """Returns each module's weight in the base, and other models' modules by prefix."""
     whole: dict[str, set[str]] = {}
     ends: dict[str, set[str]] = {}
     for name in base:
@@ -168,14 +168,14 @@ def _places(
         lines = lines or [f"+ {next(iter(modules), 'nothing')}: not in the base"]
         listed = "\n  ".join(tree.first_few(lines))
         raise ValueError(
-            f"{file} does not fit the base:\n  {listed}\nGive the model that it was "
-            "trained on, of the same part and with the same names."
+            f"{file} does not fit the base:\n  {listed}\nGive the part of the model "
+            "that it was trained on, with the same names."
         )
     return names, absent
 
 
 def _inner(flat, whole):
-    """The tensors of a base whose names lack what the module's begins with."""
+    """Returns the base's tensors whose names lack the prefix of the module's name."""
     while outer := _OUTER.match(flat):
         flat = flat[outer.end() :]
         if found := whole.get(flat):
@@ -186,30 +186,30 @@ def _inner(flat, whole):
 def _formula(
     file: Path, module: str, parts: _Parts
 ) -> tuple[tuple[int, ...], Callable[[], np.ndarray]] | None:
-    """The shape of a module's delta and a function that makes it."""
+    """Returns the shape of a module's delta and a function that computes it."""
     kinds = parts.keys() - {"alpha", "dora_scale", "diff_b"}
     make = next((make for needed, make in _FORMULAS if set(kinds) in needed), None)
     if not kinds and "diff_b" in parts:
         return None
     if make is None:
         raise ValueError(
-            f"{file} holds of {module} {', '.join(sorted(kinds)) or 'no factors'}, "
-            "which is no LoRA, LoHa or LoKr. The file is incomplete: save it again."
+            f"{file} holds {', '.join(sorted(kinds)) or 'no factors'} for {module}; "
+            "expected LoRA, LoHa or LoKr. The file is incomplete: save it again."
         )
     try:
         return make(parts)
     except (IndexError, ValueError):
         shapes = ", ".join(f"{kind} {parts[kind]}" for kind in sorted(kinds))
         raise ValueError(
-            f"{file} holds of {module} {shapes}, whose ranks do not fit each other. "
-            "Save it again."
+            f"{file} holds {shapes} for {module}, whose ranks do not match. Save the "
+            "file again."
         ) from None
 
 
 def _check(*ranks: int) -> None:
     """Raises a ValueError if sizes that meet in a product differ."""
     if len({*ranks}) > 1:
-        raise ValueError("ranks that do not fit each other")
+        raise ValueError("the ranks do not match")
 
 
 def _scale(parts: _Parts, rank: int) -> np.float32:
@@ -237,7 +237,7 @@ def _lora(parts):
 
 
 def _tucker(middle, left, right):
-    """A convolution `[out, in, *window]` of a small one between two matrices.
+    """Returns a convolution `[out, in, *window]` from a small one and two matrices.
 
     Args:
       middle: `[r, r, *window]`.
@@ -292,7 +292,7 @@ def _lokr(parts):
 
 
 def _side(parts, name):
-    """The shape of one side of a Kronecker product and a function that makes it."""
+    """Returns the shape of one side of a Kronecker product and a function for it."""
     if (whole := parts.get(f"lokr_{name}")) is not None:
         return whole.shape, functools.partial(_wide, whole)
     a, b = (parts[f"lokr_{name}_{side}"] for side in "ab")
@@ -312,7 +312,7 @@ def _diff(parts):
 _LORA = {"lora_up.weight", "lora_down.weight"}
 _LOHA = {f"hada_w{i}_{side}" for i in (1, 2) for side in "ab"}
 _W1, _W2 = ({f"lokr_{w}_a", f"lokr_{w}_b"} for w in ("w1", "w2"))
-# By the kinds of tensors that a module has.
+# The formulas, by the kinds of tensors that a module has.
 _FORMULAS = (
     ((_LORA, _LORA | {"lora_mid.weight"}), _lora),
     ((_LOHA, _LOHA | {"hada_t1", "hada_t2"}), _loha),
@@ -329,12 +329,12 @@ _FORMULAS = (
 
 
 def _as_matrix(shape):
-    """A layer may be a convolution with a window of 1, and a window may be flat."""
+    """Returns a layer's shape as a matrix: a window may be of size 1, or flattened."""
     return (*shape[:1], math.prod(shape[1:]))
 
 
 def _fits(lengths, leaf):
-    """Whether lengths are one for each output, or one for each input."""
+    """Whether the lengths are one for each output, or one for each input."""
     shape = leaf.shape
     ones = (1,) * len(shape[2:])
     return lengths.shape in ((shape[0], 1, *ones), (1, shape[1], *ones))

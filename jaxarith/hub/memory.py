@@ -1,7 +1,7 @@
-"""Memory of tensors that were read, used again for the next ones.
+"""Reuses the memory of tensors that were read for the next tensors.
 
-Fresh memory costs as much as the reading, and memory maps would count as memory of the
-process.
+Fresh memory costs as much time as the reading, and memory maps would count as memory of
+the process.
 """
 
 import collections
@@ -10,13 +10,13 @@ import weakref
 
 import numpy as np
 
-_ALIGNMENT = 64  # from which on JAX uses memory on the host as it is
-_KEPT = 512 * 2**20  # bytes of memory that wait for their next use
-_LARGE = 2**20  # smaller memory is cheap to get
+_ALIGNMENT = 64  # bytes; JAX uses memory on the host without a copy if so aligned
+_KEPT = 512 * 2**20  # the most bytes that are kept for reuse
+_LARGE = 2**20  # bytes; less memory is cheap to allocate
 
 
 class Memory:
-    """Memory that waits to be used again."""
+    """A pool of memory that waits to be used again."""
 
     def __init__(self):
         self._free: list[np.ndarray] = []  # the oldest first
@@ -24,7 +24,7 @@ class Memory:
         self._bytes, self._lock = 0, threading.Lock()
 
     def take(self, size: int) -> np.ndarray:
-        """Aligned bytes, which come back by themselves when nobody holds them."""
+        """Returns aligned bytes, which come back to the pool once nobody holds them."""
         needed = -(-size // 4096) * 4096 + _ALIGNMENT
         with self._lock:
             self._sort_in()
@@ -35,15 +35,15 @@ class Memory:
                 raw = self._free.pop(found)
                 self._bytes -= needed
         start = -raw.ctypes.data % _ALIGNMENT
-        # A new array over the same memory: all views are views of this one. JAX holds
-        # it until the last program that reads it has ended.
+        # This is a new array over the same memory, and all views are views of it. JAX
+        # holds it until the last program that reads it has ended.
         lent = np.frombuffer(raw.data, np.uint8, size, start)
         weakref.finalize(lent, self._give_back, raw).atexit = False
         return lent
 
     def _give_back(self, raw):
         self._returned.append(raw)
-        # A finalizer may come in anywhere, in `take` of this very thread too.
+        # A finalizer may run at any point, even inside `take` of this thread.
         if self._lock.acquire(blocking=False):
             try:
                 self._sort_in()
@@ -62,7 +62,7 @@ _pool = Memory()
 
 
 def lend(size: int) -> np.ndarray:
-    """Aligned bytes, those of tensors that nobody holds any more if they are many."""
+    """Returns aligned bytes; large ones come from the pool of reused memory."""
     if size >= _LARGE:
         return _pool.take(size)
     raw = np.empty(size + _ALIGNMENT, np.uint8)

@@ -1,7 +1,7 @@
-"""OpenCLIP's checkpoints, whose tensors are named as in OpenAI's code.
+"""Opens OpenCLIP's checkpoints, whose tensors have the names of OpenAI's code.
 
-They come under the names and in the orientations of transformers' `CLIPModel`, with the
-content of its `config.json`. Ilharco et al. OpenCLIP. 2021.
+The tensors are returned under the names and in the orientations of transformers'
+`CLIPModel`, and the configuration as its `config.json`. Ilharco et al. OpenCLIP. 2021.
 doi:10.5281/zenodo.5143773.
 """
 
@@ -20,7 +20,7 @@ HIDDEN_ACTS: tuple[HiddenAct, ...] = get_args(HiddenAct)
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 CONFIG = "open_clip_config.json"
 
-# By OpenCLIP's names those of transformers: of modules, and of lone parameters.
+# transformers' names by OpenCLIP's: first of modules, then of single parameters.
 _MODULES = {
     "visual.conv1": "vision_model.embeddings.patch_embedding",
     "visual.ln_pre": "vision_model.pre_layrnorm",
@@ -34,7 +34,7 @@ _PARAMETERS = {
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
     "logit_scale": "logit_scale",
 }
-# Matrices [in, out]; transformers has linear layers in their place.
+# These matrices are [in, out]; transformers has linear layers instead.
 _PROJECTIONS = {
     "visual.proj": "visual_projection.weight",
     "text_projection": "text_projection.weight",
@@ -50,27 +50,27 @@ _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)[._](weight|
 _FUSED = "attn.in_proj"  # rows of queries, keys and values
 _FIRST = "visual.conv1.weight"
 _POSITIONS = "embeddings.position_embedding.weight"
-# OpenAI's files state these three as tensors; no other does.
+# Only OpenAI's own files store these three numbers as tensors.
 _OF_OPENAI = {"input_resolution", "context_length", "vocab_size"}
 _NOT_WEIGHTS = {"attn_mask", *_OF_OPENAI}
 
-# What a configuration may state without changing the architecture beyond sizes.
+# Keys of a configuration that change nothing in the architecture except sizes.
 _KNOWN = {
     "model_cfg": {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"},
     "vision_cfg": {
         *("image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size"),
-        "patch_dropout",  # of training
+        "patch_dropout",  # used in training only
     },
     "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers"},
 }
-# Widths of which all published CLIPs have heads of 64. Those of ViT-H, g and G differ.
+# All published CLIPs of these widths have heads of 64. ViT-H, g and G have others.
 _HEADS_OF_64 = (512, 768, 1024)
 
 
 def weights_of(place: Path) -> Path | None:
-    """The file of OpenCLIP's weights in a folder; a file itself.
+    """Returns the file of OpenCLIP's weights in a folder; a file is returned as it is.
 
-    None of a folder that has none, or that holds transformers' format too.
+    Returns None if a folder has no such file, or also holds transformers' format.
     """
     if place.is_file():
         return place
@@ -78,7 +78,7 @@ def weights_of(place: Path) -> Path | None:
     file = next((place / name for name in WEIGHTS if name in held), None)
     if file is None or not held & {folders.WEIGHTS, folders.INDEX, folders.MSGPACK}:
         return file
-    # A model.safetensors without it is timm's, of the image tower.
+    # A model.safetensors without model_type is timm's image tower.
     of_transformers = folders.CONFIG in held and "model_type" in folders.read_json(
         place
     )
@@ -89,9 +89,9 @@ class File(NamedTuple):
     """A file of OpenCLIP.
 
     Attributes:
-      path: its path.
+      path: path of the file.
       tensors: the tensors under transformers' names.
-      is_openai: whether it is one of OpenAI's own, which state their sizes as tensors.
+      is_openai: whether it is one of OpenAI's own files, which store sizes as tensors.
     """
 
     path: Path
@@ -102,34 +102,35 @@ class File(NamedTuple):
 def open_file(path: Path) -> File:
     """Opens a file of OpenCLIP's weights; safetensors are not read yet.
 
-    A file may be of the image tower alone, and all names may have `model.` or `module.`
-    in front. Names that OpenCLIP has not stay.
+    The file may hold only the image tower, and all names may begin with `model.` or
+    `module.`. Names that OpenCLIP does not have are kept.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ImportError: the file is PyTorch's, which is not installed.
-      ValueError: the file cannot be read as tensors, or is of another architecture.
+      FileNotFoundError: the file does not exist.
+      ImportError: the file is PyTorch's, and PyTorch is not installed.
+      ValueError: the file cannot be read as tensors, or has another architecture.
     """
     stored = _opened(path)
     return File(path, _renamed(stored, path), stored.keys() >= _OF_OPENAI)
 
 
 def read_config(file: File, hidden_act: HiddenAct | None = None) -> dict[str, Any]:
-    """The content of transformers' `config.json` for the model in a file.
+    """Returns the content of transformers' `config.json` for the model in a file.
 
-    Sizes are those of its tensors. Numbers of heads and the activation leave no trace
-    in tensors: they are those of `open_clip_config.json` beside the file, where the
-    activation is `gelu` unless `quick_gelu` is true, as in OpenCLIP. Without it heads
-    are 64 wide, in widths where all are, and OpenAI's own files, which state their
-    sizes as tensors, have `quick_gelu`; for others `hidden_act` must be given.
+    Sizes come from the tensors. The tensors do not show the number of heads or the
+    activation. They are read from `open_clip_config.json` beside the file; as in
+    OpenCLIP, the activation is `gelu` there unless `quick_gelu` is true. Without that
+    file, heads are 64 wide (only in widths where this holds for all models), OpenAI's
+    own files have `quick_gelu`, and for other files `hidden_act` must be given.
 
     Args:
-      file: from `open_file`.
-      hidden_act: the activation, where nothing states it.
+      file: the result of `open_file`.
+      hidden_act: the activation, if nothing states it.
 
     Raises:
-      ValueError: the file has not both towers, nothing states the activation or the
-        number of heads, or what is stated contradicts `hidden_act` or is not supported.
+      ValueError: the file lacks one of the two towers; or nothing states the activation
+        or the number of heads; or a stated value contradicts `hidden_act` or is not
+        supported.
     """
     stated = _stated(file.path)
     act = _activation(file, stated, hidden_act)
@@ -152,7 +153,8 @@ def read_config(file: File, hidden_act: HiddenAct | None = None) -> dict[str, An
             "vocab_size": _size(
                 file, "text_model.embeddings.token_embedding.weight", 0
             ),
-            # transformers' word for what OpenCLIP does: the largest id ends a text.
+            # With this id, transformers does what OpenCLIP does: the largest id ends a
+            # text.
             "eos_token_id": 2,
         },
         "vision_config": {
@@ -165,14 +167,14 @@ def read_config(file: File, hidden_act: HiddenAct | None = None) -> dict[str, An
 
 
 def _tower(file: File, name: str, heads: int | None) -> dict[str, Any]:
-    """The sizes of a tower; `heads` is None where nothing states their number."""
+    """Returns the sizes of a tower; `heads` is None if nothing states their number."""
     width, layers = _size(file, f"{name}.{_POSITIONS}", 1), 0
     while f"{name}.encoder.layers.{layers}.mlp.fc1.weight" in file.tensors:
         layers += 1
     if heads is None and width not in _HEADS_OF_64:
         raise ValueError(
-            f"nothing says how many heads the model in {file.path} has, of width "
-            f"{width}. Put the model's {CONFIG} beside it."
+            f"nothing states how many heads the model in {file.path} has; its width is "
+            f"{width}. Put the model's {CONFIG} beside the file."
         )
     return {
         "hidden_size": width,
@@ -186,24 +188,24 @@ def _size(file: File, name: str, axis: int) -> int:
     shape = file.tensors[name].shape if name in file.tensors else ()
     if len(shape) <= axis:
         raise ValueError(
-            f"{file.path} has no {name} of {axis + 1} or more dimensions, so it is no "
-            "whole CLIP."
+            f"{file.path} has no {name} with {axis + 1} or more dimensions, so it is "
+            "not a whole CLIP. Give a file with both towers."
         )
     return shape[axis]
 
 
 def preprocessing(folder: Path, image_size: int | None = None) -> dict[str, Any]:
-    """The content of transformers' `preprocessor_config.json` for a model.
+    """Returns the content of transformers' `preprocessor_config.json` for a model.
 
     Means and deviations are those of `open_clip_config.json`, or else OpenAI's.
 
     Args:
       folder: the folder of the model.
-      image_size: pixels of an edge; by default what `open_clip_config.json` states.
+      image_size: pixels of an edge; by default the size in `open_clip_config.json`.
 
     Raises:
       KeyError: nothing states the size.
-      ValueError: images are resized in another way than jaxarith does.
+      ValueError: the model resizes images in a way that jaxarith does not support.
     """
     config = folder / CONFIG
     raw = folders.read_json(folder, CONFIG) if config.is_file() else {}
@@ -214,7 +216,8 @@ def preprocessing(folder: Path, image_size: int | None = None) -> dict[str, Any]
     for key, value in ways.items():
         if stated.get(key, value) != value:
             raise ValueError(
-                f"{config} states {key} {stated[key]!r}; jaxarith has {value!r} alone."
+                f"{config} states {key} {stated[key]!r}; jaxarith supports only "
+                f"{value!r}."
             )
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -233,8 +236,8 @@ def _opened(path):
     first = min((name for name in stored if name.endswith(_FIRST)), key=len, default="")
     if not first:
         raise ValueError(
-            f"{path} has no {_FIRST}: it is not of a CLIP with a vision transformer in "
-            "OpenCLIP's format. Models of transformers are named by their folder."
+            f"{path} has no {_FIRST}: it is not a CLIP with a vision transformer in "
+            "OpenCLIP's format. For a model of transformers, name its folder."
         )
     prefix = first.removesuffix(_FIRST)
     return {name.removeprefix(prefix): leaf for name, leaf in stored.items()}
@@ -247,13 +250,13 @@ def _renamed(stored: Mapping[str, Stored], path: Path) -> dict[str, Stored]:
             continue
         for new, part in _parts(name, leaf):
             if new in found:
-                raise ValueError(f"{path} has two tensors that are {new}.")
+                raise ValueError(f"{path} has two tensors that would both be {new}.")
             found[new] = part
     return found
 
 
 def _parts(name, leaf):
-    """A tensor under its new name, or those that it is made of."""
+    """Returns a tensor under its new name, or its parts under theirs."""
     module, _, last = name.rpartition(".")
     if name in _PARAMETERS:
         return [(_PARAMETERS[name], leaf)]
@@ -285,7 +288,7 @@ def _third(leaf, i):
 
 
 def _stated(path: Path) -> Mapping[str, Any]:
-    """What `open_clip_config.json` says of the model; empty without one."""
+    """Returns the model's part of `open_clip_config.json`; empty without that file."""
     place = path.parent / CONFIG
     if not place.is_file():
         return {}
@@ -294,13 +297,13 @@ def _stated(path: Path) -> Mapping[str, Any]:
         stated = model if part == "model_cfg" else (model or {}).get(part)
         if not isinstance(stated, Mapping):
             raise ValueError(
-                f"{place} has no {part}: it describes no CLIP of OpenCLIP."
+                f"{place} has no {part}, so it does not describe a CLIP of OpenCLIP."
             )
         other = sorted(key for key, value in stated.items() if value)
         if other := [key for key in other if key not in known]:
             raise ValueError(
-                f"{place} states {', '.join(other)} in {part}, of which jaxarith's "
-                "CLIP knows nothing."
+                f"{place} states {', '.join(other)} in {part}, which jaxarith's CLIP "
+                "does not support."
             )
     return model or {}
 
@@ -312,15 +315,16 @@ def _activation(file: File, stated, given: HiddenAct | None) -> HiddenAct:
         found, where = "quick_gelu", "its tensors, as all of OpenAI's,"
     elif given is None:
         raise ValueError(
-            f"nothing says which activation the model in {file.path} has: OpenAI's and "
-            "those that OpenCLIP calls quickgelu have quick_gelu, its others gelu, and "
-            "the wrong one costs accuracy without an error. Put the model's "
-            f"{CONFIG} beside it, or give hidden_act (jaxarith convert --hidden-act)."
+            f"nothing states the activation of the model in {file.path}. OpenAI's "
+            "models and those that OpenCLIP calls quickgelu have quick_gelu, the "
+            "others gelu. The wrong one costs accuracy without an error. Put the "
+            f"model's {CONFIG} beside the file, or give hidden_act (jaxarith convert "
+            "--hidden-act)."
         )
     else:
         return given
     if given not in (None, found):
         raise ValueError(
-            f"{file.path} has {found} by {where}, and {given} is asked for."
+            f"{file.path} has {found} according to {where}, but hidden_act is {given}."
         )
     return found

@@ -1,4 +1,4 @@
-"""Which matrices lie `[in, out]`, as in the layers that GPT-2 calls Conv1D."""
+"""Finds matrices that are `[in, out]`, as in the layers that GPT-2 calls Conv1D."""
 
 import os
 import re
@@ -8,9 +8,9 @@ from jaxarith.hub.stored import Stored
 
 
 def known(base: Mapping[str, Stored]) -> dict[str, bool]:
-    """Of the matrices that are not square and have a bias, which lie `[in, out]`.
+    """Returns whether each matrix is `[in, out]`, if it is not square and has a bias.
 
-    A bias is as long as the outputs.
+    The length of the bias is the number of outputs.
     """
     found = {}
     for name, tensor in base.items():
@@ -26,11 +26,11 @@ def known(base: Mapping[str, Stored]) -> dict[str, bool]:
 def in_out(
     name: str, shape: tuple[int, ...], known: Mapping[str, bool], flag: bool
 ) -> bool:
-    """Whether a matrix lies `[in, out]`, as in the layers that GPT-2 calls Conv1D.
+    """Whether a matrix is `[in, out]`, as in the layers that GPT-2 calls Conv1D.
 
-    PEFT goes by the class of the layer. Its flag is wrong in the files of models with
-    layers of both kinds, and a checkpoint names no classes. Where a matrix is square,
-    what is known of another one in the same layer tells.
+    PEFT looks at the class of the layer, but a checkpoint names no classes. The flag in
+    PEFT's file is wrong for models with layers of both kinds. For a square matrix, the
+    answer is that of another matrix in the same layer.
     """
     if len(shape) != 2:
         return False

@@ -1,7 +1,7 @@
-"""Packed (quantised) weights: recognised by names of tensors and by configuration.
+"""Recognises packed (quantised) weights by names of tensors and by configuration.
 
-Packed numbers are no weights: their mean means nothing, in whatever dtype they are
-stored. bitsandbytes, for one, can keep four of them in a number of bfloat16.
+Packed numbers must not be merged: their mean has no meaning, whatever their dtype.
+bitsandbytes, for example, can store four of them in one bfloat16 number.
 """
 
 import re
@@ -12,9 +12,9 @@ from typing import Any
 from jaxarith.hub.config import parts
 from jaxarith.hub.stored import NUMERIC, Stored, short
 
-# What configurations call their description of packed weights.
+# Keys under which configurations describe packed weights.
 KEYS = ("quantization_config", "compression_config")
-# How the names of packed tensors, or of their scales, end.
+# Endings of the names of packed tensors or of their scales.
 _ENDS = {
     "bitsandbytes, 4 bits": r"\.(absmax|quant_map|nested_absmax|nested_quant_map)|"
     r"\.quant_state\.bitsandbytes__\w+",
@@ -29,7 +29,7 @@ _ENDS = {
 }
 _FORMATS = {label: re.compile(rf".+({end})") for label, end in _ENDS.items()}
 _ANY_FORMAT = re.compile(rf".+({'|'.join(_ENDS.values())})")
-# Endings that say so only together: other models have tensors called scales.
+# Endings that are a sign only together: other models have tensors called scales.
 _PAIRS = {
     "MXFP4": ("_blocks", "_scales"),
     "GPTQ or AWQ": (".qweight", ".scales"),
@@ -43,8 +43,8 @@ def check(
 ) -> None:
     """Raises a ValueError that names the format if weights are packed.
 
-    A `quantization_config` alone is no sign: conversions back to floating point often
-    leave it behind. It names the format of tensors that are not plain numbers.
+    A `quantization_config` alone is not a sign, because conversions back to floating
+    point often leave it behind. It is used only to name the format.
 
     Args:
       place: the file or folder that holds the tensors.
@@ -56,16 +56,16 @@ def check(
         raise ValueError(
             f"{place} is quantised ({said or label}): {name} is {tensors[name]}, part "
             "of packed weights, which cannot be merged. Let `jaxarith merge` unpack "
-            "them (--dequantize), or give the model in floating point: the one that "
-            "was quantised, or this one dequantised (`model.dequantize()` in "
-            "transformers) and saved again."
+            "them (--dequantize), or give the model in floating point: the original, "
+            "or this one dequantised (`model.dequantize()` in transformers) and saved "
+            "again."
         )
 
 
 def found(
     tensors: Mapping[str, Stored], config: Mapping[str, Any]
 ) -> tuple[str, str] | None:
-    """The first part of packed weights and what format it is of; None without any.
+    """Returns the first part of packed weights and its format; None without any.
 
     Args:
       tensors: the tensors by name.
@@ -75,7 +75,7 @@ def found(
 
 
 def stated_format(config: Mapping[str, Any]) -> str | None:
-    """The format of packed weights that a configuration or a part of it names."""
+    """Returns the format of packed weights that a configuration or its part names."""
     if (found := settings(config)) is None:
         return None
     method = found.get("quant_method") or found.get("format")
@@ -83,7 +83,7 @@ def stated_format(config: Mapping[str, Any]) -> str | None:
 
 
 def settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The `quantization_config` of a configuration or of a part of it."""
+    """Returns the `quantization_config` of a configuration or of a part of it."""
     for part in (config, *parts(config).values()):
         for key in KEYS:
             if isinstance(found := part.get(key), Mapping):
@@ -94,8 +94,8 @@ def settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _signs(
     tensors: Mapping[str, Stored], said: str | None
 ) -> Iterator[tuple[str, str]]:
-    """Names of tensors that are packed or belong to packed ones, and the formats."""
-    # One look at each name; of most checkpoints none is left.
+    """Yields names of tensors that are packed or belong to packed ones, and formats."""
+    # Each name is matched once; in most checkpoints none remains.
     ending = [name for name in tensors if _ANY_FORMAT.fullmatch(name)]
     for label, pattern in _FORMATS.items():
         yield from ((name, label) for name in ending if pattern.fullmatch(name))

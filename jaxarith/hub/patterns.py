@@ -1,9 +1,9 @@
-r"""Regular expressions of foreign files, matched in a time that their size limits.
+r"""Matches regular expressions from foreign files in a time bounded by their size.
 
-The `re` module tries one way after another: `(a+)+b` takes it longer than anybody
-waits. Here the places where a part of a pattern may end are a set, so that each is
-visited once. `re` only judges the pattern, and single characters such as `[a-z]` or
-`\d`. References to groups, looking ahead or back, and flags are refused.
+The `re` module tries one way after another, so `(a+)+b` can take it forever. Here the
+places where a part of a pattern may end are a set, so each place is visited once. `re`
+is used only to check the pattern and to match single characters (`[a-z]`, `\d`).
+References to groups, looking ahead or back, and flags are refused.
 """
 
 import functools
@@ -12,9 +12,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeAlias
 
-_LONGEST = 1000  # characters of a pattern, and of a text
+_LONGEST = 1000  # the most characters in a pattern or in a text
 
-# From the places where a part of a pattern begins to those where it may end.
+# A step maps the places where a part of a pattern may begin to those where it may end.
 _Step: TypeAlias = Callable[[str, set[int]], set[int]]
 
 _QUANTIFIER = re.compile(
@@ -26,7 +26,7 @@ _ESCAPE = re.compile(
     r"\\(?:x..|u.{4}|U.{8}|N\{[^}]*\}|0[0-7]{0,2}|[0-3][0-7]{2}|.)", re.DOTALL
 )
 _GROUP = re.compile(r"\((?:\?:|\?P<\w+>|(?!\?))")
-# What else a group may be, by how it begins.
+# Unsupported groups, by how they begin.
 _REFUSED = {
     "(?=": "assert",
     "(?!": "assert_not",
@@ -43,7 +43,7 @@ def fits_end(pattern: str, name: str) -> bool:
     """Whether a pattern fits whole words at the end of a name with dots.
 
     Raises:
-      ValueError: it is no regular expression, or of a kind that is refused.
+      ValueError: the pattern is not a regular expression, or uses a refused feature.
 
     Example:
       >>> fits_end(r"layers\\.[0-3]\\..*proj", "model.layers.2.mlp.up_proj")
@@ -53,15 +53,15 @@ def fits_end(pattern: str, name: str) -> bool:
     """
     if max(len(pattern), len(name)) > _LONGEST:
         raise ValueError(
-            f"the pattern {pattern[:60]!r} or the name that it is tried on has more "
-            f"than {_LONGEST} characters."
+            f"the pattern {pattern[:60]!r}, or the name that it is matched with, has "
+            f"more than {_LONGEST} characters. Shorten it."
         )
     starts = {0, *(i + 1 for i, letter in enumerate(name) if letter == ".")}
     try:
         return len(name) in _parsed(pattern)(name, starts)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"{pattern[:60]!r} is no regular expression: {error}."
+            f"{pattern[:60]!r} is not a regular expression: {error}."
         ) from error
 
 
@@ -74,7 +74,8 @@ def _parsed(pattern: str) -> _Step:
     return step
 
 
-# Each of these parses what begins at a place, and returns it with the place behind it.
+# Each of these parses the part that begins at a place, and returns its step and the
+# place after it.
 
 
 def _branches(pattern: str, place: int) -> tuple[_Step, int]:
@@ -133,11 +134,11 @@ def _group(pattern: str, place: int) -> tuple[_Step, int]:
         found = (x for begin, x in _REFUSED.items() if pattern.startswith(begin, place))
         _refuse(next(found, "a group with flags"))
     step, place = _branches(pattern, opening.end())
-    return step, place + 1  # behind its closing bracket
+    return step, place + 1  # after its closing bracket
 
 
 def _special(text: str) -> _Step:
-    """A class of characters, or what an escape stands for."""
+    """Returns the step for a class of characters or an escape."""
     if text in (r"\A", r"\Z"):
         return _at_start if text == r"\A" else _at_end
     if text in (r"\b", r"\B"):
@@ -148,7 +149,7 @@ def _special(text: str) -> _Step:
 
 
 def _refuse(what: str) -> NoReturn:
-    raise ValueError(f"a pattern has {what}, which is not supported.")
+    raise ValueError(f"a pattern has {what}, which is not supported. Rewrite it.")
 
 
 # These are the steps.
@@ -171,7 +172,7 @@ def _repeated(
 ) -> set[int]:
     for _ in range(least):
         if (found := step(text, places)) == places:
-            break  # of nothing but empty matches, or of none
+            break  # only empty matches, or none
         places = found
     ends = new = places
     for _ in range(least, int(min(most, least + len(text) + 1))):

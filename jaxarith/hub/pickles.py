@@ -1,7 +1,7 @@
-"""Tensors of PyTorch's own files, which are pickles: read by PyTorch, as data only.
+"""Reads tensors of PyTorch's own files, which are pickles, as data only.
 
-A pickle may run any code. `torch.load(weights_only=True)` builds tensors and plain
-containers of them and refuses everything else.
+A pickle may run any code. `torch.load(weights_only=True)` builds only tensors and plain
+containers of them, and refuses everything else.
 """
 
 import importlib.util
@@ -22,34 +22,34 @@ SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def readable() -> bool:
-    """Whether PyTorch is installed, which reads these files."""
+    """Whether PyTorch, which reads these files, is installed."""
     return importlib.util.find_spec("torch") is not None
 
 
 def open_file(path: Path) -> dict[str, Stored]:
-    """The tensors of a state dict by name.
+    """Returns the tensors of a state dict by name.
 
-    Files of PyTorch 1.6 or newer are mapped, and a tensor takes memory when it is read;
-    others are in memory from then on. A dict that has the state dict as its entry
-    "state_dict", as OpenCLIP's training writes, is looked into.
+    Files of PyTorch 1.6 or newer are memory-mapped, so a tensor takes memory only when
+    it is read. Older files are loaded whole. If the file holds a dict with an entry
+    "state_dict", as OpenCLIP's training writes it, that entry is used.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: the file does not exist.
       ImportError: PyTorch is not installed.
-      ValueError: the file is no state dict, or PyTorch refuses to read it as data.
+      ValueError: the file is not a state dict, or PyTorch refuses to read it as data.
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no file {path}; expected weights of PyTorch."
+            f"there is no file {path}; expected weights of PyTorch. Check the path."
         )
     try:
         import torch  # here: nothing else needs it
     except ImportError as error:
         raise ImportError(
-            f"{path} is a file of PyTorch, which is missing: pip install torch."
+            f"{path} is a file of PyTorch, which is not installed: pip install torch."
         ) from error
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of TorchScript; the error below says it
+        warnings.simplefilter("ignore")  # the error below reports TorchScript
         content = _loaded(torch, path)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
@@ -57,7 +57,10 @@ def open_file(path: Path) -> dict[str, Stored]:
         not isinstance(leaf, torch.Tensor) for leaf in content.values()
     )
     if strange or not content:
-        raise ValueError(f"{path} holds no state dict, which is a dict of tensors.")
+        raise ValueError(
+            f"{path} does not hold a state dict; expected a dict of tensors. Save "
+            "model.state_dict() instead."
+        )
     return {str(name): _stored(torch, leaf) for name, leaf in content.items()}
 
 
@@ -70,15 +73,15 @@ def _loaded(torch: Any, path: Path) -> Any:
             raise
         raise ValueError(_cut(path)) from error
     except (RuntimeError, pickle.UnpicklingError, ValueError) as error:
-        if "PytorchStreamReader" in str(error):  # the archive, not what is in it
+        if "PytorchStreamReader" in str(error):  # the archive itself is broken
             raise ValueError(_cut(path)) from error
         if "TorchScript" in str(error):
             how = "It is a TorchScript archive, as OpenAI's are: torch.jit.load(FILE)"
         else:
             how = (
                 "A file of whole objects, such as the image encoders that papers "
-                "publish, runs code when it is opened. Load it once, where its classes "
-                "are and if you trust it: torch.load(FILE, weights_only=False)"
+                "publish, runs code when it is opened. If you trust it, load it once "
+                "where its classes are installed: torch.load(FILE, weights_only=False)"
             )
         found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         [reason, *_] = str(error).splitlines() or [repr(error)]
@@ -95,7 +98,7 @@ def _cut(path):
 
 
 def _stored(torch: Any, leaf: Any) -> Stored:
-    """The tensor as NumPy's; of bfloat16, which NumPy lacks, the bits."""
+    """Returns the tensor as a NumPy array; bfloat16 is passed on as its bits."""
     if leaf.dtype == torch.bfloat16:
         array = leaf.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     else:

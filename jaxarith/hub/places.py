@@ -1,7 +1,7 @@
-"""Where outputs are written: what may be replaced, temporary folders, and renames.
+"""Writes outputs safely: checks what may be replaced, and renames finished folders.
 
 An output is made in a temporary folder on the same disk and renamed once complete.
-Nothing that appeared meanwhile is replaced.
+A folder that another program created in the meantime is never replaced.
 """
 
 import contextlib
@@ -17,16 +17,17 @@ from pathlib import Path
 
 from jaxarith import files, report
 
-# Beside the weights of a merge: how it was made, and which files were copied.
+# This file beside merged weights records how they were made and which files were
+# copied.
 RECORD = "jaxarith_merge.json"
 _PREFIX = ".jaxarith-"
-# Files of models, beside which a replaced folder may hold nothing of other kinds.
+# Endings of files of models. A folder with files of other kinds is not replaced.
 _SUFFIXES = frozenset(
     ".safetensors .json .jsonl .txt .md .model .jinja .msgpack .bin .h5 .onnx .gguf "
     ".ot .tiktoken .spm .bpe .vocab .codes .tokenizer .v1 .v2 .v3 .v7 .v11 .yaml .yml "
     ".png .jpg .svg .pdf".split()
 )
-# What else of these kinds is more likely somebody's own.
+# Files with these endings are more likely somebody's own work.
 _OWN = frozenset(".txt .md .bin .jsonl".split())
 _OF_MODELS = re.compile(
     r".*(vocab|merges|tokens|bpe|dict|labels|classes|licen[cs]e|notice|requirements|"
@@ -34,7 +35,7 @@ _OF_MODELS = re.compile(
     r"explainability|bias|privacy|safety|acknowledge?ments?|model|training_args|"
     r"optimizer|scheduler|-of-\d+).*"
 )
-# What a merge writes besides the files that its record lists.
+# Files that a merge writes and that its record does not list.
 _MERGED = re.compile(
     r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|"
     r"(adapter_)?config\.json|README\.md"
@@ -55,32 +56,37 @@ def check_out(
     copied: Collection[str] = (),
     kept: bool = False,
 ) -> Path:
-    """The real path of a new folder.
+    """Checks that an output folder may be written, and returns its real path.
 
     Args:
       out: the folder.
-      overwrite: whether it may replace one that exists.
-      inputs: folders and files that are read and must stay, as must what their links
-        lead to.
-      copied: names of files that are written there, which it may hold from before.
-      kept: whether files of other names stay in it.
+      overwrite: whether a folder that exists may be replaced.
+      inputs: folders and files that are read. They and the targets of their links must
+        not be replaced.
+      copied: names of files that will be written to the folder. It may already hold
+        them.
+      kept: whether files of other names stay in the folder.
 
     Raises:
-      FileExistsError: the folder exists, and is not to be replaced.
-      ValueError: it holds one of the inputs, or is neither empty nor a model's; or it
-        has files that would go and that jaxarith did not write.
+      FileExistsError: the folder exists, and `overwrite` is False.
+      ValueError: the folder holds one of the inputs; or it is not empty and does not
+        hold a model; or replacing it would delete files that jaxarith did not write.
+
+    Example:
+      >>> check_out("merged", overwrite=False)  # doctest: +SKIP
+      PosixPath('/home/me/merged')
     """
     out = Path(out)
     if not os.path.lexists(out):
         return out.parent.resolve() / out.name
     if out.is_symlink() or not out.is_dir() or _holds_current(out):
         raise FileExistsError(
-            f"{out} is a file, a link, or the current folder or one above it; name a "
+            f"{out} is a file, a link, the current folder or a folder above it. Name a "
             "new folder."
         )
     if not overwrite:
         raise FileExistsError(
-            f"{out} exists; name a new folder, or replace it with overwrite=True "
+            f"{out} exists. Name a new folder, or replace it with overwrite=True "
             "(--overwrite)."
         )
     real = out.resolve()
@@ -88,7 +94,7 @@ def check_out(
         for file in [path, *(path.iterdir() if path.is_dir() else ())]:
             if file.resolve().is_relative_to(real):
                 raise ValueError(
-                    f"{out} holds {file}, which is read; name another folder."
+                    f"{out} holds {file}, which is an input. Name another folder."
                 )
     _check_model(out, copied, kept)
     return real
@@ -106,8 +112,8 @@ def _check_model(out, copied, kept):
     entries = list(out.iterdir())
     if entries and not _MODEL & {path.name for path in entries}:
         raise ValueError(
-            f"{out} has files but no config.json or weights, so it is no model that "
-            "could be replaced; name another folder."
+            f"{out} has files but no config.json or weights, so it is not a model and "
+            "is not replaced. Name another folder."
         )
     record = _written(out)
     written = {*(record or ()), *copied}
@@ -120,13 +126,13 @@ def _check_model(out, copied, kept):
     unknown = sorted(str(path.relative_to(out)) for path in unknown)
     if unknown := [name for name in unknown if name not in written]:
         raise ValueError(
-            f"{out} holds {report.listed(unknown, 3)}, {why}, so it is not replaced; "
-            "move that elsewhere, or name another folder."
+            f"{out} holds {report.listed(unknown, 3)}, {why}, so it is not replaced. "
+            "Move these files elsewhere, or name another folder."
         )
 
 
 def _written(folder):
-    """The files that a merge wrote, by the record of the folder, if it has one."""
+    """Returns the files that a merge wrote, if the folder has a record of them."""
     try:
         record = files.read_json(folder / RECORD)
     except (FileNotFoundError, ValueError):
@@ -138,26 +144,26 @@ def _written(folder):
 
 
 def _is_of_kind(name):
-    """Whether a file is of a kind that models have, by its name in lower case."""
+    """Whether models have files of this kind; the name is in lower case."""
     return Path(name).suffix in _SUFFIXES and not name.startswith(".")
 
 
 def _is_of_model(name):
-    """The same, and not of a kind that people keep beside a model."""
+    """Like `_is_of_kind`, but False for kinds that people keep beside a model."""
     is_own = Path(name).suffix in _OWN and not _OF_MODELS.fullmatch(name)
     return _is_of_kind(name) and not is_own
 
 
 def _is_merged(path):
-    """Whether every merge makes a file, or folder, of this name."""
+    """Whether every merge makes a file or a folder of this name."""
     if path.is_dir() and not path.is_symlink():
         return not path.name.startswith(".")
     return _MERGED.fullmatch(path.name) is not None
 
 
 def _unknown(folder, is_ours):
-    """What belongs to no model: hidden files, sources, data, links to folders."""
-    # Models bring code of their own, which their configurations name.
+    """Returns entries of no model: hidden files, sources, data, links to folders."""
+    # Some models bring their own code, and their configurations name it.
     code = any(_names_code(file) for file in folder.glob("*config.json"))
     for path in sorted(folder.iterdir()):
         name = path.name.lower()
@@ -176,7 +182,14 @@ def _names_code(file):
 
 
 def state(out: Path) -> tuple[int, ...] | None:
-    """What changes when a folder is replaced or gets other entries; None without it."""
+    """Returns numbers that change when a folder is replaced or its entries change.
+
+    Args:
+      out: the folder.
+
+    Returns:
+      The numbers, to be compared with `==`; None if the folder does not exist.
+    """
     try:
         found = out.lstat()
     except FileNotFoundError:
@@ -185,26 +198,26 @@ def state(out: Path) -> tuple[int, ...] | None:
 
 
 def publish(new: Path, out: Path, before: tuple[int, ...] | None, aside: Path) -> None:
-    """Renames a complete folder to `out`, if that is as it was before.
+    """Renames a complete folder to `out`, unless `out` has changed since `before`.
 
     Args:
-      new: the folder.
-      out: its name. An old folder there is moved to `aside`.
+      new: the complete folder.
+      out: its new name. An old folder of this name is moved to `aside`.
       before: the `state` of `out` when the work began.
-      aside: a name on the same disk, for the old folder.
+      aside: a free path on the same disk for the old folder.
 
     Raises:
-      FileExistsError: `out` was made or changed by another program meanwhile.
+      FileExistsError: another program made or changed `out` in the meantime.
     """
     if before is not None:
-        sync(new)  # what is replaced must not be lost before the new is on the disk
+        sync(new)  # the old folder must not go before the new one is on the disk
     if state(out) != before:
         raise _came(out)
     try:
         if before is not None:
             os.replace(out, aside)
         try:
-            out.mkdir()  # fails if another program was faster; `replace` would not
+            out.mkdir()  # fails if another program made it first; `replace` would not
         except FileExistsError:
             raise _came(out) from None
         try:
@@ -225,13 +238,13 @@ def publish(new: Path, out: Path, before: tuple[int, ...] | None, aside: Path) -
 
 def _came(out):
     return FileExistsError(
-        f"{out} was made or changed by another program meanwhile and is left as it is; "
-        "name a new folder."
+        f"another program made or changed {out} in the meantime, so it is left as it "
+        "is. Name a new folder."
     )
 
 
 def sync(path: Path) -> None:
-    """Brings a file, or a folder and all in it, to the disk."""
+    """Flushes a file, or a folder and everything in it, to the disk."""
     if path.is_dir():
         for entry in path.iterdir():
             sync(entry)
@@ -239,7 +252,7 @@ def sync(path: Path) -> None:
 
 
 def sync_entries(path: Path) -> None:
-    """Brings a file, or the names in a folder, to the disk."""
+    """Flushes a file, or the list of names in a folder, to the disk."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -249,25 +262,36 @@ def sync_entries(path: Path) -> None:
 
 @contextlib.contextmanager
 def staging(parent: Path) -> Iterator[Path]:
-    """A folder on the same disk to write in, removed afterwards, whatever happens.
+    """Makes a temporary folder in `parent` and removes it at the end, also on errors.
 
-    So are folders that were made for it and stay empty. Only a process that is killed
-    leaves it, under a name that begins `.jaxarith-`; the next one warns of it.
+    Missing parents are made, and removed again if they stay empty. Only a killed
+    process leaves the folder behind, under a name that begins with `.jaxarith-`. The
+    next run warns about it.
+
+    Args:
+      parent: the folder in which to make it, on the disk of the output.
+
+    Returns:
+      A context manager for the path of the temporary folder.
+
+    Example:
+      >>> with staging(out.parent) as temporary:  # doctest: +SKIP
+      ...     publish(made_in(temporary), out, state(out), temporary / "old")
     """
     made = _make(parent)
     try:
         if left := _left_overs(parent):
             warnings.warn(
                 f"a run that was killed left {report.listed(list(map(str, left)), 3)}. "
-                "An output that it was replacing may be in `old` there; otherwise "
-                "remove it.",
+                "If it was replacing an output, the old output may be in `old` there. "
+                "Otherwise remove it.",
                 stacklevel=3,
             )
         with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as name:
             with _locked(Path(name)):
                 yield Path(name)
     finally:
-        with contextlib.suppress(OSError):  # from the first that is not empty
+        with contextlib.suppress(OSError):  # stop at the first that is not empty
             for folder in reversed(made):
                 folder.rmdir()
 
@@ -288,7 +312,7 @@ def _make(folder):
 
 @contextlib.contextmanager
 def _locked(folder):
-    """Marks a folder as in use; the mark goes with the process."""
+    """Marks a folder as in use; the mark disappears when the process ends."""
     file = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network disks have no locks
@@ -299,7 +323,7 @@ def _locked(folder):
 
 
 def _left_overs(parent):
-    """Temporary folders in which no process works any more."""
+    """Returns temporary folders in which no process works any more."""
     return [path for path in sorted(parent.glob(f"{_PREFIX}*")) if _abandoned(path)]
 
 
@@ -310,7 +334,7 @@ def _abandoned(folder):
         return False
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        # A new one is locked in a moment.
+        # A folder made just now may not be locked yet.
         return time.time() - os.fstat(file).st_mtime > 1
     except OSError:
         return False

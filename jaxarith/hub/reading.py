@@ -29,22 +29,23 @@ def load(
 ) -> dict[str, Any]:
     """Reads the parameters of a model from a checkpoint in a local folder.
 
-    A file may hold one tower with or without its name in front (transformers 5 writes a
-    `CLIPVisionModel` without): names that do not fit as they are may fit under one of
-    the keys at the top of the layout. Names of `ignore` and `copies` are those of the
-    file with slashes, with or without such a key in front.
+    A file of one tower may leave out the tower's name (transformers 5 does so for a
+    `CLIPVisionModel`). Names that do not fit are therefore also tried under each key at
+    the top of the layout. `ignore` and `copies` use the names of the file, with slashes
+    and with or without such a key in front.
 
     Args:
-      folder: holds `model.safetensors`, or `model.safetensors.index.json` and the
-        shards that it names, or `flax_model.msgpack`; the first that exists is read.
-      layout: the expected tree, of anything with `shape` and `dtype`, such as
+      folder: a folder with `model.safetensors`, or `model.safetensors.index.json` and
+        the shards that it names, or `flax_model.msgpack`. The first that exists is
+        read.
+      layout: the expected tree. Its leaves have `shape` and `dtype`, as those of
         `clip.layout(config)`.
-      select: a regular expression for whole slash paths. Only the leaves that it
-        matches are expected, and whatever else the file holds is left out.
-      ignore: a regular expression for whole names of tensors outside the layout that
-        are left out, such as buffers.
-      copies: `{name: path}` of tensors that a file may hold beside the leaf to which
-        the model ties them, or in its place.
+      select: a regular expression for whole slash paths. Only leaves that match are
+        expected; everything else in the file is left out.
+      ignore: a regular expression for whole names of tensors outside the layout, for
+        example buffers. They are left out.
+      copies: `{name: path}`. The model ties tensor `name` to leaf `path`; the file may
+        hold one of them or both.
       dtype: dtype of the result; None keeps that of the file.
 
     Returns:
@@ -52,9 +53,9 @@ def load(
 
     Raises:
       FileNotFoundError: the folder, its weights or one of the shards does not exist.
-      ValueError: a file is corrupt, or does not match the layout leaf by leaf (the
-        message lists the paths), or holds NaN or infinite values, or two different
-        tensors where the model has a tied one.
+      ValueError: a file is corrupt, does not match the layout leaf by leaf (the message
+        lists the paths), holds NaN or infinite values, or holds two different tensors
+        where the model has one tied tensor.
 
     Example:
       >>> from jaxarith.models import clip
@@ -84,12 +85,15 @@ def filled(
     copies: Mapping[str, str] | None = None,
     dtype: DTypeLike | None = np.float32,
 ) -> dict[str, Any]:
-    """The parameters of a model from tensors that are not read yet.
+    """Reads the parameters of a model from opened tensors.
 
     Args:
       layout, select, ignore, copies, dtype: as for `load`.
-      tensors: by PyTorch's or Flax's names.
-      file: named in errors.
+      tensors: tensors that are not read yet, by PyTorch's or Flax's names.
+      file: the file to name in errors.
+
+    Returns:
+      A nested dict of NumPy arrays with exactly the layout's (selected) leaves.
 
     Raises:
       ValueError: as for `load`.
@@ -107,17 +111,28 @@ def filled(
 
 
 def converted(value: np.ndarray, dtype: DTypeLike | None) -> np.ndarray:
-    """The array in a dtype, in the order of rows."""
+    """Returns the array in a dtype, in row-major order."""
     with np.errstate(over="ignore"):  # reported with its path, by `check_finite`
         return np.asarray(value, dtype, order="C")
 
 
 def read(folder: str | os.PathLike) -> dict[str, np.ndarray]:
-    """All tensors of a checkpoint of any model, under PyTorch's names.
+    """Reads all tensors of a checkpoint of any model, under PyTorch's names.
+
+    Args:
+      folder: a folder or a single file, as for `open_checkpoint`.
+
+    Returns:
+      `{name: array}`, in the shapes and dtypes of the file; kernels of a msgpack file
+      are transposed to PyTorch's orientation.
 
     Raises:
       FileNotFoundError: the folder, its weights or one of the shards does not exist.
       ValueError: a file is corrupt, or a tensor holds NaN or infinite values.
+
+    Example:
+      >>> read("merged")["head.weight"].shape  # doctest: +SKIP
+      (10, 512)
     """
     file, stored = folders.open_tensors(folder)
     tensors = {name: tensor.read() for name, tensor in stored.items()}
@@ -128,20 +143,25 @@ def read(folder: str | os.PathLike) -> dict[str, np.ndarray]:
 def load_tree(
     path: str | os.PathLike, like: Tree | None = None
 ) -> tuple[Tree, dict[str, str]]:
-    """Reads what `save_tree` wrote: a tree of NumPy arrays, and the metadata.
+    """Reads a file that `save_tree` wrote.
 
     Args:
       path: the file.
-      like: a tree of the structure that was saved, such as `params_0`, which may have
-        more leaves; a file has only slash paths. By default the tree is a nested dict.
+      like: a tree with the structure that was saved, for example `params_0`. It may
+        have more leaves than the file. A file stores only slash paths, so without
+        `like` the tree is a nested dict.
 
     Returns:
-      The leaves of the file, in the structure of that part of `like`.
+      The tree of NumPy arrays, with the structure of that part of `like`, and the
+      metadata.
 
     Raises:
       FileNotFoundError: the file does not exist.
-      ValueError: the file is corrupt, holds NaN or infinite values, or has a leaf that
-        `like` lacks or has in another shape.
+      ValueError: the file is corrupt or holds NaN or infinite values, or one of its
+        leaves is missing in `like` or has another shape there.
+
+    Example:
+      >>> tau, metadata = load_tree("tau.safetensors", params_0)  # doctest: +SKIP
     """
     stored, metadata = safetensors.open_file(Path(path))
     checks.check_numeric(stored)

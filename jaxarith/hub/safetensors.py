@@ -1,7 +1,7 @@
-"""Safetensors files: their tensors in any order and thread, and new files of them.
+"""Reads tensors of safetensors files in any order and thread, and writes new files.
 
-The safetensors package judges a file; then its tensors are read one by one into memory
-that is used again.
+The safetensors package checks a file. Then its tensors are read one by one into memory
+that is reused.
 """
 
 import errno
@@ -20,20 +20,21 @@ from jaxarith import files, tree
 from jaxarith.hub import memory
 from jaxarith.hub.stored import DTYPES, NAMES, Stored
 
-_ALIGNMENT = 64  # from which on JAX uses memory on the host as it is
+_ALIGNMENT = 64  # bytes; JAX uses memory on the host without a copy if so aligned
 
 
 def open_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors of a safetensors file by name, none of them read, and its metadata.
+    """Returns the tensors of a safetensors file by name, not read, and its metadata.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is truncated or corrupt, no file, or changes while it is opened.
+      FileNotFoundError: the file does not exist.
+      ValueError: the path is not a file, or the file is truncated or corrupt, or it
+        changes while it is opened.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
-            f"there is no file {path}; expected weights in safetensors."
+            f"there is no file {path}; expected weights in safetensors. Check the path."
         )
     with files.opened(path) as file:
         stamp = files.stamp(file.fileno())
@@ -42,7 +43,7 @@ def open_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
                 metadata = judged.metadata() or {}
         except SafetensorError as error:
             raise ValueError(corrupt(path, error)) from error
-        _check_same(path, stamp, files.stamp(path))  # what was judged is what is read
+        _check_same(path, stamp, files.stamp(path))  # the checked file is the one read
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
@@ -50,8 +51,8 @@ def open_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     for name, entry in header.items():
         if (dtype := DTYPES.get(entry["dtype"])) is None:
             raise ValueError(
-                f"{path}: {name} is of the unknown type {entry['dtype']}. Convert the "
-                "model to a floating-point type first."
+                f"{path}: {name} has the unknown dtype {entry['dtype']}. Convert the "
+                "model to a floating-point dtype first."
             )
         start = 8 + length + entry["data_offsets"][0]
         read = functools.partial(_read, path, stamp, start, dtype)
@@ -60,11 +61,11 @@ def open_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 
 def _read(path, stamp, start, dtype, count):
-    """`count` numbers, in memory that is used again once nobody holds them."""
+    """Reads `count` numbers into memory that is reused once nobody holds them."""
     taken = memory.lend(count * dtype.itemsize)
     left = taken.data
-    # Files are opened for every tensor: models may have more shards than a process may
-    # have open files.
+    # A file is opened anew for each tensor, because a model may have more shards than a
+    # process may have open files.
     file = os.open(path, os.O_RDONLY)
     try:
         _check_same(path, stamp, files.stamp(file))
@@ -78,10 +79,10 @@ def _read(path, stamp, start, dtype, count):
 
 
 def check_unchanged(stamps: Mapping[Path, files.Stamp]) -> None:
-    """Raises a ValueError if a file is not the one that it was.
+    """Raises a ValueError if a file was replaced, changed or removed.
 
     Args:
-      stamps: `files.stamp` of each, from before.
+      stamps: the earlier `files.stamp` of each file.
     """
     for path, stamp in stamps.items():
         try:
@@ -96,13 +97,13 @@ def _check_same(path, before, now):
         raise ValueError(f"{path} was cut short while it was read.")
     if now != before:
         raise ValueError(
-            f"{path} was replaced or changed while it was read. Begin again when it "
-            "is complete."
+            f"{path} was replaced or changed while it was read. Start again when the "
+            "file is complete."
         )
 
 
 def corrupt(path: Path, error: Exception) -> str:
-    """What an error says about a file that cannot be read."""
+    """Returns the error message for a file that cannot be read."""
     return (
         f"{path} ({path.stat().st_size} bytes) is truncated or corrupt: {error}. "
         "Download or write it again."
@@ -110,13 +111,13 @@ def corrupt(path: Path, error: Exception) -> str:
 
 
 class Shard(NamedTuple):
-    """A file that is to be written.
+    """A file that will be written.
 
     Attributes:
       name: name of the file.
-      header: its first bytes.
-      offsets: where each tensor begins.
-      nbytes: size of the whole file.
+      header: the first bytes of the file.
+      offsets: the byte at which each tensor begins.
+      nbytes: size of the whole file, in bytes.
     """
 
     name: str
@@ -128,12 +129,12 @@ class Shard(NamedTuple):
 def plan(
     layout: Mapping[str, Any], shard_bytes: int, metadata: Mapping[str, str]
 ) -> list[Shard]:
-    """The files for tensors of known types and shapes, in the order given.
+    """Plans the files for tensors of known dtypes and shapes, in the given order.
 
     Args:
       layout: by name, anything with `dtype` and `shape`.
       shard_bytes: the most bytes of tensors in a file, unless one tensor has more.
-      metadata: what the header of every file shall say.
+      metadata: the metadata for the header of every file.
     """
     groups: list[list[str]] = [[]]
     used = 0
@@ -162,7 +163,7 @@ def _nbytes(leaf):
 def _shard(name, layout, metadata):
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     starts, used = {}, 0
-    # Wide types first, so that all tensors are aligned to their own.
+    # Wide dtypes come first, so that each tensor is aligned to its dtype.
     for key in sorted(layout, key=lambda key: -np.dtype(layout[key].dtype).itemsize):
         leaf, size = layout[key], _nbytes(layout[key])
         header[key] = {
@@ -180,7 +181,7 @@ def _shard(name, layout, metadata):
 
 
 def index(shards: Sequence[Shard], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of `model.safetensors.index.json`."""
+    """Returns the content of `model.safetensors.index.json`."""
     weight_map = {name: shard.name for shard in shards for name in shard.offsets}
     total = sum(shard.nbytes - len(shard.header) for shard in shards)
     return {
@@ -193,7 +194,7 @@ class Writer:
     """Writes the tensors of shards, in any order; each must be put once.
 
     Raises:
-      ValueError: on leaving, if a tensor was never put.
+      ValueError: at the end of the `with` block, if a tensor was never put.
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard]):
@@ -211,7 +212,7 @@ class Writer:
             if isinstance(error, OSError) and error.errno == errno.EMFILE:
                 raise OSError(
                     f"{len(self._shards)} files are more than this process may open. "
-                    "Ask for larger ones (--shard-size), or raise the limit (ulimit "
+                    "Choose larger files (--shard-size), or raise the limit (ulimit "
                     "-n)."
                 ) from error
             raise
@@ -231,7 +232,7 @@ class Writer:
             os.close(self._files.pop())
 
     def put(self, name: str, array: np.ndarray) -> None:
-        """Writes a tensor, of the type and shape that were planned."""
+        """Writes a tensor, which must have the planned dtype and shape."""
         self._missing.remove(name)
         _write(*self._places[name], np.ascontiguousarray(array).reshape(-1))
 

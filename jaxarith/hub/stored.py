@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
-# By their names in safetensors files.
+# Dtypes by their names in safetensors files.
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -17,7 +17,7 @@ DTYPES = {
     **{f"I{bits}": np.dtype(f"i{bits // 8}") for bits in (8, 16, 32, 64)},
     **{f"U{bits}": np.dtype(f"u{bits // 8}") for bits in (8, 16, 32, 64)},
     "BOOL": np.dtype(np.bool_),
-    # Types of quantised models, and complex numbers: they are recognised, not read.
+    # Dtypes of quantised models and complex numbers are recognised, but not read.
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
@@ -41,6 +41,11 @@ class Stored:
       dtype: dtype of its values.
       shape: its shape.
       load: `load(count)` reads the first `count` entries, row by row, as a vector.
+
+    Example:
+      >>> eye = Stored.made(np.float32, (2, 2), lambda: np.eye(2, dtype=np.float32))
+      >>> print(eye, eye.rows(1).read())
+      f32[2, 2] [[1. 0.]]
     """
 
     dtype: np.dtype
@@ -51,7 +56,13 @@ class Stored:
     def made(
         cls, dtype: DTypeLike, shape: Sequence[int], make: Callable[[], np.ndarray]
     ) -> "Stored":
-        """A tensor that `make()` computes as a whole, such as a transposed one."""
+        """Returns a tensor that `make()` computes as a whole when it is read.
+
+        Args:
+          dtype: dtype of the array that `make` returns.
+          shape: its shape.
+          make: computes the array.
+        """
 
         def load(count):
             return make().reshape(-1)[:count]
@@ -68,18 +79,18 @@ class Stored:
 
     @property
     def is_floating(self) -> bool:
-        """Whether its values are numbers of 16 to 64 bits with a fraction."""
+        """Whether its dtype is float16, bfloat16, float32 or float64."""
         return self.dtype in _FLOATS
 
     def rows(self, count: int) -> "Stored":
-        """The first rows of it; of a tensor in a file, only they are read."""
+        """Returns the tensor of the first `count` rows; only these are read."""
         return dataclasses.replace(self, shape=(count, *self.shape[1:]))
 
     def read(self) -> np.ndarray:
-        """The values.
+        """Reads the values.
 
         Raises:
-          ValueError: its file has become shorter since it was opened.
+          ValueError: its file was changed or cut short since it was opened.
         """
         return self.load(self.size).reshape(self.shape)
 
@@ -88,11 +99,16 @@ class Stored:
 
 
 def short(dtype: DTypeLike) -> str:
-    """`float32` as `f32`, `bfloat16` as `bf16`, as XLA and safetensors write them."""
+    """Returns the short name of a dtype, as XLA and safetensors write it.
+
+    Example:
+      >>> short("float32"), short("bfloat16")
+      ('f32', 'bf16')
+    """
     dtype = np.dtype(dtype)
     return NAMES.get(dtype, dtype.name).lower()
 
 
 def described(dtype: DTypeLike, shape: Sequence[int]) -> str:
-    """A dtype and a shape as messages show them, as in `f32[3, 4]`."""
+    """Returns a dtype and a shape as messages show them, as in `f32[3, 4]`."""
     return f"{short(dtype)}{list(shape)}"

@@ -1,4 +1,4 @@
-"""Vocabularies of tokenizers, from the files that the tokenizers library writes."""
+"""Reads vocabularies from the files that the tokenizers library writes."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from jaxarith import files
 FILE = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
-# Files that hold the vocabulary once more, for tokenizers in Python.
+# Files that repeat the vocabulary for tokenizers written in Python.
 OTHERS = (
     "vocab.json",
     "merges.txt",
@@ -20,7 +20,7 @@ OTHERS = (
     "sentencepiece.bpe.model",
     "added_tokens.json",
 )
-# How a text that is added as a token is found, by default.
+# Default settings for finding an added token in a text.
 _PLAIN = {
     "single_word": False,
     "lstrip": False,
@@ -34,8 +34,8 @@ class Tokenizer(NamedTuple):
     """A tokenizer's vocabulary.
 
     Attributes:
-      ids: every token with its id, those of the model and added ones.
-      added: added tokens with how they are found in a text, by the token.
+      ids: the id of every token, both of the model's and of added ones.
+      added: for each added token, the settings for finding it in a text.
       content: the content of `tokenizer.json`.
     """
 
@@ -45,16 +45,16 @@ class Tokenizer(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The number of rows that an embedding needs for all tokens."""
+        """Returns the number of rows that an embedding needs for all tokens."""
         return max(self.ids.values(), default=-1) + 1
 
 
 def read(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a folder; None if it has no `tokenizer.json`.
+    """Reads the tokenizer of a folder; returns None if it has no `tokenizer.json`.
 
     Raises:
-      ValueError: the file is no JSON of a tokenizer, or what `tokenizer_config.json`
-        adds is none of tokens.
+      ValueError: the file is not a tokenizer's JSON, or `tokenizer_config.json` adds
+        something other than tokens.
     """
     file = folder / FILE
     if not file.is_file():
@@ -62,14 +62,14 @@ def read(folder: Path) -> Tokenizer | None:
     try:
         content = files.read_json(file)
         vocabulary = content["model"]["vocab"]
-        if not isinstance(vocabulary, Mapping):  # of Unigram: pieces with scores
+        if not isinstance(vocabulary, Mapping):  # Unigram has pieces with scores
             vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
         entries = {x["content"]: dict(x) for x in content.get("added_tokens") or ()}
         ids = {**vocabulary, **{token: x["id"] for token, x in entries.items()}}
         _check_ids(ids)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} is no file of the tokenizers library ({error!r}). Load the "
+            f"{file} is not a file of the tokenizers library ({error!r}). Load the "
             "tokenizer with transformers and save it again."
         ) from error
     settings = folder / SETTINGS
@@ -84,37 +84,40 @@ def read(folder: Path) -> Tokenizer | None:
         _check_ids(ids)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{settings} is no such file of transformers ({error!r}). Load the "
-            "tokenizer with transformers and save it again."
+            f"{settings} is not a file of transformers ({error!r}). Load the tokenizer "
+            "with transformers and save it again."
         ) from error
     return Tokenizer(ids, entries, content)
 
 
 def _check_ids(ids: Mapping[Any, Any]) -> None:
-    """Raises a ValueError if something else than a text has an id, or no number."""
+    """Raises a ValueError unless all tokens are texts and all ids whole numbers."""
     for token, row in ids.items():
         if not isinstance(token, str) or type(row) is not int or row < 0:
-            raise ValueError(f"the token {token!r} has the id {row!r}")
+            raise ValueError(
+                f"the token {token!r} has the id {row!r}; expected a text with a whole "
+                "number"
+            )
 
 
 def plain(token: str) -> dict[str, Any]:
-    """How a token is added of which only the text is known."""
+    """Returns the default entry for an added token with this text."""
     return {"content": token, **_PLAIN}
 
 
 def with_tokens(
     tokenizer: Tokenizer, entries: Iterable[Mapping[str, Any]]
 ) -> Tokenizer:
-    """The tokenizer with more added tokens; new ones get the next ids, in order.
+    """Returns the tokenizer with more added tokens; new ones get the next ids in order.
 
     Args:
       tokenizer: the tokenizer.
-      entries: as in `added_tokens` of its file, without ids. One of a token that the
-        vocabulary has says how it is found from now on.
+      entries: entries as in `added_tokens` of its file, without ids. An entry for a
+        token of the vocabulary replaces the settings for finding it.
 
     Raises:
-      ValueError: the ids have gaps, into which the tokenizers library would put new
-        tokens.
+      ValueError: the ids have gaps. The tokenizers library would put new tokens into
+        them.
     """
     ids, added = dict(tokenizer.ids), dict(tokenizer.added)
     has_gaps = len(ids) != tokenizer.size
@@ -135,7 +138,7 @@ def with_tokens(
 def with_added(
     settings: Mapping[str, Any], added: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The content of `tokenizer_config.json` with these added tokens."""
+    """Returns the content of `tokenizer_config.json` with these added tokens."""
     if "added_tokens_decoder" not in settings:
         return dict(settings)
     decoder = {
@@ -146,7 +149,7 @@ def with_added(
 
 
 def template(folder: Path) -> str | None:
-    """The chat template of a folder; None if it has none."""
+    """Returns the chat template of a folder; None if it has none."""
     if (file := folder / TEMPLATE).is_file():
         return files.read(file).decode("utf-8")
     for name in ("chat_template.json", SETTINGS):
@@ -154,7 +157,7 @@ def template(folder: Path) -> str | None:
             continue
         content = files.read_json(file)
         found = content.get("chat_template") if isinstance(content, Mapping) else None
-        if isinstance(found, list):  # several by name
+        if isinstance(found, list):  # several templates with names
             named = {x.get("name"): x.get("template") for x in found}
             found = named.get("default")
         if isinstance(found, str) and found:

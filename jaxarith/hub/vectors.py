@@ -1,4 +1,4 @@
-"""Files of task vectors, which `save_tree` writes: read under PyTorch's names."""
+"""Opens files of task vectors, which `save_tree` writes, under PyTorch's names."""
 
 import os
 from pathlib import Path
@@ -14,9 +14,10 @@ class Vector(NamedTuple):
     """A task vector in a file, not read yet.
 
     Attributes:
-      tensors: by PyTorch's names and in its orientations, in float32 at least.
-      task: what it was trained on, by its metadata.
-      method: how, where the metadata says so.
+      tensors: the tensors under PyTorch's names and in its orientations. Smaller dtypes
+        are widened to float32.
+      task: the task that it was trained on, from the metadata.
+      method: how it was trained, if the metadata says so.
     """
 
     tensors: dict[str, Stored]
@@ -25,7 +26,13 @@ class Vector(NamedTuple):
 
 
 def is_vector(model: str | os.PathLike) -> bool:
-    """Whether what names a model is the path of a file, rather than of a folder.
+    """Whether `model` is the path of a task vector's file rather than of a model.
+
+    Args:
+      model: the path of a file or folder, or a model's id on the Hub.
+
+    Returns:
+      True if it ends with `.safetensors` and is not a folder. The file need not exist.
 
     Example:
       >>> is_vector("bank/clip/nonlinear/dtd.safetensors"), is_vector("openai/clip")
@@ -39,11 +46,11 @@ def open_vector(path: str | os.PathLike) -> Vector:
     """Opens a file of a task vector.
 
     Args:
-      path: a file of `save_tree` whose metadata names the task.
+      path: a file that `save_tree` wrote, with the task's name in the metadata.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file is corrupt, or is of something else than a task vector.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is corrupt, or does not hold a task vector.
 
     Example:
       >>> open_vector("bank/clip/nonlinear/dtd.safetensors").task  # doctest: +SKIP
@@ -53,8 +60,8 @@ def open_vector(path: str | os.PathLike) -> Vector:
     stored, metadata = safetensors.open_file(path)
     if "task" not in metadata:
         raise ValueError(
-            f"{path} is no task vector: its metadata names no task. Task vectors are "
-            'written by hub.save_tree(path, tau, {"task": NAME}). Of a checkpoint, '
+            f"{path} is not a task vector: its metadata names no task. Write task "
+            'vectors with hub.save_tree(path, tau, {"task": NAME}). For a checkpoint, '
             "name the folder."
         )
     checks.check_numeric(stored)
@@ -64,7 +71,7 @@ def open_vector(path: str | os.PathLike) -> Vector:
 
 
 def _widened(leaf: Stored) -> Stored:
-    """Sums of task vectors are in float32 at least."""
+    """Returns the tensor in float32 at least, because task vectors are summed."""
     if leaf.dtype.itemsize >= 4:
         return leaf
     return Stored.made(np.float32, leaf.shape, lambda: leaf.read().astype(np.float32))

@@ -1,4 +1,4 @@
-"""Checkpoints and trees to files, each whole or not at all."""
+"""Writes checkpoints and trees to files, each whole or not at all."""
 
 import json
 import os
@@ -35,8 +35,8 @@ def save(
     """Writes a checkpoint that transformers loads: `model.safetensors`, `config.json`.
 
     Everything is first written under temporary names. A new folder appears whole or
-    not at all. With `overwrite`, whole files of a folder that exists are replaced, the
-    weights last, and its other files are kept.
+    not at all. With `overwrite`, the files of an existing folder are replaced one by
+    one, the weights last, and its other files are kept.
 
     Args:
       folder: the new folder.
@@ -48,7 +48,7 @@ def save(
 
     Raises:
       FileExistsError: the folder exists, and `overwrite` does not allow it.
-      ValueError: `params` holds NaN or infinite values, or something else than arrays.
+      ValueError: `params` holds NaN or infinite values, or leaves that are not arrays.
 
     Example:
       >>> save("merged", params, read_json(model.folder))  # doctest: +SKIP
@@ -67,7 +67,7 @@ def write(
     copy_from: str | os.PathLike | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes tensors under the names that they have, as `save` does.
+    """Writes tensors as `save` does, but under their own names.
 
     Args:
       folder: the new folder.
@@ -78,7 +78,10 @@ def write(
 
     Raises:
       FileExistsError: the folder exists, and `overwrite` does not allow it.
-      ValueError: a tensor holds NaN or infinite values, or is no array.
+      ValueError: a tensor holds NaN or infinite values, or is not an array.
+
+    Example:
+      >>> write("copy", read("model"), read_json("model"))  # doctest: +SKIP
     """
     folder = _check_folder(folder, overwrite, copy_from)
     tensors = _arrays(dict(tensors), None)
@@ -107,7 +110,7 @@ def write(
 def _check_folder(folder, overwrite, copy_from):
     folder = Path(folder)
     if folder.is_file():
-        raise ValueError(f"{folder} is a file; a checkpoint needs a folder.")
+        raise ValueError(f"{folder} is a file; expected a folder. Name a new folder.")
     copied = []
     if copy_from is not None:
         sides = side_files(existing(copy_from))
@@ -118,14 +121,19 @@ def _check_folder(folder, overwrite, copy_from):
 def save_tree(
     path: str | os.PathLike, values: Tree, metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes any tree of arrays, such as a task vector, to one safetensors file.
+    """Writes any tree of arrays, for example a task vector, to one safetensors file.
 
     The tensors are named by their slash paths. The file appears whole or not at all,
     and replaces an older one.
 
+    Args:
+      path: the file to write.
+      values: the tree; dtypes and shapes are kept.
+      metadata: texts to store in the header of the file.
+
     Raises:
-      ValueError: a leaf holds NaN or infinite values, is no array, or has the name that
-        the format keeps for itself.
+      ValueError: a leaf holds NaN or infinite values, is not an array, or is named
+        `__metadata__`, which the format reserves.
 
     Example:
       >>> save_tree("tau.safetensors", tau, {"task": "mnist"})  # doctest: +SKIP
@@ -135,8 +143,8 @@ def save_tree(
     leaves = _arrays(values, None)
     if "__metadata__" in leaves:
         raise ValueError(
-            "a leaf is called __metadata__, a name that safetensors files keep for "
-            "their own use. Rename the leaf."
+            "a leaf is called __metadata__, a name that safetensors files reserve. "
+            "Rename the leaf."
         )
     with places.staging(path.parent) as temporary:
         _write(temporary / path.name, leaves, metadata)
@@ -158,7 +166,8 @@ def _arrays(values, dtype):
 def _write(path, tensors, metadata):
     path.touch()
     mode = path.stat().st_mode
-    # The memory is written as it lies. (ascontiguousarray would make 0-d arrays 1-d.)
+    # save_file writes the memory as it is, so arrays must be in row-major order.
+    # (ascontiguousarray would make 0-d arrays 1-d.)
     tensors = {name: np.asarray(x, order="C") for name, x in tensors.items()}
     save_file(tensors, path, metadata)
-    path.chmod(mode)  # safetensors makes its files readable to their owner only
+    path.chmod(mode)  # safetensors makes files that only their owner can read

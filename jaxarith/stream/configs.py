@@ -1,7 +1,7 @@
-"""Whether configurations of models with the same tensors compute the same.
+"""Checks whether models with the same tensors also have the same configuration.
 
-Heads, rotary embeddings, activations and windows leave no trace in the shapes of
-tensors. Only the base's `config.json` goes with a merge, so what others say is lost.
+The shapes of tensors do not show heads, rotary embeddings, activations and windows. A
+merge keeps only the base's `config.json`, so differences in the others would be lost.
 """
 
 import json
@@ -12,9 +12,10 @@ from typing import Any
 from jaxarith import tree
 from jaxarith.hub.config import parts
 
-# How a matrix is cut into heads: a mean over other cuts is of no model.
+# Keys that say how a matrix is cut into heads. Models with different cuts must not be
+# averaged.
 _HEADS = re.compile(r"\w*heads?(_kv)?|\w*head_dim|kv_channels|multi_query|d_kv")
-# What says where a file came from or how it is run, and what other checks look at.
+# Keys that say where a file came from or how it is run, and keys that other checks use.
 _ELSEWHERE = re.compile(
     r"_.*|transformers_version|(torch_)?dtype|use_cache|(quantization|compression)_config|"
     r"tie_word_embeddings|vocab_size|gradient_checkpointing|finetuning_task|model_type|"
@@ -23,14 +24,14 @@ _ELSEWHERE = re.compile(
 
 
 def compare(base: Mapping[str, Any], model: Mapping[str, Any], label: str) -> list[str]:
-    """Notes on what the configuration of a model says otherwise than the base's.
+    """Returns notes on differences between a model's configuration and the base's.
 
     Args:
-      base, model: the contents of `config.json`; empty where there is none.
-      label: what errors and notes call the model.
+      base, model: the contents of `config.json`; empty if there is none.
+      label: the name of the model in errors and notes.
 
     Raises:
-      ValueError: the model is of another type, or has other numbers of heads.
+      ValueError: the model has another type, or other numbers of heads.
     """
     if base and not model:
         return [
@@ -40,30 +41,30 @@ def compare(base: Mapping[str, Any], model: Mapping[str, Any], label: str) -> li
     base, model, notes = _parts(base, model, label)
     ours, theirs = dict(_entries(base)), dict(_entries(model))
     lines = [
-        f"{key} is {_shown(theirs[key])}, in the base {_shown(ours[key])}"
+        f"{key} is {_shown(theirs[key])}, but {_shown(ours[key])} in the base"
         for key in ours.keys() & theirs.keys()
         if ours[key] != theirs[key]
     ]
     cuts = [line for line in sorted(lines) if _HEADS.fullmatch(_last(line.split()[0]))]
     if cuts:
         raise ValueError(
-            f"{label} has other heads than the base by config.json: {'; '.join(cuts)}. "
-            "The same weights compute differently there. Give models of one base; if "
-            "one config.json is wrong, correct it."
+            f"{label} has other heads than the base in config.json: {'; '.join(cuts)}. "
+            "The same weights compute something else with other heads. Give models of "
+            "one base. If one config.json is wrong, correct it."
         )
-    notes += [f"{label}: by its config.json {line}" for line in sorted(lines)]
+    notes += [f"{label}: in its config.json {line}" for line in sorted(lines)]
     for more, less, whose in ((theirs, ours, label), (ours, theirs, "the base")):
-        # An absent key has a default, which false or nothing often is.
+        # An absent key has a default, which is often false or empty.
         alone = sorted(key for key in more.keys() - less.keys() if more[key])
         if alone and model:
             names = ", ".join(tree.first_few(alone, most=12))
-            against = f", beside {label}" if whose == "the base" else ""
-            notes.append(f"{whose} alone gives in config.json{against}: {names}")
+            against = f", not {label}," if whose == "the base" else ""
+            notes.append(f"only {whose}{against} states in config.json: {names}")
     return notes
 
 
 def _parts(base, model, label):
-    """The two configurations, or a part of one of them that is like the other."""
+    """Returns the two configurations, or a part of one that is like the other."""
     kinds = base.get("model_type"), model.get("model_type")
     if None in kinds or kinds[0] == kinds[1]:
         return (base, model, []) if base and model else ({}, {}, [])
@@ -79,14 +80,14 @@ def _parts(base, model, label):
         note = f"{label}: a model_type {kinds[1]!r} beside one {kinds[0]!r}, of which "
         return base, model, [f"{note}only the language models are compared"]
     raise ValueError(
-        f"{label} is of model_type {kinds[1]!r} and the base of {kinds[0]!r}, which "
-        "compute differently, even with equal tensors. Give models of one base; if one "
+        f"{label} has the model_type {kinds[1]!r} and the base {kinds[0]!r}. They "
+        "compute differently, even with equal tensors. Give models of one base. If one "
         "config.json is wrong, correct it."
     )
 
 
 def _entries(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """The entries that may change what is computed, by keys with dots."""
+    """Yields the entries that may change what is computed, under keys with dots."""
     plain = {k: v for k, v in config.items() if not k.startswith("rope_")}
     for key, value in (plain | _rope(config)).items():
         if _ELSEWHERE.fullmatch(key):
@@ -98,7 +99,7 @@ def _entries(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, 
 
 
 def _rope(config):
-    """Rotary embeddings, in one spelling for all versions of transformers."""
+    """Returns rotary embeddings in one spelling for all versions of transformers."""
     given = {k: v for k, v in config.items() if k.startswith("rope_")}
     rope = {**(given.pop("rope_scaling", {}) or {})}
     rope |= given.pop("rope_parameters", {}) or {}

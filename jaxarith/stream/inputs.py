@@ -1,4 +1,4 @@
-"""The models of a merge: where they are, and what adapters and vectors add to them."""
+"""Finds the models of a merge, and what adapters and task vectors add to them."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from jaxarith.stream import policies, stacks, tying
 def open_checkpoint(
     folder: str | os.PathLike, dequantize: DTypeLike | None = None
 ) -> hub.Checkpoint:
-    """Finds the tensors of a checkpoint that can be read one by one and merged.
+    """Finds the tensors of a checkpoint, which must be readable one by one.
 
     Args:
       folder: the folder, or a single file.
@@ -25,8 +25,8 @@ def open_checkpoint(
     Raises:
       FileNotFoundError: the folder, its weights or one of the shards does not exist.
       ImportError: a file is in GGUF, and the package gguf is not installed.
-      ValueError: a file is corrupt, holds quantised tensors that are refused, or is in
-        msgpack.
+      ValueError: a file is corrupt or in msgpack, or holds packed weights and
+        `dequantize` is None.
     """
     if (file := quantised.gguf.find(Path(folder))) is not None:
         if dequantize is None:
@@ -39,8 +39,8 @@ def open_checkpoint(
     found = hub.open_checkpoint(folder)
     if found.file.name == hub.MSGPACK:
         raise ValueError(
-            f"{folder} holds its weights in {hub.MSGPACK} alone, which is not read "
-            f"tensor by tensor: run `jaxarith convert {folder} NEW_FOLDER` first."
+            f"{folder} holds its weights only in {hub.MSGPACK}, which cannot be read "
+            f"tensor by tensor. Run `jaxarith convert {folder} NEW_FOLDER` first."
         )
     config = read_config(folder)
     if dequantize is None:
@@ -53,30 +53,30 @@ def open_checkpoint(
 
 
 def rounding_notes(base: bool, models: Mapping[str, bool]) -> list[str]:
-    """Warns where base and models were rounded each on its own.
+    """Returns a warning if base and models were quantised separately.
 
     Args:
       base: whether the base was packed.
-      models: by label, whether models that are whole checkpoints were.
+      models: whether each model that is a whole checkpoint was packed, by label.
     """
     labels = [label for label, was_packed in models.items() if base or was_packed]
     if not labels:
         return []
     return [
-        f"warning: {', '.join(labels)} and the base were not quantised together: their "
-        "difference holds the rounding of the packed weights, about 3 % of a weight "
+        f"warning: {', '.join(labels)} and the base were not quantised together. Their "
+        "difference contains the rounding of the packed weights, about 3 % of a weight "
         "at 8 bits and 10 % at 4, and fine-tuning may move weights by less"
     ]
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:
-    """The content of a checkpoint's `config.json`; empty if it has none."""
+    """Returns the content of a checkpoint's `config.json`; empty if it has none."""
     exists = (Path(folder) / "config.json").is_file()
     return hub.read_json(folder) if exists else {}
 
 
 def adapted(model: str) -> list[str]:
-    """The parts of `model+adapter`, or the one part of another name.
+    """Splits `model+adapter` into its parts; another name is the only part.
 
     Raises:
       ValueError: a part is empty.
@@ -85,16 +85,18 @@ def adapted(model: str) -> list[str]:
         return [model]
     parts = list(model.rpartition("+")[::2])
     if "" in parts:
-        raise ValueError(f"{model!r} must be a model, or `model+adapter`.")
+        raise ValueError(
+            f"{model!r} has an empty part; expected a model, or `model+adapter`."
+        )
     return parts
 
 
 class Place(NamedTuple):
-    """Where a model is: its folder, that of an adapter, and the file of a change.
+    """The paths of a model: its folder, an adapter's folder, or a file of a change.
 
-    A model has the first, the second or both, or the third: a task vector, or an
-    adapter of kohya or LyCORIS. A checkpoint in a single file has that in place of the
-    folder.
+    A model has the first path, the second, or both. Or it has only the third: the file
+    of a task vector, or of an adapter of kohya or LyCORIS. If a checkpoint is a single
+    file, the first path is that file.
     """
 
     folder: Path | None = None
@@ -103,18 +105,18 @@ class Place(NamedTuple):
 
 
 def find(model: str) -> Place:
-    """Finds a model, and downloads it where it is on the Hub.
+    """Finds a model, and downloads it if it is on the Hub.
 
     Raises:
-      FileNotFoundError: there is no such model.
-      ValueError: a part of `model+adapter` is empty, or is no adapter.
+      FileNotFoundError: the model does not exist.
+      ValueError: a part of `model+adapter` is empty, or the second is not an adapter.
     """
     if len(parts := adapted(model)) == 2:
         folder, adapter = map(hub.find, parts)
         if not lora.is_adapter(adapter):
             raise ValueError(
-                f"{adapter} is no PEFT adapter: it has no {lora.CONFIG}. What follows "
-                "the + in `model+adapter` must be one."
+                f"{adapter} is not a PEFT adapter: it has no {lora.CONFIG}. In "
+                "`model+adapter`, the part after the + must be a PEFT adapter."
             )
         return Place(folder, adapter)
     path = Path(model).expanduser()
@@ -129,9 +131,9 @@ def find(model: str) -> Place:
 
 
 def _is_tree(file: Path) -> bool:
-    """Whether a file is of `hub.save_tree`, a task vector's or another, by its header.
+    """Whether its header shows that `hub.save_tree` wrote a file.
 
-    Its metadata names a task, or its tensors have slash paths.
+    The metadata then names a task, or the tensors have slash paths.
     """
     if not hub.is_vector(file):
         return False
@@ -140,32 +142,32 @@ def _is_tree(file: Path) -> bool:
 
 
 def find_base(base: str | os.PathLike) -> Path:
-    """The folder or the single file of a base model.
+    """Finds the folder or the single file of a base model.
 
     Raises:
-      FileNotFoundError: there is no such model.
-      ValueError: it is an adapter, or a file of `hub.save_tree`, such as that of a task
-        vector.
+      FileNotFoundError: the model does not exist.
+      ValueError: it is an adapter, or `hub.save_tree` wrote the file, for example of a
+        task vector.
     """
     file = Path(base).expanduser()
     if not file.is_file():
         folder = hub.find(base)
         if lora.is_adapter(folder):
             raise ValueError(
-                f"{base} is an adapter; the base must be a whole model. Adapters are "
-                "models to merge, alone or as `model+adapter`."
+                f"{base} is an adapter, but the base must be a whole model. Give "
+                "adapters as models to merge, alone or as `model+adapter`."
             )
         return folder
     if _is_tree(file):
         raise ValueError(
-            f"{file} is a task vector or another tree of jaxarith's; expected the "
+            f"{file} is a task vector or another tree that jaxarith wrote. Give the "
             "folder or the file of the model from which task vectors are measured."
         )
     return file
 
 
 def layers_of(model: str) -> int | None:
-    """The number of layers of a model; None of an adapter or a task vector alone."""
+    """Returns a model's number of layers; None for an adapter or task vector alone."""
     if (folder := find(model).folder) is None:
         return None
     # Whether packed weights may be read is asked when the model is opened.
@@ -183,7 +185,7 @@ def changes_of(
     config: Mapping[str, Any],
     missing: policies.Missing,
 ) -> tuple[dict[str, lora.Adapter], tying.Pair | None, list[str]]:
-    """What adapters and task vectors add to each model or to the base.
+    """Finds what adapters and task vectors add to each model or to the base.
 
     Returns:
       The changes by label, the pair that one of them unties, and notes.
@@ -210,17 +212,17 @@ def changes_of(
 
 
 def trained_elsewhere(adapter: Path, model: str, label: str) -> list[str]:
-    """A note if an adapter names another base than the model that it is added to.
+    """Returns a note if an adapter was trained on a model other than its base.
 
-    Folders and ids of the Hub are one model if their last parts are equal. A quantised
-    base has another name than the model, and a note of its own.
+    Folders and ids of the Hub count as one model if their last parts are equal. A
+    quantised base has another name than the model, and gets another note.
     """
     stated = hub.read_json(adapter, lora.CONFIG).get("base_model_name_or_path")
     if not isinstance(stated, str) or not stated:
         return []
     if _called(stated) == _called(model) or _is_quantised(stated):
         return []
-    return [f"{label}: trained on {stated} by its {lora.CONFIG}, and added to {model}"]
+    return [f"{label}: trained on {stated} (its {lora.CONFIG}), but added to {model}"]
 
 
 def _is_quantised(model: str) -> bool:
@@ -239,7 +241,7 @@ def _called(model: str) -> str:
 def _vector(
     file: Path, base: Mapping[str, Stored], label: str, missing: policies.Missing
 ) -> tuple[lora.Adapter, list[str]]:
-    """What the task vector or adapter in a file adds to the base, and notes."""
+    """Returns what the task vector or adapter in a file adds to the base, and notes."""
     if lycoris.is_lycoris(file):
         change = lycoris.read(file, base)
         return change, [*change.notes]
@@ -255,7 +257,7 @@ def _vector(
 def _adapter(
     folder: Path, base: Mapping[str, Stored], tied: tying.Pair | None, label: str
 ) -> tuple[lora.Adapter, bool, list[str]]:
-    """What an adapter does to a base, whether it unties the head, and notes."""
+    """Returns an adapter's changes, whether they untie the head, and notes."""
     config = hub.read_json(folder, lora.CONFIG)
     trained_on = str(config.get("base_model_name_or_path"))
     notes = []
@@ -272,7 +274,7 @@ def _adapter(
         change = tying.spread(change, tied, base, label)
     if not untied and (tied.embedding in change.deltas):
         notes.append(
-            f"{label}: {tied.embedding} and {tied.head} are one tied matrix, which its "
-            "factors move, as in PEFT's merge_and_unload"
+            f"{label}: its factors move {tied.embedding} and {tied.head}, which are "
+            "one tied matrix, as in PEFT's merge_and_unload"
         )
     return change, untied, notes

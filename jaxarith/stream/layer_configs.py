@@ -1,10 +1,9 @@
-"""The configuration of a model whose layers come from other places.
+"""Makes the configuration of a model whose layers come from other models.
 
-`config.json` counts the layers, and lists what each one is: `layer_types`, say, or a
-switch for each layer. Lists of that length are put together from those of the layers'
-own models. Some keys hold numbers of layers, or rules by which a layer's number decides
-what it is; those that are known change with the layers, or are refused where the new
-order breaks the rule.
+`config.json` counts the layers. It may also list the kind of each layer, for example in
+`layer_types`. Such lists are put together from the lists of the layers' own models.
+Some keys hold numbers of layers, or rules that derive a layer's kind from its number.
+Known keys change with the layers, and a new order that breaks a rule is refused.
 """
 
 import re
@@ -16,7 +15,7 @@ from jaxarith.stream import configs
 from jaxarith.stream.stacks import MAIN
 
 _TYPES, _MLP_TYPES = "layer_types", "mlp_layer_types"
-# Lists of the numbers of layers.
+# Keys that list numbers of layers.
 _INDICES = {
     "mlp_only_layers",
     "moe_layers",
@@ -26,9 +25,9 @@ _INDICES = {
     "attn_layer_indices",
     "global_attention_layers",
 }
-# Numbers of layers from the first one on that differ from the others.
+# Keys that state how many of the first layers differ from the others.
 _FIRST = {"max_window_layers", "first_k_dense_replace", "num_dense_layers"}
-# Layers are what their number is, modulo the value.
+# Keys that make the kind of a layer its number modulo the value.
 _PERIODS = {
     "sliding_window_pattern",
     "_sliding_window_pattern",
@@ -41,7 +40,7 @@ _PERIODS = {
     "no_rope_layer_interval",
     "moe_layer_freq",
 }
-# What the first key says is also said by the second, which models read first.
+# The second key states the same as the first, and models read it first.
 _SAID_BY = {
     "sliding_window_pattern": _TYPES,
     "_sliding_window_pattern": _TYPES,
@@ -55,7 +54,7 @@ _SAID_BY = {
     "no_rope_layer_interval": "no_rope_layers",
     "interleave_moe_layer_step": "moe_layers",
 }
-# Classes that alternate kinds of attention where the configuration lists none.
+# Classes that alternate kinds of attention if the configuration lists none.
 _ALTERNATING = {
     "gemma2": 2,
     "gpt_oss": 2,
@@ -64,7 +63,7 @@ _ALTERNATING = {
     "modernbert": 3,
     "qwen3_next": 4,
 }
-# Layers that depend on others, or on their number, in ways that no list says.
+# Keys that make layers depend on others, or on their number, in a way no list shows.
 _REFUSED = {
     "num_kv_shared_layers": "layers share keys and values",
     "hidden_size_per_layer_input": "embeddings have a part for each layer",
@@ -81,20 +80,20 @@ _REFUSED = {
 }
 _NOT_OF_LAYERS = re.compile(r"architectures|.*token.*|rope_.*|.*_sections?|.*_factors?")
 _OF_INDICES = re.compile(r".*(layer|block|idx|indices|indexes).*")
-# Lists of layers' numbers even where they have an entry for each layer.
+# Keys that list numbers of layers, even if they have an entry for each layer.
 _NUMBERS = re.compile(r".*(source|target).*layer.*|.*(_ids|idxs?|indices|indexes)")
 _KNOWN_NUMBERS = {*MAIN, *_FIRST, *_PERIODS, *_REFUSED}
 _KNOWN_NUMBERS |= {"attn_layer_offset", "expert_layer_offset"}  # beside a period
 
 
 class Layer(NamedTuple):
-    """A layer of a model that becomes one of the new model.
+    """A layer of a model that becomes a layer of the new model.
 
     Attributes:
       config: the content of its model's `config.json`.
       count: the number of layers of that model.
-      index: the number of the layer there.
-      label: what errors call the model.
+      index: the number of the layer in that model.
+      label: the name of that model in errors.
     """
 
     config: Mapping[str, Any]
@@ -106,16 +105,16 @@ class Layer(NamedTuple):
 def restacked(
     config: Mapping[str, Any], count: int, layers: Sequence[Layer]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The configuration of a model that is made of these layers, and notes.
+    """Returns the configuration of a model that is made of these layers, and notes.
 
     Args:
       config: the content of the `config.json` that is changed.
-      count: the number of layers that it has.
+      count: the number of layers that it states.
       layers: the layers of the new model, in order.
 
     Raises:
-      ValueError: it does not count the layers, or a key depends on the numbers of
-        layers in a way that is not known, or that the new order breaks.
+      ValueError: `config` does not count the layers; or a key depends on the numbers
+        of layers in an unknown way, or in a way that the new order breaks.
 
     Example:
       >>> old = {"num_hidden_layers": 2, "layer_types": ["full", "sliding"]}
@@ -143,9 +142,9 @@ def restacked(
             new[key] = _first(key, part, layers, owns)
         elif isinstance(value, list) and _holds_indices(key, value, count):
             raise ValueError(
-                f"{key} of config.json is {value}, which look like numbers of layers; "
-                "how it changes with the layers is not known. Take whole models, or "
-                "files (base_model) whose config.json has no such key."
+                f"{key} of config.json is {value}, which look like numbers of layers. "
+                "It is not known how they change with the layers. Take whole models, "
+                "or files (base_model) whose config.json has no such key."
             )
     unknown = [
         key
@@ -155,8 +154,8 @@ def restacked(
     ]
     if unknown:
         notes.append(
-            f"config.json keeps {', '.join(unknown)}: whether they count or number the "
-            "layers that changed is not known"
+            f"config.json keeps {', '.join(unknown)}: it is not known whether they "
+            "count or number the layers that changed"
         )
     _check_periods(part, layers, owns)
     for layer, own in zip(layers, owns, strict=True):
@@ -170,7 +169,7 @@ def restacked(
 def _part(
     config: Mapping[str, Any], count: int, label: str
 ) -> tuple[str | None, Mapping[str, Any]]:
-    """The configuration in this one that counts the layers, with its key."""
+    """Returns the part of a configuration that counts the layers, with its key."""
     inner = parts(config)
     text = {"text_config": inner["text_config"]} if "text_config" in inner else {}
     places: dict[str | None, Mapping[str, Any]] = {**text, None: config, **inner}
@@ -178,8 +177,8 @@ def _part(
         if any(part.get(key) == count for key in MAIN):
             return name, part
     raise ValueError(
-        f"{label} does not say that there are {count} layers, as its weights have: "
-        f"none of {', '.join(MAIN)} does. Slices need to change that number."
+        f"{label} does not state the {count} layers that its weights have: none of "
+        f"{', '.join(MAIN)} does. Slices must change that number: add the right key."
     )
 
 
@@ -209,7 +208,7 @@ def _holds_indices(key, value, count):
 
 
 def _listed(key, value, layers, owns):
-    """A per-layer list of the new layers, and notes."""
+    """Returns a list with an entry for each new layer, and notes."""
     entries, notes = [], []
     for layer, own in zip(layers, owns, strict=True):
         found = own.get(key)
@@ -218,21 +217,21 @@ def _listed(key, value, layers, owns):
         elif all(x == value[0] for x in value):
             entries.append(value[0])
             notes.append(
-                f"config.json of {layer.label} has no {key}; its layers are taken as "
+                f"config.json of {layer.label} has no {key}; its layers count as "
                 f"{value[0]!r}, like all others"
             )
         else:
             raise ValueError(
                 f"config.json of {layer.label} has no list {key} of {layer.count} "
-                f"layers, and that of the new model needs one. Load and save "
-                f"{layer.label} with a current transformers, which writes it."
+                f"layers, but the new model's needs one. Load and save {layer.label} "
+                "with a current transformers, which writes it."
             )
     whole = "".join(entries) if isinstance(value, str) else entries
     return whole, list(dict.fromkeys(notes))
 
 
 def _first(key, part, layers, owns):
-    """How many layers from the first one on are still of the first kind."""
+    """Returns how many layers at the beginning are of the first kind."""
     value = part[key]
     kinds = [
         layer.index < own.get(key, value)
@@ -246,7 +245,7 @@ def _first(key, part, layers, owns):
         return value
     raise ValueError(
         f"{key} of config.json is {value}: the first layers differ from the others, "
-        "and in the new order they do not come first. Choose other ranges of layers."
+        "but in the new order they do not come first. Choose other ranges of layers."
     )
 
 
@@ -276,21 +275,21 @@ def _check_periods(part, layers, owns):
 
 def _broken(key, period, i, layer):
     return (
-        f"{key} of config.json of {layer.label} is {period}: what a layer is follows "
-        f"from its number, so layer {layer.index} cannot become layer {i}. Choose "
-        f"ranges of layers that keep their numbers modulo {period}."
+        f"{key} of config.json of {layer.label} is {period}: the kind of a layer "
+        f"follows from its number, so layer {layer.index} cannot become layer {i}. "
+        f"Choose ranges of layers that keep their numbers modulo {period}."
     )
 
 
 def _check_lacking(part, own, layer):
-    """Raises a ValueError for a list by which layers differ that would be lost."""
+    """Raises a ValueError if a list that tells layers apart would be lost."""
     for key, value in own.items():
         if key in part or not _is_per_layer(key, value, layer.count):
             continue
         if isinstance(value, str) or any(x != value[0] for x in value):
             raise ValueError(
                 f"{key} of config.json of {layer.label} differs between its layers, "
-                "and the config.json of the new model's files has no such list. Name "
+                "but the config.json of the new model's files has no such list. Name "
                 f"{layer.label} as base_model, or save that model with a current "
                 "transformers."
             )
@@ -303,12 +302,12 @@ def compare(
     of_model: int,
     label: str,
 ) -> list[str]:
-    """Notes as those of `configs.compare`, but for what says what each layer is.
+    """Returns the notes of `configs.compare`, without keys about single layers.
 
     Args:
-      config, count: the content of the base's `config.json`, and its layers.
-      model, of_model: the same of a model.
-      label: what errors and notes call the model.
+      config, count: the content of the base's `config.json`, and its number of layers.
+      model, of_model: the same two for a model.
+      label: the name of the model in errors and notes.
     """
     ours, theirs = _without_layers(config, count), _without_layers(model, of_model)
     return configs.compare(ours, theirs, label)
@@ -325,10 +324,11 @@ def _without_layers(config, count):
 
 
 def disagreements(layers: Sequence[Sequence[Layer]]) -> list[str]:
-    """Notes where a layer of one model is merged with one of another kind.
+    """Returns notes on layers that are merged with layers of another kind.
 
     Args:
-      layers: for each new layer those that are merged into it; the first one counts.
+      layers: for each new layer, the layers that are merged into it. The new layer has
+        the kind of the first.
     """
     notes = []
     for i, row in enumerate(layers):
@@ -336,7 +336,7 @@ def disagreements(layers: Sequence[Sequence[Layer]]) -> list[str]:
         for layer, kind in zip(row[1:], kinds[1:], strict=True):
             notes += [
                 f"layer {i}: {key} is {ours!r} in {row[0].label} and {kind[key]!r} in "
-                f"{layer.label}; the first counts"
+                f"{layer.label}; the first is used"
                 for key, ours in kinds[0].items()
                 if key in kind and kind[key] != ours
             ]

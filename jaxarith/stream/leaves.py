@@ -1,4 +1,4 @@
-"""Leaves of trees that are computed from tensors in files."""
+"""Computes leaves of trees from tensors in files."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from jaxarith.hub import Stored
 
 
 def widened(dtype: np.dtype, array: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """The array in a dtype; that of NumPy stays NumPy's."""
+    """Returns the array in a dtype; a NumPy array stays a NumPy array."""
     if isinstance(array, np.ndarray):
         return array.astype(dtype)
     return jnp.asarray(array, dtype)
@@ -27,7 +27,7 @@ def moved(
     model: Stored | None,
     delta: Stored | None,
 ) -> lazy.Leaf:
-    """A leaf of a task vector: `model + delta - base`, of those that exist."""
+    """Returns a task vector's leaf: `model + delta - base`, without those missing."""
     shape = layout.shape
     found: dict[str, lazy.Source] = {}
     dtypes = []
@@ -47,17 +47,17 @@ def moved(
 
 
 def common_dtype(*dtypes: np.dtype) -> np.dtype:
-    """The dtype of JAX that holds the values of all."""
+    """Returns the dtype of JAX that holds the values of all dtypes."""
     return jax.dtypes.canonicalize_dtype(_promoted(*dtypes))  # JAX may have no float64
 
 
-@functools.cache  # there are many leaves, and few dtypes
+@functools.cache  # there are many leaves, but few dtypes
 def _promoted(*dtypes):
     return functools.reduce(jnp.promote_types, dtypes)
 
 
 def _cut(tensor: Stored, shape: tuple[int, ...]) -> Stored:
-    """The tensor without rows beyond those of a shape."""
+    """Returns the tensor without rows beyond those of a shape."""
     if tensor.shape == shape:
         return tensor
     return tensor.rows(min(tensor.shape[0], shape[0]))
@@ -68,7 +68,7 @@ def _combine(
 ) -> jax.Array | lazy.Difference:
     found: Mapping[str, jax.Array] = dict(zip(names, arrays, strict=True))
     model, base, delta = (found.get(name) for name in ("model", "base", "delta"))
-    if delta is not None and delta.shape != shape:  # of a model with fewer rows
+    if delta is not None and delta.shape != shape:  # its model has fewer rows
         more = shape[0] - len(delta)
         delta = jnp.pad(delta, [(0, more), *[(0, 0)] * (delta.ndim - 1)])
     if model is None:

@@ -1,4 +1,4 @@
-"""Names of tensors that mean the same in two checkpoints, and names of buffers."""
+"""Matches names of tensors between two checkpoints, and recognises buffers."""
 
 import collections
 import re
@@ -7,18 +7,18 @@ from collections.abc import Iterable, Mapping
 from jaxarith import tree
 from jaxarith.hub import Stored
 
-# Spellings of one name; the names of both checkpoints are brought to the second.
+# Different spellings of one name; both checkpoints' names are changed to the second.
 _SPELLINGS = tuple(
     (re.compile(pattern), spelling)
     for pattern, spelling in (
-        # TensorFlow's names of norms, in the files of Google's BERT.
+        # Google's BERT files use TensorFlow's names for norms.
         (r"(?i)(norm\w*)\.gamma$", r"\1.weight"),
         (r"(?i)(norm\w*)\.beta$", r"\1.bias"),
-        # torch.nn.utils.weight_norm, and that of its parametrizations.
+        # torch.nn.utils.weight_norm has an old form, and a new one as parametrization.
         (r"\.parametrizations\.(\w+)\.original0$", r".\1_g"),
         (r"\.parametrizations\.(\w+)\.original1$", r".\1_v"),
-        # A language model of its own or in one of images and text: language_model.model
-        # or model.language_model, by the version of transformers.
+        # A language model may be inside one of images and text: language_model.model
+        # or model.language_model, depending on the version of transformers.
         (r"^(model\.|language_model\.)+", ""),
     )
 )
@@ -31,7 +31,8 @@ _MASK = re.compile(r"(.*\.)?(attn|attention|self)\.bias")
 
 def is_buffer(name: str, tensor: Stored) -> bool:
     """Whether a tensor is computed by the model's class rather than trained."""
-    # A causal mask, in floating point or not; the bias of a layer is a vector.
+    # A causal mask may have any dtype. Its name may also be that of a bias, but a bias
+    # is a vector.
     is_mask = _MASK.fullmatch(name) and len(tensor.shape) != 1
     return bool(is_mask or _BUFFER.fullmatch(name))
 
@@ -39,14 +40,14 @@ def is_buffer(name: str, tensor: Stored) -> bool:
 def match(
     base: Iterable[str], model: Iterable[str], label: str
 ) -> tuple[dict[str, str], list[str]]:
-    """The base's names of a model's tensors; names that the base lacks stay.
+    """Finds the base's names for a model's tensors; names that the base lacks stay.
 
     Args:
-      base, model: the names of their tensors.
-      label: what notes call the model.
+      base, model: the names of the tensors of the base and of the model.
+      label: the name of the model in notes.
 
     Returns:
-      For each name of the model that of the base, and notes on those that differ.
+      The base's name for each name of the model, and notes on names that differ.
     """
     base, model = set(base), list(model)
     if base.issuperset(model):
@@ -54,7 +55,7 @@ def match(
     as_they_are = _fitted({n: n for n in base}, {n: n for n in model})
     fixed = base.intersection(model)
     spelled = _fitted(_spelled(base, fixed), _spelled(model, fixed))
-    # As they are, unless more names fit otherwise.
+    # The names stay as they are unless more of them fit in another spelling.
     found, prefix = max(
         (as_they_are, spelled), key=lambda x: len(base.intersection(x[0].values()))
     )
@@ -69,21 +70,21 @@ def match(
     if other:
         few = "; ".join(tree.first_few(other, most=2))
         are = tree.counted(len(other), "name is", "names are")
-        notes.append(f"{label}: {are} spelled otherwise: {few}")
+        notes.append(f"{label}: {are} spelled differently: {few}")
     return found, notes
 
 
 def _fitted(
     base: Mapping[str, str], model: Mapping[str, str]
 ) -> tuple[dict[str, str], str]:
-    """By name of the model that of the base, of spelled names, and a prefix."""
+    """Returns the base's names by the model's after respelling, and their prefix."""
     renamed, prefix = _without_prefix(set(base.values()), model)
     back = {spelled: name for name, spelled in base.items()}
     return {name: back.get(renamed[name], name) for name in model}, prefix
 
 
 def _spelled(names: Iterable[str], fixed: set[str]) -> dict[str, str]:
-    """The names in one spelling; those that would become another's stay as they are."""
+    """Returns the names in one spelling; a name that would become another's stays."""
     spelled = {}
     for name in names:
         new = name
@@ -97,12 +98,13 @@ def _spelled(names: Iterable[str], fixed: set[str]) -> dict[str, str]:
 def _without_prefix(
     base: set[str], model: Mapping[str, str]
 ) -> tuple[dict[str, str], str]:
-    """By name of the model that of the base, and the prefix in which these differ.
+    """Returns the base's name for each of the model's, and the prefix that differs.
 
-    `vision_model.`, `transformer.` or `bert.` is in front of all names, or of all but
-    the head's, or of none, depending on the class and version that saved a file.
+    Depending on the class and version that saved a file, `vision_model.`,
+    `transformer.` or `bert.` is in front of all names, of all but the head's, or of
+    none.
     """
-    # A prefix is in front of many names; of flat names none is tried.
+    # Only prefixes of many names are tried, so none if names have no dots.
     heads = {
         f"{head}."
         for names in (base, model.values())
@@ -120,7 +122,8 @@ def _without_prefix(
             n: _removed(s, prefix, base) for n, s in model.items()
         }
 
-    # As they are, unless more names fit otherwise. None may take another's place.
+    # The names stay as they are unless more of them fit with another prefix. No two may
+    # become the same.
     def fitting(sign):
         return len(base.intersection(renamings[sign].values()))
 

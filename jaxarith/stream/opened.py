@@ -1,4 +1,4 @@
-"""Checkpoints of one model as trees of leaves in files: a base and task vectors."""
+"""Opens checkpoints of one model as a base and task vectors with leaves in files."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ from jaxarith.stream.rerowed import Rerowing, rerowed
 
 
 class Progress:
-    """Counts the bytes that are read, and shows them in a bar for each pass."""
+    """Counts the bytes that are read, and shows a progress bar for each pass."""
 
     def __init__(self):
         self.bytes_read, self._bytes_in = 0, 0
@@ -32,7 +32,7 @@ class Progress:
 
     @contextlib.contextmanager
     def shown(self, bytes_in: int, quiet: bool) -> Iterator[None]:
-        """Shows passes of this size while the context lasts, unless `quiet`."""
+        """Shows passes of this many bytes inside a `with` block, unless `quiet`."""
         self.bytes_read, self._bytes_in = 0, max(bytes_in, 1)
         self._bar = None if quiet else self._next(1)
         try:
@@ -61,26 +61,26 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """Checkpoints of one model, none of them read yet.
+    """Checkpoints of one model that are not read yet.
 
     Attributes:
-      base: by name, the tensors of the base, with the rows that are merged. Without a
-        base, those of the first model; its shapes, dtypes and buffers are used.
+      base: the tensors of the base by name, with the rows that are merged. Without a
+        base these are the first model's, for their shapes, dtypes and buffers.
       taus: the task vectors, trees of `lazy.Leaf`s; the models if there is no base.
       has_base: whether there is a base.
-      folders: the folder of `base`, then those of the models and adapters; of a task
-        vector its file.
-      notes: where the checkpoints differed, and what was done.
+      folders: the folder of `base`, then those of the models and adapters, and the
+        files of task vectors.
+      notes: how the checkpoints differed, and what was done.
       narrowed: names of float64 tensors that are merged in float32, since JAX's float64
         is off (`jax_enable_x64`).
-      resized: numbers of rows of the base, with those of the merge where they differ.
-      untied: whether head and embedding differ though the base's configuration ties
+      resized: `{rows of the base: rows of the merge}` where the two differ.
+      untied: whether head and embedding differ although the base's configuration ties
         them.
       metadata: metadata of the base's weights.
       progress: counts the bytes that are read.
-      config: the content of the new `config.json`, but for dtypes and rows; None is
-        that of the first folder.
-      slices: tensors of each slice with their depths; empty for whole models.
+      config: the content of the new `config.json`, before dtypes and rows are changed;
+        None means the `config.json` of the first folder.
+      slices: the depth of each tensor, for each slice; empty for whole models.
     """
 
     base: dict[str, Stored]
@@ -99,17 +99,17 @@ class Opened:
 
     @property
     def params_0(self) -> dict[str, lazy.Leaf]:
-        """The base, a tree of leaves; zero if there is none."""
+        """Returns the base, a tree of leaves; zero if there is none."""
         return self.start(None, None)
 
     def start(
         self, dtype: DTypeLike | None, place: Callable[[str, jax.Array], None] | None
     ) -> dict[str, lazy.Leaf]:
-        """The leaves of the base, from which a merge starts.
+        """Returns the leaves of the base, from which a merge starts.
 
         Args:
-          dtype: dtype of the merged leaves; None is that of each leaf. Narrower leaves
-            are widened, so that the result is rounded once.
+          dtype: dtype of the merged leaves; None keeps that of each leaf. Narrower
+            leaves are widened, so that the result is rounded only once.
           place: `place(name, merged)` writes a merged leaf.
         """
         return {
@@ -142,25 +142,25 @@ def open_models(
 ) -> Opened:
     """Opens checkpoints as a base and its task vectors, without reading them.
 
-    Each is a folder or the id of a model on the Hub, with its weights in one file or
-    several; a single file of weights; a folder of a PEFT adapter, on the base; or
-    `model+adapter`. A model may also be a file of a task vector of the base, see
-    `hub.open_vector`.
+    A checkpoint may be given as a folder or as the id of a model on the Hub, with its
+    weights in one file or several; as a single file of weights; as the folder of a PEFT
+    adapter, which is added to the base; or as `model+adapter`. A model may also be a
+    file with a task vector of the base, see `hub.open_vector`.
 
     Args:
       base: the pre-trained checkpoint. None makes the base zero, for methods that merge
         models rather than task vectors.
       models: the fine-tuned checkpoints.
-      vocabulary: what to do where numbers of tokens differ, as for `policies.rows`.
-      missing: what to do where tensors are missing, as for `policies.fit`.
-      rerowing: where rows of embeddings and heads come from, by the names of base and
-        models as given; None leaves them where they are.
-      dequantize: dtype in which packed (quantised) weights are read, such as
+      vocabulary: what to do if numbers of tokens differ, as for `policies.rows`.
+      missing: what to do if tensors are missing, as for `policies.fit`.
+      rerowing: the sources of rows of embeddings and heads, under the names that `base`
+        and `models` have here; None leaves all rows in place.
+      dequantize: dtype in which packed (quantised) weights are read, for example
         `"bfloat16"`; None refuses them.
 
     Raises:
       FileNotFoundError: a checkpoint or a part of one does not exist.
-      ValueError: a file is corrupt, or the checkpoints are not of one model.
+      ValueError: a file is corrupt, or the checkpoints do not belong to one model.
 
     Example:
       >>> opened = open_models("base", ["math", "code"])  # doctest: +SKIP
@@ -168,18 +168,18 @@ def open_models(
     """
     policies.check(vocabulary, missing, base is not None)
     if not models:
-        raise ValueError("there are no models to merge; give at least one.")
+        raise ValueError("there are no models to merge. Give at least one.")
     places = [inputs.find(str(model)) for model in models]
     start = places[0].folder if base is None else inputs.find_base(base)
     for model, place in zip(models, places, strict=True):
         if place.vector is not None and base is None:
             raise ValueError(
-                f"{model} is a task vector, which needs the base that it moves: give a "
-                "base, and a method that merges task vectors."
+                f"{model} is a task vector, which moves a base. Give a base, and a "
+                "method that merges task vectors."
             )
     if start is None:
         raise ValueError(
-            f"{models[0]} is an adapter, which needs a model: give a base, or "
+            f"{models[0]} is an adapter, which needs a model. Give a base, or "
             "model+adapter."
         )
     first = open_checkpoint(start, dequantize)
@@ -214,7 +214,7 @@ def open_models(
     elif apart := tying.differ(config, {"the base": tensors, **fitted}):
         untied = True
         notes += [
-            f"{x}: {tying.KEY} is true, but its head and embedding differ"
+            f"{x}: {tying.KEY} is true, but its head and its embedding differ"
             for x in apart
         ]
     rows = {}
@@ -262,13 +262,13 @@ def task_vectors(
     source: Callable[[Stored, str], lazy.Source],
     has_base: bool,
 ) -> list[dict[str, lazy.Leaf]]:
-    """The leaves of all task vectors, or of the models where there is no base.
+    """Returns the leaves of all task vectors, or of the models if there is no base.
 
     Args:
       of_base: the tensors of the base by name, with the rows that are merged.
-      fitted: by label, tensors of the models by the base's names.
-      changes: by label, what an adapter or a task vector adds.
-      source: `source(tensor, label)`, the one source of a tensor.
+      fitted: the tensors of each model by the base's names; the models by label.
+      changes: what an adapter or a task vector adds, by label.
+      source: `source(tensor, label)` returns the one source of a tensor.
       has_base: whether there is a base.
     """
     taus = []
@@ -293,7 +293,7 @@ def task_vectors(
 
 
 def sources(progress: Progress) -> Callable[[Stored, str], lazy.Source]:
-    """A function that returns the one source of a tensor."""
+    """Returns a function that returns the one source of a tensor."""
 
     @functools.cache
     def source(tensor: Stored, label: str) -> lazy.Source:
@@ -304,7 +304,7 @@ def sources(progress: Progress) -> Callable[[Stored, str], lazy.Source]:
 
 
 def _loaded(progress: Progress, tensor: Stored, label: str) -> jax.Array | np.ndarray:
-    """The values; those of small tensors stay in NumPy until a program takes them."""
+    """Reads the values; small tensors stay in NumPy until a program takes them."""
     numbers = tensor.read()
     if numbers.dtype == np.float64 and not _has_float64():
         numbers = _in_float32(numbers, label)
@@ -317,7 +317,7 @@ def _loaded(progress: Progress, tensor: Stored, label: str) -> jax.Array | np.nd
 def narrowed(
     found: Iterable[Mapping[str, Stored]],
 ) -> tuple[list[str], list[str]]:
-    """The names of float64 tensors that are merged in float32, and a note on them."""
+    """Returns names of float64 tensors that are merged in float32, and a note."""
     names = sorted(
         {n for tensors in found for n, x in tensors.items() if x.dtype == np.float64}
     )
@@ -326,8 +326,8 @@ def narrowed(
     few = ", ".join(tree.first_few(names, most=3))
     are = tree.counted(len(names), f"tensor ({few}) is", f"tensors ({few}) are")
     note = (
-        f"{are} float64 and merged in float32; jax_enable_x64 (JAX_ENABLE_X64=1) "
-        "merges in float64"
+        f"{are} float64 and merged in float32; enable jax_enable_x64 "
+        "(JAX_ENABLE_X64=1) to merge in float64"
     )
     return names, [note]
 
@@ -341,7 +341,7 @@ def _in_float32(numbers, label):
         array = numbers.astype(np.float32)
     if np.isfinite(numbers).all() and not np.isfinite(array).all():
         raise ValueError(
-            f"{label} has float64 numbers that are beyond float32. Enable "
+            f"{label} has float64 numbers that are too large for float32. Enable "
             "jax_enable_x64 (JAX_ENABLE_X64=1)."
         )
     return array

@@ -1,9 +1,9 @@
-"""Finds for each tensor of a base the one of a fine-tuned checkpoint.
+"""Finds the tensor of a fine-tuned checkpoint for each tensor of the base.
 
 Checkpoints of one model differ in harmless ways: a prefix of all names, tied tensors
-that one file holds twice, buffers. These differences are reconciled and reported. What
-changes the result, missing tensors and vocabularies of other sizes, is an error unless
-a policy says what to do.
+that one file holds twice, buffers. These differences are reconciled and reported. Other
+differences change the result: missing tensors, and vocabularies of other sizes. They
+are errors unless a policy says what to do.
 """
 
 import collections
@@ -20,13 +20,13 @@ Missing: TypeAlias = Literal["error", "base"]
 VOCABULARIES: tuple[Vocabulary, ...] = get_args(Vocabulary)
 MISSING: tuple[Missing, ...] = get_args(Missing)
 
-# Tensors with a row for every token: embeddings and what is tied or compared to them.
+# Tensors with a row for every token: embeddings, and tensors tied or compared to them.
 _TOKENS = re.compile(
     r"embed|wte|(^|\.)shared\.|lm_head|vocab|predictions|decoder\.(weight|bias)"
 )
 _POSITIONS = re.compile(r"position|wpe|patch|relative")
-# Embeddings and heads, of which equal values are one tensor with two names. Equal
-# layers or norms are several: a copied layer is computed once more.
+# Embeddings and heads. If two have equal values, they are one tensor with two names.
+# This is not so for equal layers or norms: a copied layer is computed twice.
 _HEADS = re.compile(r"proj_out|embed_out|shared_head|^output\.weight")
 _NORMS = re.compile(r"norm|ln_|token_type", re.IGNORECASE)
 
@@ -41,7 +41,7 @@ def check(vocabulary: Vocabulary, missing: Missing, has_base: bool) -> None:
             raise ValueError(f"unknown {name} {value!r}; known are {', '.join(known)}.")
     if not has_base and (missing == "base" or vocabulary in ("base-rows", "skip")):
         raise ValueError(
-            "there is no base whose tensors could stand for those of a model: give a "
+            "there is no base whose tensors could replace those of a model. Give a "
             'base, or choose missing="error" and vocabulary="error" or "truncate".'
         )
 
@@ -52,17 +52,17 @@ def fit(
     label: str,
     missing: Missing = "error",
 ) -> tuple[dict[str, Stored], list[str]]:
-    """Finds the tensor of a model for each one of the base.
+    """Finds the tensor of a model for each tensor of the base.
 
     Args:
       base, model: tensors by name.
-      label: what errors and notes call the model.
-      missing: what to do where a model lacks tensors, or has tensors that the base
-        lacks. "error": refuse it; "base": keep those of the base, and leave out others.
+      label: the name of the model in errors and notes.
+      missing: what to do if a model lacks tensors, or has tensors that the base lacks.
+        "error": refuse the model; "base": keep the tensors of the base, and leave out
+        the others.
 
     Returns:
-      The tensors of floating-point numbers by the base's names, and notes on what was
-      done.
+      The floating-point tensors by the base's names, and notes on what was done.
 
     Raises:
       ValueError: a tensor is missing, or has no place in the base.
@@ -74,7 +74,7 @@ def fit(
 
     tied = {}
     for name in sorted(wanted - found.keys()):
-        if not may_be_tied(name) or _is_constant(base[name]):  # as a bias of zeros
+        if not may_be_tied(name) or _is_constant(base[name]):  # like a bias of zeros
             continue
         others = filter(may_be_tied, found)
         twins = (other for other in others if same_values(base[name], base[other]))
@@ -96,17 +96,17 @@ def fit(
     notes += [f"{label}: {a} is a copy of {b}" for a, b in sorted(copies.items())]
     strange = sorted(extra.keys() - copies.keys() - set(buffers))
     if missing == "error" and (lacking or strange):
-        lines = [f"- {name} {base[name]}: not in it" for name in lacking]
+        lines = [f"- {name} {base[name]}: not in the model" for name in lacking]
         lines += [f"+ {name} {ours[name]}: not in the base" for name in strange]
         raise ValueError(
             _listed(f"{label} does not fit the base ({_tensors(lines)}):", lines)
-            + '\nmissing="base" (--missing base), in `jaxarith merge` and `inspect`, '
-            "keeps the tensors of the base there."
+            + '\nTo keep the tensors of the base there, use missing="base" (--missing '
+            "base, in `jaxarith merge` and `inspect`)."
         )
     if strange:
         _check_share(found, strange, ours, label)
     if lacking:
-        notes.append(f"{label}: {_some(lacking)} missing: the base's stay")
+        notes.append(f"{label}: {_some(lacking)} missing: the base's are kept")
     if strange or buffers:
         notes.append(f"{label}: {_some([*strange, *buffers])} left out")
     notes += _wider(base, found, label)
@@ -114,13 +114,13 @@ def fit(
 
 
 def _wider(base, found, label):
-    """A note on tensors of which the base's type holds fewer digits."""
+    """Returns a note on tensors whose dtype is less precise in the base."""
     wider = [n for n, x in found.items() if x.dtype.itemsize > base[n].dtype.itemsize]
     if not wider:
         return []
     pairs = sorted({f"{found[n].dtype}, {base[n].dtype} in the base" for n in wider})
     return [
-        f"{label}: {_some(wider)} {'; '.join(pairs)}; the merge has the base's types, "
+        f"{label}: {_some(wider)} {'; '.join(pairs)}; the merge has the base's dtypes, "
         "unless a dtype is given (--dtype)"
     ]
 
@@ -131,14 +131,14 @@ def fit_vector(
     label: str,
     missing: Missing = "error",
 ) -> tuple[dict[str, Stored], list[str]]:
-    """Finds the tensor of the base for each one of a task vector.
+    """Finds the tensor of the base for each tensor of a task vector.
 
-    A task vector may be of a part of the model, such as the image encoder: the other
-    tensors of the base do not move, but for those that are tied to one that does.
+    A task vector may cover only a part of the model, for example the image encoder. The
+    other tensors of the base do not move, except those tied to a tensor that moves.
 
     Args:
       base, vector: tensors by name.
-      label: what errors and notes call the task vector.
+      label: the name of the task vector in errors and notes.
       missing: what to do with tensors that the base lacks. "error": refuse the vector;
         "base": leave them out.
 
@@ -159,15 +159,15 @@ def fit_vector(
     lines = [f"+ {name} {ours[name]}: no such weight in the base" for name in strange]
     lines *= missing == "error"
     lines += [
-        f"! {name}: {list(tensor.shape)}, and {list(base[name].shape)} in the base"
+        f"! {name}: {list(tensor.shape)}, but {list(base[name].shape)} in the base"
         for name, tensor in found.items()
         if tensor.shape != base[name].shape
     ]
     if lines:
         raise ValueError(
             _listed(f"{label} does not fit the base ({_tensors(lines)}):", lines)
-            + "\nGive the base that the task vector was trained from. "
-            'missing="base" (--missing base) leaves out tensors that the base lacks.'
+            + "\nGive the base that the task vector was trained from. To leave out "
+            'tensors that the base lacks, use missing="base" (--missing base).'
         )
     if strange:
         _check_share(found, strange, ours, label)
@@ -183,7 +183,7 @@ def fit_vector(
     if rest := [name for name in still if name not in found]:
         notes.append(
             f"{label}: a task vector of {_tensors(found)}, without {_some(rest)} of "
-            "the base, which stay"
+            "the base, which do not move"
         )
     return found, notes
 
@@ -195,10 +195,10 @@ def _is_merged(name, tensor):
 def _of_the_base(
     base: Mapping[str, Stored], ours: Mapping[str, Stored], label: str
 ) -> list[str]:
-    """Notes on tensors that are not merged though the model has them.
+    """Returns notes on tensors of the model that are not merged.
 
     Raises:
-      ValueError: one is a matrix of integers with other values than the base's.
+      ValueError: one is a matrix of integers whose values differ from the base's.
     """
     other = []
     for name in sorted(ours.keys() & base.keys()):
@@ -206,17 +206,17 @@ def _of_the_base(
         buffer = names.is_buffer(name, tensor)
         if _is_merged(name, of_base) or _same_bytes_and_kind(tensor, of_base):
             continue
-        # Buffers are vectors and masks; packed weights of a quantised model would be
-        # taken from the base while their scales are merged.
+        # Buffers are vectors and masks. Packed weights of a quantised model must be
+        # refused: they would come from the base while their scales are merged.
         if tensor.dtype.kind in "iu" and len(tensor.shape) > 1 and not buffer:
             raise ValueError(
                 f"{label}: {name} is a matrix of {tensor.dtype} that differs from the "
                 "base's. Quantised models cannot be merged: convert them to a "
-                "floating-point type first."
+                "floating-point dtype first."
             )
         other.append(name)
-    verb = "are buffers or integers that differ: the base's stay"
-    return [f"{label}: {_some(other)} {verb}"] if other else []
+    what = "buffers or integers that differ, where the base's are kept"
+    return [f"{label}: {what}: {_some(other)}"] if other else []
 
 
 def _check_share(found, strange, ours, label):
@@ -225,9 +225,9 @@ def _check_share(found, strange, ours, label):
     size = lost + sum(tensor.size for tensor in found.values())
     if len(strange) > len(found) or 2 * lost > size:
         raise ValueError(
-            f"{label} does not fit the base: {_some(strange)} have no place in it, and "
-            f'{len(found)} have one. missing="base" (--missing base) is for a few that '
-            "differ, such as heads. Give models of one base."
+            f"{label} does not fit the base: {_some(strange)} have no place in it, "
+            f'only {len(found)} have one. missing="base" (--missing base) is for a few '
+            "tensors that differ, such as heads. Give models of one base."
         )
 
 
@@ -236,17 +236,17 @@ def rows(
     models: Mapping[str, Mapping[str, Stored]],
     vocabulary: Vocabulary = "error",
 ) -> tuple[dict[str, int], set[str], list[str]]:
-    """Decides on tensors whose numbers of rows differ between the models.
+    """Decides what to do with tensors whose numbers of rows differ.
 
     Args:
       base: tensors by name.
-      models: by label, tensors by the base's names.
-      vocabulary: which rows the merge has. "truncate": those that all models have;
-        "base-rows": those of the base; rows that a model lacks do not move; "skip":
-        those of the base, which are not merged.
+      models: the tensors of each model by the base's names; the models by label.
+      vocabulary: which rows the merge has. "truncate": the rows that all models have.
+        "base-rows": the rows of the base; rows that a model lacks do not move. "skip":
+        the rows of the base, without merging them. "error": refuse the models.
 
     Returns:
-      By name, the number of rows of the merge where the models differ; the names of
+      For each tensor that differs, the number of rows of the merge; the names of
       tensors that are not merged; and notes.
 
     Raises:
@@ -264,25 +264,25 @@ def rows(
                 counts[name][label] = tensor.shape[0]
             else:
                 wrong.append(
-                    f"! {name}: {list(tensor.shape)} in {label}, "
+                    f"! {name}: {list(tensor.shape)} in {label}, but "
                     f"{list(base[name].shape)} in the base"
                 )
     if wrong:
         raise ValueError(
             _listed(f"{_tensors(wrong)} of other shapes:", wrong)
-            + "\nOnly fine-tuned models of one base can be merged."
+            + "\nOnly models fine-tuned from one base can be merged. Give such models."
         )
     lines = [
-        f"{name}: {base[name].shape[0]} rows in the base, {count} in {label}"
+        f"{name}: {base[name].shape[0]} rows in the base, but {count} in {label}"
         for name, of_label in counts.items()
         for label, count in of_label.items()
     ]
     if lines and vocabulary == "error":
         raise ValueError(
             _listed("the vocabularies differ:", lines)
-            + '\nChoose: vocabulary="truncate" keeps the rows that all have, '
-            '"base-rows" those of the base, "skip" the base itself (--vocabulary), in '
-            "`jaxarith merge` and `inspect`."
+            + '\nChoose vocabulary="truncate" for the rows that all have, "base-rows" '
+            'for those of the base, or "skip" for the base\'s rows unmerged '
+            "(--vocabulary, in `jaxarith merge` and `inspect`)."
         )
     notes = [f"{line} ({vocabulary})" for line in lines]
     if vocabulary == "skip":
@@ -294,21 +294,21 @@ def rows(
 
 
 def is_of_tokens(name: str) -> bool:
-    """Whether a tensor has a row for every token, by its name."""
+    """Whether the name of a tensor says that it has a row for every token."""
     return bool(_TOKENS.search(name) and not _POSITIONS.search(name))
 
 
 def may_be_tied(name: str) -> bool:
-    """Whether a tensor is an embedding or a head, by its name."""
+    """Whether the name of a tensor says that it is an embedding or a head."""
     of_tokens = is_of_tokens(name) or _HEADS.search(name)
     return bool(of_tokens and not _NORMS.search(name))
 
 
 def same_values(a: Stored, b: Stored) -> bool:
-    """Whether two tensors are equal, bit by bit; scalars never are."""
+    """Whether two tensors are equal bit by bit; False for scalars."""
     if (a.dtype, a.shape) != (b.dtype, b.shape) or not a.shape:
         return False
-    # Most tensors that differ do so in their first rows already.
+    # Most tensors that differ do so in their first rows.
     few = min(16, a.shape[0])
     return _same_bytes(a.rows(few), b.rows(few)) and _same_bytes(a, b)
 

@@ -1,8 +1,8 @@
-"""Embeddings and heads whose rows are brought to another vocabulary.
+"""Changes the rows of embeddings and heads to another vocabulary.
 
-Models that were given tokens of their own have rows in other orders, and rows that
-others lack. Before such models are merged, each one gets a row for every token of one
-vocabulary. Rows are gathered when a tensor is read, from one model after the other.
+Models with added tokens have rows in different orders, and rows that other models lack.
+Before such models are merged, each one gets a row for every token of one vocabulary.
+Rows are collected when a tensor is read, from one model after the other.
 """
 
 import dataclasses
@@ -18,15 +18,16 @@ from jaxarith.stream import policies, tying
 
 @dataclasses.dataclass(frozen=True)
 class Rerowing:
-    """Where the rows of every model come from.
+    """The sources of the new rows of every model.
 
     Attributes:
-      count: the number of rows, of tokens and of padding.
-      words: the number of tokens; rows beyond are the mean of all of a model's own.
-      rows: by model, the number of rows that it has.
-      own: by model, for each token the row of it in the model; -1 where that lacks it.
-      fills: by the row of a token that models lack, the rows of models whose mean
-        they get; zero where there are none.
+      count: the new number of rows, for tokens and for padding.
+      words: the number of tokens. Rows beyond it are the mean of a model's own rows.
+      rows: the number of rows that each model has, by model.
+      own: for each model, the row of each token in that model; -1 if it lacks the
+        token.
+      fills: for the row of a token that models lack, the rows of other models. The
+        missing row becomes their mean, or zero if there are none.
     """
 
     count: int
@@ -40,16 +41,16 @@ class Rerowing:
         found: Mapping[str, Mapping[str, Stored]],
         changes: Mapping[str, Adapter],
     ) -> tuple[dict[str, dict[str, Stored]], dict[str, Adapter]]:
-        """All models with the new rows.
+        """Returns all models with the new rows.
 
         Args:
-          found: by model, its tensors by the base's names.
-          changes: by model, what an adapter or a task vector does to them. What it
-            does to rows of tokens becomes part of the tensor, in float32.
+          found: the tensors of each model, by the base's names.
+          changes: what an adapter or a task vector does to each model. Its changes to
+            rows of tokens become part of the tensor, in float32.
 
         Raises:
-          ValueError: a model lacks the tensor that has another one's rows, or their
-            rows are of other lengths; a head has other rows than the embedding.
+          ValueError: a model needs rows from another model that lacks the tensor or has
+            rows of another length; or a head has other rows than its embedding.
         """
         for model, tensors in found.items():
             _check_head(model, tensors, self.rows[model])
@@ -77,7 +78,7 @@ class Rerowing:
         tensor = moved[model][name]
         own = self.own[model]
         if np.array_equal(own, np.arange(self.count)) and len(own) == tensor.shape[0]:
-            return tensor  # as it is in its file
+            return tensor  # unchanged, as in its file
         lacking = np.flatnonzero(own < 0)
         donors = {}
         for row in lacking:
@@ -89,8 +90,8 @@ class Rerowing:
             if of_donor[donor] is None or of_donor[donor].shape[1:] != tensor.shape[1:]:
                 raise ValueError(
                     f"{name} of {model} {list(tensor.shape)} needs rows of {donor}, "
-                    f"which has {_shown(of_donor[donor])}: rows of one length are "
-                    "needed."
+                    f"which has {_shown(of_donor[donor])}. Their rows must have the "
+                    "same length: merge models of one size."
                 )
         make = functools.partial(self._made, tensor, own, donors, of_donor)
         return Stored.made(tensor.dtype, (self.count, *tensor.shape[1:]), make)
@@ -125,16 +126,16 @@ def rerowed(
     changes: Mapping[str, Adapter],
     names: Mapping[str, str],
 ) -> tuple[dict[str, Stored], dict[str, dict[str, Stored]], dict[str, Adapter]]:
-    """A base and models with new rows: the tensors, those of models, their changes.
+    """Returns the base's tensors, the models' tensors and the changes with new rows.
 
     Args:
-      new: where rows come from.
+      new: the sources of the rows.
       base: the model whose tensors are the base's.
       tensors: the tensors of the base.
-      fitted: by label, those of the models by the base's names. An adapter or a task
-        vector alone has none; it moves the base.
-      changes: by label, what adapters and task vectors do.
-      names: by label, the model.
+      fitted: the tensors of each model by the base's names; the models by label. An
+        adapter or a task vector alone has none, because it moves the base.
+      changes: what adapters and task vectors do, by label.
+      names: the models by label.
     """
     whole = {base: tensors}
     whole |= {names[x]: found or tensors for x, found in fitted.items()}
@@ -161,8 +162,9 @@ def _check_head(model: str, tensors: Mapping[str, Stored], rows: int) -> None:
         return
     if len(tensors[head].shape) == 2 and tensors[head].shape[0] != rows:
         raise ValueError(
-            f"{head} of {model} has {tensors[head].shape[0]} rows and its embedding "
-            f"{rows}, so its rows cannot follow tokens. Leave the tokenizer out."
+            f"{head} of {model} has {tensors[head].shape[0]} rows, but its embedding "
+            f"has {rows}, so its rows cannot be matched to tokens. Leave the tokenizer "
+            "out."
         )
 
 
@@ -174,7 +176,7 @@ def _has_rows(name, tensor, rows):
 def _moved(
     tensors: Mapping[str, Stored], change: Adapter | None, rows: int
 ) -> dict[str, Stored]:
-    """The tensors, of which those of tokens have the change in them."""
+    """Returns the tensors; those with rows for tokens contain the change."""
     if change is None:
         return dict(tensors)
     result = {**tensors}

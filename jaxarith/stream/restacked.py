@@ -1,11 +1,10 @@
-"""Models whose layers come from slices of others.
+"""Opens models whose layers come from slices of other models.
 
-A slice takes a range of layers from each of some models, which are merged as whole
-models are; the layers of the next slice come after them. What stands before all layers,
-the embeddings, comes from the first slice, and what stands after them, the last norm
-and the head, from the last one. So a new tensor has a name and, for each model of its
-slice, the name that it has there. Nothing is read before the merge wants it, and a
-layer that is taken twice is written twice.
+A slice takes a range of layers from each of some models. These layers are merged as
+whole models are, and the layers of the next slice come after them. The embeddings come
+from the first slice; the last norm and the head come from the last slice. So a new
+tensor has a new name, and another name in each model of its slice. Nothing is read
+before the merge needs it, and a layer that is taken twice is written twice.
 """
 
 import contextlib
@@ -35,11 +34,16 @@ from jaxarith.stream.stacked import (
 
 
 class Slice(NamedTuple):
-    """Layers of some models that are merged.
+    """Layers of several models that are merged into new layers.
 
     Attributes:
-      base: those from which task vectors are measured, if there are any.
-      models: those of the models.
+      base: the layers from which task vectors are measured; None if there are none.
+      models: the layers of the models.
+
+    Example:
+      >>> a, b = Layers("a", 0, 4, ""), Layers("b", 0, 4, "")
+      >>> Slice(None, (a, b)).first.model
+      'a'
     """
 
     base: Layers | None
@@ -47,12 +51,12 @@ class Slice(NamedTuple):
 
     @property
     def first(self) -> Layers:
-        """Those whose shapes, dtypes, buffers and configuration are used."""
+        """The layers whose shapes, dtypes, buffers and configuration are used."""
         return self.models[0] if self.base is None else self.base
 
     @property
     def every(self) -> tuple[Layers, ...]:
-        """All of them, the base first."""
+        """The layers of all models, the base first."""
         return self.models if self.base is None else (self.base, *self.models)
 
 
@@ -69,23 +73,28 @@ def open_slices(
     """Opens the models of slices as a base and its task vectors, without reading them.
 
     Args:
-      slices: the slices, of which all have a base or none has.
-      models: all models of slices but `base`, each once.
-      base: the model whose files and configuration the new one has, and which adapters
-        and task vectors alone move; None is the first of `models`.
-      vocabulary: what to do where numbers of tokens differ in a slice, as for
+      slices: the slices. Either all have a base, or none has.
+      models: all models of slices except `base`, each once.
+      base: the model whose files and configuration the new model gets. An adapter or a
+        task vector alone moves this model. None means the first of `models`.
+      vocabulary: what to do if numbers of tokens differ in a slice, as for
         `policies.rows`.
-      missing: what to do where models of a slice lack tensors of its first one, as for
+      missing: what to do if models of a slice lack tensors of its first model, as for
         `policies.fit`.
-      rerowing: where rows of embeddings and heads come from, by the names of models;
-        None leaves them where they are.
-      dequantize: dtype in which packed (quantised) weights are read, such as
+      rerowing: the sources of rows of embeddings and heads, by the names of models;
+        None leaves all rows in place.
+      dequantize: dtype in which packed (quantised) weights are read, for example
         `"bfloat16"`; None refuses them.
 
     Raises:
       FileNotFoundError: a checkpoint or a part of one does not exist.
       ValueError: a file is corrupt, a range goes beyond the layers of its model, or the
-        layers do not make one model.
+        layers do not fit together in one model.
+
+    Example:
+      >>> lower, upper = Layers("a", 0, 8, ""), Layers("b", 8, 16, "")
+      >>> slices = [Slice(None, (lower,)), Slice(None, (upper,))]
+      >>> opened = open_slices(slices, ["a", "b"])  # doctest: +SKIP
     """
     policies.check(vocabulary, missing, slices[0].base is not None)
     named = [*([] if base is None else [base]), *models]
@@ -96,12 +105,12 @@ def open_slices(
             places[model] = inputs.find(model)
     if base is not None and places[base].adapter is not None:
         raise ValueError(
-            f"the base model {base} is no whole model; merge the adapter first."
+            f"the base model {base} is not a whole model. Merge the adapter first."
         )
     if (folder := places[named[0]].folder) is None:
         raise ValueError(
-            f"{named[0]} is an adapter or a task vector, whose configuration is that "
-            "of a model: give a base model first."
+            f"{named[0]} is an adapter or a task vector and has no configuration of a "
+            "model. Give a base model first."
         )
     checkpoint = inputs.open_checkpoint(folder, dequantize)
     template = Template.of(checkpoint.tensors, _configured(folder, named[0]))
@@ -124,7 +133,7 @@ def open_slices(
     fitted = enumerate(_columns([part.fitted for part in parts]))
     apart = tying.differ(config, {"": of_base, **{str(i): x for i, x in fitted}})
     if apart:
-        notes.append("the head is not the embedding of the first slice: it is written")
+        notes.append("the head differs from the first slice's embedding: it is written")
     return Opened(
         base=of_base,
         taus=_columns([part.taus for part in parts]),
@@ -153,7 +162,7 @@ def _read(
     missing: policies.Missing,
     dequantize: DTypeLike | None,
 ) -> tuple[dict[str, Stacked], list[str]]:
-    """All models as stacks, which are compared with the first one, and notes."""
+    """Reads all models as stacks, compares them with the first, and returns notes."""
     stacks, notes = {}, []
     under = None if base is None else places[base]
     for model, place in places.items():
@@ -171,21 +180,21 @@ def _read(
 
 
 def _configured(folder: Path, label: str) -> dict[str, Any]:
-    """The configuration of a model, which must have one.
+    """Returns the configuration of a model.
 
     Raises:
-      ValueError: it has none.
+      ValueError: the model has no configuration.
     """
     if not (config := inputs.read_config(folder)):
         raise ValueError(
-            f"{label} has no config.json, by which slices know what its layers are. "
-            "Copy that of the model from which it was trained."
+            f"{label} has no config.json. Slices need one to know the kinds of its "
+            "layers. Copy it from the model from which this one was trained."
         )
     return config
 
 
 def _rounding(stacks: Mapping[str, Stacked], base: str | None) -> list[str]:
-    """Notes on models that were packed apart from their base."""
+    """Returns notes on models that were packed separately from their base."""
     if base is None:
         return []
     packed = {
@@ -217,11 +226,11 @@ def _part(
     vocabulary: policies.Vocabulary,
     missing: policies.Missing,
 ) -> _Part:
-    """The slice whose first layer gets the number `at`."""
+    """Opens a slice; its first layer gets the number `at`."""
     for of in one.every:
         if of.stop > stacks[of.model].count:
             raise ValueError(
-                f"{of.place}: layer_range is [{of.start}, {of.stop}], and {of.model} "
+                f"{of.place}: layer_range is [{of.start}, {of.stop}], but {of.model} "
                 f"has {stacks[of.model].count} layers."
             )
 
@@ -258,7 +267,7 @@ def _part(
 
 @contextlib.contextmanager
 def _named(place: str | None) -> Iterator[None]:
-    """Errors begin with the line that names the model."""
+    """Puts the line that names the model in front of errors."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
@@ -272,12 +281,12 @@ def _union(found):
 
 
 def _columns(parts):
-    """By position, what the lists of all slices have there; they differ in length."""
+    """Yields the entries of all slices' lists by position; the lengths may differ."""
     return [_union(column) for column in itertools.zip_longest(*parts, fillvalue={})]
 
 
 def _with_heads(stacks: Mapping[str, Stacked]) -> dict[str, Stacked]:
-    """Heads of all models, or of none where all are tied to their embeddings."""
+    """Gives all models a head of their own, or none if all heads are tied."""
     if any(model.untied for model in stacks.values()):
         return {name: model.with_head() for name, model in stacks.items()}
     return {name: model.without_head() for name, model in stacks.items()}
@@ -286,14 +295,14 @@ def _with_heads(stacks: Mapping[str, Stacked]) -> dict[str, Stacked]:
 def _config(
     slices: Sequence[Slice], stacks: Mapping[str, Stacked], template: Template
 ) -> tuple[dict[str, Any], list[str]]:
-    """The configuration of the new model, and notes."""
+    """Returns the configuration of the new model, and notes."""
     layers = [
         [_layer(of, stacks[of.model], i) for of in one.every]
         for one in slices
         for i in range(one.first.stop - one.first.start)
     ]
     if not layers:
-        raise ValueError("the slices have no layers; give ranges that are not empty.")
+        raise ValueError("the slices have no layers. Give ranges that are not empty.")
     config, notes = layer_configs.restacked(
         template.config, template.count, [row[0] for row in layers]
     )
@@ -302,11 +311,11 @@ def _config(
     first, last = slices[0].first.model, slices[-1].first.model
     if template.has_encoder:
         notes.append(
-            f"layers of {template.stack} are sliced; the encoder beside them is that "
-            f"of {first}"
+            f"layers of {template.stack} are sliced; the encoder beside them comes "
+            f"from {first}"
         )
     if stacks[first].tied and first != last and not stacks[last].untied:
-        notes.append(f"the head is tied to the embedding, which is that of {first}")
+        notes.append(f"the head is tied to the embedding, which comes from {first}")
     return config, [*notes, *layer_configs.disagreements(layers)]
 
 
@@ -315,7 +324,7 @@ def _layer(of: Layers, model: Stacked, i: int) -> Layer:
 
 
 def _resized(of_base: Mapping[str, Stored], template: Template) -> dict[int, int]:
-    """The rows of the template's embedding with those of the new one, if they differ.
+    """Returns `{template's rows: new rows}` of the embedding, if they differ.
 
     Raises:
       ValueError: the embedding and the head differ in rows.
@@ -333,8 +342,8 @@ def _resized(of_base: Mapping[str, Stored], template: Template) -> dict[int, int
     ]
     if lines:
         raise ValueError(
-            f"the embedding of the first slice has {new} rows, and {lines[0]}: the "
-            "vocabularies differ. Take first and last layers of models of one "
-            "vocabulary, or give a tokenizer_source."
+            f"the embedding of the first slice has {new} rows, but {lines[0]}: the "
+            "vocabularies differ. Take the first and the last layers from models with "
+            "one vocabulary, or give a tokenizer_source."
         )
     return {} if old == new else {old: new}

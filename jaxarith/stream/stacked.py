@@ -1,7 +1,7 @@
-"""Models as stacks of layers, from which slices are taken.
+"""Reads models as stacks of layers, from which slices are taken.
 
-Names are those of one model, the template, whatever prefix another one has, with a star
-in place of a layer's number.
+All names are those of one model, the template, even if another model has a prefix. A
+star replaces the number of a layer.
 """
 
 import math
@@ -17,25 +17,25 @@ from jaxarith.stream import inputs, names, policies, tying
 from jaxarith.stream.rerowed import Rerowing
 from jaxarith.stream.stacks import LAYER, layers, stacks
 
-# By name and, in a layer, the layer's number.
+# Tensors by name and number of the layer; None outside the layers.
 Found: TypeAlias = dict[tuple[str, int | None], Stored]
 
 _STAR = ".*."
-# Outside of the layers, what is computed before them; all else comes after them.
+# Tensors outside the layers that are used before them; all others are used after them.
 _ENCODER = re.compile(r"vis(ion|ual)|audio|projector|connector")
 _BEFORE = re.compile(r"embed|wte|wpe|project_in|pre_layr?norm|(^|\.)shared\.")
 _AFTER = re.compile(r"embed_out|head")
-# Held by one layer for all of them.
+# One layer holds these for all layers.
 _SHARED = re.compile(r"relative_attention_bias")
 
 
 class Layers(NamedTuple):
-    """Layers of a model.
+    """A range of layers of a model.
 
     Attributes:
-      model: a folder, an id of the Hub, an adapter, or `model+adapter`.
-      start, stop: the first layer, and the first one behind.
-      place: what errors about them begin with, such as the line of a file.
+      model: a folder, an id on the Hub, an adapter, or `model+adapter`.
+      start, stop: the first layer, and the layer after the last.
+      place: the start of error messages about them, for example the line of a file.
     """
 
     model: str
@@ -48,14 +48,14 @@ class Stacked(NamedTuple):
     """A model as a stack of layers, not read yet.
 
     Attributes:
-      tensors: its tensors.
-      deltas, replaced: what an adapter or a task vector does to them.
+      tensors: the tensors of the model.
+      deltas, replaced: the changes that an adapter or a task vector makes to them.
       config: the content of its `config.json`.
       count: its number of layers.
-      tied: the embedding and the head, if they are one.
-      untied: whether it has a head of its own.
-      was_packed: whether it is a whole checkpoint of packed weights; None of what
-        moves the base.
+      tied: the names of embedding and head, if they are one matrix.
+      untied: whether the model has a head of its own.
+      was_packed: whether it is a whole checkpoint with packed weights; None for an
+        adapter or a task vector alone.
     """
 
     tensors: Found
@@ -68,7 +68,7 @@ class Stacked(NamedTuple):
     was_packed: bool | None
 
     def with_head(self) -> "Stacked":
-        """The same with a tied head as a tensor of its own."""
+        """Returns the model with a tied head as a tensor of its own."""
         if self.tied is None:
             return self
         embedding, head = (self.tied.embedding, None), (self.tied.head, None)
@@ -76,7 +76,7 @@ class Stacked(NamedTuple):
         return self._replace(tensors=tensors)
 
     def without_head(self) -> "Stacked":
-        """The same with a tied head under the embedding's name alone."""
+        """Returns the model without a tied head; the embedding stands for both."""
         if self.tied is None:
             return self
         tensors = {k: x for k, x in self.tensors.items() if k[0] != self.tied.head}
@@ -84,15 +84,15 @@ class Stacked(NamedTuple):
 
 
 class Template(NamedTuple):
-    """The model whose names, shapes and configuration the new one has.
+    """The model whose names, shapes and configuration the new model gets.
 
     Attributes:
-      stack: what stands before a layer's number.
+      stack: the part of names before a layer's number.
       count: its number of layers.
       config: the content of its `config.json`.
       names: all names.
-      outside: the tensors outside of the layers.
-      inside: what tensors a layer has: for each kind of layer, names and shapes.
+      outside: the tensors outside the layers.
+      inside: the names and shapes of a layer's tensors, for each kind of layer.
     """
 
     stack: str
@@ -104,10 +104,10 @@ class Template(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> "Template":
-        """The template that a model's tensors and configuration are.
+        """Returns the template for a model's tensors and configuration.
 
         Raises:
-          ValueError: it is no single stack of layers.
+          ValueError: the model is not a single stack of layers.
         """
         stack, count = main_stack(tensors, config)
         found = {_starred(name, stack): x for name, x in tensors.items()}
@@ -121,7 +121,7 @@ class Template(NamedTuple):
 
     @property
     def has_encoder(self) -> bool:
-        """Whether an encoder of images or sounds stands beside the layers."""
+        """Whether the model has an encoder of images or sounds beside the layers."""
         return any(map(_ENCODER.search, self.outside))
 
     def check(self, tensors: Mapping[str, Stored], of: Layers) -> None:
@@ -149,8 +149,8 @@ class Template(NamedTuple):
         if lines:
             raise ValueError(
                 f"{of.place}: {of.model} has other tensors than the configuration of "
-                f"the new model says: {'; '.join(tree.first_few(lines, most=3))}. Take "
-                "layers of models of one kind and size."
+                f"the new model states: {'; '.join(tree.first_few(lines, most=3))}. "
+                "Take layers of models of one kind and size."
             )
 
 
@@ -159,16 +159,16 @@ def _shape(name, tensor):
 
 
 def main_stack(found: Iterable[str], config: Mapping[str, Any]) -> tuple[str, int]:
-    """The one stack of layers of a model, and how many there are.
+    """Returns the name of a model's one stack of layers, and the number of layers.
 
-    An encoder of images or sounds beside a language model is no part of the stack.
+    An encoder of images or sounds beside a language model is not part of the stack.
 
     Args:
       found: the names of all tensors.
       config: the content of `config.json`.
 
     Raises:
-      ValueError: there is no stack, or more than one.
+      ValueError: the model has no stack, or more than one.
     """
     found = list(found)
     counts = stacks(found, config)
@@ -195,24 +195,24 @@ def read(
     missing: policies.Missing,
     dequantize: DTypeLike | None = None,
 ) -> tuple[Stacked, list[str]]:
-    """Opens a model as a stack with the names of the template, and notes.
+    """Opens a model as a stack with the names of the template, and returns notes.
 
     Args:
-      label: what notes and errors call it.
-      place: where it is.
-      base: where the model is that an adapter or a task vector alone moves.
-      template: whose names it gets.
-      missing: what to do where a task vector has tensors that its base lacks.
+      label: the name of the model in notes and errors.
+      place: the paths of the model.
+      base: the paths of the model that an adapter or a task vector alone moves.
+      template: the model whose names are used.
+      missing: what to do if a task vector has tensors that its base lacks.
       dequantize: dtype in which packed weights are read; None refuses them.
 
     Raises:
       FileNotFoundError: the checkpoint or a part of it does not exist.
-      ValueError: a file is corrupt, or the model is no single stack of layers.
+      ValueError: a file is corrupt, or the model is not a single stack of layers.
     """
     folder = place.folder if base is None or place.folder else base.folder
     if folder is None:
         raise ValueError(
-            f"{label} is an adapter or a task vector, which needs a model: give a "
+            f"{label} is an adapter or a task vector, which needs a model. Give a "
             "base, or model+adapter."
         )
     checkpoint = inputs.open_checkpoint(folder, dequantize)
@@ -250,7 +250,7 @@ def read(
 
 
 def rerowed(stacks: Mapping[str, Stacked], rerowing: Rerowing) -> dict[str, Stacked]:
-    """The models with new rows for tokens."""
+    """Returns the models with new rows for tokens."""
     found = {name: _outside(model.tensors) for name, model in stacks.items()}
     changes = {
         name: lora.Adapter(_outside(model.deltas), _outside(model.replaced))
@@ -282,13 +282,13 @@ def _back(found: Mapping[str, Stored]) -> Found:
 def taken(
     found: Found, of: Layers, at: int, *, first: bool, last: bool
 ) -> dict[str, Stored]:
-    """The tensors of a slice, by their names in the new model.
+    """Returns the tensors of a slice, by their names in the new model.
 
     Args:
       found: tensors of a whole model.
-      of: which of its layers.
-      at: the number that the first of these layers gets.
-      first, last: whether the slice is the first one, and the last one.
+      of: the range of layers to take.
+      at: the new number of the first of these layers.
+      first, last: whether the slice is the first of all, and the last of all.
     """
     tensors = {}
     for (name, index), tensor in found.items():
@@ -302,16 +302,16 @@ def taken(
 
 
 def depths(found: Iterable[str], stack: str, at: int, count: int) -> dict[str, float]:
-    """How deep each tensor of a slice lies in it: 0 in its first layer, 1 in its last.
+    """Returns the depth of each tensor in a slice: 0 in its first layer, 1 in its last.
 
-    Outside of layers the depth is 0, and the only layer of a slice has 1, as in
+    Outside the layers the depth is 0. The only layer of a slice has the depth 1, as in
     mergekit.
 
     Args:
       found: the names.
-      stack: what stands before a layer's number.
+      stack: the part of names before a layer's number.
       at: the number of the first layer.
-      count: how many layers the slice has.
+      count: the number of layers in the slice.
     """
     result = {}
     for name in found:
@@ -322,7 +322,7 @@ def depths(found: Iterable[str], stack: str, at: int, count: int) -> dict[str, f
 
 
 def rows(tensors: Mapping[str, Stored]) -> int | None:
-    """The number of rows of the embedding; None if none is known."""
+    """Returns the number of rows of the embedding; None if it is unknown."""
     found = tying.rows(tensors)
     return None if math.isinf(found) else int(found)
 

@@ -1,7 +1,7 @@
-"""Stacks of layers: how many layers a model has, by its names and its configuration.
+"""Counts the layers of a model from its names and its configuration.
 
-The first number between dots in a name is the layer, and what stands before it the
-stack, so that an encoder and a decoder are two stacks.
+The first number between dots in a name is the layer. The part before it is the name of
+the stack, so an encoder and a decoder are two stacks.
 """
 
 import re
@@ -11,7 +11,8 @@ from typing import Any
 from jaxarith.hub.config import parts
 
 LAYER = re.compile(r"\.(\d+)\.")
-# Keys of configurations that count layers: of the language model, and of any stack.
+# Keys of configurations that count layers: first of the language model, then of any
+# stack.
 MAIN = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 _COUNT = re.compile(
     r"(num_)?(\w+_)?(hidden_)?layers?|n_layers?|depth|num_blocks|\w+_layers?"
@@ -22,12 +23,12 @@ FURTHER = re.compile(r"(^|\.)(mtp|nextn)\b")
 def stacks(
     names: Iterable[str], config: Mapping[str, Any] | None = None
 ) -> dict[str, int]:
-    """The number of layers of every stack, by what stands before their numbers.
+    """Returns the number of layers of every stack, by the name of the stack.
 
     Args:
       names: the names of all tensors.
       config: the content of `config.json`. If it counts the layers of one of the
-        stacks, numbered modules that are no such stack are left out.
+        stacks, numbered modules that do not fit its counts are left out.
     """
     counts: dict[str, int] = {}
     for found in filter(None, map(LAYER.search, names)):
@@ -46,7 +47,7 @@ def stacks(
 
 
 def layers(names: Iterable[str], config: Mapping[str, Any] | None = None) -> int:
-    """The number of layers of a model, of the language model beside an encoder."""
+    """Returns a model's number of layers; beside an encoder, the language model's."""
     counts = set(stacks(names, config).values())
     text = (config or {}).get("text_config")
     for part in (text if isinstance(text, Mapping) else {}, config or {}):
@@ -58,7 +59,7 @@ def layers(names: Iterable[str], config: Mapping[str, Any] | None = None) -> int
 
 
 def _stated(config: Mapping[str, Any]) -> tuple[set[int], int]:
-    """All numbers of layers in a configuration, and of layers for further tokens."""
+    """Returns all layer counts of a configuration, and that of extra-token layers."""
     found, further = set(), 0
     for part in parts(config).values():
         inner, more = _stated(part)

@@ -1,9 +1,9 @@
-"""Heads that are tied to embeddings, and adapters that move one of the two.
+"""Handles heads that are tied to embeddings, and adapters that move one of the two.
 
-A file may hold a tied matrix once, under the embedding's name. An adapter then names a
-head that the file lacks, or moves the embedding alone and unties the two. What comes
-out is what PEFT's `merge_and_unload` makes, saved: a matrix of `modules_to_save` is a
-new one, which unties; factors move the one matrix that both are.
+A file may hold a tied matrix once, under the embedding's name. An adapter may then name
+a head that the file lacks, or move only the embedding and untie the two. The result is
+that of PEFT's `merge_and_unload`, saved: a matrix of `modules_to_save` is a new matrix
+and unties the two; factors move the one matrix that both share.
 """
 
 import math
@@ -39,10 +39,10 @@ class Pair(NamedTuple):
 
 
 def pair(tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> Pair | None:
-    """The embedding and the head of a checkpoint if they are tied, else None.
+    """Returns the embedding and the head of a checkpoint if they are tied, else None.
 
-    They are if the configuration does not untie them, and the file lacks the head or
-    holds the same values for both.
+    They are tied if the configuration does not untie them, and the file lacks the head
+    or holds the same values for both.
 
     Args:
       tensors: the tensors by name.
@@ -61,7 +61,7 @@ def pair(tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> Pair | Non
 
 
 def stored_pair(tensors: Mapping[str, Stored]) -> Pair | None:
-    """The embedding and the head of equal shape that a file holds, tied or not."""
+    """Returns a file's embedding and head of equal shape, tied or not; else None."""
     embedding = _outermost(_EMBEDDING, tensors)
     head = _outermost(_HEAD, tensors)
     if embedding is None or head is None:
@@ -71,25 +71,25 @@ def stored_pair(tensors: Mapping[str, Stored]) -> Pair | None:
 
 
 def rows(tensors: Mapping[str, Stored]) -> float:
-    """The number of rows of the embedding; infinity if none is known."""
+    """Returns the number of rows of the embedding; infinity if it is unknown."""
     embedding = _outermost(_EMBEDDING, tensors)
     return math.inf if embedding is None else tensors[embedding].shape[0]
 
 
 def head(tensors: Mapping[str, Stored]) -> str | None:
-    """The name of the head that a file holds; None if there is none."""
+    """Returns the name of the head that a file holds; None if there is none."""
     return _outermost(_HEAD, tensors)
 
 
 def states(config: Mapping[str, Any]) -> bool | None:
-    """Whether a configuration ties head and embedding; None if it does not say."""
+    """Whether a configuration ties head and embedding; None if it does not say so."""
     text = config.get("text_config")
     inner = text.get(KEY) if isinstance(text, Mapping) else None
     return config.get(KEY, inner)
 
 
 def _outermost(pattern, names):
-    """The name that fits and stands the furthest out; None if none fits."""
+    """Returns the matching name in the outermost module; None if none matches."""
 
     def depth(name):
         return "shared" not in name, name.count("."), name
@@ -112,13 +112,13 @@ def _head_of(embedding, config):
 
 
 def apply(change: Adapter, names: Pair, ensured: bool) -> tuple[Adapter, bool]:
-    """What an adapter does to a tied pair, for both of its names.
+    """Returns an adapter's change with the same effect for both names of a tied pair.
 
     Args:
       change: the adapter, by the names of the base and of the pair.
       names: the pair.
-      ensured: whether PEFT's `ensure_weight_tying` gave both names the same factors,
-        which then count once.
+      ensured: whether PEFT's `ensure_weight_tying` gave both names the same factors.
+        They are then counted once.
 
     Returns:
       The change, and whether it unties the two.
@@ -132,7 +132,7 @@ def apply(change: Adapter, names: Pair, ensured: bool) -> tuple[Adapter, bool]:
     if deltas:
         delta = deltas[0] if ensured or len(deltas) == 1 else _sum(*deltas)
         moved |= dict.fromkeys(names, delta)
-    # Beside factors, PEFT saves the matrix that they move.
+    # PEFT saves the matrix that factors move beside the factors.
     both = dict.fromkeys(names, whole[0]) if whole else {}
     return Adapter(moved, change.replaced | both), False
 
@@ -140,15 +140,15 @@ def apply(change: Adapter, names: Pair, ensured: bool) -> tuple[Adapter, bool]:
 def spread(
     change: Adapter, names: Pair, base: Mapping[str, Stored], label: str
 ) -> Adapter:
-    """What an adapter does to a tied pair, for the same matrix under further names.
+    """Copies an adapter's change of a tied pair to further names of the matrix.
 
-    A file of an encoder-decoder may hold it once more for each of the two stacks.
+    A file of an encoder-decoder may hold the matrix again for each of the two stacks.
 
     Args:
-      change: the adapter, after `apply`, which did not untie the pair.
+      change: the adapter after `apply`, which did not untie the pair.
       names: the pair.
       base: the tensors of the base.
-      label: what errors call the adapter.
+      label: the name of the adapter in errors.
 
     Raises:
       ValueError: the adapter moves the embedding of one stack only.
@@ -162,10 +162,10 @@ def spread(
     ]
     if own := [x for x in copies if x in change.deltas or x in change.replaced]:
         raise ValueError(
-            f"{label} moves {own[0]}, which is tied to {names.embedding}: its factors "
-            "are those of one stack, and the matrix is that of both and of the head. "
-            f"Train the adapter with factors of {names.embedding}, or on a base that "
-            "is not tied."
+            f"{label} moves {own[0]}, which is tied to {names.embedding}. Its factors "
+            "belong to one stack, but both stacks and the head share the matrix. Train "
+            f"the adapter with factors of {names.embedding}, or on a base that is not "
+            "tied."
         )
     deltas, replaced = (
         found | {name: found[names.embedding] for name in copies}
@@ -181,8 +181,8 @@ def _sum(a, b):
 
 
 def with_head(tensors: Mapping[str, Stored], names: Pair) -> dict[str, Stored]:
-    """The tensors of a model that is tied, with the head under its own name."""
-    if names.embedding not in tensors:  # an adapter alone
+    """Returns the tensors of a tied model with the head under its own name."""
+    if names.embedding not in tensors:  # only an adapter
         return dict(tensors)
     return {**tensors, names.head: tensors.get(names.head, tensors[names.embedding])}
 
@@ -190,11 +190,11 @@ def with_head(tensors: Mapping[str, Stored], names: Pair) -> dict[str, Stored]:
 def differ(
     config: Mapping[str, Any], found: Mapping[str, Mapping[str, Stored]]
 ) -> list[str]:
-    """Who holds a head other than its embedding, though a configuration ties the two.
+    """Returns the models whose head differs from an embedding that it is tied to.
 
     Args:
-      config: the content of the base's `config.json`.
-      found: by label, tensors by the base's names.
+      config: the content of the base's `config.json`, which may tie the two.
+      found: the tensors of each model by the base's names; the models by label.
     """
     if not states(config):
         return []
@@ -207,11 +207,11 @@ def differ(
 
 
 def check_untied(config: Mapping[str, Any], label: str) -> None:
-    """Raises a ValueError if a model computes otherwise once it is untied."""
+    """Raises a ValueError if untying a model changes what it computes."""
     if config.get("is_encoder_decoder") or "t5" in str(config.get("model_type")):
         raise ValueError(
-            f"{label} gives the head or the embedding new values of its own. In an "
-            "encoder-decoder more than the two are tied, and an untied T5 scales its "
-            "outputs otherwise. Train the adapter with factors (target_modules) in "
-            "place of modules_to_save, or on a base that is not tied."
+            f"{label} gives the head or the embedding separate new values. In an "
+            "encoder-decoder more than these two are tied, and an untied T5 scales its "
+            "outputs in another way. Train the adapter with factors (target_modules) "
+            "in place of modules_to_save, or on a base that is not tied."
         )

@@ -1,7 +1,8 @@
-"""Packed (quantised) weights as numbers: one file for each format.
+"""Unpacks packed (quantised) weights into numbers: one file for each format.
 
-Every format has a function of its arrays, and `read`, which finds its weights among the
-tensors of a checkpoint. A weight is unpacked whenever it is read, and not kept.
+Every format has a function that unpacks its arrays, and a function `read` that finds
+its weights among the tensors of a checkpoint. A weight is unpacked each time it is
+read, and is not kept in memory.
 """
 
 from jaxarith.hub.quantised import gguf as gguf

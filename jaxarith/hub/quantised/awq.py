@@ -1,4 +1,4 @@
-"""AWQ, layout "gemm": integers of 4 bits, with a scale and a zero for groups of inputs.
+"""AWQ, layout "gemm": 4-bit integers, with a scale and a zero for each input group.
 
 `X.qweight` `[in, out / 8]`, `X.qzeros` `[groups, out / 8]`, `X.scales` `[groups, out]`.
 The fields of a word, from the lowest, are the columns 0, 2, 4, 6, 1, 3, 5, 7.
@@ -19,13 +19,13 @@ _ENDS = ("qweight", "qzeros", "scales")
 
 
 def columns(words: np.ndarray) -> np.ndarray:
-    """The fields of words `[..., n]` in the order of columns, `[..., 8 n]`."""
+    """Unpacks words `[..., n]` to fields `[..., 8 n]`, in the order of columns."""
     found = words.view(np.uint32)[..., None] >> _SHIFTS & np.uint32(15)
     return found.reshape(*words.shape[:-1], -1)
 
 
 def values(qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """The numbers `[out, in]`, in float32.
+    """Returns the numbers `[out, in]`, in float32.
 
     Args:
       qweight: words `[in, out / 8]`.
@@ -42,13 +42,13 @@ def values(qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray) -> np.nd
 def read(
     tensors: Mapping[str, Stored], settings: Mapping[str, Any], dtype: np.dtype
 ) -> Unpacked:
-    """The weights of this format; see `quantised.READERS`."""
+    """Finds the weights of this format; see `quantised.READERS`."""
     version = str(settings.get("version") or "gemm").lower()
     width = settings.get("bits", settings.get("w_bit", 4))
     if version != "gemm" or width != 4:
         raise ValueError(
-            f"AWQ in the layout {version} with {width} bits is not read, only gemm "
-            "with 4 bits. Give the model as it was before it was repacked."
+            f"AWQ in the layout {version} with {width} bits is not supported, only "
+            "gemm with 4 bits. Give the model as it was before it was repacked."
         )
     found = Unpacked({}, set())
     for name in tensors:

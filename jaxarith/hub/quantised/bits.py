@@ -1,4 +1,4 @@
-"""Numbers of a few bits, and the pieces in which large tensors are unpacked."""
+"""Unpacks numbers of a few bits, and large tensors piece by piece."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,9 +13,9 @@ _E2M1 = np.concatenate([_E2M1, -_E2M1])
 
 
 def fields(words: np.ndarray, bits: int, count: int, axis: int = -1) -> np.ndarray:
-    """Unsigned fields of streams of bits, the lowest bits of a word first.
+    """Unpacks unsigned fields from streams of bits, the lowest bits of a word first.
 
-    A field of 3 bits may lie in two words.
+    A field may lie across two words, for example one of 3 bits.
 
     Args:
       words: 32-bit words.
@@ -43,12 +43,12 @@ def fields(words: np.ndarray, bits: int, count: int, axis: int = -1) -> np.ndarr
 
 
 def looked_up(packed: np.ndarray, table: np.ndarray, *, low_first: bool) -> np.ndarray:
-    """Numbers of 4 bits, `[..., n]` bytes to `[..., 2 n]`.
+    """Looks up 4-bit numbers in a table: `[..., n]` bytes to `[..., 2 n]` numbers.
 
     Args:
-      packed: numbers of 8 bits, each with two of 4.
+      packed: bytes, each with two 4-bit numbers.
       table: the 16 numbers.
-      low_first: whether the lower half of a byte is the first of the two.
+      low_first: whether the first number is in the lower half of a byte.
     """
     low, high = table[np.arange(256) & 15], table[np.arange(256) >> 4]
     pairs = np.stack((low, high) if low_first else (high, low), axis=-1)
@@ -56,12 +56,12 @@ def looked_up(packed: np.ndarray, table: np.ndarray, *, low_first: bool) -> np.n
 
 
 def e2m1(packed: np.ndarray) -> np.ndarray:
-    """FP4 numbers, two in a byte with the first one in its lower half, as float32."""
+    """Unpacks FP4 numbers to float32: two in a byte, the first in its lower half."""
     return looked_up(packed, _E2M1, low_first=True)
 
 
 def factors(scales: np.ndarray) -> np.ndarray:
-    """Scales as float32; bytes are exponents, `2^(byte - 127)` with 255 for NaN."""
+    """Returns scales as float32. Bytes are exponents: `2^(byte - 127)`; 255 is NaN."""
     if scales.dtype == np.uint8:
         scales = scales.view(ml_dtypes.float8_e8m0fnu)
     return scales.astype(np.float32)
@@ -73,17 +73,17 @@ def rounded(
     rows: Callable[[slice], np.ndarray],
     multiple: int = 1,
 ) -> np.ndarray:
-    """A tensor that is computed in float32, a few rows at a time, and rounded.
+    """Computes a tensor in float32, a few rows at a time, and rounds it.
 
     Args:
       shape, dtype: shape and dtype of the result.
       rows: `rows(at)` computes the rows of a slice.
-      multiple: slices begin at multiples of this.
+      multiple: every slice begins at a multiple of this.
     """
     out = np.empty(shape, dtype)
     step = max(_PIECE // max(math.prod(shape[1:]), 1), 1)
     step = -(-step // multiple) * multiple
-    # What is too large for the type is reported by name when it is merged.
+    # Numbers too large for the dtype are reported with their name by the merge.
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, shape[0], step):
             at = slice(start, min(start + step, shape[0]))

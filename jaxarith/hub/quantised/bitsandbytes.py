@@ -1,7 +1,7 @@
 """bitsandbytes: 4 bits through a table (NF4, FP4), and integers of 8 bits.
 
-Beside the bytes of `X.weight` lie `X.weight.absmax`, a scale for each block, and
-`X.weight.quant_map`, the 16 numbers; the scales may be packed themselves. Of 8 bits,
+With 4 bits, `X.weight` holds bytes, `X.weight.absmax` a scale for each block, and
+`X.weight.quant_map` the 16 numbers; the scales may be packed too. With 8 bits,
 `X.weight` `[out, in]` is multiplied by `X.SCB` `[out]` / 127.
 """
 
@@ -23,7 +23,7 @@ _STATE = ".quant_state.bitsandbytes__"
 def values(
     packed: np.ndarray, table: np.ndarray, scales: np.ndarray, blocksize: int
 ) -> np.ndarray:
-    """The numbers of 4 bits, flat and in float32; the upper half of a byte is first.
+    """Unpacks 4-bit numbers to flat float32; the upper half of a byte is first.
 
     Args:
       packed: bytes.
@@ -42,28 +42,28 @@ def unnested(
     blocksize: int,
     offset: float,
 ) -> np.ndarray:
-    """Scales that are bytes themselves, in float32.
+    """Unpacks scales that are stored as bytes to float32.
 
     Args:
       scales: the bytes.
       table: the 256 numbers.
       outer: one scale for each block of scales.
       blocksize: scales in a block.
-      offset: what is added to all.
+      offset: a number that is added to all scales.
     """
     found = table[scales] * np.repeat(outer, blocksize)[: len(scales)]
     return found + np.float32(offset)
 
 
 def integers(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """The numbers of 8 bits `[out, in]`, in float32, from the scales `[out]`."""
+    """Unpacks 8-bit numbers `[out, in]` to float32 with the scales `[out]`."""
     return packed.astype(np.float32) * scales.astype(np.float32)[:, None] / 127
 
 
 def read(
     tensors: Mapping[str, Stored], settings: Mapping[str, Any], dtype: np.dtype
 ) -> Unpacked:
-    """The weights of this format; see `quantised.READERS`."""
+    """Finds the weights of this format; see `quantised.READERS`."""
     found = Unpacked({}, set())
     for name in tensors:
         weight, is_state, _ = name.partition(_STATE)
@@ -81,7 +81,7 @@ def _read_4(tensors, weight, state, dtype, found):
         ends += ["nested_absmax", "nested_quant_map"]
     parts = [weight, *(f"{weight}.{end}" for end in ends)]
     if missing := [part for part in parts if part not in tensors]:
-        raise ValueError(f"{state} is without {', '.join(missing)}.")
+        raise ValueError(f"{state} lacks {', '.join(missing)}. Save the model again.")
     given = [tensors[part] for part in parts]
     shape = tuple(about["shape"])
     if given[0].nbytes != (math.prod(shape) + 1) // 2:
@@ -106,7 +106,7 @@ def _made_4(given, about, shape, dtype):
             scales, inner, outer, about["nested_blocksize"], about["nested_offset"]
         )
     size = about["blocksize"]
-    # The numbers may lie in those of any other type.
+    # The bytes may be stored as numbers of any other dtype.
     flat, count = packed.reshape(-1).view(np.uint8), math.prod(shape)
 
     def entries(at):
@@ -121,13 +121,13 @@ def _read_8(tensors, module, dtype, found):
     name, scales = f"{module}weight", f"{module}SCB"
     form = f"{module}weight_format"
     if name not in tensors or tensors[name].dtype != np.int8:
-        raise ValueError(f"{scales} is without {name} in i8.")
+        raise ValueError(f"{scales} exists, but no {name} in i8. Save the model again.")
     if form in tensors:
         found.parts.add(form)
         if tensors[form].read().any():
             raise ValueError(
-                f"{form}: the weights are arranged for one device (only rows, 0, are "
-                "read). Save the model again with a current bitsandbytes."
+                f"{form}: the weights are arranged for one device; only rows (0) are "
+                "supported. Save the model again with a current bitsandbytes."
             )
     packed = tensors[name]
     expect(scales, tensors[scales], packed.shape[:1])

@@ -1,4 +1,4 @@
-"""Scales of blocks: how many numbers share one, and which."""
+"""Finds the blocks of numbers that share a scale."""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,13 +11,13 @@ def size(
     shape: Sequence[int],
     stated: Iterable[tuple[int, int]],
 ) -> tuple[int, int]:
-    """The rows and columns of the blocks of a matrix, or of a stack of matrices.
+    """Returns the rows and columns of the blocks of a matrix or a stack of matrices.
 
-    The numbers of scales alone do not tell: 192 rows with 2 scales are blocks of 128
-    and 64 rows, and not two of 96.
+    The number of scales is not enough: 192 rows with 2 scales are blocks of 128 and 64
+    rows, and not two blocks of 96.
 
     Args:
-      name: named in errors.
+      name: name of the weight, for errors.
       scales: shape of the scales.
       shape: shape of the weights.
       stated: the sizes that the configuration names.
@@ -51,7 +51,7 @@ def size(
 def spread(
     scales: np.ndarray, block: tuple[int, int], shape: Sequence[int]
 ) -> np.ndarray:
-    """The scale of every number; blocks at the edges may be partial.
+    """Returns the scale of every number; blocks at the edges may be partial.
 
     Args:
       scales: `[..., block rows, block columns]`, or fewer axes.

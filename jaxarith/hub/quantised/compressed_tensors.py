@@ -1,8 +1,8 @@
-"""compressed-tensors: integers, FP8 and FP4 with scales of tensors, rows or groups.
+"""compressed-tensors: integers, FP8 and FP4, with scales of tensors, rows or groups.
 
-`X.weight` or `X.weight_packed`, with `X.weight_scale`, `X.weight_zero_point`,
-`X.weight_global_scale`, `X.weight_g_idx` (the group of each input) and
-`X.weight_shape`, whichever the format has.
+A weight is `X.weight` or `X.weight_packed`. Depending on the format, it comes with
+`X.weight_scale`, `X.weight_zero_point`, `X.weight_global_scale`, `X.weight_g_idx` (the
+group of each input) and `X.weight_shape`.
 """
 
 import functools
@@ -25,13 +25,14 @@ def values(
     block: tuple[int, int],
     groups: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The weights `[out, in]`, in float32.
+    """Returns the weights `[out, in]`, in float32.
 
     Args:
       numbers: `[out, in]`.
-      scales, zeros: one for each block, as floating-point numbers and as stored.
+      scales: one for each block, as floating-point numbers.
+      zeros: one for each block, as stored; None if the format has none.
       block: rows and columns of a block.
-      groups: the group of each input where groups are no blocks; the scales are
+      groups: the group of each input, if groups are not blocks; the scales are then
         `[out, groups]`.
     """
 
@@ -47,14 +48,14 @@ def values(
 
 
 def unpacked(words: np.ndarray, width: int, count: int) -> np.ndarray:
-    """Signed integers from words; they are stored as unsigned ones."""
+    """Unpacks signed integers from words, which store them as unsigned."""
     return bits.fields(words, width, count) - 2 ** (width - 1)
 
 
 def read(
     tensors: Mapping[str, Stored], settings: Mapping[str, Any], dtype: np.dtype
 ) -> Unpacked:
-    """The weights of this format; see `quantised.READERS`."""
+    """Finds the weights of this format; see `quantised.READERS`."""
     inner = settings.get("quantization_config")
     settings = {**settings, **inner} if isinstance(inner, Mapping) else settings
     _check(settings)
@@ -84,18 +85,18 @@ def _check(settings):
     for what in (form, str(sparse or "dense")):
         if "24" in what or "bitmask" in what:
             raise ValueError(
-                f"the layout {what} of compressed-tensors is not read. Give the model "
-                "as it was before it was made sparse."
+                f"the layout {what} of compressed-tensors is not supported. Give the "
+                "model as it was before it was made sparse."
             )
     if settings.get("transform_config"):
         raise ValueError(
             "the weights are rotated (transform_config of compressed-tensors), which "
-            "is not undone here. Give the model in floating point."
+            "is not supported. Give the model in floating point."
         )
 
 
 def _leaf(name, given, schemes, dtype):
-    """The weight, not read yet; None where scales are without one."""
+    """Returns the weight, not read yet; None if scales have no weight."""
     packed = given.get("_packed", given.get(""))
     if packed is None or len(packed.shape) != 2:
         return None
@@ -130,12 +131,12 @@ def _leaf(name, given, schemes, dtype):
 
 def _columns(name, packed, given):
     if "_shape" not in given:
-        raise ValueError(f"{name}_packed is {packed}, and there is no {name}_shape.")
+        raise ValueError(f"{name}_packed is {packed}, but {name}_shape is missing.")
     return int(given["_shape"].read()[1])
 
 
 def _blocks(schemes, scales, columns):
-    """Rows and columns of the blocks of all schemes; without any, equal groups."""
+    """Returns rows and columns of all schemes' blocks; without any, equal groups."""
     found = set()
     for scheme in schemes:
         high, wide = scheme.get("block_structure") or (1, scheme.get("group_size") or 0)
@@ -147,7 +148,7 @@ def _blocks(schemes, scales, columns):
 
 
 def _width(name, packed, columns, schemes):
-    """Bits of a field: those of the scheme that the number of words fits."""
+    """Returns the bits of a field, from the scheme that fits the number of words."""
     widths = {int(one.get("num_bits") or 0) for one in schemes} - {0}
     fitting = {w for w in widths if -(-columns * w // 32) == packed.shape[1]}
     if len(fitting) != 1 or packed.dtype != np.int32:
@@ -168,7 +169,7 @@ def _made(given, shape, block, width, dtype):
     if "_global_scale" in found:
         scales = scales.astype(np.float32) / found["_global_scale"].astype(np.float32)
     if width is not None and zeros is not None and zeros.dtype == np.int32:
-        # Those of integers of a few bits are packed along the rows.
+        # The zeros of integers of a few bits are packed along the rows.
         zeros = unpacked(np.ascontiguousarray(zeros.T), width, shape[0]).T
     grid = (-(-shape[0] // high), -1)  # a row of scales for each row of blocks
     scales = scales.reshape(grid)

@@ -1,7 +1,7 @@
 """Weights of 8 bits with a scale for each block, as in DeepSeek-V3.
 
-`X.weight` is multiplied by `X.weight_scale_inv`, in spite of the name. Scales may be
-exponents (UE8M0), and experts FP4 with a scale for 32 numbers, as in DeepSeek-V4.
+`X.weight` is multiplied by `X.weight_scale_inv`, despite the name. As in DeepSeek-V4,
+scales may be exponents (UE8M0), and experts may be FP4 with a scale for 32 numbers.
 """
 
 import functools
@@ -24,7 +24,7 @@ _FP4_BLOCK = (1, 32)
 def values(
     packed: np.ndarray, scales: np.ndarray, block: tuple[int, int]
 ) -> np.ndarray:
-    """The numbers, in float32.
+    """Returns the numbers `[..., out, in]`, in float32.
 
     Args:
       packed: `[..., out, in]` in float8.
@@ -38,7 +38,7 @@ def values(
 def read(
     tensors: Mapping[str, Stored], settings: Mapping[str, Any], dtype: np.dtype
 ) -> Unpacked:
-    """The weights of this format; see `quantised.READERS`."""
+    """Finds the weights of this format; see `quantised.READERS`."""
     found = Unpacked({}, set())
     stated = settings.get("weight_block_size")
     stated = [(stated[0], stated[1])] if stated else [(128, 128)]
@@ -57,7 +57,7 @@ def read(
 
 
 def _pairs(tensors: Mapping[str, Stored]) -> Iterator[tuple[str, str]]:
-    """Names of weights, each with that of its scales."""
+    """Yields the name of each weight with the name of its scales."""
     for name, tensor in tensors.items():
         scales = [f"{name}{end}" for end in _ENDS]
         if name.endswith(".weight"):

@@ -1,8 +1,8 @@
-"""Files in GGUF, llama.cpp's format, through its own package `gguf`.
+"""Reads files in GGUF, llama.cpp's format, with its own package `gguf`.
 
-The package unpacks the blocks and has the names of tensors. llama.cpp also changes
-values: it turns the rows of Llama's queries and keys around, and adds one to the norms
-of Gemma.
+The package unpacks the blocks and knows the names of tensors. llama.cpp also changes
+values, which is undone here: it reorders the rows of Llama's queries and keys, and adds
+one to the norms of Gemma.
 """
 
 import collections
@@ -20,10 +20,10 @@ from jaxarith.hub.quantised import bits
 from jaxarith.hub.stored import Stored, short
 
 _MAGIC = b"GGUF"
-_TURNED = ("llama",)  # and Mistral, which llama.cpp calls so
+_TURNED = ("llama",)  # llama.cpp uses this name for Mistral too
 _NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3")
 ARCHITECTURES = (*_TURNED, "qwen2", "qwen3", *_NORMS_PLUS_ONE)
-# The modules of these architectures in transformers.
+# Modules of these architectures in transformers that lie outside the layers.
 _OUTSIDE = ("model.embed_tokens", "model.norm", "lm_head")
 _INSIDE = (
     *(f"self_attn.{x}" for x in ("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -32,7 +32,7 @@ _INSIDE = (
     *(f"{x}_layernorm" for x in ("input", "post_attention")),
     *(f"{x}_feedforward_layernorm" for x in ("pre", "post")),
 )
-_COMPUTED = ("rope_freqs.weight",)  # by the model, from its configuration
+_COMPUTED = ("rope_freqs.weight",)  # transformers computes it from the configuration
 
 
 class _Tensor(NamedTuple):
@@ -46,10 +46,10 @@ class _Tensor(NamedTuple):
 
 
 def find(place: Path) -> Path | None:
-    """The GGUF file that a path is, or that is all a folder has of weights.
+    """Returns a GGUF file: the path, or the one in a folder without other weights.
 
     Raises:
-      ValueError: the folder has several.
+      ValueError: the folder has several GGUF files.
     """
     if place.is_file():
         with place.open("rb") as file:
@@ -59,50 +59,52 @@ def find(place: Path) -> Path | None:
     if len(found) > 1:
         few = ", ".join(tree.first_few([file.name for file in found], most=4))
         raise ValueError(
-            f"{place} holds {len(found)} files in GGUF ({few}); name one of them. "
-            "Parts of one model become a file by `llama-gguf-split --merge`."
+            f"{place} holds {len(found)} files in GGUF ({few}). Name one of them. To "
+            "join the parts of one model, run `llama-gguf-split --merge`."
         )
     return found[0] if found else None
 
 
 def turned_back(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of queries or keys as transformers has them.
+    """Returns rows of queries or keys in the order of transformers.
 
-    llama.cpp puts the two halves of a head, which are rotated together, beside each
-    other.
+    The two halves of a head are rotated together. llama.cpp interleaves their rows.
 
     Args:
       rows: the rows of whole heads, as in the file.
-      heads: how many heads they are.
+      heads: the number of these heads.
     """
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def read(file: Path, dtype: DTypeLike) -> tuple[dict[str, Stored], tuple[str, ...]]:
-    """The tensors of a file by the names of transformers, not read yet, and notes.
+    """Finds the tensors of a file, under the names of transformers.
 
     Args:
       file: the file.
-      dtype: dtype of all of them: a file has norms in float32 whatever the model had.
+      dtype: dtype of all tensors. A file has norms in float32, whatever the model had.
+
+    Returns:
+      The tensors, not read yet, and notes that say what was done.
 
     Raises:
       ImportError: the package gguf is not installed.
-      ValueError: the file is corrupt, of an architecture that is not known here, or
-        has tensors that are not.
+      ValueError: the file is corrupt, or its architecture or one of its tensors is
+        unknown.
     """
     library, dtype = _library(file), np.dtype(dtype)
     try:
         reader = library.GGUFReader(file)
-    # The package raises whatever comes of bytes that are not its own.
+    # On other bytes, the package raises many unrelated exceptions.
     except Exception as error:
         raise ValueError(f"{file} cannot be read as GGUF: {error}.") from error
     kind = _field(reader, "general.architecture")
     if kind not in ARCHITECTURES or getattr(reader, "byte_order", "I") != "I":
         raise ValueError(
-            f"{file} is of the architecture {kind}; known here are "
-            f"{', '.join(ARCHITECTURES)}, in the byte order of this machine. "
-            "transformers may load it (gguf_file=...), and save a folder."
+            f"{file} has the architecture {kind}; supported are "
+            f"{', '.join(ARCHITECTURES)}, in the byte order of this machine. Try to "
+            "load it with transformers (gguf_file=...) and save a folder."
         )
     names = _names(library, kind, _field(reader, f"{kind}.block_count"))
     tensors, packings = {}, collections.Counter()
@@ -129,8 +131,8 @@ def _library(file):
         return importlib.import_module("gguf")
     except ImportError as error:
         raise ImportError(
-            f"{file} is in GGUF, which the package gguf reads: pip install "
-            "'jaxarith[gguf]'."
+            f"{file} is in GGUF. The package gguf, which reads it, is not installed: "
+            "pip install 'jaxarith[gguf]'."
         ) from error
 
 
@@ -141,7 +143,7 @@ def _field(reader, key):
 
 
 def _names(library, kind, blocks):
-    """Modules of transformers by those of the file."""
+    """Returns the modules of transformers by the file's names for them."""
     [arch] = [a for a, name in library.MODEL_ARCH_NAMES.items() if name == kind]
     table = library.get_tensor_name_map(arch, blocks)
     modules = [*_OUTSIDE]
@@ -150,7 +152,7 @@ def _names(library, kind, blocks):
 
 
 def _place(library, file, tensor):
-    """A tensor whose packing the package knows."""
+    """Returns the place of a tensor, if the package knows its packing."""
     shape = tuple(reversed([int(n) for n in tensor.shape]))
     entries, size = library.GGML_QUANT_SIZES[tensor.tensor_type]
     try:
@@ -163,7 +165,7 @@ def _place(library, file, tensor):
 
 
 def _heads(reader, kind, module):
-    """How many heads the rows of a module are; None where they are not turned."""
+    """Returns the number of heads in a module's rows; None if their order is kept."""
     ends = {"attn_q": "head_count", "attn_k": "head_count_kv"}
     if (end := ends.get(module.rpartition(".")[2])) is None:
         return None

@@ -1,8 +1,8 @@
 """GPTQ: integers of 2, 3, 4 or 8 bits, with scales and zeros for groups of inputs.
 
-`X.qweight` `[in · bits / 32, out]`, `X.qzeros` `[groups, out · bits / 32]`, `X.scales`
-`[groups, out]`, and in `X.g_idx` `[in]` the group of each input. The first version of
-the format stores zeros less one.
+The tensors are `X.qweight` `[in · bits / 32, out]`, `X.qzeros` `[groups, out · bits /
+32]`, `X.scales` `[groups, out]`, and `X.g_idx` `[in]`, the group of each input. The
+first version of the format stores each zero minus one.
 """
 
 import functools
@@ -20,14 +20,14 @@ _BITS = (2, 3, 4, 8)
 
 
 def zeros(qzeros: np.ndarray, width: int, count: int, *, less_one: bool) -> np.ndarray:
-    """The zeros of all groups `[groups, count]`.
+    """Unpacks the zeros of all groups, `[groups, count]`.
 
     Args:
       qzeros: words `[groups, n]`.
       width: bits of a field.
       count: the number of outputs.
-      less_one: whether the first version is read. One is added to each field alone: a
-        field that is full becomes 0 and does not carry into the next.
+      less_one: whether the file has the first version. One is then added to each field
+        separately: a full field becomes 0 and does not carry into the next.
     """
     found = bits.fields(qzeros, width, count)
     return found + 1 & 2**width - 1 if less_one else found
@@ -40,7 +40,7 @@ def values(
     groups: np.ndarray,
     width: int,
 ) -> np.ndarray:
-    """The numbers `[out, in]`, in float32.
+    """Returns the numbers `[out, in]`, in float32.
 
     Args:
       qweight: words `[n, out]`.
@@ -57,13 +57,13 @@ def values(
 def read(
     tensors: Mapping[str, Stored], settings: Mapping[str, Any], dtype: np.dtype
 ) -> Unpacked:
-    """The weights of this format; see `quantised.READERS`."""
+    """Finds the weights of this format; see `quantised.READERS`."""
     stated = settings.get("checkpoint_format") or settings.get("format")
     version = str(stated or "gptq")
     if version not in _VERSIONS or settings.get("is_marlin_format"):
         version = version if version not in _VERSIONS else "marlin"
         raise ValueError(
-            f"the layout {version} of GPTQ is not read, only "
+            f"the layout {version} of GPTQ is not supported, only "
             f"{' and '.join(_VERSIONS)}. Give the model as it was before that."
         )
     found = Unpacked({}, set())
@@ -91,7 +91,7 @@ def read(
 
 
 def _width(name, given, settings):
-    """Bits of a field; single modules may have others than the configuration says."""
+    """Returns the bits of a field, which single modules may set differently."""
     width = settings.get("bits")
     if "g_idx" in given:
         [inputs] = given["g_idx"].shape
@@ -117,8 +117,8 @@ def _made(given, width, less_one, size, shape, dtype):
         groups = np.arange(inputs) // (size if size > 0 else inputs)
     if groups.min() < 0 or groups.max() >= len(found["scales"]):
         raise ValueError(
-            f"g_idx names the groups {groups.min()} to {groups.max()}, and there are "
-            f"scales of {len(found['scales'])}."
+            f"g_idx names the groups {groups.min()} to {groups.max()}, but there are "
+            f"scales for {len(found['scales'])}."
         )
     offsets = zeros(found["qzeros"], width, out, less_one=less_one)
 

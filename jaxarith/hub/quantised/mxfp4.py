@@ -1,4 +1,4 @@
-"""The experts of gpt-oss in MXFP4: FP4 with an exponent for 32 numbers.
+"""The experts of gpt-oss in MXFP4: FP4 with an exponent for every 32 numbers.
 
 A file holds `X_blocks` `[experts, out, in / 32, 16]` and `X_scales`; the model has X
 `[experts, in, out]`, as its files in bfloat16 do.
@@ -16,7 +16,7 @@ from jaxarith.hub.stored import Stored
 
 
 def values(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """The numbers, in float32.
+    """Returns the numbers, in float32.
 
     Args:
       blocks: bytes `[..., out, in / 32, 16]` with two numbers each, the lower half
@@ -33,7 +33,7 @@ def values(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 def read(
     tensors: Mapping[str, Stored], settings: Mapping[str, Any], dtype: np.dtype
 ) -> Unpacked:
-    """The weights of this format; see `quantised.READERS`."""
+    """Finds the weights of this format; see `quantised.READERS`."""
     found = Unpacked({}, set())
     for name, blocks in tensors.items():
         weight = name.removesuffix("_blocks")
@@ -45,9 +45,9 @@ def read(
             or {blocks.dtype, scales.dtype} != {np.dtype(np.uint8)}
         ):
             raise ValueError(
-                f"{name} is {blocks} and its scales {scales}; expected u8 "
-                "[experts, out, groups, 16] and [experts, out, groups]. MXFP4 in "
-                "another arrangement is not read."
+                f"{name} is {blocks} and its scales are {scales}; expected u8 "
+                "[experts, out, groups, 16] and [experts, out, groups]. Give the model "
+                "in floating point."
             )
         experts, out, groups = scales.shape
         shape = (experts, 32 * groups, out)

@@ -1,4 +1,4 @@
-"""The weights of a packed checkpoint, unpacked when they are read."""
+"""Unpacks the weights of a packed checkpoint, each when it is read."""
 
 import contextlib
 import functools
@@ -28,8 +28,8 @@ Reader: TypeAlias = Callable[
     [Mapping[str, Stored], Mapping[str, Any], np.dtype], Unpacked
 ]
 
-# By `quant_method`: `read(tensors, settings, dtype)` finds the packed weights among the
-# tensors of a checkpoint, from its `quantization_config`.
+# One reader for each `quant_method`. `read(tensors, settings, dtype)` finds the packed
+# weights among the tensors of a checkpoint, using its `quantization_config`.
 READERS: dict[str, Reader] = {
     "fp8": fp8.read,
     "compressed-tensors": compressed_tensors.read,
@@ -38,8 +38,8 @@ READERS: dict[str, Reader] = {
     "gptq": gptq.read,
     "awq": awq.read,
 }
-# What tensors alone tell, by what `packed.found` calls it; those of GPTQ and AWQ look
-# alike.
+# The reader for each label of `packed.found`, if the configuration names no format.
+# Tensors of GPTQ and AWQ look alike, so they are not here.
 _BY_TENSORS = {
     "bitsandbytes, 4 bits": "bitsandbytes",
     "bitsandbytes, 8 bits": "bitsandbytes",
@@ -49,11 +49,11 @@ _BY_TENSORS = {
     "integers or fp8 with scales": "compressed-tensors",
     "MXFP4": "mxfp4",
 }
-# Formats of compressed-tensors where they stand in place of a method.
+# Some configurations name a format of compressed-tensors in place of a method.
 _COMPRESSED = re.compile(r"(\w+-)*quantized|dense")
 # Models of transformers whose layers are called Conv1D.
 _IN_OUT = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-# Scales of what a model computes, and of its cache: nothing of the weights.
+# Scales of activations and of the cache. They do not belong to weights.
 _OF_ACTIVATIONS = re.compile(
     r".*\.([kvq]|kv|kv_cache|prob|input|output|activation)(_activation|_global)?"
     r"_(scale|zero_point)"
@@ -66,22 +66,22 @@ def dequantised(
     config: Mapping[str, Any],
     dtype: DTypeLike = ml_dtypes.bfloat16,
 ) -> tuple[dict[str, Stored], tuple[str, ...]]:
-    """The tensors of a checkpoint with its packed weights as floating-point numbers.
+    """Returns the tensors of a checkpoint with packed weights as floating point.
 
-    They are unpacked in float32 and rounded once, each when it is read. A checkpoint
-    without packed weights is returned as it is.
+    Each weight is unpacked when it is read, computed in float32 and rounded once. A
+    checkpoint without packed weights is returned as it is.
 
     Args:
-      place: its folder, which notes and errors name.
+      place: the folder of the checkpoint, to name in notes and errors.
       tensors: the tensors by name.
       config: the content of its `config.json`.
       dtype: dtype of the weights that were packed.
 
     Returns:
-      The tensors, and notes on what was done.
+      The tensors, and notes that say what was done.
 
     Raises:
-      ValueError: the format is none that is read, or its tensors do not fit together.
+      ValueError: the format is not supported, or its tensors do not fit together.
 
     Example:
       >>> folder = hub.find("openai/gpt-oss-20b")  # doctest: +SKIP
@@ -98,13 +98,13 @@ def dequantised(
     if method is None:
         raise ValueError(
             f"{place} is quantised ({said or label}), which --dequantize does not "
-            f"read; it reads {', '.join(READERS)}, by the quantization_config in "
-            "config.json. Give the model in floating point."
+            f"read. It reads {', '.join(READERS)}, as the quantization_config in "
+            "config.json states. Give the model in floating point."
         )
     if (kind := config.get("model_type")) in _IN_OUT:
         raise ValueError(
-            f"{place} is a quantised {kind}, whose matrices lie [in, out] and are "
-            "packed the other way round. Give the model in floating point."
+            f"{place} is a quantised {kind}. Its matrices are [in, out] and are packed "
+            "transposed, which is not supported. Give the model in floating point."
         )
     dtype = np.dtype(dtype)
     with _named(str(place)):
@@ -117,8 +117,8 @@ def dequantised(
         result[name] = Stored.made(leaf.dtype, leaf.shape, make)
     if (sign := packed.found(result, {})) is not None:
         raise ValueError(
-            f"{place}: {sign[0]} is {result[sign[0]]}, which is no part of a weight in "
-            f"the format {method} as it is read here. Give the model in floating point."
+            f"{place}: {sign[0]} is {result[sign[0]]}, which is not part of a weight "
+            f"in the supported form of {method}. Give the model in floating point."
         )
     return result, tuple(_notes(place, method, dtype, found, result, dropped))
 
@@ -130,12 +130,13 @@ def _read(label, leaf):
 
 @contextlib.contextmanager
 def _named(label: str) -> Iterator[None]:
-    """Errors about files that are not as their format says, as one that names them."""
+    """Turns errors about files that break their format into one that names them."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from error
-    # Settings of other types, missing ones, and parts of other sizes.
+    # These come from settings that are missing or have wrong types, and from parts of
+    # wrong sizes.
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(
             f"{label}: quantization_config and packed tensors do not go together "
@@ -144,7 +145,12 @@ def _named(label: str) -> Iterator[None]:
 
 
 def _method(label: str, said: str) -> str | None:
-    """The name of a reader by what tensors and configuration say; None without one."""
+    """Returns the name of the reader for a checkpoint; None if there is no reader.
+
+    Args:
+      label: what `packed.found` calls the tensors.
+      said: the format that the configuration names, or an empty text.
+    """
     if said in READERS:
         return said
     if _COMPRESSED.fullmatch(said):

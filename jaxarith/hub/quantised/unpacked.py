@@ -1,4 +1,4 @@
-"""What the reader of a format finds in a checkpoint."""
+"""The weights that the reader of a format finds in a checkpoint."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -26,7 +26,7 @@ def expect(
 ) -> None:
     """Raises a ValueError unless a part of a weight has this shape and dtype.
 
-    Others might be unpacked without an error, to other numbers.
+    With another shape it might be unpacked to wrong numbers, without an error.
     """
     dtype = part.dtype if dtype is None else np.dtype(dtype)
     if part.shape != tuple(shape) or part.dtype != dtype:
