@@ -160,7 +160,6 @@ def fine_tune(
     objective_fn = objective(apply_fn, loss_fn, config, inputs, penalty_mask, mesh)
     step = make_step(objective_fn, config, mesh, optimizer)
     measured = _curvature(curvature, config, params_0, len(names), mesh)
-    one_by_one = _one_by_one(mesh)
     leaves = list(tree.flatten(state[0]))
     learning_rate = schedule(config)
     first, ended, saved, signalled = 0, False, None, lambda: None
@@ -226,7 +225,7 @@ def fine_tune(
 
         if ended:
             said(f"observe ended this run after step {first} of {config.steps}.")
-            return one_by_one(state[0])
+            return _one_by_one(state[0], mesh)
         since, pending = time.time(), None
         made = pipeline.prefetch(batches, first, workers)
         for number, batch in enumerate(made, first):
@@ -241,7 +240,7 @@ def fine_tune(
             if observe and done in observe_every:
                 line = record(*pending)  # what is not finite is not shown
                 pending = None
-                answer = observe(done, one_by_one(state[0]), line)
+                answer = observe(done, _one_by_one(state[0], mesh), line)
                 ended = processes.anywhere(_asks_to_end(answer))
             came = signalled()
             last = ended or done == config.steps
@@ -263,7 +262,7 @@ def fine_tune(
                 break
         if pending:
             record(*pending)
-    return one_by_one(state[0])
+    return _one_by_one(state[0], mesh)
 
 
 def _asks_to_end(answer):
@@ -321,14 +320,16 @@ def _keep_lines(log, steps):
     report.write_text(log, "".join(lines[:steps]))
 
 
-def _one_by_one(mesh):
-    """From trees along a task axis to a list of them."""
+def _one_by_one(taus, mesh):
+    """Makes a list of trees from one tree with a leading task axis."""
+    rows = jax.tree.map(lambda leaf: _rows(leaf, mesh), taus)
+    return jax.tree.transpose(jax.tree.structure(taus), None, rows)
 
-    @jax.jit
-    def unstack(taus):
-        return [sharding.pin(tau, mesh) for tau in tree.unstack(taus)]
 
-    return unstack
+# By leaf: leaves of one shape, and all later runs, share what is compiled.
+@functools.partial(jax.jit, static_argnums=1)
+def _rows(leaf, mesh):
+    return [sharding.pin(row, mesh) for row in leaf]
 
 
 def _title(config):

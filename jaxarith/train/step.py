@@ -1,11 +1,11 @@
-r"""One optimizer step of several tasks, and the state that it changes.
+r"""One optimizer step of several tasks, and its state.
 
 The state of a task is its task vector, not the parameters: nothing is lost to rounding
 in :math:`\theta_0 + \tau`. Weight decay pulls :math:`\theta_0 + \tau`, not
 :math:`\tau`, towards zero, as AdamW on the parameters does.
 
-Tasks train side by side along a leading task axis, with one compilation. On a mesh the
-devices share every batch, hold parts of the state, or train different tasks.
+Tasks train side by side along a leading task axis, in one compiled program. On a mesh
+the devices share every batch, hold parts of the state, or train different tasks.
 """
 
 import functools
@@ -35,12 +35,13 @@ def objective(
     penalty_mask: str | None = None,
     mesh: Mesh | None = None,
 ) -> Objective:
-    """What training minimises, `(tau, params_0, batch, constants) -> (total, metrics)`.
+    """Makes the function to minimise.
 
-    `batch` holds the fields named by `inputs`, what `loss_fn` reads and, with a
-    penalty, `"penalty"`: a dict of the same input fields for samples of other tasks,
-    and of `penalty_mask`, which `fine_tune` explains. The devices of `mesh`, by default
-    one, share the samples; `tau` and `params_0` are `sharding.whole`.
+    The result is a function `(tau, params_0, batch, constants) -> (total, metrics)`.
+    `batch` holds the fields named by `inputs` and the fields that `loss_fn` reads. With
+    a penalty it also holds `"penalty"`: a dict of the same input fields, and of
+    `penalty_mask`, for samples of other tasks; see `fine_tune`. The devices of `mesh`,
+    by default one, share the samples; `tau` and `params_0` are `sharding.whole`.
     """
     mesh = mesh or sharding.one_device()
     if config.distill:
@@ -106,20 +107,20 @@ def make_step(
     """One optimizer step of all tasks, jitted.
 
     Args:
-      objective_fn: what `objective` gives for the same mesh.
+      objective_fn: the result of `objective` for the same mesh.
       config: the recipe.
       mesh: the devices, see `sharding`; by default one.
       optimizer: as for `fine_tune`.
 
     Returns:
       `step(state, params_0, batch, constants, shared, own) -> (state, metrics)`.
-      `state` is `(taus, opt_state)`; it, `batch` and `constants` have a leading task
-      axis, and so have the metrics: what the objective reports, `[T]`, and
-      `"gradient_norms"`, `[T, L]`, of the L trained leaves in the order of
-      `tree.flatten`. The state that is passed in is given up: its buffers are reused.
-      `shared` is the curvature that all tasks are penalised by, `own` that of each
-      task, with a task axis; by default there is none. Its penalty is computed once,
-      not with every micro-batch.
+      `state` is `(taus, opt_state)`. It, `batch` and `constants` have a leading task
+      axis. So have the metrics: those of the objective, `[T]`, and
+      `"gradient_norms"`, `[T, L]`, for the L trained leaves in the order of
+      `tree.flatten`. The step reuses the buffers of the state that it is passed, which
+      is then invalid. `shared` is a curvature for the penalty of all tasks, `own` has
+      one for each task, with a task axis; by default there is none. Its penalty is
+      computed once, not for every micro-batch.
     """
     mesh = mesh or sharding.one_device()
     update = _transform(optimizer, config).update
@@ -160,8 +161,10 @@ def make_step(
         measured = own if shared is None else shared
         if measured is not None:
             grads, metrics = penalised(tau, grads, metrics, measured)
-        norms = [optax.tree.norm(leaf) for leaf in jax.tree.leaves(grads)]
-        metrics["gradient_norms"] = jnp.stack(norms)
+        squared = [
+            optax.tree.norm(leaf, squared=True) for leaf in jax.tree.leaves(grads)
+        ]
+        metrics["gradient_norms"] = jnp.sqrt(jnp.stack(squared))
         start = tree.restrict(_models(params_0, config), tree.flatten(tau))
         params = jax.tree.map(jnp.add, start, tau)
         updates, opt_state = update(grads, opt_state, params)
@@ -175,13 +178,13 @@ def make_step(
                 batch_size=config.tasks_at_once,
             )
 
-        # The state is what the loop carries, and is updated where it is: a `map` would
-        # hold the states of all tasks twice.
+        # The loop carries the state and updates it in place: a `map` would hold the
+        # states of all tasks twice.
         def one(state, task):
             number, *rest = task
-            old = jax.tree.map(lambda leaf: leaf[number], state)
+            old = jax.tree.map(lambda leaf: _row(leaf, number), state)
             new, metrics = _at_once(task_step, params_0, shared, old, *rest)
-            state = jax.tree.map(lambda x, row: x.at[number].set(row), state, new)
+            state = jax.tree.map(lambda x, row: _with_row(x, row, number), state, new)
             return state, metrics
 
         tasks = len(jax.tree.leaves(state)[0])
@@ -200,7 +203,7 @@ def make_step(
                 check_vma=False,
             )
         state, metrics = all_tasks(state, params_0, batch, constants, shared, own)
-        # Not pinned, the state might come out elsewhere, and every step be compiled.
+        # Without this the state may change its place, and the next step be compiled.
         return sharding.pin(state, mesh, tasks=True), sharding.constrain(
             metrics, mesh, P()
         )
@@ -208,12 +211,23 @@ def make_step(
     return step
 
 
-def _at_once(function, *args):
-    """The function's results, none of which is there before all of them are.
+# `x[i]` and `x.at[i].set(row)` would ask of every leaf whether i is negative, and the
+# second is a scatter: both are compiled for every leaf of the state.
+_row = functools.partial(
+    jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False
+)
+_with_row = functools.partial(
+    jax.lax.dynamic_update_index_in_dim, axis=0, allow_negative_indices=False
+)
 
-    XLA then knows that what they are made of has been read, and may write over it. On a
-    CPU it drops barriers early, but not a conditional whose outcome it cannot know.
+
+def _at_once(function, *args):
+    """Calls the function so that no result is ready before all results are.
+
+    XLA then knows that all arguments have been read, and may write over them. On a CPU
+    it drops barriers early, but not a conditional whose outcome it cannot know.
     """
+    function = jax.jit(function)  # traced once, for its shapes and for the branch
     first = jnp.ravel(jax.tree.leaves(args[2])[0])[0]
     is_number = jax.lax.platform_dependent(
         first, cpu=lambda x: x == x, default=lambda x: jnp.array(True)
@@ -224,7 +238,7 @@ def _at_once(function, *args):
         is_real = jnp.issubdtype(x.dtype, jnp.inexact)
         return jnp.full(x.shape, jnp.nan if is_real else 0, x.dtype)
 
-    def unreached(*_):  # but for a state that is no number already
+    def unreached(*_):  # except for a state that is NaN already
         return jax.tree.map(broken, shapes)
 
     return jax.lax.optimization_barrier(
@@ -254,7 +268,7 @@ def _given_or_papers(given, config):
 
 
 def _micro_batches(batch, count, mesh):
-    """`[B, ...]` to `[count, B / count, ...]`, of every device its own samples."""
+    """Cuts `[B, ...]` into `[count, B / count, ...]`; devices keep their samples."""
     shards = sharding.batch_shards(mesh)
 
     def cut(leaf):
@@ -274,7 +288,7 @@ def init_state(
 ) -> tuple[Any, Any]:
     """Task vectors, by default zero, and fresh optimizer states, by task.
 
-    The optimizer's state is that of the parameters, as its updates are.
+    The optimizer's state is initialised with the parameters θ0 + τ.
 
     Args:
       params_0: the pre-trained parameters.
@@ -285,7 +299,8 @@ def init_state(
       optimizer: as for `fine_tune`.
 
     Raises:
-      ValueError: `start` is not one task vector for each task, of the trained leaves.
+      ValueError: `start` does not have one task vector for each task, with the trained
+        leaves.
     """
     mesh = mesh or sharding.one_device()
     trained = _models(tree.select(tree.floating(params_0), config.trained), config)
