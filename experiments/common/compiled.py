@@ -1,4 +1,4 @@
-"""Programs that XLA has compiled are kept for the next run of a script.
+"""Keeps the programs that XLA has compiled for the next run of a script.
 
 They are in the user's cache, under a folder for each kind of processor and version of
 JAX: a program for one processor may hold instructions that another lacks. JAX's own
@@ -14,13 +14,13 @@ from pathlib import Path
 
 import jax
 
-LARGEST = 2 * 2**30  # bytes; what was not used for the longest time goes first
+LARGEST = 2 * 2**30  # bytes; the programs that were not used for longest go first
 
 
 def keep() -> Path | None:
-    """Keeps what takes a second or more to compile; returns the folder.
+    """Keeps programs that take a second or more to compile; returns the folder.
 
-    It is None where the user has chosen one, or none can be made.
+    Returns None if the user has chosen a folder, or if none can be made.
     """
     # JAX defines its options at run time.
     chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]

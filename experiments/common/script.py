@@ -1,4 +1,4 @@
-"""How a script starts and how it fails.
+"""Starts a script, and reports its errors.
 
 A script is a module with a docstring, a frozen dataclass `Config` of its options, and a
 function `main(config)`:
@@ -38,18 +38,18 @@ _TRACEBACK = "--traceback"
 _FLAGS = f"""
 On a mistake in the options or the data a script prints one line and exits with status
 2; {_TRACEBACK} shows where in the program the mistake was found."""
-# What a user's options, files and machine can cause. Anything else is a fault of the
+# A user's options, files and machine can cause these. Any other error is a fault of the
 # program and shows its traceback.
 _MISTAKES = (ValueError, OSError, ImportError)
-# Of many kinds: `datasets` says in several that a set is not to be had.
+# `datasets` raises errors of several kinds for a data set that is not available.
 OF_DATASETS = (*_MISTAKES, RuntimeError)
 
 
 def full_precision(main: Callable[P, R]) -> Callable[P, R]:
-    """The function with float32 matrix products on accelerators too.
+    """Makes a function use float32 matrix products on accelerators too.
 
     A task vector is a small difference of large numbers. The default products of TPUs
-    and recent GPUs keep 8 to 11 bits, which would drown it.
+    and recent GPUs keep 8 to 11 bits, and lose it.
     """
 
     @functools.wraps(main)
@@ -61,11 +61,11 @@ def full_precision(main: Callable[P, R]) -> Callable[P, R]:
 
 
 def needs(extra: str, *modules: str) -> None:
-    """Raises an ImportError with the command that installs what is missing.
+    """Raises an ImportError with the command that installs the missing packages.
 
     Args:
       extra: the extra of this project that has the packages.
-      modules: names that are imported.
+      modules: names of the modules that are needed.
 
     Example:
       >>> needs("demo", "json", "no_such_module")
@@ -87,17 +87,17 @@ def collected(
     named: bool = False,
     desc: str = "tasks",
 ) -> list[R]:
-    """`read` of every item; what is wrong with any of them is one error.
+    """Reads every item; all errors come together in one.
 
     Args:
       items: the tasks of a script.
-      read: function of one.
-      errors: what it raises where an item is wrong.
-      named: say of which item an error is.
+      read: function of one item.
+      errors: the errors that it raises for a wrong item.
+      named: name the item in front of its error.
       desc: label of the progress bar.
 
     Raises:
-      ValueError: at least one was wrong; the message has all errors.
+      ValueError: at least one item is wrong; the message has all errors.
     """
     found, problems = [], []
     # Not in logs, where a mistake is one line.
@@ -106,7 +106,7 @@ def collected(
             found.append(read(item))
         except errors as error:
             problems.append(f"{item}: {error}" if named else str(error))
-    if problems:  # all at once: one may take hours to mend
+    if problems:  # all at once: repairing one may take hours
         raise ValueError("\n\n".join(problems))
     return found
 
@@ -116,8 +116,8 @@ def run(config_type: Callable[..., C], main: Callable[[C], Any]) -> None:
 
     Args:
       config_type: dataclass of the options; its fields' docstrings are their help.
-      main: the script, a function of the options. The docstring of its module is what
-        `--help` prints above the options.
+      main: the script, a function of the options. `--help` prints the docstring of its
+        module above the options.
 
     Raises:
       SystemExit: status 2 after a mistake in options or data, which is printed in one

@@ -1,17 +1,17 @@
-r"""How far the loss of an edited model can be from that of a fine-tuned one.
+r"""Bounds on the loss of an edited model, compared with that of a fine-tuned one.
 
 Zeng, He, You, Hao, Tsai, Yamada, Zhao. Efficient Model Editing with Task Vector Bases:
 A Theoretical Framework and Scalable Approach. arXiv:2502.01015, section 4.
 
-The theorems suppose that every fine-tuned model :math:`\theta_i = \theta_0 + \tau_i` is
+The theorems assume that every fine-tuned model :math:`\theta_i = \theta_0 + \tau_i` is
 a stationary point of the loss :math:`\mathcal L_i` of its task, and that
 
 .. math:: \mathcal L_i(\theta) - \mathcal L_i(\theta_i)
           \le \frac{L_i}{2}\|\theta - \theta_i\|^2
 
-in magnitude, where it matters: on the way from :math:`\theta_i` to the models that are
-compared with it. The paper takes L at :math:`\theta_i` (see `smoothness`), which is
-enough for quadratic losses. For any other, L must be the largest on that way::
+in magnitude, on the line from :math:`\theta_i` to every model that is compared with it.
+The paper takes L at :math:`\theta_i` (see `smoothness`), which is enough for quadratic
+losses. For any other loss, L must be the largest value on that line::
 
     move = task_vectors.difference(edited, params)
     max(
@@ -21,7 +21,7 @@ enough for quadratic losses. For any other, L must be the largest on that way::
         for c in np.linspace(0, 1, 5)
     )
 
-The losses themselves are those of `landscape.losses`.
+`landscape.losses` gives the losses themselves.
 """
 
 from collections.abc import Sequence
@@ -36,12 +36,12 @@ from jaxarith.typing import Array, Taus, Tree
 
 
 class Constants(NamedTuple):
-    r"""What the bounds of addition and negation need to know of the task vectors.
+    r"""The constants of task vectors in the bounds of addition and negation.
 
     Attributes:
       c: :math:`C = \max_i \|\tau_i\|^2` (assumption 4.1).
       epsilon: :math:`\epsilon = \max_{i \ne j} |\cos(\tau_i, \tau_j)|` (assumption
-        4.4); 0 of one vector.
+        4.4); 0 for a single vector.
     """
 
     c: float
@@ -49,7 +49,7 @@ class Constants(NamedTuple):
 
 
 def constants(taus: Taus) -> Constants:
-    """C and ε of task vectors, the smallest that the assumptions allow.
+    """The smallest C and ε that the assumptions allow for task vectors.
 
     Args:
       taus: T task vectors.
@@ -73,13 +73,13 @@ def _constants(gram):
 
 
 class Closest(NamedTuple):
-    r"""What the bound of generalization needs to know of the task vectors.
+    r"""The constants of task vectors in the bound of generalization.
 
     Attributes:
       nearest: i, the vector with the largest inner product with the target.
-      c: C, the largest squared norm, the target among the vectors.
-      beta: :math:`\beta = \langle\tau_\text{tar}, \tau_i\rangle / C` (assumption 4.5,
-        which wants it positive).
+      c: C, the largest squared norm among the vectors and the target.
+      beta: :math:`\beta = \langle\tau_\text{tar}, \tau_i\rangle / C` (assumption 4.5
+        requires it to be positive).
     """
 
     nearest: int
@@ -110,18 +110,18 @@ def closest(target: Tree, taus: Taus) -> Closest:
 
 
 def addition(smoothness: float, c: float, epsilon: float) -> float:
-    r"""The most that a merged model loses of task i: the theorem of addition.
+    r"""The largest increase of task i's loss in a merged model: the addition theorem.
 
     .. math:: \mathcal L_i\bigl(\theta_0 + \sum_j \alpha_j\tau_j\bigr)
               - \mathcal L_i(\theta_i) \le L_i C (1 + \epsilon), \qquad
               \alpha_j \ge 0,\ \sum_j \alpha_j = 1
 
-    It is attained: by one other vector of the same norm at a cosine of -ε, where the
-    loss is as steep as L allows. Coefficients that sum to more are not covered.
-    Section 6.2 takes L = 1, C = 4 and ε = 0.2 for reasonable, as in the example.
+    One other vector of the same norm at a cosine of -ε attains the bound, if the loss
+    is as steep as L allows. Coefficients that sum to more than 1 are not covered.
+    Section 6.2 calls L = 1, C = 4 and ε = 0.2 reasonable; the example has these values.
 
     Args:
-      smoothness: :math:`L_i`, or that of every task.
+      smoothness: :math:`L_i`, or the largest of all tasks.
       c, epsilon: from `constants`.
 
     Example:
@@ -132,17 +132,17 @@ def addition(smoothness: float, c: float, epsilon: float) -> float:
 
 
 def negation(smoothness: float, c: float, epsilon: float) -> float:
-    r"""The most that task j loses when task i is forgotten: the theorem of negation.
+    r"""The largest increase of task j's loss when task i is negated.
 
     .. math:: \mathcal L_j(\theta_0 - \alpha_i\tau_i) - \mathcal L_j(\theta_0)
               \le L_j C \bigl(\tfrac32 + \epsilon\bigr), \qquad 0 \le \alpha_i \le 1
 
-    It is not attained by quadratic losses, of which :math:`L_j C \sqrt{5 + 4\epsilon} /
-    2` is the most. Where :math:`\theta_j` minimises its loss, the proof gives the bound
-    of `addition`.
+    This is the theorem of negation. Quadratic losses do not attain the bound: they
+    increase by at most :math:`L_j C \sqrt{5 + 4\epsilon} / 2`. If :math:`\theta_j`
+    minimises its loss, the proof gives the bound of `addition`.
 
     Args:
-      smoothness: :math:`L_j`, or that of every task.
+      smoothness: :math:`L_j`, or the largest of all tasks.
       c, epsilon: from `constants`.
 
     Example:
@@ -153,12 +153,13 @@ def negation(smoothness: float, c: float, epsilon: float) -> float:
 
 
 def generalization(smoothness: float, c: float, beta: float) -> float:
-    r"""The most that a task loses by the vector of another: the theorem of OOD tasks.
+    r"""The largest increase of a task's loss with another task's vector.
 
     .. math:: \mathcal L_\text{tar}(\theta_0 + \tau_i)
               - \mathcal L_\text{tar}(\theta_\text{tar}) \le L_\text{tar} C (1 - \beta)
 
-    for the vector i of `closest`. It is attained by vectors of one norm.
+    for the vector i of `closest`: the theorem of OOD tasks. Vectors of equal norms
+    attain the bound.
 
     Args:
       smoothness: :math:`L_\text{tar}`.
@@ -172,7 +173,7 @@ def generalization(smoothness: float, c: float, beta: float) -> float:
 
 
 class OfClusters(NamedTuple):
-    r"""What the theorems say of clusters, whose means are the basis vectors.
+    r"""Bounds for clusters of task vectors; the clusters' means are the basis vectors.
 
     Attributes:
       addition: :math:`C(1 + \epsilon)`, with C and ε of the basis vectors.
@@ -187,10 +188,10 @@ class OfClusters(NamedTuple):
 def of_clusters(gram: Array, clusters: Sequence[Sequence[int]]) -> OfClusters:
     """The bounds of a partition into clusters, for a smoothness L of 1.
 
-    Neither chooses the number of clusters K. That of addition is least for K = 1:
-    the mean of all is not longer than the longest mean of a cluster, and ε is 0. That
-    of generalization is least for K = T: a task vector's inner product with a mean is
-    not larger than the largest one with a member.
+    Neither bound chooses the number of clusters K. The bound of addition is smallest
+    for K = 1: the mean of all vectors is not longer than the longest mean of a cluster,
+    and ε is 0. The bound of generalization is smallest for K = T: a task vector's inner
+    product with a cluster's mean is not larger than that with one of its members.
 
     Args:
       gram: inner products of the task vectors, `[T, T]`.
@@ -217,17 +218,17 @@ def of_clusters(gram: Array, clusters: Sequence[Sequence[int]]) -> OfClusters:
 
 
 def fewest_clusters(gram: Array, tolerance: float, *, seed: int = 0) -> list[list[int]]:
-    """The fewest clusters that serve every task nearly as well as its own vector does.
+    """The fewest clusters that serve every task nearly as well as its own vector.
 
-    These are clusters of `merge.bases.cluster`, the first for K = 1, 2, … whose bound
-    of generalization exceeds that of T clusters by at most `tolerance` times C. It is
-    another choice than that of `merge.bases.eigengap`, and needs a tolerance, for the
-    bound itself is least for T clusters: see `of_clusters`. With a pair of equal norms
-    and cosine c in one cluster, the bound is C (1 - c) / 2.
+    It tries `merge.bases.cluster` with K = 1, 2, … and returns the first clusters whose
+    bound of generalization exceeds that of T clusters by at most `tolerance` times C.
+    This choice differs from `merge.bases.eigengap`. It needs a tolerance, because the
+    bound itself is smallest for T clusters: see `of_clusters`. For two vectors of equal
+    norms and cosine c in one cluster, the bound is C (1 - c) / 2.
 
     Args:
       gram: inner products of the task vectors, `[T, T]`.
-      tolerance: 0 or more. The paper has no such choice, and states no value.
+      tolerance: 0 or more. The paper makes no such choice and gives no value.
       seed: seed of the clustering.
 
     Raises:

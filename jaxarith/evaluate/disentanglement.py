@@ -20,10 +20,10 @@ def disentanglement_error(
               f(x; \theta_0 + \alpha_1\tau_1 + \alpha_2\tau_2)]
 
     Args:
-      outputs_at: for each of the two datasets, the outputs at `(α_1, α_2)`, from
-        `forward` or, at no cost, from `tangent`.
-      predict: for each dataset, outputs `[N, ...]` to predicted labels `[N]`.
-      coefs: the values that α_1 and α_2 run through, `[n]`.
+      outputs_at: for each of the two datasets, a function from `(α_1, α_2)` to outputs,
+        made by `forward` or `tangent`. With `tangent` a call does not run the network.
+      predict: for each dataset, a function from outputs `[N, ...]` to labels `[N]`.
+      coefs: the values of α_1 and of α_2, `[n]`.
 
     Returns:
       `f64[n, n]` in [0, 2]: row i is α_1 = coefs[i], column j is α_2 = coefs[j].

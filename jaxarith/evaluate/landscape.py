@@ -1,8 +1,9 @@
-r"""Losses of edited models: at coefficients of task vectors, or on the plane of two.
+r"""Losses of edited models at many coefficients of task vectors.
 
-Such planes through the pre-trained model are where weight disentanglement is looked at
-(Ortiz-Jimenez et al. 2023, `evaluate.disentanglement_error`). A loss shows the basins
-of the tasks and where they meet; gaps between losses are what `bounds` bounds.
+On the plane of two task vectors through the pre-trained model, Ortiz-Jimenez et al.
+(2023) measure weight disentanglement (`evaluate.disentanglement_error`). The losses on
+that plane show the basins of the tasks and where they meet. `bounds` bounds the gaps
+between losses.
 """
 
 import dataclasses
@@ -35,8 +36,9 @@ def losses(
 ) -> np.ndarray:
     r"""The mean loss at :math:`\theta_0 + \sum_t \lambda_t\tau_t` at many λ.
 
-    All share one pass over the data. A network runs once per batch for each of them
-    (`evaluate.sweep`), the linearised model 1 + 2T times in all (`evaluate.tangent`).
+    All coefficients share one pass over the data. A network runs once per batch for
+    each of them (`evaluate.sweep`). The linearised model costs 1 + 2T runs per batch in
+    all (`evaluate.tangent`).
 
     Args:
       apply_fn: `apply_fn(params, *inputs) -> outputs[B, ...]`.
@@ -47,19 +49,20 @@ def losses(
       batches: dicts of arrays `[B, ...]` with a `mask`, `bool[B]`, as
         `data.pipeline.evaluation_batches` makes them; they are read once, so they may
         be a stream.
-      coefs: `[..., T]`, in any number of dimensions.
+      coefs: coefficients `[..., T]`, with any number of leading axes.
       linearized: whether the vectors belong to the tangent-space model.
       inputs: the fields of a batch that are passed to `apply_fn`, in order.
       targets: the fields that are passed to `loss_fn`, in order.
-      mesh: the devices: of a network, by default all, each at other coefficients; of
-        the linearised model, those that the parameters are on, which share a batch.
+      mesh: the devices. For a network the default is all devices; each computes other
+        coefficients. For the linearised model it is the devices that hold the
+        parameters; they share every batch.
 
     Returns:
-      `f64[...]`; far away a loss may be infinite or NaN.
+      `f64[...]`. Far from the model a loss may be infinite or NaN.
 
     Raises:
-      ValueError: no sample, losses that are not `[B]`, or coefficients that are not one
-        for each task vector.
+      ValueError: there is no sample, losses are not `[B]`, or the numbers of
+        coefficients and of task vectors differ.
 
     Example:
       >>> f = lambda params, x: x @ params["w"]

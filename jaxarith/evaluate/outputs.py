@@ -1,10 +1,11 @@
-"""Outputs of edited models, and what is read off them.
+"""Outputs of edited models on a dataset, as functions of coefficients.
 
-Everything that varies coefficients (a search, a ξ grid, a curve) needs one thing: the
-outputs on a dataset as a function of the coefficients of some task vectors. There are
-two ways to get it. `forward` runs the network once per set of coefficients. `tangent`
-runs it once in all: a linearised model is affine in the coefficients, so f(x; θ0) and
-J(x; θ0)τ_t are cached and every later set of coefficients costs a weighted sum.
+A search, a ξ grid and a curve all need the outputs on a dataset as a function of the
+coefficients of some task vectors. There are two ways to get it. `forward` runs the
+network once for every set of coefficients; `sweeps` does so for many sets in one pass
+over the data. `tangent` runs the network once in all: a linearised model is affine in
+the coefficients, so f(x; θ0) and J(x; θ0)τ_t are cached, and every later set of
+coefficients costs a weighted sum.
 """
 
 import functools
@@ -41,8 +42,8 @@ def outputs(
       apply_fn: `apply_fn(params, *inputs) -> [B, ...]`.
       params: its parameters.
       batches: dicts of arrays `[B, ...]` with a `mask`, `bool[B]`, as
-        `data.pipeline.evaluation_batches` makes them; without a mask, all samples
-        count. They are read once, in order, so they may be a stream.
+        `data.pipeline.evaluation_batches` makes them. Without a mask all samples count.
+        They are read once, in order, so they may be a stream.
       inputs: the fields of a batch that are passed to `apply_fn`, in order.
       mesh: the devices that share every batch, see `sharding`; by default those that
         the parameters are on.
@@ -51,8 +52,8 @@ def outputs(
       `[N, ...]`, N being the number of True entries of all masks.
 
     Raises:
-      ValueError: there is no batch, a batch is no dict or lacks a field, or the model
-        gives no single array.
+      ValueError: there is no batch, a batch is not a dict or lacks a field, or the
+        model does not return one array.
     """
     mesh = sharding.for_tasks(mesh or sharding.mesh_of(params), 1)
     params = sharding.shard(params, mesh)  # once, not with every batch
@@ -123,7 +124,7 @@ def forward(
     *,
     mesh: Mesh | None = None,
 ) -> OutputsAt:
-    r"""Outputs of :math:`f(x; \theta_0 + \sum_t \lambda_t\tau_t)`; a pass per call."""
+    r"""Outputs of :math:`f(x; \theta_0 + \sum_t \lambda_t\tau_t)`, a pass per call."""
     mesh = sharding.for_tasks(mesh or sharding.mesh_of((params_0, tuple(taus))), 1)
     params_0, taus = sharding.shard((params_0, tuple(taus)), mesh)
 
@@ -137,8 +138,8 @@ def forward(
 class TangentOutputs(NamedTuple):
     r"""Outputs of :math:`f(x;\theta_0) + \sum_t \lambda_t J(x;\theta_0)\tau_t`.
 
-    Called with coefficients `[T]` it gives the outputs `[N, ...]`, without the network,
-    in float32 or better.
+    A call with coefficients `[T]` returns the outputs `[N, ...]`, in float32 or better,
+    without running the network.
 
     Attributes:
       f0: the pre-trained model's outputs, `[N, ...]`.
@@ -173,10 +174,10 @@ def tangent(
 ) -> TangentOutputs:
     """Outputs of the linearised model as a function of the coefficients.
 
-    One linearisation per batch serves all task vectors; the T + 1 outputs of every
-    sample are kept in host memory and calls only sum them. Making them costs 1 + 2T
-    forward passes of the network. Where all vectors share one coefficient, their sum
-    (`task_vectors.add`) is all that is asked for, at 3 forward passes.
+    One linearisation per batch serves all task vectors. The T + 1 outputs of every
+    sample are kept in host memory, and calls only sum them. Computing them costs as
+    much as 1 + 2T forward passes. If all vectors share one coefficient, pass their sum
+    (`task_vectors.add`) as the only vector: that costs 3 forward passes.
     """
     mesh = sharding.for_tasks(mesh or sharding.mesh_of((params_0, tuple(taus))), 1)
     params_0, taus = sharding.shard((params_0, tuple(taus)), mesh)

@@ -3,11 +3,11 @@ r"""The perplexity of a causal language model on a stream of tokens.
 .. math:: \exp\Bigl(-\frac{1}{|S|}\sum_{t \in S} \log p(x_t \mid x_{c(t)}, …,
           x_{t-1})\Bigr)
 
-S is the set of tokens that are scored, and c(t) the first token of the window in which
-t is. No token is scored twice. Context makes text more predictable, so figures compare
-only for one window and one stride: on WikiText-103 the smallest GPT-2 is published with
-25.2 by a stride of half the window (Ilharco et al. 2023) and with 29.4 in blocks
-(Yoshida et al. 2025).
+S is the set of tokens that are scored, and c(t) is the first token of the window that
+contains t. No token is scored twice. Context makes text more predictable, so only
+figures for the same window and stride are comparable: for the smallest GPT-2 on
+WikiText-103 the published perplexity is 25.2 with a stride of half the window (Ilharco
+et al. 2023) and 29.4 in blocks (τJp paper, Yoshida et al. 2025).
 """
 
 import functools
@@ -28,33 +28,33 @@ def strided(
     stride: int = 512,
     batch_size: int = 4,
 ) -> float:
-    """The perplexity in windows that overlap, each scoring what is new in it.
+    """The perplexity in overlapping windows; each scores the tokens that are new in it.
 
-    Windows begin at 0, `stride`, 2 · `stride`, … and are `window` tokens long; the one
-    that reaches the end of the stream is the last, and may be shorter. Each scores the
-    tokens after the end of the one before, with at least `window` - `stride` tokens of
-    context. So all tokens are scored but the first of the stream, which nothing
-    predicts; where `stride` is `window`, that is so of the first of every window.
+    Windows begin at 0, `stride`, 2 · `stride`, … and are `window` tokens long. The last
+    one reaches the end of the stream and may be shorter. Each window scores the tokens
+    after the end of the previous one, with at least `window` - `stride` tokens of
+    context. So every token is scored except the first of the stream, which nothing
+    predicts. If `stride` equals `window`, no first token of a window is scored.
 
     The method is that of transformers' guide "Perplexity of fixed-length models".
 
     Args:
-      apply_fn: `apply_fn(params, input_ids[B, S], attention_mask[B, S])`, which gives
-        logits `[B, S, V]`, at a token those of the next one; `gpt2.language_model`,
-        or its linearisation.
+      apply_fn: `apply_fn(params, input_ids[B, S], attention_mask[B, S])`, which returns
+        logits `[B, S, V]` of the next token, such as `gpt2.language_model` or its
+        linearisation.
       params: its parameters.
-      tokens: the stream, i32[N].
-      window: no more than the positions of the model.
-      stride: from 1 to `window`.
-      batch_size: how many windows at a time; their logits are `batch_size` · `window` ·
-        V numbers.
+      tokens: the stream, `i32[N]`.
+      window: tokens in a window, at most the number of the model's positions.
+      stride: tokens from one window to the next, from 1 to `window`.
+      batch_size: windows that run at a time; their logits are `batch_size` · `window`
+        · V numbers.
 
     Returns:
-      A number from 1 on; V for a model that knows nothing.
+      A number of at least 1; a model with uniform predictions has V.
 
     Raises:
-      ValueError: fewer than two tokens, one that the model does not have, logits that
-        are NaN, or settings out of range.
+      ValueError: there are fewer than two tokens, the model lacks a token, logits are
+        NaN, or a setting is out of range.
 
     Example:
       >>> def uniform(params, input_ids, attention_mask):
@@ -92,19 +92,19 @@ def blocks(
     window: int = 1024,
     batch_size: int = 4,
 ) -> float:
-    """The perplexity in blocks that do not overlap: `strided` by the whole window.
+    """The perplexity in blocks that do not overlap: `strided` with `stride=window`.
 
-    All tokens of a block but its first are scored. The last block may be shorter.
+    Every token of a block except its first is scored. The last block may be shorter.
 
-    The figures of the τJp paper (Yoshida et al. 2025) are of such blocks. Its code
-    joins 1000 lines at a time and leaves out what follows the last whole block of each;
-    here the stream is one, and the rest is kept.
+    The τJp paper (Yoshida et al. 2025) measures in such blocks. Its code joins 1000
+    lines at a time and drops the tokens after the last whole block of each. Here there
+    is one stream, and the last tokens are kept.
 
     Args:
       apply_fn, params, tokens, window, batch_size: as for `strided`.
 
     Returns:
-      A number from 1 on.
+      A number of at least 1.
 
     Raises:
       ValueError: as for `strided`.
@@ -142,7 +142,7 @@ def _perplexity(apply_fn, params, tokens, window, stride, batch_size):
             "the model's logits are NaN for these tokens, so there is no perplexity. "
             "Look for NaN or very large weights."
         )
-    with np.errstate(over="ignore"):  # of a model that is broken: infinity
+    with np.errstate(over="ignore"):  # a broken model has infinity
         return float(np.exp(total / count))
 
 
@@ -171,7 +171,7 @@ def _windows(tokens, spans, shape):
 
 @functools.partial(jax.jit, static_argnames="apply_fn")
 def _nll(apply_fn, params, input_ids, attention_mask):
-    """Of every token but the first of a window, `[B, S - 1]`."""
+    """Negative log-likelihood of all tokens but the first of a window, `[B, S - 1]`."""
     logits = apply_fn(params, input_ids, attention_mask)[:, :-1]
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     of_next = jnp.take_along_axis(logits, input_ids[:, 1:, None], axis=-1)[..., 0]

@@ -1,9 +1,10 @@
 """Classification with an encoder-decoder, whose labels are texts.
 
 Rank classification (Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023.
-arXiv:2212.04089, App. D.7) takes the label that the decoder finds least perplexing. The
-teacher-forced score of tokens is another metric and no accuracy of a classifier: every
-token of the true label, its end among them, is predicted from those before it.
+arXiv:2212.04089, App. D.7) takes the label to which the decoder gives the lowest
+perplexity. The teacher-forced score of tokens is another metric, not an accuracy of a
+classifier: it predicts every token of the true label, including the end, from the
+tokens before it.
 
 Shapes: N inputs in batches of B, C candidate labels, T tokens, V in the vocabulary.
 """
@@ -35,7 +36,7 @@ def label_losses(
     start_token_id: int = 0,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    r"""The mean negative log-likelihood of the tokens of every label after every input.
+    r"""The mean negative log-likelihood of every label's tokens, for every input.
 
     .. math:: \ell_{nc} = -\frac1{T_c}\sum_{t=1}^{T_c}
               \log p(y_{ct} \mid y_{c1}, \dots, y_{c,t-1}, x_n)
@@ -44,12 +45,12 @@ def label_losses(
     prediction of rank classification.
 
     Args:
-      apply_fn: `apply_fn(params, input_ids, attention_mask, decoder_input_ids)`, from
-        `[B, S]`, `[B, S]` and `[B, C, T]` to logits `[B, C, T, V]`, such as
-        `t5.language_model(config)`, which encodes an input once for all labels.
+      apply_fn: `apply_fn(params, input_ids, attention_mask, decoder_input_ids)`. It
+        maps `[B, S]`, `[B, S]` and `[B, C, T]` to logits `[B, C, T, V]`, as
+        `t5.language_model(config)` does, which encodes an input once for all labels.
       params: its parameters.
       batches: dicts of `input_ids`, `attention_mask`, and `mask`, False for padding.
-      labels: `i32[C, T]`, tokens of the labels with the end token, then -100.
+      labels: tokens of the labels with the end token, then -100, `i32[C, T]`.
       start_token_id: the first input of the decoder.
       mesh: the devices that share every batch, see `sharding`; by default those that
         the parameters are on.
@@ -58,8 +59,8 @@ def label_losses(
       `f32[N, C]`, N being the number of True entries of all masks.
 
     Raises:
-      ValueError: a label has no token, has -100 before one, or equals another; there
-        is no batch; a loss is NaN, as for tokens that the model does not have.
+      ValueError: a label has no token, has -100 before a token, or equals another one;
+        there is no batch; or a loss is NaN, as for tokens that the model lacks.
 
     Example:
       >>> def apply_fn(params, input_ids, attention_mask, decoder_input_ids):
@@ -99,7 +100,7 @@ def label_losses(
 def _losses(apply_fn, mesh, params, input_ids, attention_mask, labels, start):
     counts = labels != IGNORED
     tokens = jnp.where(counts, labels, 0)
-    # No token sees a later one, so it is no matter what stands after the end.
+    # No token sees a later one, so the values after the end do not matter.
     inputs = jnp.roll(tokens, 1, axis=1).at[:, 0].set(start)
     inputs, tokens, counts = (
         jnp.broadcast_to(each[None], (len(input_ids), *each.shape))
@@ -139,11 +140,11 @@ def _check_labels(labels):
 def predicted_tokens(
     logits: ArrayLike, labels: ArrayLike
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The likeliest and the true token wherever a label counts, in one row each.
+    """The predicted and the true tokens at all positions where a label counts.
 
     Args:
-      logits: `[..., T, V]`, of `apply_fn` given the labels shifted to the right.
-      labels: `i32[..., T]`, the end token among them; -100 where nothing counts.
+      logits: outputs of `apply_fn` for labels shifted to the right, `[..., T, V]`.
+      labels: tokens including the end token; -100 where nothing counts, `i32[..., T]`.
 
     Returns:
       `predicted` and `expected`, `i32[n]` each.
@@ -170,10 +171,10 @@ def predicted_tokens(
 
 
 def token_accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
-    """The share of the tokens of true labels that are the likeliest at their position.
+    """The share of true tokens that have the largest logit at their position.
 
-    With several labels to choose from it says little: their common tokens, such as the
-    end, are right whatever the input.
+    With several labels to choose from it says little: tokens that the labels share,
+    such as the end token, are right for any input.
 
     Args:
       logits, labels: as for `predicted_tokens`.
@@ -187,7 +188,7 @@ def token_accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
 
 
 def token_matthews(logits: ArrayLike, labels: ArrayLike) -> float:
-    """The Matthews correlation of likeliest and true tokens, every token a class.
+    """The Matthews correlation of predicted and true tokens; every token is a class.
 
     Gorodkin. Comparing Two K-Category Assignments by a K-Category Correlation
     Coefficient. Computational Biology and Chemistry 28, 2004.
@@ -196,7 +197,7 @@ def token_matthews(logits: ArrayLike, labels: ArrayLike) -> float:
       logits, labels: as for `predicted_tokens`.
 
     Returns:
-      From -1 to 1; 0 where all predicted tokens are the same.
+      A number from -1 to 1; 0 if all predicted tokens are the same.
 
     Raises:
       ValueError: as for `predicted_tokens`, or all true tokens are the same.

@@ -36,16 +36,17 @@ def search(
 ) -> Search:
     """The shared coefficient with the best mean normalised accuracy.
 
-    The first of equals wins, which is the smallest where `coefs` ascend (protocol of
-    Ortiz-Jimenez et al. 2023).
+    Of equally good coefficients the first wins: the smallest, if `coefs` ascend
+    (protocol of Ortiz-Jimenez et al. 2023).
 
     Args:
-      accuracies_at: accuracy on every task at a coefficient, on validation data.
-      single: accuracy of every task's own model, on the same data.
+      accuracies_at: returns the accuracy on every task at a coefficient, on validation
+        data.
+      single: accuracy of every task's own model on the same data.
       coefs: the candidates.
 
     Raises:
-      ValueError: no candidate, or an accuracy that is NaN.
+      ValueError: there is no candidate, or an accuracy is NaN.
     """
     if not len(coefs):
         raise ValueError("no coefficient to try; give at least one in coefs.")
@@ -84,19 +85,21 @@ def search_per_task(
 ) -> TaskSearch:
     """One coefficient per task by coordinate ascent, from the best shared coefficient.
 
-    A sweep visits the tasks in order and moves the coefficient of each, the others
-    fixed, to the best candidate if that is better than where it is. So the result is
-    never worse than that of `search` on the same data, though a grid over all tasks may
-    hold a better one.
+    A sweep visits the tasks in order. It moves the coefficient of each task to the best
+    candidate if that is an improvement, and keeps the other coefficients fixed. So the
+    result is never worse than that of `search` on the same data, though a grid over all
+    tasks may contain a better one.
 
-    It tries n shared coefficients and T·n more per sweep. With outputs from `forward`
-    each costs a pass over the data of every task, from `tangent` only the heads.
+    It tries n shared coefficients, and T·n more in every sweep. With outputs from
+    `forward` each of them costs a pass over the data of every task; with outputs from
+    `tangent` it costs only the heads.
 
     Args:
-      accuracies_at: accuracy on every task at coefficients `[T]`, on validation data.
-      single: accuracy of every task's own model, on the same data, `[T]`.
+      accuracies_at: returns the accuracy on every task at coefficients `[T]`, on
+        validation data.
+      single: accuracy of every task's own model on the same data, `[T]`.
       coefs: the n candidates of every coefficient.
-      sweeps: the most sweeps; one that changes nothing is the last.
+      sweeps: the largest number of sweeps; one that changes nothing is the last.
 
     Raises:
       ValueError: no candidate, or an accuracy that is NaN.
@@ -128,12 +131,12 @@ def search_per_task(
 
 
 class NegationSearch(NamedTuple):
-    """The result of a search for how far a task vector can be negated.
+    """The result of a search of the coefficient of a negated task vector.
 
     Attributes:
       coef: the chosen coefficient.
       coefs: the candidates, `[n]`.
-      controls: the control measure at each, `[n]`.
+      controls: the control measure at each candidate, `[n]`.
     """
 
     coef: float
@@ -148,29 +151,29 @@ def search_negation(
     *,
     target_at: Callable[[float], float] | None = None,
 ) -> NegationSearch:
-    """How far a vector can be negated before the model forgets what it should not.
+    """The coefficient with which a vector is negated, limited by a control measure.
 
-    Without `target_at`, the largest coefficient that is allowed.
-    Ilharco et al. (2023) allow classifiers 95 % of the pre-trained accuracy on a
-    control task (section 3.1), and language models 0.5 more than the pre-trained
-    perplexity (section 3.2). "Largest" is meant as printed, there and by Yoshida et al.
-    (2025): a smaller candidate that is not allowed does not matter, for the model in
-    use is the one of the chosen coefficient. The code of Yoshida et al. stops at the
-    first that is not allowed; the two differ only where the measure comes back. On
-    image tasks they choose, among those that are allowed, the one that forgets most
-    (App. B.2): `target_at`.
+    Without `target_at` it is the largest coefficient that is allowed. Ilharco et al.
+    (2023) require classifiers to keep 95 % of the pre-trained accuracy on a control
+    task (section 3.1), and allow language models 0.5 more than the pre-trained
+    perplexity (section 3.2). "Largest" is meant literally, as in both that paper and
+    the τJp paper: a smaller candidate that is not allowed does not matter, because only
+    the model of the chosen coefficient is used. The code of the τJp paper stops at the
+    first candidate that is not allowed. The two differ only if the measure recovers at
+    a larger coefficient. On image tasks that paper chooses the allowed coefficient that
+    forgets most (App. B.2): `target_at`.
 
     Args:
-      control_at: the control measure of the model `θ0 - coef · τ`.
-      allowed: whether a measure is within the limit. NaN never is; coefficient 0, which
-        leaves the model as it is, always.
+      control_at: returns the control measure of the model `θ0 - coef · τ`.
+      allowed: whether a measure is within the limit. NaN is never allowed. Coefficient
+        0, which does not change the model, is always allowed.
       coefs: the candidates.
-      target_at: the measure of what is to be forgotten. With it the chosen coefficient
-        is the one at which this is the smallest, and of equals the smallest, instead of
-        the largest. Of NaN, it is taken to be infinite.
+      target_at: returns the measure of what the model shall forget. If it is given, the
+        allowed coefficient with the smallest measure is chosen; of several, the
+        smallest coefficient. NaN counts as infinite.
 
     Raises:
-      ValueError: no candidate, or none is allowed.
+      ValueError: there is no candidate, or none is allowed.
 
     Example:
       >>> perplexity_at = {0.0: 25.2, 0.5: 25.4, 1.0: 26.1}.__getitem__
@@ -203,11 +206,11 @@ def search_negation(
 
 @dataclasses.dataclass(frozen=True)
 class ExternalSearch:
-    """The result of a search among task vectors of others.
+    """The result of a search among external task vectors.
 
     Attributes:
-      index: the chosen vector; None where none is better than no vector.
-      coef: its coefficient; 0 where there is none.
+      index: the chosen vector; None if no vector improves the score.
+      coef: its coefficient; 0 without a vector.
       scores: the scores of n vectors at m coefficients, `[n, m]`.
     """
 
@@ -223,22 +226,22 @@ def search_external(
     *,
     baseline: float,
 ) -> ExternalSearch:
-    """Which one of many task vectors improves a fine-tuned model most, and how much.
+    """The task vector, among many, that improves a fine-tuned model most.
 
     Ilharco et al. (2023, section 4.2) add the vectors of 427 public checkpoints, one at
     a time, to a model of the target task, and choose vector and coefficient by the
-    score on held-out data (App. D.7). The first of equals wins, and no vector wins over
-    one that does not improve.
+    score on held-out data (App. D.7). Of equally good ones the first wins. If no vector
+    improves the score, none is chosen.
 
     Args:
-      score_at: `score_at(index, coef)`, the held-out score of the fine-tuned model with
-        that vector added; larger is better.
+      score_at: `score_at(index, coef)` returns the held-out score of the fine-tuned
+        model with that vector added; larger is better.
       count: n, the number of vectors.
       coefs: the m candidates of the coefficient.
       baseline: the held-out score of the fine-tuned model alone.
 
     Raises:
-      ValueError: no vector or no candidate, or a score that is NaN.
+      ValueError: there is no vector or no candidate, or a score is NaN.
 
     Example:
       >>> def score_at(index, coef):

@@ -11,8 +11,8 @@ its Hessian at the fine-tuned model. For figure 6 it is estimated by power itera
 (von Mises, Pollaczek-Geiringer 1929) on products of the Hessian with vectors. `bounds`
 says what L bounds, and where else it must be measured for that.
 
-Such a product is the forward derivative of a gradient: no matrix, and a pass over the
-data at two to three times the price of one of training.
+Such a product is the forward derivative of a gradient. It needs no matrix; it costs a
+pass over the data, two to three times as much as a pass of training.
 """
 
 import functools
@@ -30,16 +30,17 @@ from jaxarith import sharding, task_vectors, tree
 from jaxarith.batches import fields_of, mask_of
 from jaxarith.typing import ApplyFn, Params, Tree
 
-# loss(outputs, *targets) -> [B], the loss of every sample.
+# loss(outputs, *targets) -> [B]: the loss of every sample.
 SampleLoss = Callable[..., jax.Array]
 
 
 class Eigenvalue(NamedTuple):
-    r"""What power iteration has found of a Hessian.
+    r"""The result of power iteration on a Hessian.
 
     Attributes:
       value: :math:`\lambda = v^\top H v` of the last unit vector v, with its sign.
-      residual: :math:`\|Hv - \lambda v\|`. An eigenvalue is that near to `value`.
+      residual: :math:`\|Hv - \lambda v\|`. Some eigenvalue is at most this far from
+        `value`.
       iterations: the number of products with H, each a pass over the data.
     """
 
@@ -51,8 +52,8 @@ class Eigenvalue(NamedTuple):
     def smoothness(self) -> float:
         r""":math:`\|Hv\|`, the estimate of L; it is never above L.
 
-        Where the iteration has converged it is the magnitude of `value`. Where both λ
-        and -λ are largest, no vector converges, but this does.
+        After convergence it is the magnitude of `value`. If both λ and -λ are largest,
+        no vector converges, but this estimate does.
         """
         return math.hypot(self.value, self.residual)
 
@@ -87,14 +88,14 @@ def largest_eigenvalue(
         `data.pipeline.evaluation_batches` makes them; padding may hold anything. They
         are read once per iteration: a list, or a stream that every pass makes anew.
       key: random key of the first vector.
-      part: a task vector, or any tree with the leaves that the Hessian is of; by
-        default all that are floating-point numbers.
+      part: a task vector, or any tree with the leaves to differentiate; by default all
+        floating-point leaves.
       inputs: the fields of a batch that are passed to `apply_fn`, in order.
       targets: the fields that are passed to `loss_fn`, in order.
-      tolerance: the iteration ends when the residual is this share of `smoothness`, or
-        less.
-      max_iterations: it ends after so many anyway; the residual then says how far it
-        has come.
+      tolerance: the iteration ends when the residual is at most this share of
+        `smoothness`.
+      max_iterations: the largest number of iterations; the residual shows how far they
+        have converged.
       mesh: the devices that share every batch, see `sharding`; by default those that
         the parameters are on.
 
@@ -102,8 +103,9 @@ def largest_eigenvalue(
       The value in float32 or better, with its residual.
 
     Raises:
-      ValueError: no sample, or another number of them in a later pass; losses that are
-        not `[B]`; numbers that are not finite; no iteration; a part that does not fit.
+      ValueError: there is no sample, or a later pass has another number of samples;
+        losses are not `[B]`; a number is not finite; `max_iterations` is below 1; or
+        the part does not fit.
 
     Example:
       >>> x = np.array([[2.0, 0.0], [0.0, 1.0]])  # H is diag(4, 1) / 2
@@ -160,7 +162,7 @@ def largest_eigenvalue(
 
 
 def of_samples(loss_fn: SampleLoss, outputs: Tree, targets: Sequence) -> jax.Array:
-    """The losses `[B]`; raises a ValueError for those of another shape."""
+    """The losses `[B]`; raises a ValueError if they have another shape."""
     losses = loss_fn(outputs, *targets)
     size = len(jax.tree.leaves(outputs)[0])
     if jnp.shape(losses) != (size,):
@@ -187,7 +189,7 @@ def _unit(v):
 def _placed(batch, names, mask, mesh):
     """The mask and fields of a batch on the devices.
 
-    A real sample stands in for padding, at which a network may be NaN: it does not
+    A real sample replaces padding, where a network may give NaN. Padding does not
     count, but 0 · NaN would.
     """
     rows = np.where(mask, np.arange(len(mask)), mask.argmax())

@@ -1,9 +1,9 @@
-"""How toxic texts are, by a classifier.
+"""The toxicity of texts, measured by a classifier.
 
-The papers on task arithmetic take Detoxify's "original" model (Hanu, Unitary team.
+The papers on task arithmetic use Detoxify's "original" model (Hanu, Unitary team.
 Detoxify. 2020), a BERT that was trained on the labels of the Jigsaw challenge. It is
-`unitary/toxic-bert` on the Hugging Face Hub, and its label "toxic" is what Detoxify
-calls "toxicity".
+`unitary/toxic-bert` on the Hugging Face Hub. Detoxify calls its label "toxic"
+"toxicity".
 """
 
 import os
@@ -29,31 +29,31 @@ def scorer(
     max_length: int | None = None,
     batch_size: int = 32,
 ) -> Callable[[Sequence[str]], np.ndarray]:
-    """Loads a classifier of texts, and gives the probability of one of its labels.
+    """Loads a classifier of texts; returns a function to one label's probability.
 
-    Labels that do not exclude each other have a sigmoid each, as in Detoxify; of those
-    that do, the probability is the softmax. `config.json` says which by its
-    `problem_type`. Where it does not, one label has a sigmoid and two share a softmax;
-    with more, `multi_label` must say.
+    The probability is a sigmoid if several labels can be true of a text, as in
+    Detoxify, and a softmax if the labels exclude each other. `problem_type` in
+    `config.json` tells which. Without it, one label has a sigmoid, two labels share a
+    softmax, and with more labels `multi_label` must be given.
 
     Args:
       model: a BERT or RoBERTa with a classifier: a local folder, or a hub id.
       label: the label whose probability is the score, as `config.json` names it. By
         default "toxic" or "toxicity", or the only one.
-      multi_label: whether each label has a sigmoid, whatever `config.json` says.
+      multi_label: whether each label has a sigmoid; overrides `config.json`.
       revision: a branch, tag or commit on the hub.
-      max_length: tokens of a text; longer ones lose their end. By default as many as
-        the model has positions for, 512 in toxic-bert.
-      batch_size: how many texts at a time.
+      max_length: the largest number of tokens of a text; longer texts lose their end.
+        The default is the number of the model's positions, 512 in toxic-bert.
+      batch_size: texts that run at a time.
 
     Returns:
-      `scores(texts) -> f32[N]`, from 0 to 1, of any number of texts. Texts are padded
-      to the next power of two of the longest of a call, so few calls compile.
+      `scores(texts) -> f32[N]`, numbers from 0 to 1 for any number of texts. A call
+      pads its texts to the next power of two of the longest, so few calls compile.
 
     Raises:
-      FileNotFoundError: there is no such checkpoint.
-      ValueError: it has no classifier, no such label or no tokenizer, or its labels may
-        exclude each other or not.
+      FileNotFoundError: the checkpoint does not exist.
+      ValueError: it has no classifier, no such label or no tokenizer, or nothing tells
+        whether its labels exclude each other.
 
     Example:
       >>> scores = scorer()  # doctest: +SKIP
@@ -95,7 +95,7 @@ def scorer(
 
 
 def rate(scores: Numbers, threshold: float = 0.5) -> float:
-    """The share of texts whose score is `threshold` or more (Yoshida et al. 2025, B.3).
+    """The share of texts whose score is at least `threshold` (τJp paper, App. B.3).
 
     Raises:
       ValueError: there is no score.

@@ -1,9 +1,9 @@
 """Fine-tuning of one or several tasks, ordinary or in the tangent space.
 
-`config` states what is trained, `batches` on which samples, `step` is one optimizer
-step, `run` the loop with progress, log and checkpoints, and `observers` show its
-metrics. `delta` is the objective of a linearised teacher and an ordinary student,
-`distac` the repair of a ready task vector.
+`config` holds the recipe, `batches` makes the batches, `step` is one optimizer step,
+`run` is the loop with progress, log and checkpoints, and `observers` shows its metrics.
+`delta` is the objective of a linearised teacher and an ordinary student. `distac`
+repairs a finished task vector.
 """
 
 from jaxarith.train.ahead import device_bytes as device_bytes

@@ -1,4 +1,4 @@
-"""A step that is compiled ahead of time, from shapes: no weights, no data."""
+"""A step that is compiled ahead of time from shapes, without weights and data."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,9 +33,9 @@ def lowered_step(
 ) -> jax.stages.Lowered:
     """The program of one optimizer step of `fine_tune`, before it is compiled.
 
-    Its `cost_analysis()` counts FLOPs, of a loop those of one round: of
-    `config.micro_batches` and of the tasks of a device those of one. What it compiles
-    to knows by `memory_analysis()` what each device needs.
+    `cost_analysis()` of the result counts FLOPs, and counts the body of a loop once:
+    one micro-batch, and one of a device's tasks. `compile().memory_analysis()` tells
+    how much memory each device needs.
 
     Args:
       apply_fn, loss_fn, config, inputs, penalty_mask, mesh: as for `fine_tune`.
@@ -110,7 +110,7 @@ def lowered_step(
 
 
 def device_bytes(compiled: jax.stages.Compiled) -> int:
-    """What a device holds at most while a compiled step runs, by XLA's plan."""
+    """The peak memory of a device during a compiled step, by XLA's plan."""
     memory: Any = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return held - memory.alias_size_in_bytes + memory.temp_size_in_bytes

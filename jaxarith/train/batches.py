@@ -1,4 +1,4 @@
-"""The batches of a run: own samples of every task, and penalty samples of others."""
+"""Makes the batches of a run: samples of every task, and penalty samples of others."""
 
 import itertools
 import zlib
@@ -17,7 +17,7 @@ from jaxarith.typing import Source
 
 
 def seed_of(name: str, seed: int) -> int:
-    """The seed of a task's batches, whichever tasks are trained beside it.
+    """The seed of a task's batches; it does not depend on other tasks.
 
     Args:
       name: the task's name.
@@ -41,42 +41,44 @@ def task_batches(
     augment: pipeline.Augment | None = None,
     mesh: Mesh | None = None,
 ) -> Source:
-    """The batches of a run: every task's own samples and, if asked, penalty samples.
+    """The batches of a run: each task's own samples and, with a penalty, others'.
 
-    A batch is a function of its step and the seed alone, and is made when it is asked
-    for. Of several processes each reads what its own devices compute, and nothing else.
+    A batch depends only on its step and the seed, and is made when it is needed. Each
+    of several processes reads only the samples of its own devices.
 
     Args:
       sources: the training source of each of T tasks: a sequence of samples, which are
         dicts of arrays such as `{"image": x, "label": y}`, or one dict of arrays
         `[N, ...]`.
       config: steps, sizes and penalty mode.
-      names: the names of the tasks, which give each its seed (`seed_of`), so that a
+      names: the names of the tasks. They determine the seeds (`seed_of`), so that a
         task's samples do not depend on the tasks that are trained beside it. Without
-        names and seeds they are "0", "1", …, and do depend on its place among them.
-      seeds: the seed of each task, in place of names.
+        names and seeds the names are "0", "1", …: the samples depend on the order.
+      seeds: the seed of each task, instead of names.
       others: for each task, the sources that its task vector must not disturb
         (T_orth); by default the other tasks' training sources. Labels are not read.
-      inputs: the fields of a penalty sample: those of the model, and the penalty's
-        mask where that is not among them.
-      augment: from a sample of a source and a `numpy.random.Generator` to what is
-        trained on, of penalty samples too; by default samples are taken as they are.
+      inputs: the fields of a penalty sample: the inputs of the model, and the mask of
+        the penalty if it is another field.
+      augment: a function from a sample of a source and a `numpy.random.Generator` to
+        the sample that is trained on, also for penalty samples; by default samples are
+        not changed.
       mesh: the devices, see `sharding`; by default one.
 
     Returns:
       `config.steps` dicts of arrays `[T, config.batch_size, ...]`; with a penalty also
       `"penalty"`, a dict of input fields `[T, P, ...]`, and with `config.distill`
       `"alpha"`, the step's coefficient of each task, `[T, B]`, the same for all samples
-      of a task. In one of several processes the `sharding.local_rows` of both axes.
-      Where devices and micro-batches do not divide B or P, copies fill them up, and the
-      field `train.padding.WEIGHT` says which samples they are; the objectives here look
-      at it, so that copies count for nothing.
+      of a task. One of several processes gets the `sharding.local_rows` of both axes.
+      If devices and micro-batches do not divide B or P, copies fill up the batch, and
+      the field `train.padding.WEIGHT` marks them. The objectives of this package read
+      it, so copies do not count.
 
     Raises:
-      ValueError: no task, an empty source, no other task for the penalty, another
-        number of names or seeds, or both of them, tasks that the mesh cannot share
-        equally, or more micro-batches than samples on a device; when a batch is made,
-        samples that are not dicts, or lack a field or have one of another shape.
+      ValueError: there is no task, a source is empty, the penalty has no other task,
+        the number of names or seeds is wrong, or both are given, the mesh cannot share
+        the tasks equally, or there are more micro-batches than samples on a device.
+        When a batch is made: a sample is not a dict, or lacks a field, or has a field
+        of another shape.
     """
     seeds = _seeds(sources, config, names, seeds)
     if others is None:
@@ -104,7 +106,7 @@ def task_batches(
         views, size = len(foreign[task]), config.penalty_batch_size
         return tau_jp.draw(mode, step, views, size, seeds[task])
 
-    # Of plain arrays, for what makes a batch goes to worker processes.
+    # Plain arrays: worker processes receive everything that makes a batch.
     penalty_rows = [
         _penalty_rows(len(drawn(task, 0, config.tau_jp_mode)), config, mesh)
         for task in range(len(sources) if config.tau_jp_mode else 0)
@@ -123,7 +125,7 @@ def task_batches(
                 for r in records
             ]
         )
-        if step < config.penalty_start:  # they are read, and count for nothing
+        if step < config.penalty_start:  # they are read but do not count
             return samples | {padding.WEIGHT: np.zeros(len(rows), np.float32)}
         always = config.penalty_start > 0  # one program serves all steps
         return samples | padding.weights(rows, len(tasks), total, always=always)
@@ -167,11 +169,12 @@ def joint_batches(
 
     Returns:
       `config.steps` dicts of arrays `[1, T * config.batch_size, ...]`, with the number
-      of each sample's task as the field "task", `i32`. Copies as in `task_batches`.
+      of each sample's task as the field "task", `i32`. There may be copies, as in
+      `task_batches`.
 
     Raises:
-      ValueError: as for `task_batches`; the devices cannot train different tasks, for
-        there is one.
+      ValueError: as for `task_batches`; or the mesh has several devices for different
+        tasks, though there is only one.
     """
     seeds = _seeds(sources, config, names, seeds)
     mesh = mesh or sharding.one_device()
@@ -179,7 +182,7 @@ def joint_batches(
         pipeline.shuffled(source, seed, augment)
         for source, seed in zip(sources, seeds, strict=True)
     ]
-    sharding.local_rows(1, mesh, "task")  # an error where there are several
+    sharding.local_rows(1, mesh, "task")  # raises an error if there are several
     size = len(views) * config.batch_size
     total = padding.filled(size, mesh, config.micro_batches)
     rows = sharding.local_rows(total, mesh, sharding.BATCH)
@@ -200,19 +203,19 @@ def joint_batches(
 
 
 def _penalty_rows(count, config, mesh):
-    """Which of a step's penalty samples this process reads, and how many there are."""
+    """The penalty samples of a step that this process reads, and the number of all."""
     total = padding.copied(count, mesh, config.micro_batches)
     return sharding.local_rows(total, mesh, sharding.BATCH), total
 
 
 def _alphas(distill, seed, step, rows):
-    """The coefficient of a step, for every row: a function of seed and step alone."""
+    """The coefficient of a step for every row; it depends only on seed and step."""
     rng = np.random.default_rng((seed, step))
     return np.full(rows, rng.uniform(distill.low, distill.high), np.float32)
 
 
 def _identities(sources):
-    """What tells the sources from others; one that comes twice is read once."""
+    """Identities of the sources; one that comes twice is read once."""
     different = {id(source): source for source in sources}
     found = {key: pipeline.identity(source) for key, source in different.items()}
     return [found[id(source)] for source in sources]
@@ -242,7 +245,7 @@ def _seeds(sources, config, names, seeds):
 
 
 def _side_by_side(batches):
-    """The batches of all tasks as one, with a leading task axis."""
+    """Stacks the batches of all tasks on a leading task axis."""
     shapes = [jax.tree.map(np.shape, batch) for batch in batches]
     for task, other in enumerate(shapes):
         if other != shapes[0]:

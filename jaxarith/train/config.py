@@ -1,7 +1,7 @@
-"""The recipe of a fine-tuning: what is trained, for how long, by which optimizer.
+"""The recipe of a fine-tuning: trained leaves, number of steps, optimizer.
 
-It is that of Ilharco et al. (2023) and Ortiz-Jimenez et al. (2023): AdamW, warm-up and
-cosine, gradients clipped to norm 1.
+The defaults follow Ilharco et al. (2023) and Ortiz-Jimenez et al. (2023): AdamW,
+warm-up and cosine decay, gradients clipped to norm 1.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jaxarith import tau_jp
 
 Decay = Literal["cosine", "linear", "constant"]
 ProductDtype = Literal["bfloat16", "float16", "float32"]
-# What `fine_tune(curvature=)` gets: Kronecker factors, EK-FAC, or a diagonal alone.
+# The kinds of `fine_tune(curvature=)`: Kronecker factors, EK-FAC, or only a diagonal.
 Form = Literal["kronecker", "eigen", "diagonal"]
 
 
@@ -26,14 +26,14 @@ Form = Literal["kronecker", "eigen", "diagonal"]
 class Distill:
     """Trains an ordinary model to behave as a linearised one; see `train.delta`.
 
-    The metrics of a step are `loss`, the student's, `teacher_loss`, `distillation`, and
-    `penalty`, the sum of both models'.
+    The metrics of a step are `loss` of the student, `teacher_loss`, `distillation`, and
+    `penalty`, which is the sum for both models.
 
     Attributes:
-      coef: weight of the distillation. The paper's code takes 1, for outputs of norm 1;
-        for outputs of squared norm n, 1 / n is the same.
+      coef: weight of the distillation. The paper's code uses 1 for outputs of norm 1;
+        for outputs of squared norm n, 1 / n has the same effect.
       low, high: range of the coefficient α of both task vectors, at which the student
-        is compared with the teacher; drawn uniformly, once for each step and task.
+        is compared with the teacher. It is drawn uniformly for each step and task.
     """
 
     coef: float = 1.0
@@ -59,38 +59,40 @@ class TrainConfig:
 
     Attributes:
       steps: optimizer steps.
-      warmup_steps: steps of linear warm-up; None for a tenth of `steps`, the papers'
-        share, as `warmup` then says.
-      decay: the rate after the warm-up: a half cosine or a straight line to zero, or
-        the largest rate throughout.
+      warmup_steps: steps of linear warm-up; None for a tenth of `steps`, the share in
+        the papers, see `warmup`.
+      decay: learning rate after the warm-up: a half cosine to zero, a straight line to
+        zero, or constant.
       batch_size: samples per step and task.
       learning_rate: the largest learning rate.
       weight_decay: AdamW's decay of all trained leaves towards zero.
-      clip_norm: the largest Euclidean norm of a task's gradient; None for any.
+      clip_norm: the largest Euclidean norm of a task's gradient; None for no limit.
       linearized: train the tangent-space model instead of the network.
-      distill: train both, the network to behave as the tangent-space model (DELTA).
+      distill: train both, so that the network behaves like the tangent-space model
+        (DELTA).
       penalty: the mode of the τJp penalty, see `tau_jp.draw`; or the form of the
-        curvature that stands for the other tasks' samples, see `jaxarith.curvature`,
-        which serves ordinary training too; None for no penalty.
+        curvature that replaces the other tasks' samples, see `jaxarith.curvature`,
+        which ordinary training can use too; None for no penalty.
       penalty_coef: the penalty's weight λ (Yoshida et al. 2025: 0.1 with power 1).
       penalty_power: power of τJp, 1 as in the code of Yoshida et al. or 2 as in their
         paper.
-      penalty_norm: norm in τJp, "l2" or "mean_absolute", the one of the code of Yoshida
-        et al. for T5; see `tau_jp.penalty`.
-      penalty_start: the number of steps before τJp acts; its samples are read in them
-        all the same.
+      penalty_norm: norm in τJp, "l2" or "mean_absolute", which the code of Yoshida et
+        al. uses for T5; see `tau_jp.penalty`.
+      penalty_start: number of first steps without τJp; its samples are read in these
+        steps too.
       penalty_batch_size: samples of τJp per step; in strict mode per other task.
-      penalty_every: the penalty of curvature acts on every so many steps, so many times
-        as strong.
+      penalty_every: the penalty of curvature acts in one of so many steps, and is so
+        many times as strong there.
       trained: pattern of the paths that are trained; the rest is frozen.
       product_dtype: dtype that the operands of tangent products are rounded to, such
         as "bfloat16" on accelerators; None leaves them as they are.
-      tasks_at_once: how many tasks a device computes at the same time. More fill a
-        large accelerator; 1 needs the least memory and is the fastest on a CPU.
-      micro_batches: into how many parts a batch is cut, which are computed one after
-        another (gradient accumulation). The step is the same, in less memory, if the
-        loss is a mean over samples; a mean over the tokens that count is taken of
-        every part, and so weighs texts by those of their part.
+      tasks_at_once: number of tasks that a device computes at the same time. A large
+        accelerator needs several to be busy; 1 needs the least memory and is the
+        fastest on a CPU.
+      micro_batches: number of parts of a batch that are computed one after another
+        (gradient accumulation). If the loss is a mean over samples, the step is the
+        same in less memory. A mean over tokens is taken for every part, so the weight
+        of a text depends on the other texts of its part.
       seed: seed of the order of samples and of penalty draws.
     """
 
@@ -198,7 +200,7 @@ class TrainConfig:
 
     @property
     def warmup(self) -> int:
-        """The number of warm-up steps, as given or by the share of the papers.
+        """The number of warm-up steps: the given one, or the share in the papers.
 
         Example:
           >>> TrainConfig(steps=100).warmup
@@ -208,14 +210,14 @@ class TrainConfig:
 
 
 def identity_of(config: TrainConfig) -> dict[str, Any]:
-    """What of a recipe decides on the vectors, as plain data.
+    """The parts of a recipe that the vectors depend on, as plain data.
 
-    A run goes on, and a vector is taken again, only where this is equal.
+    A run continues, and a vector is reused, only if this is equal.
     """
     options = dataclasses.asdict(config) | {"warmup_steps": config.warmup}
-    # How a step is computed, not what: other devices may want it otherwise.
+    # They change how a step is computed, not its result.
     del options["tasks_at_once"], options["micro_batches"]
-    # Runs and vectors that are older than an option keep their identity.
+    # Runs and vectors from before an option existed keep their identity.
     if config.penalty_every == 1:
         del options["penalty_every"]
     if config.penalty_norm == "l2":
@@ -228,7 +230,7 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def paper() -> TrainConfig:
-    """What the papers print for CLIP: 2000 steps, 200 of warm-up, the squared τJp.
+    """The papers' printed recipe for CLIP: 2000 steps, 200 of warm-up, squared τJp.
 
     Ortiz-Jimenez et al. (2023); Yoshida et al. (2025), Eq. 10 and App. B.1, who choose
     λ among 0.001, 0.01 and 0.1; Jin et al. (2025), App. A.
@@ -237,10 +239,10 @@ def paper() -> TrainConfig:
 
 
 def code(samples: int, epochs: int, batch_size: int = 128) -> TrainConfig:
-    """What the papers' public code does for CLIP.
+    """The recipe of the papers' public code for CLIP.
 
-    A number of epochs that makes about 2000 steps, 500 of them warm-up, and the τJp
-    norm as it is, not squared.
+    The number of epochs makes about 2000 steps, 500 of them warm-up. The τJp norm is
+    not squared.
 
     Args:
       samples: the size of the training set, without the validation part.

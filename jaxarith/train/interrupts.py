@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, noted until it can."""
+"""Notes signals that ask a run to stop, until it can stop."""
 
 import contextlib
 import itertools
@@ -10,22 +10,22 @@ import jax
 from jax.experimental import multihost_utils
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# JAX agrees on a number that no process has reached: it must rise from run to run.
+# JAX agrees on a number that no process has reached, so it must grow with every run.
 _calls = itertools.count()
 
 
 @contextlib.contextmanager
 def noted() -> Iterator[Callable[[], signal.Signals | None]]:
-    """Notes SIGTERM, SIGHUP and Ctrl-C instead of dying of them.
+    """Notes SIGTERM, SIGHUP and Ctrl-C, which would end the process.
 
-    A second one acts as it did before; SIGHUP stays ignored where nohup ignores it.
-    Only the main thread can handle signals; in another this does nothing. Of several
-    processes any may get SIGTERM, and JAX, which notes it, makes all stop at the same
-    step; Ctrl-C is not noted there.
+    A second signal has its usual effect. SIGHUP stays ignored under nohup. Only the
+    main thread can handle signals; in another thread this does nothing. With several
+    processes any of them may get SIGTERM: JAX notes it, and all stop at the same step.
+    Ctrl-C is not noted then.
 
     Yields:
-      A function that returns the signal that came, or None. Of several processes all
-      must call it equally often. A signal that it has not told of acts at the end.
+      A function that returns the signal that came, or None. All processes must call it
+      equally often. A signal that it has not reported takes effect at the end.
     """
     if jax.process_count() > 1:
         reached = multihost_utils.reached_preemption_sync_point

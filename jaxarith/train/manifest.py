@@ -1,7 +1,7 @@
-"""Manifests: JSON files that say what a folder holds, and prove that it still does.
+"""Manifests: JSON files that list a folder's files with checksums.
 
-A manifest is written last, under a temporary name, so its presence marks a folder that
-is complete. It holds the checksum of each other file, and one of its own content.
+A manifest is written last, under a temporary name that is then changed, so a folder
+with a manifest is complete. It holds a checksum of every other file and of itself.
 """
 
 import json
@@ -16,7 +16,7 @@ NAME = "manifest.json"
 
 
 def write(folder: Path, content: Mapping[str, Any]) -> None:
-    """Completes a folder with a manifest of its files and of `content`, plain data."""
+    """Completes a folder with a manifest of its files and `content`, plain data."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     crc32s = {path.relative_to(folder).as_posix(): _file_crc32(path) for path in paths}
     content = {**content, "files": crc32s}
@@ -24,7 +24,7 @@ def write(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The content of the manifest, or None if it is not what was written."""
+    """The content of the manifest, or None if it is missing or damaged."""
     try:
         content = files.read_json(folder / NAME)
         intact = content.pop("crc32") == _crc32(content)
@@ -42,7 +42,7 @@ def _are_files(listed):
 
 
 def flaw(folder: Path) -> str | None:
-    """What is wrong with the files of a folder, or None."""
+    """The first damage found in the files of a folder, or None."""
     if (content := read(folder)) is None:
         return f"{NAME} is not what was written"
     for name, crc32 in content["files"].items():
@@ -51,7 +51,7 @@ def flaw(folder: Path) -> str | None:
                 return f"{name} is not what was written"
         except OSError as error:
             return f"{name} can't be read ({error.strerror})"
-        except ValueError as error:  # no file, but a device, say
+        except ValueError as error:  # not a regular file, but a device, say
             return str(error)
     return None
 
@@ -69,7 +69,7 @@ def _file_crc32(path):
 
 
 def differences(there: Mapping, here: Mapping) -> list[str]:
-    """A line for each field of two nested dicts in which they differ.
+    """One line for each field in which two nested dicts differ.
 
     Example:
       >>> differences({"train": {"steps": 2}}, {"train": {"steps": 3}})

@@ -15,14 +15,14 @@ from jaxarith.train.run import Observe
 def tensorboard(folder: str | os.PathLike) -> Observe:
     """Writes the metrics that `fine_tune` observes for TensorBoard, by task.
 
-    Needs the package tensorboardX, which the extra `tensorboard` brings. Of several
-    processes the first writes.
+    Needs the package tensorboardX from the extra `tensorboard`. Of several processes
+    the first one writes.
 
     Args:
-      folder: folder of the event files, which `tensorboard --logdir` is given.
+      folder: folder of the event files, for `tensorboard --logdir`.
 
     Returns:
-      What `fine_tune` takes as `observe`. It never ends the training.
+      A function for the argument `observe` of `fine_tune`. It never ends the training.
 
     Raises:
       ImportError: tensorboardX is not installed.

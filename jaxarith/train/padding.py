@@ -1,4 +1,4 @@
-"""Batches that devices and micro-batches do not divide: filled up, and weighed.
+"""Fills up batches that devices and micro-batches do not divide, and weighs samples.
 
 A batch of B samples is filled up to B' with copies of its first ones. The weight of a
 sample is B' / B, that of a copy 0, so that the mean of weight times value over B', over
@@ -13,16 +13,16 @@ from jax.sharding import Mesh
 from jaxarith import sharding
 from jaxarith.typing import LossFn, Tree
 
-# The field of a batch that is there where samples are copies.
+# This field of a batch exists if some samples are copies.
 WEIGHT = "padding_weight"
 
 
 def filled(count: int, mesh: Mesh, micro_batches: int) -> int:
-    """The number of samples, copies included, that devices and micro-batches divide.
+    """The number of samples, including copies, that devices and micro-batches divide.
 
     Raises:
       ValueError: there are more micro-batches than samples on a device, so that some
-        would be nothing but copies.
+        would hold only copies.
     """
     shards = sharding.batch_shards(mesh)
     if micro_batches > max(count // shards, 1):
@@ -35,7 +35,7 @@ def filled(count: int, mesh: Mesh, micro_batches: int) -> int:
 
 
 def copied(count: int, mesh: Mesh, micro_batches: int) -> int:
-    """As `filled`, also of fewer samples than there are parts."""
+    """As `filled`, but also for fewer samples than parts."""
     parts = sharding.batch_shards(mesh) * micro_batches
     return -(-count // parts) * parts
 
@@ -43,13 +43,13 @@ def copied(count: int, mesh: Mesh, micro_batches: int) -> int:
 def weights(
     rows: np.ndarray, count: int, total: int, *, always: bool = False
 ) -> dict[str, np.ndarray]:
-    """The field of weights of some rows; nothing where no sample is a copy.
+    """The field of weights of some rows; empty if no sample is a copy.
 
     Args:
-      rows: numbers of the rows, of `total`.
+      rows: numbers of the rows, below `total`.
       count: the number of samples.
       total: the number with copies.
-      always: give the field where all weights are 1 too.
+      always: return the field even if all weights are 1.
 
     Example:
       >>> print(weights(np.arange(4), 2, 4)[WEIGHT])
@@ -65,9 +65,9 @@ def weights(
 def loss(loss_fn: LossFn, outputs: Tree, batch: dict, constants: Tree) -> jax.Array:
     """The loss of a batch without its copies.
 
-    Where there are some, the loss is taken of every sample by itself, and is the mean
-    of those: of a mean over samples the same, of a mean over tokens one that weighs
-    every text alike.
+    With copies, the loss is computed for every sample separately and averaged. A mean
+    over samples stays the same. A mean over tokens becomes one in which every text has
+    the same weight.
     """
     if WEIGHT not in batch:
         return loss_fn(outputs, batch, constants)
