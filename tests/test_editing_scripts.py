@@ -156,7 +156,7 @@ def test_classes_that_the_control_lacks_are_an_error(tmp_path):
 
 @pytest.mark.parametrize(
     ("steps", "snapshots", "message"),
-    [([5, 5], 5, "expected 1 to 4"), ([5, 5], 0, "from 1 to 4"), ([5, 6], 1, "same step")],
+    [([5, 5], 5, "1 to 4"), ([5, 5], 0, "1 to 4"), ([5, 6], 1, "same step")],
 )
 def test_a_curve_needs_vectors_of_the_same_steps(steps, snapshots, message):
     figure7_during_training.check_steps([5, 5], 4)
