@@ -365,7 +365,7 @@ def test_tasks_are_files_too_and_their_vectors_are_kept(roberta, tmp_path, monke
         (
             "table16_prompt_robustness",
             {"tasks": ("MR", "CR", "SUBJ"), "prompt": ("x={text} {mask}|a:b,c:d",)},
-            "--prompt for x",
+            "--prompt is given for x",
         ),
     ],
 )
