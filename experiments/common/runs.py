@@ -1,7 +1,7 @@
-"""What a script does before and after its own work: devices, processes, its folder.
+"""Devices, processes and the output folder of a script.
 
-A run has one folder, and `config.json` there says of which options it is. Started again
-with the same ones, a script goes on with what the folder holds; with others it refuses.
+A run has one folder, and `config.json` there records its options. Started again with
+the same options, a script continues the run in the folder. Other options are refused.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jaxarith import files, report, sharding
 from jaxarith.sharding import processes
 from jaxarith.train import manifest
 
-# Options that many scripts have: sizes above 0, and lists with an entry.
+# Options of many scripts: sizes above 0, counts from 0, and lists that are not empty.
 _SIZES = ("batch_size", "epochs", "evaluation_batch", "max_length")
 _SIZES += ("learning_rate", "micro_batches", "penalty_batch_size", "samples", "steps")
 _SIZES += ("curvature_samples", "seeds")
@@ -37,32 +37,31 @@ class Options:
     """The options that all scripts with a folder of their own have."""
 
     out: Path = Path("runs/<paper>/<script>")
-    """Folder for everything that is written."""
+    """Folder for all output."""
     mesh: str = ""
-    """Sizes of the device axes, such as data=4,fsdp=2: `data` shares every batch,
-    `fsdp` parameters and optimizer state too, `task` trains other tasks on each device.
-    By default all devices share every batch."""
+    """Sizes of the device axes, such as data=4,fsdp=2. Devices of `data` share every
+    batch; those of `fsdp` also share parameters and optimizer state; those of `task`
+    train different tasks. By default all devices share every batch."""
     resume: bool = True
-    """Go on with what --out holds of a run with the same options; --no-resume starts
-    anew there."""
+    """Continue a run with the same options in --out; --no-resume starts anew there."""
     save_every: int = 100
     """Steps from one checkpoint to the next; 0: none."""
     coordinator: str | None = None
     """Address and port of the first of several processes. Under SLURM and Open MPI JAX
-    finds it and the next two, and $JAX_COORDINATOR_ADDRESS, $JAX_NUM_PROCESSES and
-    $JAX_PROCESS_ID are another way to say them."""
+    finds this and the next two options. $JAX_COORDINATOR_ADDRESS, $JAX_NUM_PROCESSES
+    and $JAX_PROCESS_ID can replace them."""
     processes: int | None = None
-    """How many processes there are."""
+    """Number of processes."""
     process: int | None = None
     """The number of this one, from 0."""
     pod: bool = False
-    """This is a host of a TPU pod; JAX finds the others."""
+    """This machine is a host of a TPU pod; JAX finds the other hosts."""
     smoke: bool = False
     """Run the whole script in seconds, with tiny models, little or made-up data and few
-    steps; what it finds means nothing."""
+    steps; the results mean nothing."""
 
     def __post_init__(self):
-        if self.out == Options.out:  # in its place the script's own
+        if self.out == Options.out:  # replaced by the script's own folder
             folders = script_name(self).split(".")[1:]
             object.__setattr__(self, "out", Path("runs", *folders))
         for name in _SIZES:
@@ -85,23 +84,24 @@ class Banked(Options):
     """The options of scripts that take task vectors from the bank."""
 
     bank: Path = Path("bank")
-    """Folder of task vectors, which all scripts share: a vector that it holds is not
-    trained again."""
+    """Folder of task vectors that all scripts share. A vector in it is not trained
+    again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Planned(Options):
-    """The options of scripts that say what they cost, see `planning`."""
+    """The options of scripts that can print their cost, see `planning`."""
 
     plan: int = 0
-    """Print what the run costs on so many devices, and stop: steps, FLOPs, memory of a
-    device, hours, disk. It needs neither weights nor data. 0 runs the script."""
+    """Print the cost of the run on this number of devices, and stop: steps, FLOPs,
+    memory of a device, hours, disk. It needs no weights and no data. 0 runs the
+    script."""
     plan_memory: float = 80.0
-    """GB of a device; a plan that needs more is refused, with what helps. 0 does not
-    plan memory, for which every step is compiled."""
+    """Memory of a device in GB. A plan that needs more is refused, with advice. 0 does
+    not plan memory; planning it compiles every step."""
 
 
-# They say where a run is, or how it computes, and not what.
+# They determine where and how a run computes, not its results.
 _WHERE = {field.name for field in dataclasses.fields(Options)} - {"smoke"} | {
     *("bank", "data_dir", "micro_batches", "remat", "tasks_together", "workers"),
     *("evaluation_batch", "plan", "plan_memory", "save_merged", "tasks_file"),
@@ -112,20 +112,20 @@ C = TypeVar("C", bound=Options)
 
 
 def smaller(options: C, **small: Any) -> C:
-    """The options; in a smoke run with these, without checkpoints, and on one device
-    unless --mesh says otherwise."""
+    """Returns the options; in a smoke run with these changes, without checkpoints, and
+    on one device unless --mesh is given."""
     if not options.smoke:
         return options
     place = {"mesh": options.mesh or "data=1", "save_every": 0}
     return dataclasses.replace(options, **place | small)
 
 
-# By folder, the options of the script that has started there.
+# Options of the script that has started, by folder.
 _STARTED: dict[Path, Options] = {}
 
 
 def start(options: Options) -> Mesh:
-    """Joins the other processes, and looks at the folder; writes nothing.
+    """Joins the other processes and checks the folder; writes nothing.
 
     Returns:
       The mesh of all devices.
@@ -162,10 +162,10 @@ def start(options: Options) -> Mesh:
 
 
 def claim(options: Options):
-    """Makes the folder that of this run, and with --no-resume forgets another's.
+    """Claims the folder for this run; with --no-resume removes an earlier run's state.
 
-    Some trainings of a script have other options than the script, in the same folder;
-    config.json has those that the script started with.
+    Some trainings of a script have other options in the same folder; config.json has
+    the options that the script started with.
     """
     options = _STARTED.get(options.out, options)
 
@@ -180,12 +180,12 @@ def claim(options: Options):
 
 
 def checkpoints(options: Options) -> Path:
-    """The folder of checkpoints, which is there while something is in training."""
+    """The folder of checkpoints; it exists during a training."""
     return options.out / "checkpoints"
 
 
 def joined(names: Sequence[str]) -> str:
-    """Names of tasks as a part of a path, the end of a long one as a checksum.
+    """Joins names of tasks to a part of a path; a long one ends in a checksum.
 
     Example:
       >>> joined(["MR", "a/b"]), joined(["task"] * 40)[90:]
@@ -197,8 +197,8 @@ def joined(names: Sequence[str]) -> str:
     return f"{whole[:100]}-{zlib.crc32(whole.encode()):08x}"
 
 
-# By folder, the vectors from outside that a script has taken from the bank, and whether
-# the task had another head when they were added.
+# By folder, the external vectors that a script has taken from the bank, and whether the
+# task had another head when they were added.
 _EXTERNAL: dict[Path, dict[Path, bool]] = {}
 
 
@@ -208,7 +208,7 @@ def note_external(options: Options, file: Path, *, other_head: bool) -> None:
 
 
 def external(out: Path) -> str:
-    """A line on the task vectors of a run that were not trained here, or nothing.
+    """A line on the task vectors of a run that were not trained here, or "".
 
     Example:
       >>> options = Options(out=Path("out"))
@@ -244,7 +244,7 @@ def vectors(options: Options) -> Path:
 
 
 def is_first() -> bool:
-    """Whether this process writes what all have computed."""
+    """Whether this is the process that writes the results."""
     return jax.process_index() == 0
 
 
@@ -256,7 +256,7 @@ def script_name(options: Options) -> str:
 
 
 def plain(options: Options) -> dict:
-    """The script and its options as plain data; of paths only the last part."""
+    """The script and its options as plain data; only the last part of paths."""
     values = {"script": script_name(options)} | dataclasses.asdict(options)
     values = {k: v.name if isinstance(v, Path) else v for k, v in values.items()}
     return json.loads(json.dumps(values))

@@ -1,7 +1,7 @@
-"""Task vectors from the bank; the missing ones are trained, and added to the bank.
+"""Takes task vectors from the bank; trains missing ones and adds them to the bank.
 
-A script says what it wants, `Wanted`, and of what, `Network`; `check` finds mistakes
-before anything is written, and `vectors` returns the task vectors.
+A script describes the vectors by `Wanted` and the model by `Network`. `check` finds
+mistakes before anything is written, and `vectors` returns the task vectors.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ from jaxarith.typing import ApplyFn, LossFn, Params, Tree
 
 
 class Network(NamedTuple):
-    """What task vectors are trained from.
+    """The model that task vectors are trained from.
 
     Attributes:
-      title: its name and the method's, in progress and in the names of logs.
+      title: name of the model and the method, for progress and for names of logs.
       apply_fn: `apply_fn(params, *inputs) -> outputs`.
       params_0: the pre-trained parameters.
       loss: `loss(outputs, batch, constants) -> scalar` of one task.
@@ -37,9 +37,9 @@ class Network(NamedTuple):
       penalty_mask: the field of a penalty sample that is 0 where the penalty does not
         look, see `train.fine_tune`.
       augment: see `train.task_batches`.
-      stacked: from the heads of tasks to the constants of the loss, with a leading task
-        axis; None where the loss has none.
-      workers: processes that make the batches.
+      stacked: a function from the heads of tasks to the constants of the loss, with a
+        leading task axis; None if the loss has no constants.
+      workers: number of processes that make the batches.
     """
 
     title: str
@@ -58,20 +58,21 @@ class Wanted(NamedTuple):
     """A task vector that a script needs.
 
     Attributes:
-      name: the task; with the recipe's seed it decides on the order of the samples.
+      name: the task; with the recipe's seed it determines the order of the samples.
       file: the place of the vector, from `bank.vector_file`.
       recipe: how it is trained.
-      identity: what else it depends on, as plain data.
+      identity: everything else that it depends on, as plain data.
       source: the training samples.
-      others: by name the samples that its penalty reads (T_orth), in order.
-      head: what the loss needs to know of the task.
+      others: the samples that its penalty reads (T_orth), by name, in order.
+      head: the head of the task, for the loss.
       start: a task vector to start from.
       kind: vectors train side by side if their recipes and kinds are equal; a kind may
         be the length of texts.
       observed: the numbers of steps after which `observe` is called.
-      curvature: gives what the task must not disturb, for a penalty of curvature; it is
-        called only where the vector is trained. Vectors that train side by side with
-        the same function share its result, which the devices then hold once.
+      curvature: returns the curvature of what the task must not disturb, for a penalty
+        of curvature. It is called only if the vector is trained. Vectors that train
+        side by side with the same function share its result, which the devices then
+        hold once.
     """
 
     name: str
@@ -93,7 +94,7 @@ def recipe(options: Any, samples: int, **changes: Any) -> train.TrainConfig:
     Args:
       options: with epochs, or steps in their place, batch_size, learning_rate, seed.
       samples: number of training samples.
-      changes: what else differs from `TrainConfig`.
+      changes: other fields that differ from the defaults of `TrainConfig`.
     """
     epochs = options.epochs * math.ceil(samples / options.batch_size)
     return train.TrainConfig(
@@ -115,17 +116,18 @@ def vectors(
     together: int | None = None,
     observe: Callable[[Wanted, int, Tree], None] | None = None,
 ) -> list[Tree]:
-    """Task vectors from the bank, on the host; those that are missing are trained.
+    """Returns task vectors from the bank, on the host; trains the missing ones.
 
-    Where the axis `task` of the mesh does not divide them, they share it as far as it
-    does, and its other devices share the batches.
+    If the axis `task` of the mesh does not divide their number, its size is reduced to
+    a common divisor, and the other devices share the batches.
 
     Args:
       options: the folder of checkpoints and logs, and how often to save.
       network: what the vectors are trained from.
       wanted: the vectors.
-      together: how many vectors train side by side at most; by default all that can.
-      observe: is called with a vector's description, a number of steps of its
+      together: the largest number of vectors that train side by side; by default all
+        that can.
+      observe: called with a vector's description, a number of steps from its
         `observed`, and the vector after them.
 
     Raises:
@@ -165,7 +167,7 @@ def vectors(
 
 
 def _note_external(options: runs.Options, wanted: Sequence[Wanted]) -> None:
-    """Lets the tables of a run name the vectors that come from outside."""
+    """Notes the vectors from outside, which the tables of a run then name."""
     for one in wanted:
         if one.file.exists() and bank.is_external(one.file):
             heads = bank.record(one.file)["configuration"].get("heads")
@@ -176,13 +178,13 @@ def _note_external(options: runs.Options, wanted: Sequence[Wanted]) -> None:
 def joint_vector(
     options: runs.Options, network: Network, wanted: Wanted, members: Sequence[Wanted]
 ) -> Tree:
-    """The vector of joint training on several tasks, from the bank or trained.
+    """Returns the vector of joint training on several tasks, from the bank or trained.
 
     Args:
       options, network: as for `vectors`.
       wanted: the vector, with the recipe of the training; its `source` and `head` are
         not used.
-      members: the tasks, of which name, source and head are used.
+      members: the tasks; only name, source and head are used.
     """
     seeds = [train.seed_of(one.name, wanted.recipe.seed) for one in members]
     configuration = identity(wanted) | {"seed of samples": seeds}
@@ -213,8 +215,8 @@ def joint_vector(
 def check(network: Network, wanted: Iterable[Wanted], together: int | None = None):
     """Raises the ValueErrors of `vectors` that can be found before training.
 
-    They are a vector of another configuration in the bank, and a mesh, batch size or
-    number of micro-batches that do not go together.
+    The bank may hold a vector of another configuration. Or mesh, batch size and number
+    of micro-batches do not fit each other.
     """
     wanted = list(wanted)
     missing = [one for one in wanted if not bank.has(one.file, identity(one))]
@@ -223,7 +225,7 @@ def check(network: Network, wanted: Iterable[Wanted], together: int | None = Non
 
 
 def alike(wanted: Iterable[Wanted], together: int | None = None) -> list[list[Wanted]]:
-    """Groups of vectors that can train side by side, of at most so many each."""
+    """Groups vectors that can train side by side, at most `together` in a group."""
     groups: dict[Any, list[Wanted]] = {}
     for one in wanted:
         recipe = dataclasses.replace(one.recipe, seed=0)  # batches have their own
@@ -237,19 +239,19 @@ def alike(wanted: Iterable[Wanted], together: int | None = None) -> list[list[Wa
 
 
 def labels(group: Sequence[Wanted]) -> list[str]:
-    """The names of vectors that train side by side, with their seeds if they differ."""
+    """Names of vectors that train side by side, with their seeds if they differ."""
     if len({one.recipe.seed for one in group}) == 1:
         return [one.name for one in group]
     return [f"{one.name}, seed {one.recipe.seed}" for one in group]
 
 
 def identity(wanted: Wanted) -> dict[str, Any]:
-    """What a vector depends on, as plain data: the configuration in the bank."""
+    """Everything that a vector depends on, as plain data: its configuration."""
     return {
         **wanted.identity,
         "recipe": bank.plain_recipe(wanted.recipe),
         "seed of samples": train.seed_of(wanted.name, wanted.recipe.seed),
-        # The order decides which of them the penalty reads at which step.
+        # The order determines which of them the penalty reads at which step.
         "order of others": list(wanted.others) if wanted.recipe.penalty else [],
     }
 
@@ -262,12 +264,12 @@ def add(file: Path, tau: Params, configuration: dict, metrics: dict) -> Tree:
 
 
 def checkpoints(options: runs.Options, network: Network, names: Sequence[str]) -> Path:
-    """Where a training keeps its checkpoints, until its vectors are in the bank."""
+    """The folder of a training's checkpoints, until its vectors are in the bank."""
     return runs.checkpoints(options) / f"{network.title}_{runs.joined(names)}"
 
 
 def _curvature(group):
-    """What `fine_tune` takes: nothing, one for all vectors, or one for each."""
+    """Curvature for `fine_tune`: None, one for all vectors, or one for each."""
     given = [one.curvature for one in group]
     if given[0] is None:
         return None
@@ -334,10 +336,10 @@ def _run(
         observe=observe,
         observe_every=observe_every,
     )
-    if recipe.distill:  # the ordinary model is what the training is for
+    if recipe.distill:  # only the ordinary model is wanted
         taus = [tau["student"] for tau in taus]
     metrics = [{} for _ in names]
-    if runs.is_first():  # which has written the log
+    if runs.is_first():  # it has written the log
         last = json.loads(log.read_text().splitlines()[-1])
         metrics = [
             {name: last[name][task] for name in ("loss", "penalty") if name in last}

@@ -1,8 +1,8 @@
 """Fine-tuning of one or several tasks, ordinary or in the tangent space.
 
-`config` states what is trained and `step` is one step of it; here is the run: batches,
-progress, checkpoints. A run with checkpoints stops at a signal and goes on where it
-stopped, to the same bits.
+`config` has the recipe and `step` is one step; this module has the loop with batches,
+progress and checkpoints. A run with checkpoints stops at a signal and continues there
+later, with the same result to the last bit.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from jaxarith.train.config import TrainConfig, identity_of, schedule
 from jaxarith.train.step import init_state, make_step, objective
 from jaxarith.typing import ApplyFn, LossFn, Params, Source, Tree
 
-# From steps done, task vectors and metrics to whether training ends there.
+# A function of steps done, task vectors and metrics; True ends the training.
 Observe = Callable[[int, list[Tree], dict[str, Any]], Any]
 
 
@@ -62,50 +62,50 @@ def fine_tune(
 ) -> list[Tree]:
     """Trains one task vector for each task.
 
-    With a folder for checkpoints the run can be stopped at any moment: called again, it
-    goes on from the last checkpoint and ends with the same bits as without a stop, on
-    the same devices. On SIGTERM and Ctrl-C it saves first.
+    With a folder for checkpoints the run can be stopped at any moment. Called again, it
+    continues from the last checkpoint; on the same devices the result equals that of a
+    run without a stop, to the last bit. On SIGTERM and Ctrl-C it saves first.
 
     Args:
       apply_fn: `apply_fn(params, *inputs) -> outputs`.
-      params_0: the pre-trained parameters; they are only read.
+      params_0: the pre-trained parameters; they are not changed.
       loss_fn: `loss(outputs, batch, constants) -> scalar` of one task.
       batches: `config.steps` batches with a leading task axis, from `task_batches`.
       config: the recipe.
-      names: the T tasks, for the log, metrics and errors.
-      constants: a tree of arrays `[T, ...]` that `loss_fn` gets a row of.
+      names: names of the T tasks, for the log, metrics and errors.
+      constants: a tree of arrays `[T, ...]`; `loss_fn` gets one task's row.
       inputs: the fields of a batch that are passed to `apply_fn`, in order.
       penalty_mask: for outputs by token, `[B, S, ...]`: the field of the penalty
         samples, `[B, S]`, that is 0 where a token is padding, such as
-        "attention_mask". The penalty is the mean over the other tokens; without it,
-        over all.
-      curvature: what the task vectors must not disturb, for a penalty that is a form of
-        curvature: what `curvature.merge` gives, the same for all tasks, or one for each
-        task, as `curvature.others` gives them.
-      log: a file that gets one JSON line per step: step, learning rate, samples per
-        second, and loss (and penalty) and norm of the gradient by task.
+        "attention_mask". The penalty is the mean over the other tokens; without a mask,
+        over all tokens.
+      curvature: the curvature of what the task vectors must not disturb, for a penalty
+        that is a form of curvature. Pass the result of `curvature.merge` for all tasks,
+        or a list with one for each task, the result of `curvature.others`.
+      log: a file for one JSON line per step, with step, learning rate, samples per
+        second, and by task loss, penalty if there is one, and norm of the gradient.
       mesh: the devices, see `sharding`; by default one.
       checkpoints: the folder for checkpoints; several processes share it. By default
         nothing is saved.
-      save_every: steps from one checkpoint to the next. There is one at the end too.
-      keep: how many checkpoints, the last ones, are kept.
+      save_every: steps from one checkpoint to the next. The last step has one too.
+      keep: number of checkpoints that are kept, the last ones.
       start: a task vector of every task to start from, with a fresh optimizer; by
         default zero.
       observe: `observe(done, taus, metrics)` is called with the number of steps done,
         the task vectors after them and the metrics of the last step, a line of the log,
         every `observe_every` steps, or after each of these numbers of steps. If it
-        returns True, training ends there, and these vectors are the result; of several
-        processes, if it does in any. A run that ended so has a checkpoint that says it:
-        called again, it returns the same vectors and does not train on. A run that goes
-        on from a checkpoint may observe the steps since it once more.
-      workers: how many processes make the batches; 0 for threads, see
-        `data.pipeline.prefetch`, and mind that a script must not start anew in them.
-      optimizer: what makes updates of gradients and parameters θ0 + τ, of every task by
-        itself, in place of `train.optimizer(config)`. It stands for all of that: the
-        learning rate and its schedule, weight decay and clipping of `config` do not act
-        unless it is made with them, as in `optax.chain(optax.clip_by_global_norm(1.0),
-        optax.sgd(train.schedule(config)))`. Checkpoints hold its state; they cannot
-        tell two optimizers with states of one form apart.
+        returns True, in any of several processes, training ends there, and these
+        vectors are the result. The checkpoint of such a run records the end: called
+        again, it returns the same vectors and does not train on. A run that continues
+        from a checkpoint may observe the steps after it a second time.
+      workers: number of processes that make the batches; 0 for threads. Guard a script
+        with `__main__`: workers re-import it. See `data.pipeline.prefetch`.
+      optimizer: makes updates from gradients and parameters θ0 + τ, for every task
+        separately, instead of `train.optimizer(config)`. The learning rate and its
+        schedule, weight decay and clipping of `config` have no effect unless it is made
+        with them, as in `optax.chain(optax.clip_by_global_norm(1.0),
+        optax.sgd(train.schedule(config)))`. Checkpoints hold its state, but cannot
+        distinguish two optimizers whose states have the same structure.
 
     Returns:
       T task vectors in float32, with the leaves that `config.trained` matches. With
@@ -116,8 +116,8 @@ def fine_tune(
       FloatingPointError: a loss or gradient is not finite; the message names the step,
         the task and the leaf. Checkpoints from before are kept.
       OSError: the checkpoints do not fit on the disk, or cannot be written.
-      SystemExit: a signal came, and the state is saved; of status 128 + its number.
-        Of several processes only SIGTERM is noted.
+      SystemExit: a signal came, and the state is saved. The status is 128 plus the
+        number of the signal. With several processes only SIGTERM is noted.
       ValueError: `batches` is not `config.steps` long, the first batch lacks a field of
         `inputs` or is of another number of tasks than `names` or `constants`, `trained`
         matches no leaf, the mesh cannot share tasks or samples equally, the curvature
@@ -266,7 +266,7 @@ def fine_tune(
 
 
 def _asks_to_end(answer):
-    """Whether `observe` returned True; what else functions return says nothing."""
+    """Whether `observe` returned True; other results have no effect."""
     boolean = isinstance(answer, bool) or getattr(answer, "dtype", None) == np.bool_
     return boolean and bool(np.all(answer))
 
@@ -296,7 +296,7 @@ def _check_constants(constants, names):
 
 
 def _identity(config, names, params_0, constants):
-    """What must be the same where a run goes on."""
+    """The settings that must be equal for a run to continue."""
     return {
         "train": identity_of(config),
         "tasks": list(names),
@@ -306,7 +306,7 @@ def _identity(config, names, params_0, constants):
 
 
 def _data(batches):
-    """What tells the data of a run from others."""
+    """Identifies the data of a run."""
     if isinstance(batches, pipeline.Batches):
         return batches.identity()
     # Of several processes, each has its own part of every batch.
@@ -314,7 +314,7 @@ def _data(batches):
 
 
 def _keep_lines(log, steps):
-    """Keeps the first lines of the log, one for each of the steps that are done."""
+    """Keeps the first lines of the log, one for each finished step."""
     log = Path(log)
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     report.write_text(log, "".join(lines[:steps]))

@@ -1,12 +1,13 @@
-"""What a study of merging does with its task vectors, whatever the model and data are.
+"""The procedure of a study of merging, for any model and data.
 
-Fine-tunes on every task in several ways (ordinary, linearised, linearised with the
-curvature of the other tasks, or with the τJp penalty), merges, searches coefficients,
-evaluates, and writes a table, figures, task vectors and a merged checkpoint.
-`quickstart` and `text_study` bring model and tasks.
+A study fine-tunes on every task in several ways (ordinary, linearised, linearised with
+the curvature of the other tasks, or with the τJp penalty). It merges, searches
+coefficients, evaluates, and writes a table, figures, task vectors and a merged
+checkpoint. `quickstart` and `text_study` provide model and tasks.
 
+Its tables and figures are Tables 1 and 6 and Figure 6 of this paper, on other data:
 Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
-Disentanglement. ICLR 2025: its Tables 1 and 6 and Figure 6 on other data.
+Disentanglement. ICLR 2025.
 """
 
 from experiments.common.studies.evaluation import Outputs as Outputs

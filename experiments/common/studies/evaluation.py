@@ -39,7 +39,7 @@ class Outputs(NamedTuple):
 
 
 def outputs_of(study: Study, vectors: Taus, title: str = "tangents") -> Outputs:
-    """Free to vary in coefficients, after one pass over all samples."""
+    """Runs over all samples once; later coefficients cost no pass."""
     found = {}
     for split in SPLITS:
         datasets = _datasets(study, split)
@@ -80,7 +80,7 @@ def linearized_single(study: Study, outputs: Outputs) -> Single:
 
 
 def linearized_sum(study: Study, outputs: Outputs) -> AccuraciesAt:
-    """The linearised model along the sum of its vectors."""
+    """Accuracies of the linearised model along the sum of its vectors."""
     ones = np.ones(len(outputs.vectors))
     return lambda split, coefs: np.array(
         [linearized_at(study, split, outputs, c * ones) for c in coefs]
@@ -189,7 +189,7 @@ def row(
     found: Sequence[float] | np.ndarray,
     single: Sequence[float],
 ) -> dict:
-    """One line of the report; nothing is normalised by an accuracy of zero."""
+    """One line of the report; it is not normalised if a single accuracy is zero."""
     normalized = metrics.normalized_accuracy(found, single) if all(single) else None
     return {
         "method": method,
@@ -247,10 +247,10 @@ def rows_of(
 
 
 class Evaluation(NamedTuple):
-    """What is found of a method, or of all.
+    """The results of one method, or of all methods.
 
     Attributes:
-      alone: rows of models of single tasks, and of the pre-trained one.
+      alone: rows of models of single tasks, and of the pre-trained model.
       merged: rows of merged models.
       searches: the searches of coefficients, by their title.
       outputs: outputs of the linearised methods.

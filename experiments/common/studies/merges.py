@@ -1,4 +1,4 @@
-"""The merges that a study compares, beside the sum of its task vectors."""
+"""The merges that a study compares with the sum of its task vectors."""
 
 import functools
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from jaxarith.typing import Params, Taus, Tree
 
 
 def merged_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
-    """Data-free merges of the ordinary vectors; each is linear in its coefficient."""
+    """Data-free merges of ordinary vectors; their coefficient scales the result."""
     params_0, key = study.params_0, jax.random.key(study.config.seed)
-    # The paper of AWD merges the linear weights of the blocks and nothing else.
+    # The AWD paper merges only the linear weights of the blocks.
     blocks = [tree.select(tau, study.blocks) for tau in taus]
     operators = {
         "ties": lambda: merge.ties(params_0, taus, coef=1.0),
@@ -25,7 +25,7 @@ def merged_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
         "awd": lambda: merge.awd(params_0, blocks, coef=1.0),
         "tsv": lambda: merge.tsv(params_0, taus, coef=1.0),
         "iso_c": lambda: merge.iso_c(params_0, taus, coef=1.0),
-        # Adam's learning rate would have to be made for these vectors.
+        # With Adam the learning rate would have to fit these vectors.
         "wudi": lambda: merge.wudi(
             params_0, taus, solver="closed", rank="participation"
         ),
@@ -38,7 +38,7 @@ def merged_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
 
 
 def fitted_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
-    """Merges of the ordinary vectors that look at unlabelled validation samples."""
+    """Merges of ordinary vectors that use unlabelled validation samples."""
     wanted = [name for name in study_merges.FITTED if name in study.config.merges]
     if not wanted:
         return {}
@@ -47,7 +47,7 @@ def fitted_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
     logits_of = classifier(study.apply_fn, study.logits)
     head_of = [dataset.padded for dataset in study.validation]
 
-    # As many samples of each task as the public tables take.
+    # As many samples of each task as in the published tables.
     samples = [dataset.batches[:2] for dataset in study.validation]
 
     def fisher():
@@ -90,9 +90,9 @@ def fitted_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
 
 
 def _vector(merged: Params, params_0: Params, taus: Taus) -> Tree:
-    """The task vector of a merge, with the leaves of those that it was made of.
+    """The task vector of a merge, with the same leaves as the vectors that it merges.
 
-    All merges have the same, so that what is compiled for one serves all.
+    All merges have the same leaves, so they share one compiled program.
     """
     moved = task_vectors.difference(merged, params_0)
     return tree.restrict(moved, tree.flatten(taus[0]))

@@ -26,11 +26,11 @@ def run(
 
     Args:
       config: the options.
-      prepare: loads the model and the tasks; errors in the options are its to find,
-        for nothing is written before it returns.
+      prepare: loads the model and the tasks. It should find errors in the options,
+        because nothing is written before it returns.
       title: the title of report.md.
-      estimate: a sentence that says how long the run will take, if that is known. At
-        the pace of its own machine the run says so after the first training.
+      estimate: a sentence about the time that the run takes, if known. After the first
+        training the run prints an estimate for its own machine.
     """
     mesh = runs.start(config)
     recipes = {
@@ -69,7 +69,7 @@ def run(
             method: np.asarray(task_vectors.cosine_matrix(vectors))
             for method, vectors in taus.items()
         }
-        # Written before the figures, which no mistake in drawing should cost.
+        # Written before the figures, so that an error in drawing does not lose them.
         results = {
             "tasks": study.names,
             "rows": found.rows,
@@ -102,7 +102,7 @@ def _say(*lines: str) -> None:
 
 
 def plan(config: Config) -> str:
-    """What a run is about to do, in a sentence."""
+    """A sentence on what the run is about to do."""
     ways = [report.NAMES[method] for method in methods(config)]
     return (
         f"Fine-tunes {config.model} on every task in {len(ways)} ways, "
@@ -113,11 +113,11 @@ def plan(config: Config) -> str:
 
 
 def work_left(study: Study, recipes: dict[str, train.TrainConfig]) -> float:
-    """What follows the ordinary training, as a multiple of its time.
+    """The time after the ordinary training, as a multiple of the time of that training.
 
-    Counted in samples that pass through the network forward: an ordinary step passes
-    each once forward and once backward, at the price of three, and a linearised one
-    takes five. Merging, curvature and compilation are left out.
+    It counts forward passes of samples. An ordinary step costs three for each sample:
+    one forward, and a backward pass worth two. A linearised step costs five. Merging,
+    curvature and compilation are not counted.
     """
     tasks = len(study.names)
 
@@ -135,7 +135,7 @@ def work_left(study: Study, recipes: dict[str, train.TrainConfig]) -> float:
     data_free = sum(m in study_merges.MERGES for m in study.config.merges)
     fitted = len(study.config.merges) - data_free
     # Single tasks, then coefficients of task arithmetic and of every other merge.
-    passes = (1 + 21 + 11 * data_free) * validation
+    passes = (1 + 21 + 10 * data_free) * validation  # all share coefficient 0
     passes += (1 + 1 + 2 * (1 + data_free) + fitted) * test
     # A forward pass and a tangent for every task, of the linearised methods.
     passes += (len(recipes) - 1) * (1 + 2 * tasks) * (validation + test)
@@ -171,12 +171,12 @@ def save_merged(study: Study, taus: Taus, coef: float) -> None:
         tree.update(study.model.params, edited),
         study.merged_config,
         copy_from=study.model.folder,
-        overwrite=True,  # that of a run before in this folder
+        overwrite=True,  # an earlier run may have left one
     )
 
 
 def save_heads(study: Study) -> None:
-    """Writes the fixed heads, without which no task vector classifies anything."""
+    """Writes the fixed heads, which every task vector needs to classify."""
     hub.save_tree(
         study.config.out / "heads.safetensors",
         {

@@ -1,4 +1,4 @@
-"""The table and the figures of a study, and what they say in three sentences."""
+"""The table and the figures of a study, and a summary in sentences."""
 
 import numpy as np
 from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""What a study starts from: options, a model, tasks and their frozen heads."""
+"""The inputs of a study: options, a model, tasks and their frozen heads."""
 
 import dataclasses
 import functools
@@ -30,8 +30,8 @@ class Config(curvatures.Options, runs.Options):
     modes: tuple[tau_jp.Mode, ...] = ("cyclic",)
     """Modes of the τJp penalty, each trained and reported."""
     curvature: bool = True
-    """Train linearised models with the curvature of the other tasks as well, which
-    takes statistics of their samples in place of the samples."""
+    """Also train linearised models with the curvature of the other tasks, which uses
+    statistics of their samples instead of the samples."""
     merges: tuple[study_merges.Merge, ...] = study_merges.ALL
     """Merges of the ordinary vectors beside task arithmetic."""
     steps: int = 200
@@ -39,7 +39,7 @@ class Config(curvatures.Options, runs.Options):
     batch_size: int = 64
     """Samples per step and task."""
     learning_rate: float = 1e-3
-    """The largest learning rate, after a tenth of the steps."""
+    """The largest learning rate, reached after a tenth of the steps."""
     penalty_coef: float = 0.1
     """Weight of the τJp penalty."""
     penalty_batch_size: int | None = None
@@ -49,7 +49,7 @@ class Config(curvatures.Options, runs.Options):
     seed: int = 0
     """Seed of the order of samples and of random merges."""
     smoke: bool = False
-    """Run the whole path with few steps, samples and coefficients; what it finds means
+    """Run the whole study with few steps, samples and coefficients; the results mean
     nothing."""
 
 
@@ -61,7 +61,7 @@ class Dataset(NamedTuple):
       labels: the labels of all samples, `[N]`.
       head: `[C, D]`.
       padded: the head in the shape that all tasks share, and which classes count; see
-        `heads.pad`. Whatever takes it is compiled once for all tasks.
+        `heads.pad`. Functions of it are compiled once for all tasks.
       logits: `logits(head, features, valid)`.
     """
 
@@ -73,7 +73,7 @@ class Dataset(NamedTuple):
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """The classes `[N]` of features `[N, D]`."""
-        # In few shapes: datasets of other sizes would each be compiled for.
+        # Few shapes: otherwise every size of a dataset would be compiled for.
         filling = -len(features) % 1024
         rows = np.pad(features, ((0, filling), (0, 0)))
         return np.asarray(_predict(self.logits, self.padded, rows))[: len(features)]
@@ -88,7 +88,7 @@ def _predict(logits, head, features):
 
 
 class Study(NamedTuple):
-    """What every method starts from.
+    """The inputs of every method.
 
     Attributes:
       config: the options.
@@ -96,11 +96,11 @@ class Study(NamedTuple):
       apply_fn: `apply_fn(params, *inputs) -> features[B, D]`, what is linearised.
       params_0: the pre-trained parameters that `apply_fn` reads.
       trained: pattern of the paths in `params_0` that are trained.
-      blocks: pattern of the linear weights, to which AWD confines itself.
+      blocks: pattern of the linear weights, the only ones that AWD merges.
       inputs: the fields of a batch that `apply_fn` takes.
       token_mask: the field that is true where a token counts; None without tokens.
       logits: `logits(head, features, valid) -> [B, C]`.
-      merged_config: what config.json of the merged checkpoint holds.
+      merged_config: content of the merged checkpoint's config.json.
       names: the names of the tasks.
       classes: for each task, the names of its classes.
       sources: for each task, its training samples.
@@ -132,7 +132,7 @@ class Study(NamedTuple):
         return losses.cross_entropy(logits, batch["label"])
 
 
-@functools.cache  # the same function again keeps what is compiled of it
+@functools.cache  # the same function again, so that compiled programs are reused
 def classifier(apply_fn: ApplyFn, logits: Logits) -> ApplyFn:
     """A study's network with a task's head among its parameters.
 
@@ -151,13 +151,13 @@ def classifier(apply_fn: ApplyFn, logits: Logits) -> ApplyFn:
 def datasets(
     sources: Sequence, head_of: Sequence[jax.Array], logits: Logits, batch_size: int
 ) -> list[Dataset]:
-    """One split of all tasks, ready to be evaluated.
+    """One split of all tasks, ready for evaluation.
 
     Args:
       sources: for each task, its samples.
       head_of: for each task, its head `[C, D]`.
       logits: `logits(head, features, valid)`.
-      batch_size: samples that are evaluated at a time.
+      batch_size: number of samples that are evaluated at a time.
     """
     padded = jax.tree.map(np.asarray, heads.pad(head_of))
     batches = [pipeline.evaluation_batches(source, batch_size) for source in sources]
@@ -174,7 +174,7 @@ def datasets(
 
 
 def check(names: Sequence[str]) -> None:
-    """Raises ValueError for tasks that no study can have."""
+    """Raises a ValueError for tasks that a study cannot use."""
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise ValueError(
             f"merging needs at least two tasks, each once; got {list(names)}."

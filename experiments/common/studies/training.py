@@ -19,7 +19,7 @@ from jaxarith.typing import Source, Tree
 def recipe_of(
     config: Config, method: str, penalty: tau_jp.Mode | train.Form | None
 ) -> train.TrainConfig:
-    """How the vectors of a method are trained; all but `nonlinear` are linearised."""
+    """The recipe of a method; all methods but `nonlinear` are linearised."""
     is_form = penalty in get_args(train.Form)
     return train.TrainConfig(
         steps=config.steps,
@@ -45,7 +45,7 @@ def batches_of(study: Study, recipe: train.TrainConfig) -> Source:
 
 
 def is_trained(study: Study, method: str) -> bool:
-    """Whether the vectors of a method are there, and the run may go on with them."""
+    """Whether the vectors of a method exist and the run may reuse them."""
     return study.config.resume and all(file.exists() for file in _files(study, method))
 
 
@@ -55,7 +55,7 @@ def _files(study, method):
 
 
 def curvature_of(study: Study) -> list[curvature.Factors]:
-    """For each task the curvature of all others, measured on their training samples."""
+    """For each task the curvature of all other tasks, from their training samples."""
     config, found = study.config, []
     progress = tqdm(study.sources, desc="curvature", unit="task")
     for number, source in enumerate(progress):
@@ -87,14 +87,14 @@ def fine_tune(
 ) -> list[Tree]:
     """Trains the task vectors of a method, all tasks at once, and saves them.
 
-    With --resume those that a run has saved before are not trained again, and a run
-    that was stopped goes on from its last checkpoint.
+    With --resume, vectors that an earlier run has saved are not trained again, and a
+    run that was stopped continues from its last checkpoint.
 
     Args:
       study: the study.
-      method: its name, which the files have.
-      recipe: how it is trained.
-      measured: for each task the curvature of the others, for a recipe that needs it.
+      method: its name, also the name of the folder.
+      recipe: its recipe.
+      measured: for each task the curvature of the others, if the recipe needs it.
     """
     config, files = study.config, _files(study, method)
     folder = runs.vectors(config) / method
