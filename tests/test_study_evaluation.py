@@ -44,7 +44,7 @@ class Options:
 @pytest.fixture
 def study() -> studies.Study:
     rng = np.random.default_rng(0)
-    head_of = [rng.normal(size=(4, 5)).astype(np.float32) for _ in range(TASKS)]
+    head_of = [jnp.asarray(rng.normal(size=(4, 5)), "f4") for _ in range(TASKS)]
     parts = [
         studies.datasets(
             [samples(rng, count) for count in counts], head_of, heads.logits, 8
