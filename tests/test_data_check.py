@@ -94,10 +94,12 @@ def test_copies_in_two_splits_are_found_by_their_content(tmp_path, capsys, small
     (folder / "test" / "5" / "11.png").write_bytes(content)
     status, output, _ = check(capsys, "mnist", "--data-dir", tmp_path)
     assert status == 1
-    copies = [line for line in output.splitlines() if "are copies" in line]
+    copies = [line for line in output.splitlines() if "a copy of" in line]
     assert len(copies) == 1
-    assert copies[0].startswith("WARNING: 1 files of test are copies of files of train")
-    assert copies[0].endswith(f"{folder}/test/5/11.png of {folder}/train/4/7.png.")
+    assert copies[0].startswith("WARNING: 1 file of test is in train as well")
+    assert copies[0].endswith(
+        f"{folder}/test/5/11.png, a copy of {folder}/train/4/7.png."
+    )
 
 
 def test_unreadable_images_are_found_on_demand(tmp_path, capsys, small_mnist):
@@ -164,7 +166,7 @@ def test_an_unknown_task_is_one_line(capsys):
     assert error.startswith("jaxarith data: there is no task 'cars'; the tasks are")
     status, output, error = check(capsys, "./cars")
     assert status == 1 and output == ""
-    assert error.startswith("jaxarith data: ./cars is no folder; expected")
+    assert error.startswith("jaxarith data: ./cars is not a folder; expected")
     with pytest.raises(SystemExit):
         check(capsys, "mnist", "--source", "disk")
 

@@ -78,10 +78,18 @@ def test_files_are_read_as_glue_distributes_them(name, tmp_path):
     [
         ("rte", [["index", "sentence1", "sentence2"]], "lacks the columns label of"),
         ("rte", FILES["cola"][1:2], "lacks the columns sentence1, sentence2, label"),
-        ("cola", FILES["qnli"][:2], "line 1: 'question' is no label of cola"),
-        ("rte", [FILES["rte"][0], ["0", "A", "B", "yes"]], "line 2: 'yes' is no label"),
+        ("cola", FILES["qnli"][:2], "line 1: 'question' is not a label of cola"),
+        (
+            "rte",
+            [FILES["rte"][0], ["0", "A", "B", "yes"]],
+            "line 2: 'yes' is not a label",
+        ),
         ("rte", [FILES["rte"][0], ["0", "A", "B"]], "line 2 has only 3 cells"),
-        ("stsb", [FILES["stsb"][0], [*"0123", "B", "6"]], "'6' is no score from 0 to"),
+        (
+            "stsb",
+            [FILES["stsb"][0], [*"0123", "B", "6"]],
+            "'6' is not a score from 0 to",
+        ),
         ("stsb", [FILES["stsb"][0], [*"0123", "B", "x"]], "line 2: could not convert"),
         ("rte", [FILES["rte"][0], [""]], "holds no record"),
         ("cola", [[""]], "holds no record"),
@@ -174,7 +182,7 @@ def test_the_papers_hold_as_many_training_records_out_as_they_test_on():
     other = glue.protocol(TASKS["rte"], train, validation, seed=1)
     assert other.validation != task.validation
     for few, many in ((7, 7), (7, 0)):
-        with pytest.raises(ValueError, match=f"hold {many} of {few} training records"):
+        with pytest.raises(ValueError, match=f"take {many} of {few} training records"):
             glue.protocol(TASKS["rte"], numbered(few), numbered(many))
 
 

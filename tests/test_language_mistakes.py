@@ -65,9 +65,9 @@ MISTAKES = {
     f"{STUDY} b=mood.txt --model gpt2": "expected a BERT or RoBERTa",
     f"{STUDY} b=mood.txt --out mood.txt": "mood.txt is a file; name a folder",
     f"{WORDS} a={{text}}{{mask}}|0:bad,7:good": "words for 7; the classes of the task",
-    f"{WORDS} a={{text}}|0:bad,1:good": "must hold {mask} once",
+    f"{WORDS} a={{text}}|0:bad,1:good": "must contain {mask} once",
     "awd.table3_glue --models roberta --data-dir GLUE --tasks rte cola": (
-        "rte: .*'maybe' is no label of rte.* cola: .*no such file"
+        "rte: .*'maybe' is not a label of rte.* cola: .*no such file"
     ),
     "awd.table3_glue --tasks rte nope": "not tasks of GLUE: nope",
     "tau_jp.table3_glue --coefficient two": "invalid choice 'two'",

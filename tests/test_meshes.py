@@ -19,7 +19,7 @@ def test_meshes_are_what_they_are_asked_to_be():
 
 @pytest.mark.parametrize("sizes", ["model=2", "data", "data=0", "data=2,data=4", "-1"])
 def test_a_wrong_axis_is_refused(sizes):
-    with pytest.raises(ValueError, match="is no axis and its size"):
+    with pytest.raises(ValueError, match="is not an axis with its size"):
         sharding.make_mesh(sizes)
 
 

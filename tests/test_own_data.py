@@ -103,7 +103,7 @@ WIDE = [{"image": np.zeros(4, "f4"), "label": y} for y in Y]
         (lambda: run([ROWS] * 3, names="ab"), r"\[3, 4, 3\], for 2 names \(a, b\)"),
         (lambda: run([ROWS], constants=jnp.ones(2)), r"constants .* for 1 names"),
         (lambda: run({"image": X, "label": Y}), r"sources is a dict .*\[source\]"),
-        (lambda: run([{"image": X, "label": Y[:9]}]), "arrays .* of one length"),
+        (lambda: run([{"image": X, "label": Y[:9]}]), "arrays .* of one N"),
         (lambda: run([{}]), "a dict of nothing"),
         (lambda: run([{"image": [[1], [2, 3]]}]), "rows of several shapes"),
         (lambda: train.task_batches([ROWS], CONFIG, names="ab"), "2 names for 1 tasks"),

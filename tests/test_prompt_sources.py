@@ -106,7 +106,7 @@ def test_a_split_that_was_not_converted_is_an_error_with_those_that_were(convert
 
 def test_a_dataset_without_its_columns_is_an_error(monkeypatch):
     stub_hub(monkeypatch, {("stanfordnlp/snli", None, "train"): [{"premise": "A"}]})
-    with pytest.raises(ValueError, match="no column hypothesis, label; it has premise"):
+    with pytest.raises(ValueError, match="no column hypothesis, label. It has premise"):
         prompt_sources.load(SOURCES["SNLI"], "train")
 
 

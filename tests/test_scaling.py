@@ -297,7 +297,7 @@ def test_the_report_has_a_row_for_every_program_and_figures(counted):
     [
         ({"models": ()}, "models is"),
         ({"meshes": ("data=2", "data=2")}, "each once"),
-        ({"meshes": ("model=2",)}, "is no axis and its size"),
+        ({"meshes": ("model=2",)}, "is not an axis with its size"),
         ({"meshes": ("task=2",)}, "the step here is one task's"),
         ({"meshes": ("data=512",)}, "512 devices are asked for"),
         ({"batch_per_device": 0}, "batch_per_device is 0"),

@@ -254,7 +254,9 @@ def test_missing_columns_and_labels_are_refused(datasets, monkeypatch):
     records = [{"image": png(0), "label": -1}]
     reader = sources.Records(records, records, DIGITS, "image", "label", "here")
     for read in (lambda: reader[0], lambda: reader.labels):
-        with pytest.raises(ValueError, match="here, index 0 has the label -1; its 10"):
+        with pytest.raises(
+            ValueError, match="here, index 0 has the label -1, but its 10"
+        ):
             read()
 
 
@@ -313,7 +315,7 @@ def test_what_is_missing_is_said_with_the_commands_that_prepare_it(
     message = str(caught.value)
     for part in (
         "no data of svhn was found",
-        f"{tmp_path}/svhn/train is no folder",
+        f"{tmp_path}/svhn/train is not a folder",
         f"put its images into {tmp_path}/svhn/train/<class>/",
         f"{tmp_path}/svhn_cropped is not prepared",
         f"tfds build svhn_cropped --data_dir={tmp_path} --file_format=array_record",

@@ -88,12 +88,12 @@ def test_bytes_that_are_not_utf8_are_an_error_with_their_line(tmp_path):
 def test_bad_lines_are_left_out_when_asked_and_counted(tmp_path):
     lines = ["label,text", "1,good", "2,\xff", "3", "nan,b", ",c", "4,good too"]
     file = write(tmp_path, "a.csv", "\n".join(lines), "latin-1")
-    with pytest.warns(UserWarning, match="4 of 6 records .* line 3 has bytes that"):
+    with pytest.warns(UserWarning, match="4 of 6 records .* Line 3 has bytes that"):
         found = text.read(file, skip_bad=True)
     assert [record["text"] for record in found] == ["good", "good too"]
     objects = ['{"label": NaN, "text": "a"}', "{", '{"label": 0, "text": "b"}']
     file = write(tmp_path, "a.jsonl", "\n".join(objects))
-    with pytest.warns(UserWarning, match="2 of 3 records .* line 1 has no label"):
+    with pytest.warns(UserWarning, match="2 of 3 records .* Line 1 has no label"):
         assert text.read(file, skip_bad=True) == [{"label": "0", "text": "b"}]
 
 
@@ -122,7 +122,7 @@ def test_messages_about_wide_tables_are_short(tmp_path, name):
         ("a.csv", "text,label\n", "only a header"),
         ("a.txt", "0 good\n1\n", "line 2 has no text"),
         ("a.tsv", "text\tlabel\na\t0\nb\t \n", "line 3 has no label"),
-        ("a.tsv", "text\tlabel\na\t0\nb\n", "line 3 has 1 cells"),
+        ("a.tsv", "text\tlabel\na\t0\nb\n", "line 3 has 1 cell, but"),
         ("a.jsonl", '{"text": "a", "label": 0}\n{"text": "b"}', "line 2 has no label"),
         ("a.jsonl", '{"text": null, "label": 0}', "line 1 has no text"),
         ("a.jsonl", '{"text": "a", "label": 0}\n{"text"', "line 2 is not JSON"),
@@ -183,8 +183,8 @@ def test_classes_are_sorted_by_value_or_by_name():
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ((["0", "1"], ["0"], ["2", "1"]), "test has labels that train has not: 2"),
-        ((["0", "1"], ["up"], ["0"]), "validation has labels that train has not: up"),
+        ((["0", "1"], ["0"], ["2", "1"]), "test has labels that train lacks: 2"),
+        ((["0", "1"], ["up"], ["0"]), "validation has labels that train lacks: up"),
         ((["0", "0"], ["0"], ["0"]), "every training record has the label '0'"),
         ((["0", "1"], ["0"], None), "2 training records are too few"),
         ((["0", "1"], [], ["0"]), "no record in validation"),
@@ -263,7 +263,7 @@ def test_some_records_without_their_pair_are_an_error(bert):
 def test_labels_are_numbers_of_classes_or_scores(bert):
     (row,) = text.encode(bert, [{"text": "a", "label": 3.8}], 4)
     assert row["label"] == np.float32(3.8)
-    with pytest.raises(ValueError, match="'yes'.* is no number"):
+    with pytest.raises(ValueError, match="'yes'.* is not a number"):
         text.encode(bert, [{"text": "a", "label": "yes"}], 4)
 
 
@@ -274,15 +274,17 @@ def test_sequences_are_padded_on_either_side_and_never_cut():
     ids, mask = text.pad([[1, 2], [], [3, 4, 5]], 3, 9, side="left")
     assert ids.tolist() == [[9, 1, 2], [9, 9, 9], [3, 4, 5]]
     assert mask.tolist() == [[0, 1, 1], [0, 0, 0], [1, 1, 1]]
-    with pytest.raises(ValueError, match="3 tokens does not fit 2"):
+    with pytest.raises(ValueError, match="3 tokens; expected at most 2"):
         text.pad([[1, 2, 3]], 2, 0)
-    with pytest.raises(ValueError, match="'top' side"):
+    with pytest.raises(ValueError, match="side is 'top'"):
         text.pad([[1]], 2, 0, side="top")
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_an_error(bert):
     text.check_vocabulary(bert, 9)
-    with pytest.raises(ValueError, match="ids up to 8 and the model's embedding has 8"):
+    with pytest.raises(
+        ValueError, match="ids up to 8, but the model's embedding has 8"
+    ):
         text.check_vocabulary(bert, 8)
 
 

@@ -239,7 +239,7 @@ def test_bad_input_is_refused_and_nothing_is_written(
         f"{n}={{text}} It is {{mask}}.|0:good,1:bad" for n in ("mood", "animal")
     )
     refused("no label word for 1", **words, prompt=(good[0][: -len(",1:bad")], good[1]))
-    refused("not one token", **words, prompt=(good[0] + "ly", good[1]))
+    refused("expected one token", **words, prompt=(good[0] + "ly", good[1]))
     refused("expected NAME=TEMPLATE", **words, prompt=("mood={text} {mask}",))
     refused("--task does not name", **words, prompt=(*good, "x={text} {mask}|a:b,c:d"))
     refused("words for 2", **words, prompt=(good[0] + ",2:fine", good[1]))
@@ -249,7 +249,7 @@ def test_bad_input_is_refused_and_nothing_is_written(
     refused("holds no record", task=(mood, f"x={tmp_path / 'empty.txt'}"))
     (tmp_path / "unseen.txt").write_text("2 a cat\n1 a dog")
     unseen = f"x={files / 'mood.txt'},{tmp_path / 'unseen.txt'}"
-    refused("labels that train has not: 2", task=(mood, unseen))
+    refused("labels that train lacks: 2", task=(mood, unseen))
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(

@@ -295,7 +295,7 @@ def test_one_source_may_serve_two_tasks():
 def test_wrong_data_is_refused():
     with pytest.raises(ValueError, match="no task"):
         train.task_batches([], CONFIG, seeds=[])
-    with pytest.raises(ValueError, match="empty source"):
+    with pytest.raises(ValueError, match="source is empty"):
         train.task_batches([[]], CONFIG, seeds=[0])
     with pytest.raises(ValueError, match="2 seeds for 1 tasks"):
         train.task_batches([source(1)], CONFIG, seeds=[0, 1])

@@ -183,7 +183,10 @@ def test_the_sources_names_of_sun397_imagenet_and_cars_are_known():
     [
         (lambda n: [*n[:-1], "ten"], r"only there \(1\): ten\n.*mnist \(1\): 9"),
         (lambda n: [*n, "ten"], r"only there \(1\): ten\n.*mnist \(0\)"),
-        (lambda n: [*n[:-1], "0"], r"mnist \(1\): 9\n.*two names there are one class"),
+        (
+            lambda n: [*n[:-1], "0"],
+            r"mnist \(1\): 9\n.*two of its names are the same class",
+        ),
     ],
 )
 def test_other_class_names_are_refused(change, message):
@@ -320,12 +323,12 @@ def broken(kind, root):
     ("kind", "message"),
     [
         ("no train", "no split train; it has test, training"),
-        ("no test", r"has the splits holdout, train; .* needs .*train\+test"),
+        ("no test", r"has the splits holdout, train, but .* needs .*train\+test"),
         ("two vals", "both val and validation"),
         ("empty class", "train has no image of mouse"),
         ("empty split", "validation has no image of any class"),
         ("unknown class", r"test does not have .*\n.*only there \(1\): mouse"),
-        ("overlap", r"train and test overlap: 1 files .*zzz.png, which is .*003.png"),
+        ("overlap", r"train and test overlap: 1 file is .*zzz.png, which is .*003.png"),
         ("same folder", "validation and test overlap: 20 files"),
         ("task file", "task.json must be .* one {} in every template"),
         ("task classes", r"only there \(1\): dog\n.*\(1\): cow"),
@@ -352,7 +355,9 @@ def test_an_unreadable_image_is_named(tmp_path):
 def test_unknown_tasks_sources_and_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no task 'cars'; the tasks are stanford_cars"):
         vision.load("cars")
-    with pytest.raises(ValueError, match="source is 'disk'; it must be folder, tfds"):
+    with pytest.raises(
+        ValueError, match="source is 'disk'; expected one of folder, tfds"
+    ):
         vision.load("mnist", source="disk")
     with pytest.raises(FileNotFoundError, match="no folder"):
         vision.load_folder("pets", tmp_path / "nowhere")

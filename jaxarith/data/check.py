@@ -1,4 +1,4 @@
-"""`jaxarith data check`: which image tasks were found, and what they lack."""
+"""`jaxarith data check`: reports which image tasks were found, and what they lack."""
 
 import contextlib
 import itertools
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import tqdm
 
-from jaxarith import report
+from jaxarith import report, tree
 from jaxarith.data import images, sources, vision
 from jaxarith.data.images import ImageTask
 from jaxarith.data.task_info import Kind
@@ -23,17 +23,17 @@ def main(
     source: Kind | None = None,
     every: bool = False,
 ) -> bool:
-    """Prints what was found of a task, or of all, and what is wrong with it.
+    """Prints where the data of one task or of all tasks was found, and its problems.
 
-    Nothing is downloaded: of the hub's datasets, those in its cache count.
+    Nothing is downloaded: only those of the hub's datasets count that are in its cache.
 
     Args:
-      name: one of `vision.TASKS`, "all", or an image folder of one's own.
+      name: one of `vision.TASKS`, "all", or an image folder of your own.
       data_dir, source: as for `vision.load`.
-      every: decode every image; by default the first of each part.
+      every: whether to decode every image; otherwise only the first of each part.
 
     Returns:
-      Whether all is as the papers have it.
+      Whether everything is as in the papers.
     """
     names = tuple(vision.TASKS) if name == "all" else (name,)
     bad = [name for name in names if not _check(name, data_dir, source, every)]
@@ -68,7 +68,7 @@ def _check(name, data_dir, source, every) -> bool:
 
 
 def _report(info, found, every) -> list[str]:
-    """Prints the parts and their classes; returns what is wrong with them."""
+    """Prints the parts and their classes; returns their problems."""
     task = vision.assemble(info, found)
     print(report.markdown_table(_HEADER, list(_rows(info, task))))
     print(_naming(info, found))
@@ -83,7 +83,7 @@ def _report(info, found, every) -> list[str]:
 @contextlib.contextmanager
 def _offline():
     try:
-        import datasets  # noqa: F401, which copies the constant when it is imported
+        import datasets  # noqa: F401, because its import copies the constant
         from huggingface_hub import constants
     except ImportError:
         yield
@@ -131,18 +131,20 @@ def _sizes(info, task):
         return
     for (part, samples), size in zip(_parts(task), info.sizes, strict=True):
         if len(samples) != size:
-            yield f"{part} has {len(samples)} samples; the papers' has {size}."
+            count = tree.counted(len(samples), "sample")
+            yield f"{part} has {count}; the papers' has {size}."
 
 
 def _classes(info, task):
     for part, samples in _parts(task):
-        # A tenth of a small training split need not hold every class.
+        # A tenth of a small training split may lack some classes.
         if part == "validation":
             continue
         absent = np.flatnonzero(_counts(info, samples) == 0)
         if len(absent):
             listed = report.listed([info.classes[i] for i in absent])
-            yield f"{part} has no sample of {len(absent)} classes: {listed}."
+            count = tree.counted(len(absent), "class", "classes")
+            yield f"{part} has no sample of {count}: {listed}."
 
 
 def _copies(info, found):
@@ -152,9 +154,9 @@ def _copies(info, found):
     for a, b in itertools.combinations(names, 2):
         pairs = sources.identical_files(found.splits[a](), found.splits[b]())
         if pairs:
+            are = tree.counted(len(pairs), f"file of {b} is", f"files of {b} are")
             yield (
-                f"{len(pairs)} files of {b} are copies of files of {a}, such as "
-                f"{pairs[0][1]} of {pairs[0][0]}."
+                f"{are} in {a} as well, such as {pairs[0][1]}, a copy of {pairs[0][0]}."
             )
 
 

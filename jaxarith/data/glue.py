@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxarith import metrics
+from jaxarith import metrics, tree
 from jaxarith.data import splits
 from jaxarith.data.text import Record, TextTask
 
@@ -28,9 +28,10 @@ class Task:
     Attributes:
       name: its configuration in Hugging Face's `nyu-mll/glue`, and its prefix in T5's
         format.
-      fields: Hugging Face's columns of the text, and of its pair.
-      classes: in Hugging Face's order, which are T5's target words too; none for STS-B.
-      metrics: the official metrics; `score` is their mean.
+      fields: Hugging Face's columns for the text, and for its pair.
+      classes: names in Hugging Face's order, which are also T5's target words; none for
+        STS-B.
+      metrics: the official metrics; `score` returns their mean.
       columns: the columns of text, pair and label in the files that GLUE distributes.
       prompt: the names of the fields in T5's format, in its order.
     """
@@ -54,7 +55,7 @@ TASKS = {
             ("sentence",),
             ("unacceptable", "acceptable"),
             ("matthews",),
-            # Without a header: source, label, the author's mark, sentence.
+            # The file has no header: source, label, the author's mark, sentence.
             ("3", "1"),
             ("sentence",),
         ),
@@ -119,23 +120,24 @@ TASKS = {
 
 
 def load(task: Task, split: Split) -> list[Record]:
-    """The records of a split, through Hugging Face `datasets`.
+    """Loads the records of a split with Hugging Face `datasets`.
 
     Args:
-      split: "train", or "validation": the matched one for MNLI. GLUE keeps the labels
-        of its test splits to itself.
+      task: one of `TASKS`.
+      split: "train" or "validation"; for MNLI the matched validation split. GLUE does
+        not publish the labels of its test splits.
 
     Returns:
       `{"text": str, "label": int}` per record, with `"text_pair"` for two sentences;
       the label of STS-B is a float from 0 to 5.
 
     Raises:
-      ValueError: another split.
+      ValueError: `split` is another split.
     """
     if split not in get_args(Split):
         raise ValueError(
-            f'{task.name} has no labels for {split!r}; load "train" or "validation", '
-            "which the papers test on."
+            f'{task.name} has no labels for {split!r}. Load "train", or "validation", '
+            "which the papers use as test data."
         )
     import datasets
 
@@ -150,18 +152,25 @@ def load(task: Task, split: Split) -> list[Record]:
 
 
 def read_tsv(task: Task, file: str | os.PathLike) -> list[Record]:
-    """The records of a tsv file as GLUE distributes it, as `load` returns them.
+    """Reads the records of a tsv file that GLUE distributes.
 
-    Cells lie between tabs; quotes are characters like any other. CoLA has no header.
-    QQP's `train.tsv` has a few broken lines, which are left out, as by Hugging Face.
+    Tabs separate the cells; quotes are ordinary characters. CoLA has no header. QQP's
+    `train.tsv` has a few broken lines, which are left out, as Hugging Face does.
+
+    Args:
+      task: one of `TASKS`.
+      file: the file.
+
+    Returns:
+      The records, as `load` returns them.
 
     Raises:
       ValueError: the file is missing, empty or of another task, or a line lacks a cell
-        or has a label that the task has not.
+        or has an unknown label.
     """
     path = Path(file)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file.")
+        raise ValueError(f"{path}: no such file. Check the path.")
     lines = path.read_text(encoding="utf-8-sig").split("\n")
     cells = [line.rstrip("\r").split("\t") for line in lines]
     header = [str(i) for i in range(4)] if task.name == "cola" else cells.pop(0)
@@ -180,7 +189,8 @@ def read_tsv(task: Task, file: str | os.PathLike) -> list[Record]:
         if len(row) <= max(label, *texts):
             if task.name == "qqp":
                 continue
-            raise ValueError(f"{path}, line {number} has only {len(row)} cells.")
+            cells = tree.counted(len(row), "cell")
+            raise ValueError(f"{path}, line {number} has only {cells}.")
         names = zip(("text", "text_pair"), texts, strict=False)
         record = {field: row[column] for field, column in names}
         try:
@@ -188,7 +198,7 @@ def read_tsv(task: Task, file: str | os.PathLike) -> list[Record]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
     if not records:
-        raise ValueError(f"{path} holds no record.")
+        raise ValueError(f"{path} holds no record. Download it again.")
     return records
 
 
@@ -199,18 +209,23 @@ def protocol(
     *,
     seed: int = 0,
 ) -> TextTask:
-    """The parts that the papers use: the validation split of GLUE is their test part.
+    """Returns the parts that the papers use.
 
-    Their validation part, as large, is drawn without order from the training split
-    (Ilharco et al. 2023, Section 4.2).
+    GLUE's validation split is the test part. The validation part has the same size and
+    is drawn at random from the training split (Ilharco et al. 2023, Section 4.2).
+
+    Args:
+      task: one of `TASKS`.
+      train, validation: the records of the two splits.
+      seed: seed of the draw.
 
     Raises:
       ValueError: the training split is not larger than the validation split.
     """
     if len(train) <= len(validation) or not validation:
         raise ValueError(
-            f"{task.name}: cannot hold {len(validation)} of {len(train)} training "
-            "records out for validation."
+            f"{task.name}: cannot take {len(validation)} of {len(train)} training "
+            "records for validation. Give a larger training split."
         )
     order = splits.torch_permutation(len(train), seed)
     kept, held_out = order[: -len(validation)], order[-len(validation) :]
@@ -224,10 +239,14 @@ def protocol(
 
 
 def text_to_text(task: Task, records: Sequence[Record]) -> list[Record]:
-    """Records in T5's format.
+    """Converts records to T5's format.
 
-    The input is the name of the task and every field after its name; the target is the
-    name of the class, or STS-B's score rounded to the nearest 0.2.
+    The input is the name of the task, then the name and the text of every field. The
+    target is the name of the class, or STS-B's score rounded to the nearest 0.2.
+
+    Args:
+      task: one of `TASKS`.
+      records: records as `load` returns them.
 
     Returns:
       `{"text": str, "target": str, "label": int or float}` per record.
@@ -253,7 +272,7 @@ def text_to_text(task: Task, records: Sequence[Record]) -> list[Record]:
 
 
 def target(task: Task, label: float) -> str:
-    """What T5 is to answer.
+    """Returns the text that T5 should answer for a label.
 
     Example:
       >>> target(TASKS["rte"], 0), target(TASKS["stsb"], 3.35)
@@ -265,7 +284,7 @@ def target(task: Task, label: float) -> str:
 
 
 def answer(task: Task, text: str) -> float:
-    """The label that a generated text states; -1 where it states none.
+    """Returns the label that a generated text states; -1 if it states none.
 
     Example:
       >>> answer(TASKS["rte"], "not_entailment"), answer(TASKS["stsb"], "3.4")
@@ -281,19 +300,20 @@ def answer(task: Task, text: str) -> float:
 
 
 def score(task: Task, predictions: ArrayLike, labels: ArrayLike) -> float:
-    """The mean of a task's official metrics.
+    """Returns the mean of a task's official metrics.
 
     Args:
+      task: one of `TASKS`.
       predictions, labels: `i32[B]`, or floats for STS-B.
 
     Raises:
-      ValueError: they are not of one length, or there are none.
+      ValueError: the two have different lengths, or are empty.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if predictions.shape != labels.shape or labels.ndim != 1 or not len(labels):
         raise ValueError(
-            f"{task.name}: predictions {predictions.shape} and labels {labels.shape}; "
-            "both must be [B]."
+            f"{task.name}: predictions have the shape {predictions.shape} and labels "
+            f"{labels.shape}; both must be [B]."
         )
     functions = {
         "accuracy": lambda predictions, labels: np.mean(predictions == labels),
@@ -306,7 +326,7 @@ def score(task: Task, predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def _number(task, label):
-    """The label in a cell of a file: a class by name or number, or a score."""
+    """Returns the label in a cell of a file: a class by name or number, or a score."""
     if not task.classes:
         return _score(label)
     if label in task.classes:
@@ -314,12 +334,12 @@ def _number(task, label):
     if label in map(str, range(len(task.classes))):
         return int(label)
     raise ValueError(
-        f"{label!r} is no label of {task.name}: {', '.join(task.classes)}."
+        f"{label!r} is not a label of {task.name}; expected {', '.join(task.classes)}."
     )
 
 
 def _score(text):
     value = float(text)
     if not 0 <= value <= 5:
-        raise ValueError(f"{text!r} is no score from 0 to 5.")
+        raise ValueError(f"{text!r} is not a score from 0 to 5.")
     return value

@@ -1,4 +1,4 @@
-"""Images as CLIP wants them, and image-classification tasks."""
+"""Preprocesses images for CLIP, and defines image-classification tasks."""
 
 import dataclasses
 import io
@@ -14,19 +14,19 @@ from PIL import Image
 from jaxarith import files
 from jaxarith.hub import open_clip
 
-# Pillow's names of the formats that are read.
+# Pillow's names of the supported formats.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-_PIXELS = 2**26  # of one image
+_PIXELS = 2**26  # the most pixels in one image
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageTask:
     """A classification task: class names, prompt templates, and three sources.
 
-    Every source yields `{"image": f32[H, W, 3], "label": int}`, with images already
-    preprocessed for the model, or raw ones: a PIL image, `u8[H, W]` or `u8[H, W, 3]`.
-    `origin` is the kind of source, such as "tfds", where there are several, and of an
-    image folder of one's own a checksum of its training files.
+    Every source yields `{"image": f32[H, W, 3], "label": int}` with images that are
+    preprocessed for the model, or raw images: a PIL image, `u8[H, W]` or `u8[H, W, 3]`.
+    `origin` is the kind of source (for example "tfds") if a task has several. For an
+    image folder of your own it is a checksum of the training files.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Preprocessing:
 
     Attributes:
       size: pixels of the shorter edge after resizing, and of the crop.
-      mean, std: per channel, of pixels in [0, 1].
+      mean, std: mean and standard deviation of each channel, for pixels in [0, 1].
     """
 
     size: int = 224
@@ -74,22 +74,30 @@ class Preprocessing:
         except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"cannot read {path.name} in {folder}: {error!r}. It must state size, "
-                "image_mean and image_std, as CLIP checkpoints do."
+                "image_mean and image_std, as in CLIP checkpoints."
             ) from error
 
     def __call__(self, image: Image.Image | np.ndarray) -> np.ndarray:
-        """`f32[size, size, 3]` of a PIL image or an array `u8[H, W]`, `u8[H, W, 3]`.
+        """Preprocesses an image.
+
+        Args:
+          image: a PIL image, or an array `u8[H, W]` or `u8[H, W, 3]`.
+
+        Returns:
+          `f32[size, size, 3]`.
 
         Raises:
-          ValueError: the image is not of 8 bits by channel.
+          ValueError: the image does not have 8 bits per channel.
         """
         image = rgb(image)
         # Hugging Face and torchvision truncate the longer edge.
         width, height = (self.size * side // min(image.size) for side in image.size)
         if (width, height) != image.size:
-            # PIL's bicubic filters when it shrinks; jax.image.resize differs.
+            # PIL's bicubic resizing also filters when it shrinks an image.
+            # jax.image.resize differs.
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-        # To the nearest pixel, as torchvision and the papers; Hugging Face truncates.
+        # Round to the nearest pixel, as torchvision and the papers do; Hugging Face
+        # truncates.
         left, top = (round((side - self.size) / 2) for side in (width, height))
         image = image.crop((left, top, left + self.size, top + self.size))
         return _normalized(image, self.mean, self.std)
@@ -99,12 +107,12 @@ class Preprocessing:
 class Augmentation:
     """CLIP's training preprocessing: a random crop, resized, scaled and normalised.
 
-    The crop is that of torchvision's `RandomResizedCrop`: nine tenths of the image or
-    more, at an aspect ratio from 3/4 to 4/3. There is no flip.
+    The crop is that of torchvision's `RandomResizedCrop`: at least nine tenths of the
+    image, with an aspect ratio from 3/4 to 4/3. Images are not flipped.
 
     Attributes:
       size: pixels of both edges.
-      mean, std: per channel, of pixels in [0, 1].
+      mean, std: mean and standard deviation of each channel, for pixels in [0, 1].
     """
 
     size: int = Preprocessing.size
@@ -114,9 +122,14 @@ class Augmentation:
     def __call__(
         self, image: Image.Image | np.ndarray, rng: np.random.Generator
     ) -> np.ndarray:
-        """`f32[size, size, 3]` of a PIL image or an array, as `Preprocessing` takes."""
+        """Preprocesses an image, given as for `Preprocessing`, to `f32[size, size, 3]`.
+
+        Args:
+          image: a PIL image, or an array `u8[H, W]` or `u8[H, W, 3]`.
+          rng: the source of the random crop.
+        """
         image = rgb(image)
-        # Not `resize(box=...)`, whose filter reads pixels outside the crop.
+        # `resize(box=...)` is not used: its filter reads pixels outside the crop.
         image = image.crop(random_crop(*image.size, rng))
         image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
         return _normalized(image, self.mean, self.std)
@@ -129,16 +142,17 @@ def random_crop(
     scale: tuple[float, float] = (0.9, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[int, int, int, int]:
-    """The box that torchvision's `RandomResizedCrop` draws.
+    """Draws a box as torchvision's `RandomResizedCrop` does.
 
-    Ten times, an area is drawn uniformly and an aspect ratio log-uniformly; the first
-    box that fits is placed uniformly. If none fits, the box is the largest one in the
-    middle whose ratio is allowed.
+    An area is drawn uniformly and an aspect ratio log-uniformly, up to ten times. The
+    first box that fits is placed uniformly. If none fits, the box is the largest one in
+    the middle with an allowed ratio.
 
     Args:
-      width, height: size of the image.
-      scale: range of the area, as a share of the image's.
-      ratio: range of width to height.
+      width, height: size of the image, in pixels.
+      rng: the source of random numbers.
+      scale: range of the area, as a fraction of the image's area.
+      ratio: range of width / height.
 
     Returns:
       `(left, upper, right, lower)`.
@@ -161,18 +175,18 @@ def random_crop(
 
 
 def decode(content: bytes, name: str) -> Image.Image:
-    """An encoded image, read whole.
+    """Decodes an image completely.
 
     Args:
       content: a file's bytes, in one of `FORMATS`.
       name: name of the file, for the message.
 
     Raises:
-      ValueError: it is no image in one of these formats, only a part of one, or too
-        large.
+      ValueError: the bytes are not an image in one of these formats, or only a part of
+        one, or the image is too large.
     """
     try:
-        # Without a list, Pillow tries decoders that start other programs.
+        # Without this list, Pillow tries decoders that start other programs.
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         width, height = image.size
         if width * height > _PIXELS:
@@ -186,30 +200,30 @@ def decode(content: bytes, name: str) -> Image.Image:
 
 
 def rgb(image: Image.Image | np.ndarray) -> Image.Image:
-    """An image of 8 bits by channel as RGB; transparency is dropped.
+    """Returns an image with 8 bits per channel as RGB; transparency is dropped.
 
     Raises:
-      ValueError: it has more bits; Pillow would cut off the upper ones.
+      ValueError: the image has more bits; Pillow would cut off the upper ones.
     """
     if not isinstance(image, Image.Image):
         image = np.asarray(image)
         if image.dtype != np.uint8:
             raise ValueError(
-                f"an image of {image.dtype}; expected uint8, from 0 to 255. What is "
-                "preprocessed already must not be so again."
+                f"an image has the dtype {image.dtype}; expected uint8, from 0 to 255. "
+                "Do not preprocess an image twice."
             )
         image = Image.fromarray(image)
     if image.mode.startswith(("I", "F")):
         raise ValueError(
-            f"an image of mode {image.mode}, with more than 8 bits by channel; convert "
-            "it to 8 bits."
+            f"an image has the mode {image.mode}, with more than 8 bits per channel. "
+            "Convert it to 8 bits."
         )
     return image.convert("RGB")
 
 
 def _normalized(image, mean, std):
     pixels = np.asarray(image, np.float32) / 255
-    # By rows: over the three channels alone, NumPy is four times slower.
+    # Whole rows are processed: NumPy is four times slower over three channels alone.
     rows = pixels.reshape(len(pixels), -1)
     rows -= np.tile(np.float32(mean), image.width)
     rows /= np.tile(np.float32(std), image.width)

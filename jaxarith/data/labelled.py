@@ -1,7 +1,7 @@
-"""Records of labelled texts from the lines of a file.
+"""Parses the lines of a file to records of labelled texts.
 
-Every parser yields `(line, record)`, or `(line, problem)` with a text that continues
-"line 3".
+Every parser yields `(line, record)`, or `(line, problem)`. The problem is a text that
+continues "line 3".
 """
 
 import csv
@@ -10,11 +10,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from jaxarith import files, report
+from jaxarith import files, report, tree
 
-Row = dict[str, str] | str  # a record, or what is wrong with it
+Row = dict[str, str] | str  # a record, or its problem
 
-# The columns of a text, or of a text and its pair; a file has the first row it can.
+# Names for the columns of a text, or of a text and its pair. The first that a file has
+# are used.
 COLUMNS = (
     ("text", "text_pair"),
     ("sentence1", "sentence2"),
@@ -25,19 +26,19 @@ COLUMNS = (
     ("sentence",),
     ("question",),
 )
-# What "surrogateescape" makes of bytes that are not in the encoding.
+# "surrogateescape" turns bytes that are not in the encoding into these characters.
 _UNDECODED = re.compile("[\udc80-\udcff]")
 
 
 def records(content: str, path: Path) -> list[tuple[int, Row]]:
-    """The records of a file, and what is wrong with others, by their lines.
+    """Returns the records of a file, or their problems, with the numbers of lines.
 
     Args:
       content: the text of the file.
-      path: tells the format by its suffix, see `text.read`.
+      path: the path of the file; its suffix states the format, see `text.read`.
 
     Raises:
-      ValueError: it has no label and text among its columns, or a column twice.
+      ValueError: the file has no columns for label and text, or has a column twice.
     """
     parse = _FORMATS.get(path.suffix.lower(), _labelled_lines)
     return [(line, _checked(row)) for line, row in parse(content, path)]
@@ -50,7 +51,7 @@ def _checked(row):
         return " has bytes that are not in the encoding."
     fields = {"text", "label", *row}
     missing = [name for name in sorted(fields) if not row.get(name, "").strip()]
-    # What pandas and JSON call a value that is missing.
+    # pandas and JSON write a missing value as NaN.
     if row.get("label", "").lower() == "nan":
         missing.insert(0, "label")
     return f" has no {' and no '.join(missing)}." if missing else row
@@ -65,7 +66,7 @@ def _tabs(content, path):
 
 
 def _commas(content, path):
-    before = csv.field_size_limit(max(len(content), 1))  # of 128 KiB
+    before = csv.field_size_limit(max(len(content), 1))  # the default is 128 KiB
     try:
         return list(_table(_cells(content), path))
     finally:
@@ -98,7 +99,8 @@ def _table(
             header = [cell.strip() for cell in cells]
             columns = _columns(header, path)
         elif len(cells) != len(header):
-            yield line, f" has {len(cells)} cells and the header {len(header)}."
+            count = tree.counted(len(cells), "cell")
+            yield line, f" has {count}, but the header has {len(header)}."
         else:
             values = dict(zip(header, cells, strict=True))
             yield line, {f: values[name].strip() for f, name in columns.items()}
@@ -139,7 +141,7 @@ _FORMATS |= dict.fromkeys((".jsonl", ".json", ".ndjson"), _objects)
 
 
 def _columns(header: Sequence[str], path: Path) -> dict[str, str]:
-    """Which column a field of a record comes from."""
+    """Returns the column for each field of a record."""
     there = {name for name in header if name}
     if len(there) < sum(map(bool, header)):
         seen: set[str] = set()
@@ -156,6 +158,6 @@ def _columns(header: Sequence[str], path: Path) -> dict[str, str]:
     known = "; ".join(" and ".join(names) for names in COLUMNS)
     raise ValueError(
         f"{path} has the columns {report.listed([report.cut(x) for x in header])}. It "
-        f"needs label, and one of: {known}. Rename its columns; a file without a "
-        "header, with `label text` on every line, has the suffix .txt."
+        f"needs label, and one of: {known}. Rename its columns. If the file has no "
+        "header and `label text` on every line, give it the suffix .txt."
     )

@@ -1,7 +1,7 @@
 """Language modelling: token streams in blocks, padded texts, inputs with targets.
 
-Labels are Hugging Face's: the tokens to predict, -100 where nothing counts. Those of a
-causal model are its inputs, which the loss shifts by one.
+Labels follow Hugging Face: they are the tokens to predict, and -100 for positions that
+do not count. The labels of a causal model are its inputs; the loss shifts them by one.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jaxarith import tree
 from jaxarith.data import text
 from jaxarith.data.text import Record, Side, Tokenizer
 from jaxarith.losses import IGNORED
@@ -17,20 +18,22 @@ from jaxarith.losses import IGNORED
 def stream(
     tokenizer: Tokenizer, texts: Sequence[str], *, end: bool = True
 ) -> np.ndarray:
-    """The tokens of texts one after the other.
+    """Returns the tokens of all texts, one text after the other.
 
     Args:
-      end: put the tokenizer's end-of-text token after every text. The streams of
-        published perplexities have none.
+      tokenizer: a tokenizer of transformers.
+      texts: the texts.
+      end: whether to put the tokenizer's end-of-text token after every text. The
+        streams of published perplexities have none.
 
     Returns:
       `i32[N]`.
 
     Raises:
-      ValueError: the tokenizer has no end-of-text token to put.
+      ValueError: `end` is True and the tokenizer has no end-of-text token.
     """
     if end and tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-text token; set end=False.")
+        raise ValueError("the tokenizer has no end-of-text token. Set end=False.")
     after = [tokenizer.eos_token_id] if end else []
     parts = [np.zeros(0, np.int32)]
     for some in _chunks(texts):
@@ -41,18 +44,19 @@ def stream(
 
 
 def blocks(tokens: ArrayLike, size: int) -> list[dict]:
-    """A token stream cut into blocks, for a causal language model.
+    """Cuts a token stream into blocks, for a causal language model.
 
     The remainder, fewer than `size` tokens, is dropped.
 
     Args:
       tokens: `i32[N]`, as `stream` returns them.
+      size: tokens in a block.
 
     Returns:
       A source: `{"input_ids", "attention_mask", "labels"}` per block, all `i32[size]`.
 
     Raises:
-      ValueError: there are fewer than `size` tokens.
+      ValueError: `tokens` has fewer than `size` tokens.
 
     Example:
       >>> [block["labels"].tolist() for block in blocks(np.arange(7), 3)]
@@ -63,20 +67,21 @@ def blocks(tokens: ArrayLike, size: int) -> list[dict]:
 
 
 def consecutive_blocks(tokens: ArrayLike, size: int = 128) -> list[dict]:
-    """A token stream cut into pairs of blocks, for an encoder-decoder.
+    """Cuts a token stream into pairs of blocks, for an encoder-decoder.
 
-    One block is the input, the next is the output, as in the language modelling behind
+    One block is the input and the next is the output, as in the language modelling for
     the analogies of Ilharco et al. 2023 (App. E.1), after Lester et al. 2021. No block
     is in two pairs. The remainder, fewer than `2 * size` tokens, is dropped.
 
     Args:
       tokens: `i32[N]`, as `stream` returns them.
+      size: tokens in a block.
 
     Returns:
       A source: `{"input_ids", "attention_mask", "labels"}` per pair, all `i32[size]`.
 
     Raises:
-      ValueError: there are fewer than `2 * size` tokens.
+      ValueError: `tokens` has fewer than `2 * size` tokens.
 
     Example:
       >>> pair, = consecutive_blocks(np.arange(7), 3)
@@ -94,12 +99,15 @@ def encode(
     *,
     side: Side = "right",
 ) -> list[dict]:
-    """Texts as tokens of one length, for a causal language model.
+    """Encodes texts as tokens of one length, for a causal language model.
 
-    Longer ones lose their end. The tokenizer adds what it always adds (GPT-2: nothing),
-    and pads with its end of text where it has no padding token.
+    Longer texts lose their end. The tokenizer adds its usual special tokens (GPT-2:
+    none). If it has no padding token, it pads with its end-of-text token.
 
     Args:
+      tokenizer: a tokenizer of transformers.
+      texts: the texts.
+      max_length: tokens in each row.
       side: the side of the padding; "left" for prompts that a model continues.
 
     Returns:
@@ -118,12 +126,14 @@ def text_to_text(
     max_length: int,
     target_length: int,
 ) -> list[dict]:
-    """Inputs and targets as tokens, for an encoder-decoder.
+    """Encodes inputs and targets as tokens, for an encoder-decoder.
 
     Args:
-      records: `{"text": str, "target": str}`, and a `"label"` where there is one, as
-        `glue.text_to_text` gives them.
-      max_length, target_length: longer inputs and targets lose their end.
+      tokenizer: a tokenizer of transformers.
+      records: `{"text": str, "target": str}`, with or without a `"label"`, as
+        `glue.text_to_text` returns them.
+      max_length, target_length: the number of tokens S of inputs and T of targets.
+        Longer ones lose their end.
 
     Returns:
       A source: `{"input_ids": i32[S], "attention_mask": i32[S], "labels": i32[T]}` per
@@ -143,35 +153,39 @@ def text_to_text(
 
 
 def candidates(tokenizer: Tokenizer, words: Sequence[str]) -> np.ndarray:
-    """The target of every class, for rank classification.
+    """Returns the target of every class, for rank classification.
+
+    Args:
+      tokenizer: a tokenizer of transformers.
+      words: the target word of every class.
 
     Returns:
-      `i32[classes, T]`, as long as the longest, -100 at padding.
+      `i32[classes, T]`, where T is the length of the longest target; -100 at padding.
 
     Raises:
-      ValueError: two words are the same tokens.
+      ValueError: two words have the same tokens.
     """
     sequences = tokenizer(list(words))["input_ids"]
     if len({tuple(sequence) for sequence in sequences}) < len(words):
         raise ValueError(
-            f"two of the words {', '.join(words)} are the same tokens, so no model can "
-            "tell them apart. Choose words that the tokenizer knows."
+            f"two of the words {', '.join(words)} have the same tokens, so no model "
+            "can tell them apart. Choose words that the tokenizer knows."
         )
     return _labels(sequences, max(map(len, sequences)))
 
 
 def _chunks(texts):
-    """Lists of a thousand texts.
+    """Yields lists of a thousand texts.
 
-    A tokenizer answers with lists of Python integers, some 200 bytes for a token with
-    all that is beside it; of millions of texts at a time that is more than the memory.
+    A tokenizer returns lists of Python integers, about 200 bytes for each token in
+    total. For millions of texts at once this would not fit into memory.
     """
     for first in range(0, len(texts), 1000):
         yield list(texts[first : first + 1000])
 
 
 def _padded(tokenizer, texts, length, value):
-    """The tokens of texts as `text.pad` returns them."""
+    """Returns the tokens of texts as `text.pad` does."""
     pairs = [
         text.pad(_tokens(tokenizer, some, length), length, value)
         for some in list(_chunks(texts)) or [[]]
@@ -182,7 +196,7 @@ def _padded(tokenizer, texts, length, value):
 
 def _tokens(tokenizer, texts, max_length):
     if not len(texts):
-        raise ValueError("there are no texts to encode.")
+        raise ValueError("there are no texts to encode. Give at least one.")
     encoding = tokenizer(list(texts), truncation=True, max_length=max_length)
     return encoding["input_ids"]
 
@@ -199,8 +213,8 @@ def _cut(tokens, length):
     tokens = np.asarray(tokens, np.int32)
     if not 0 < length <= len(tokens):
         raise ValueError(
-            f"cannot cut {len(tokens)} tokens into blocks of {length}; take more text "
-            "or smaller blocks."
+            f"cannot cut {tree.counted(len(tokens), 'token')} into blocks of {length}. "
+            "Take more text or smaller blocks."
         )
     number = len(tokens) // length
     return tokens[: number * length].reshape(number, length)

@@ -1,8 +1,8 @@
-"""From sources of samples to batches: the only place that knows grain.
+"""Makes batches from sources of samples; the only module that uses grain.
 
 A source is anything with `__len__` and `__getitem__` that yields a dict: a TFDS data
-source, a Hugging Face dataset, a list; or a dict of arrays `[N, ...]`, whose rows are
-the samples. A batch is a dict of stacked arrays.
+source, a Hugging Face dataset, a list. Or it is a dict of arrays `[N, ...]`, whose rows
+are the samples. A batch is a dict of stacked arrays.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from absl import flags
 from jaxarith.batches import check_dict, fields_of
 from jaxarith.typing import Source
 
-# From a sample and a random generator to what the model trains on.
+# Maps a sample and a random generator to the sample that the model trains on.
 Augment = Callable[[dict, np.random.Generator], dict]
 
 
@@ -36,7 +36,10 @@ class _Rows:
 
 
 def samples(source: Source) -> Source:
-    """A source as a sequence of samples: the rows, if it is a dict of arrays.
+    """Returns a source as a sequence of samples: the rows, if it is a dict of arrays.
+
+    Args:
+      source: a sequence, which is returned as it is, or a dict of arrays `[N, ...]`.
 
     Raises:
       ValueError: the values of a dict are not arrays of one length.
@@ -56,7 +59,7 @@ def samples(source: Source) -> Source:
         found = ", ".join(f"{k} {list(v.shape)}" for k, v in columns.items())
         raise ValueError(
             f"a source is a dict of {found or 'nothing'}; expected arrays [N, ...] of "
-            "one length N, or a sequence with one dict for each sample."
+            "one N, or a sequence with one dict for each sample."
         )
     return _Rows(columns)
 
@@ -66,29 +69,37 @@ def _column(name, column):
         return np.asarray(column)
     except ValueError as error:
         raise ValueError(
-            f"the field {name!r} of a source is a {type(column).__name__} of rows of "
+            f"the field {name!r} of a source is a {type(column).__name__} with rows of "
             "several shapes; expected an array [N, ...]. Pad the rows to one shape."
         ) from error
 
 
 def shuffled(source: Source, seed: int, augment: Augment | None = None) -> Source:
-    """An endless shuffled view: `view[i]` for any i, in a new order every epoch.
+    """Returns an endless shuffled view: `view[i]` for any i, reordered every epoch.
 
-    Position i holds the same sample however it is reached, augmented with the same
-    random numbers, so a batch is a function of its step and a run resumes anywhere.
+    Position i always holds the same sample, augmented with the same random numbers. So
+    a batch depends only on its step, and a run can resume anywhere.
+
+    Args:
+      source: the samples.
+      seed: seed of the order and of the augmentation.
+      augment: maps a sample and a random generator to the sample to train on.
 
     Raises:
       ValueError: the source is empty.
     """
     source = samples(source)
     if not len(source):
-        raise ValueError("cannot draw training samples from an empty source.")
+        raise ValueError("the training source is empty. Give at least one sample.")
     view: Any = grain.MapDataset.source(cast(Any, source)).seed(seed).shuffle().repeat()
     return view if augment is None else view.random_map(augment)
 
 
 def identity(source: Source) -> dict[str, int]:
-    """What tells samples from others: their number, and a checksum of some of them.
+    """Returns the number of samples and a checksum of some, to tell sources apart.
+
+    Args:
+      source: the samples.
 
     Example:
       >>> identity({"x": np.zeros((3, 2))})
@@ -107,12 +118,12 @@ def identity(source: Source) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """A source of batches that knows the samples that they are made of.
+    """A source of batches that records which samples they are made of.
 
     Attributes:
       made: the batches.
-      identity: what tells the samples from others, as plain data. It does not depend on
-        the mesh.
+      identity: plain data that tells the samples from others. It does not depend on the
+        mesh.
     """
 
     made: Source
@@ -125,36 +136,42 @@ class Batches:
         return self.made[index]
 
     def __iter__(self) -> Iterator[Any]:
-        # Not by rising indices, which grain takes modulo the length.
+        # Without this method Python would count up, and grain takes indices modulo the
+        # length, so that it would never end.
         return (self.made[index] for index in range(len(self.made)))
 
 
 def lazy(make: Callable[[int], dict], count: int) -> Source:
-    """`[make(0), …, make(count - 1)]`, each made when it is asked for."""
+    """Returns the sequence `[make(0), …, make(count - 1)]`, each made on access.
+
+    Args:
+      make: makes the entry of an index.
+      count: the length.
+    """
     made: Any = grain.MapDataset.range(count).map(make)
     return made
 
 
 def prefetch(batches: Source, start: int = 0, workers: int = 0) -> Iterator[dict]:
-    """`batches[start], batches[start + 1], …`, made ahead in the background.
+    """Yields `batches[start], batches[start + 1], …`, made ahead in the background.
 
     Args:
-      batches: a sequence that makes them when it is asked; to pass it to workers,
-        everything that it reads must pickle.
-      start: the first.
-      workers: how many processes make them; with 0, threads of this one, which is
-        enough where no images have to be decoded. Every process imports the main
-        module anew, so a script that starts them needs `if __name__ == "__main__":`.
-        It takes seconds to start them.
+      batches: a sequence that makes batches on access. With workers, everything that it
+        reads must be picklable.
+      start: index of the first batch.
+      workers: number of processes that make batches. With 0, threads of this process
+        make them, which is enough if no images must be decoded. Every worker imports
+        the main module again, so a script needs `if __name__ == "__main__":`. Workers
+        take seconds to start.
     """
     rest: Any = grain.MapDataset.range(start, len(batches)).map(batches.__getitem__)
     if not workers:
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
         return iter(rest.to_iter_dataset(options))
-    if not flags.FLAGS.is_parsed():  # grain asks them how to start a worker
+    if not flags.FLAGS.is_parsed():  # grain reads flags to start a worker
         flags.FLAGS.mark_as_parsed()
-    # A worker makes one batch at a time: processes and not threads share the work. It
-    # keeps one ahead, for a step of eight tasks is 0.7 GB of images.
+    # A worker makes one batch at a time, because processes share the work, not threads.
+    # It keeps only one batch ahead, because a step of eight tasks is 0.7 GB of images.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     shared = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
     return iter(rest.to_iter_dataset(options).mp_prefetch(shared))
@@ -162,11 +179,10 @@ def prefetch(batches: Source, start: int = 0, workers: int = 0) -> Iterator[dict
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """Batches that every pass makes anew, ahead of their use: no pass holds them all.
+    """Batches that every pass makes again, ahead of their use, without keeping them.
 
     Attributes:
-      batches: a sequence that makes them when it is asked, such as
-        `evaluation_stream` has.
+      batches: a sequence that makes batches on access, as that of `evaluation_stream`.
       workers: as for `prefetch`.
     """
 
@@ -181,11 +197,14 @@ class Stream:
 
 
 def collate(records: Sequence[dict]) -> dict[str, np.ndarray]:
-    """Samples as a batch: every field stacked on a new leading axis.
+    """Stacks samples to a batch: every field gets a new leading axis.
+
+    Args:
+      records: the samples, dicts with the same fields and shapes.
 
     Raises:
-      ValueError: a sample is no dict, lacks a field of the first, or has one of another
-        shape.
+      ValueError: a sample is not a dict, lacks a field of the first sample, or has a
+        field with another shape.
     """
     check_dict(records[0], "sample")
     names = list(records[0])
@@ -208,10 +227,14 @@ def _stacked(name, column):
 
 
 def evaluation_batches(source: Source, batch_size: int) -> list[dict[str, np.ndarray]]:
-    """All samples, in order, in batches of one size; none is dropped.
+    """Returns all samples, in order, in batches of one size; none is dropped.
 
     The last batch is padded with copies of its last sample; `mask`, `bool[B]`, is False
     there.
+
+    Args:
+      source: the samples.
+      batch_size: B.
 
     Raises:
       ValueError: the source is empty.
@@ -227,12 +250,12 @@ def evaluation_stream(
     preprocess: Callable[[dict], dict],
     workers: int = 0,
 ) -> Stream:
-    """The batches of `evaluation_batches`, for sources that memory cannot hold.
+    """Returns the batches of `evaluation_batches` for sources too large for memory.
 
     Args:
       source: raw samples.
       batch_size: B.
-      preprocess: from a raw sample to what is evaluated.
+      preprocess: maps a raw sample to the sample that is evaluated.
       workers: as for `prefetch`.
 
     Raises:
@@ -245,7 +268,7 @@ def evaluation_stream(
 def _evaluation_batches(source, batch_size):
     source = samples(source)
     if not len(source):
-        raise ValueError("cannot evaluate on an empty source.")
+        raise ValueError("the evaluation source is empty. Give at least one sample.")
     count = len(source)
 
     def make(number):

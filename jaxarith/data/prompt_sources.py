@@ -1,9 +1,9 @@
-"""Where the prompted tasks of the task-vector-bases paper lie, and how they are read.
+"""Finds and reads the prompted tasks of the task-vector-bases paper.
 
 `prompts.bases_tasks` has the paper's list (Appendix D.3): a template and label words of
 every task, with an id on the Hugging Face hub. `prompt_sources.json` beside this file
-adds what it takes to read them: configuration, splits, columns, and which label is
-which class. It follows the code of the authors where that says it, and was not tried
+adds the facts that reading needs: configuration, splits, columns, and the class of each
+label. It follows the authors' code where that code states them, and was not tried
 against the hub.
 
 Zeng et al. Efficient Model Editing with Task Vector Bases: A Theoretical Framework and
@@ -22,28 +22,29 @@ from jaxarith.data import prompts
 from jaxarith.data.prompts import Prompt
 from jaxarith.data.text import Record
 
-# Of Gao, Fisch, Chen (2021), where the list names it.
+# The archive of Gao, Fisch, Chen (2021), for the tasks whose entry names it.
 LM_BFF = "https://nlp.cs.princeton.edu/projects/lm-bff/datasets.tar"
 
-# Where the hub keeps what it made of a dataset that is a script.
+# The hub converts datasets that are scripts and keeps the result here.
 CONVERTED = "hf://datasets/{}@refs%2Fconvert%2Fparquet"
 
 
 class Source(NamedTuple):
-    """A task of the list and where its records are.
+    """A task of the list and the place of its records.
 
     Attributes:
       name: name of the task; ANLI has three tasks, bAbI twenty, ARC two.
-      prompt: its template and its words.
+      prompt: the template and the label words.
       dataset: an id on the Hugging Face hub, or an address.
       config: the configuration of the dataset, if it has several.
       files: if the dataset is an address, the folder of its files.
-      train, test: the splits, or files. The paper tests on validation splits where
-        test splits have no labels.
+      train, test: the splits, or files. The paper tests on the validation split if the
+        test split has no labels.
       fields: the fields of a record, as templates of a row's columns.
       label: the column of the label.
-      classes: from labels to the classes of the prompt. Rows with others are left out.
-      note: how it differs from what the paper prints; empty where it does not.
+      classes: the class of the prompt for each label. Rows with other labels are left
+        out.
+      note: how the task differs from the printed one; empty if it does not.
     """
 
     name: str
@@ -60,11 +61,11 @@ class Source(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A split whose records are made when they are asked for.
+    """A split whose records are made on access.
 
     Attributes:
       labels: the class of every row; None for a row that is left out.
-      record: from the number of a row to its fields.
+      record: `record(i)` returns the fields of row i.
     """
 
     labels: list[str | None]
@@ -73,7 +74,7 @@ class Rows(NamedTuple):
 
 @functools.cache
 def sources() -> dict[str, Source]:
-    """The 72 tasks of the list by name, and QQP, which the twelve tasks have too.
+    """Returns the 72 tasks of the list by name, and QQP, one of the twelve tasks.
 
     Example:
       >>> source = sources()["ARC Easy"]
@@ -105,16 +106,17 @@ def sources() -> dict[str, Source]:
 
 
 def load(source: Source, part: str, data_dir: Path | None = None) -> Rows:
-    """The "train" or "test" part of a task.
+    """Loads the "train" or "test" part of a task.
 
     Args:
+      source: one of `sources`.
       part: "train" or "test".
       data_dir: the folder in which LM-BFF's `datasets.tar` was unpacked, for SUBJ, CR,
         MPQA and MR.
 
     Raises:
-      ValueError: files, a split or a column are missing; the message says which splits
-        there are.
+      ValueError: files, a split or a column are missing; the message lists the splits
+        that exist.
       ImportError: `datasets` is not installed.
     """
     split = source.train if part == "train" else source.test
@@ -123,7 +125,7 @@ def load(source: Source, part: str, data_dir: Path | None = None) -> Rows:
     file = Path(data_dir or ".") / source.files / split
     if not file.is_file():
         raise ValueError(
-            f"{source.name}: no file {file}. Unpack {LM_BFF} in a folder and name that "
+            f"{source.name}: no file {file}. Unpack {LM_BFF} in a folder and give that "
             "folder as --data-dir."
         )
     with open(file, newline="", encoding="utf-8") as lines:
@@ -138,17 +140,17 @@ def _hub(dataset, config, split):
     try:
         return datasets.load_dataset(dataset, config, split=split)
     except RuntimeError as error:
-        # Since version 4 `datasets` runs no scripts; the hub converts what they made.
+        # Since version 4, `datasets` runs no scripts; the hub has their converted data.
         if "scripts are no longer supported" not in str(error):
             raise
         return _converted(CONVERTED.format(dataset), config, split)
 
 
 def _converted(root, config, split):
-    """A split of the hub's conversion, `ROOT/CONFIG/SPLIT/*.parquet`.
+    """Loads a split of the hub's conversion, `ROOT/CONFIG/SPLIT/*.parquet`.
 
-    The files are named one by one: that branch has no card which lists configurations,
-    so `datasets` takes all its files for one named "default".
+    The files are named one by one, because that branch has no card with configurations:
+    `datasets` would take all files as one configuration "default".
     """
     import datasets
     import fsspec
@@ -170,13 +172,13 @@ def _converted(root, config, split):
 
 
 def _rows(source, table):
-    """Rows of a dataset, or of a dict of columns."""
+    """Returns the rows of a dataset, or of a dict of columns."""
     columns = list(getattr(table, "column_names", table))
     filled = {name: _names(template) for name, template in source.fields.items()}
     needed = {source.label, *(name for found in filled.values() for name in found)}
     if missing := sorted(needed - set(columns)):
         raise ValueError(
-            f"{source.name}: {source.dataset} has no column {', '.join(missing)}; it "
+            f"{source.name}: {source.dataset} has no column {', '.join(missing)}. It "
             f"has {', '.join(columns)}. Give the task as a file, {source.name}=FILE."
         )
     labels = [source.classes.get(_plain(label)) for label in table[source.label]]
@@ -192,9 +194,13 @@ def _rows(source, table):
 
 
 def fields(source: Source, row: Mapping) -> Record:
-    """The fields of a record, of a row of the dataset.
+    """Returns the fields of a record from a row of the dataset.
 
-    A choice that a row lacks is the empty text, and several texts are joined.
+    A choice that a row lacks becomes the empty text, and several texts are joined.
+
+    Args:
+      source: one of `sources`.
+      row: the values of the row by column.
 
     Example:
       >>> row = {"question": "Which?", "choices": {"text": ["x", "y"]}}
@@ -219,13 +225,13 @@ class _Filler(string.Formatter):
 
 
 def _names(template):
-    """The columns that a template reads."""
+    """Returns the columns that a template reads."""
     parts = string.Formatter().parse(template)
     return {name.split("[")[0].split(".")[0] for _, name, _, _ in parts if name}
 
 
 def _plain(label):
-    """A label as text; a whole number without a fraction."""
+    """Returns a label as text; a whole number has no decimal point."""
     if isinstance(label, bool | float) and float(label).is_integer():
         label = int(label)
     return str(label)

@@ -21,11 +21,11 @@ _MASK = "mask"
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A template that asks for one word, and the word of every class.
+    """A template that asks for one word, and the word for every class.
 
     Attributes:
-      template: text with `{mask}` once and the fields of a record, `{text}` and such.
-      words: from the names of the classes.
+      template: a text with `{mask}` once, and with fields of a record (`{text}`).
+      words: the label words, by the names of the classes.
 
     Raises:
       ValueError: the template has no `{mask}`, or several, or no field.
@@ -46,18 +46,18 @@ class Prompt:
             names = []
         if names.count(_MASK) != 1 or "" in names or not self.fields:
             raise ValueError(
-                f"the template {self.template!r} must hold {{mask}} once and a field "
-                "such as {text}."
+                f"the template {self.template!r} must contain {{mask}} once and a "
+                "field such as {text}."
             )
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields of a record that the template holds, in its order."""
+        """The fields of a record in the template, in order."""
         names = [name for _, name, _, _ in string.Formatter().parse(self.template)]
         return tuple(dict.fromkeys(name for name in names if name and name != _MASK))
 
     def label_words(self, classes: Sequence[str]) -> tuple[str, ...]:
-        """The words of classes, in their order.
+        """Returns the label words for classes, in the order of the classes.
 
         Raises:
           ValueError: a class has no word.
@@ -65,8 +65,8 @@ class Prompt:
         missing = [name for name in classes if name not in self.words]
         if missing:
             raise ValueError(
-                f"no label word for {', '.join(missing)}; the prompt has words for "
-                f"{', '.join(self.words)}. Give every class of the task a word."
+                f"the prompt has no label word for {', '.join(missing)}; it has words "
+                f"for {', '.join(self.words)}. Give every class of the task a word."
             )
         return tuple(self.words[name] for name in classes)
 
@@ -77,11 +77,11 @@ _SENTIMENT = Prompt(
 _ENTAILMENT = {"entailment": "Yes", "not_entailment": "No"}
 _INFERENCE = {"entailment": "Yes", "neutral": "Maybe", "contradiction": "No"}
 
-# The twelve tasks of He et al. 2024 (Localize-and-Stitch), by Hugging Face's names of
-# their classes, as the bases paper prints them; QQP, which it lacks, as in the code of
-# He et al. That code differs: "Number" for NUM, no blank before the comma, the first
-# sentence of QNLI, SNLI, MNLI and RTE without its last token, and the second sentence
-# with a small first letter.
+# The twelve tasks of He et al. 2024 (Localize-and-Stitch), with Hugging Face's names of
+# the classes, as the bases paper prints them. It lacks QQP, which is from the code of
+# He et al. That code differs from the paper: "Number" for NUM; no blank before the
+# comma; the first sentence of QNLI, SNLI, MNLI and RTE has no last token; the second
+# sentence begins with a small letter.
 TASKS = {
     "sst2": _SENTIMENT,
     "cr": _SENTIMENT,
@@ -119,9 +119,9 @@ class Entry(NamedTuple):
     """A paragraph of the bases paper's task list.
 
     Attributes:
-      prompt: its classes are named as the paper names them.
+      prompt: the template and the words, with the paper's names of classes.
       dataset: an id on the Hugging Face hub, or an address.
-      tasks: how many tasks share this prompt (three of ANLI, twenty of bAbI).
+      tasks: the number of tasks that share this prompt (three of ANLI, twenty of bAbI).
     """
 
     prompt: Prompt
@@ -130,13 +130,14 @@ class Entry(NamedTuple):
 
 
 def bases_tasks() -> dict[str, Entry]:
-    """The language tasks of the task-vector-bases paper (Appendix D.3), by name.
+    """Returns the language tasks of the task-vector-bases paper (Appendix D.3) by name.
 
-    As printed, where the text is complete: they are 72; the paper uses 70 without
-    saying which; Web of Science has seven labels there and six words. Full
-    stops that end the paper's own sentences are not in the templates. Fields beyond
-    `text` and `text_pair` are `word`, `phrase1`, `phrase2`, `context`, `question` and
-    `choice1` to `choice5`; a choice that a question lacks is the empty text.
+    The entries are as printed, where the print is complete. They are 72; the paper uses
+    70 and does not say which. Web of Science has seven labels in the paper, but six
+    words. Full stops that end the paper's own sentences are not in the templates.
+    Fields other than `text` and `text_pair` are `word`, `phrase1`, `phrase2`,
+    `context`, `question` and `choice1` to `choice5`; a choice that a question lacks is
+    the empty text.
     """
     raw = json.loads((Path(__file__).parent / "prompt_tasks.json").read_text())
     return {
@@ -150,7 +151,12 @@ def bases_tasks() -> dict[str, Entry]:
 
 
 def fill(prompt: Prompt, record: Record, mask_token: str) -> str:
-    """The text of a record in its prompt.
+    """Returns the prompt's text with the fields of a record filled in.
+
+    Args:
+      prompt: the prompt.
+      record: the fields of the template, by name.
+      mask_token: the tokenizer's mask token.
 
     Raises:
       ValueError: the record lacks a field, or holds the mask token itself.
@@ -162,20 +168,26 @@ def fill(prompt: Prompt, record: Record, mask_token: str) -> str:
     missing = [name for name in prompt.fields if name not in record]
     if missing:
         raise ValueError(
-            f"the template {prompt.template!r} needs {', '.join(missing)}; the record "
-            f"has {', '.join(record)}."
+            f"the template {prompt.template!r} needs {', '.join(missing)}, but the "
+            f"record has {', '.join(record)}."
         )
     fields = {name: record[name] for name in prompt.fields}
     if any(mask_token in value for value in fields.values()):
-        raise ValueError(f"a text holds the mask token {mask_token!r}: {fields}.")
+        raise ValueError(
+            f"a text contains the mask token {mask_token!r}: {fields}. Remove it."
+        )
     return prompt.template.format(**fields, **{_MASK: mask_token})
 
 
 def word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> np.ndarray:
-    """The token of every label word, as it stands inside a text, after a blank.
+    """Returns the token of every label word inside a text, after a blank.
 
-    A word that was added to the tokenizer (the bases paper adds unknown ones) is found
-    as it was added.
+    A word that was added to the tokenizer is found as it was added. (The bases paper
+    adds unknown words.)
+
+    Args:
+      tokenizer: a tokenizer of transformers.
+      words: the label word of every class.
 
     Returns:
       `i32[classes]`.
@@ -191,9 +203,9 @@ def word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> np.ndarray:
         if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
             pieces = tokenizer.convert_ids_to_tokens(tokens)
             raise ValueError(
-                f"the label word {word!r} is {pieces} to the tokenizer, not one token. "
-                f"Choose another word, or add it by tokenizer.add_tokens([{word!r}]) "
-                "and a row of the model's word embedding."
+                f"the label word {word!r} has the tokens {pieces}; expected one token. "
+                f"Choose another word, or add it with tokenizer.add_tokens([{word!r}]) "
+                "and add a row to the model's word embedding."
             )
         ids += tokens
     if len(set(ids)) < len(ids):
@@ -202,11 +214,15 @@ def word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> np.ndarray:
 
 
 def word_pieces(tokenizer: Tokenizer, words: Sequence[str]) -> list[list[int]]:
-    """The tokens of every label word, one or several, as it stands after a blank.
+    """Returns the tokens of every label word after a blank, one or several.
 
-    Where a word is several tokens, the mean of their rows of the output matrix can be
-    its own, as of a token that was added for it: the bases paper adds tokens, and does
-    not say what their rows are.
+    If a word has several tokens, the mean of their rows in the output matrix can serve
+    as the word's own row, as if a token had been added for it. The bases paper adds
+    tokens, and does not say what their rows are.
+
+    Args:
+      tokenizer: a tokenizer of transformers.
+      words: the label word of every class.
 
     Raises:
       ValueError: a word is unknown, or two classes share a word.
@@ -225,10 +241,15 @@ def word_pieces(tokenizer: Tokenizer, words: Sequence[str]) -> list[list[int]]:
 
 
 def few_shot(records: Sequence[Record], per_class: int, seed: int = 0) -> list[Record]:
-    """Records drawn without order, equally many of every class (64 in the bases paper).
+    """Draws records at random, equally many of every class (64 in the bases paper).
+
+    Args:
+      records: records with a `"label"`.
+      per_class: the number of records for each class.
+      seed: seed of the draw.
 
     Raises:
-      ValueError: a class has fewer.
+      ValueError: a class has fewer records.
     """
     drawn: dict[Any, list[Record]] = {}
     for i in splits.torch_permutation(len(records), seed):
@@ -238,20 +259,26 @@ def few_shot(records: Sequence[Record], per_class: int, seed: int = 0) -> list[R
     few = {label: len(found) for label, found in drawn.items()}
     few = {label: number for label, number in few.items() if number < per_class}
     if few or not drawn:
-        raise ValueError(f"cannot draw {per_class} records per class; there are {few}.")
+        raise ValueError(
+            f"cannot draw {per_class} records per class; these classes have fewer: "
+            f"{few or 'there are no records'}."
+        )
     return [record for label in sorted(drawn) for record in drawn[label]]
 
 
 def encode(
     tokenizer: Tokenizer, prompt: Prompt, records: Sequence[Record], max_length: int
 ) -> list[dict]:
-    """Records in their prompt as tokens of one length, padded on the right.
+    """Encodes records in their prompt as tokens of one length, padded on the right.
 
-    Where they are too long, the ends of the longest fields are cut, never the template,
-    so that the mask stays. It is where `input_ids` is `tokenizer.mask_token_id`.
+    If a text is too long, the ends of the longest fields are cut, but never the
+    template. So the mask is kept: it is where `input_ids` is `tokenizer.mask_token_id`.
 
     Args:
+      tokenizer: a tokenizer of transformers with a mask token.
+      prompt: the prompt.
       records: `{"label": int}` and the fields of the template.
+      max_length: tokens in each row, S.
 
     Returns:
       A source: `{"input_ids": i32[S], "attention_mask": i32[S], "label": i32[]}` per
@@ -262,8 +289,8 @@ def encode(
     """
     if tokenizer.mask_token is None:
         raise ValueError(
-            "the tokenizer has no mask token; prompts need a masked language model, "
-            "such as RoBERTa or BERT."
+            "the tokenizer has no mask token, but prompts need a masked language "
+            "model. Use RoBERTa or BERT."
         )
     texts = [_filled(tokenizer, prompt, record) for record in records]
     sequences = [
@@ -278,8 +305,8 @@ def encode(
 
 
 def _filled(tokenizer, prompt, record):
-    # RoBERTa's mask takes the blank before it, but not where transformers 5 reads it
-    # from vocab.json and merges.txt: there the blank would be a token of its own.
+    # RoBERTa's mask token includes the blank before it. If transformers 5 reads it from
+    # vocab.json and merges.txt, it does not, and the blank would be a separate token.
     mask = tokenizer.mask_token
     return fill(prompt, record, mask).replace(f" {mask}", mask)
 
@@ -295,14 +322,14 @@ def _shortened(tokenizer, prompt, record, max_length):
         kept = {name: len(found) for name, found in ends.items()}
         if sum(kept.values()) == 0:
             raise ValueError(
-                f"the template {prompt.template!r} alone takes {len(ids)} tokens; "
-                f"max_length is {max_length}."
+                f"the template {prompt.template!r} alone takes {len(ids)} tokens, but "
+                f"max_length is {max_length}. Raise max_length."
             )
         while excess > 0 and any(kept.values()):
             longest = max(kept, key=kept.__getitem__)
             kept[longest] -= 1
-            excess -= prompt.template.count(f"{{{longest}}}")  # it may stand twice
-        # What is left may make other tokens at its new end, hence the loop.
+            excess -= prompt.template.count(f"{{{longest}}}")  # it may occur twice
+        # The rest may get other tokens at its new end, so the loop checks again.
         fields = {
             name: value[: ends[name][kept[name] - 1]] if kept[name] else ""
             for name, value in fields.items()

@@ -1,10 +1,10 @@
-"""Raw labelled images from folders, TFDS and the Hugging Face hub.
+"""Reads raw labelled images from folders, TFDS and the Hugging Face hub.
 
-A reader is one split as it lies there: `len(reader)`; `reader.names`, its classes;
-`reader[i]`, the image and its number among those classes; `reader.labels`, all these
-numbers, and `reader.labels_at(indices)`, some of them, for which no image is decoded.
-`Samples` puts readers together and numbers their labels as a task does. Everything here
-can be pickled.
+A reader holds one split of a source. It has `len(reader)`, `reader.names` (its
+classes), `reader[i]` (the image and the number of its class), `reader.labels` (all
+these numbers), and `reader.labels_at(indices)` (some of them, without decoding images).
+`Samples` joins readers and numbers their labels as a task does. Everything here can be
+pickled.
 """
 
 import functools
@@ -23,16 +23,16 @@ from jaxarith.typing import Source
 
 SUFFIXES = frozenset(
     ".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
-)  # of the files that count as images
+)  # suffixes of the files that count as images
 
 
 class Samples:
     """A source of `{"image": PIL image or u8 array, "label": int}`.
 
     Args:
-      readers: taken one after the other.
-      maps: for each reader, the labels of its classes, `i32[its classes]`.
-      indices: `i[N]`, which samples, in which order; all by default.
+      readers: the readers, in order.
+      maps: the labels of each reader's classes, `i32[classes of the reader]`.
+      indices: `i[N]`, the samples to take, in order; all by default.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class Samples:
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """`i32[N]`, without decoding an image."""
+        """The labels of all samples, `i32[N]`; no image is decoded."""
         return self.labels_at(np.arange(len(self)))
 
     def labels_at(self, indices: np.ndarray) -> np.ndarray:
-        """The labels of some samples, `i32[n]`."""
+        """Returns the labels of the samples at `indices`, `i32[n]`."""
         found = self._indices[indices]
         parts = np.searchsorted(self._starts, found, side="right") - 1
         labels = np.empty(len(found), np.int32)
@@ -76,10 +76,10 @@ class Samples:
 class Folder:
     """Image files in one folder for each class.
 
-    A class is every folder with no folder in it, or with images in it, by its path:
+    Every folder that contains images, or no folder, is a class. Its name is its path:
     `cat`, or `a/apartment_building/outdoor`. The order is that of the sorted paths.
 
-    Links to folders and images elsewhere are followed, those to a folder above are not.
+    Links to folders and images elsewhere are followed; links to a folder above are not.
 
     Raises:
       ValueError: there is no class, a class has no image, or links repeat an image.
@@ -96,7 +96,7 @@ class Folder:
         if empty or not names:
             raise ValueError(
                 f"{folder} has no image of {report.listed(empty) or 'any class'}. It "
-                "must hold a folder for each class, with images in it: "
+                "must contain a folder for each class, with images in it: "
                 f"{', '.join(sorted(SUFFIXES))}."
             )
         self.names = tuple(names)
@@ -111,11 +111,11 @@ class Folder:
         return len(self.files)
 
     def labels_at(self, indices: np.ndarray) -> np.ndarray:
-        """The labels of some images."""
+        """Returns the labels of the images at `indices`."""
         return self.labels[indices]
 
     def checksum(self) -> int:
-        """Of the names and sizes of the files, wherever the folder is."""
+        """A checksum of the files' names and sizes, whatever the folder's path."""
         listed = [
             (Path(path).relative_to(self._folder).as_posix(), os.path.getsize(path))
             for path in self.files
@@ -132,13 +132,14 @@ class Folder:
 
 
 def _walk(folder, links, above=()):
-    """As `os.walk`, sorted, of images and without what is hidden.
+    """Like `os.walk`, but sorted, only with images, and without hidden entries.
 
-    Links to folders are followed unless they lead to one above, and so in circles.
+    Links to folders are followed, except links to a folder above, which would never
+    end.
 
     Args:
-      folder: where to begin.
-      links: a set that gets the paths of links.
+      folder: the folder to begin in.
+      links: a set to which the paths of links are added.
       above: real paths of the folders that led here.
     """
     real = os.path.realpath(folder)
@@ -171,18 +172,18 @@ def _is_folder(entry):
 
 
 def _check_once(folder):
-    """Raises a ValueError if several images of a folder are one file, behind links."""
+    """Raises a ValueError if links make several images of a folder one file."""
     known = {}
     for path, file in zip(folder.files, _resolved(folder), strict=True):
         if (first := known.setdefault(file, path)) != path:
             raise ValueError(
-                f"{path} is the same file as {first}, behind a link, and would be two "
-                "images. Remove the link."
+                f"{path} is the same file as {first}, through a link, and would count "
+                "as two images. Remove the link."
             )
 
 
 def _resolved(folder):
-    """The real path of every file; only links are looked up, and folders once."""
+    """Returns the real path of every file; looks up only links, and folders once."""
     real = functools.cache(os.path.realpath)
     for path in folder.files:
         if path in folder.links:
@@ -193,19 +194,19 @@ def _resolved(folder):
 
 
 class NoColumn(ValueError):
-    """A dataset was found, and is not what it was taken for."""
+    """A dataset was found, but does not have the expected columns."""
 
 
 class Records:
     """Records of a TFDS data source or a Hugging Face dataset.
 
     Args:
-      records: `{image: encoded image, label: int, …}` each.
-      label_records: the same ones, perhaps without their images. TFDS has no records
-        without images, so it matters how many are read.
-      names: the classes; without names they are called by their numbers.
-      image, label: the fields.
-      place: for messages.
+      records: the records, each `{image: encoded image, label: int, …}`.
+      label_records: the same records, without images if the source allows it. TFDS
+        always reads the images too, so reading fewer records saves time.
+      names: the names of the classes; without names, their numbers are used.
+      image, label: the names of the two fields.
+      place: the name of the split in messages.
     """
 
     def __init__(
@@ -232,10 +233,10 @@ class Records:
         if isinstance(image, Mapping):  # datasets.Image(decode=False)
             try:
                 image = image["bytes"] or files.read(image["path"])
-            except (OSError, TypeError) as error:  # no file, or neither of both
+            except (OSError, TypeError) as error:  # no file, or neither bytes nor path
                 raise ValueError(f"cannot read the image {place}: {error}") from error
         if image is None:
-            raise ValueError(f"cannot read the image {place}: there is none.")
+            raise ValueError(f"cannot read the image {place}: the record has none.")
         if isinstance(image, bytes):
             image = images.decode(image, place)
         return image, label
@@ -246,8 +247,8 @@ class Records:
         return self._numbers(iter(records), range(len(records)))
 
     def labels_at(self, indices: np.ndarray) -> np.ndarray:
-        """The labels of some records; of less than half, no other record is read."""
-        # To read a record by its index takes longer than to read it in order.
+        """Returns the labels of some records; for less than half, reads only those."""
+        # Reading a record by its index takes longer than reading records in order.
         if "labels" in self.__dict__ or 2 * len(indices) > len(self):
             return self.labels[indices]
         records = self._label_records
@@ -264,17 +265,19 @@ class Records:
         if wrong.any():
             first = int(np.argmax(wrong))
             raise ValueError(
-                f"{self._place}, index {indices[first]} has the label {labels[first]}; "
-                f"its {len(self.names)} classes are numbered from 0. Is this split "
-                "without labels?"
+                f"{self._place}, index {indices[first]} has the label {labels[first]}, "
+                f"but its {len(self.names)} classes are numbered from 0. The split may "
+                "have no labels: use another."
             )
 
 
 def folder_splits(folder: str | os.PathLike) -> dict[str, Callable]:
-    """What opens every split of an image folder, by its name; `val` is `validation`.
+    """Returns functions that open the splits of an image folder, by the split's name.
+
+    A folder `val` counts as `validation`.
 
     Raises:
-      ValueError: both `val` and `validation` are there.
+      ValueError: both `val` and `validation` exist.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -285,14 +288,18 @@ def folder_splits(folder: str | os.PathLike) -> dict[str, Callable]:
         if path.is_dir() and not path.name.startswith(".")
     }
     if {"val", "validation"} <= splits.keys():
-        raise ValueError(f"{folder} has both val and validation; keep one of them.")
+        raise ValueError(f"{folder} has both val and validation. Keep one of them.")
     return {{"val": "validation"}.get(name, name): s for name, s in splits.items()}
 
 
 def tfds_splits(
     name: str, data_dir: str | os.PathLike | None = None
 ) -> dict[str, Callable]:
-    """What opens every split of a prepared TFDS set; none where it is not prepared.
+    """Returns functions that open the splits of a TFDS set; none if it is not prepared.
+
+    Args:
+      name: the set's name in TFDS.
+      data_dir: the folder of prepared sets; None means TFDS's own.
 
     Raises:
       ImportError: tensorflow-datasets is not installed.
@@ -300,7 +307,7 @@ def tfds_splits(
     import tensorflow_datasets as tfds
 
     builder = tfds.builder(name, data_dir=data_dir)
-    # `is_prepared` alone logs a warning where there is nothing.
+    # `is_prepared` alone logs a warning if the path does not exist.
     if not (builder.data_path.exists() and builder.is_prepared()):
         return {}
     return {
@@ -323,7 +330,7 @@ def _open_tfds(builder, split: str) -> Records:
     except NotImplementedError as error:
         raise ValueError(
             f"{builder.data_path} is prepared as {builder.info.file_format.value}, "
-            "which cannot be read in any order. Prepare it as array_record."
+            "which can only be read in order. Prepare it as array_record."
         ) from error
     names, place = features["label"].names, f"{builder.data_path}, {split}"
     return Records(records, records, names, "image", "label", place)
@@ -332,17 +339,17 @@ def _open_tfds(builder, split: str) -> Records:
 def open_hub(
     identity: str, config: str | None, split: str, image: str, label: str
 ) -> Records:
-    """A split of a dataset on the Hugging Face hub, by `datasets`.
+    """Opens a split of a dataset on the Hugging Face hub with `datasets`.
 
     Args:
-      identity: id of the dataset, such as "ylecun/mnist".
+      identity: id of the dataset, for example "ylecun/mnist".
       config: name of its configuration, if it has several.
-      split: "train" and so on.
-      image, label: the columns.
+      split: the name of the split, for example "train".
+      image, label: the names of the two columns.
 
     Raises:
       ImportError: `datasets` is not installed.
-      NoColumn: there is no such column, or the labels are no numbers.
+      NoColumn: a column is missing, or the labels are not numbers.
     """
     import datasets
 
@@ -354,7 +361,10 @@ def open_hub(
         )
     feature = dataset.features[label]
     if getattr(feature, "dtype", None) == "string":
-        raise NoColumn(f"{identity}, {split}: the column {label} holds texts.")
+        raise NoColumn(
+            f"{identity}, {split}: the column {label} holds texts; expected numbers of "
+            "classes."
+        )
     label_records = dataset.select_columns([label])
     names = getattr(feature, "names", None)
     if names is None:
@@ -366,7 +376,7 @@ def open_hub(
 
 
 def shared_files(a: Folder, b: Folder) -> list[tuple[str, str]]:
-    """Files of two splits that are one file, behind links; their content is not read.
+    """Finds files that two splits share through links, without reading them.
 
     Returns:
       Pairs of paths.
@@ -377,7 +387,7 @@ def shared_files(a: Folder, b: Folder) -> list[tuple[str, str]]:
 
 
 def identical_files(a: Folder, b: Folder) -> list[tuple[str, str]]:
-    """Files of two splits with the same size and CRC-32; only equal sizes are read.
+    """Finds files of two splits with the same size and CRC-32; reads only equal sizes.
 
     Returns:
       Pairs of paths.

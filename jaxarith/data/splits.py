@@ -1,13 +1,17 @@
-"""The validation splits of the task-arithmetic papers, without PyTorch."""
+"""Makes the validation splits of the task-arithmetic papers without PyTorch."""
 
 import numpy as np
 
 
 def torch_permutation(n: int, seed: int = 0) -> np.ndarray:
-    """What `torch.randperm(n, generator=manual_seed(seed))` returns on the CPU.
+    """Returns what `torch.randperm(n, generator=manual_seed(seed))` does on the CPU.
 
     PyTorch shuffles with raw 32-bit draws of the Mersenne Twister, which NumPy's legacy
     generator reproduces.
+
+    Args:
+      n: the length.
+      seed: the seed.
 
     Returns:
       `i64[n]`, a permutation.
@@ -25,10 +29,13 @@ def torch_permutation(n: int, seed: int = 0) -> np.ndarray:
 
 
 def train_validation(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of a training set's train and validation parts, as the papers split it.
+    """Returns the indices of the papers' train and validation parts of a training set.
 
     The validation part is a tenth, at most 5,000 samples (protocol of Ilharco et al.
     2023 and Ortiz-Jimenez et al. 2023).
+
+    Args:
+      n: the number of samples.
 
     Returns:
       `(train, validation)`, disjoint, together `0..n-1`.

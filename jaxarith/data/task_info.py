@@ -1,4 +1,4 @@
-"""What is known of the image tasks: their classes, prompts, sizes and sources.
+"""Facts about the image tasks: their classes, prompts, sizes and sources.
 
 Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023, and Ortiz-Jimenez et al.
 Task Arithmetic in the Tangent Space. NeurIPS 2023, whose class names and prompt
@@ -32,11 +32,11 @@ SOURCES = get_args(Kind)
 
 
 class Layout(NamedTuple):
-    """Which splits of a source are a task's parts.
+    """The splits of a source that make up a task's parts.
 
-    Without `validation`, a share of `train` validates. Without `test`, the one split is
-    divided: a tenth of the samples of the average class are taken of each class to
-    validate, as many to test (270 of EuroSAT's).
+    Without `validation`, a part of `train` is used for it. Without `test`, the only
+    split is divided: n samples of each class are for validation and n for testing,
+    where n is a tenth of the average class's samples (270 for EuroSAT).
     """
 
     train: tuple[str, ...]
@@ -56,22 +56,22 @@ class Hub:
 
 @dataclasses.dataclass(frozen=True)
 class TaskInfo:
-    """What is known of a task.
+    """Facts about a task.
 
     Attributes:
-      name: "stanford_cars" and so on.
-      title: as the papers print it.
-      classes: in the order of the labels, as the prompts read.
-      labels: for each class, what sources call it besides its own name.
+      name: the name of the task, for example "stanford_cars".
+      title: the name that the papers print.
+      classes: names in the order of the labels, as they appear in prompts.
+      labels: other names that sources use for each class.
       templates: the prompts, with one `{}` each.
-      train, validation, test: samples of the training split, how many validate, samples
-        of the test split; None where nothing is known. What validates is among the
-        training samples, except for EuroSAT.
+      train, validation, test: numbers of samples in the training split, in the
+        validation part and in the test split; None if unknown. The validation samples
+        are among the training samples, except for EuroSAT.
       epochs: epochs of fine-tuning in the papers' code.
-      tfds: name in TFDS, and hub: dataset on the hub; None where there is none, or none
-        with the papers' splits.
-      layouts: the layouts by source; the first one whose splits exist is used.
-      note: what is particular.
+      tfds: name in TFDS; None if TFDS lacks the task or has other splits.
+      hub: dataset on the hub; None if the hub lacks the task or has other splits.
+      layouts: the layouts by source; the first whose splits exist is used.
+      note: special facts about the task's data.
     """
 
     name: str
@@ -90,7 +90,7 @@ class TaskInfo:
 
     @property
     def sizes(self) -> tuple[int, int, int] | None:
-        """Samples of the parts that `load` returns, where the source is the papers'."""
+        """Numbers of samples in the parts of `load`, if the source is the papers'."""
         if self.train is None or self.validation is None or self.test is None:
             return None
         own = any(layout.validation for layout in self.layouts["folder"])
@@ -135,16 +135,21 @@ TASKS: Mapping[str, TaskInfo] = {
 
 
 def label_map(info: TaskInfo, names: Sequence[str], place: str) -> np.ndarray:
-    """The labels of a source's classes, by their names.
+    """Returns the labels of a source's classes by their names.
 
     Case, blanks and punctuation do not count: "AnnualCrop", "annual_crop" and "Annual
     Crop" are one name.
+
+    Args:
+      info: the task.
+      names: the source's names of its classes, in its order.
+      place: the name of the source in errors.
 
     Returns:
       `i32[len(names)]`.
 
     Raises:
-      ValueError: a name is none of the task's, or two are one class.
+      ValueError: a name is not a class of the task, or two names are one class.
     """
     known = _known(info)
     labels = [known.get(name, known.get(_key(name))) for name in names]
@@ -156,7 +161,7 @@ def label_map(info: TaskInfo, names: Sequence[str], place: str) -> np.ndarray:
             f"{place} does not have the classes of {info.name}.\n"
             f"  only there ({len(unknown)}): {report.listed(unknown)}\n"
             f"  only in {info.name} ({len(missing)}): {report.listed(missing)}"
-            + ("\n  and two names there are one class." if double else "")
+            + ("\n  and two of its names are the same class." if double else "")
         )
     return np.asarray(labels, np.int32)
 
@@ -166,7 +171,7 @@ def _key(name: str) -> str:
 
 
 def _known(info: TaskInfo) -> dict[str, int]:
-    """The class of every name that only one has; those of the sources come first."""
+    """Returns the class of each name that only one class has; sources' names first."""
     own = [(name,) for name in info.classes]
     known: dict[str, int] = {}
     for spelled in (_key, str):

@@ -1,4 +1,4 @@
-"""Texts with labels: their files, classification tasks, and tokens for a model."""
+"""Reads texts with labels, makes classification tasks of them, and tokenizes them."""
 
 import dataclasses
 import os
@@ -9,11 +9,11 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from jaxarith import files
+from jaxarith import files, tree
 from jaxarith.data import labelled, splits
 from jaxarith.data.labelled import COLUMNS as COLUMNS
 
-Tokenizer: TypeAlias = Any  # one of transformers
+Tokenizer: TypeAlias = Any  # a tokenizer of transformers
 Side = Literal["left", "right"]
 Record = dict  # {"text": str, "label": str or int}, and "text_pair": str for pairs
 
@@ -26,7 +26,7 @@ class TextTask:
       name: name of the task.
       classes: names in the order of their numbers.
       train, validation, test: records `{"text": str, "label": int}`, with a
-        `"text_pair"` where the task is about two texts; `encode` makes tokens of them.
+        `"text_pair"` if the task is about two texts; `encode` turns them into tokens.
     """
 
     name: str
@@ -39,47 +39,49 @@ class TextTask:
 def read(
     file: str | os.PathLike, *, encoding: str = "utf-8-sig", skip_bad: bool = False
 ) -> list[Record]:
-    """The records of a classification file, by its suffix.
+    """Reads the records of a classification file. Its suffix states the format.
 
-    - `.tsv`: a header, then cells between tabs; a quote is a character like any other.
-    - `.csv`: a header, then cells between commas, quoted where they need it.
+    - `.tsv`: a header, then cells separated by tabs; quotes are ordinary characters.
+    - `.csv`: a header, then cells separated by commas, in quotes if needed.
     - `.jsonl`, `.ndjson`, `.json`: an object per line.
-    - anything else: `label text` on every line.
+    - any other suffix: `label text` on every line.
 
-    A table holds its labels under `label` and its texts under the first of these that
-    it has: `text` and `text_pair`, `sentence1` and `sentence2`, `question1` and
-    `question2`, `premise` and `hypothesis`, `question` and `sentence`, `text`,
-    `sentence`, `question`. Blank lines do not count.
+    A table has its labels in the column `label`, and its texts in the first of these
+    columns that exist: `text` and `text_pair`, `sentence1` and `sentence2`, `question1`
+    and `question2`, `premise` and `hypothesis`, `question` and `sentence`, `text`,
+    `sentence`, `question`. Blank lines are ignored.
 
     Args:
       file: the file.
-      encoding: its encoding, as Python names it. No other is ever tried.
-      skip_bad: whether lines that are wrong are left out, and counted in a warning.
+      encoding: its encoding, as Python names it. No other encoding is tried.
+      skip_bad: whether to leave out bad lines, and count them in a warning.
 
     Returns:
       `{"text": str, "label": str}` per record, in order, with `"text_pair"` for pairs.
 
     Raises:
-      ValueError: the file is missing, empty, without these columns, in another
-        encoding, or a line lacks its label or text or is no record.
+      ValueError: the file is missing, empty, without these columns or in another
+        encoding, or a line lacks its label or text or is not a record.
 
     Warns:
       UserWarning: lines were left out.
     """
     path = Path(file)
     if not path.exists():
-        raise ValueError(f"{path}: no such file.")
+        raise ValueError(f"{path}: no such file. Check the path.")
     found = labelled.records(_decoded(path, encoding, skip_bad), path)
     bad = [(line, row) for line, row in found if isinstance(row, str)]
     if bad and not skip_bad:
         raise ValueError(f"{path}, line {bad[0][0]}{bad[0][1]}")
     if len(found) == len(bad):
-        raise ValueError(f"{path} holds no record: it is empty, or has only a header.")
+        raise ValueError(
+            f"{path} holds no record: it is empty, or has only a header. Add records."
+        )
     if bad:
         line, problem = bad[0]
         warnings.warn(
-            f"{path}: {len(bad)} of {len(found)} records were left out; the first, "
-            f"line {line}{problem}",
+            f"{path}: {len(bad)} of {tree.counted(len(found), 'record')} left out. "
+            f"Line {line}{problem}",
             stacklevel=2,
         )
     return [row for _, row in found if not isinstance(row, str)]
@@ -88,14 +90,14 @@ def read(
 def _decoded(path, encoding, skip_bad):
     raw = files.read(path)
     try:
-        # What cannot be decoded becomes characters that `labelled` knows.
+        # Bytes that cannot be decoded become characters that `labelled` recognises.
         return raw.decode(encoding, "surrogateescape" if skip_bad else "strict")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ValueError(
             f"{path}, line {line} is not in {error.encoding}: {error.reason}, byte "
-            f"{error.start}. Convert the file, give its encoding (such as latin-1), or "
-            "leave such lines out (skip_bad)."
+            f"{error.start}. Convert the file, give its encoding (for example "
+            "latin-1), or leave such lines out (skip_bad)."
         ) from error
 
 
@@ -105,11 +107,15 @@ def task(
     validation: Sequence[Record] | None = None,
     test: Sequence[Record] | None = None,
 ) -> TextTask:
-    """A task of the records that `read` returns.
+    """Makes a task from the records that `read` returns.
 
-    A part that is not given is a tenth of the training records, at most 5,000, drawn
-    without order by `splits.torch_permutation`; where both are missing, they are
-    disjoint. Classes are sorted by name, or by value where all are numbers.
+    A missing part becomes a tenth of the training records, at most 5,000, drawn by
+    `splits.torch_permutation`. If both are missing, they are disjoint. Classes are
+    sorted by name, or by value if all are numbers.
+
+    Args:
+      name: name of the task.
+      train, validation, test: records of the parts.
 
     Raises:
       ValueError: a part is empty, the training part has a single class, or another part
@@ -127,16 +133,17 @@ def task(
     for part in ("test", "validation"):
         if parts[part] is None:
             if not size:
+                records = "training record is", "training records are"
                 raise ValueError(
-                    f"{name}: {len(train)} training records are too few to split a "
-                    f"tenth off for {part}. Give a file for it."
+                    f"{name}: {tree.counted(len(train), *records)} too few "
+                    f"to take a tenth of them for {part}. Give a file for it."
                 )
             order, chosen = order[:-size], order[-size:]
             parts[part] = [train[i] for i in chosen]
     parts["train"] = [train[i] for i in sorted(order)]
     empty = [part for part, records in parts.items() if not len(records)]
     if empty:
-        raise ValueError(f"{name}: no record in {' and '.join(empty)}.")
+        raise ValueError(f"{name}: no record in {' and '.join(empty)}. Add records.")
 
     classes = _sorted({record["label"] for record in parts["train"]})
     if len(classes) < 2:
@@ -155,7 +162,7 @@ def task(
                     "Leave these classes out, or give a file for each part."
                 )
             raise ValueError(
-                f"{name}: {part} has labels that train has not: {', '.join(unseen)}. "
+                f"{name}: {part} has labels that train lacks: {', '.join(unseen)}. "
                 f"Train has {', '.join(classes)}. {advice}"
             )
     return TextTask(
@@ -169,7 +176,10 @@ def task(
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
-    """The tokenizer that lies with a checkpoint, through transformers.
+    """Loads the tokenizer in the folder of a checkpoint with transformers.
+
+    Args:
+      folder: the folder of the checkpoint.
 
     Raises:
       ValueError: the folder has no tokenizer that transformers can read.
@@ -179,11 +189,11 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     folder, reason = Path(folder), None
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        # Without its files, transformers makes a tokenizer of special tokens alone.
+        # Without its files, transformers makes a tokenizer with only special tokens.
         special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
         if len(tokenizer.get_vocab().keys() - special) > 1:
             return tokenizer
-    except Exception as error:  # of many kinds, and few say that files are missing
+    except Exception as error:  # many kinds, and few say that files are missing
         reason = error
     found = sorted(file.name for file in folder.glob("*")) or "nothing"
     raise ValueError(
@@ -195,12 +205,12 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises a ValueError where the embedding lacks rows for the tokenizer's ids."""
+    """Raises a ValueError if the embedding lacks rows for the tokenizer's ids."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise ValueError(
-            f"the tokenizer has ids up to {largest} and the model's embedding has "
-            f"{vocab_size} rows. Load the tokenizer that belongs to the model; if "
+            f"the tokenizer has ids up to {largest}, but the model's embedding has "
+            f"{vocab_size} rows. Load the tokenizer that belongs to the model. If "
             "words were added to it, append as many rows to the embedding."
         )
 
@@ -208,27 +218,31 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 def encode(
     tokenizer: Tokenizer, records: Sequence[Record], max_length: int
 ) -> list[dict]:
-    """Records as tokens of one length, for a classifier.
+    """Encodes records as tokens of one length, for a classifier.
 
-    Longer texts are cut to `max_length` tokens, special tokens included; of a pair, the
-    longer text first. Shorter ones are padded on the right.
+    Longer texts are cut to `max_length` tokens, special tokens included; in a pair, the
+    longer text is cut first. Shorter ones are padded on the right.
 
     Args:
       tokenizer: a tokenizer of transformers. One without a padding token (GPT-2) pads
-        with its end of text; the attention mask is 0 there either way.
-      records: `{"text": str, "label": int}`, with `"text_pair"` in all or in none; the
+        with its end-of-text token; the attention mask is 0 there in both cases.
+      records: `{"text": str, "label": int}`, with `"text_pair"` in all or in none. The
         label may be a float, for a regression.
+      max_length: tokens in each row, S.
 
     Returns:
       A source: `{"input_ids": i32[S], "attention_mask": i32[S], "label": i32[]}` per
-      record, and `"token_type_ids": i32[S]` where the tokenizer makes them (BERT).
+      record, and `"token_type_ids": i32[S]` if the tokenizer makes them (BERT).
     """
     if not len(records):
-        raise ValueError("there are no records to encode.")
+        raise ValueError("there are no records to encode. Give at least one.")
     texts = [record["text"] for record in records]
     pairs = [record["text_pair"] for record in records if "text_pair" in record]
     if pairs and len(pairs) != len(texts):
-        raise ValueError(f"{len(pairs)} of {len(texts)} records have a text_pair.")
+        raise ValueError(
+            f"only {len(pairs)} of {len(texts)} records have a text_pair; expected all "
+            "or none."
+        )
     tokens = tokenizer(texts, pairs or None, truncation=True, max_length=max_length)
     ids, mask = pad(tokens["input_ids"], max_length, padding_id(tokenizer))
     columns = {"input_ids": ids, "attention_mask": mask}
@@ -239,21 +253,25 @@ def encode(
 
 
 def labels(records: Sequence[Record]) -> np.ndarray:
-    """The labels of records: `i32[B]`, or `f32[B]` where they are floats.
+    """Returns the labels of records: `i32[B]`, or `f32[B]` if they are floats.
+
+    Args:
+      records: records with a `"label"`.
 
     Raises:
-      ValueError: they are names.
+      ValueError: the labels are names.
     """
     values = np.asarray([record["label"] for record in records])
     if values.dtype.kind not in "biuf":
         raise ValueError(
-            f"the label {values.flat[0]!r} is no number; `task` numbers the classes."
+            f"the label {values.flat[0]!r} is not a number. Use `task`, which numbers "
+            "the classes."
         )
     return values.astype(np.float32 if values.dtype.kind == "f" else np.int32)
 
 
 def padding_id(tokenizer: Tokenizer) -> int:
-    """What a tokenizer pads with: its end of text where it has no token for it."""
+    """Returns a tokenizer's padding token, or else its end-of-text token."""
     pad_id = tokenizer.pad_token_id
     return tokenizer.eos_token_id if pad_id is None else pad_id
 
@@ -261,12 +279,13 @@ def padding_id(tokenizer: Tokenizer) -> int:
 def pad(
     sequences: Sequence[Sequence[int]], length: int, value: int, side: Side = "right"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token sequences of many lengths as one array.
+    """Pads token sequences of different lengths to one array.
 
     Args:
-      sequences: ids, at most `length` of each.
-      value: fills the room that is left.
-      side: where that room is; "left" for the prompts of a causal language model.
+      sequences: lists of ids, each with at most `length` ids.
+      length: the length of the rows.
+      value: the id that fills the padding.
+      side: the side of the padding; "left" for the prompts of a causal language model.
 
     Returns:
       `(ids, mask)`, both `i32[B, length]`; the mask is 0 at padding.
@@ -279,12 +298,13 @@ def pad(
       [[0, 5, 6], [0, 0, 7]]
     """
     if side not in get_args(Side):
-        raise ValueError(f'cannot pad on the {side!r} side; "left" or "right".')
+        raise ValueError(f'side is {side!r}; expected "left" or "right".')
     lengths = np.array([len(sequence) for sequence in sequences], int)
     if (lengths > length).any():
-        raise ValueError(f"a sequence of {lengths.max()} tokens does not fit {length}.")
+        count = tree.counted(int(lengths.max()), "token")
+        raise ValueError(f"a sequence has {count}; expected at most {length}.")
     room = np.arange(length)
-    # The mask picks the places row by row, in the order of the ids.
+    # The mask selects the places row by row, in the order of the ids.
     mask = (
         room < lengths[:, None]
         if side == "right"
@@ -296,7 +316,11 @@ def pad(
 
 
 def rows(columns: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """Columns of a common length as a source of dicts, without a copy."""
+    """Returns columns of one length as a source of dicts, without a copy.
+
+    Args:
+      columns: arrays `[N, ...]` by name.
+    """
     return [
         dict(zip(columns, row, strict=True))
         for row in zip(*columns.values(), strict=True)

@@ -4,11 +4,11 @@ Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023, and Ortiz-Jimenez
 Task Arithmetic in the Tangent Space. NeurIPS 2023, whose splits, class names and prompt
 templates are in `vision_tasks.json`.
 
-A tenth of the training split, at most 5,000 samples, validates; which ones is drawn by
-index, as in the papers' code. They are the same samples where the source keeps the
-papers' order: MNIST and SVHN on the hub; folders of GTSRB and ImageNet with the
-original file names, of SUN397 with a flat folder for each class, and of DTD with the
-two parts that train in one folder. TFDS shuffles while it prepares.
+A tenth of the training split, at most 5,000 samples, is used for validation. The
+samples are drawn by index, as in the papers' code. They are the papers' samples only if
+the source keeps the papers' order: MNIST and SVHN on the hub; folders of GTSRB and
+ImageNet with the original file names; of SUN397 with a flat folder for each class; and
+of DTD with both training parts in one folder. TFDS shuffles when it prepares a set.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxarith import files, report
+from jaxarith import files, report, tree
 from jaxarith.data import sources, splits
 from jaxarith.data.images import ImageTask
 from jaxarith.data.task_info import EIGHT as EIGHT
@@ -35,7 +35,7 @@ from jaxarith.data.task_info import (
 
 
 class Found(NamedTuple):
-    """Where a task's data was found: the source, its place, and what opens splits."""
+    """Data that was found for a task: source, place, and functions to open splits."""
 
     source: Kind
     place: str
@@ -48,46 +48,55 @@ def load(
     *,
     source: Kind | None = None,
 ) -> ImageTask:
-    """A task with the class names, templates and splits of the papers.
+    """Loads a task with the class names, templates and splits of the papers.
 
-    Without `source`, the first that exists: the image folder `data_dir/NAME`, with
-    `train/<class>/*` and `test/<class>/*`; a TFDS set prepared under `data_dir`; the
-    dataset on the Hugging Face hub, which is downloaded. Labels are numbered by the
-    names that the source gives its classes, never by their order there. Validation
-    splits that the papers do not use are not used.
+    Without `source`, the first of these that exists is used: the image folder
+    `data_dir/NAME`, with `train/<class>/*` and `test/<class>/*`; a TFDS set prepared
+    under `data_dir`; the dataset on the Hugging Face hub, which is downloaded. Labels
+    are numbered by the source's names of classes, never by their order in the source.
+    Validation splits that the papers do not use are not used.
 
-    Sizes are not compared with the papers': `jaxarith data check NAME` does.
+    Sizes are not compared with the papers': `jaxarith data check NAME` does that.
 
     Args:
       name: one of `TASKS`.
-      data_dir: a folder; without it there is no image folder, and TFDS takes its own.
-      source: "folder", "tfds" or "hub", and no other.
+      data_dir: the folder of the data. Without it there is no image folder, and TFDS
+        uses its own folder.
+      source: "folder", "tfds" or "hub", to use only this one.
 
     Returns:
       The task. Its sources yield raw samples, `{"image": PIL image, "label": int}`,
-      decoded when asked for, have `labels`, `i32[N]`, and can be pickled.
+      which are decoded on access. They have `labels`, `i32[N]`, and can be pickled.
 
     Raises:
-      ValueError: there is no such task or source, or the data there has other classes
-        or splits, an empty class, or a file in two splits.
-      FileNotFoundError: nothing was found; the message says how to prepare it.
+      ValueError: the task or the source is unknown, or the data has other classes or
+        splits, an empty class, or a file in two splits.
+      FileNotFoundError: no data was found; the message says how to prepare it.
+
+    Example:
+      >>> task = load("mnist", "data", source="folder")  # doctest: +SKIP
     """
     return assemble(*locate(name, data_dir, source))
 
 
 def load_folder(name: str, folder: str | os.PathLike) -> ImageTask:
-    """A task of one's own from an image folder.
+    """Loads a task of your own from an image folder.
 
-    The folder has `train/<class>/*`, `test/<class>/*`, and, or a tenth of the training
-    samples validates, `validation/<class>/*`. Classes are named as their folders, with
-    `_` read as a space, and the template is "a photo of a {}."; a file `task.json` may
-    state others: `{"classes": [...], "templates": [...]}`, or `"classes": {folder:
-    name}`. Its order numbers the labels; otherwise the sorted folders do.
+    The folder has `train/<class>/*` and `test/<class>/*`. It may have
+    `validation/<class>/*`; otherwise a tenth of the training samples is used for
+    validation. Classes have the names of their folders, with `_` read as a space, and
+    the template is "a photo of a {}.". A file `task.json` may state others:
+    `{"classes": [...], "templates": [...]}`, or `"classes": {folder: name}`. Labels are
+    numbered in its order, or else in the order of the sorted folders.
+
+    Args:
+      name: name of the task.
+      folder: the image folder.
 
     Raises:
       ValueError: a split is missing, empty or overlaps another, a class is unknown or
-        empty, or `task.json` is not as above.
-      FileNotFoundError: there is no such folder.
+        empty, or `task.json` has another form.
+      FileNotFoundError: the folder does not exist.
     """
     return assemble(*locate_folder(name, folder))
 
@@ -97,14 +106,14 @@ def locate(
     data_dir: str | os.PathLike | None = None,
     source: Kind | None = None,
 ) -> tuple[TaskInfo, Found]:
-    """Facts about a task, and where its data is. As `load`, which then opens it."""
+    """Finds the facts and the data of a task, as `load` does before opening it."""
     if name not in TASKS:
         raise ValueError(
             f"there is no task {name!r}; the tasks are {', '.join(TASKS)}. "
-            "`load_folder` takes any image folder."
+            "For another image folder, use `load_folder`."
         )
     if source not in (None, *SOURCES):
-        raise ValueError(f"source is {source!r}; it must be {', '.join(SOURCES)}.")
+        raise ValueError(f"source is {source!r}; expected one of {', '.join(SOURCES)}.")
     info, tried = TASKS[name], []
     finders = {"folder": _in_folder, "tfds": _in_tfds, "hub": _on_hub}
     for kind in SOURCES if source is None else (source,):
@@ -121,14 +130,14 @@ def locate(
 
 
 def locate_folder(name: str, folder: str | os.PathLike) -> tuple[TaskInfo, Found]:
-    """Facts about the task in an image folder, as `load_folder` reads them."""
+    """Finds the facts about the task in an image folder, for `load_folder`."""
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}.")
+        raise FileNotFoundError(f"there is no folder {folder}. Check the path.")
     found = Found("folder", str(folder), sources.folder_splits(folder))
     if "train" not in found.splits:
         raise ValueError(
             f"{folder} has no split train; it has {_names(found.splits)}. "
-            "It must hold train/<class>/* and test/<class>/*."
+            "It must contain train/<class>/* and test/<class>/*."
         )
     train = found.splits["train"]()
     path = Path(folder) / "task.json"
@@ -136,7 +145,9 @@ def locate_folder(name: str, folder: str | os.PathLike) -> tuple[TaskInfo, Found
     named = raw.get("classes", {n: n.replace("_", " ") for n in train.names})
     named = named if isinstance(named, dict) else {name: name for name in named}
     if len(set(named.values())) < len(named):
-        raise ValueError(f"{path}: two classes have one name; {_names(named.values())}")
+        raise ValueError(
+            f"{path}: two classes have the same name: {_names(named.values())}"
+        )
     layouts = (
         Layout(("train",), ("validation",), ("test",)),
         Layout(("train",), (), ("test",)),
@@ -153,10 +164,11 @@ def locate_folder(name: str, folder: str | os.PathLike) -> tuple[TaskInfo, Found
 
 
 def assemble(info: TaskInfo, found: Found) -> ImageTask:
-    """Opens what was found and makes the papers' parts of it, for `load`.
+    """Opens the data that was found and makes the papers' parts, for `load`.
 
     Raises:
-      ValueError: other splits or classes, an empty class, or a file in two splits.
+      ValueError: the data has other splits or classes, an empty class, or a file in two
+        splits.
     """
     layout = layout_of(info, found)
     names = [split for part in layout for split in part]
@@ -165,7 +177,7 @@ def assemble(info: TaskInfo, found: Found) -> ImageTask:
         name: label_map(info, reader.names, f"{found.place}, {name}")
         for name, reader in readers.items()
     }
-    # In a folder of one's own, not every class need be validated or tested.
+    # In a user's own folder, validation and test splits may lack classes.
     partial = layout.validation + layout.test if info.train is None else ()
     complete = {name: m for name, m in maps.items() if name not in partial}
     _check_complete(info, complete, found)
@@ -190,11 +202,12 @@ def assemble(info: TaskInfo, found: Found) -> ImageTask:
     for name, part in zip(("training", "validation", "test"), parts, strict=True):
         if not len(part):
             raise ValueError(
-                f"{found.place} leaves no {name} sample of {len(everything)} in "
-                f"{_names(layout.train)}; it needs more, or splits of its own."
+                f"{found.place} has too few samples in {_names(layout.train)} "
+                f"({len(everything)}): none is left for {name}. Add samples, or a "
+                f"split {name}."
             )
     origin = found.source
-    if info.train is None:  # another folder of one's own may have the same name
+    if info.train is None:  # another own folder may have the same name
         files = [readers[name].checksum() for name in layout.train]
         origin = " ".join([origin, *(f"{checksum:08x}" for checksum in files)])
     train, validation, test = parts
@@ -212,14 +225,15 @@ def assemble(info: TaskInfo, found: Found) -> ImageTask:
 def one_split(
     labels: ArrayLike, classes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Indices of three parts of samples that come as one split.
+    """Returns the indices of three parts of samples that come as one split.
 
-    The order is `splits.torch_permutation`; in it, the first of each class validate and
-    the next test, as many as a tenth of the average class has (270 for EuroSAT).
+    The samples are ordered by `splits.torch_permutation`. Let n be a tenth of the
+    average class (270 for EuroSAT). Then the first n of each class are for validation,
+    and the next n for testing.
 
     Args:
       labels: `i[N]`.
-      classes: how many there are.
+      classes: the number of classes.
 
     Returns:
       `(train, validation, test)`, disjoint, together `0..N-1`.
@@ -239,7 +253,7 @@ def one_split(
 def command(
     info: TaskInfo, source: Kind, data_dir: str | os.PathLike | None = None
 ) -> str:
-    """What prepares a task's data for a source."""
+    """Returns the command that prepares a task's data for a source."""
     root = data_dir or "DATA_DIR"
     if source == "folder":
         layout = info.layouts["folder"][0]
@@ -265,10 +279,10 @@ def _in_folder(info, data_dir):
         return "no data_dir was given."
     folder = Path(data_dir) / info.name
     found = sources.folder_splits(folder)
-    # A TFDS set of this name lies in the same folder; it has versions, not splits.
+    # The folder may be a TFDS set of this name; that has versions, not splits.
     if "train" in found:
         return Found("folder", str(folder), found)
-    return f"{folder}/train is no folder."
+    return f"{folder}/train is not a folder."
 
 
 def _in_tfds(info, data_dir):
@@ -297,7 +311,7 @@ def _on_hub(info, data_dir):
             return f"pip install 'jaxarith[data]' is needed: {error}."
         except sources.NoColumn:
             raise
-        except Exception as error:  # of the network, the hub or the dataset
+        except Exception as error:  # from the network, the hub or the dataset
             first = str(error).strip().split("\n")[0]
             return f"{hub.id}, {split}: {type(error).__name__}: {first}"
     place = " ".join(filter(None, (hub.id, hub.config)))
@@ -307,10 +321,10 @@ def _on_hub(info, data_dir):
 
 
 def layout_of(info: TaskInfo, found: Found) -> Layout:
-    """The first of a task's layouts whose splits were found.
+    """Returns the first of a task's layouts whose splits were found.
 
     Raises:
-      ValueError: there is none.
+      ValueError: no layout's splits were found.
     """
     layouts = info.layouts[found.source]
     for layout in layouts:
@@ -320,7 +334,7 @@ def layout_of(info: TaskInfo, found: Found) -> Layout:
         "+".join(split for part in layout for split in part) for layout in layouts
     )
     raise ValueError(
-        f"{found.place} has the splits {_names(found.splits)}; "
+        f"{found.place} has the splits {_names(found.splits)}, but "
         f"{info.name} needs {wanted}."
     )
 
@@ -332,7 +346,7 @@ def _check_complete(info, maps, found):
             raise ValueError(
                 f"{found.place}, {name} lacks {len(missing)} of the "
                 f"{len(info.classes)} classes of {info.name}: "
-                f"{report.listed([info.classes[i] for i in missing])}."
+                f"{report.listed([info.classes[i] for i in missing])}. Add images."
             )
 
 
@@ -340,10 +354,11 @@ def _check_disjoint(readers):
     for a, b in itertools.combinations(readers, 2):
         shared = sources.shared_files(readers[a], readers[b])
         if shared:
+            are = tree.counted(len(shared), "file is", "files are")
             raise ValueError(
-                f"the splits {a} and {b} overlap: {len(shared)} files are in both, "
-                f"such as {shared[0][1]}, which is {shared[0][0]}. Remove them from "
-                "one of the splits."
+                f"the splits {a} and {b} overlap: {are} in both, such as "
+                f"{shared[0][1]}, which is {shared[0][0]}. Remove them from one of the "
+                "splits."
             )
 
 
@@ -352,7 +367,7 @@ def _task_file(path) -> dict:
     try:
         raw = files.read_json(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}. It must be {form}.") from error
+        raise ValueError(f"cannot read {path}: {error}. Expected {form}.") from error
     if not _is_task(raw):
         raise ValueError(f"{path} must be {form}, with one {{}} in every template.")
     return raw

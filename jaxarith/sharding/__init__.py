@@ -1,4 +1,4 @@
-"""Meshes of devices, where leaves lie on them, and work of several processes."""
+"""Meshes of devices, the placement of leaves on them, and runs of several processes."""
 
 from jaxarith.sharding.mesh import AXES as AXES
 from jaxarith.sharding.mesh import BATCH as BATCH

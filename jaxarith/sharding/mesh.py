@@ -1,11 +1,12 @@
-r"""Where arrays lie on many devices, and how every process finds its own part.
+r"""Places arrays on many devices, and finds the part of every process.
 
-A mesh has three axes, any of which may be 1:
+A mesh has three axes; each may have size 1:
 
-- `task`: each of its devices trains other tasks;
-- `data`: each computes a part of the batch and has all parameters;
-- `fsdp`: each computes a part of the batch too, and keeps a part of the parameters, of
-  the task vectors and of the optimizer state (fully sharded data parallelism:
+- `task`: each device trains different tasks;
+- `data`: each device computes a part of the batch and has all parameters;
+- `fsdp`: each device computes a part of the batch too, and keeps a part of the
+  parameters, of the task vectors and of the optimizer state (fully sharded data
+  parallelism:
   Rajbhandari et al. ZeRO. SC 2020. arXiv:1910.02054; Zhao et al. PyTorch FSDP. VLDB
   2023. arXiv:2304.11277).
 
@@ -24,27 +25,28 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxarith.tree import gathered
+from jaxarith.tree import counted, gathered
 from jaxarith.typing import ApplyFn, Tree
 
 AXES = ("task", "data", "fsdp")
 BATCH = ("data", "fsdp")  # the axes that share the samples of a batch
-# Smaller leaves lie whole on every device: a message costs more than they do.
+# Smaller leaves are whole on every device: a message would cost more than they do.
 SMALLEST_SHARDED = 2**12
 
 
 def make_mesh(sizes: str = "", devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all devices, of all processes.
+    """Makes a mesh of all devices of all processes.
 
     Args:
-      sizes: sizes of the axes, such as `"data=4,fsdp=2"`. An axis that is left out has
-        size 1, but `data` takes all devices that the others leave: by default all
-        devices share the batch.
-      devices: the devices, of which the first are used; by default all. A run of
+      sizes: sizes of the axes, for example `"data=4,fsdp=2"`. A missing axis has size
+        1, except `data`, which takes all remaining devices. So by default all devices
+        share the batch.
+      devices: the devices; the first ones are used. By default all devices. A run of
         several processes must use them all.
 
     Raises:
-      ValueError: an unknown axis, no number, or too many or too few devices.
+      ValueError: an axis is unknown, a size is not a number, or there are too many or
+        too few devices.
 
     Example:
       >>> print(dict(make_mesh("fsdp=1", jax.devices()[:1]).shape))
@@ -59,8 +61,9 @@ def make_mesh(sizes: str = "", devices: Sequence[Any] | None = None) -> Mesh:
     together = len({device.process_index for device in devices}) > 1
     if count > len(devices) or (together and count < len(devices)):
         raise ValueError(
-            f"the mesh {sizes!r} asks for {count} devices; there are {len(devices)}. "
-            "The product of task, data and fsdp must be that, or less in one process."
+            f"the mesh {sizes!r} asks for {counted(count, 'device')}; there are "
+            f"{len(devices)}. The product of task, data and fsdp must be that number, "
+            "or less in one process."
         )
     types = (AxisType.Auto,) * len(AXES)  # Linen layers need the compiler's choice
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:count])
@@ -72,20 +75,25 @@ def _parse(sizes):
         axis, _, size = part.strip().partition("=")
         if axis not in AXES or axis in given or not size.isdecimal() or not int(size):
             raise ValueError(
-                f"{part!r} in the mesh {sizes!r} is no axis and its size; write "
-                "data=4,fsdp=2, of the axes task, data and fsdp, each once."
+                f"{part!r} in the mesh {sizes!r} is not an axis with its size. Write "
+                "for example data=4,fsdp=2, with each of task, data and fsdp at most "
+                "once."
             )
         given[axis] = int(size)
     return given
 
 
 def one_device() -> Mesh:
-    """The mesh of the device that JAX uses by default."""
+    """Returns the mesh of the one device that JAX uses by default."""
     return make_mesh(devices=list(jnp.zeros(()).devices()))
 
 
 def mesh_of(tree: Tree) -> Mesh:
-    """The mesh that leaves of the tree are on, or `one_device` if there is none."""
+    """Returns the mesh that leaves of the tree are on, or `one_device` without one.
+
+    Args:
+      tree: a tree of arrays.
+    """
     for leaf in jax.tree.leaves(tree):
         placed = leaf.sharding if isinstance(leaf, jax.Array) else None
         if not isinstance(placed, NamedSharding) or not isinstance(placed.mesh, Mesh):
@@ -96,10 +104,10 @@ def mesh_of(tree: Tree) -> Mesh:
 
 
 def for_tasks(mesh: Mesh, tasks: int) -> Mesh:
-    """The mesh, or one that shares batches where it cannot share so many tasks.
+    """Returns a mesh whose axis `task` divides the number of tasks.
 
-    The axis `task` keeps the largest size that divides both, and `data` takes the rest:
-    eight devices for tasks of their own share the batches of multi-task training.
+    The axis `task` keeps the largest size that divides both, and `data` gets the rest.
+    For example, eight devices on `task` share the batches of multi-task training.
 
     Args:
       mesh: from `make_mesh`.
@@ -119,20 +127,24 @@ def for_tasks(mesh: Mesh, tasks: int) -> Mesh:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """The number of parts that a batch is cut into."""
+    """Returns the number of parts that a batch is cut into.
+
+    Args:
+      mesh: the result of `make_mesh`.
+    """
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def spec(shape: Sequence[int], mesh: Mesh | AbstractMesh, *, tasks: bool = False) -> P:
-    """The axes that a leaf's dimensions are sharded over.
+    """Returns the axes over which a leaf's dimensions are sharded.
 
-    Of a leaf with at least `SMALLEST_SHARDED` entries the largest dimension that the
-    axis `fsdp` divides is sharded over it, the last of equals.
+    A leaf with at least `SMALLEST_SHARDED` entries is sharded over the axis `fsdp` in
+    the largest dimension that this axis divides, or in the last of several such.
 
     Args:
       shape: shape of the leaf.
-      mesh: from `make_mesh`.
-      tasks: the first dimension is that of the tasks.
+      mesh: the result of `make_mesh`.
+      tasks: whether the first dimension is that of the tasks.
 
     Example:
       >>> mesh = jax.sharding.AbstractMesh((1, 1, 4), AXES)
@@ -150,33 +162,38 @@ def spec(shape: Sequence[int], mesh: Mesh | AbstractMesh, *, tasks: bool = False
     ]
     if mesh.shape["fsdp"] > 1 and divisible and np.prod(own) >= SMALLEST_SHARDED:
         names[max(divisible)[1]] = "fsdp"
-    while names and names[-1] is None:  # as JAX writes it, which compares as written
+    while names and names[-1] is None:  # JAX writes none, and compares specs as written
         names.pop()
     return P(*names)
 
 
 def shardings(tree: Tree, mesh: Mesh | AbstractMesh, *, tasks: bool = False) -> Tree:
-    """`spec` of every leaf, as `NamedSharding`s."""
+    """Returns the `spec` of every leaf as a tree of `NamedSharding`s.
+
+    Args:
+      tree: a tree of anything with `shape`.
+      mesh, tasks: as for `spec`.
+    """
     return jax.tree.map(
         lambda leaf: NamedSharding(mesh, spec(np.shape(leaf), mesh, tasks=tasks)), tree
     )
 
 
 def shard(tree: Tree, mesh: Mesh, *, tasks: bool = False) -> Tree:
-    """The tree on the devices of the mesh.
+    """Puts a tree on the devices of the mesh, sharded by `spec`.
 
     Args:
-      tree: arrays that every process holds in full, or that lie on this mesh.
+      tree: arrays that every process holds in full, or that are on this mesh.
       mesh, tasks: as for `spec`.
     """
     return put(tree, shardings(tree, mesh, tasks=tasks))
 
 
 def put(tree: Tree, sharding: Tree) -> Tree:
-    """`jax.device_put`, also to devices of other processes.
+    """Puts a tree on devices as `jax.device_put`, also on devices of other processes.
 
     Args:
-      tree: arrays that every process holds in full, or that lie on these devices.
+      tree: arrays that every process holds in full, or that are on these devices.
       sharding: one sharding for all leaves, or a tree with one for each.
     """
     if isinstance(sharding, NamedSharding):
@@ -185,12 +202,12 @@ def put(tree: Tree, sharding: Tree) -> Tree:
 
 
 def spread(batch: Tree, mesh: Mesh) -> Tree:
-    """A batch on the devices of the mesh, each of which gets its samples.
+    """Spreads a batch over the devices of the mesh; each gets its own samples.
 
     Args:
       batch: a tree of arrays `[B, ...]` that every process holds in full. B is filled
         up to a multiple of `batch_shards` with copies of the last sample.
-      mesh: from `make_mesh`.
+      mesh: the result of `make_mesh`.
     """
 
     def filled(leaf):
@@ -213,11 +230,11 @@ def _put(leaf, sharding):
 
 
 def local_rows(count: int, mesh: Mesh, axis: str | tuple[str, ...]) -> np.ndarray:
-    """Which of `count` rows that are shared by `axis` the devices of a process hold.
+    """Returns the indices of the rows that this process's devices hold.
 
     Args:
-      count: the number of rows of all processes.
-      mesh: from `make_mesh`.
+      count: the number of rows, which all processes share along `axis`.
+      mesh: the result of `make_mesh`.
       axis: `"task"` or `BATCH`.
 
     Raises:
@@ -231,9 +248,9 @@ def local_rows(count: int, mesh: Mesh, axis: str | tuple[str, ...]) -> np.ndarra
     parts = int(np.prod([mesh.shape[name] for name in axes]))
     if count % parts:
         raise ValueError(
-            f"{count} {'tasks' if axis == 'task' else 'samples'} cannot be shared by "
-            f"{parts} devices ({' × '.join(axes)}); give a multiple of {parts}, or "
-            "another mesh."
+            f"{counted(count, 'task' if axis == 'task' else 'sample')} cannot be "
+            f"shared by {parts} devices ({' × '.join(axes)}). Give a multiple "
+            f"of {parts}, or another mesh."
         )
     held = NamedSharding(mesh, P(axis)).addressable_devices_indices_map((count,))
     starts = sorted({index[0].indices(count)[:2] for index in held.values() if index})
@@ -241,11 +258,12 @@ def local_rows(count: int, mesh: Mesh, axis: str | tuple[str, ...]) -> np.ndarra
 
 
 def from_local_rows(batch: Tree, mesh: Mesh) -> Tree:
-    """The batch of all processes from what each has made.
+    """Returns the batch of all processes, made from the part of each process.
 
     Args:
-      batch: a tree of arrays `[T, B, ...]`: of T tasks and B samples the `local_rows`.
-      mesh: from `make_mesh`.
+      batch: a tree of arrays `[T, B, ...]` with this process's `local_rows` of the
+        tasks and of the samples.
+      mesh: the result of `make_mesh`.
 
     Raises:
       ValueError: tasks or samples cannot be shared equally by the devices.
@@ -261,17 +279,17 @@ def from_local_rows(batch: Tree, mesh: Mesh) -> Tree:
 
 
 def on_mesh(apply_fn: ApplyFn, mesh: Mesh) -> ApplyFn:
-    """The model with its samples left where they are, and parameters brought to them.
+    """Returns a model that moves parameters to the samples, and never the samples.
 
-    Without it the compiler may prefer to move the samples to the parameters, which are
-    many times smaller than the activations of a large batch. A leaf that is sharded
-    over `fsdp` is gathered where it is read. What is differentiated in its parameters
-    takes `of_samples` and `whole` instead.
+    Without this, the compiler may move the samples to the parameters, although
+    parameters are many times smaller than the activations of a large batch. A leaf that
+    is sharded over `fsdp` is gathered where it is read. To differentiate in the
+    parameters, use `of_samples` and `whole` instead.
 
     Args:
       apply_fn: `apply_fn(params, *inputs) -> outputs`; inputs and outputs are trees of
-        arrays `[B, ...]`, B a multiple of `batch_shards`.
-      mesh: from `make_mesh`.
+        arrays `[B, ...]`, where B is a multiple of `batch_shards`.
+      mesh: the result of `make_mesh`.
     """
     pinned = of_samples(apply_fn, mesh)
     if pinned is apply_fn:
@@ -280,7 +298,7 @@ def on_mesh(apply_fn: ApplyFn, mesh: Mesh) -> ApplyFn:
 
 
 def of_samples(apply_fn: ApplyFn, mesh: Mesh) -> ApplyFn:
-    """The model with its samples left where they are, of parameters that are `whole`.
+    """Returns a model that leaves samples in place, for parameters that are `whole`.
 
     Args:
       apply_fn, mesh: as for `on_mesh`.
@@ -296,18 +314,28 @@ def of_samples(apply_fn: ApplyFn, mesh: Mesh) -> ApplyFn:
 
 
 def whole(tree: Tree, mesh: Mesh) -> Tree:
-    """The tree with every leaf gathered on every device, inside a `jit`.
+    """Gathers every leaf on every device, inside a `jit`.
 
-    Parameters are gathered before a loss of theirs is differentiated, not within it.
-    The gradient of a gathering is a gathered gradient: within it, every device would
-    sum all of it with all others. Before it, the devices of `fsdp` sum and keep parts,
-    and only those are summed over `data`.
+    Gather parameters before a loss is differentiated, not inside the loss. Inside it,
+    the gradient would be gathered too, and every device would sum the whole gradient
+    with all others. Before it, the devices of `fsdp` sum and keep only their parts, and
+    only the parts are summed over `data`.
+
+    Args:
+      tree: a tree of arrays.
+      mesh: the result of `make_mesh`.
     """
     return tree if batch_shards(mesh) == 1 else constrain(tree, mesh, P())
 
 
 def constrain(tree: Tree, mesh: Mesh, spec: P) -> Tree:
-    """Tells the compiler where all leaves lie, inside a `jit`."""
+    """Tells the compiler where all leaves are, inside a `jit`.
+
+    Args:
+      tree: a tree of arrays.
+      mesh: the result of `make_mesh`.
+      spec: the axes over which every leaf is sharded.
+    """
     sharding = NamedSharding(_context(mesh), spec)
     return jax.tree.map(
         lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding), tree
@@ -315,19 +343,28 @@ def constrain(tree: Tree, mesh: Mesh, spec: P) -> Tree:
 
 
 def pin(tree: Tree, mesh: Mesh, *, tasks: bool = False) -> Tree:
-    """Tells the compiler that leaves lie as `shard` puts them, inside a `jit`."""
+    """Tells the compiler that leaves are where `shard` puts them, inside a `jit`.
+
+    Args:
+      tree: a tree of arrays.
+      mesh, tasks: as for `spec`.
+    """
     places = shardings(tree, _context(mesh), tasks=tasks)
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, places)
 
 
 def _context(mesh):
-    # Inside a `shard_map` over tasks the mesh is another: without that axis.
+    # Inside a `shard_map` over tasks, the mesh lacks that axis.
     context = jax.sharding.get_abstract_mesh()
     return context if context.axis_names == mesh.axis_names else mesh
 
 
 def to_host(tree: Tree) -> Tree:
-    """The tree as NumPy arrays, in every process; all must ask for it."""
+    """Returns the tree as NumPy arrays in every process; every process must call it.
+
+    Args:
+      tree: a tree of arrays.
+    """
     return jax.tree.map(np.asarray, gathered(tree))
 
 
@@ -339,25 +376,25 @@ def initialize(
     pod: bool = False,
     environment: Mapping[str, str] = os.environ,
 ) -> bool:
-    """Joins the processes of one run, before anything else asks JAX for a device.
+    """Joins the processes of one run. Call it before JAX uses a device.
 
-    What is not given comes from the environment: from `JAX_COORDINATOR_ADDRESS`,
-    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, or, where a launcher started several
-    processes (SLURM's `srun`, Open MPI's `mpirun`), from what JAX finds. A process that
-    is alone stays alone.
+    Missing values come from the environment: from `JAX_COORDINATOR_ADDRESS`,
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`. If a launcher started several processes
+    (SLURM's `srun`, Open MPI's `mpirun`), JAX finds the values itself. A single process
+    stays single.
 
     Args:
-      coordinator: address and port of the first process, such as `10.0.0.1:1234`.
-      processes: how many there are.
-      process: the number of this one, from 0.
-      pod: this is a host of a TPU pod, which JAX finds by asking the cloud.
-      environment: the variables to look at.
+      coordinator: address and port of the first process, for example `10.0.0.1:1234`.
+      processes: the number of processes.
+      process: the number of this process, from 0.
+      pod: whether this is a host of a TPU pod, which JAX finds by asking the cloud.
+      environment: the variables to read.
 
     Returns:
-      Whether there are others.
+      Whether there are other processes.
 
     Raises:
-      ValueError: a part of coordinator, processes and process is given.
+      ValueError: only some of coordinator, processes and process are given.
     """
     given = {
         "JAX_COORDINATOR_ADDRESS": coordinator,
@@ -376,8 +413,9 @@ def initialize(
     if len(missing) < len(found):
         raise ValueError(
             f"{', '.join(missing)} is not set. A run of several processes needs the "
-            "coordinator's address, the number of processes and that of this one; "
-            "under SLURM and Open MPI none of them, on a TPU pod `pod` alone."
+            "coordinator's address, the number of processes and the number of this "
+            "process. Under SLURM and Open MPI give none of them; on a TPU pod only "
+            "`pod`."
         )
     if not pod and not _launched_together(environment):
         return False

@@ -1,4 +1,4 @@
-"""What several processes of one computation agree on; one process agrees with itself.
+"""Agreement between the processes of one computation; one process needs none.
 
 Every process must make these calls, in the same order.
 """
@@ -23,7 +23,7 @@ def anywhere(here: bool) -> bool:
 
 
 def on_first(action: Callable[[], None]) -> None:
-    """Runs `action` on process 0; the others wait for it, and fail if it does."""
+    """Runs `action` on process 0; the others wait for it, and fail if it fails."""
     failure = None
     if jax.process_index() == 0:
         try:
@@ -31,4 +31,4 @@ def on_first(action: Callable[[], None]) -> None:
         except Exception as error:
             failure = error
     if anywhere(failure is not None):
-        raise failure or OSError("process 0 failed, and its message says why.")
+        raise failure or OSError("process 0 failed. Its message says why.")
