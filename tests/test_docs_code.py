@@ -134,7 +134,9 @@ def test_commands_run_on_small_folders(folders, capsys):
         if words[0] != "verify":  # which compares what was made before
             for name in MADE:
                 shutil.rmtree(name, ignore_errors=True)
-        status = cli.main(words)
+        # The folders hold no model whose Flax names are known.
+        toy = ["--names", "keep"] if words[0] == "convert" else []
+        status = cli.main(words + toy)
         error = capsys.readouterr().err
         assert status == 0 or words[0] == "verify", f"{words}: {error}"
         ran.append(words[0])
