@@ -249,7 +249,9 @@ def test_extracted_adapters_have_the_names_of_the_class(
     assert cli.main([*given, *options]) == 0
     told = capsys.readouterr().out
     alone = {"logit_scale"} if make is clip else set()
-    assert ("not in the adapter (none can keep them): 1 changed" in told) == bool(alone)
+    assert ("not in the adapter (no adapter can keep them): 1 changed" in told) == bool(
+        alone
+    )
     start = type(model).from_pretrained(tmp_path / "base")
     found = peft.PeftModel.from_pretrained(start, tmp_path / "out")
     after = found.merge_and_unload().state_dict()

@@ -85,7 +85,7 @@ def test_a_wrapper_needs_a_base_and_a_file_names_the_line(models, tmp_path, caps
         capsys, "--method", "average", "--model", models[1], "--model", models[2],
         "--after", "svc", "--out", tmp_path / "out",
     )  # fmt: skip
-    assert "svc changes a merged task vector" in err and "name the base" in err
+    assert "svc changes a merged task vector" in err and "Name the base" in err
     text = f"merge_method: ties\nbase_model: {models[0]}\nmodels:\n"
     text += f"- model: {models[1]}\n  parameters: {{weight: 1}}\nafter:\n- nothing\n"
     config = write(tmp_path / "merge.yaml", text)

@@ -34,7 +34,7 @@ def test_a_broken_template_is_refused_with_both_lines(models, tmp_path, capsys, 
     template, told = BROKEN[case]
     path = config(tmp_path, models, template)
     error = fails(capsys, path, tmp_path / "out")
-    assert f"{path}, line 6: chat_template is no valid Jinja, by" in error
+    assert f"{path}, line 6: chat_template is not valid Jinja:" in error
     assert re.search(told, error)
     assert not (tmp_path / "out").exists()
     assert cli.main(["recipe", "check", path]) == 1
@@ -69,4 +69,4 @@ def test_a_broken_template_of_a_model_is_noted(models, tmp_path, capsys):
     path = config(tmp_path, models, "auto")
     assert cli.main(["merge", path, str(tmp_path / "out"), "--dry-run"]) == 0
     told = capsys.readouterr().out
-    assert "that chat template is no valid Jinja, by line 1" in told
+    assert "that chat template is not valid Jinja: line 1" in told

@@ -174,7 +174,7 @@ def test_the_preset_of_mergekit_has_its_options(models, tmp_path, capsys):
     out = tmp_path / "merged"
     flags = ("--preset", "mergekit", "--method", "ties", "--density", "0.5", "0.25")
     assert run(models, out, *flags, "--weight", "0.5") == 0
-    assert "trims every tensor by itself" in capsys.readouterr().err
+    assert "trims every tensor separately" in capsys.readouterr().err
     base, *rest = map(load, models)
     wide = [{k: m[k].astype("f4") - base[k].astype("f4") for k in m} for m in rest]
     for tau in wide:
@@ -323,7 +323,7 @@ def test_a_device_is_chosen_and_given_back(models, tmp_path, monkeypatch):
 def test_sizes_are_read_with_their_units(models, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(models, tmp_path / "x", "--method", "average", "--shard-size", "many")
-    assert "'many' is no size" in capsys.readouterr().err
+    assert "'many' is not a size" in capsys.readouterr().err
     out = tmp_path / "merged"
     assert run(models, out, "--method", "average", "--shard-size", "0.04kB") == 0
     assert len(list(out.glob("model-*-of-00003.safetensors"))) == 3

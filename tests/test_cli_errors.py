@@ -53,7 +53,7 @@ def test_models_that_do_not_fit_are_refused_by_name(
 def test_one_model_by_two_names_is_noted(models, tmp_path, capsys):
     same = [*models[:2], f"{models[0]}/../m1/"]
     assert run(same, tmp_path / "merged", "--method", "average", "--dry-run") == 0
-    told = f"{same[1]} and {same[2]}: one model that is given twice, and counts twice"
+    told = f"{same[1]} and {same[2]}: this model is given twice, and counts twice"
     assert told in capsys.readouterr().out
 
 
@@ -125,10 +125,13 @@ def test_overwrite_replaces_the_folder_once_the_new_one_is_complete(
     ("flags", "message"),
     [
         (("--method", "ties", "--coef", "x"), "--coef of ties is 'x'; .* a number"),
-        (("--method", "ties", "--density", "1", "1"), "--density of ties is one value"),
+        (
+            ("--method", "ties", "--density", "1", "1"),
+            "--density of ties takes one value",
+        ),
         (
             ("--method", "average", "--weight", "1", "2", "3"),
-            "3 values for 2 of",
+            "3 values, but --model is given 2 times",
         ),
         (("--method", "awd", "--steps", "1.5"), "--steps of awd is '1.5'; .* whole"),
         (("--method", "awd", "--scope", "leaf"), "--scope of awd .* global, layer"),
@@ -138,7 +141,7 @@ def test_overwrite_replaces_the_folder_once_the_new_one_is_complete(
         ),
         (("--method", "iso_c", "--matrices", "x"), "no 2-D leaf matches"),
         (("--method", "slerp", "--density", "1"), "slerp has no option --density"),
-        (("--density", "1"), "a --method"),
+        (("--density", "1"), "--method"),
     ],
 )
 def test_mistakes_in_options_are_told(models, tmp_path, capsys, flags, message):
@@ -159,10 +162,10 @@ def test_mistakes_around_files_are_told(models, tmp_path, capsys):
     assert "config.yaml, line 1: there is no method" in fails(capsys, config, out)
     assert "nowhere.yaml" in fails(capsys, tmp_path / "nowhere.yaml", out)
     assert "is a folder; expected the YAML" in fails(capsys, tmp_path, out)
-    assert "name the new folder" in fails(capsys, config)
+    assert "no new folder is named" in fails(capsys, config)
     assert "two new folders" in fails(capsys, config, out, "--out", out)
-    assert "--base belongs in" in fails(capsys, config, out, "--base", "b")
-    assert "--coef belongs in" in fails(capsys, config, out, "--coef", "1")
+    assert "--base cannot be given with" in fails(capsys, config, out, "--base", "b")
+    assert "--coef cannot be given with" in fails(capsys, config, out, "--coef", "1")
     assert "needs models" in fails(capsys, "--method", "ties", "--out", out)
     error = failure(capsys, models, out, "--method", "average", "--device", "tpu")
     assert "JAX finds no tpu here; it finds cpu" in error

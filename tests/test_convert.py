@@ -191,7 +191,7 @@ def test_names_that_cannot_be_nested_are_refused(tmp_path, capsys):
 def test_an_existing_folder_is_refused(mamba, capsys):
     before = {file.name for file in mamba.iterdir()}
     assert convert(TINY_CLIP, mamba) == 1
-    assert "exists; name a new folder" in capsys.readouterr().err
+    assert "exists. Name a new folder" in capsys.readouterr().err
     assert {file.name for file in mamba.iterdir()} == before
 
 
@@ -239,7 +239,7 @@ def test_a_stale_quantization_config_is_left_out(tmp_path, capsys):
         tmp_path / "a", {"q.weight": np.ones((2, 2), np.float32)}, **said
     )
     assert convert(plain, tmp_path / "flax", "--names", "keep") == 0
-    assert "quantised (fp8), which they are not" in capsys.readouterr().out
+    assert "quantised (fp8), but they are not" in capsys.readouterr().out
     assert "quantization_config" not in hub.read_json(tmp_path / "flax")
     assert hub.read_json(tmp_path / "flax")["hidden_size"] == 4
 

@@ -127,7 +127,7 @@ MISTAKES = {
     ),
     "two without a name": (
         linear("m1") + "---\n" + linear("m2"),
-        "line 4: this document has no name, nor has that of line 1",
+        "line 4: this document and that of line 1 have no names",
     ),
     "no folder's name": (
         linear("m1", "a/b") + "---\n" + linear("a/b"),
@@ -155,7 +155,7 @@ MISTAKES = {
         + linear("a").replace("]", ", {model: narrow, parameters: {weight: 1}}]"),
         "line 5: (.|\n)*narrow",
     ),
-    "no YAML": (linear("m1", "a") + "---\n{", "line 5: this is no YAML"),
+    "no YAML": (linear("m1", "a") + "---\n{", "line 5: this is not YAML"),
 }
 
 
@@ -234,8 +234,8 @@ def test_results_are_used_again_only_of_the_same_files(chain, models, tmp_path, 
     shutil.rmtree(m1)
     shutil.copytree(base, m1)
     kept, said = told()
-    assert said["mean"] == f"made anew, since the weights of {m1} have changed"
-    assert said["tuned"] == "made anew, since the weights of mean have changed"
+    assert said["mean"] == f"made again, because the weights of {m1} have changed"
+    assert said["tuned"] == "made again, because the weights of mean have changed"
     assert not kept
     ran(chain, tmp_path / "fresh")
     assert weights(tmp_path / "fresh") == weights(tmp_path / "out")
@@ -245,21 +245,21 @@ def test_folders_of_others_are_not_replaced(chain, models, tmp_path, capsys):
     flags = ("--intermediate-dir", tmp_path)
     shutil.copytree(models[0], tmp_path / "mean")
     error = fails(capsys, chain, tmp_path / "out", *flags)
-    assert "mean exists and is no result that `jaxarith merge` kept there" in error
+    assert "mean exists, but `jaxarith merge` did not keep it there" in error
     for record in ("[]", "{", '{"inputs": [1]}', '{"inputs": 1, "files_beside": ""}'):
         write(tmp_path / "mean" / "jaxarith_merge.json", record)
         error = fails(capsys, chain, tmp_path / "out", *flags)
-        assert "mean exists and is no result" in error
+        assert "mean exists, but `jaxarith merge` did not keep" in error
     shutil.rmtree(tmp_path / "mean")
     error = fails(capsys, chain, tmp_path / "mean", *flags)
-    assert "hold each other" in error
+    assert "overlap" in error
     error = fails(capsys, chain, tmp_path / "out", "--intermediate-dir", chain)
-    assert f"{chain} is a file; name another --intermediate-dir." in error
+    assert f"{chain} is a file. Name another --intermediate-dir." in error
     single = write(tmp_path / "single.yaml", linear(models[1]))
     error = fails(capsys, single, tmp_path / "out", *flags)
-    assert "--intermediate-dir is for a YAML file of several documents" in error
+    assert "--intermediate-dir is for a YAML file with several documents" in error
     error = fails(capsys, chain, tmp_path / "out", "--to-adapter", *flags)
-    assert "--intermediate-dir is for a YAML file of several documents" in error
+    assert "--intermediate-dir is for a YAML file with several documents" in error
     error = fails(capsys, chain, tmp_path / "out", "--to-adapter")
     assert re.search(r"chain.yaml, line \d+: this is a second document", error)
 
@@ -328,7 +328,7 @@ def test_a_dry_run_tells_of_results_that_are_not_there(
     assert lines == [x for x in second.split("\n") if not x.startswith("goes to")]
     text = Path(chain).read_text().replace("weight: 2.0", "weight: 1.5")
     write(tmp_path / "chain.yaml", text)
-    assert f"{work}/tuned, anew: its recipe has changed" in plan()
+    assert f"{work}/tuned, made again: its recipe has changed" in plan()
 
 
 def test_adapters_and_tokenizers_of_results(models, tmp_path):

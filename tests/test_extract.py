@@ -237,8 +237,8 @@ def test_models_in_bfloat16(models, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "say how large the adapter may be"),
-        (("--rank", "2", "--exclude", "("), "is no regular expression"),
+        ((), "the size of the adapter is missing"),
+        (("--rank", "2", "--exclude", "("), "is not a regular expression"),
         (("--rank", "2", "--exclude", ".*"), "no linear layer of"),
     ],
 )
@@ -261,7 +261,7 @@ def test_what_cannot_be_an_adapter_is_refused(models, tmp_path, capsys):
     holes = {**content, f"{UP}.weight": np.full((12, 8), np.nan, "f4")}
     assert "NaN or infinite" in error(checkpoint(tmp_path / "holes", holes))
     (tmp_path / "out").mkdir()
-    assert "exists; name a new folder" in error(models[1])
+    assert "exists. Name a new folder" in error(models[1])
     assert sorted(x.name for x in tmp_path.iterdir()) == ["holes", "out", "wide"]
 
 

@@ -308,7 +308,7 @@ def test_an_out_that_is_a_file_is_refused(tmp_path, capsys):
     file = tmp_path / "out"
     file.write_text("mine")
     assert cli.main(["inspect", str(clip.TINY_CLIP), "--out", str(file)]) == 1
-    assert "is a file; name a folder" in capsys.readouterr().err
+    assert "is a file; expected a folder" in capsys.readouterr().err
     assert file.read_text() == "mine"
 
 

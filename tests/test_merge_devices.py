@@ -132,4 +132,4 @@ def test_xla_has_as_many_threads_as_asked_for():
 def test_threads_are_a_whole_number(capsys):
     with pytest.raises(SystemExit):
         cli.main(["merge", "x.yaml", "out", "--threads", "0"])
-    assert "'0' is no whole number above 0" in capsys.readouterr().err
+    assert "'0' is not a whole number above 0" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def test_ties_has_the_weights_and_densities_of_each_model(read, base, taus):
 
 def test_notes_say_where_mergekit_differs_and_what_has_no_effect(read):
     notes = "\n".join(read(TIES).notes)
-    assert "trims every tensor by itself" in notes
+    assert "trims every tensor separately" in notes
     assert "int8_mask has no effect" in notes
     assert "cast once (mergekit computes in bfloat16)" in notes
     text = TIES.replace("    # no", "    parameters: {weight: 1}\n    # no")

@@ -17,7 +17,7 @@ def replaced(old, new):
 
 MISTAKES = {
     "an unknown key": (TIES + "modules: {}\n", 17, "key 'modules' of the file"),
-    "no method": (replaced("merge_method: ties", ""), 2, "names no merge_method"),
+    "no method": (replaced("merge_method: ties", ""), 2, "states no merge_method"),
     "unknown method": (replaced(": ties", ": magic"), 11, "no method 'magic'; .*ties"),
     "passthrough of three models": (
         TIES.split("    # no")[0]
@@ -34,7 +34,7 @@ MISTAKES = {
     "shared parameter": (
         replaced("density: 0.25", "lambda: 0.25"),
         9,
-        "lambda of ties is one for all models",
+        "lambda of ties has one value for all models",
     ),
     "not a number": (replaced("1e-1", "heavy"), 10, "weight is 'heavy'; .* a number"),
     "infinite": (replaced("1e-1", ".inf"), 10, "weight is inf"),
@@ -101,9 +101,9 @@ MISTAKES = {
     ),
     "preset": (TIES + "preset: ours\n", 17, "preset is 'ours'; .* paper, mergekit"),
     "number beyond floats": (replaced("0.25", "1" * 400), 9, "it must be a number"),
-    "key twice": (TIES + "dtype: float32\n", 16, "key 'dtype' is twice"),
+    "key twice": (TIES + "dtype: float32\n", 16, "key 'dtype' is given twice"),
     "models and slices": (TIES + "slices: []\n", 2, "either models or slices"),
-    "no YAML": (TIES + "x: ]\n", 17, "this is no YAML"),
+    "no YAML": (TIES + "x: ]\n", 17, "this is not YAML"),
     "a Python object": (TIES + "preset: !!python/name:os.system\n", 17, "no YAML"),
     "contains itself": ("a: &a\n  b: *a\n", 1, "contains itself"),
     "slice without sources": (
@@ -114,7 +114,7 @@ MISTAKES = {
     "ranges of other lengths": (
         SLERP.replace("[0, 5]", "[2, 5]", 1),
         6,
-        r"layer_range is \[0, 5\], of 5 layers, and that of a has 3",
+        r"layer_range is \[0, 5\], of 5 layers, but that of a has 3",
     ),
     "range backwards": (SLERP.replace("[0, 5]", "[5, 2]"), 5, "0 <= first"),
     "no layers": (SLERP.replace("[0, 5]", "[3, 3]"), 2, "slices have no layers"),
@@ -140,13 +140,13 @@ MISTAKES = {
         .replace("[0, 5]", "[0, 4]", 1)
         + "merge_method: task_arithmetic\nbase_model: c\nparameters: {weight: 1}\n",
         3,
-        "base model c is none of the sources, whose ranges differ",
+        "base model c is not one of the sources, and their ranges differ",
     ),
     "no base in a slice": (
         SLERP.split("merge_method")[0].replace("[0, 5]", "[1, 5]")
         + "merge_method: task_arithmetic\nparameters: {weight: 1}\n",
         3,
-        "merges task vectors; name a base_model",
+        "merges task vectors. Name a base_model",
     ),
     "residual": (
         SLERP.replace("merge_method", "    residual_weight: 1\nmerge_method"),

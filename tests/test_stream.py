@@ -318,7 +318,7 @@ def test_an_input_that_changes_meanwhile_ends_the_merge(tmp_path, change, when):
 
 def test_a_merge_that_overflows_its_type_says_so(family, tmp_path):
     base, models = family
-    with pytest.raises(ValueError, match="overflows the type"):
+    with pytest.raises(ValueError, match="overflows the written dtype"):
         run(
             functools.partial(merge.task_arithmetic, coef=1e6),
             base,

@@ -407,7 +407,7 @@ def test_mistakes_are_told(models, tmp_path, capsys):
 
     block = BASED + "tokenizer:\n  tokens:\n    "
     found = message(block + "cat: {{source: nowhere}}\n")
-    assert "c.yaml, line 10: nowhere is none of the models" in found
+    assert "c.yaml, line 10: nowhere is not one of the merged models" in found
     found = message(block + "dog: {{source: {base}}}\n")
     assert "c.yaml, line 10: " in found and "has no row for the token 'dog'" in found
     found = message(
@@ -425,7 +425,7 @@ def test_a_union_needs_files_of_tokenizers(models, tmp_path, capsys):
     path = write(tmp_path / "c.yaml", text + "tokenizer_source: base\n")
     # Without any tokenizer, its tokens are those of the base: here, with a row more.
     assert cli.main(["merge", path, str(tmp_path / "out")]) == 0
-    assert "bare has no tokenizer; its tokens are taken" in capsys.readouterr().err
+    assert "bare has no tokenizer; its tokens are assumed" in capsys.readouterr().err
     (bare / "tokenizer.model").write_bytes(b"x")
     path = write(tmp_path / "c.yaml", text + "tokenizer_source: union\n")
     assert "bare has no tokenizer.json" in fails(capsys, path, tmp_path / "out2")

@@ -125,7 +125,7 @@ def test_programs_that_round_more_often(place, tmp_path, times):
         (lambda x: x.update({UP: np.full((10, 6), np.nan, "f4")}), "inf"),
         (
             lambda x: x.update({"steps": np.arange(3) + 1}),
-            "no weights, and not the base",
+            "not weights, and different from the base",
         ),
         (lambda x: x.update({"model.norm.weight": normal(5, 6)}), "model.norm.weight"),
         (lambda x: x.update({"model.scale": np.array(2, "f4")}), "model.scale"),
@@ -179,7 +179,7 @@ def test_refusals(place, tmp_path, capsys):
     assert f"jaxarith verify: no checkpoint in {tmp_path}" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(place, place / "float32", "--roundings", "0")
-    assert "'0' is no whole number above 0" in capsys.readouterr().err
+    assert "'0' is not a whole number above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ _NEGATIVE = re.compile(r"-((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|inf|nan)$", re.IGNORECA
 
 
 def count(text: str) -> int:
-    """A whole number above 0.
+    """Parses a whole number above 0.
 
     Raises:
-      argparse.ArgumentTypeError: the text is something else.
+      argparse.ArgumentTypeError: the text is not such a number.
 
     Example:
       >>> count("12")
@@ -18,13 +18,13 @@ def count(text: str) -> int:
     """
     if text.isdecimal() and int(text) > 0:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0.")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0.")
 
 
 def take_exponents(parser: argparse.ArgumentParser) -> None:
-    """Lets the values of flags be negative numbers such as -1e-1.
+    """Allows negative numbers with exponents, such as -1e-1, as values of flags.
 
-    By itself, argparse takes -0.1 for a number and -1e-1 for a flag.
+    By itself, argparse reads -0.1 as a number but -1e-1 as a flag.
 
     Example:
       >>> parser = argparse.ArgumentParser()

@@ -1,4 +1,4 @@
-"""`jaxarith --print-completion`: a script by which a shell completes the command."""
+"""`jaxarith --print-completion`: prints a script for completion in a shell."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -28,10 +28,10 @@ class PrintCompletion(argparse.Action):
 
 
 def script(parser: argparse.ArgumentParser, shell: str) -> str:
-    """The script that completes a command.
+    """Returns the script that completes a command.
 
-    Subcommands, flags and words that a flag may be come from the parser. Every other
-    text is completed as the name of a file.
+    Subcommands, flags and the words that a flag accepts come from the parser. Every
+    other text is completed as the name of a file.
 
     Args:
       parser: the parser of the command, with all subcommands.
@@ -44,7 +44,7 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
         import shtab  # here: no other command needs it
     except ImportError as error:
         raise ImportError(
-            "scripts for shells need shtab; pip install 'jaxarith[completion]'."
+            "completion scripts need shtab: pip install 'jaxarith[completion]'."
         ) from error
     for action in _actions(parser):
         if _may_be_a_file(action):
@@ -53,7 +53,7 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """The arguments of a parser and of all its subcommands."""
+    """Yields the arguments of a parser and of all its subcommands."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):

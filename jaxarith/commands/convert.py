@@ -1,4 +1,4 @@
-"""`jaxarith convert`: safetensors <-> the msgpack files of Flax."""
+"""`jaxarith convert`: converts between safetensors and the msgpack files of Flax."""
 
 import argparse
 import importlib
@@ -21,7 +21,7 @@ _DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 _PREPROCESSOR = "preprocessor_config.json"
-# The model that knows Flax's names, by `model_type` in config.json.
+# The module with Flax's names, for each `model_type` in config.json.
 _PORTS = {"bert": "bert", "clip": "clip", "gpt2": "gpt2", "roberta": "bert", "t5": "t5"}
 
 _DESCRIPTION = f"""\
@@ -30,16 +30,16 @@ Converts a checkpoint between PyTorch's format and Flax's: a folder with
 way round. config.json, tokenizer and preprocessing files are copied. Values keep their
 bits, unless --dtype rounds them; the whole model is held in memory.
 
-Names and orientations become those of Hugging Face's models in the other framework,
-such as a/kernel, [in, out], for a.weight, [out, in]. To Flax, this works for the
-architectures {", ".join(_PORTS)}; from Flax, for all. With --names keep,
-names are only cut at their dots into nested dicts, or joined again, and nothing is
-transposed: for all architectures, and for readers that expect that.
+Names and orientations become those of Hugging Face's models in the other framework: for
+example, a.weight, [out, in], becomes a/kernel, [in, out]. To Flax, this works for the
+architectures {", ".join(_PORTS)}; from Flax, it works for all. With
+--names keep, names are only split at their dots into nested dicts, or joined again, and
+nothing is transposed. This works for all architectures.
 
-A CLIP in OpenCLIP's format, a folder with {open_clip.WEIGHTS[0]} or
-{open_clip.WEIGHTS[1]}, or one file of safetensors or PyTorch (.pt, .bin),
-becomes a folder of transformers with {hub.WEIGHTS}. PyTorch's files are read
-as data (weights_only), where PyTorch is installed."""
+A CLIP in OpenCLIP's format becomes a folder of transformers with {hub.WEIGHTS}.
+Such a CLIP is a folder with {open_clip.WEIGHTS[0]} or
+{open_clip.WEIGHTS[1]}, or one file of safetensors or PyTorch (.pt, .bin).
+PyTorch's files are read as data (weights_only), if PyTorch is installed."""
 
 _EXAMPLES = """\
 examples:
@@ -84,16 +84,22 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def _run(args: argparse.Namespace) -> None:
     if args.out.exists():
-        raise ValueError(f"{args.out} exists; name a new folder, or remove it first.")
+        raise ValueError(f"{args.out} exists. Name a new folder, or remove it first.")
     path = Path(args.model).expanduser()
     place = path if path.is_file() else hub.find(args.model)
     if (file := open_clip.weights_of(place)) is not None:
         if args.names == "keep":
-            raise ValueError(f"{file} is OpenCLIP's, whose names are always converted.")
+            raise ValueError(
+                f"{file} is OpenCLIP's, and its names are always converted. Leave out "
+                "--names keep."
+            )
         _from_open_clip(file, place, args.out, args.dtype, args.hidden_act)
         return
     if args.hidden_act is not None:
-        raise ValueError(f"--hidden-act is for models of OpenCLIP; {place} is none.")
+        raise ValueError(
+            f"--hidden-act is for models of OpenCLIP, but {place} is not one. Leave it "
+            "out."
+        )
     _between(place, args.out, args.dtype, keep=args.names == "keep")
 
 
@@ -123,7 +129,7 @@ def _between(folder: Path, out: Path, dtype: str | None, *, keep: bool) -> None:
     if stale is not None:
         print(
             f"config.json said that the weights are quantised ({printable(stale)}), "
-            "which they are not: quantization_config is left out"
+            "but they are not: quantization_config is left out"
         )
     if left_out:
         print(
@@ -149,7 +155,7 @@ def _from_open_clip(
         hub.CONFIG: _config(config, dtype),
         _PREPROCESSOR: open_clip.preprocessing(file.parent, image_size),
     }
-    # What lies beside a lone file may be of other models.
+    # Files beside a single file may belong to other models.
     sides = hub.side_files(place) if place.is_dir() else []
     sides = [x for x in sides if x.name not in (open_clip.CONFIG, _PREPROCESSOR)]
     _write(out.absolute(), leaves, False, contents, place, sides)
@@ -158,8 +164,8 @@ def _from_open_clip(
     _report(out, leaves, left)
     if not any((out / name).exists() for name in ("tokenizer.json", "vocab.json")):
         print(
-            "no tokenizer: copy the files of one, such as that of "
-            "openai/clip-vit-base-patch32, into the new folder"
+            "no tokenizer: copy the files of one into the new folder, such as that of "
+            "openai/clip-vit-base-patch32"
         )
 
 
@@ -180,8 +186,8 @@ def _report(out: Path, leaves: Mapping[str, np.ndarray], left: list[str]) -> Non
 def _nested(stored: Mapping[str, Stored]) -> dict[str, Stored]:
     if strange := [name for name in stored if "/" in name]:
         raise ValueError(
-            f"the name {strange[0]!r} has a slash, so that it would not come back from "
-            "nested dicts. Rename it."
+            f"the name {strange[0]!r} has a slash, so nested dicts would not return it "
+            "unchanged. Rename it."
         )
     return {name.replace(".", "/"): leaf for name, leaf in stored.items()}
 
@@ -189,13 +195,13 @@ def _nested(stored: Mapping[str, Stored]) -> dict[str, Stored]:
 def _flax(
     folder: Path, stored: Mapping[str, Stored]
 ) -> tuple[dict[str, Stored], list[str]]:
-    """Tensors under Flax's names, and the names of those that have none."""
+    """Returns tensors under Flax's names, and the names of those without a name."""
     kind = hub.read_json(folder).get("model_type")
     port = _PORTS.get(str(kind))
     if port is None:
         raise ValueError(
-            f"{folder} is of model_type {kind!r}; jaxarith knows Flax's names and "
-            f"orientations for {', '.join(_PORTS)}. With --names keep, names stay "
+            f"{folder} has the model_type {kind!r}, but jaxarith has Flax's names "
+            f"and orientations for {', '.join(_PORTS)}. With --names keep, names stay "
             "PyTorch's, and nothing is transposed."
         )
     module = importlib.import_module(f"jaxarith.models.{port}")
@@ -203,7 +209,7 @@ def _flax(
         params = tree.flatten(module.load(folder).params)
     except ValueError as error:
         raise ValueError(f"{error}\nOr convert it with --names keep.") from error
-    # What was loaded is right, but has become float32.
+    # The names were loaded correctly, but the dtype became float32.
     found = layouts.to_flax(stored, set(params))
     leaves = {
         path: found[path] if path in found else _loaded(np.asarray(leaf))
@@ -238,12 +244,12 @@ def _write(
     """Writes the new folder.
 
     Args:
-      out: its path.
+      out: path of the new folder.
       leaves: arrays by name.
-      to_flax: whether they go into msgpack.
-      contents: the content of the files of JSON, by their names.
+      to_flax: whether to write msgpack.
+      contents: the content of the JSON files, by name.
       folder: the old folder.
-      sides: files of it that are copied.
+      sides: files of the old folder to copy.
     """
     with hub.staging(out.parent) as temporary:
         new = temporary / "new"

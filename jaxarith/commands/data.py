@@ -33,12 +33,13 @@ def _run(args: argparse.Namespace) -> int:
         from jaxarith.data import check
     except ImportError as error:
         raise ImportError(
-            f"the data of tasks needs an extra: pip install 'jaxarith[data]' ({error})."
+            "the data of tasks needs an extra that is not installed: pip install "
+            f"'jaxarith[data]' ({error})."
         ) from error
     if "/" in args.name and not Path(args.name).is_dir():
         raise ValueError(
-            f"{args.name} is no folder; expected the name of a task, or an image "
-            "folder that holds train/<class>/ and test/<class>/."
+            f"{args.name} is not a folder; expected the name of a task, or an image "
+            "folder with train/<class>/ and test/<class>/."
         )
     fine = check.main(args.name, args.data_dir, args.source, args.images)
     return 0 if fine else 1

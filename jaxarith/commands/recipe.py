@@ -1,4 +1,4 @@
-"""`jaxarith recipe check`: what a merge would do, from headers alone."""
+"""`jaxarith recipe check`: reports what a merge would do, from headers only."""
 
 import argparse
 import tempfile
@@ -13,14 +13,14 @@ from jaxarith.hub import headers
 
 _DESCRIPTION = """\
 Checks the YAML file of a merge without reading weights: its form, methods and options,
-whether the models are there, and whether their tensors, configurations and vocabularies
-fit together. Then it prints what `jaxarith merge FILE OUT --dry-run` prints: bytes,
-passes, memory and notes.
+whether the models exist, and whether their tensors, configurations and vocabularies fit
+together. Then it prints what `jaxarith merge FILE OUT --dry-run` prints: bytes, passes,
+memory and notes.
 
-Of models on the Hub it downloads configurations, tokenizers and the headers of
-safetensors, and no weights. What only values tell stays open: whether they are finite,
-whether buffers of models differ, and whether a head that is stored beside its tied
-embedding is equal to it.
+For models on the Hub it downloads configurations, tokenizers and the headers of
+safetensors, but no weights. It cannot check values: whether they are finite, whether
+buffers of models differ, and whether a head that is stored beside its tied embedding is
+equal to it.
 
 The exit status is 0 if the merge can begin, and 1 with the reason if it cannot."""
 
@@ -43,7 +43,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     check.add_argument("file", help="a YAML file of mergekit's form")
     flags.add_outcome(check.add_argument_group("flags of the merge"))
-    # What the merge itself would ask for.
+    # The merge itself would need these.
     check.set_defaults(run=_run, out=None, folder=None, intermediate_dir=None)
 
 
@@ -56,11 +56,11 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _headers(found: Sequence[Document], temporary: Path) -> Located:
-    """The models that are on the Hub, with their headers alone.
+    """Downloads only the headers of the models that are on the Hub.
 
     Raises:
-      FileNotFoundError: there is no such model; the message has the line.
-      ValueError: it has no headers that could be read.
+      FileNotFoundError: a model does not exist; the message has the line.
+      ValueError: a model has no headers that can be read.
     """
     names = Located()
     results = {one.name for one in found}
@@ -80,7 +80,7 @@ def _headers(found: Sequence[Document], temporary: Path) -> Located:
 
 
 def _parts(found: Sequence[Document]) -> dict[str, Node]:
-    """Models and adapters, and the first place where each is named."""
+    """Returns models and adapters with the first place where each is named."""
     parts: dict[str, Node] = {}
     for one in found:
         named = [*one.models.items(), *one.tokenizers.items()]

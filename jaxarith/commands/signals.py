@@ -1,4 +1,4 @@
-"""Signals that end a program, as exceptions, so that it cleans up as after Ctrl-C."""
+"""Turns signals that end a program into exceptions, so that it cleans up first."""
 
 import contextlib
 import os
@@ -23,10 +23,10 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Raises `Stopped` on SIGTERM and SIGHUP, once; others that follow are ignored.
+    """Raises `Stopped` on the first SIGTERM or SIGHUP; later ones are ignored.
 
-    Signals that are handled or ignored already, as by nohup, are left alone. Only the
-    main thread can handle signals; in another this does nothing.
+    Signals that are already handled or ignored (for example by nohup) stay so. Only the
+    main thread can handle signals; in another thread this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -38,7 +38,7 @@ def raised() -> Iterator[None]:
             threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
             return
         for other in ours:
-            signal.signal(other, signal.SIG_IGN)  # what is cleaned up takes a while
+            signal.signal(other, signal.SIG_IGN)  # the cleaning takes a while
         raise Stopped(number)
 
     for number in ours:
@@ -51,7 +51,7 @@ def raised() -> Iterator[None]:
 
 
 def _is_swallowed(frame):
-    """Whether an exception would only be reported, as while garbage is collected."""
+    """Whether an exception would only be printed, as during garbage collection."""
     while frame is not None:
         if frame.f_code.co_name in ("__del__", "_give_back", "_xla_gc_callback"):
             return True

@@ -1,4 +1,4 @@
-"""Merges of checkpoints that are larger than memory, from files to files.
+"""Merges checkpoints that are larger than memory, from files to files.
 
 A merge of `jaxarith.merge` is a few passes over its task vectors, leaf by leaf. Here
 their leaves are in files: `open_models` returns trees of `lazy.Leaf`s, and `merge`
@@ -38,7 +38,7 @@ _PROGRAM = 700 * 2**20  # what Python, JAX and compiled programs take
 
 
 class Plan(NamedTuple):
-    """What a merge will do.
+    """The plan of a merge: what it will read and write.
 
     Attributes:
       tensors: the number of tensors that are written.
@@ -58,10 +58,10 @@ class Plan(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a merge did.
+    """The report of a merge: what it read and wrote.
 
     Attributes:
-      seconds: how long it took, from opened models to complete weights.
+      seconds: the time from opened models to complete weights.
       bytes_read: bytes that all passes read, with those that adapters add.
       bytes_written: bytes of the weights.
       sha256: by folder and file, the hash of the weights that were merged; empty if
@@ -85,13 +85,17 @@ def plan(
     dtype: DTypeLike | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Plan:
-    """What a merge of these models reads, writes and needs, before it is done.
+    """Plans a merge: what it will read and write, and how much memory it needs.
 
     Args:
       opened: the models.
-      dtype: dtype of the floating-point tensors that are written, such as
+      dtype: dtype of the floating-point tensors that are written, for example
         `"bfloat16"`; None keeps those of the base.
-      shard_bytes: the most bytes in a file.
+      shard_bytes: the most bytes of tensors in a file.
+
+    Example:
+      >>> opened = open_models("base", ["math", "code"])  # doctest: +SKIP
+      >>> plan(opened, dtype="bfloat16").bytes_out  # doctest: +SKIP
     """
     layout = {
         name: _Written(_written_dtype(tensor, dtype), tensor.shape)
@@ -104,8 +108,8 @@ def plan(
     ]
     sizes = [sum(source.nbytes for source in row) for row in rows]
     largest = max(tensor.nbytes for tensor in opened.base.values())
-    # Rows that are computed, read ahead and left for the next use, and results in
-    # float32 that are computed and waiting.
+    # Memory holds rows that are computed, read ahead or kept for reuse, and results in
+    # float32 that are computed or wait to be written.
     peak = _PROGRAM + 3 * max(sizes) + 4 * largest
     return Plan(
         tensors=len(layout),
@@ -137,9 +141,10 @@ def merge(
 ) -> Report:
     """Merges checkpoints into a new one.
 
-    It is written to a temporary folder beside `out`, which gets its name when all is
-    complete. A process that is killed leaves that folder, and `out` as it was; killed
-    between the two renames that replace an old one, it leaves that in the folder too.
+    The result is written to a temporary folder beside `out`, and renamed to `out` when
+    it is complete. A killed process leaves the temporary folder, and `out` unchanged.
+    If it is killed between the two renames that replace an old `out`, the old one is in
+    the temporary folder.
 
     Args:
       method: `method(params_0, taus) -> params`: any of `jaxarith.merge` that needs no
@@ -153,13 +158,14 @@ def merge(
         The Hub's cache has the hashes of its files.
       overwrite: whether to replace an existing `out`.
       quiet: whether to show no progress bar.
-      finish: `finish(folder, report)`, which writes what belongs beside the weights.
+      finish: `finish(folder, report)` writes the files beside the weights.
 
     Raises:
-      FileExistsError: `out` exists, or another program made or changed it meanwhile.
+      FileExistsError: `out` exists, or another program made or changed it in the
+        meantime.
       ValueError: `out` holds one of the models, their files change meanwhile, the
         method refuses them or its options, or values are NaN or infinite.
-      OSError: there is not enough space.
+      OSError: the disk does not have enough space.
 
     Example:
       >>> from jaxarith import merge as operators
@@ -204,8 +210,8 @@ def _check_space(folder, needed):
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
-            f"the merged weights take {needed / 1e9:.2f} GB and the disk of "
-            f"{folder.parent} has {free / 1e9:.2f} GB left. Free some, write to "
+            f"the merged weights take {needed / 1e9:.2f} GB, but the disk of "
+            f"{folder.parent} has {free / 1e9:.2f} GB left. Free some space, write to "
             "another disk, or choose a narrower dtype."
         )
 
@@ -219,7 +225,7 @@ def _write(method, opened, folder, files, dtype):
         for name, leaf in tree.flatten(params).items():
             if not isinstance(leaf, lazy.Leaf):
                 sink.put(name, leaf)
-        for name in opened.base.keys() - sink.names:  # what no task vector moves
+        for name in opened.base.keys() - sink.names:  # no task vector moves these
             sink.copy(name)
 
 
@@ -301,19 +307,23 @@ class _Places:
                 if not lazy.all_finite(source.read()):
                     return lazy.not_finite(source.label)
         return (
-            f"{name}: the merge overflows the type that is written, though all models "
-            "are finite. Lower the coefficients, or write float32."
+            f"{name}: the merge overflows the written dtype, although all models are "
+            "finite. Lower the coefficients, or write float32."
         )
 
 
 def sha256(
     folders: Iterable[Path], stop: threading.Event | None = None
 ) -> dict[str, dict[str, str]]:
-    """By folder and file, the hashes of the weights of models.
+    """Returns the SHA-256 of all files of models' weights, by folder and file.
 
     Args:
       folders: folders of checkpoints and adapters, and single files.
-      stop: ends the work when it is set.
+      stop: ends the work when it is set; None never does.
+
+    Example:
+      >>> sha256([Path("merged")])  # doctest: +SKIP
+      {'merged': {'model.safetensors': '…'}}
     """
     pairs = [
         (str(folder), file)
@@ -322,7 +332,7 @@ def sha256(
     ]
 
     def of(file):
-        # Nobody waits for the rest of a merge that failed.
+        # If the merge failed, the other hashes are not needed.
         return None if stop is not None and stop.is_set() else _of_file(file)
 
     hashes: dict[str, dict[str, str]] = {}

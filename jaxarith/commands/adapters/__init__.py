@@ -1,1 +1,1 @@
-"""Adapters as results: merged, extracted from models, and verified in models."""
+"""Commands for adapters: merge them, extract them from models, verify merged models."""

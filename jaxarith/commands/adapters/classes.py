@@ -1,8 +1,8 @@
-"""What a model's class makes of a checkpoint's tensors: names, and kinds of layers.
+"""Finds the names and kinds of layers that a model's class has for a checkpoint.
 
 An adapter names modules of a class. Files may have other names: transformers renames
-what it reads, and joins or turns some tensors. Where it is installed it is asked;
-otherwise names and shapes must tell.
+the tensors that it reads, and joins or transposes some. If transformers is installed,
+its class decides; otherwise names and shapes of tensors do.
 """
 
 import contextlib
@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 from jaxarith.hub import Stored, orientation
 from jaxarith.stream import tying
 
-# Two-dimensional weights that are no linear layers, or whose layers PEFT does not know:
-# tables, routers, and experts, which transformers 5 holds in one parameter.
+# Two-dimensional weights outside linear layers, or in layers that PEFT cannot adapt:
+# embeddings, routers, and experts, which transformers 5 holds in one parameter.
 _NOT_LINEAR = re.compile(
     r".*\.experts\.\d+\..*|(.*\.)?(shared|wte|wpe|wtt|tok_embeddings|embed_in|"
     r"relative_attention\w*|codebook\w*|router|(mlp|moe|block_sparse_moe|feed_forward)"
     r"\.gate|(?!\w*(proj|out))\w*embed\w*)\.weight"
 )
-# The module of the trunk in models with a head, by `model_type`, that old files lack.
+# The name of the trunk in models with a head, by `model_type`; old files leave it out.
 _OUTER = {
     "gpt2": "transformer",
     "gpt_neo": "transformer",
@@ -33,14 +33,13 @@ _OUTER = {
 
 
 class Layout(NamedTuple):
-    """The tensors of a file in their model's class.
+    """The place of a file's tensors in their model's class.
 
     Attributes:
-      names: by name in the file, the name in the class, of tensors that are only
+      names: the name in the class for each name in the file, for tensors that are only
         renamed.
-      linear: the weights of linear layers by their names in the file, and whether each
-        lies `[in, out]`.
-      tied: by name in the class, further names of the same parameter.
+      linear: whether each weight of a linear layer is `[in, out]`, by name in the file.
+      tied: further names of the same parameter, by name in the class.
     """
 
     names: dict[str, str]
@@ -51,12 +50,12 @@ class Layout(NamedTuple):
 def layout(
     folder: Path, config: Mapping[str, Any], base: Mapping[str, Stored]
 ) -> tuple[Layout, list[str]]:
-    """The layout of a checkpoint, and notes on how it was found.
+    """Returns the layout of a checkpoint, and notes on how it was found.
 
     Args:
       folder: the checkpoint.
       config: the content of its `config.json`.
-      base: its tensors.
+      base: the tensors of the checkpoint.
     """
     [architecture, *_] = config.get("architectures") or [""]
     if not architecture:
@@ -66,22 +65,22 @@ def layout(
         import transformers
     except ImportError:
         return by_names(config, base), [
-            "transformers is not installed: layers are told by the names in the file, "
+            "transformers is not installed: layers are found by the names in the file, "
             "which must be those of the model's class"
         ]
     kind = getattr(transformers, architecture, None)
     try:
         return by_class(kind, folder, base), []
-    except Exception as error:  # whatever a configuration makes it raise
+    except Exception as error:  # a configuration may cause any error
         few = (str(error).splitlines() or [type(error).__name__])[0][:200]
         return by_names(config, base), [
-            f"transformers makes no {architecture} ({few}): layers are told by the "
+            f"transformers cannot make {architecture} ({few}): layers are found by the "
             "names in the file, which must be those of the model's class"
         ]
 
 
 def by_class(kind: Any, folder: Path, base: Mapping[str, Stored]) -> Layout:
-    """The layout by a class of transformers, whose model is made without memory."""
+    """Returns the layout from a class of transformers; its model takes no memory."""
     import torch
     import transformers
     from transformers import conversion_mapping, core_model_loading, pytorch_utils
@@ -106,7 +105,7 @@ def by_class(kind: Any, folder: Path, base: Mapping[str, Stored]) -> Layout:
         names[name] = new
         module, _, last = new.rpartition(".")
         if last == "weight" and tensor.is_floating:
-            # Of attention in PyTorch, the weight of a kind of Linear is used outside.
+            # PyTorch's attention uses the weight of a subclass of Linear directly.
             if type(modules[module]) is torch.nn.Linear:
                 linear[name] = False
             elif type(modules[module]) is pytorch_utils.Conv1D:
@@ -130,7 +129,7 @@ def _silent(transformers: Any) -> Iterator[None]:
 
 
 def by_names(config: Mapping[str, Any], base: Mapping[str, Stored]) -> Layout:
-    """The layout by the names and shapes of the tensors alone."""
+    """Returns the layout from the names and shapes of the tensors only."""
     known = orientation.known(base)
     turned = any(known.values())
     outer = _outer_name(config, base)
@@ -151,10 +150,10 @@ def by_names(config: Mapping[str, Any], base: Mapping[str, Stored]) -> Layout:
 
 
 def _outer_name(config: Mapping[str, Any], base: Mapping[str, Stored]) -> str:
-    """What the modules of a model with a head have in front of the file's names.
+    """Returns the prefix that the class of a model with a head adds to a file's names.
 
-    Files of OpenAI's GPT-2, say, hold `h.0.attn`, and their configuration names a class
-    in which that is `transformer.h.0.attn`.
+    For example, files of OpenAI's GPT-2 contain `h.0.attn`, and their configuration
+    names a class in which this is `transformer.h.0.attn`.
     """
     [architecture, *_] = config.get("architectures") or [""]
     outer = _OUTER.get(str(config.get("model_type")))

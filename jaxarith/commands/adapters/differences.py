@@ -1,4 +1,4 @@
-"""What a model changed of its base, tensor by tensor."""
+"""Finds the tensors that a model changed in its base, one by one."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class Change(NamedTuple):
 
 
 def changes(opened: Opened) -> Iterator[Change]:
-    """The tensors of the one model that differ from the base, read one by one.
+    """Yields the tensors of the one model that differ from the base, read one by one.
 
     Raises:
       ValueError: a tensor has NaN or infinite values.
@@ -40,7 +40,7 @@ def changes(opened: Opened) -> Iterator[Change]:
             continue
         if isinstance(found, lazy.Difference):
             whole = np.asarray(found.model)
-        else:  # of an adapter
+        else:  # the model is an adapter
             start = opened.base[name].read()
             whole = (np.asarray(delta) + start).astype(start.dtype)
         if opened.base[name].is_floating and not np.isfinite(whole).all():

@@ -24,24 +24,24 @@ from jaxarith.report import printable, shown
 from jaxarith.stream.inputs import read_config
 
 _DESCRIPTION = """\
-Finds the LoRA adapter that comes closest to the difference of two checkpoints, and
-writes it as a folder that PEFT loads on the base: for each linear layer the best
-product of a rank, or of the rank that keeps a share of the squared norm.
+Finds the LoRA adapter that is closest to the difference of two checkpoints, and writes
+it as a folder that PEFT loads on the base. For each linear layer it is the best product
+of the given rank, or of the rank that keeps a share of the squared norm.
 
 Tensors are read one after another, so models may be larger than memory. Layers that
-did not change are left out. What is no linear layer and changed, such as embeddings,
-norms and biases, is named; --keep-rest keeps it whole in the adapter. Names and kinds
-of layers are those of the model's class, for which transformers is asked where it is
-installed; otherwise the names in the file must tell.
+did not change are left out. Changed tensors outside linear layers, such as embeddings,
+norms and biases, are listed; --keep-rest keeps them whole in the adapter. Names and
+kinds of layers come from the model's class in transformers if it is installed, and
+otherwise from the names in the file.
 
-MODEL may itself be an adapter of any kind, such as a DoRA, or MODEL+ADAPTER."""
+MODEL may itself be an adapter of any kind, for example a DoRA, or MODEL+ADAPTER."""
 
 _EXAMPLES = """\
 examples:
   jaxarith extract ./base ./tuned --rank 32 --out ./lora
   jaxarith extract ./base ./tuned --energy 0.9 --rank 128 --keep-rest --out ./lora"""
 
-_MOST_ROWS = 40  # of the table on the screen
+_MOST_ROWS = 40  # the most rows of the printed table
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -74,13 +74,13 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     command.add_argument(
         "--keep-rest",
         action="store_true",
-        help="keep changed tensors that are no linear layers whole: in "
-        "modules_to_save, or as biases",
+        help="keep changed tensors outside linear layers whole: in modules_to_save, or "
+        "as biases",
     )
     command.add_argument(
         "--exclude",
         metavar="REGEX",
-        help="whole names in BASE of modules that get no factors",
+        help="regular expression for whole names in BASE of modules without factors",
     )
     command.add_argument(
         "--dtype",
@@ -106,17 +106,17 @@ def _share(text: str) -> float:
         share = 0.0
     if 0 < share <= 1:
         return share
-    raise argparse.ArgumentTypeError(f"{text!r} is no share above 0 and up to 1.")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0 and up to 1.")
 
 
 class Row(NamedTuple):
-    """What is known of an extracted layer.
+    """Facts about an extracted layer.
 
     Attributes:
-      module: its name.
+      module: name of the layer.
       rank: the rank of its factors.
-      energy: the share of the squared norm of its change that they keep.
-      squared_norm: squared norm of its change.
+      energy: the share of the change's squared norm that the factors keep.
+      squared_norm: squared norm of the layer's change.
     """
 
     module: str
@@ -127,7 +127,7 @@ class Row(NamedTuple):
 
 def _run(args: argparse.Namespace) -> None:
     if args.rank is None and args.energy is None:
-        raise ValueError("say how large the adapter may be: --rank R, --energy E.")
+        raise ValueError("the size of the adapter is missing. Give --rank or --energy.")
     if args.exclude is not None:
         _check_pattern(args.exclude)
     opened = stream.open_models(
@@ -189,7 +189,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _named(base: str) -> tuple[str, str | None]:
-    """The name of a base as PEFT wants it, and its revision on the Hub."""
+    """Returns the name of a base in PEFT's form, and its revision on the Hub."""
     if "@" not in base or Path(base).expanduser().exists():
         return base, None
     name, _, revision = base.partition("@")
@@ -197,7 +197,7 @@ def _named(base: str) -> tuple[str, str | None]:
 
 
 def _linear(layout: classes.Layout, exclude: str | None) -> dict[str, bool]:
-    """The weights that get factors: of linear layers that are tied to no other."""
+    """Returns the weights that get factors: untied weights of linear layers."""
     return {
         name: in_out
         for name, in_out in layout.linear.items()
@@ -211,7 +211,7 @@ def _check_pattern(pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(
-            f"--exclude {pattern!r} is no regular expression: {error}."
+            f"--exclude {pattern!r} is not a regular expression: {error}."
         ) from error
 
 
@@ -222,7 +222,7 @@ def _extracted(
     linear: Mapping[str, bool],
     spill: adapter_writing.Spill,
 ) -> tuple[dict[str, Stored], list[Row], dict[str, Stored]]:
-    """The factors by their names in the file, the layers, and the changed rest."""
+    """Returns the factors by their names in the file, the layers, and other changes."""
     tensors: dict[str, Stored] = {}
     rows: list[Row] = []
     rest: dict[str, Stored] = {}
@@ -243,7 +243,7 @@ def _extracted(
 
 
 def _total(rows: Sequence[Row]) -> float:
-    """The share of the squared norm of all changes that is kept."""
+    """Returns the kept share of the squared norm of all changes."""
     kept_norm = sum(row.energy * row.squared_norm for row in rows)
     return kept_norm / sum(row.squared_norm for row in rows)
 
@@ -258,7 +258,7 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return f"{len(names)} changed tensors: {report.listed(names, 6)}"
+    return f"{tree.counted(len(names), 'changed tensor')}: {report.listed(names, 6)}"
 
 
 def _told(
@@ -273,7 +273,8 @@ def _told(
     few = rows if len(rows) <= _MOST_ROWS else worst[:_MOST_ROWS]
     lines = [printable(_table(few))]
     if len(few) < len(rows):
-        lines.append(f"(the {len(few)} layers that keep least; all are in README.md)")
+        least = tree.counted(len(few), "layer that keeps", "layers that keep")
+        lines.append(f"(the {least} least; all layers are in README.md)")
     lines.append(
         f"{out}: {tree.counted(len(rows), 'layer')}, rank "
         f"{max(row.rank for row in rows)}, energy kept {_total(rows):.2%}, least "
@@ -282,7 +283,7 @@ def _told(
     if whole:
         lines.append(f"kept whole: {printable(_listed(whole))}")
     if left:
-        hint = "none can keep them" if args.keep_rest else "--keep-rest keeps them"
+        hint = "no adapter can keep them" if args.keep_rest else "try --keep-rest"
         lines.append(f"not in the adapter ({hint}): {printable(_listed(left))}")
     return "\n".join(lines)
 
@@ -294,7 +295,7 @@ def _beside(
     rows: Sequence[Row],
     left: Sequence[str],
 ) -> None:
-    """Writes the model card, and the same as data."""
+    """Writes the model card, and the same facts as data."""
     command = shlex.join(["jaxarith", *args.arguments])
     facts = {
         "jaxarith": jaxarith.__version__,

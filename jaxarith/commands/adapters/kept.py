@@ -1,4 +1,4 @@
-"""What an extracted adapter keeps whole, and under which names PEFT finds it."""
+"""Chooses the tensors that an extracted adapter keeps whole, and their PEFT names."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -12,9 +12,9 @@ _LANGUAGE_MODEL = re.compile(r".*(ForCausalLM|LMHeadModel)")
 
 
 def task_type(config: Mapping[str, Any]) -> str | None:
-    """PEFT's name for the task of a language model's class.
+    """Returns PEFT's name for the task of a language model's class.
 
-    None for classifiers: for theirs PEFT looks for a whole head in every adapter.
+    None for classifiers: with their task, PEFT expects a whole head in every adapter.
     """
     [architecture, *_] = config.get("architectures") or [""]
     if config.get("is_encoder_decoder") and architecture.endswith("Generation"):
@@ -23,11 +23,11 @@ def task_type(config: Mapping[str, Any]) -> str | None:
 
 
 class Rest(NamedTuple):
-    """Tensors that an adapter puts in place of the base's.
+    """Tensors with which an adapter replaces those of the base.
 
     Attributes:
-      whole: by module, its tensors by their last names.
-      biases: by adapted module, its bias.
+      whole: the tensors of each module by their last names; the modules by name.
+      biases: the bias of each adapted module.
       left: the base's names of tensors that no adapter can keep.
 
     Modules have the names of the model's class.
@@ -39,7 +39,7 @@ class Rest(NamedTuple):
 
     @property
     def bias(self) -> str:
-        """PEFT's word for the biases in the file."""
+        """PEFT's value of `bias` for the biases in the file."""
         return "all" if self.biases else "none"
 
     @property
@@ -66,15 +66,15 @@ def rest(
     changed: Mapping[str, Stored],
     adapted: Collection[str],
 ) -> Rest:
-    """Where an adapter keeps changed tensors: whole modules, and biases of layers.
+    """Decides where an adapter keeps changed tensors: in whole modules or as biases.
 
-    Modules that are tied to a kept one are kept with it, for PEFT's copy of the one is
-    no longer the other. What the class joins with other tensors or turns, and what is
-    in no module without adapted layers, is left.
+    Modules that are tied to a kept module are kept too, because PEFT's copy of one is
+    no longer tied to the other. A tensor is left out if the class joins or transposes
+    it, or if every module around it has adapted layers.
 
     Args:
       base: the tensors of the base.
-      layout: their names in the model's class.
+      layout: the names of these tensors in the model's class.
       changed: the model's tensors by the base's names.
       adapted: the modules that have factors, by the class's names.
     """
@@ -102,7 +102,7 @@ def rest(
         for module in modules
         if module and not any(_is_in(other, module) for other in adapted)
     }
-    # PEFT wants no module to be kept inside another one.
+    # PEFT does not allow a kept module inside another kept module.
     outermost = {
         x for x in modules if not any(x != y and _is_in(x, y) for y in modules)
     }

@@ -1,4 +1,4 @@
-"""The best product of low rank for a matrix.
+"""Finds the best product of low rank for a matrix.
 
 Halko, Martinsson, Tropp. Finding Structure with Randomness. SIAM Review 2011.
 arXiv:0909.4061 (algorithms 4.4 and 5.1).
@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_EXACT = 256  # the shorter side up to which all singular values are computed
-_MORE = 16  # directions beside those that are wanted
-_POWERS = 2  # iterations, each of which squares the gaps between singular values
-_FIRST = 32  # the rank that is tried first where energy decides
+_EXACT = 256  # up to this shorter side, all singular values are computed
+_MORE = 16  # extra directions in the sketch
+_POWERS = 2  # iterations; each squares the gaps between singular values
+_FIRST = 32  # the rank that is tried first if the energy is given
 
 
 class LowRank(NamedTuple):
@@ -24,7 +24,7 @@ class LowRank(NamedTuple):
       left: `[m, r]`.
       right: `[r, n]`.
       squared_norm: squared norm of the whole matrix.
-      energy: the share of it that the product keeps.
+      energy: the share of the squared norm that the product keeps.
     """
 
     left: np.ndarray
@@ -34,15 +34,15 @@ class LowRank(NamedTuple):
 
 
 def low_rank(matrix: jax.Array, *, rank: int | None, energy: float | None) -> LowRank:
-    """The leading singular directions of a matrix.
+    """Returns the product of a matrix's leading singular directions.
 
-    Of small matrices and of large ranks they are exact, and otherwise of a random
-    sketch, whose error is far below what the rank leaves out. The sketch is the same
-    for every matrix of a shape.
+    It is exact for small matrices and for large ranks. Otherwise it is found in a
+    random sketch, whose error is far smaller than what the rank leaves out. The sketch
+    is the same for every matrix of a shape.
 
     Args:
       matrix: `[m, n]`, in float32.
-      rank: the largest rank; None is any.
+      rank: the largest rank; None allows any.
       energy: the share of the squared norm to reach; None keeps `rank`.
 
     Example:
@@ -70,7 +70,7 @@ def low_rank(matrix: jax.Array, *, rank: int | None, energy: float | None) -> Lo
         wanted = most
     if energy is not None:
         wanted = min(wanted, 1 + int(np.searchsorted(kept, energy * total)))
-    # Beyond these there is rounding.
+    # Smaller singular values are only rounding.
     noise = 16 * np.finfo(s.dtype).eps * s[0]
     count = max(1, min(wanted, int(np.sum(s > noise))))
     roots = np.sqrt(s[:count])
@@ -95,7 +95,8 @@ def _sketched(matrix, width):
     for _ in range(_POWERS):
         q = jnp.linalg.qr(dot(matrix.T, q)).Q
         q = jnp.linalg.qr(dot(matrix, q)).Q
-    # Of the small matrix q' matrix, through the triangle of its transpose.
+    # Singular directions of the small matrix q' matrix, from the QR factors of its
+    # transpose.
     right, triangle = jnp.linalg.qr(dot(matrix.T, q))
     u, s, vt = jnp.linalg.svd(triangle.T, full_matrices=False)
     return dot(q, u), s, dot(vt, right.T)

@@ -1,11 +1,11 @@
-"""Adapters merged to an adapter, layer by layer.
+"""Merges adapters to one adapter, layer by layer.
 
-Linear methods have an exact answer, whose rank is the sum of the ranks:
+Linear methods have an exact result; its rank is the sum of the ranks:
 
 .. math:: \\sum_t c_t B_t A_t = [c_1 B_1 \\cdots c_T B_T]\\,[A_1; \\cdots; A_T].
 
-Its best approximation of a lower rank is found between the QR factors of the two
-sides. Other methods merge in core space (`merge.core`).
+Its best approximation of a lower rank is computed from the QR factors of the two sides.
+Other methods merge in core space (`merge.core`).
 """
 
 import functools
@@ -29,10 +29,10 @@ class Merged(NamedTuple):
     """The merged factors of a layer.
 
     Attributes:
-      module: its name.
+      module: name of the layer.
       product: the delta, in float64.
-      energy: the share of the squared norm that they keep.
-      squared_norm: squared norm of what they keep.
+      energy: the share of the squared norm that the factors keep.
+      squared_norm: squared norm that the factors keep.
     """
 
     module: str
@@ -45,8 +45,8 @@ class Whole(NamedTuple):
     """A tensor that adapters replace (`modules_to_save`).
 
     Attributes:
-      tensors: that of each adapter, None where it leaves the base's.
-      start: that of the base, if it is available.
+      tensors: the tensor of each adapter; None if the adapter keeps the base's.
+      start: the tensor of the base; None if it is not available.
     """
 
     tensors: list[Stored | None]
@@ -56,9 +56,9 @@ class Whole(NamedTuple):
 def coefficients(
     method: Method, adapters: Adapters, whole: Mapping[str, Whole]
 ) -> dict[str, np.ndarray]:
-    """By tensor, the coefficients `[adapter]` of a linear method.
+    """Returns the coefficients `[adapter]` of a linear method, by tensor.
 
-    They are what it makes of unit vectors.
+    They are the method's results for unit vectors.
     """
     names = [*map(_name, adapters.layers), *whole]
     count = len(adapters.folders)
@@ -71,14 +71,14 @@ def coefficients(
 
 
 def _name(module: str) -> str:
-    """The name of a layer's weight, which methods see."""
+    """Returns the name of a layer's weight, which methods see."""
     return f"{module}.weight"
 
 
 def linear(
     adapters: Adapters, coefs: Mapping[str, np.ndarray], rank: int | None
 ) -> Iterator[Merged]:
-    """The weighted sum of the deltas, layer by layer.
+    """Yields the weighted sums of the deltas, layer by layer.
 
     Args:
       adapters: the adapters.
@@ -103,7 +103,7 @@ def linear(
 
 
 def _truncated(module: str, product: Product, rank: int) -> Merged:
-    """The best product of a rank, through the small core between two QR factors."""
+    """Returns the best product of a rank, from the small core between QR factors."""
     q_left, r_left = np.linalg.qr(product.left)
     q_right, r_right = np.linalg.qr(product.right.T)
     u, s, vt = np.linalg.svd(r_left @ r_right.T, full_matrices=False)
@@ -122,15 +122,15 @@ def in_core_space(
     rank: int | None,
     place: Callable[[str, np.ndarray], None],
 ) -> Iterator[Merged]:
-    """What a method makes of the cores of all layers.
+    """Merges the cores of all layers with a method.
 
     Factors are read twice, one layer after another: before the method is called and
-    after. In between, the cores are kept.
+    after it. In between, only the cores are kept.
 
     Args:
       method: the method.
       adapters: the adapters.
-      whole: by name, tensors that are merged as they are, each with the base's.
+      whole: tensors that are merged as they are, by name, each with the base's.
       rank: the largest rank; None keeps the sum of the ranks.
       place: `place(name, merged)` writes a merged whole tensor.
     """
@@ -198,7 +198,7 @@ def _wide(tensor):
 
 
 def _cores(module: str, given: Sequence[Product | None]) -> Taus:
-    """The core of every adapter's delta of a layer."""
+    """Returns the core of every adapter's delta of a layer."""
     cores: list[np.ndarray] = []
 
     def keep(params_0, taus):
@@ -230,10 +230,10 @@ def _in_core_space(
 
 
 def weighted(name: str, leaf: Whole, coefs: np.ndarray) -> np.ndarray:
-    """The linear merge of a whole tensor, in float32.
+    """Returns the linear merge of a whole tensor, in float32.
 
     Raises:
-      ValueError: it moves the base, which is not available.
+      ValueError: the merge moves the base's tensor, which is not available.
     """
     if leaf.start is None and (
         None in leaf.tensors or abs(float(np.sum(coefs)) - 1) > 1e-6
@@ -248,9 +248,9 @@ def weighted(name: str, leaf: Whole, coefs: np.ndarray) -> np.ndarray:
 
 
 def needs_base(name: str) -> str:
-    """What an error says of a whole tensor without a base."""
+    """Returns the error message for a whole tensor without a base."""
     return (
-        f"{name} is a whole tensor of the adapters (modules_to_save): its merge moves "
-        "the base's, unless weights sum to 1 and all adapters have it. Give --base "
-        "with the base's weights."
+        f"{name} is a whole tensor of the adapters (modules_to_save). Its merge moves "
+        "the base's tensor, unless weights sum to 1 and all adapters have it. Give "
+        "--base with the base's weights."
     )

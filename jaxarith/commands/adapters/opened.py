@@ -1,4 +1,4 @@
-"""PEFT adapters of one base, opened to be merged to one adapter."""
+"""Opens PEFT adapters of one base, to merge them to one adapter."""
 
 import dataclasses
 import filecmp
@@ -12,9 +12,9 @@ from jaxarith import hub, report
 from jaxarith.hub import Stored, adapter_config, adapter_tensors, lora
 from jaxarith.hub.adapter_tensors import Factors, Parts
 
-# What the adapters must agree on, because the new one says it for all.
+# Keys in which the adapters must agree, because the new adapter has one value.
 _SHARED = ("task_type", "revision", "auto_mapping", "ensure_weight_tying")
-# What a merged adapter cannot be, and why.
+# Features that a merged adapter cannot have, and why.
 _NO_FACTORS = {
     "use_dora": "DoRA's lengths depend on the base's weights",
     "lora_bias": "its factors have biases",
@@ -24,7 +24,7 @@ _NO_FACTORS = {
 
 
 class Product(NamedTuple):
-    """A delta in PyTorch's orientation: `left @ right`, with the scale in `left`.
+    """A delta in PyTorch's orientation: `left @ right`; `left` contains the scale.
 
     Attributes:
       left: `[out, r]`.
@@ -40,10 +40,10 @@ class Product(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What all adapters say of a layer.
+    """Facts about a layer that are the same in all adapters.
 
     Attributes:
-      embedding: whether it is a table, whose delta is the transpose.
+      embedding: whether it is an embedding; its delta is then transposed.
       a: the shape of A without its rank, `[in, *window]`.
       b: the shape of B without its rank, `[out, *ones]`.
     """
@@ -55,13 +55,13 @@ class Layer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-    """Adapters of one base; none of their tensors is read.
+    """Adapters of one base; their tensors are not read yet.
 
     Attributes:
-      folders: their folders.
-      configs: their configurations.
-      parts: their tensors.
-      layers: the layers that at least one of them moves, by module.
+      folders: the folders of the adapters.
+      configs: the configurations of the adapters.
+      parts: the tensors of the adapters.
+      layers: the layers that at least one adapter moves, by module.
     """
 
     folders: list[Path]
@@ -76,16 +76,16 @@ class Adapters:
 
     @property
     def shared(self) -> dict[str, Any]:
-        """Further keys of the configuration, which all have."""
+        """Further keys of the configuration, which all adapters share."""
         return {key: self.configs[0].get(key) for key in _SHARED}
 
     def ranks(self, module: str) -> list[int]:
-        """The ranks of a module's factors, of the adapters that have some."""
+        """Returns the ranks of a module's factors in the adapters that have some."""
         found = [parts.factors.get(module) for parts in self.parts]
         return [pair.rank for pair in found if pair is not None]
 
     def products(self, module: str) -> list[Product | None]:
-        """The delta of a module in each adapter, read now, in float64."""
+        """Reads the delta of a module in each adapter, in float64."""
         return [
             None
             if (pair := parts.factors.get(module)) is None
@@ -101,7 +101,7 @@ def _read(pair: Factors, scaling: float) -> Product:
 
 
 def stored(layer: Layer, product: Product) -> tuple[np.ndarray, np.ndarray]:
-    """A and B as a file has them."""
+    """Returns A and B in the form of a file."""
     left, right = product
     a, b = (left.T, right.T) if layer.embedding else (right, left)
     return (
@@ -111,22 +111,22 @@ def stored(layer: Layer, product: Product) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stated_base(name: str) -> str | None:
-    """The base that the configuration of an adapter names."""
+    """Returns the base that the configuration of an adapter names."""
     config = adapter_config.read(_folder(name))
     return config.get("base_model_name_or_path")
 
 
 def open_adapters(names: Sequence[str], base: str | None) -> Adapters:
-    """Opens adapters that are to become one.
+    """Opens adapters that will be merged to one.
 
     Args:
       names: folders or hub ids.
-      base: the base as the user named it, which must be theirs; None is any.
+      base: the base that the user named, which must be the adapters'; None allows any.
 
     Raises:
       FileNotFoundError: a folder or one of its files does not exist.
-      ValueError: a model is no adapter, or one that no product of factors can be, or
-        they are of different bases.
+      ValueError: a model is not an adapter, or is an adapter that factors cannot
+        express, or the adapters have different bases.
     """
     folders = [_folder(name) for name in names]
     configs = [adapter_config.read(folder) for folder in folders]
@@ -135,13 +135,13 @@ def open_adapters(names: Sequence[str], base: str | None) -> Adapters:
         if len({str(config.get(key) or None) for config in configs}) > 1:
             raise ValueError(
                 f"the adapters differ in {key}: {_each(folders, configs, key)}. The "
-                f"new one says it for all: make it the same in each {lora.CONFIG}."
+                f"new adapter has one value: make it the same in each {lora.CONFIG}."
             )
     for folder, config in zip(folders, configs, strict=True):
         for key, why in _NO_FACTORS.items():
             if config.get(key):
                 raise ValueError(
-                    f"{folder} has {key}: {why}, so that no LoRA adapter is the merge. "
+                    f"{folder} has {key}: {why}, so no LoRA adapter equals the merge. "
                     "Merge it into a model: leave out --to-adapter, and give the base."
                 )
     parts = [
@@ -152,8 +152,9 @@ def open_adapters(names: Sequence[str], base: str | None) -> Adapters:
         _check_ranks(folder, config, found)
         if biases := [x for x in found.whole if _is_trained_bias(x, config)]:
             raise ValueError(
-                f"{folder} has trained biases ({report.listed(biases, 2)}), whose base "
-                "no adapter knows. Merge it into a model: leave out --to-adapter."
+                f"{folder} has trained biases ({report.listed(biases, 2)}), and their "
+                "original values are not in an adapter. Merge it into a model: leave "
+                "out --to-adapter."
             )
     layers = _layers(folders, parts)
     _check_spellings(folders, parts)
@@ -164,8 +165,8 @@ def _folder(name: str) -> Path:
     folder = hub.find(name)
     if not lora.is_adapter(folder):
         raise ValueError(
-            f"{name} is no PEFT adapter: it has no {lora.CONFIG}. --to-adapter merges "
-            "adapters only; `jaxarith extract` makes one of a model."
+            f"{name} is not a PEFT adapter: it has no {lora.CONFIG}. --to-adapter "
+            "merges only adapters. Make one from a model with `jaxarith extract`."
         )
     return folder
 
@@ -180,19 +181,19 @@ def _check_bases(folders, configs, base):
     stated = [config.get(key) for config in configs]
     if len({_place(name) for name in stated}) > 1:
         raise ValueError(
-            f"the adapters are of different bases: {_each(folders, configs, key)}. "
-            f"Merge adapters of one base, or correct {lora.CONFIG} if they are."
+            f"the adapters have different bases: {_each(folders, configs, key)}. "
+            f"Merge adapters of one base. If these are one, correct {lora.CONFIG}."
         )
     if base is not None and _place(base) != _place(stated[0]):
         raise ValueError(
-            f"the adapters are of {stated[0]!r}, not of {base!r}. Leave --base out, or "
-            f"correct {lora.CONFIG} if both are one model."
+            f"the base of the adapters is {stated[0]!r}, not {base!r}. Leave --base "
+            f"out, or correct {lora.CONFIG} if both are one model."
         )
 
 
 def _place(name):
     path = Path(str(name)).expanduser()
-    # A configuration has the revision apart.
+    # A configuration has a separate key for the revision.
     return str(path.resolve()) if path.is_dir() else str(name).partition("@")[0]
 
 
@@ -202,8 +203,8 @@ def _check_ranks(folder, config, parts):
         a, b = pair.a.shape, pair.b.shape
         if len(a) < 2 or len(a) != len(b) or (a[0], b[1]) != (rank, rank):
             raise ValueError(
-                f"{folder}: {module} has A {list(a)} and B {list(b)}, and the rank is "
-                f"{rank} by {lora.CONFIG}. Save the adapter again."
+                f"{folder}: {module} has A {list(a)} and B {list(b)}, but "
+                f"{lora.CONFIG} states the rank {rank}. Save the adapter again."
             )
 
 
@@ -223,11 +224,11 @@ def _layers(folders, parts):
             if layers.setdefault(module, layer) != layer:
                 raise ValueError(
                     f"{module} has A {list(pair.a.shape)} and B {list(pair.b.shape)} "
-                    f"in {folder} and other shapes in an adapter before: they are of "
-                    "different models."
+                    f"in {folder} and other shapes in an earlier adapter: they belong "
+                    "to different models."
                 )
     if not layers:
-        raise ValueError("the adapters have no factors; there is nothing to merge.")
+        raise ValueError("the adapters have no factors, so there is nothing to merge.")
     return layers
 
 
@@ -240,15 +241,15 @@ def _check_spellings(folders, parts):
             ends = (".".join(pieces[i:]) for i in range(1, len(pieces) - 1))
             if end := next((end for end in ends if end in found.factors), None):
                 raise ValueError(
-                    f"{folder} calls a layer {end}, and another adapter {module}: they "
+                    f"{folder} calls a layer {end}, but another adapter {module}: they "
                     "were trained on different classes of the base."
                 )
 
 
 def side_files(folders: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
-    """Files beside the adapters, such as tokenizers, and notes on what is not copied.
+    """Returns files beside the adapters, such as tokenizers, and notes on others.
 
-    A file is copied if all adapters that have it have the same.
+    A file is copied if it is the same in all adapters that have it.
     """
     found: dict[str, list[Path]] = {}
     for folder in folders:
@@ -261,21 +262,22 @@ def side_files(folders: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
     }
     differing = sorted(found.keys() - same.keys())
     return same, [
-        f"of the adapters {report.listed(differing)} differ and stay behind"
+        f"these files differ between the adapters and are not copied: "
+        f"{report.listed(differing)}"
     ] * bool(differing)
 
 
 def replaced(adapters: Adapters) -> dict[str, list[Stored | None]]:
-    """By name, the whole tensor that each adapter puts in place of the base's."""
+    """Returns, by name, the whole tensors with which adapters replace the base's."""
     names = dict.fromkeys(name for parts in adapters.parts for name in parts.whole)
     return {name: [parts.whole.get(name) for parts in adapters.parts] for name in names}
 
 
 def copies(adapters: Adapters) -> Iterator[tuple[str, Stored]]:
-    """The base's own tensors that PEFT saved beside factors, by name.
+    """Yields the base's own tensors that PEFT saved beside factors, with their names.
 
     Raises:
-      ValueError: they are not the same in all adapters.
+      ValueError: a tensor is not the same in all adapters.
     """
     inner = {name for parts in adapters.parts for name in parts.inner}
     for name, tensors in replaced(adapters).items():
@@ -284,7 +286,7 @@ def copies(adapters: Adapters) -> Iterator[tuple[str, Stored]]:
         first, *others = [tensor for tensor in tensors if tensor is not None]
         if any(not _same(first, other) for other in others):
             raise ValueError(
-                f"{name} is saved beside its factors and not the same in all adapters: "
+                f"{name} is saved beside its factors, but differs between adapters: "
                 "they were trained on different weights."
             )
         yield name, first
@@ -295,6 +297,6 @@ def _same(one, other):
 
 
 def modules_to_save(configs: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    """The modules that one of the adapters replaces."""
+    """Returns the modules that at least one of the adapters replaces."""
     names = [name for config in configs for name in config.get("modules_to_save") or ()]
     return sorted(set(names)) or None

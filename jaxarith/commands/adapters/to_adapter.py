@@ -1,4 +1,4 @@
-"""`jaxarith merge --to-adapter`: adapters of one base merged to one adapter."""
+"""`jaxarith merge --to-adapter`: merges adapters of one base to one adapter."""
 
 import argparse
 import dataclasses
@@ -31,26 +31,26 @@ from jaxarith.hub.adapter_tensors import PREFIX
 from jaxarith.report import printable, shown
 from jaxarith.stream.inputs import find_base, open_checkpoint
 
-# Methods of either preset that are weighted sums of whatever they merge.
+# Methods of both presets that compute weighted sums.
 _LINEAR = ("average", "linear", "task_arithmetic")
-# Methods that give the same for whole deltas, which turn with the bases.
+# Methods that rotate with the bases, so whole deltas give the same result.
 _TURNING = ("tsv", "iso_c")
-# Methods that look at the base's values.
+# Methods that need the base's values.
 _OF_THE_BASE = ("arcee_fusion",)
 
 
 def run(args: argparse.Namespace, out: Path) -> None:
-    """Merges the adapters that the flags or the YAML file name to one in `out`.
+    """Merges the adapters in the flags or the YAML file to one adapter in `out`.
 
     Raises:
       FileNotFoundError: an adapter or one of its files does not exist.
-      ValueError: a model is no adapter, the adapters are of different bases, or the
+      ValueError: a model is not an adapter, the adapters have different bases, or the
         method merges whole models.
     """
     if args.vocabulary != "error" or args.missing != "error":
         raise ValueError("--vocabulary and --missing are for models, not for adapters.")
     if args.dequantize:
-        raise ValueError("--dequantize is for models; adapters are not quantised.")
+        raise ValueError("--dequantize is for models, not for adapters. Leave it out.")
     recipe = _recipe(args)
     adapters = opened.open_adapters(recipe.models, recipe.base or None)
     out = hub.check_out(out, args.overwrite, adapters.folders)
@@ -67,8 +67,8 @@ def run(args: argparse.Namespace, out: Path) -> None:
     method = recipe.request.method
     if not _is_linear(recipe) and method not in _TURNING:
         notes.append(
-            f"{method} merges the cores of the adapters; methods that look at single "
-            "entries give another result there than on whole matrices"
+            f"{method} merges the cores of the adapters; methods that use single "
+            "entries have another result there than on whole matrices"
         )
     if args.dry_run:
         print(printable(_planned(recipe, adapters, args.adapter_rank, notes)))
@@ -117,13 +117,13 @@ def run(args: argparse.Namespace, out: Path) -> None:
 
 
 def _recipe(args: argparse.Namespace) -> MergeRecipe:
-    """The recipe, with the base that the adapters name where it needs one."""
+    """Returns the recipe, with the adapters' base if the method needs one."""
     if args.config is not None:
         flags.check_alone(args)
         read = mergekit_yaml.read(args.config, seed=args.seed)
         if not isinstance(read, MergeRecipe):
             raise ValueError(
-                f"{args.config} has slices of models; --to-adapter merges whole "
+                f"{args.config} has slices of models, but --to-adapter merges whole "
                 "adapters. List them under models."
             )
         recipe = read
@@ -131,7 +131,7 @@ def _recipe(args: argparse.Namespace) -> MergeRecipe:
         request = flags.request(args)
         method = merge_recipe.find(request.method, request.preset)
         if request.base is None and method.base in ("needed", "optional"):
-            # An adapter of a model without a name has none.
+            # An adapter of a model without a name states no base.
             base = opened.stated_base(request.models[0].name) or ""
             request = dataclasses.replace(request, base=base)
         recipe = merge_recipe.build(request, seed=args.seed)
@@ -139,20 +139,20 @@ def _recipe(args: argparse.Namespace) -> MergeRecipe:
     for key in ("tokenizer_source", "tokens", "pad_to_multiple_of", "chat_template"):
         if getattr(request, key):
             raise ValueError(
-                f"{args.config}: {key} is for models; an adapter keeps its base's "
-                "tokens. Leave it out of a merge --to-adapter."
+                f"{args.config}: {key} is for models, because an adapter keeps its "
+                "base's tokens. Leave it out of a merge --to-adapter."
             )
     name, shared = request.method, request.parameters
     if name in _OF_THE_BASE:
         raise ValueError(
-            f"{name} looks at the base's weights, which adapters do not have. Choose "
+            f"{name} needs the base's weights, which adapters do not have. Choose "
             "another method, or merge into a model: leave out --to-adapter."
         )
     of_vectors = shared.get("between") == gradients.constant("task_vectors")
     if recipe.function.base in ("aside", "input") and name not in _LINEAR:
         if not of_vectors:
             raise ValueError(
-                f"{name} merges whole models, and adapters are task vectors: choose "
+                f"{name} merges whole models, but adapters are task vectors. Choose "
                 "another method, such as task_arithmetic, ties or tsv."
             )
     return recipe
@@ -165,7 +165,7 @@ def _is_linear(recipe: MergeRecipe) -> bool:
 def _with_config(
     recipe: MergeRecipe, adapters: Adapters
 ) -> tuple[MergeRecipe, list[str]]:
-    """The recipe with the base's configuration, which counts the layers."""
+    """Returns the recipe with the base's configuration, which counts the layers."""
     place = Path(str(recipe.request.base or adapters.base)).expanduser()
     if (place / hub.CONFIG).is_file():
         return dataclasses.replace(recipe, config=hub.read_json(place)), []
@@ -173,7 +173,7 @@ def _with_config(
     owners = [request.parameters, *(model.parameters for model in request.models)]
     settings = [setting for own in owners for setting in own.values()]
     if request.after or not all(map(gradients.is_constant, settings)):
-        note = f"{place} is no folder here: depths are of the adapters' own layers"
+        note = f"{place} is not a local folder: depths count the adapters' own layers"
         return recipe, [note]
     return recipe, []
 
@@ -185,7 +185,7 @@ def _merged(
     spill: adapter_writing.Spill,
     dtype: str | None,
 ) -> tuple[dict[str, Stored], list[dict[str, Any]]]:
-    """The tensors of the merged adapter, and what is known of each layer."""
+    """Returns the tensors of the merged adapter, and facts about each layer."""
     tensors: dict[str, Stored] = {}
     given = args.base if args.config is None else recipe.request.base
     whole = _whole(adapters, given)
@@ -228,7 +228,7 @@ def _shown(layers: Iterator[Merged], count: int, quiet: bool) -> Iterator[Merged
 
 
 def _whole(adapters: Adapters, given: str | None) -> dict[str, Whole]:
-    """The tensors that adapters replace, with the base's where it is given."""
+    """Returns the tensors that adapters replace, with the base's if it is given."""
     copied = {name for parts in adapters.parts for name in parts.inner}
     found = {n: x for n, x in opened.replaced(adapters).items() if n not in copied}
     if not found:
@@ -242,21 +242,21 @@ def _whole(adapters: Adapters, given: str | None) -> dict[str, Whole]:
         if len(shapes) > 1:
             raise ValueError(
                 f"{name} has the shapes {sorted(shapes)} in the adapters and the base; "
-                "tensors in modules_to_save must have one."
+                "expected one shape, because modules_to_save names it."
             )
         whole[name] = Whole(tensors, start)
     return whole
 
 
 def _check_shares(recipe: MergeRecipe, coefs: Mapping[str, np.ndarray]) -> None:
-    """Raises a ValueError if a mean of models is none."""
+    """Raises a ValueError if the weights of a mean of models do not sum to 1."""
     if recipe.function.base in ("aside", "input"):
         for name, own in coefs.items():
             if abs(float(np.sum(own)) - 1) > 1e-6:
                 raise ValueError(
                     f"{recipe.request.method}: the weights of {name} sum to "
-                    f"{float(np.sum(own)):g}, which scales the base as well; no "
-                    "adapter does. Let them sum to 1, or use task_arithmetic."
+                    f"{float(np.sum(own)):g}, which would scale the base as well, and "
+                    "no adapter can. Let them sum to 1, or use task_arithmetic."
                 )
 
 
@@ -270,7 +270,7 @@ def _row(found: Merged) -> dict[str, Any]:
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rank and kept energy over all layers, and of the worst."""
+    """Returns rank and kept energy over all layers, and those of the worst layer."""
     kept = sum(row["squared_norm"] for row in rows)
     total = sum(row["squared_norm"] / (row["energy"] or 1) for row in rows)
     worst = min(rows, key=lambda row: row["energy"])

@@ -1,4 +1,4 @@
-"""`jaxarith verify`: whether a merged model is its base plus an adapter."""
+"""`jaxarith verify`: checks that a merged model is its base plus an adapter."""
 
 import argparse
 import sys
@@ -19,22 +19,23 @@ from jaxarith.stream import names, tying
 from jaxarith.stream.inputs import find_base, open_checkpoint, read_config
 
 _DESCRIPTION = """\
-Compares every tensor of MERGED with BASE + ADAPTER, computed in float32, and says which
-differ, are missing or unexpected. The exit status is 0 if all agree, and 1 otherwise.
+Compares every tensor of MERGED with BASE + ADAPTER, computed in float32, and reports
+which differ, are missing or are unexpected. The exit status is 0 if all agree, and 1
+otherwise.
 
-Numbers agree if they are what float32 gives, rounded once to the dtype of MERGED. A
-program that adds in that dtype rounds more often: --roundings 3 allows for the product
-of the factors, its scale and the sum, each rounded.
+Numbers agree if they equal the result in float32, rounded once to the dtype of MERGED.
+A program that computes in that dtype rounds more often: --roundings 3 allows it to
+round the product of the factors, its scale and the sum.
 
-ADAPTER is a PEFT folder or hub id of any kind that `jaxarith merge` reads, or another
-model: then the question is whether the two are equal."""
+ADAPTER is a PEFT folder or hub id of any kind that `jaxarith merge` reads. It may also
+be another model; then MERGED must be equal to that model."""
 
 _EXAMPLES = """\
 examples:
   jaxarith verify ./llama ./lora ./llama-merged
   jaxarith verify ./llama ./lora ./peft-merged-bf16 --roundings 3"""
 
-# Rounding of sums of products in float32, as a share of what is added.
+# Allowed rounding of sums of products in float32, relative to what is added.
 _SLACK = 2.0**-20
 _MOST_ROWS = 20
 
@@ -58,8 +59,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         type=arguments.count,
         default=1,
         metavar="N",
-        help="how often MERGED may have been rounded to its dtype: once (the default) "
-        "as a sum, and each further time as what the adapter adds",
+        help="how often MERGED may have been rounded to its dtype: once for the sum "
+        "(the default), and further times for what the adapter adds",
     )
     flags.add_dequantize(
         command, "in bfloat16 if MERGED is in bfloat16, otherwise in float32"
@@ -70,13 +71,13 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 class Compared(NamedTuple):
-    """A tensor of the merged model beside what it should be.
+    """A tensor of the merged model, compared with the expected one.
 
     Attributes:
-      name: its name in the base.
+      name: name of the tensor in the base.
       deviation: the largest difference of a number.
-      excess: the largest difference as a multiple of what rounding explains.
-      remark: what else is known of it.
+      excess: the largest difference, as a multiple of the allowed rounding.
+      remark: a remark for the table.
     """
 
     name: str
@@ -86,12 +87,12 @@ class Compared(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a comparison found.
+    """The result of a comparison.
 
     Attributes:
-      compared: the tensors that both have.
+      compared: the tensors that both models have.
       missing: names that the merged model lacks.
-      unexpected: names that only it has.
+      unexpected: names that only the merged model has.
     """
 
     compared: list[Compared]
@@ -137,7 +138,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _dequantized_dtype(merged: Mapping[str, Stored]) -> str:
-    """The dtype in which `jaxarith merge --dequantize` reads what becomes `merged`."""
+    """Returns the dtype in which `jaxarith merge --dequantize` reads for `merged`."""
     floating = {str(x.dtype) for x in merged.values() if x.is_floating}
     return "bfloat16" if floating == {"bfloat16"} else "float32"
 
@@ -148,7 +149,7 @@ def _fitted(
     config: Mapping[str, Any],
     label: str,
 ) -> tuple[dict[str, Stored], list[str]]:
-    """The merged tensors by the base's names; of tied ones, those that the base has."""
+    """Returns the merged tensors by the base's names; tied ones as in the base."""
     of_base, notes = names.match(base, merged, label)
     ours = {of_base[name]: tensor for name, tensor in merged.items()}
     tied = tying.pair(base, config)
@@ -169,7 +170,7 @@ def _equal(one, other):
 
 
 def _weights(tensors: Mapping[str, Stored], found: set[str]) -> list[str]:
-    """The names that are no buffers."""
+    """Returns the names that are not buffers."""
     return sorted(name for name in found if not names.is_buffer(name, tensors[name]))
 
 
@@ -184,7 +185,7 @@ def _compared(
             yield Compared(name, np.inf, np.inf, remark)
         elif not (leaf.is_floating and actual.is_floating):
             same = _equal(leaf, actual)
-            remark = "" if same else "no weights, and not the base's"
+            remark = "" if same else "not weights, and different from the base's"
             yield Compared(name, 0.0, 0.0 if same else np.inf, remark)
         else:
             yield _of_weights(name, leaf, tau.get(name), actual, roundings)
@@ -203,16 +204,16 @@ def _of_weights(
     given = actual.read().astype(np.float32)
     exact = _eps(np.float32)
     half = max(_eps(actual.dtype), exact) / 2
-    # Half of a unit in the last place: eps is that of the numbers from 1 to 2.
+    # Half a unit in the last place; eps is the unit for numbers from 1 to 2.
     units = np.ldexp(np.float32(half), np.frexp(expected)[1] - 1)
     allowed = np.where(expected == 0, np.float32(0), units)
     if delta is not None:
         size = np.abs(delta)
         allowed += half * (roundings - 1) * size + _SLACK * (size + size.max(initial=0))
-        allowed += 4 * exact * np.abs(base)  # DoRA's lengths are the whole sum's
+        allowed += 4 * exact * np.abs(base)  # DoRA scales the whole sum
     allowed += float(jnp.finfo(actual.dtype).smallest_subnormal)
     difference = np.where(np.isfinite(given), np.abs(given - expected), np.inf)
-    with np.errstate(over="ignore"):  # beside a base of zero: infinitely many roundings
+    with np.errstate(over="ignore"):  # a base of zero allows no rounding: infinite
         excess = float(np.max(difference / allowed, initial=0))
     remark = ""
     if excess > 1 and delta is not None and np.any(delta):

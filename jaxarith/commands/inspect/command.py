@@ -1,4 +1,4 @@
-"""`jaxarith inspect`: what checkpoints hold; norms and cosines of task vectors."""
+"""`jaxarith inspect`: shows the content of checkpoints, and compares task vectors."""
 
 import argparse
 from pathlib import Path
@@ -13,15 +13,15 @@ from jaxarith.commands.merge import flags
 _LABEL = 30  # characters
 
 _DESCRIPTION = """\
-Prints what a checkpoint holds: tensors, parameters, types, the largest tensors, norms
-by layer, copies of tied tensors, NaN and infinite values, and a fingerprint, which is
-the same for the same tensors in other files or shards.
+Prints the content of a checkpoint: tensors, parameters, dtypes, the largest tensors,
+norms by layer, copies of tied tensors, NaN and infinite values, and a fingerprint. The
+fingerprint is the same for the same tensors in other files or shards.
 
-With --base, the task vectors of one or several models: their norms, and the cosines
-between them, over all and by layer. The models may be PEFT adapters, and files of task
-vectors such as those of the bank of the experiments.
+With --base, prints the norms of the task vectors of one or several models, and the
+cosines between them, for all tensors and by layer. The models may be PEFT adapters, or
+files of task vectors, for example from the bank of the experiments.
 
-Several models without --base are compared: names, shapes, types, equal tensors.
+Several models without --base are compared: names, shapes, dtypes, equal tensors.
 
 Tensors are read one after another, so models may be larger than memory."""
 
@@ -65,7 +65,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def _run(args: argparse.Namespace) -> None:
     if args.out is not None and args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"{args.out} is a file; name a folder.")
+        raise ValueError(f"{args.out} is a file; expected a folder. Name a folder.")
     if args.base is not None:
         found = figures.task_vectors(
             args.base,
@@ -93,7 +93,7 @@ def _run(args: argparse.Namespace) -> None:
                     "leave out --out."
                 ) from error
 
-            # What is longer leaves no room for the figure.
+            # Longer names leave no room for the figure.
             names = [model["name"][-_LABEL:] for model in found["models"]]
             plots.matrices(
                 args.out / "cosines.png",

@@ -1,4 +1,4 @@
-"""What `jaxarith inspect` finds in checkpoints, as plain data."""
+"""Measures checkpoints and task vectors for `jaxarith inspect`, as plain data."""
 
 import collections
 import hashlib
@@ -33,14 +33,14 @@ class _Measured(NamedTuple):
 
 
 def checkpoint(model: str) -> dict[str, Any]:
-    """What is known of a checkpoint after reading it once, as plain data.
+    """Reads a checkpoint once, and returns facts about it as plain data.
 
     Args:
       model: a folder, the id of a model on the Hub, or a file of a task vector.
 
     Raises:
-      FileNotFoundError: there is no checkpoint.
-      ValueError: a file is corrupt, or it is an adapter, which needs a base.
+      FileNotFoundError: the checkpoint does not exist.
+      ValueError: a file is corrupt, or the model is an adapter, which needs a base.
     """
     folder, file, stored = _opened(model)
     stored = {name: stored[name] for name in sorted(stored, key=_in_order)}
@@ -91,15 +91,15 @@ def checkpoint(model: str) -> dict[str, Any]:
 
 
 def _opened(model: str) -> tuple[Path, Path, Mapping[str, Stored]]:
-    """The folder, the file that holds or lists the tensors, and these."""
+    """Returns the folder, the file that holds or lists the tensors, and the tensors."""
     if hub.is_vector(model):
         file = Path(model).expanduser()
         return file.parent, file, hub.open_vector(file).tensors
     folder = hub.find(model)
     if lora.is_adapter(folder):
         raise ValueError(
-            f"{folder} is an adapter. Give the model that it belongs to by --base, to "
-            "see what it adds."
+            f"{folder} is an adapter. To see what it adds, give the model that it "
+            "belongs to with --base."
         )
     return folder, *hub.open_tensors(folder)
 
@@ -121,14 +121,14 @@ def _measured(array):
 
 
 def _combined(fingerprints: Mapping[str, tuple]) -> str:
-    """What `fingerprint.combined` gives for the whole tree."""
+    """Returns what `fingerprint.combined` returns for the whole tree."""
     return f"{zlib.crc32(json.dumps(fingerprints, sort_keys=True).encode()):08x}"
 
 
 def _copies(
     stored: Mapping[str, Stored], measured: Mapping[str, _Measured]
 ) -> list[list[str]]:
-    """Groups of matrices with the same bytes. Equal vectors are seldom tied."""
+    """Returns groups of matrices with the same bytes; equal vectors are rarely tied."""
     alike = collections.defaultdict(list)
     for name, found in measured.items():
         if len(stored[name].shape) > 1 and found.norm:
@@ -143,7 +143,7 @@ def _copies(
 
 
 def _layers(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names by layer, such as `model.layers.0`; those outside layers by their module.
+    """Groups names by layer (`model.layers.0`); names outside layers by their module.
 
     Example:
       >>> _layers(["h.0.mlp.weight", "h.0.attn.bias", "wte.weight"])
@@ -157,10 +157,10 @@ def _layers(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def differences(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How each of several checkpoints differs from the first, tensor by tensor.
+    """Returns the differences of several checkpoints from the first, by tensor.
 
     Args:
-      models: what `checkpoint` returned.
+      models: the results of `checkpoint`.
     """
     first, *rest = ({row["name"]: row for row in model["tensors"]} for model in models)
     found = []
@@ -199,14 +199,14 @@ def task_vectors(
     missing: policies.Missing = "error",
     dequantize: DTypeLike | None = None,
 ) -> dict[str, Any]:
-    """Norms and cosines of task vectors, over all and by layer, as plain data.
+    """Returns norms and cosines of task vectors, in total and by layer, as plain data.
 
     Args:
       base, models, vocabulary, missing, dequantize: as for `stream.open_models`.
 
     Raises:
-      FileNotFoundError: a checkpoint is not there.
-      ValueError: one does not fit the base, or has NaN or infinite values.
+      FileNotFoundError: a checkpoint does not exist.
+      ValueError: a model does not fit the base, or has NaN or infinite values.
     """
     opened = stream.open_models(
         base,
@@ -218,7 +218,7 @@ def task_vectors(
     params_0 = tree.floating(opened.params_0)
     for leaves, name in ((params_0, "base"), *zip(opened.taus, models, strict=True)):
         tree.check_finite(leaves, name)
-    # The base goes along for its norm: its tensors are read for the differences anyway.
+    # The base is included for its norm: the differences read its tensors anyway.
     rows = tree.aligned([params_0, *opened.taus])
     with opened.progress.shown(stream.plan(opened).bytes_in, quiet=False):
         grams = {
@@ -264,7 +264,7 @@ def _cosines(gram) -> list[list[float]]:
 
 
 def _names(models):
-    """The last parts of the paths, as many as tell them apart."""
+    """Returns the last parts of the paths, as many as needed to tell them apart."""
     parts = [Path(model).parts for model in models]
     for count in range(1, max(map(len, parts))):
         short = ["/".join(words[-count:]) for words in parts]
@@ -274,6 +274,6 @@ def _names(models):
 
 
 def _in_order(name):
-    """A key that sorts layer 2 before layer 10."""
+    """Returns a key that sorts layer 2 before layer 10."""
     words = re.split(r"[./]", name)
     return [word.zfill(9) if word.isdigit() else word for word in words]

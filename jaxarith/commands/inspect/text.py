@@ -1,4 +1,4 @@
-"""What `jaxarith inspect` prints: Markdown of what was found."""
+"""Writes the results of `jaxarith inspect` as Markdown."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from jaxarith.report import markdown_table
 
 
 def of_models(found: Mapping[str, Any], tensors: bool) -> str:
-    """The report of checkpoints by themselves, and of how they differ."""
+    """Returns the report of single checkpoints and of their differences."""
     models = found["models"]
     parts = []
     for model in models:
@@ -29,7 +29,7 @@ def of_models(found: Mapping[str, Any], tensors: bool) -> str:
 
 
 def of_task_vectors(found: Mapping[str, Any], tensors: bool) -> str:
-    """The report of task vectors."""
+    """Returns the report of task vectors."""
     names = [model["name"] for model in found["models"]]
     rows = [
         [
@@ -71,7 +71,7 @@ def of_task_vectors(found: Mapping[str, Any], tensors: bool) -> str:
 
 
 def _mean(entry):
-    """The mean cosine of the pairs that are not zero, if there are several vectors."""
+    """Returns the mean cosine of nonzero pairs, if there are several vectors."""
     rows, columns = np.triu_indices(len(entry["norms"]), 1)
     moved = np.array(entry["norms"]) > 0
     pairs = np.asarray(entry["cosines"])[rows, columns][moved[rows] & moved[columns]]
@@ -140,7 +140,7 @@ def _differences(entry):
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]], texts: int) -> str:
-    """A table of strings; the first `texts` columns are aligned to the left."""
+    """Returns a table of strings; the first `texts` columns are aligned to the left."""
     right = [i >= texts for i in range(len(header))]
     return markdown_table(header, rows, right=right)
 

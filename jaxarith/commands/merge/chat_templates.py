@@ -40,7 +40,7 @@ _ALPACA = """\
 {%- endif %}
 """
 
-# What the system says stands before the first words of the user.
+# The system's text is put before the first text of the user.
 _MISTRAL = """\
 {{- bos_token }}
 {%- set ns = namespace(system='') %}

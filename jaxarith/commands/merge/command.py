@@ -34,7 +34,7 @@ def _run(args: argparse.Namespace) -> None:
             return
         if args.adapter_rank is not None:
             raise ValueError(
-                "--adapter-rank is the rank of a --to-adapter; add that flag."
+                "--adapter-rank is the rank for --to-adapter. Add that flag."
             )
         _merge(args, out)
 
@@ -68,8 +68,8 @@ def _merge(args: argparse.Namespace, out: Path) -> None:
 def _refuse_intermediates(args: argparse.Namespace) -> None:
     if args.intermediate_dir is not None:
         raise ValueError(
-            "--intermediate-dir is for a YAML file of several documents; this merge "
-            "has no intermediate results."
+            "--intermediate-dir is for a YAML file with several documents, but this "
+            "merge has no intermediate results. Leave it out."
         )
 
 
@@ -88,7 +88,7 @@ def _merge_documents(
 
 
 def _hints(args: argparse.Namespace) -> Iterator[str]:
-    """What the user may not know of the flags."""
+    """Yields hints about flags that the user may not know."""
     in_both = args.method in MERGEKIT and args.method in PAPER
     if in_both and args.preset is None and MERGEKIT[args.method].note:
         yield f"{args.method} is that of its paper; --preset mergekit uses mergekit's"
@@ -97,9 +97,9 @@ def _hints(args: argparse.Namespace) -> Iterator[str]:
 def _out(args: argparse.Namespace) -> Path:
     if args.out is not None and args.folder is not None:
         raise ValueError(
-            f"there are two new folders, {args.folder} and {args.out}; name one."
+            f"two new folders are given, {args.folder} and {args.out}. Name one."
         )
     out = args.out or args.folder
     if out is None:
-        raise ValueError("name the new folder: CONFIG.yaml OUT, or --out OUT.")
+        raise ValueError("no new folder is named. Write CONFIG.yaml OUT, or --out OUT.")
     return out.expanduser()

@@ -1,4 +1,4 @@
-"""Where a merge computes, and with how many threads."""
+"""Sets the devices and the number of threads of a merge."""
 
 import contextlib
 import os
@@ -9,19 +9,19 @@ import threadpoolctl
 
 from jaxarith import resources
 
-# What XLA and BLAS ask for the number of their threads when they begin.
+# XLA and BLAS read their number of threads from these variables when they start.
 _VARIABLES = ("NPROC", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @contextlib.contextmanager
 def computing_on(kind: str | None) -> Iterator[None]:
-    """Computes on the devices of a kind that this process has, in all threads.
+    """Computes on the process's devices of one kind, in all threads.
 
-    Leaves are spread over them; all else is computed on the first. None is where JAX
-    computes by default, on one device.
+    Leaves are spread over them; everything else is computed on the first. None means
+    the one device that JAX uses by default.
 
     Raises:
-      ValueError: there is none of the kind.
+      ValueError: the process has no device of this kind.
     """
     if kind is None:
         yield
@@ -31,7 +31,7 @@ def computing_on(kind: str | None) -> Iterator[None]:
     except RuntimeError as error:
         found = ", ".join(sorted({device.platform for device in jax.devices()}))
         raise ValueError(f"JAX finds no {kind} here; it finds {found}.") from error
-    # JAX defines its options at run time.
+    # pyright does not see JAX's options, which are defined at run time.
     before = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_default_device", devices[0])
     try:
@@ -43,10 +43,10 @@ def computing_on(kind: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def with_threads(count: int | None) -> Iterator[None]:
-    """Reads and computes with at most so many threads of a kind; None limits none.
+    """Reads and computes with at most `count` threads of each kind; None sets no limit.
 
-    XLA's are counted when JAX begins to compute in this process, and stay as they are
-    where it has begun.
+    XLA reads its number when JAX begins to compute in this process. If it has begun,
+    that number stays.
     """
     if count is None:
         yield
@@ -54,7 +54,7 @@ def with_threads(count: int | None) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in _VARIABLES}
     os.environ.update(dict.fromkeys(_VARIABLES, str(count)))
     try:
-        # BLAS libraries that are loaded already have asked.
+        # BLAS libraries that are already loaded do not read the variables again.
         with resources.used(threads=count), threadpoolctl.threadpool_limits(count):
             yield
     finally:

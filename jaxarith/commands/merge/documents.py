@@ -1,4 +1,4 @@
-"""Files of several documents, which are merges that refer to each other by name."""
+"""Reads files with several documents: merges that refer to each other by name."""
 
 import dataclasses
 import graphlib
@@ -11,22 +11,22 @@ from jaxarith.commands.merge import mergekit_yaml, yaml_lines
 from jaxarith.commands.merge.yaml_lines import Node
 from jaxarith.stream import inputs
 
-_NAME = re.compile(r"\w[\w.-]*")  # of a folder, too
-_RESERVED = ("base", "union", "auto")  # what tokenizers and templates may be
-# Where a file names models.
+_NAME = re.compile(r"\w[\w.-]*")  # also a valid name of a folder
+_RESERVED = ("base", "union", "auto")  # words for tokenizers and templates
+# Keys under which a file names models.
 _MODEL_KEYS = ("model", "base_model")
 _TOKENIZER_KEYS = ("tokenizer_source", "source")
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A merge that others may refer to.
+    """A merge that other documents may refer to.
 
     Attributes:
-      root: its content.
-      name: its name; None of one to which no other refers.
-      models: what it names as models, each with the first place where it does.
-      tokenizers: the same of sources of tokenizers.
+      root: the content of the document.
+      name: name of the document; None if no other refers to it.
+      models: the names of models in it, each with the place where it appears first.
+      tokenizers: the same for sources of tokenizers.
       uses: the documents whose results it merges, in the order of the file.
     """
 
@@ -38,23 +38,23 @@ class Document:
 
     @property
     def label(self) -> str:
-        """What it is called where it is told of."""
+        """The name of the document in messages."""
         return f"{self.name or 'the result'} ({self.root.place})"
 
 
 def read(path: str | os.PathLike) -> list[Document]:
-    """Reads the documents of a file, each behind all that it refers to.
+    """Reads the documents of a file, each after all documents that it refers to.
 
-    The last one is the one that no other refers to.
+    The last one is the document that no other refers to.
 
     Args:
       path: a YAML file.
 
     Raises:
-      OSError: there is no such file.
-      ValueError: it is no YAML; a name is none or is given twice; documents refer to
-        each other in a circle, or to none; or several have no other that refers to
-        them.
+      OSError: the file does not exist.
+      ValueError: the file is not YAML; a name is invalid or is given twice; documents
+        refer to each other in a circle, or to none; or no other document refers to
+        several of them.
     """
     roots = yaml_lines.read_all(path)
     names = [_name(root) for root in roots]
@@ -76,7 +76,7 @@ def _name(root: Node) -> str | None:
     if not _NAME.fullmatch(name) or name in _RESERVED:
         raise node.error(
             f"name is {name!r}; it must be the name of a folder, of letters, digits, "
-            f"'_', '-' and '.', and none of {', '.join(_RESERVED)}."
+            f"'_', '-' and '.', and not {', '.join(_RESERVED)}."
         )
     return name
 
@@ -89,23 +89,23 @@ def _check_names(roots: Sequence[Node], names: Sequence[str | None]) -> None:
             first = seen[name].line
             if name is None:
                 raise node.error(
-                    f"this document has no name, nor has that of line {first}; one "
-                    "document goes to the new folder, and the others need names."
+                    f"this document and that of line {first} have no names. One "
+                    "document goes to the new folder; the others need names."
                 )
             raise node.error(
-                f"the name {name!r} is given twice, first in line {first}."
+                f"the name {name!r} is given twice, first in line {first}. Change one."
             )
         seen[name] = node
 
 
 def _named(root: Node, keys: Sequence[str]) -> dict[str, Node]:
-    """What is named under some keys, with the first place of each."""
+    """Returns the names under some keys, with the first place of each."""
     found: dict[str, Node] = {}
     seen = set()
     waiting = [root]
     while waiting:
         value = waiting.pop().value
-        # An alias is looked into once: aliases of aliases would be without end.
+        # Each alias is followed once: aliases of aliases could go on forever.
         if not isinstance(value, dict | list) or id(value) in seen:
             continue
         seen.add(id(value))
@@ -121,10 +121,10 @@ def _named(root: Node, keys: Sequence[str]) -> dict[str, Node]:
 
 
 def adapted(model: str) -> list[str]:
-    """The parts of `model+adapter`; of a name that is wrong, the name."""
+    """Returns the parts of `model+adapter`, or the whole name if it is invalid."""
     try:
         return inputs.adapted(model)
-    except ValueError:  # whoever opens it says so, with more to say
+    except ValueError:  # opening the model raises a better error
         return [model]
 
 
@@ -138,25 +138,26 @@ def _in_order(found: Sequence[Document]) -> list[Document]:
         nodes = [by_name[name].root for name in circle]
         first = min(nodes, key=lambda node: node.line)
         raise first.error(
-            f"documents refer to each other in a circle: {' <- '.join(circle)}."
+            f"documents refer to each other in a circle: {' <- '.join(circle)}. Remove "
+            "one of the references."
         ) from None
     used = {name for one in found for name in one.uses}
     last = [one for one in found if one.name not in used]
     if len(last) > 1:
         lines = ", ".join(str(one.root.line) for one in last)
         raise last[-1].root.error(
-            f"no document refers to those of the lines {lines}; one of them can go to "
-            "the new folder. Refer to the others, or give them files of their own."
+            f"no document refers to those of the lines {lines}, but only one of them "
+            "can go to the new folder. Refer to the others, or put them in other files."
         )
     return [by_name[name] for name in names]
 
 
 def check_models(found: Sequence[Document]) -> None:
-    """Finds what is named and no document, so that nothing is merged in vain.
+    """Finds all models that are not documents, before anything is merged in vain.
 
     Raises:
-      FileNotFoundError: a model is not there; the message has the line.
-      ValueError: one is no model.
+      FileNotFoundError: a model does not exist; the message has the line.
+      ValueError: a name is not that of a model.
     """
     names = [one.name for one in found if one.name is not None]
     for one in found:
@@ -176,7 +177,7 @@ def check_models(found: Sequence[Document]) -> None:
 
 
 def shadowed(found: Sequence[Document]) -> list[str]:
-    """Notes on folders here that have the name of a document, which is merged."""
+    """Returns notes on local folders with the name of a document, which is used."""
     return [
         f"{name} is the document of that name, not the folder {Path(name).resolve()}"
         for name in dict.fromkeys(name for one in found for name in one.uses)

@@ -1,4 +1,4 @@
-"""The flags of `jaxarith merge`, and what they ask for."""
+"""The flags of `jaxarith merge`, and the merge that they ask for."""
 
 import argparse
 import re
@@ -15,16 +15,17 @@ from jaxarith.stream import SHARD_BYTES, policies
 
 _DESCRIPTION = """
 Merges fine-tuned checkpoints of one model into a new folder that transformers loads.
-Models are folders or hub ids with safetensors weights, of any architecture; PEFT
-adapters (on the base, or as MODEL+ADAPTER) count as the models that they make, and a
-file of a task vector, such as the experiments keep in their bank, as the base plus the
-vector. Weights are streamed: memory is a few tensors of every model, whatever their
-size.
+Models are folders or hub ids with safetensors weights, of any architecture. A PEFT
+adapter (alone, or as MODEL+ADAPTER) counts as the base or MODEL plus the adapter. The
+file of a task vector, as in the bank of the experiments, counts as the base plus the
+vector. Weights are streamed: memory holds only a few tensors of every model, whatever
+its size.
 
-The merge is described in a YAML file of mergekit's form, or by flags. A file may have
-several documents with names, which refer to each other as models: they run in the
-order that this asks for, and the one that no other refers to goes to the new folder.
-All are checked from headers before the first one runs; --dtype is that of the last.
+Describe the merge in a YAML file of mergekit's form, or by flags. A file may have
+several documents with names. Documents can use each other's results as models; they
+run in the order that this needs. The document that no other uses goes to the new
+folder. All are checked from headers before the first one runs. --dtype applies to the
+last document only.
 """
 _USAGE = """jaxarith merge CONFIG.yaml OUT [flags of every merge]
        jaxarith merge --method METHOD [--base BASE] --model MODEL [--model MODEL ...]
@@ -74,53 +75,52 @@ def add(
         action="append",
         dest="models",
         metavar="MODEL",
-        help="a fine-tuned checkpoint, or the file of a task vector; give it once for "
-        "each",
+        help="a fine-tuned checkpoint, or the file of a task vector; repeat the flag "
+        "for each",
     )
     command.add_argument(
         "--preset",
         choices=PRESETS,
-        help="whose method to use where both have one of that name (default: paper)",
+        help="which method to use if both have one of this name (default: paper)",
     )
     command.add_argument(
         "--after",
         action="append",
         default=[],
         metavar="WRAPPER",
-        help="change the merged vector before it is written, as in svc or "
-        "lines:beta=0.5; see below; may be given several times",
+        help="change the merged vector before it is written, for example svc or "
+        "lines:beta=0.5 (see below); may be repeated",
     )
     command.add_argument(
         "--to-adapter",
         action="store_true",
-        help="merge PEFT adapters of one base to an adapter, by the method in the "
-        "small space that they span; no weights of the base are needed; float32, "
-        "unless --dtype says otherwise",
+        help="merge PEFT adapters of one base to one adapter, by the method in the "
+        "small space that they span; the base's weights are not needed; the result is "
+        "in float32 unless --dtype is given",
     )
     command.add_argument(
         "--adapter-rank",
         type=arguments.count,
         metavar="R",
-        help="the largest rank of the layers of the new adapter, which is the best of "
-        "that rank (default: the sum of the ranks)",
+        help="the largest rank of a layer in the new adapter; each layer is the best "
+        "one of that rank (default: the sum of the ranks)",
     )
     common = command.add_argument_group("flags of every merge")
     add_outcome(common)
     common.add_argument(
         "--device",
         choices=("cpu", "gpu", "tpu"),
-        help="where to compute: on all devices of the kind that this machine has, over "
-        "which tensors are spread, with the bits of one (default: one device, the best "
-        "that JAX finds)",
+        help="compute on all devices of this kind; tensors are spread over them, with "
+        "the same bits as on one device (default: one device, the best that JAX finds)",
     )
     common.add_argument(
         "--threads",
         type=arguments.count,
         metavar="N",
-        help="at most N threads that compute (of XLA on CPUs, of BLAS, and of matrices "
-        "side by side) and at most N, never more than 2, that read; one more hashes "
-        "and one writes (default: a thread for each core, and 2 that read). Products "
-        "of matrices may differ in their last bits from those of other numbers",
+        help="use at most N threads to compute (in XLA on CPUs, in BLAS, and for "
+        "matrices in parallel) and at most N, up to 2, to read; one more thread hashes "
+        "and one writes (default: a thread for each core, and 2 to read). With another "
+        "N, products of matrices may differ in their last bits",
     )
     common.add_argument(
         "--overwrite",
@@ -132,8 +132,8 @@ def add(
         type=Path,
         metavar="DIR",
         help="keep the results of the other documents of a file in DIR, by their "
-        "names, and use those of an earlier run whose recipe, flags and models (by "
-        "SHA-256) are the same (default: a temporary folder)",
+        "names; a result of an earlier run is used again if recipe, flags and models "
+        "(by SHA-256) are the same (default: a temporary folder)",
     )
     common.add_argument(
         "--dry-run", action="store_true", help="print the plan, and write nothing"
@@ -161,7 +161,7 @@ def add(
 
 
 def add_outcome(group: "argparse._ArgumentGroup") -> None:
-    """Adds the flags, besides the recipe, that decide what a merge gives."""
+    """Adds the flags that change the result of a merge besides the recipe."""
     group.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -174,7 +174,7 @@ def add_outcome(group: "argparse._ArgumentGroup") -> None:
         type=_size,
         default=SHARD_BYTES,
         metavar="SIZE",
-        help="the most that a file may hold, such as 500MB (default: 5GB)",
+        help="the largest size of a file, for example 500MB (default: 5GB)",
     )
     group.add_argument(
         "--seed",
@@ -188,12 +188,12 @@ def add_outcome(group: "argparse._ArgumentGroup") -> None:
 def add_dequantize(
     parser: "argparse._ActionsContainer", dtype: str = "in float32"
 ) -> None:
-    """Adds the flag that reads packed models; `dtype` says in which dtype."""
+    """Adds the flag that reads packed models; `dtype` names the dtype in its help."""
     parser.add_argument(
         "--dequantize",
         action="store_true",
         help=f"read quantised models as numbers, {dtype}: {', '.join(READERS)}, and "
-        "files in GGUF (with jaxarith[gguf]); without it they are refused",
+        "files in GGUF (with jaxarith[gguf]); without this flag they are refused",
     )
 
 
@@ -203,21 +203,21 @@ def add_policies(group: "argparse._ArgumentGroup") -> None:
         "--vocabulary",
         choices=policies.VOCABULARIES,
         default="error",
-        help="what to do where numbers of tokens differ: refuse (the default), keep "
-        "the rows that all models have, keep those of the base, or keep such tensors "
-        "of the base unmerged",
+        help="what to do if numbers of tokens differ: refuse (the default), keep the "
+        "rows that all models have, keep the base's rows, or keep the base's tensors "
+        "unmerged",
     )
     group.add_argument(
         "--missing",
         choices=policies.MISSING,
         default="error",
-        help="what to do where a model lacks tensors, or has others than the base: "
-        "refuse (the default), or keep the base's",
+        help="what to do if a model lacks tensors of the base, or has others: refuse "
+        "(the default), or keep the base's",
     )
 
 
 def _owners() -> dict[str, dict[str, list[str]]]:
-    """By option and what its values are, the methods that have it."""
+    """Returns the methods that have each option, by option and kind of values."""
     owners: dict[str, dict[str, list[str]]] = {}
     for table in recipe.PRESETS.values():
         for name, method in table.items():
@@ -249,7 +249,9 @@ def _table() -> str:
 def _seed(text: str) -> int:
     if text.isdecimal() and int(text) < 2**32:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no whole number below 2^32.")
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not a whole number from 0 to 2^32 - 1."
+    )
 
 
 def _size(text: str) -> int:
@@ -259,12 +261,14 @@ def _size(text: str) -> int:
     if found:
         size = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
     if size <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 5GB or 500MB")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size; write for example 5GB or 500MB."
+        )
     return size
 
 
 def check_alone(args: argparse.Namespace) -> None:
-    """Raises a ValueError if flags repeat what the YAML file has to say."""
+    """Raises a ValueError if flags are given that belong in the YAML file."""
     flags = [
         name
         for name in ("method", "base", "models", "preset", "after")
@@ -274,7 +278,8 @@ def check_alone(args: argparse.Namespace) -> None:
     if flags:
         name = flags[0].removesuffix("s") if flags[0] == "models" else flags[0]
         raise ValueError(
-            f"{_flag(name)} belongs in {args.config}, which says what is merged."
+            f"{_flag(name)} cannot be given with {args.config}, which describes the "
+            "merge. Put it in the file."
         )
 
 
@@ -296,15 +301,16 @@ def _given(args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def request(args: argparse.Namespace) -> MergeRequest:
-    """What the flags ask for.
+    """Returns the merge that the flags ask for.
 
     Raises:
-      ValueError: a flag is missing, is none of the method, or has a wrong value.
+      ValueError: a flag is missing, is not an option of the method, or has a wrong
+        value.
     """
     if args.method is None:
-        raise ValueError("name a YAML file, or a --method and each --model.")
+        raise ValueError("nothing to merge. Name a YAML file, or --method and --model.")
     if not args.models:
-        raise ValueError(f"{args.method} needs models; give each one with --model.")
+        raise ValueError(f"{args.method} needs models. Give each one with --model.")
     method = recipe.find(args.method, args.preset)
     shared: dict[str, Setting] = {}
     own: list[dict[str, Setting]] = [{} for _ in args.models]
@@ -319,11 +325,11 @@ def request(args: argparse.Namespace) -> MergeRequest:
         if len(values) == 1:
             shared[name] = gradients.constant(values[0])
         elif not option.each:
-            raise ValueError(f"{flag} of {args.method} is one value; found {words}.")
+            raise ValueError(f"{flag} of {args.method} takes one value; found {words}.")
         elif len(values) != len(own):
             raise ValueError(
-                f"{flag}: found {len(values)} values for {len(own)} of --model; give "
-                "one value, or one for each."
+                f"{flag} has {len(values)} values, but --model is given {len(own)} "
+                "times. Give one value, or one for each model."
             )
         else:
             for parameters, value in zip(own, values, strict=True):

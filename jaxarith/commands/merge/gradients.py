@@ -1,7 +1,7 @@
-"""Settings that differ from tensor to tensor: by a part of the name, or by depth.
+"""Settings that differ between tensors: by a part of the name, or by depth.
 
-A setting is a list of entries; the first one that fits a tensor counts. An entry has a
-value, or a gradient of values that are interpolated over the layers, and perhaps a
+A setting is a list of entries; the first entry that fits a tensor is used. An entry has
+a value, or a gradient of values that are interpolated over the layers. It may have a
 filter: a part of the names of its tensors. This is the language of mergekit's files,
 with its depths.
 """
@@ -16,11 +16,11 @@ Value: TypeAlias = float | bool | str
 
 
 class Entry(NamedTuple):
-    """A value and the tensors that it is for.
+    """A value for some or all tensors.
 
     Attributes:
-      value: the value, or a gradient, a tuple of them.
-      part: a part of the names of the tensors; None or "*" is for all.
+      value: the value; or a gradient, which is a tuple of values.
+      part: a part of the names of the tensors; None or "*" fits all.
     """
 
     value: Value | tuple[Value, ...]
@@ -31,12 +31,12 @@ Setting: TypeAlias = tuple[Entry, ...]
 
 
 def constant(value: Value) -> Setting:
-    """The setting that has one value for all tensors."""
+    """Returns the setting with one value for all tensors."""
     return (Entry(value),)
 
 
 def plain(setting: Setting) -> Any:
-    """The setting as a file has it: a value, a list, or a list of mappings.
+    """Returns the setting in the form of a file: a value, a list, or mappings.
 
     Example:
       >>> plain((Entry((0, 1)),)), plain((Entry(2, "mlp"), Entry(1)))
@@ -54,16 +54,16 @@ def plain(setting: Setting) -> Any:
 def depths(
     names: Iterable[str], config: Mapping[str, Any] | None = None
 ) -> dict[str, float]:
-    """How deep each tensor lies: from 0 in the first layer of its stack to 1.
+    """Returns each tensor's depth: 0 in the first layer of its stack, 1 in the last.
 
-    The first number between dots in a name is the layer, and what stands before it the
-    stack, so that an encoder and a decoder have depths of their own. Tensors outside of
-    all layers, before them or after, have depth 0, and the only layer of a stack has 1.
-    So have layers beyond those of the configuration, which predict further tokens.
+    The first number between dots in a name is the layer. The part before it is the name
+    of the stack, so an encoder and a decoder have separate depths. Tensors outside all
+    layers have the depth 0. The only layer of a stack has the depth 1, and so have
+    layers beyond those of the configuration, which predict further tokens.
 
     Args:
       names: the names of all tensors.
-      config: the content of `config.json`, which tells layers from other numbers.
+      config: the content of `config.json`, to tell layers from other numbers.
 
     Example:
       >>> depths(["h.0.w", "h.1.w", "h.2.w", "head.w"])
@@ -85,7 +85,7 @@ def _depth(found: re.Match[str] | None, counts: Mapping[str, int]) -> float:
 
 
 def value(setting: Setting, name: str, depth: float) -> Value | None:
-    """The value for a tensor; None where no filter fits.
+    """Returns the value for a tensor; None if no filter fits.
 
     Example:
       >>> setting = (Entry((0, 1), "mlp"), Entry(0.3))
@@ -115,7 +115,7 @@ def is_constant(setting: Setting) -> bool:
 
 
 def unused(settings: Iterable[Setting], names: Collection[str]) -> list[str]:
-    """The filters that fit none of the tensors."""
+    """Returns the filters that fit none of the tensors."""
     parts = {part for setting in settings for _, part in setting if part is not None}
     return sorted(
         part for part in parts - {"*"} if not any(part in name for name in names)

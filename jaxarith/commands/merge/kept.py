@@ -1,4 +1,4 @@
-"""Results that are kept between runs, and whether they are still those of today."""
+"""Checks whether results that were kept from earlier runs can be used again."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import jax
 from jaxarith import files, hub, stream
 from jaxarith.commands.merge.prepared import Prepared
 
-# What must be as it was, with the words for what was not.
+# Facts that must not have changed, with the reason to state if they have.
 _SAME = {
     "jaxarith": "it was made by another version of jaxarith",
     "recipe": "its recipe has changed",
@@ -23,7 +23,7 @@ _OPTIONS = ("vocabulary", "missing", "dequantize", "shard_size")
 
 
 def facts(one: Prepared) -> dict[str, Any]:
-    """What the record of a result that is kept has besides that of any merge.
+    """Returns the additional facts in the record of a result that is kept.
 
     Args:
       one: the merge, before it is done.
@@ -36,17 +36,17 @@ def facts(one: Prepared) -> dict[str, Any]:
 
 
 def with_weights(found: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The facts with the hashes of the weights in a folder."""
+    """Returns the facts with the hashes of the weights in a folder."""
     return {**found, "weights": stream.sha256([folder])[str(folder)]}
 
 
 def is_kept(folder: Path) -> bool:
-    """Whether a folder is a result that an earlier run kept, by its record."""
+    """Whether the record of a folder says that an earlier run kept it."""
     return "files_beside" in (_record(folder) or {})
 
 
 def changed(folder: Path, one: Prepared, documents: list) -> str | None:
-    """Why a folder cannot stand for a merge, by its record alone; None if it may.
+    """Returns why a folder cannot replace a merge, from its record; None if it may.
 
     Args:
       folder: the folder of an earlier run.
@@ -55,7 +55,7 @@ def changed(folder: Path, one: Prepared, documents: list) -> str | None:
     """
     record = _record(folder)
     if record is None:
-        return f"there is no {hub.RECORD} that can be read"
+        return f"it has no readable {hub.RECORD}"
     now = _plain({**one.facts({}), **facts(one)})
     for key, why in _SAME.items():
         if record.get(key) != now[key]:
@@ -66,12 +66,14 @@ def changed(folder: Path, one: Prepared, documents: list) -> str | None:
     if names != [(x["model"], x["role"]) for x in now["inputs"]]:
         return "its models have other names"
     if not one.args.hashes or not all(x.get("sha256") for x in record["inputs"]):
-        return "without hashes (--no-hashes) nobody knows whether its models changed"
+        return "without hashes (--no-hashes) it is unknown whether its models changed"
     return None
 
 
 def stale(folder: Path, one: Prepared) -> str | None:
-    """Why a folder is not what the merge would make today, by hashes of all files.
+    """Returns why a folder differs from what the merge would make; None if it does not.
+
+    It compares the hashes of all files.
 
     Args:
       folder: the folder of an earlier run, of the same recipe.
@@ -94,7 +96,7 @@ def stale(folder: Path, one: Prepared) -> str | None:
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
-    """The record of a folder; None if it has none, or one of another form."""
+    """Returns the record of a folder; None if it has none, or one of another form."""
     try:
         record = files.read_json(folder / hub.RECORD)
         documents = record.get("documents", [])
@@ -110,12 +112,12 @@ def _recipes(documents: list[dict[str, Any]]) -> list[Any]:
 
 
 def _plain(values: Any) -> Any:
-    """The values as JSON has them."""
+    """Returns the values in the form that JSON gives them."""
     return json.loads(json.dumps(values))
 
 
 def _beside(one: Prepared) -> str:
-    """One hash of all that is read of the models but weights."""
+    """Returns one hash of all files of the models that are read, except weights."""
     folders = [*one.opened.folders, *([one.tokenizer] if one.tokenizer else [])]
     total = hashlib.sha256()
     for folder in dict.fromkeys(folders):
@@ -126,6 +128,6 @@ def _beside(one: Prepared) -> str:
 
 
 def _small(folder: Path) -> Iterable[Path]:
-    """Configurations, tokenizers and whatever else of a model holds no weights."""
+    """Yields the files of a model other than weights, such as tokenizers."""
     found = {*hub.side_files(folder), *folder.glob("*.json")}
     return sorted(file for file in found if file.name != hub.RECORD)

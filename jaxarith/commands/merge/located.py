@@ -1,7 +1,7 @@
-"""Models that are elsewhere than their names say: results of other documents, headers.
+"""Replaces names of models by folders: results of other documents, or headers.
 
-A request whose models are the folders runs as any other. What is told of it, and
-written beside its weights, has the names again.
+A request with these folders as models runs like any other. Messages about it, and the
+files beside its weights, contain the names again.
 """
 
 import dataclasses
@@ -14,18 +14,18 @@ from jaxarith.stream.inputs import adapted
 
 @dataclasses.dataclass(frozen=True)
 class Located:
-    """The folders of models, by the names that a file has for them."""
+    """The folders of models, by their names in a file."""
 
     folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def folder(self, name: str) -> str:
-        """The folder of a model, of both parts of `model+adapter`; else its name."""
+        """Returns the folder of a model (both of `model+adapter`), or else its name."""
         if name in self.folders or not self.folders:
             return self.folders.get(name, name)
         return "+".join(self.folders.get(part, part) for part in adapted(name))
 
     def named(self, text: str) -> str:
-        """A text with the names of models in place of their folders."""
+        """Returns a text with the names of models in place of their folders."""
         name_of = {folder: name for name, folder in self.folders.items()}
         if not name_of:
             return text
@@ -35,16 +35,16 @@ class Located:
         return re.sub(whole, lambda match: name_of[match[0]], text)
 
     def request(self, request: MergeRequest) -> MergeRequest:
-        """A request with the names of models in place of their folders."""
+        """Returns a request with the names of models in place of their folders."""
         return located(request, self.named)
 
     def also(self, name: str, folder: str) -> "Located":
-        """The same with one more."""
+        """Returns the same folders and one more."""
         return Located({**self.folders, name: folder})
 
 
 def located(request: MergeRequest, folder_of: Callable[[str], str]) -> MergeRequest:
-    """A request with a function of the names of models in place of the names."""
+    """Returns a request with `folder_of(name)` in place of each model's name."""
 
     def model(one):
         return one._replace(name=folder_of(one.name))

@@ -1,4 +1,4 @@
-"""mergekit's merge methods by name, with its options and its defaults."""
+"""mergekit's merge methods by name, with mergekit's options and defaults."""
 
 import functools
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from jaxarith.commands.merge.methods import (
 from jaxarith.merge import mergekit
 from jaxarith.merge.mergekit.arithmetic import MethodName
 
-# What mergekit sets for each model, layer or filter; it needs a weight of each.
+# mergekit sets this option for each model, layer or filter, and requires it.
 _WEIGHT = Option(float, each=True, by_path=True, required=True)
 _GENERAL = {
     "weight": _WEIGHT,
@@ -25,7 +25,7 @@ _GENERAL = {
 }
 _GAMMA = {"gamma": Option(float, each=True, by_path=True, default=0.01)}
 _EPSILON = {"epsilon": Option(float, each=True, by_path=True, default=0.15)}
-_L1 = "what is kept is scaled to the L1 norm of the tensor, as in mergekit, not by 1/p"
+_L1 = "kept entries are scaled to the tensor's L1 norm, as in mergekit, not by 1/p"
 
 
 def _general(
@@ -81,7 +81,7 @@ MERGEKIT = {
     "ties": _general(
         "ties",
         note=(
-            "trims every tensor by itself and takes a weighted mean, as in mergekit; "
+            "trims every tensor separately and takes a weighted mean, as in mergekit; "
             "`preset: paper` has one threshold for the whole model"
         ),
     ),
@@ -113,8 +113,8 @@ MERGEKIT = {
         mergekit.arcee_fusion,
         {},
         note=(
-            "its quantiles are those of all entries; mergekit draws a million of them "
-            "without a seed"
+            "its quantiles use all entries; mergekit draws a million of them without a "
+            "seed"
         ),
     ),
     "ram": Method(mergekit.ram, {"epsilon": NUMBER}),

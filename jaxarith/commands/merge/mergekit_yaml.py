@@ -1,12 +1,12 @@
-"""Reads the YAML files in which mergekit's users write their merges.
+"""Reads YAML files of mergekit's form.
 
-A file says `merge_method`, `models` or `slices`, and perhaps `base_model`,
+A file states `merge_method` and `models` or `slices`. It may also state `base_model`,
 `parameters`, `dtype`, `out_dtype`, `tokenizer_source` or `tokenizer`, and
-`chat_template`. Methods that mergekit has are mergekit's, unless the file says `preset:
-paper`; all others are those of `jaxarith.merge`, whose options are `parameters` too.
-`after` lists wrappers of the merged vector, which mergekit has not, and `name` is what
-other documents of the file call the result. What is not supported is an error that
-names its line.
+`chat_template`. If mergekit has the method, mergekit's version is used, unless the file
+says `preset: paper`. Other methods are those of `jaxarith.merge`, with their options
+under `parameters`. Two keys are not mergekit's: `after` lists wrappers of the merged
+vector, and `name` is the name of the result for other documents of the file. Anything
+unsupported is an error that names its line.
 """
 
 import dataclasses
@@ -49,12 +49,12 @@ _KEYS = (
 _REFUSED = {
     "modules": "parts of a model, such as language and images, are merged alike. Give "
     "a filter with a weight of 0 for those that stay as they are.",
-    "out_path": "the new folder is named on the command line. Give a document a name "
-    "where others merge its result, and refer to it by that.",
+    "out_path": "the new folder is named on the command line. If other documents merge "
+    "this result, give the document a name, and refer to it by that name.",
     "align_weights": "weights are merged as they are, and not permuted. Leave it out.",
-    "metric_method": "this file measures models and merges none; `jaxarith inspect` "
-    "shows norms and cosines.",
-    "genome": "this file searches for a merge by evolution, which jaxarith does not.",
+    "metric_method": "this file only measures models. `jaxarith inspect` shows norms "
+    "and cosines.",
+    "genome": "this file searches for a merge by evolution, which is not supported.",
 }
 
 
@@ -62,16 +62,16 @@ def read(path: str | os.PathLike, *, seed: int = 0) -> MergeRecipe | SlicedRecip
     """Reads the recipe of a merge from a file of one document.
 
     Parameters may be gradients over the layers and have filters, as in `gradients`. A
-    parameter is looked for in the entry of the model, then in the slice, then at the
-    top.
+    parameter in the entry of the model comes first, then one in the slice, then one at
+    the top.
 
     Args:
       path: a YAML file.
       seed: seed of random methods.
 
     Raises:
-      OSError: there is no such file.
-      ValueError: it is no YAML, or something in it is not known, is missing, or is not
+      OSError: the file does not exist.
+      ValueError: the file is not YAML, or something in it is unknown, missing or not
         supported; the message has the name of the file and the line.
     """
     return build(yaml_lines.read(path), seed=seed)
@@ -80,19 +80,19 @@ def read(path: str | os.PathLike, *, seed: int = 0) -> MergeRecipe | SlicedRecip
 def build(
     root: Node, *, seed: int = 0, folder_of: Callable[[str], str] = str
 ) -> MergeRecipe | SlicedRecipe:
-    """The recipe of a document, as `read` returns it.
+    """Returns the recipe of a document, as `read` does.
 
     Args:
       root: the document.
       seed: seed of random methods.
-      folder_of: the folder to open for the name of a model, or the name itself.
+      folder_of: returns the folder to open for the name of a model, or the name itself.
 
     Raises:
       ValueError: as for `read`.
     """
     keys = fields(root)
     if "merge_method" not in keys:
-        raise root.error("the file names no merge_method.")
+        raise root.error("the file states no merge_method. Add one.")
     request, notes = _request(root, keys)
     request = located(request, folder_of)
     try:
@@ -109,10 +109,10 @@ def build(
 
 
 def fields(root: Node) -> dict[str, Node]:
-    """The entries of a document.
+    """Returns the entries of a document.
 
     Raises:
-      ValueError: it is no mapping, or has a key that is not supported.
+      ValueError: the document is not a mapping, or has a key that is not supported.
     """
     given = root.mapping("the file")
     for key, why in _REFUSED.items():
@@ -124,7 +124,7 @@ def fields(root: Node) -> dict[str, Node]:
 
 
 def _request(root: Node, keys: Mapping[str, Node]) -> tuple[MergeRequest, list[str]]:
-    """What the file asks for, and what to tell about it."""
+    """Returns the merge that the file asks for, and notes."""
     name = keys["merge_method"].text("merge_method")
     preset = keys["preset"].word(PRESETS, "preset") if "preset" in keys else "mergekit"
     try:
@@ -172,11 +172,13 @@ def _afters(node: Node | None) -> tuple[wrappers.After, ...]:
 
 
 def _after(node: Node) -> wrappers.After:
-    """An entry of `after`: a name, or a mapping from a name to options."""
+    """Reads an entry of `after`: a name, or a mapping from a name to options."""
     name, given = node.value, {}
     if isinstance(name, dict):
         if len(name) != 1:
-            raise node.error("an entry of after is one wrapper, as svc: {alpha: 1}.")
+            raise node.error(
+                "an entry of after must be one wrapper, for example svc: {alpha: 1}."
+            )
         [(name, options)] = name.items()
         fields = options.mapping("the options of a wrapper")
         given = {key: option.value for key, option in fields.items()}

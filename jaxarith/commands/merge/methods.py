@@ -30,15 +30,15 @@ class Option:
     """An option of a method.
 
     Attributes:
-      kind: the type of its values, or the words that it can be.
-      each: whether there may be one value for each model.
-      by_path: whether it may differ from tensor to tensor.
-      keyword: the parameter of the function, where that has another name; "" if the
-        option has no effect here.
+      kind: the type of its values, or the words that it accepts.
+      each: whether each model may have its own value.
+      by_path: whether it may differ between tensors.
+      keyword: the parameter of the function, if its name differs; "" if the option has
+        no effect here.
       required: whether it must be given.
-      default: its value for models and tensors for which it is not given, if it is
-        given for others.
-      words: values beside those of its type.
+      default: its value for models and tensors without a value, if it is given for
+        others.
+      words: words that it accepts besides values of its type.
     """
 
     kind: type | tuple[str, ...]
@@ -58,13 +58,13 @@ class Method:
       merge: `merge(params_0, taus, **options) -> params`.
       options: its options by name.
       passes: about how often the task vectors are read, with the default options.
-      base: the role of the base model. "needed": task vectors start from it;
-        "optional": they do if it is given; "input": it is one of the models to merge;
-        "aside": models are merged, without it.
+      base: the role of the base model. "needed": task vectors are measured from it;
+        "optional": they are if it is given; "input": it is one of the models to merge;
+        "aside": models are merged without it.
       random: whether the function takes a `key`.
       by_shape: whether it can be traced without values.
       note: how it differs from another method of the same name.
-      models: the number of models that it takes; None is any.
+      models: the number of models that it takes; None allows any.
     """
 
     merge: Callable
@@ -78,10 +78,10 @@ class Method:
 
 
 def converted(value: Any, option: Option) -> Value:
-    """A value in the type of an option; texts, such as those of flags, are parsed.
+    """Returns a value in the type of an option; texts (as of flags) are parsed.
 
     Raises:
-      ValueError: it is no such value; the message continues after the option's name.
+      ValueError: the value is not valid; the message continues the option's name.
     """
     kind = option.kind
     if isinstance(kind, tuple):
@@ -95,7 +95,7 @@ def converted(value: Any, option: Option) -> Value:
     if kind is bool and str(value).lower() in _SWITCHES:
         return _SWITCHES[str(value).lower()]
     if kind in (int, float) and not isinstance(value, bool):
-        # A YAML file may hold 1e-4, which is a text there.
+        # YAML reads 1e-4 as a text.
         try:
             number = float(value)
         except (TypeError, ValueError, OverflowError):
@@ -113,15 +113,15 @@ def _pattern(text: str) -> str:
         re.compile(text)
     except re.error as error:
         raise ValueError(
-            f"is {text!r}, which is no regular expression: {error}."
+            f"is {text!r}, which is not a regular expression: {error}."
         ) from error
     return text
 
 
-# mergekit's files have numbers as well.
+# mergekit's files also use numbers for true and false.
 _SWITCHES = {"true": True, "1": True, "1.0": True}
 _SWITCHES |= {"false": False, "0": False, "0.0": False}
-_LARGEST = 3e38  # of a float32
+_LARGEST = 3e38  # about the largest float32
 KINDS = {
     float: "a number",
     int: "a whole number",
@@ -133,7 +133,7 @@ PATTERN = Option(str)
 _COEF = Option(float, by_path=True)
 _COEFS = Option(float, each=True, by_path=True)
 _WEIGHTS = Option(float, each=True, keyword="weights")
-# What merges the sparse vectors of DARE and DELLA.
+# Methods that merge the sparse vectors of DARE and DELLA.
 _INTO_MERGES: dict[str, Callable[..., Params]] = {
     "task_arithmetic": merge.task_arithmetic,
     "average": merge.average,
@@ -141,10 +141,10 @@ _INTO_MERGES: dict[str, Callable[..., Params]] = {
 }
 _INTO = Option(tuple(_INTO_MERGES))
 _RESCALE = Option(("inverse", "l1", "none"))
-# The weights of the layers of a stack, which have a number in their names; T5 has a
-# table of positions among them.
+# Weights in the layers of a stack; their names contain a number. T5's table of
+# positions is one of them by name, but is not a linear layer.
 _LINEAR = r"(?!.*relative_attention_bias).*\.\d+\..*weight"
-NONE = r"(?!)"  # no matrix is [input, output]: in PyTorch none is
+NONE = r"(?!)"  # fits no name: in PyTorch no matrix is [input, output]
 
 
 def _merged_into(
@@ -153,7 +153,7 @@ def _merged_into(
     if density is None:
         return _INTO_MERGES[into](params_0, taus, coef=coef)
     if into != "ties":
-        raise ValueError(f"density is for into ties; found into {into}.")
+        raise ValueError(f"density is for into ties, but into is {into}. Leave it out.")
     return merge.ties(params_0, taus, coef=coef, density=density)
 
 

@@ -1,4 +1,4 @@
-"""The model card of a merged model, and the same as data."""
+"""Writes the model card of a merged model, and the same facts as data."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ class Input(NamedTuple):
     """A model that was merged.
 
     Attributes:
-      model: its name, as the user gave it.
-      role: whether it was the base.
+      model: name of the model, as the user gave it.
+      role: "base" or "model".
       local: whether it is a folder, rather than on the Hub.
       sha256: the hash of every file of its weights, by name of the file.
     """
@@ -37,14 +37,14 @@ def data(
     dtype: str | None,
     seed: int,
 ) -> dict[str, Any]:
-    """What is known of a merge, as `jaxarith_merge.json` has it.
+    """Returns the facts about a merge, for `jaxarith_merge.json`.
 
     Args:
-      request: what was asked for.
+      request: the merge that was asked for.
       inputs: the models.
       command: the command line.
-      notes: what the user was told.
-      dtype: dtype of the new weights; None is the base's.
+      notes: the notes that were printed.
+      dtype: dtype of the new weights; None means the base's.
       seed: seed of random methods.
     """
     return {
@@ -60,11 +60,11 @@ def data(
 
 
 def render(name: str, facts: Mapping[str, Any]) -> str:
-    """The text of `README.md`.
+    """Returns the text of `README.md`.
 
     Args:
       name: name of the merged model.
-      facts: what `data` returned.
+      facts: the result of `data`.
 
     Example:
       >>> request = MergeRequest("average", models=())
@@ -92,12 +92,12 @@ def render(name: str, facts: Mapping[str, Any]) -> str:
 
 
 def dump(values: Any) -> str:
-    """Plain data as YAML, in its order."""
+    """Returns plain data as YAML, in its order."""
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _front_matter(facts):
-    # The Hub accepts only ids of its models here, those of adapters among them.
+    # The Hub accepts only ids of its own models and adapters here.
     is_adapter = facts.get("kind") == "adapter"
     ids = [
         part
@@ -118,7 +118,7 @@ def _front_matter(facts):
 
 
 def _inputs(facts):
-    """The models, with those of earlier documents, each once."""
+    """Returns the models, and those of earlier documents, each once."""
     found = [*facts["inputs"]]
     for document in facts.get("documents", ()):
         found += [model for model in document["inputs"] if model not in found]
@@ -126,7 +126,7 @@ def _inputs(facts):
 
 
 def _recipe(facts):
-    """The recipe as a file, with those of earlier documents before it."""
+    """Returns the recipe as a file, after those of earlier documents."""
     earlier = facts.get("documents", ())
     parts = [dump({"name": x["name"], **x["recipe"]}) for x in earlier]
     return "---\n".join([*parts, dump(facts["recipe"])])
@@ -146,12 +146,12 @@ def _row(model):
 
 
 def _inline(text: str) -> str:
-    """Text that Markdown shows as it is, in one line."""
+    """Returns a text in one line that Markdown shows unchanged."""
     return re.sub(r"([\\`*_{}\[\]<>#|~$!&])", r"\\\1", " ".join(str(text).split()))
 
 
 def _fenced(text: str, language: str) -> str:
-    """A block that the text cannot end, whatever it holds."""
+    """Returns a code block with a fence that does not occur in the text."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}{fence}\n"

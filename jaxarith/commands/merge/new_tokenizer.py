@@ -1,4 +1,4 @@
-"""The files of a merge's tokenizer: vocabulary, special ids and chat template."""
+"""Plans the files of a merge's tokenizer: vocabulary, special ids, chat template."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -16,16 +16,16 @@ from jaxarith.stream import Rerowing, inputs
 
 
 class Planned(NamedTuple):
-    """What a merge does about tokens.
+    """The plan of a merge for tokens.
 
     Attributes:
-      folder: whose tokenizer is copied; None is as without a key.
-      rerowing: where rows come from; None if they stay where they are.
-      made: files that are written in place of copies: their content by name.
-      left: files that are not copied, since they hold the old vocabulary.
-      renumber: `renumber(config, name)` returns the content of a configuration file,
-        by its name, with the ids of the new vocabulary, and notes; None if they stay.
-      notes: what the user should know.
+      folder: the folder whose tokenizer is copied; None if the file names none.
+      rerowing: the sources of rows; None if all rows stay in place.
+      made: files that are written instead of copied: their content by name.
+      left: files that are not copied because they contain the old vocabulary.
+      renumber: `renumber(config, name)` returns the content of the configuration file
+        `name` with the ids of the new vocabulary, and notes; None if ids stay.
+      notes: notes for the user.
     """
 
     folder: Path | None = None
@@ -37,12 +37,12 @@ class Planned(NamedTuple):
 
 
 def with_files(planned: Planned, out: Tokenizer, folder: Path) -> Planned:
-    """The same with the files of a tokenizer that has other tokens than its folder's.
+    """Returns the plan with files for a tokenizer that has more tokens than its folder.
 
     Args:
-      planned: what a merge does about tokens.
+      planned: the plan of a merge for tokens.
       out: the tokenizer.
-      folder: where it came from, before it got further tokens.
+      folder: the folder of the tokenizer before it got more tokens.
     """
     made = {tokenizer_files.FILE: _json(out.content)}
     settings = _settings(folder)
@@ -55,15 +55,15 @@ def with_files(planned: Planned, out: Tokenizer, folder: Path) -> Planned:
 def renumbering(
     before: Tokenizer, out: Tokenizer, folder: Path
 ) -> Callable[[dict, str], tuple[dict, list[str]]]:
-    """How ids change in configuration files, as a function for `Planned.renumber`.
+    """Returns the function for `Planned.renumber`, which changes ids of tokens.
 
-    A key that the new tokenizer's model has in its file of the same name takes that
-    value. Others name the same tokens as before; they become null where one is lost.
+    If the new tokenizer's model has a key in its file of the same name, that value is
+    used. Other keys name the same tokens as before, or become null if a token is lost.
 
     Args:
-      before: the tokenizer whose ids the files have.
-      out: the new one.
-      folder: that of the new tokenizer's model.
+      before: the tokenizer with the ids of the files.
+      out: the new tokenizer.
+      folder: the folder of the new tokenizer's model.
     """
     token_of = {row: token for token, row in before.ids.items()}
 
@@ -104,12 +104,12 @@ def _renumbered(config, theirs, token_of, ids, name, notes):
 def with_template(
     planned: Planned, request: MergeRequest, places: Mapping[str, str]
 ) -> Planned:
-    """The same with the chat template that is asked for.
+    """Returns the plan with the chat template that is asked for.
 
     Args:
-      planned: what a merge does about tokens.
-      request: what is asked for.
-      places: where each model is, by its name.
+      planned: the plan of a merge for tokens.
+      request: the merge that is asked for.
+      places: the place of each model, by its name.
     """
     template = request.chat_template
     if template is None:
@@ -121,7 +121,7 @@ def with_template(
         if template is None:
             return planned._replace(notes=tuple(notes))
         if template_syntax.checkable() and (fault := template_syntax.fault(template)):
-            notes.append(f"that chat template is no valid Jinja, by {fault}")
+            notes.append(f"that chat template is not valid Jinja: {fault}")
     elif template not in NAMED and not template_syntax.checkable():
         notes.append(template_syntax.NOT_CHECKED)
     template = NAMED.get(template, template)
@@ -136,7 +136,7 @@ def with_template(
 
 
 def _most_frequent(places: Mapping[str, str]) -> tuple[str | None, str]:
-    """The chat template of most models, the first one of several, and a note."""
+    """Returns the most frequent chat template (the first of several), and a note."""
     owners: dict[str, list[str]] = {}
     for name, place in places.items():
         folders = [x for x in folders_of(place) if tokenizer_files.template(x)]
@@ -159,13 +159,13 @@ def _json(content: Any) -> str:
 
 
 def folders_of(place: str) -> list[Path]:
-    """The folders of a model: of its adapter, then its own."""
+    """Returns the folders of a model: first its adapter's, then its own."""
     found = inputs.find(place)
     return [x for x in (found.adapter, found.folder) if x is not None]
 
 
 def folder_of(place: str) -> Path:
-    """The folder that has a model's tokenizer."""
+    """Returns the folder that has a model's tokenizer."""
     folders = folders_of(place)
     having = [x for x in folders if (x / tokenizer_files.FILE).is_file()]
     return [*having, *folders][0]

@@ -1,4 +1,4 @@
-"""What `jaxarith merge` prints before a merge, and writes beside the weights."""
+"""Prints the plan of a merge, and writes the files beside the weights."""
 
 import collections
 import dataclasses
@@ -30,7 +30,7 @@ def planned(
     dtype: str | None,
     notes: Sequence[str],
 ) -> str:
-    """The plan of a merge, for people to read."""
+    """Returns the plan of a merge as a text."""
     passes = tree.counted(recipe.function.passes, "pass", "passes")
     files = tree.counted(len(plan.files), "file")
     first = "base" if recipe.base else "first model"
@@ -58,13 +58,13 @@ def _bytes(count: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Beside:
-    """What belongs beside the weights.
+    """The files that belong beside the weights.
 
     Attributes:
-      config: the content of `config.json`; None of a base in a single file.
-      files: files to copy, such as those of the tokenizer, by their new names.
-      made: the content of files that are no copies, by their names.
-      notes: what the user should know of them.
+      config: the content of `config.json`; None if the base is a single file.
+      files: files to copy, for example of the tokenizer, by their new names.
+      made: the content of files that are not copies, by name.
+      notes: notes for the user about these files.
     """
 
     config: dict[str, Any] | None
@@ -74,17 +74,17 @@ class Beside:
 
 
 def beside(opened: Opened, dtype: str | None, tokenizer: Planned) -> Beside:
-    """Finds what belongs beside the weights of a merge.
+    """Finds the files that belong beside the weights of a merge.
 
     Args:
       opened: the models.
-      dtype: dtype of the new weights; None is the base's.
+      dtype: dtype of the new weights; None means the base's.
       tokenizer: the tokenizer of the merge.
 
     Raises:
       FileNotFoundError: the base has no configuration.
-      ValueError: it is no JSON, `tokenizer` has no files, or tokens lie beyond the
-        rows of the merge.
+      ValueError: the configuration is not JSON, `tokenizer` has no files, or tokens
+        have ids beyond the rows of the merge.
     """
     folder, rows = opened.folders[0], opened.resized
     if folder.is_file() and opened.config is None:
@@ -110,12 +110,12 @@ def beside(opened: Opened, dtype: str | None, tokenizer: Planned) -> Beside:
 
 
 def _config(opened: Opened, dtype: str | None) -> tuple[dict[str, Any], list[str]]:
-    """The content of the new `config.json`, but for ids of tokens, and notes."""
+    """Returns the new `config.json` before ids of tokens change, and notes."""
     found = opened.config
     config = hub.read_json(opened.folders[0]) if found is None else dict(found)
     notes = []
     if dtype is None and packed.stated_format(config) is not None:
-        dtype = _most(opened)  # a packed model's says in what it is computed
+        dtype = _most(opened)  # a packed model's config states its compute dtype
     if dtype is not None:
         config = config_of.replaced(config, lambda key, _: key in _DTYPE_KEYS, dtype)
         if not _DTYPE_KEYS & config.keys():
@@ -132,20 +132,20 @@ def _config(opened: Opened, dtype: str | None) -> tuple[dict[str, Any], list[str
         )
         if config == before:
             notes.append(
-                f"config.json gives no vocab_size of {old} and is kept; the merge has "
-                f"{new} rows"
+                f"config.json states no vocab_size of {old} and is kept, but the merge "
+                f"has {new} rows"
             )
     if (said := packed.stated_format(config)) is not None:
         config = config_of.without(config, packed.KEYS)
         notes.append(
-            f"config.json says that the weights are quantised ({said}), which those of "
-            "the merge are not; quantization_config is left out"
+            f"config.json says that the weights are quantised ({said}), but the merged "
+            "weights are not; quantization_config is left out"
         )
     return config, notes
 
 
 def _most(opened: Opened) -> str:
-    """The dtype that most of the new weights have."""
+    """Returns the dtype of most of the new weights."""
     sizes = collections.Counter()
     for tensor in opened.base.values():
         sizes[tensor.dtype.name] += tensor.size * tensor.is_floating
@@ -155,7 +155,7 @@ def _most(opened: Opened) -> str:
 def _replaced(
     files: Mapping[str, Path], tokenizer: Planned
 ) -> tuple[dict[str, Path], dict[str, str], list[str]]:
-    """The files that are copied, those that are written, and notes."""
+    """Returns the files that are copied, the files that are written, and notes."""
     made, notes = dict(tokenizer.made), []
     file = files.get(_GENERATION)
     if file is not None and tokenizer.renumber is not None:
@@ -165,19 +165,21 @@ def _replaced(
             made[_GENERATION] = json.dumps(after, indent=2, ensure_ascii=False) + "\n"
     left = [name for name in tokenizer.left if name in files and name not in made]
     if left:
-        notes.append(f"{', '.join(left)} of another vocabulary or template stay behind")
+        notes.append(
+            f"not copied, because of another vocabulary or template: {', '.join(left)}"
+        )
     kept = {n: file for n, file in files.items() if n not in made and n not in left}
     return kept, made, notes
 
 
 def write(folder: Path, found: Beside, name: str, facts: Mapping[str, Any]) -> None:
-    """Writes all but the weights.
+    """Writes all files except the weights.
 
     Args:
       folder: the new folder.
-      found: what belongs beside the weights.
+      found: the files that belong beside the weights.
       name: name of the new model.
-      facts: what is known of the merge, as `model_card.data` returns it.
+      facts: the facts about the merge, as `model_card.data` returns them.
     """
     for relative, file in found.files.items():
         place = folder / relative
@@ -201,7 +203,7 @@ def _write_json(path, content):
 def inputs(
     recipe: MergeRecipe | SlicedRecipe, opened: Opened, report: Report
 ) -> list[Input]:
-    """The models with the hashes of their weights, those of an adapter among them."""
+    """Returns the models with the hashes of their weights and of their adapters'."""
     folders = iter(opened.folders if recipe.base is not None else opened.folders[1:])
 
     def of_model(model: str, role: Literal["base", "model"]) -> Input:
@@ -217,7 +219,7 @@ def inputs(
 
 
 def _check_tokens(config, files, rows):
-    """Raises a ValueError if tokens are beyond the rows that a merge keeps."""
+    """Raises a ValueError if tokens have ids beyond the rows that a merge keeps."""
     if lines := sides.beyond(config, files, rows):
         what = "special or added token"
         lie = tree.counted(len(lines), f"{what} lies", f"{what}s lie")

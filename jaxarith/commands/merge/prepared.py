@@ -1,4 +1,4 @@
-"""One merge: its models opened and its files planned, to be described or done."""
+"""Opens the models of one merge and plans its files, to describe it or to do it."""
 
 import argparse
 import contextlib
@@ -27,14 +27,14 @@ class Prepared:
     """A merge whose models are open.
 
     Attributes:
-      recipe: what is done; its models may be folders in place of names.
+      recipe: the merge; its models may be folders instead of names.
       opened: the models.
-      beside: what goes beside the weights.
+      beside: the files beside the weights.
       tokenizer: the folder whose tokenizer is copied, if one is chosen.
       plan: the files of the weights.
-      dtype: dtype of the new weights; None is the base's.
-      notes: what the user should know.
-      names: the names of models that are elsewhere.
+      dtype: dtype of the new weights; None means the base's.
+      notes: notes for the user.
+      names: the folders of models by their names.
       args: the flags of the command.
     """
 
@@ -49,20 +49,20 @@ class Prepared:
     args: argparse.Namespace
 
     def described(self) -> str:
-        """What the merge would do, for people to read.
+        """Returns a text that says what the merge would do.
 
         Raises:
-          ValueError: it would fail because of its options.
+          ValueError: the merge would fail because of its options.
         """
         self.recipe.check(self.opened.params_0, self.opened.taus)
         text = output.planned(self.recipe, self.plan, self.dtype, self.notes)
         return self.names.named(text)
 
     def facts(self, sha256: Mapping[str, dict[str, str]]) -> dict[str, Any]:
-        """What is known of the merge, as its record has it.
+        """Returns the facts about the merge for its record.
 
         Args:
-          sha256: by folder and file, the hashes of the weights.
+          sha256: the hashes of the weights, by folder and file.
         """
         report = stream.Report(0, 0, 0, dict(sha256))
         found = output.inputs(self.recipe, self.opened, report)
@@ -87,8 +87,8 @@ class Prepared:
         Args:
           out: the folder.
           overwrite: whether to replace an existing one.
-          more: a function of the folder of complete weights that returns what else its
-            record has.
+          more: `more(folder)` returns further facts for the record, where `folder` has
+            the complete weights.
         """
 
         def finish(folder: Path, report: stream.Report) -> None:
@@ -109,15 +109,15 @@ class Prepared:
         )
 
     def check_apart(self, out: Path) -> None:
-        """Raises a ValueError if a new folder is in one of the models, or holds one."""
+        """Raises a ValueError if a new folder is in a model or contains one."""
         for folder in map(Path.resolve, self.opened.folders):
             if folder.is_relative_to(out.resolve()):
-                raise ValueError(f"{out} holds one of the models; name another folder.")
+                raise ValueError(f"{out} holds one of the models. Name another folder.")
             if out.resolve().is_relative_to(folder):
-                raise ValueError(f"{out} is in one of the models; name another folder.")
+                raise ValueError(f"{out} is in one of the models. Name another folder.")
 
     def sketch(self, folder: Path) -> None:
-        """Makes the folder of the merge with headers of weights and no weights."""
+        """Makes the folder of the merge with headers of weights but no weights."""
         folder.mkdir()
         tied = bool(tying.states(self.beside.config or {}))
         headers.sketch(folder, self.plan.files, tied=tied)
@@ -130,16 +130,16 @@ def prepared(
     args: argparse.Namespace,
     names: Located | None = None,
 ) -> Iterator[Prepared]:
-    """Opens the models of a merge, for as long as the context lasts.
+    """Opens the models of a merge, for the duration of a `with` block.
 
     Args:
-      recipe: what is done.
+      recipe: the merge.
       args: the flags of the command.
-      names: the names of models that are elsewhere.
+      names: the folders of models by their names.
 
     Raises:
-      FileNotFoundError: a model or a part of one is not there.
-      ValueError: the models do not fit together, or not the recipe.
+      FileNotFoundError: a model or a part of one does not exist.
+      ValueError: the models do not fit together, or do not fit the recipe.
     """
     names = names or Located()
     if isinstance(recipe, MergeRecipe):
@@ -179,7 +179,7 @@ def prepared(
 
 
 def _places(recipe: MergeRecipe | SlicedRecipe, temporary: Path) -> dict[str, str]:
-    """Where all models are, by their names, the base first."""
+    """Returns the places of all models by their names, the base first."""
     named = [name for name in (recipe.base, *recipe.models) if name is not None]
     if isinstance(recipe, SlicedRecipe):
         return {name: name for name in named}
@@ -217,7 +217,7 @@ def _opened(
 
 
 def _in_safetensors(number: int, model: str, temporary: Path) -> str:
-    """The model, or a copy of it where a local folder has only Flax weights."""
+    """Returns the model, or a converted copy of a folder with only Flax weights."""
     folder = Path(model).expanduser()
     kinds = (hub.WEIGHTS, hub.INDEX, hub.MSGPACK)
     found = [name for name in kinds if (folder / name).is_file()]
@@ -231,7 +231,7 @@ def _in_safetensors(number: int, model: str, temporary: Path) -> str:
 
 @contextlib.contextmanager
 def _float64() -> Iterator[None]:
-    """Computes with float64 where tensors have it, in all threads."""
+    """Computes float64 tensors in float64, in all threads."""
     jax.config.update("jax_enable_x64", True)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A merge that can be run: which models, by which function, with which options."""
+"""Recipes: merges that can be run, with their models, functions and options."""
 
 import dataclasses
 import functools
@@ -20,23 +20,23 @@ from jaxarith.typing import Params, Taus
 
 PRESETS: dict[Preset, dict[str, Method]] = {"paper": PAPER, "mergekit": MERGEKIT}
 
-# An option as a function of the depths of all tensors.
+# Maps the depths of all tensors to the value of an option.
 _Bind = Callable[[Mapping[str, float]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class MergeRecipe:
-    """What is done for a request.
+    """A merge that can be run, made from a request.
 
     Attributes:
-      request: what was asked for.
+      request: the merge that was asked for.
       function: the method.
-      options: a function of the names of all tensors and of a configuration that
-        returns the method's options by keyword.
-      options_at: the same of the depths of tensors, by name.
+      options: `options(names, config)` returns the method's options by keyword, for the
+        names of all tensors and a configuration.
+      options_at: `options_at(depths)` returns the same for the depths of tensors.
       base: the model from which task vectors are measured, if there is one.
-      models: the other models, or all where the method merges models.
-      notes: what the user should know.
+      models: the other models, or all models if the method merges models.
+      notes: notes for the user.
       config: the content of the base's `config.json`, which counts the layers.
     """
 
@@ -68,9 +68,9 @@ class MergeRecipe:
         return method(params_0, taus)
 
     def check(self, params_0: Params, taus: Taus) -> None:
-        """Raises what `merge` would because of its options, from shapes alone.
+        """Raises the errors that `merge` would raise for its options, from shapes only.
 
-        The method goes over one leaf of every shape, since tracing takes time.
+        The method is traced with one leaf of every shape, because tracing takes time.
         """
         leaves = tree.flatten(tree.floating(params_0))
         options = self.options(leaves, self.config)
@@ -82,7 +82,7 @@ class MergeRecipe:
     def check_options(
         self, options: Mapping[str, Any], leaves: Mapping[str, Any], taus: Taus
     ) -> None:
-        """Raises what the method would because of these options, as `check` does."""
+        """Raises the errors that the method would raise for these options."""
         if not self.function.by_shape:
             return
         of_shape = {
@@ -105,7 +105,7 @@ class MergeRecipe:
 
 
 def unused_filters(request: MergeRequest, names: Collection[str]) -> list[str]:
-    """The filters of a request that fit none of the tensors."""
+    """Returns the filters of a request that fit none of the tensors."""
     places = [request.parameters, *(own for _, own in request.models)]
     for one in request.slices:
         places += [one.parameters, *(x.model.parameters for x in one.sources)]
@@ -114,14 +114,14 @@ def unused_filters(request: MergeRequest, names: Collection[str]) -> list[str]:
 
 
 def find(name: str, preset: Preset | None) -> Method:
-    """The method of a name.
+    """Returns the method with a name.
 
     Args:
-      name: the name of a method in either table.
-      preset: the table to use where both have it; None is that of the papers.
+      name: the name of a method in one of the two tables.
+      preset: the table to use if both have the name; None means that of the papers.
 
     Raises:
-      ValueError: neither has it.
+      ValueError: neither table has the name.
     """
     first = PRESETS[preset or "paper"]
     method = first.get(name) or PAPER.get(name) or MERGEKIT.get(name)
@@ -133,7 +133,7 @@ def find(name: str, preset: Preset | None) -> Method:
 
 
 def names() -> list[str]:
-    """The names of all methods."""
+    """Returns the names of all methods."""
     return sorted({*PAPER, *MERGEKIT})
 
 
@@ -155,7 +155,7 @@ def build(request: MergeRequest, *, seed: int = 0) -> MergeRecipe:
     if base is None and request.after:
         raise ValueError(
             f"{request.after[0].name} changes a merged task vector, which is measured "
-            "from a base model; name the base."
+            "from a base model. Name the base."
         )
     models = request.models
     if method.base != "aside" and base is not None:
@@ -176,11 +176,11 @@ def of_models(
     *,
     seed: int = 0,
 ) -> MergeRecipe:
-    """The recipe of a request whose base is told from its models.
+    """Returns the recipe of a request whose base and models are separated.
 
     Args:
-      request: what is asked for.
-      method: its method.
+      request: the merge that is asked for.
+      method: the method of the request.
       models: the models to merge, without the base.
       base: the model from which task vectors are measured, if there is one.
       seed: seed of random methods.
@@ -189,7 +189,7 @@ def of_models(
       ValueError: a model or a parameter that the method needs is missing.
     """
     if not models:
-        raise ValueError("there is no model to merge besides the base.")
+        raise ValueError("there is no model to merge besides the base. Name one.")
     if method.models not in (None, len(models)):
         raise ValueError(
             f"{request.method} takes {method.models} model; found "
@@ -221,26 +221,26 @@ def of_models(
 
 
 def place(model: str) -> str:
-    """The folder of a local model, however it was written; else its name."""
+    """Returns the absolute folder of a local model, or else the model's name."""
     path = Path(model).expanduser()
     return str(path.resolve()) if path.is_dir() else model
 
 
 def _twice(models: Sequence[str]) -> Iterator[str]:
-    """Notes on models that are given twice, perhaps by two names."""
+    """Yields notes on models that are given twice, also under two names."""
     seen: dict[str, str] = {}
     for model in models:
         first = seen.get(place(model))
         if first is not None:
             names = model if first == model else f"{first} and {model}"
-            yield f"{names}: one model that is given twice, and counts twice"
+            yield f"{names}: this model is given twice, and counts twice"
         seen[place(model)] = model
 
 
 def _bound(
     name: str, method: Method, models: Sequence[Model], shared: Mapping[str, Setting]
 ) -> dict[str, _Bind]:
-    """By keyword, functions of the depths of tensors that return the options."""
+    """Returns, by keyword, functions from the depths of tensors to the options."""
     bound = {}
     for key, option in method.options.items():
         owners = models if option.each else [Model("", {})]
@@ -259,7 +259,7 @@ def _settings(
     owners: Sequence[Model],
     shared: Mapping[str, Setting],
 ) -> list[Setting]:
-    """For each owner its own setting of an option, then the shared one, the default."""
+    """Returns each owner's setting of an option: its own, shared, or the default."""
     option = method.options[key]
     settings = [own.get(key, ()) + shared.get(key, ()) for _, own in owners]
     empty = [
@@ -275,7 +275,7 @@ def _settings(
     if 0 < len(empty) < len(settings):
         raise ValueError(
             f"{key} is given for {len(settings) - len(empty)} of {len(settings)} "
-            "models; give it for each, or once for all."
+            "models. Give it for each, or once for all."
         )
     return settings
 
@@ -285,8 +285,8 @@ def _binding(labels: Sequence[str], settings: Sequence[Setting], same: bool) -> 
         found = [gradients.value(setting, path, depth) for setting in settings]
         if None in found:
             raise ValueError(
-                f"no filter of {labels[found.index(None)]} fits the tensor {path}; a "
-                "last entry without a filter is for all the rest."
+                f"no filter of {labels[found.index(None)]} fits the tensor {path}. Add "
+                "a last entry without a filter, for all other tensors."
             )
         return found[0] if same else found
 
@@ -317,7 +317,7 @@ def _notes(
         yield "int8_mask has no effect: no mask is stored"
     if "in_out" in method.options and "in_out" not in bound:
         yield (
-            f"{request.method} takes matrices as [output, input]; in_out is a pattern "
-            "for those of [input, output], such as GPT-2's: "
+            f"{request.method} takes matrices as [output, input]; set in_out to a "
+            "pattern for those that are [input, output], for example GPT-2's: "
             r"'.*\.c_(attn|fc|proj)\.weight'"
         )

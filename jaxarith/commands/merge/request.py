@@ -1,4 +1,4 @@
-"""What the user asks for: the flags and the YAML files both say this."""
+"""Requests: the merges that users ask for, with flags or in a YAML file."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ class Model(NamedTuple):
     """A model to merge.
 
     Attributes:
-      name: a folder or hub id, perhaps with `+` and an adapter.
-      parameters: options of the method that are this model's own.
+      name: a folder or hub id, with or without `+` and an adapter.
+      parameters: options of the method for this model only.
     """
 
     name: str
@@ -29,9 +29,9 @@ class Source(NamedTuple):
     """Layers of a model in a slice.
 
     Attributes:
-      model: the model, with options of the method that are its own in this slice.
-      start, stop: the first layer, and the first one behind.
-      place: what errors about it begin with, such as the line of a file.
+      model: the model, with options of the method for it in this slice only.
+      start, stop: the first layer, and the layer after the last.
+      place: the start of error messages about it, for example the line of a file.
     """
 
     model: Model
@@ -41,13 +41,13 @@ class Source(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """Layers of some models that are merged.
+    """Layers of several models that are merged into new layers.
 
     Attributes:
       sources: the models.
       parameters: options of the method in this slice.
-      base: the base model of this slice; None is that of the request.
-      place: what errors about it begin with.
+      base: the base model of this slice; None means that of the request.
+      place: the start of error messages about it.
     """
 
     sources: tuple[Source, ...]
@@ -57,16 +57,17 @@ class Slice(NamedTuple):
 
 
 class TokenRow(NamedTuple):
-    """Where the row of a token comes from in models that lack it.
+    """The source of a token's row for models that lack the token.
 
     Attributes:
-      token: the token; it is added where the tokenizer lacks it.
-      source: "model": from that model's row of this token; "row": from its row of
-        another one; "zero": it is zero; "default": as for tokens that are not listed.
+      token: the token; it is added if the tokenizer lacks it.
+      source: "model": the row of this token in `model`; "row": the row of another token
+        in `model`; "zero": a row of zeros; "default": as for tokens that are not
+        listed.
       model: the model.
       of: the other token, or its id.
       force: whether models that have the token get that row too.
-      place: what errors about it begin with.
+      place: the start of error messages about it.
     """
 
     token: str
@@ -86,20 +87,20 @@ class MergeRequest:
       models: the models to merge; the base may be one of them.
       base: the model from which task vectors are measured.
       parameters: options of the method for all models, by name.
-      preset: the table of methods to use where both have one of that name.
+      preset: the table of methods to use if both have one of that name.
       dtype: dtype of the new weights (mergekit computes in it as well).
       out_dtype: dtype of the new weights, if it differs from `dtype`.
-      tokenizer_source: the model whose tokenizer the new one has, or "union" for the
-        base's with the tokens of all others; None is the base's, and what adapters
-        have of a tokenizer, while rows of tokens stay where they are.
-      tokens: where rows of single tokens come from.
-      pad_to_multiple_of: the number of rows is a multiple of it; None is any number.
-      chat_template: the new chat template, or the name of one; "auto" is the one that
-        most models have.
-      layers: the number of layers that the largest stack must have; None is any.
-      after: what is done to the merged vector, in order.
-      slices: the slices whose layers follow each other, in place of `models`.
-      place: where a file says that there are so many layers; for errors.
+      tokenizer_source: the model whose tokenizer is used, or "union" for the base's
+        with the tokens of all others. None means the base's and the tokenizer files of
+        adapters, and rows of tokens stay in place.
+      tokens: the sources of rows of single tokens.
+      pad_to_multiple_of: the number of rows is a multiple of it; None allows any.
+      chat_template: the new chat template, or the name of one; "auto" means the one
+        that most models have.
+      layers: the number of layers that the largest stack must have; None allows any.
+      after: the wrappers of the merged vector, in order.
+      slices: the slices whose layers follow each other, instead of `models`.
+      place: the line that states the number of layers, for errors.
     """
 
     method: str
@@ -119,7 +120,7 @@ class MergeRequest:
     place: str = dataclasses.field(default="", compare=False)
 
     def as_file(self) -> dict[str, Any]:
-        """The content of a YAML file that asks for the same merge."""
+        """Returns the content of a YAML file that asks for the same merge."""
         content = {
             "merge_method": self.method,
             "preset": self.preset,

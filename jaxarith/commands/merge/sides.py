@@ -1,4 +1,4 @@
-"""Which files go beside the weights of a merge, and which stay behind."""
+"""Chooses which files are copied beside the weights of a merge, and which are not."""
 
 import contextlib
 import filecmp
@@ -26,15 +26,15 @@ _IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 def choose(
     inputs: Sequence[Path], tokenizer: Path | None, made: Collection[str] = ()
 ) -> tuple[dict[str, Path], list[str]]:
-    """The files to copy, by their names in the new folder, and notes.
+    """Returns the files to copy, by their names in the new folder, and notes.
 
-    They are the base's. The tokenizer is that of `tokenizer`, with its code; where none
-    is chosen, the files of a tokenizer that an adapter has replace the base's.
+    They are the base's files. The tokenizer is that of `tokenizer`, with its code. If
+    it is None, an adapter's files of a tokenizer replace those of the base.
 
     Args:
       inputs: the folders of the base, the models and the adapters.
-      tokenizer: the folder whose tokenizer is copied; None is as said.
-      made: names of files that are written anew, of which no note is needed.
+      tokenizer: the folder whose tokenizer is copied; None chooses as above.
+      made: names of files that are written by the merge and need no note.
 
     Raises:
       ValueError: `tokenizer` has no tokenizer, or other code of the same name.
@@ -70,14 +70,17 @@ def _with_source(found: Mapping[str, Path], source: Path) -> dict[str, Path]:
     theirs = _named(source)
     new = _tokenizer(theirs)
     if not new:
-        raise ValueError(f"tokenizer_source: {source} has no files of a tokenizer.")
+        raise ValueError(
+            f"tokenizer_source: {source} has no files of a tokenizer. Name a model "
+            "that has them."
+        )
     for name in _code(source):
         if name in theirs:
             new[name] = theirs[name]
             if name in found and not _equal(found[name], theirs[name]):
                 raise ValueError(
-                    f"tokenizer_source: {theirs[name]} differs from {found[name]}, and "
-                    "the new folder needs both. Rename one, and in the configuration "
+                    f"tokenizer_source: {theirs[name]} differs from {found[name]}, but "
+                    "the new folder needs both. Rename one, also in the configuration "
                     "that names it."
                 )
     rest = {name: file for name, file in found.items() if not _TOKENIZER.match(name)}
@@ -85,7 +88,7 @@ def _with_source(found: Mapping[str, Path], source: Path) -> dict[str, Path]:
 
 
 def _code(folder: Path) -> Iterator[str]:
-    """The files of code that a tokenizer's configuration names, and their imports."""
+    """Yields the code files that a tokenizer's configuration names, with imports."""
     if not (folder / _SETTINGS).is_file():
         return
     named = hub.read_json(folder, _SETTINGS).get("auto_map")
@@ -112,14 +115,14 @@ def _with_adapters(
     if any(not _same(new, other) for _, other in more):
         note = (
             "the adapters have different tokenizers or chat templates, so the base's "
-            "are copied; tokenizer_source chooses another's"
+            "are copied; choose others with tokenizer_source"
         )
         return dict(found), [note]
     result = {**found, **new}
     if _TEMPLATE not in new and _states_template(first):
-        result.pop(_TEMPLATE, None)  # it would hide that of tokenizer_config.json
+        result.pop(_TEMPLATE, None)  # it would override that of tokenizer_config.json
     names = ", ".join(tree.first_few(sorted(new), most=6))
-    return result, [f"the tokenizer's files {names} are those of the adapter {first}"]
+    return result, [f"the tokenizer's files {names} come from the adapter {first}"]
 
 
 def _states_template(folder):
@@ -155,11 +158,11 @@ def _differences(
 def beyond(
     config: Mapping[str, Any], found: Mapping[str, Path], rows: float
 ) -> list[str]:
-    """Special and added tokens whose ids lie beyond the rows, with what names them.
+    """Returns special and added tokens with ids beyond the rows, and where they are.
 
     Args:
       config: the content of `config.json`.
-      found: files by their names, of which those of the tokenizer are looked through.
+      found: files by their names; those of the tokenizer are searched.
       rows: the number of rows.
     """
     named = [("config.json", key, value) for key, value in _ids(config)]
@@ -183,10 +186,10 @@ def beyond(
 
 
 def _added(file: Path) -> list[Mapping[str, Any]]:
-    """The added tokens of a `tokenizer.json`, of which no more is read and parsed.
+    """Returns the added tokens of a `tokenizer.json`, without parsing all of it.
 
-    They are a few at the top, above vocabularies of 100,000 entries. In those, a token
-    of this name has a number and no list.
+    They are a few entries at the top, above vocabularies of 100,000 entries. A token
+    with the key's name in a vocabulary has a number as its value, and no list.
     """
     content = b""
     with files.opened(file) as source:
@@ -200,13 +203,13 @@ def _added(file: Path) -> list[Mapping[str, Any]]:
                 return [token for token in tokens if isinstance(token, Mapping)]
             if len(content) > files.JSON_BYTES:
                 break
-    return []  # whoever loads the tokenizer will say what is wrong
+    return []  # loading the tokenizer will raise a better error
 
 
 def _object(file):
     try:
         content = files.read_json(file)
-    except ValueError:  # whoever loads the tokenizer will say so
+    except ValueError:  # loading the tokenizer will raise a better error
         return {}
     return content if isinstance(content, dict) else {}
 

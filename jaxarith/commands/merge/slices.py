@@ -1,4 +1,4 @@
-"""The recipe of a merge whose layers come from slices of models."""
+"""Recipes of merges whose layers come from slices of models."""
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
@@ -15,17 +15,17 @@ from jaxarith.typing import Params, Taus
 
 @dataclasses.dataclass(frozen=True)
 class SlicedRecipe:
-    """What is done for a request of slices; each one is a merge of its own.
+    """A merge of slices that can be run; each slice is a separate merge.
 
     Attributes:
-      request: what was asked for.
+      request: the merge that was asked for.
       parts: the merge of each slice.
       slices: the layers of each slice's base and models.
-      base: the model whose files the new one has, if it is named as the base.
+      base: the model whose files the new model gets, if it is named as the base.
       models: all other models.
-      notes: what the user should know.
-      config: the content of the base's `config.json`; the new one is the stream's.
-      depths: for each slice its tensors with their depths, once models are opened.
+      notes: notes for the user.
+      config: the content of the base's `config.json`; `stream` makes the new one.
+      depths: the depths of each slice's tensors, once models are opened.
     """
 
     request: MergeRequest
@@ -48,7 +48,7 @@ class SlicedRecipe:
         return self.parts[0].function
 
     def of(self, opened: Opened, config: Mapping[str, Any]) -> "SlicedRecipe":
-        """The recipe for opened models."""
+        """Returns the recipe for opened models."""
         return dataclasses.replace(self, config=config, depths=opened.slices)
 
     def merge(self, params_0: Params, taus: Taus) -> Params:
@@ -65,14 +65,14 @@ class SlicedRecipe:
         return merged
 
     def check(self, params_0: Params, taus: Taus) -> None:
-        """Raises what `merge` would because of its options, from shapes alone."""
+        """Raises the errors that `merge` would raise for its options."""
         for part, depths in self._filled():
             leaves, vectors = _of_slice(params_0, taus, part, depths)
             floating = tree.flatten(tree.floating(leaves))
             part.check_options(part.options_at(depths), floating, vectors)
 
     def _filled(self) -> Iterator[tuple[MergeRecipe, Mapping[str, float]]]:
-        """The merges of slices that have tensors; one may have no layers at all."""
+        """Yields the merges of slices that have tensors; a slice may have no layers."""
         return filter(lambda pair: pair[1], zip(self.parts, self.depths, strict=True))
 
     def unused_filters(self, names: Collection[str]) -> list[str]:
@@ -100,8 +100,8 @@ def build(request: MergeRequest, *, seed: int = 0) -> SlicedRecipe:
     method = merge_recipe.find(request.method, request.preset)
     if request.after:
         raise ValueError(
-            f"{request.after[0].name} changes the vector of whole models; slices have "
-            "none. Merge the slices first, and then whole models with --after."
+            f"{request.after[0].name} changes the vector of whole models, but slices "
+            "have none. Merge the slices first, then whole models with --after."
         )
     parts, slices = [], []
     for one in request.slices:
@@ -114,14 +114,14 @@ def build(request: MergeRequest, *, seed: int = 0) -> SlicedRecipe:
     if len({one.base is None for one in slices}) > 1:
         lacking = next(one for one in slices if one.base is None)
         raise ValueError(
-            f"{lacking.first.place}: this slice has no base model, and others have "
-            "one; name a base_model for all."
+            f"{lacking.first.place}: this slice has no base model, but others have "
+            "one. Name a base_model for all."
         )
     every = dict.fromkeys(x.model.name for one in request.slices for x in one.sources)
     every |= dict.fromkeys(one.base for one in request.slices if one.base is not None)
     notes = dict.fromkeys(note for part in parts for note in part.notes)
     if request.preset == "paper" and len(slices) > 1:
-        notes["each slice is merged by itself, statistics of the whole vector too"] = (
+        notes["each slice is merged separately, with its own statistics of vectors"] = (
             None
         )
     return SlicedRecipe(
@@ -137,7 +137,7 @@ def build(request: MergeRequest, *, seed: int = 0) -> SlicedRecipe:
 def _part(
     request: MergeRequest, method: Method, one: Slice, seed: int
 ) -> tuple[MergeRecipe, stream.Slice]:
-    """The merge of a slice, and the layers that it takes."""
+    """Returns the merge of a slice, and the layers that it takes."""
     base = one.base or request.base
     own = [x for x in one.sources if base is not None and _is(x, base)][:1]
     rest = [x for x in one.sources if not any(x is y for y in own)]
@@ -145,9 +145,9 @@ def _part(
     if method.base in ("needed", "optional") and base is not None:
         of_base = own[0] if own else _beside(base, one)
     elif method.base == "needed":
-        raise ValueError(f"{request.method} merges task vectors; name a base_model.")
+        raise ValueError(f"{request.method} merges task vectors. Name a base_model.")
     else:
-        rest = [*own, *rest]  # mergekit's base is the first of the models
+        rest = [*own, *rest]  # in mergekit the base is the first of the models
     shared = dict(request.parameters)
     for key, setting in one.parameters.items():
         shared[key] = setting + shared.get(key, ())  # the slice's count first
@@ -164,12 +164,12 @@ def _is(source: Source, base: str) -> bool:
 
 
 def _beside(base: str, one: Slice) -> Source:
-    """The layers of a base that is none of the sources: those of the models."""
+    """Returns the layers of a base that is not a source: those of the models."""
     first = one.sources[0]
     if any((x.start, x.stop) != (first.start, first.stop) for x in one.sources):
         raise ValueError(
-            f"the base model {base} is none of the sources, whose ranges differ; list "
-            "it with its layer_range."
+            f"the base model {base} is not one of the sources, and their ranges "
+            "differ. List it with its layer_range."
         )
     return first._replace(model=first.model._replace(name=base, parameters={}))
 
@@ -179,11 +179,11 @@ def _layers(source: Source) -> Layers:
 
 
 def settled(recipe: MergeRecipe, *, seed: int) -> MergeRecipe | SlicedRecipe:
-    """The recipe itself, or that of a slice if it has fewer layers than the models.
+    """Returns the recipe, or one of a slice if it has fewer layers than the models.
 
     Args:
-      recipe: one of whole models, perhaps with the number of layers that a file says
-        they have.
+      recipe: a recipe of whole models, with or without the number of layers from the
+        file.
       seed: seed of random methods.
     """
     request = recipe.request

@@ -1,4 +1,4 @@
-"""The merges of a file of several documents, one after the other."""
+"""Runs the merges of a file with several documents, one after the other."""
 
 import argparse
 import contextlib
@@ -22,18 +22,18 @@ def described(
     temporary: Path,
     names: Located | None = None,
 ) -> Iterator[tuple[Document, Prepared, str]]:
-    """Each document with what its merge would do; no weights are read.
+    """Yields each document with a text about its merge; no weights are read.
 
-    What it merges of other documents is described by the headers that they will write.
+    The results of other documents are described by the headers that they will write.
 
     Args:
       found: the documents, in order.
       args: the flags of the command.
       temporary: a folder for the headers.
-      names: models that are elsewhere.
+      names: the folders of models by their names.
 
     Raises:
-      FileNotFoundError, ValueError: a merge would fail, as its headers tell.
+      FileNotFoundError, ValueError: a merge would fail, as its headers show.
     """
     names = names or Located()
     for one in found:
@@ -53,7 +53,7 @@ def plans(
     temporary: Path,
     names: Located | None = None,
 ) -> str:
-    """What all merges would do, for people to read.
+    """Returns a text that says what all merges would do.
 
     Args:
       found, args, temporary, names: as for `described`.
@@ -69,7 +69,7 @@ def plans(
 
 
 def _fate(one, found, ready, args, before):
-    """Where the result of a document goes."""
+    """Returns a text that says where the result of a document goes."""
     if one is found[-1]:
         return str(args.out or args.folder or "the new folder")
     folder = args.intermediate_dir and args.intermediate_dir / one.name
@@ -78,7 +78,7 @@ def _fate(one, found, ready, args, before):
     if not folder.exists():
         return f"{folder}, where it is kept"
     if why := kept.changed(folder, ready, _used(one, before)):
-        return f"{folder}, anew: {why}"
+        return f"{folder}, made again: {why}"
     return f"{folder}, where it is; used if the hashes of its models are the same"
 
 
@@ -94,7 +94,7 @@ def run(found: Sequence[Document], args: argparse.Namespace, out: Path) -> None:
 
     Raises:
       FileNotFoundError, ValueError, OSError: a merge fails; the message has the line
-        of its document. There is no `out` then.
+        of its document. `out` does not exist then.
     """
     with tempfile.TemporaryDirectory() as temporary:
         for _ in described(found, args, Path(temporary)):
@@ -124,29 +124,29 @@ def run(found: Sequence[Document], args: argparse.Namespace, out: Path) -> None:
 def check_folders(
     found: Sequence[Document], args: argparse.Namespace, out: Path
 ) -> None:
-    """Raises a ValueError if results would replace others, or hold the new folder."""
+    """Raises a ValueError if results would replace others or contain the new folder."""
     if args.intermediate_dir is None:
         return
     if args.intermediate_dir.is_file():
         raise ValueError(
-            f"{args.intermediate_dir} is a file; name another --intermediate-dir."
+            f"{args.intermediate_dir} is a file. Name another --intermediate-dir."
         )
     for one in found[:-1]:
         folder = (args.intermediate_dir / str(one.name)).resolve()
         if folder.exists() and not kept.is_kept(folder):
             raise ValueError(
-                f"{folder} exists and is no result that `jaxarith merge` kept there; "
-                "name another --intermediate-dir."
+                f"{folder} exists, but `jaxarith merge` did not keep it there. Name "
+                "another --intermediate-dir."
             )
         new = out.resolve()
         if new.is_relative_to(folder) or folder.is_relative_to(new):
             raise ValueError(
-                f"{folder} and {out} hold each other; name another --intermediate-dir."
+                f"{folder} and {out} overlap. Name another --intermediate-dir."
             )
 
 
 def _made(one, ready, place, args, used, is_last):
-    """Merges a document, unless its result is there from before."""
+    """Merges a document, unless a kept result can be used."""
     keeps = not is_last and args.intermediate_dir is not None
     if keeps and place.exists():
         why = kept.changed(place, ready, used) or kept.stale(place, ready)
@@ -155,7 +155,7 @@ def _made(one, ready, place, args, used, is_last):
                 _tell(f"{one.name}: {place} is used as it is")
             return
         if not args.quiet:
-            _tell(f"{one.name}: made anew, since {why}")
+            _tell(f"{one.name}: made again, because {why}")
     facts = kept.facts(ready) if keeps else {}
 
     def more(folder: Path) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def _made(one, ready, place, args, used, is_last):
 
 
 def done(ready: Prepared, place: Any, report: stream.Report) -> str:
-    """What a merge did, in a line."""
+    """Returns a line that says what a merge did."""
     recipe = ready.recipe
     return (
         f"{recipe.request.method} of {tree.counted(len(recipe.models), 'model')}: "
@@ -188,13 +188,13 @@ def _tell(note):
 
 
 def _of_record(one, facts, before):
-    """A document and those before it, as the record of a later one has them."""
+    """Returns a document and those before it, for the record of a later one."""
     own = {"name": one.name, "recipe": facts["recipe"], "inputs": facts["inputs"]}
     return {"uses": one.uses, "own": own, "before": _used(one, before)}
 
 
 def _used(one, before):
-    """All documents that a document needs, in order and each once."""
+    """Returns all documents that a document needs, in order and each once."""
     found = {}
     for name in one.uses:
         for earlier in (*before[name]["before"], before[name]["own"]):
@@ -206,7 +206,7 @@ def _used(one, before):
 def _opened(
     one: Document, found: Sequence[Document], args: argparse.Namespace, names: Located
 ) -> Iterator[Prepared]:
-    if one is not found[-1]:  # results in between are not rounded by a flag
+    if one is not found[-1]:  # --dtype does not round intermediate results
         args = argparse.Namespace(**{**vars(args), "dtype": None})
     recipe = mergekit_yaml.build(one.root, seed=args.seed, folder_of=names.folder)
     with prepared(recipe, args, names) as ready:
@@ -217,7 +217,7 @@ def _opened(
 def _named_errors(
     one: Document, found: Sequence[Document], names: Located
 ) -> Iterator[None]:
-    """Errors say of which document they are, and call its models by their names."""
+    """Adds the document to errors, with the names of its models."""
 
     def text(error):
         said = names.named(str(error))

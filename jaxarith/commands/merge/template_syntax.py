@@ -1,8 +1,8 @@
-"""Whether a chat template is Jinja, as transformers reads it."""
+"""Checks that a chat template is Jinja as transformers reads it."""
 
 import importlib.util
 
-NOT_CHECKED = "the syntax of chat_template was not checked, which needs jinja2"
+NOT_CHECKED = "the syntax of chat_template was not checked: jinja2 is not installed"
 
 
 def checkable() -> bool:
@@ -11,10 +11,9 @@ def checkable() -> bool:
 
 
 def fault(template: str) -> str | None:
-    """The first error of syntax in a template, with its line; None if it has none.
+    """Returns the first syntax error in a template, with its line; None without errors.
 
-    Filters and tests that Jinja does not know are errors too. Templates are compiled
-    and never run.
+    Unknown filters and tests are errors too. Templates are compiled and never run.
 
     Args:
       template: the template.
@@ -28,11 +27,11 @@ def fault(template: str) -> str | None:
 'endfor' or 'else'. The innermost block that needs to be closed is 'for'."
       >>> fault("{{ messages[0].content | trim }}")
     """
-    import jinja2  # here: most merges have no template of their own
+    import jinja2  # here: most merges have no new template
     from jinja2.ext import Extension
 
     class Generation(Extension):
-        """`{% generation %}`, by which transformers marks what the model says."""
+        """`{% generation %}`, with which transformers marks the model's own text."""
 
         tags = {"generation"}
 
@@ -49,6 +48,6 @@ def fault(template: str) -> str | None:
         environment.compile(template)
     except jinja2.TemplateSyntaxError as error:
         return f"line {error.lineno}: {error.message}"
-    except SyntaxError as error:  # of the Python that Jinja makes: nested too deeply
+    except SyntaxError as error:  # the Python that Jinja makes is nested too deeply
         return str(error.msg)
     return None

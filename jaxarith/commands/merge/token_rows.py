@@ -1,9 +1,9 @@
-"""Where the rows of tokens come from, and the union of vocabularies.
+"""Finds the sources of tokens' rows, and the union of vocabularies.
 
-The rules are mergekit's. A model keeps its own row of a token. One that lacks the token
-gets the row that the file names; else that of the only model that has it; else the
-base's; else the mean of those that have it. Models count in the order in which they are
-named, and ids depend on nothing else.
+The rules are mergekit's. A model keeps its own row of a token. A model that lacks the
+token gets the row that the file names; else that of the only model that has it; else
+the base's; else the mean of those that have it. Ids depend only on the order in which
+the models are named.
 """
 
 from collections.abc import Mapping
@@ -25,20 +25,20 @@ def rerowing(
     rows: Mapping[str, int],
     places: Mapping[str, str],
 ) -> tuple[Rerowing | None, list[str]]:
-    """Where rows come from, or None if all models have them where they shall be.
+    """Finds the sources of all rows of tokens.
 
     Args:
-      request: what is asked for.
+      request: the merge that is asked for.
       out: the new tokenizer.
-      known: by model, its tokenizer.
-      rows: by model, the number of rows of its embedding.
-      places: where each model is, by its name.
+      known: the tokenizer of each model.
+      rows: the number of rows of each model's embedding.
+      places: the place of each model, by its name.
 
     Returns:
-      That, and notes.
+      The sources, or None if all models already have all rows in place; and notes.
 
     Raises:
-      ValueError: a row that the request names is not there.
+      ValueError: a row that the request names does not exist.
     """
     own = {name: _own(out, theirs, rows[name]) for name, theirs in known.items()}
     fills, notes = _fills(request, out, known, own, rows)
@@ -70,7 +70,7 @@ def rerowing(
             few = ", ".join(tree.first_few([repr(x) for x in lost], most=5))
             notes.append(
                 f"{name} has {tree.counted(len(lost), 'token')} that the new "
-                f"vocabulary lacks, whose rows are left out: {few}"
+                f"vocabulary lacks; their rows are left out: {few}"
             )
     new = Rerowing(
         count=count,
@@ -86,7 +86,7 @@ def rerowing(
 
 
 def _own(out: Tokenizer, theirs: Tokenizer, rows: int) -> np.ndarray:
-    """For each token of the new vocabulary its row in a model; -1 where it has none."""
+    """Returns a model's row for each token of the new vocabulary; -1 without a row."""
     table = np.full(out.size, -1)
     for token, new in out.ids.items():
         old = theirs.ids.get(token, -1)
@@ -101,7 +101,7 @@ def _fills(
     own: Mapping[str, np.ndarray],
     rows: Mapping[str, int],
 ) -> tuple[dict[int, list[tuple[str, int]]], list[str]]:
-    """The rows for models that lack a token, by the token's new row, and notes."""
+    """Returns the rows for models that lack a token, by its new row, and notes."""
     fills: dict[int, list[tuple[str, int]]] = {}
     nobody = []
     given = {row.token: row for row in request.tokens}
@@ -131,15 +131,15 @@ def _asked(
         return []
     if asked.model not in known:
         raise ValueError(
-            f"{asked.place}: {asked.model} is none of the models that are merged, "
-            f"which are {', '.join(known)}."
+            f"{asked.place}: {asked.model} is not one of the merged models, which are "
+            f"{', '.join(known)}."
         )
     of = asked.token if asked.source == "model" else asked.of
     row = of if isinstance(of, int) else known[asked.model].ids.get(of, -1)
     if not 0 <= row < rows[asked.model]:
         raise ValueError(
             f"{asked.place}: {asked.model} has no row for the token {of!r}; it has "
-            f"{rows[asked.model]} rows."
+            f"{tree.counted(rows[asked.model], 'row')}."
         )
     return [(asked.model, row)]
 
@@ -147,15 +147,15 @@ def _asked(
 def united(
     start: Tokenizer, known: Mapping[str, Tokenizer], rows: Mapping[str, int]
 ) -> tuple[Tokenizer, list[str]]:
-    """The base's tokenizer with the tokens of all others, and notes.
+    """Returns the base's tokenizer with the tokens of all others, and notes.
 
-    Words that others know are appended model by model, then what they have added to
-    their vocabularies. The first definition of an added token counts.
+    The words of other models are appended model by model, then their added tokens. If
+    models define an added token differently, the first definition is used.
 
     Args:
       start: the base's tokenizer.
-      known: by model, its tokenizer.
-      rows: by model, the number of rows of its embedding; tokens beyond are left out.
+      known: the tokenizer of each model.
+      rows: the number of rows of each model's embedding; tokens beyond are left out.
     """
     words: dict[str, Any] = {}
     added: dict[str, Any] = dict(start.added)

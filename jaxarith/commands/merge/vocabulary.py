@@ -1,4 +1,4 @@
-"""The vocabulary of a merge: which tokenizer, and which rows for its tokens."""
+"""Plans the vocabulary of a merge: the tokenizer, and the rows for its tokens."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,15 +25,16 @@ _STAY = (
 
 
 def plan(request: MergeRequest, places: Mapping[str, str]) -> Planned:
-    """Finds the tokenizers of the models, and plans that of the merge.
+    """Finds the tokenizers of the models, and plans the tokenizer of the merge.
 
     Args:
-      request: what is asked for.
-      places: where each model is, by its name: first the one whose files the merge has.
+      request: the merge that is asked for.
+      places: the place of each model by its name; the first is the model whose files
+        the merge gets.
 
     Raises:
-      FileNotFoundError: a model is not there.
-      ValueError: a tokenizer that is needed cannot be read, or a row is not there.
+      FileNotFoundError: a model does not exist.
+      ValueError: a needed tokenizer cannot be read, or a row does not exist.
     """
     source = request.tokenizer_source
     if source is None:
@@ -52,7 +53,7 @@ def plan(request: MergeRequest, places: Mapping[str, str]) -> Planned:
         return with_template(Planned(folder, notes=notes), request, places)
     theirs, owner = (found[first] or start), (first if found[first] else folder)
     notes = [
-        f"{name} has no tokenizer; its tokens are taken to be those of {owner}"
+        f"{name} has no tokenizer; its tokens are assumed to be those of {owner}"
         for name, tokenizer in found.items()
         if tokenizer is None
     ]
@@ -75,7 +76,7 @@ def plan(request: MergeRequest, places: Mapping[str, str]) -> Planned:
 
 
 def _under(place: str, places: Mapping[str, str]) -> list[Path]:
-    """The folders of a model; of one that is no whole model, the base's as well."""
+    """Returns the folders of a model, and the base's if it is not a whole model."""
     found = inputs.find(place)
     rest = [] if found.folder else [folder_of(next(iter(places.values())))]
     return [*folders_of(place), *rest]
@@ -105,7 +106,7 @@ def _rows(place: str, places: Mapping[str, str]) -> int:
         inputs.find(place).folder or inputs.find(next(iter(places.values()))).folder
     )
     if folder is None:
-        raise ValueError(f"{place} is no whole model; name a base model.")
+        raise ValueError(f"{place} is not a whole model. Name a base model.")
     rows = tying.rows(hub.open_checkpoint(folder).tensors)
     if not isinstance(rows, int):
         raise ValueError(f"{folder} has no embedding whose rows could follow tokens.")

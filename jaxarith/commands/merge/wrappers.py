@@ -1,4 +1,4 @@
-"""What may be done to a merged vector before it is written: wrappers by name.
+"""Wrappers by name: changes of a merged vector before it is written.
 
 A flag says `--after lines:beta=0.5`, a YAML file `after: [{lines: {beta: 0.5}}]`.
 """
@@ -22,11 +22,11 @@ from jaxarith.merge.svc import plan as svc
 
 @dataclasses.dataclass(frozen=True)
 class Wrapper:
-    """A wrapper as the command knows it.
+    """A wrapper of the command.
 
     Attributes:
       plan: `plan(rows, **options) -> wrapped.Plan`.
-      options: its options by name.
+      options: the options of the wrapper by name.
       deep: whether it takes the `depths` of the layers.
     """
 
@@ -55,7 +55,7 @@ class After(NamedTuple):
 
     Attributes:
       name: name of the wrapper.
-      options: those that are given, in their types.
+      options: the given options, in their types.
     """
 
     name: str
@@ -63,13 +63,13 @@ class After(NamedTuple):
 
     @property
     def plain(self) -> Any:
-        """As a YAML file has it."""
+        """Returns the wrapper in the form of a YAML file."""
         return {self.name: dict(self.options)} if self.options else self.name
 
     def planned(
         self, config: Mapping[str, Any]
     ) -> Callable[[wrapped.Rows], wrapped.Plan]:
-        """The plan as a function of the tensors, and of `config.json`."""
+        """Returns the plan as a function of the tensors, for a `config.json`."""
         wrapper = WRAPPERS[self.name]
 
         def plan(rows):
@@ -82,11 +82,11 @@ class After(NamedTuple):
 
 
 def after(name: str, given: Mapping[str, Any]) -> After:
-    """A wrapper with its options, which may be texts.
+    """Returns a wrapper with its options, which may be texts.
 
     Raises:
-      ValueError: there is no such wrapper or option, one is missing or has no such
-        value.
+      ValueError: the wrapper or an option is unknown, or an option is missing or has an
+        invalid value.
     """
     if name not in WRAPPERS:
         raise ValueError(
@@ -100,7 +100,7 @@ def after(name: str, given: Mapping[str, Any]) -> After:
             )
     for key, option in known.items():
         if option.required and key not in given:
-            raise ValueError(f"{name} needs {key}, as in {name}:{key}=0.5.")
+            raise ValueError(f"{name} needs {key}, for example {name}:{key}=0.5.")
     options = {}
     for key, value in given.items():
         try:
@@ -111,7 +111,7 @@ def after(name: str, given: Mapping[str, Any]) -> After:
 
 
 def of_text(text: str) -> After:
-    """The wrapper that a flag names: `NAME` or `NAME:OPTION=VALUE,OPTION=VALUE`.
+    """Parses the value of a flag: `NAME` or `NAME:OPTION=VALUE,OPTION=VALUE`.
 
     Example:
       >>> of_text("svc:alpha=1,coef=0.5")
@@ -128,13 +128,13 @@ def of_text(text: str) -> After:
 def then(
     merge: Callable, wanted: Sequence[After], config: Mapping[str, Any]
 ) -> Callable:
-    """The merge followed by all wrappers, as one merge from files to files."""
+    """Returns a merge followed by all wrappers, as one merge from files to files."""
     for one in wanted:
         merge = wrapped.streamed(one.planned(config), merge)
     return merge
 
 
 def table() -> Iterable[str]:
-    """Lines for the command's help."""
+    """Yields lines for the command's help."""
     for name, wrapper in WRAPPERS.items():
         yield f"    {name:<18}{' '.join(wrapper.options)}"

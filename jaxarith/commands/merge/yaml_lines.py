@@ -1,4 +1,4 @@
-"""YAML with the line of every value, so that errors can name it."""
+"""Reads YAML with the line of every value, so that errors can name the line."""
 
 import collections
 import dataclasses
@@ -19,7 +19,7 @@ class Node:
 
     Attributes:
       file: the name of the file.
-      line: where the value begins, from 1.
+      line: the line where the value begins, from 1.
       value: a scalar, a list of nodes, or a dict of nodes.
     """
 
@@ -33,14 +33,14 @@ class Node:
         return f"{self.file}, line {self.line}"
 
     def error(self, text: str) -> ValueError:
-        """What to raise about this value."""
+        """Returns an error about this value, to be raised."""
         return ValueError(f"{self.place}: {text}")
 
     def fields(self, known: Collection[str], name: str) -> dict[str, "Node"]:
-        """The entries of a mapping with known keys.
+        """Returns the entries of a mapping with known keys.
 
         Raises:
-          ValueError: it is no mapping, or has a key that is not known.
+          ValueError: the value is not a mapping, or has an unknown key.
         """
         entries = self.mapping(name)
         for key, node in entries.items():
@@ -52,7 +52,7 @@ class Node:
         return entries
 
     def mapping(self, name: str) -> dict[str, "Node"]:
-        """The entries of a mapping; of nothing, none."""
+        """Returns the entries of a mapping; none for an empty value."""
         if self.value is None:
             return {}
         if not isinstance(self.value, dict):
@@ -60,19 +60,19 @@ class Node:
         return self.value
 
     def items(self, name: str) -> list["Node"]:
-        """The items of a list that is not empty."""
+        """Returns the items of a list that is not empty."""
         if not isinstance(self.value, list) or not self.value:
             raise self.error(f"{name} must be a list; found {self.shown()}.")
         return self.value
 
     def text(self, name: str) -> str:
-        """A string that is not empty."""
+        """Returns a string that is not empty."""
         if not isinstance(self.value, str) or not self.value.strip():
             raise self.error(f"{name} must be a text; found {self.shown()}.")
         return self.value
 
     def word(self, known: Sequence[_Word], name: str) -> _Word:
-        """One of the known words."""
+        """Returns one of the known words."""
         text = self.text(name)
         for word in known:
             if word == text:
@@ -80,7 +80,7 @@ class Node:
         raise self.error(f"{name} is {text!r}; it must be one of {', '.join(known)}.")
 
     def shown(self) -> str:
-        """The value as errors show it."""
+        """Returns the value as errors show it."""
         kinds = {dict: "a mapping", list: "a list" if self.value else "an empty list"}
         shown = kinds.get(type(self.value)) or repr(self.value)
         return "nothing" if self.value is None else shown
@@ -90,23 +90,23 @@ def read(path: str | os.PathLike) -> Node:
     """Reads a YAML file of scalars, lists and mappings, in one document.
 
     Raises:
-      OSError: there is no such file.
-      ValueError: it is no YAML, is empty, has a key twice, contains itself, or has
-        several documents.
+      OSError: the file does not exist.
+      ValueError: the file is not YAML, is empty, has a key twice, contains itself, or
+        has several documents.
     """
     first, *more = read_all(path)
     if more:
-        raise more[0].error("this is a second document; expected one.")
+        raise more[0].error("this is a second document; expected only one.")
     return first
 
 
 def read_all(path: str | os.PathLike) -> list[Node]:
-    """Reads all documents of a YAML file, which begin with `---`; empty ones are none.
+    """Reads all documents of a YAML file, which begin with `---`, except empty ones.
 
     Raises:
-      OSError: there is no such file.
-      ValueError: it is no YAML, has no document that is not empty, or one of them has
-        a key twice or contains itself.
+      OSError: the file does not exist.
+      ValueError: the file is not YAML, has only empty documents, or a document has a
+        key twice or contains itself.
     """
     file = str(path)
     try:
@@ -119,9 +119,9 @@ def read_all(path: str | os.PathLike) -> list[Node]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = file if mark is None else f"{file}, line {mark.line + 1}"
-        raise ValueError(f"{place}: this is no YAML: {error.problem}.") from error
+        raise ValueError(f"{place}: this is not YAML: {error.problem}.") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{file} is no YAML: {error}") from error
+        raise ValueError(f"{file} is not YAML: {error}") from error
     except RecursionError:
         raise ValueError(f"{file} is nested too deeply, or contains itself.") from None
     if not found:
@@ -139,13 +139,13 @@ def _content(path):
         ) from None
     except IsADirectoryError:
         raise IsADirectoryError(
-            f"{path} is a folder; expected the YAML file of a merge. A merge by flags "
-            "names each folder with --model."
+            f"{path} is a folder; expected the YAML file of a merge. To merge by "
+            "flags, name each folder with --model."
         ) from None
 
 
 def _node(loader, found, file, done):
-    # By identity: an alias is the node that it stands for, and read once.
+    # Nodes are compared by identity: an alias is its node, and is read once.
     line = found.start_mark.line + 1
     if id(found) in done:
         if (node := done[id(found)]) is None:
@@ -159,7 +159,7 @@ def _node(loader, found, file, done):
     else:
         try:
             value = loader.construct_object(found)
-        except ValueError as error:  # such as the date 2024-13-01
+        except ValueError as error:  # for example the date 2024-13-01
             raise ValueError(f"{file}, line {line}: {error}.") from error
     done[id(found)] = Node(file, line, value)
     return done[id(found)]
@@ -174,11 +174,13 @@ def _mapping(loader, found, file, done):
         if not isinstance(key, yaml.ScalarNode):
             raise ValueError(f"{file}, line {line}: a key must be a word.")
         if counts[key.value] > 1:
-            raise ValueError(f"{file}, line {line}: the key {key.value!r} is twice.")
+            raise ValueError(
+                f"{file}, line {line}: the key {key.value!r} is given twice."
+            )
     loader.flatten_mapping(found)  # `<<: *anchor`; what is beside it comes last
     entries = {}
     for key, value in found.value:
         node = _node(loader, value, file, done)
-        # An error about an entry names its own line, also where an alias is the value.
+        # Errors about an entry name its own line, even if the value is an alias.
         entries[key.value] = Node(file, key.start_mark.line + 1, node.value)
     return entries

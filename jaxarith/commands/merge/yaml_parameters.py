@@ -9,16 +9,16 @@ from jaxarith.commands.merge.yaml_lines import Node
 def parameters(
     node: Node | None, name: str, method: Method, model: str | None
 ) -> dict[str, Setting]:
-    """The settings under a `parameters`; none without it.
+    """Returns the settings under a key `parameters`; none without the key.
 
     Args:
       node: the mapping.
       name, method: the merge method.
-      model: the model that has the mapping in its entry; None at the top and in a
-        slice.
+      model: the model with the mapping in its entry; None at the top and in a slice.
 
     Raises:
-      ValueError: a parameter is not known, is one for all models, or has a wrong value.
+      ValueError: a parameter is unknown, is not for single models, or has a wrong
+        value.
     """
     if node is None:
         return {}
@@ -26,7 +26,7 @@ def parameters(
     for key, found in fields.items():
         if model is not None and not method.options[key].each:
             raise found.error(
-                f"{key} of {name} is one for all models; it belongs under the "
+                f"{key} of {name} has one value for all models. Put it under the "
                 "parameters at the top."
             )
     return {
@@ -53,16 +53,16 @@ def _entry(node: Node, key: str, option: Option) -> Entry:
     if part is None or part.value is None:
         return Entry(value)
     if not option.by_path:
-        raise part.error(f"{key} is one for all tensors; it has no filter.")
+        raise part.error(f"{key} has one value for all tensors. Remove the filter.")
     return Entry(value, part.text("filter"))
 
 
 def _value(node: Node, key: str, option: Option) -> Value | tuple[Value, ...]:
-    """One value, or the values of a gradient."""
+    """Returns one value, or the values of a gradient."""
     if not isinstance(node.value, list):
         return _scalar(node, key, option)
     if not option.by_path:
-        raise node.error(f"{key} is one for all tensors; found a list.")
+        raise node.error(f"{key} has one value for all tensors; found a list.")
     return tuple(_scalar(item, key, option) for item in node.items(key))
 
 

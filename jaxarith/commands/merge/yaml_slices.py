@@ -12,7 +12,7 @@ from jaxarith.commands.merge.yaml_parameters import parameters
 def models(
     entries: Sequence[Node], name: str, method: Method, base: str | None
 ) -> tuple[tuple[Model, ...], list[str]]:
-    """The models of a merge of whole models, and notes.
+    """Returns the models of a merge of whole models, and notes.
 
     Args:
       entries: the entries of the file's `models`.
@@ -20,7 +20,7 @@ def models(
       base: the file's base model.
 
     Raises:
-      ValueError: an entry names no model, or one that another has named.
+      ValueError: an entry names no model, or a model is named twice.
     """
     found: list[Model] = []
     notes: list[str] = []
@@ -40,7 +40,7 @@ def models(
 def slices(
     node: Node, name: str, method: Method, base: str | None
 ) -> tuple[tuple[Slice, ...], list[str]]:
-    """The slices of a file, and notes.
+    """Returns the slices of a file, and notes.
 
     Args:
       node: the file's `slices`.
@@ -48,7 +48,7 @@ def slices(
       base: the file's base model.
 
     Raises:
-      ValueError: a slice has no sources, or its ranges are none or differ in length.
+      ValueError: a slice has no sources, or its ranges are invalid or differ in length.
     """
     found, notes = [], []
     for entry in node.items("slices"):
@@ -65,9 +65,9 @@ def slices(
             if _length(source) != _length(sources[0]):
                 raise item.error(
                     f"layer_range is [{source.start}, {source.stop}], of "
-                    f"{tree.counted(_length(source), 'layer')}, and that of "
-                    f"{sources[0].model.name} has {_length(sources[0])}; sources of a "
-                    "slice have one length."
+                    f"{tree.counted(_length(source), 'layer')}, but that of "
+                    f"{sources[0].model.name} has {_length(sources[0])}. All sources "
+                    "of a slice need the same length."
                 )
         if method.models not in (None, len(sources)):
             raise fields["sources"].error(
@@ -76,14 +76,14 @@ def slices(
         of_slice = parameters(fields.get("parameters"), name, method, None)
         found.append(Slice(tuple(sources), of_slice, own_base, entry.place))
     if not any(_length(one.sources[0]) for one in found):
-        raise node.error("the slices have no layers; give ranges that are not empty.")
+        raise node.error("the slices have no layers. Give ranges that are not empty.")
     return tuple(found), notes
 
 
 def whole(found: Sequence[Slice], base: str | None) -> int | None:
-    """The number of layers, if the slices may be whole models; else None.
+    """Returns the number of layers if the slices may be whole models; else None.
 
-    They may be if there is one slice, of the first layers of models that differ.
+    They may be if there is only one slice, with the first layers of different models.
     """
     [first, *more] = found
     names = [source.model.name for source in first.sources]
@@ -107,13 +107,13 @@ def _source(
     values = [item.value for item in found.items("layer_range")]
     if len(values) != 2 or not all(type(value) is int for value in values):
         raise found.error(
-            f"layer_range is {values}; it must be [first layer, first one behind]."
+            f"layer_range is {values}; it must be [first layer, layer after the last]."
         )
     start, stop = values
     if not 0 <= start <= stop:
         raise found.error(
-            f"layer_range is {values}; it must be [first layer, first one behind], "
-            "with 0 <= first layer <= first one behind."
+            f"layer_range is {values}; it must be [first layer, layer after the last], "
+            "with 0 <= first layer <= layer after the last."
         )
     return Source(model, start, stop, found.place), notes
 

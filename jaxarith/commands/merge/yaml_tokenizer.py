@@ -1,4 +1,4 @@
-"""Reads what mergekit's files say of tokenizers and chat templates."""
+"""Reads the keys of mergekit's files for tokenizers and chat templates."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,20 +8,22 @@ from jaxarith.commands.merge.chat_templates import NAMED
 from jaxarith.commands.merge.request import TokenRow
 from jaxarith.commands.merge.yaml_lines import Node
 
-_SHORTEST = 20  # characters of a template; shorter texts are names of templates
+_SHORTEST = 20  # the fewest characters of a template; shorter texts are names
 
 
 def tokenizer(keys: Mapping[str, Node]) -> dict[str, Any]:
-    """The fields of a request that the keys of a file on tokenizers give.
+    """Returns the fields of a request for the keys of a file about tokenizers.
 
     Args:
       keys: the keys of the file.
 
     Raises:
-      ValueError: two keys name the tokenizer, a value is none, or a base is missing.
+      ValueError: two keys name the tokenizer, a value is invalid, or a base is missing.
     """
     if "tokenizer_source" in keys and "tokenizer" in keys:
-        raise keys["tokenizer"].error("there is a tokenizer_source as well.")
+        raise keys["tokenizer"].error(
+            "there is a tokenizer_source as well. Remove one of the two."
+        )
     if "tokenizer_source" in keys:
         return {"tokenizer_source": _source(keys["tokenizer_source"], keys)}
     if "tokenizer" not in keys:
@@ -38,11 +40,11 @@ def tokenizer(keys: Mapping[str, Node]) -> dict[str, Any]:
 
 
 def chat_template(node: Node | None) -> str | None:
-    """The chat template of a file: "auto", the name of one, or a template.
+    """Returns the chat template of a file: "auto", the name of one, or a template.
 
     Raises:
-      ValueError: it is none of them, or its syntax is wrong (where jinja2 is installed
-        to tell).
+      ValueError: the text is none of these, or its syntax is wrong (checked if jinja2
+        is installed).
     """
     if node is None:
         return None
@@ -57,8 +59,8 @@ def chat_template(node: Node | None) -> str | None:
     fault = template_syntax.fault(text) if template_syntax.checkable() else None
     if fault is not None:
         raise node.error(
-            f"chat_template is no valid Jinja, by {fault.rstrip('.')}. Correct the "
-            "template, whose own lines count from 1."
+            f"chat_template is not valid Jinja: {fault.rstrip('.')}. Correct the "
+            "template. Its own lines are counted from 1."
         )
     return text
 
