@@ -132,13 +132,14 @@ def test_commands_run_on_small_folders(folders, capsys):
         if words[0] == "data" or "OPEN_CLIP.pt" in words:
             continue
         if words[0] != "verify":  # which compares what was made before
-            for name in MADE:
+            for name in {*MADE} & {*words}:
                 shutil.rmtree(name, ignore_errors=True)
         # The folders hold no model whose Flax names are known.
         toy = ["--names", "keep"] if words[0] == "convert" else []
         status = cli.main(words + toy)
         error = capsys.readouterr().err
-        assert status == 0 or words[0] == "verify", f"{words}: {error}"
+        allowed = (0, 1) if words[0] == "verify" else (0,)
+        assert status in allowed, f"{words}: {error}"
         ran.append(words[0])
     assert len(ran) >= 12
     assert set(ran) == {"merge", "recipe", "inspect", "extract", "verify", "convert"}
