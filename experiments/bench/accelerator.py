@@ -27,7 +27,8 @@ from typing import Literal
 import jax
 from tqdm import tqdm
 
-from experiments.bench import curvature, encoders, factors, jvp_report, measure
+from experiments.bench import curvature_rows, encoders, factors, jvp_report, measure
+from experiments.bench.curvature_rows import ALONE
 from experiments.bench.jvp_rows import Theirs, compile_row, timed, with_ratios
 from experiments.bench.jvp_steps import (
     PENALTY_COEF,
@@ -42,7 +43,6 @@ from experiments.bench.jvp_steps import (
 from experiments.common import script
 from jaxarith import report
 
-ALONE = "gradient of the penalty alone"
 RANK = 16
 SKETCHED = f"+ factors and a sketch of {RANK}"
 ROWS = ("ordinary step", "linearised step", "+ cyclic τJp", "JVP", "forward")
@@ -82,15 +82,9 @@ def case(config: Config, model: encoders.Name, dtype: DType) -> Measure:
     point = Point(model, config.batch, None, dtype, config.layers)
     work = prepare(point, tasks=1)
     chosen: dict[str, tuple] = dict(steps(work))
-    options = curvature.Config(
-        config.out,
-        model=model,
-        batch=config.batch,
-        dtype=dtype,
-        rank=RANK,
-        layers=config.layers,
+    programs = curvature_rows.programs(
+        work.encoder, batch=config.batch, dtype=dtype, rank=RANK
     )
-    programs = curvature.programs(options, work.encoder)
     theirs = beside(config, work, dtype)
 
     def measured(name):
@@ -122,7 +116,7 @@ def beside(config: Config, work: Work, dtype: DType) -> Callable:
 
     def theirs(name, ours, args):
         if name == ALONE:
-            run = curvature.released_penalty(*args, device=device)
+            run = curvature_rows.released_penalty(*args, device=device)
             return {name: Theirs(run, None, None, torch_tangent.peak_bytes)}, {}
         if name not in rows:
             return {}, {}

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from jaxarith.plots import style
 
@@ -139,7 +140,14 @@ def ranked(
     return style.save(figure, path)
 
 
-def ranked_on(axis, values, *, x, ticks, tick):
+def ranked_on(
+    axis: Axes,
+    values: Mapping[str, float],
+    *,
+    x: str,
+    ticks: Mapping[str, float],
+    tick: str,
+) -> None:
     """Draws the bars of `ranked` on these axes."""
     order = sorted(values, key=lambda label: -values[label])
     looks = style.styles(values)

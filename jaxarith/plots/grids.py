@@ -4,7 +4,9 @@ import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm
+from matplotlib.image import AxesImage
 
 from jaxarith.plots import style
 from jaxarith.typing import Numbers
@@ -181,8 +183,15 @@ def disentanglement_of_pairs(
     return style.save(figure, path)
 
 
-def xi_on(axis, grid, coefs, searched, top):
+def xi_on(
+    axis: Axes,
+    grid: np.ndarray,
+    coefs: Numbers,
+    searched: tuple[float, float],
+    top: float,
+) -> AxesImage:
     """Draws ξ `[n, n]` on these axes, with a box around what a search covers."""
+    coefs = np.asarray(coefs)
     half = (coefs[1] - coefs[0]) / 2
     image = axis.imshow(
         np.transpose(grid),

@@ -175,7 +175,11 @@ def bar(style: Style) -> dict[str, Any]:
     return {"color": style.color, "hatch": style.hatch, "edgecolor": "white"}
 
 
-def label_ends(axis: Axes, ends: Mapping[str, tuple[float, float]], colors) -> None:
+def label_ends(
+    axis: Axes,
+    ends: Mapping[str, tuple[float, float]],
+    styles: Mapping[str, Style],
+) -> None:
     """Writes the name of every line to the right of the axes, at the line's end.
 
     Names that would overlap move up or down, and a thin line joins them to the end.
@@ -184,7 +188,7 @@ def label_ends(axis: Axes, ends: Mapping[str, tuple[float, float]], colors) -> N
     Args:
       axis: the axes.
       ends: for each label, the last point of its line.
-      colors: for each label, its style.
+      styles: for each label, its style.
     """
     (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
     axis.set_xlim(left, right)
@@ -201,11 +205,11 @@ def label_ends(axis: Axes, ends: Mapping[str, tuple[float, float]], colors) -> N
             (1.05, place),
             "axes fraction",
             va="center",
-            color=darker(colors[label].color),
+            color=darker(styles[label].color),
             annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-",
-                "color": colors[label].color,
+                "color": styles[label].color,
                 "linewidth": 0.7,
                 "shrinkA": 1,
                 "shrinkB": 1,
