@@ -103,8 +103,8 @@ MISTAKES = {
     "number beyond floats": (replaced("0.25", "1" * 400), 9, "it must be a number"),
     "key twice": (TIES + "dtype: float32\n", 16, "key 'dtype' is given twice"),
     "models and slices": (TIES + "slices: []\n", 2, "either models or slices"),
-    "no YAML": (TIES + "x: ]\n", 17, "this is not YAML"),
-    "a Python object": (TIES + "preset: !!python/name:os.system\n", 17, "no YAML"),
+    "not YAML": (TIES + "x: ]\n", 17, "this is not YAML"),
+    "a Python object": (TIES + "preset: !!python/name:os.system\n", 17, "not YAML"),
     "contains itself": ("a: &a\n  b: *a\n", 1, "contains itself"),
     "slice without sources": (
         SLERP.replace("merge_method", "  - {sources: []}\nmerge_method"),

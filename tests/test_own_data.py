@@ -101,7 +101,7 @@ WIDE = [{"image": np.zeros(4, "f4"), "label": y} for y in Y]
         (lambda: run([RAGGED]), r"'image' has shapes .* and .* expected one shape"),
         (lambda: run([ROWS, WIDE], names="ab"), "same fields and shapes.*task 1"),
         (lambda: run([ROWS] * 3, names="ab"), r"\[3, 4, 3\], for 2 names \(a, b\)"),
-        (lambda: run([ROWS], constants=jnp.ones(2)), r"constants .* for 1 names"),
+        (lambda: run([ROWS], constants=jnp.ones(2)), r"constants .* for 1 name "),
         (lambda: run({"image": X, "label": Y}), r"sources is a dict .*\[source\]"),
         (lambda: run([{"image": X, "label": Y[:9]}]), "arrays .* of one N"),
         (lambda: run([{}]), "a dict of nothing"),

@@ -190,7 +190,7 @@ def test_bad_streams_and_settings_are_refused():
         with pytest.raises(ValueError, match=match):
             perplexity.strided(average_model, params, stream, **settings)
 
-    refused("a stream of 1 tokens has no perplexity", tokens(1))
+    refused("a stream of 1 token has no perplexity", tokens(1))
     refused("a stream of 0 tokens has no perplexity", tokens(0))
     refused(r"shape \[2, 10\] and type int64; expected one", stream.reshape(2, 10))
     refused("type float64; expected one stream of integers", np.zeros(20))

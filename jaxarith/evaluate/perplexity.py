@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxarith.tree import counted
 from jaxarith.typing import ApplyFn, Array, Params
 
 
@@ -70,7 +71,8 @@ def strided(
         )
     if len(tokens) < 2:
         raise ValueError(
-            f"a stream of {len(tokens)} tokens has no perplexity; give at least two."
+            f"a stream of {counted(len(tokens), 'token')} has no perplexity; give at "
+            "least two."
         )
     if window < 2:
         raise ValueError(f"window is {window}; expected 2 or more.")

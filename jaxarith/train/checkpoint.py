@@ -340,8 +340,9 @@ def _load(folder, like):
         return None, f"{manifest.NAME} is not what was written"
     if lines := manifest.differences(content["leaves"], _layout(like)):
         shown = lines[:10] + [f"… and {len(lines) - 10} more"] * (len(lines) > 10)
+        leaves = tree.counted(len(lines), "leaf", "leaves")
         raise ValueError(
-            f"{folder} does not fit the tree to restore in {len(lines)} leaves:\n  "
+            f"{folder} does not fit the tree to restore in {leaves}:\n  "
             + "\n  ".join(shown)
             + "\nBuild the state as the run that saved it did, or name another folder."
         )
@@ -355,7 +356,8 @@ def _load(folder, like):
     found, saved = fingerprint.of(state), content["fingerprints"]
     if bad := [path for path in found if found[path] != saved.get(path)]:
         some = ", ".join(bad[:3]) + " …" * (len(bad) > 3)
-        return None, f"{len(bad)} leaves are not what was saved ({some})"
+        are = tree.counted(len(bad), "leaf is", "leaves are")
+        return None, f"{are} not what was saved ({some})"
     return state, None
 
 

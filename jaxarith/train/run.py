@@ -149,8 +149,9 @@ def fine_tune(
         observe_every = range(observe_every, config.steps + 1, observe_every)
     if len(batches) != config.steps:
         raise ValueError(
-            f"{len(batches)} batches for {config.steps} steps; give a batch for each "
-            "step, as task_batches does."
+            f"{tree.counted(len(batches), 'batch', 'batches')} for "
+            f"{tree.counted(config.steps, 'step')}; give a batch for each step, as "
+            "task_batches does."
         )
     mesh = mesh or sharding.one_device()
     _check_constants(constants, names)
@@ -279,7 +280,7 @@ def _check_batch(batch, inputs, names, mesh):
         if np.ndim(leaf) < 2 or len(leaf) != expected:
             raise ValueError(
                 f"the field {path} of a batch has shape {list(np.shape(leaf))}, for "
-                f"{len(names)} names ({', '.join(names)}); expected "
+                f"{tree.counted(len(names), 'name')} ({', '.join(names)}); expected "
                 f"[{expected}, B, …]: a row for each task. Give one name for each "
                 "source of task_batches."
             )
@@ -290,8 +291,8 @@ def _check_constants(constants, names):
         if np.shape(leaf)[:1] != (len(names),):
             raise ValueError(
                 f"constants{'/' * bool(path)}{path} has shape {list(np.shape(leaf))}, "
-                f"for {len(names)} names ({', '.join(names)}); expected "
-                f"[{len(names)}, …], a row for each task."
+                f"for {tree.counted(len(names), 'name')} ({', '.join(names)}); "
+                f"expected [{len(names)}, …], a row for each task."
             )
 
 
@@ -419,7 +420,7 @@ def _check_finite(metrics, norms, number, names, leaves):
         if broken:
             what.append(
                 f"the gradient of task {name} is not finite in {len(broken)} of "
-                f"{len(leaves)} leaves, the first {broken[0]},"
+                f"{tree.counted(len(leaves), 'leaf', 'leaves')}, the first {broken[0]},"
             )
         raise FloatingPointError(
             f"{' and '.join(what)} at step {number}. Lower the learning rate, or look "

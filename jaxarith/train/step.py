@@ -305,7 +305,11 @@ def init_state(
     mesh = mesh or sharding.one_device()
     trained = _models(tree.select(tree.floating(params_0), config.trained), config)
     if start is not None and len(start) != tasks:
-        raise ValueError(f"{len(start)} task vectors to start from for {tasks} tasks.")
+        vectors = tree.counted(len(start), "task vector")
+        raise ValueError(
+            f"{vectors} to start from for {tree.counted(tasks, 'task')}; give one for "
+            "each task."
+        )
     for tau in start or ():
         tree.check_part(tau, trained, "task vector to start from", "trained part")
         tree.check_part(trained, tau, "trained part", "task vector to start from")
