@@ -61,7 +61,7 @@ def test_a_file_and_its_card_say_the_same(family, tmp_path):
     [
         ("iso", "no wrapper 'iso'; known are svc, lines"),
         ("svc:beta=1", "svc has no option 'beta'; it has alpha, coef"),
-        ("lines", "lines needs beta, as in lines:beta=0.5"),
+        ("lines", "lines needs beta, for example lines:beta=0.5"),
         ("svc:alpha=x", "alpha of svc is 'x'; it must be a number"),
         ("svc:1", "expected NAME or NAME:OPTION=VALUE"),
         ("svc:alpha=0", "alpha is 0.0; it must be above 0"),

@@ -283,7 +283,9 @@ def _told(
     if whole:
         lines.append(f"kept whole: {printable(_listed(whole))}")
     if left:
-        hint = "no adapter can keep them" if args.keep_rest else "try --keep-rest"
+        hint = (
+            "no adapter can keep them" if args.keep_rest else "--keep-rest keeps them"
+        )
         lines.append(f"not in the adapter ({hint}): {printable(_listed(left))}")
     return "\n".join(lines)
 
