@@ -40,8 +40,8 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
     .. math:: \tfrac12 x\,(1 + \tanh(\sqrt{2/\pi}\,(x + 0.044715\,x^3)))
 
     Example:
-      >>> print(gelu_tanh(jnp.array([-1.0, 0.0, 1.0])).round(4))
-      [-0.1588  0.      0.8412]
+      >>> [round(float(y), 4) for y in gelu_tanh(jnp.array([-1.0, 0.0, 1.0]))]
+      [-0.1588, 0.0, 0.8412]
     """
     return x * (0.5 + 0.5 * jnp.tanh(_SLOPE * (x + _CUBIC * x**3)))
 
@@ -65,8 +65,8 @@ def gelu(x: jax.Array) -> jax.Array:
     relative to the result and which takes longer.
 
     Example:
-      >>> print(gelu(jnp.array([-1.0, 0.0, 1.0])).round(4))
-      [-0.1587  0.      0.8413]
+      >>> [round(float(y), 4) for y in gelu(jnp.array([-1.0, 0.0, 1.0]))]
+      [-0.1587, 0.0, 0.8413]
     """
     return x * (0.5 + 0.5 * jax.lax.erf(math.sqrt(0.5) * x))
 

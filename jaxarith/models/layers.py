@@ -124,8 +124,8 @@ def softmax(scores: jax.Array) -> jax.Array:
       scores: `[..., K]`, finite.
 
     Example:
-      >>> print(softmax(jnp.log(jnp.array([1.0, 3.0]))))
-      [0.25 0.75]
+      >>> [round(float(y), 4) for y in softmax(jnp.log(jnp.array([1.0, 3.0])))]
+      [0.25, 0.75]
     """
     powers = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
