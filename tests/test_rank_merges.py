@@ -77,8 +77,6 @@ def test_rows_are_means_over_seeds_with_the_best_first():
 
 def test_kinds_that_are_not_known_are_named(tmp_path):
     config = rank_merges.Config(kinds=("ordinary",), out=tmp_path / "out")
-    with pytest.raises(
-        ValueError, match="out of nonlinear, linear, cyclic"
-    ):
+    with pytest.raises(ValueError, match="out of nonlinear, linear, cyclic"):
         rank_merges.main(config)
     assert not (tmp_path / "out").exists()
