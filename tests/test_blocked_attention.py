@@ -310,7 +310,7 @@ def test_rounded_products_leave_the_point_as_it_is():
 
 def test_the_report_has_both_forms_of_attention(tmp_path):
     config = long_texts.Config(
-        tmp_path, model="t5-small-encoder", lengths=(140,), layers=1, repetitions=1
+        tmp_path, model="t5-small-encoder", lengths=(512,), layers=1, repetitions=1
     )
     found = long_texts.main(config)
     assert json.loads((tmp_path / "report.json").read_text()) == found

@@ -189,8 +189,8 @@ def draw(config: Config, means: Sequence[dict], curves: dict):
     plots.bands(config.out / "figure3a.png", lines, x="number of tasks", **labels)
     coefs = list(map(float, scores.coefs_of(config, COEFS)))
     lines = {method: (coefs, own) for method, own in curves.items()}
-    labels = {"x": "coefficient λ", "y": "mean test accuracy, %"}
-    plots.curves(config.out / "figure3b.png", lines, **labels)
+    file = config.out / "figure3b.png"
+    plots.curves(file, lines, x="coefficient λ", y="mean test accuracy, %")
 
 
 @script.full_precision
