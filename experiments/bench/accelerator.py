@@ -9,7 +9,7 @@ The rows of `jvp_cost` and of `curvature` for CLIP's image encoders and GPT-2, a
 Every model and dtype gets its share of the minutes, and takes its rows in the order of
 their importance. A row starts only if the longest row so far would still end in time,
 so the script stops between rows; what was left out is named, and what failed, with its
-error. Reports are written after every row. To try it without an accelerator:
+error. report.json is written after every row. To try it without an accelerator:
 
     python -m experiments.bench.accelerator --device cpu --models tiny --batch 8 \\
         --layers 1 --minutes 1 --no-compile --out runs/accelerator_tiny
@@ -28,7 +28,7 @@ import jax
 from tqdm import tqdm
 
 from experiments.bench import curvature_rows, encoders, factors, jvp_report, measure
-from experiments.bench.curvature_rows import ALONE
+from experiments.bench.curvature_rows import ALONE, COLLECTION
 from experiments.bench.jvp_rows import Theirs, compile_row, timed, with_ratios
 from experiments.bench.jvp_steps import (
     PENALTY_COEF,
@@ -44,12 +44,12 @@ from experiments.common import script
 from jaxarith import report
 
 RANK = 16
-SKETCHED = f"+ factors and a sketch of {RANK}"
+SKETCHED = curvature_rows.sketched(RANK)
 ROWS = ("ordinary step", "linearised step", "+ cyclic τJp", "JVP", "forward")
 ROWS += ("+ curvature", ALONE, ordinary_part("1"), linearized_part("1"), SKETCHED)
 ROWS += ("linearised step, remat", "ordinary step, remat", "+ strict τJp")
-ROWS += ("collection, one sample",)
-OF_CURVATURE = (ALONE, SKETCHED, "collection, one sample")
+ROWS += (COLLECTION,)
+OF_CURVATURE = (ALONE, SKETCHED, COLLECTION)
 
 
 @dataclasses.dataclass(frozen=True)

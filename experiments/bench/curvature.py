@@ -21,7 +21,7 @@ import jax
 from tqdm import tqdm
 
 from experiments.bench import encoders, factors, jvp_rows, measure
-from experiments.bench.curvature_rows import ALONE, programs, released_penalty
+from experiments.bench.curvature_rows import ALONE, programs, released_penalty, sketched
 from experiments.bench.jvp_steps import DType
 from experiments.common import script
 
@@ -104,11 +104,11 @@ def main(config: Config) -> dict:
         }
         for name in {**counts, **seconds}
     ]
-    sketched = f"+ factors and a sketch of {config.rank}"
-    ratio = counts[sketched] / counts[base]
+    row = sketched(config.rank)
+    ratio = counts[row] / counts[base]
     # The limits are those of whole models.
     limit = LIMITS.get(config.model) if config.layers is None else None
-    what = f"{sketched[2:]}, over a linearised step, FLOPs"
+    what = f"{row[2:]}, over a linearised step, FLOPs"
     goals = []
     if config.goals and limit is not None:
         goals.append(measure.goal(what, ratio, limit, least=False))

@@ -14,7 +14,13 @@ from jaxarith.curvature.collect import whole_samples
 from jaxarith.typing import Tree
 
 ALONE = "gradient of the penalty alone"
+COLLECTION = "collection, one sample"
 CLASSES = 100
+
+
+def sketched(rank: int) -> str:
+    """Name of the row of a step with factors and a sketch of `rank` rows."""
+    return f"+ factors and a sketch of {rank}"
 
 
 def programs(
@@ -83,12 +89,12 @@ def programs(
         "linearised step": (jax.grad(linearized), step),
         "+ cyclic τJp": (jax.grad(cyclic), (*step, others)),
         "+ factors": (curved, (*step, plain)),
-        f"+ factors and a sketch of {rank}": (curved, (*step, measured)),
+        sketched(rank): (curved, (*step, measured)),
         ALONE: (
             jax.grad(curvature.penalty),
             (layout, measured),
         ),
-        "collection, one sample": (collected, (layout, samples(1))),
+        COLLECTION: (collected, (layout, samples(1))),
     }
 
 

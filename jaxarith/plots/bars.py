@@ -27,19 +27,14 @@ def bars(
       names: the T tasks.
       y: what the values are.
     """
-    width = 0.84 / len(groups)
     size = 1.5 + max(1.0, 0.22 * len(groups)) * len(names)
     figure = style.figure(max(7, size), 4)
-    axis, looks = figure.subplots(), style.styles(groups)
-    for i, (label, values) in enumerate(groups.items()):
-        places = np.arange(len(names)) - 0.42 + (i + 0.5) * width
-        axis.bar(places, values, width, label=label, **style.bar(looks[label]))
+    axis = figure.subplots()
+    _side_by_side(axis.bar, groups, len(names))
     axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
     axis.set(ylabel=y)
     axis.grid(axis="y")
-    if len(groups) > 1:
-        figure.legend(loc="outside upper center", ncols=min(len(groups), 4))
-    return style.save(figure, path)
+    return _with_legend(figure, path, len(groups))
 
 
 @style.look
@@ -59,17 +54,27 @@ def horizontal_bars(
       x: what the values are.
     """
     figure = style.figure(7.5, 1.2 + (0.16 + 0.18 * len(groups)) * len(names))
-    axis, looks = figure.subplots(), style.styles(groups)
-    height = 0.84 / len(groups)
-    for i, (label, values) in enumerate(groups.items()):
-        places = np.arange(len(names)) - 0.42 + (i + 0.5) * height
-        axis.barh(places, values, height, label=label, **style.bar(looks[label]))
+    axis = figure.subplots()
+    _side_by_side(axis.barh, groups, len(names))
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.set(xlabel=x)
     axis.grid(axis="x")
-    if len(groups) > 1:
-        figure.legend(loc="outside upper center", ncols=min(len(groups), 4))
+    return _with_legend(figure, path, len(groups))
+
+
+def _side_by_side(draw, groups, count):
+    """Draws the groups with `Axes.bar` or `Axes.barh`, at the places 0 to `count`."""
+    thickness, looks = 0.84 / len(groups), style.styles(groups)
+    for i, (label, values) in enumerate(groups.items()):
+        places = np.arange(count) - 0.42 + (i + 0.5) * thickness
+        draw(places, values, thickness, label=label, **style.bar(looks[label]))
+
+
+def _with_legend(figure, path, groups):
+    """Writes the figure, with a legend if there are several groups."""
+    if groups > 1:
+        figure.legend(loc="outside upper center", ncols=min(groups, 4))
     return style.save(figure, path)
 
 
