@@ -1,15 +1,15 @@
-"""From a checkpoint to a merged model, on six small tasks, in a few minutes.
+"""From a checkpoint to a merged model on six small tasks, in a few minutes.
 
-Loads a CLIP, fine-tunes its image encoder on every task in four ways (ordinary,
-linearised, linearised with the curvature of the other tasks, linearised with the τJp
-penalty on their samples), turns the results into task vectors, merges them, evaluates,
-and writes a table, figures, task vectors and a merged model.
+The script loads a CLIP and fine-tunes its image encoder on every task in four ways:
+ordinary, linearised, linearised with the curvature of the other tasks, and linearised
+with the τJp penalty on their samples. It merges the task vectors and evaluates the
+results. It writes a table, figures, the task vectors and a merged model.
 
     python -m experiments.quickstart --out runs/quickstart
     python -m experiments.quickstart --out runs/modes --modes cyclic mixed strict
 
 Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
-Disentanglement. ICLR 2025. This is its Tables 1 and 6 in miniature.
+Disentanglement. ICLR 2025. This script is a small form of its Tables 1 and 6.
 """
 
 import dataclasses

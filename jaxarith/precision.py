@@ -1,4 +1,4 @@
-"""Matrix products in fewer bits inside any function, without a change to it."""
+"""Computes the matrix products of any function in fewer bits, without changing it."""
 
 import functools
 from collections.abc import Callable
@@ -11,21 +11,23 @@ from jax.typing import DTypeLike
 
 
 def products_in(function: Callable, dtype: DTypeLike) -> Callable:
-    r"""`function` with the operands of its matrix products rounded to `dtype`.
+    r"""Returns `function` with the operands of its matrix products rounded to `dtype`.
 
-    Products accumulate in the dtype that they had; all else is computed as before. The
-    gradient of the result is that of `function`, its products rounded in the same way.
+    Products accumulate in their original dtype; everything else is computed as before.
+    The gradient of the result is the gradient of `function`, with its products rounded
+    in the same way.
 
     A product changes if it depends on the arguments and both operands are
     floating-point numbers wider than `dtype`. Products inside calls, conditionals,
-    loops and `jax.checkpoint` are found; those of a `custom_vjp` or a kernel are not.
+    loops and `jax.checkpoint` are found; products inside a `custom_vjp` or a kernel are
+    not.
 
     Args:
-      function: takes pytrees of arrays and gives a pytree of arrays.
+      function: function from pytrees of arrays to a pytree of arrays.
       dtype: dtype of the rounded operands, such as `jnp.bfloat16`.
 
     Returns:
-      A function of the same arguments. Reverse mode differentiates it.
+      A function of the same arguments. It can be differentiated in reverse mode.
 
     Raises:
       TypeError: the result is differentiated in forward mode.
@@ -48,10 +50,10 @@ def products_in(function: Callable, dtype: DTypeLike) -> Callable:
 
 
 def _evaluate(jaxpr, consts, args, moving, dtype):
-    """The outputs of a jaxpr; `moving` tells which arguments are not constants.
+    """Returns the outputs of a jaxpr; `moving` tells which arguments are not constants.
 
-    What a tangent function computes from its constants alone belongs to the point of
-    linearisation (`jax.checkpoint` repeats that work) and must not be rounded.
+    Values that a tangent function computes only from its constants belong to the point
+    of linearisation (`jax.checkpoint` repeats that work) and must not be rounded.
     """
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
     changing = {var for var, m in zip(jaxpr.invars, moving, strict=True) if m}
@@ -83,7 +85,7 @@ def _evaluate(jaxpr, consts, args, moving, dtype):
 
 
 def _moves_inside(eqn, moves):
-    """Which operands are not constants inside; outputs of a loop come back into it."""
+    """Returns which operands vary inside; outputs of a loop come back into it."""
     if eqn.primitive.name == "while":
         return [True] * len(moves)
     if eqn.primitive.name == "scan":
@@ -93,9 +95,9 @@ def _moves_inside(eqn, moves):
 
 
 def _parts_of_scan(params, operands):
-    """The operands: constants of the body, what it carries, and what it gets slices of.
+    """Splits the operands: constants of the body, its carry, and arrays to slice.
 
-    JAX 0.10 counts each kind by two numbers, JAX 0.12 by a tree.
+    JAX 0.10 separates these kinds by two numbers, JAX 0.12 by a tree.
     """
     if "ft_in" in params:
         return map(list, params["ft_in"].update(operands).unpack())
@@ -113,7 +115,7 @@ def _is_wide_product(eqn, dtype):
 
 
 def _rounded(param, moving, dtype):
-    """A parameter of a primitive with the jaxprs in it changed."""
+    """Returns a parameter of a primitive with changed jaxprs."""
     if isinstance(param, core.ClosedJaxpr):
         if not _has_wide_product(param.jaxpr, dtype):
             return param
@@ -141,7 +143,7 @@ def _has_wide_product(jaxpr, dtype):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _product(params, result, dtype, a, b):
-    """The product that `dot_general` with `params` gives, of rounded operands."""
+    """Applies `dot_general` with `params` to rounded operands."""
     options: dict[str, Any] = dict(params)
     options |= {"preferred_element_type": result, "precision": None}
     highest: dict[str, Any] = {**options, "precision": "highest"}
@@ -154,12 +156,13 @@ def _product(params, result, dtype, a, b):
         a, b = (jax.lax.reduce_precision(x, info.nexp, info.nmant) for x in (a, b))
         return jax.lax.dot_general(a, b, **highest)
 
-    # XLA lacks some of these products on a CPU. Those of rounded operands are the same.
+    # XLA lacks some of these products on a CPU. There, products of rounded operands at
+    # the highest precision are the same.
     return jax.lax.platform_dependent(a, b, cpu=rounded, default=native)
 
 
 def _product_forward(params, result, dtype, a, b):
-    # Rounded, the operands that are kept take less memory.
+    # Rounded operands take less memory to keep.
     kept = a.astype(dtype), b.astype(dtype)
     dtypes = jnp.zeros((), a.dtype), jnp.zeros((), b.dtype)
     return _product(params, result, dtype, a, b), (kept, dtypes)

@@ -5,8 +5,8 @@ r"""Tangent-space (linearised) models.
 Ortiz-Jimenez, Favero, Frossard. Task Arithmetic in the Tangent Space: Improved Editing
 of Pre-Trained Models. NeurIPS 2023. arXiv:2305.12827.
 
-A task vector may cover a part of the parameters. What it does not cover is closed over
-as a constant, so frozen leaves cost no tangent products.
+A task vector may cover only a part of the parameters. The other leaves are constants,
+so frozen leaves cost no tangent products.
 
 `product_dtype`, such as `bfloat16`, rounds the operands of the tangent's matrix
 products, forward and in the gradient. The products accumulate in float32, and
@@ -28,15 +28,16 @@ from jaxarith.typing import ApplyFn, Params, Taus
 def linearize(
     apply_fn: ApplyFn, params_0: Params, *, product_dtype: DTypeLike | None = None
 ) -> ApplyFn:
-    r"""The first-order Taylor expansion of a model in its parameters.
+    r"""Returns the first-order Taylor expansion of a model in its parameters.
 
     The result has the signature of `apply_fn` and is affine in its parameters, so it is
     trained, merged and evaluated like any other model. One call costs a forward pass
     and a tangent pass: 3 times the matrix products of `apply_fn`. Outputs that are not
-    floating-point numbers, such as predicted classes, are those at `params_0`.
+    floating-point numbers, such as predicted classes, keep their values at `params_0`.
 
     Args:
-      apply_fn: `apply_fn(params, *inputs, **options) -> outputs`, any pytree of arrays.
+      apply_fn: `apply_fn(params, *inputs, **options) -> outputs`; the outputs may be
+        any pytree of arrays.
       params_0: the expansion point.
       product_dtype: dtype of the operands of tangent products; by default their own.
 
@@ -69,7 +70,7 @@ def _moved(output, tangent):
 
 
 def _has_none(tangent):
-    """Whether it is the placeholder of an output that is not differentiable."""
+    """Whether `tangent` is the placeholder for an output without derivatives."""
     return jnp.result_type(tangent) == jax.dtypes.float0
 
 
@@ -80,7 +81,7 @@ def jvp(
     *inputs: Any,
     product_dtype: DTypeLike | None = None,
 ) -> tuple[Any, Any]:
-    r"""The outputs :math:`f(x;\theta_0)` and one tangent :math:`J(x;\theta_0)\tau`.
+    r"""Computes outputs :math:`f(x;\theta_0)` and a tangent :math:`J(x;\theta_0)\tau`.
 
     Args:
       apply_fn: `apply_fn(params, *inputs) -> outputs`.
@@ -88,11 +89,12 @@ def jvp(
       tau: a task vector: the structure of `params_0`, or a part of it.
       *inputs: passed on to `apply_fn`; not differentiated.
       product_dtype: dtype of the operands of tangent products; by default their own.
-        With it the result can be differentiated in `tau`, in reverse mode.
+        If it is given, the result can be differentiated with respect to `tau` in
+        reverse mode.
 
     Returns:
       `(outputs, tangents)`, both with the structure of `apply_fn`'s outputs. Tangents
-      of integers have JAX's dtype for that, `float0`.
+      of integers have JAX's dtype `float0`.
 
     Raises:
       ValueError: a leaf of `tau` is not in `params_0` or has another shape.
@@ -116,10 +118,11 @@ def jvp(
 def jvps(
     apply_fn: ApplyFn, params_0: Params, taus: Taus, *inputs: Any
 ) -> tuple[Any, Any]:
-    r"""The outputs and many tangents :math:`J(x;\theta_0)\tau_t` of one linearisation.
+    r"""Computes outputs and many tangents :math:`J(x;\theta_0)\tau_t`.
 
-    The forward pass is shared: T tangents cost 1 + 2T forward passes, against 3T of T
-    calls of `jvp`. A rematerialised model repeats it for every tangent.
+    They come from one linearisation, so the forward pass is shared: T tangents cost
+    1 + 2T forward passes, while T calls of `jvp` cost 3T. A rematerialised model
+    repeats the forward pass for every tangent.
 
     Args:
       apply_fn, params_0, *inputs: as for `jvp`.
@@ -156,6 +159,6 @@ def _stacked(*tangents):
 
 
 def _trained_part(apply_fn, params_0, paths, inputs):
-    """`apply_fn` as a function of the leaves with these paths, and their values."""
+    """Returns `apply_fn` as a function of the leaves at these paths, and the leaves."""
     start = jax.tree.map(jnp.asarray, tree.restrict(params_0, paths))
     return (lambda part: apply_fn(tree.update(params_0, part), *inputs)), start

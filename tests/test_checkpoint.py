@@ -226,7 +226,7 @@ def test_a_step_that_another_program_saved_is_an_error_and_stays(tmp_path, their
     folder.mkdir()
     for name in {theirs, "model.pt"}:
         (folder / name).write_text("theirs")
-    with pytest.raises(OSError, match=r"step_00000001 is no checkpoint of this.*move"):
+    with pytest.raises(OSError, match=r"step_00000001 is not a checkpoint of.*move"):
         with Checkpoints(tmp_path, CONFIG) as checkpoints:
             if theirs == "manifest.json":
                 with pytest.warns(UserWarning, match="damaged"):

@@ -105,7 +105,7 @@ def test_orbax_errors_and_other_bits_are_damage_too(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="damaged: RuntimeError: unreadable"):
         assert_restores(tmp_path, 1)
     monkeypatch.setattr(checkpoint.ocp, "load", wrong)
-    with pytest.warns(UserWarning, match="not what was saved .taus/kernel"):
+    with pytest.warns(UserWarning, match="not as saved .taus/kernel"):
         assert_restores(tmp_path, 1)
 
 

@@ -45,10 +45,11 @@ def test_the_encoders_have_their_published_sizes():
         "t5-small": 60_506_624,
         "gpt2": 124_439_808,
         "gpt2-medium": 354_823_168,
+        "bert": 108_891_648,
     }
 
 
-@pytest.mark.parametrize("name", ["vit-b-32", "vit-l-14", "gpt2"])
+@pytest.mark.parametrize("name", ["vit-b-32", "vit-l-14", "gpt2", "bert"])
 def test_the_paradigms_train_as_many_entries_as_published(name):
     encoder = encoders.encoder(name)
     found = [
@@ -60,6 +61,7 @@ def test_the_paradigms_train_as_many_entries_as_published(name):
         "vit-b-32": (28_311_552, 36_864, 84_934_656, 82_944),
         "vit-l-14": (100_663_296, 98_304, 301_989_888, 221_184),
         "gpt2": (28_311_552, 36_864, 84_934_656, 82_944),
+        "bert": (28_311_552, 36_864, 84_934_656, 82_944),
     }[name]
 
 
@@ -198,7 +200,7 @@ def test_wrong_options_are_refused_before_any_work(tmp_path):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("model", ["tiny", "t5-small", "gpt2"])
+@pytest.mark.parametrize("model", ["tiny", "t5-small", "gpt2", "bert"])
 def test_pytorch_computes_the_same(model, monkeypatch):
     pytest.importorskip("torch")
     from experiments.bench import torch_tangent

@@ -174,7 +174,7 @@ def test_training_takes_the_dtype_for_linearised_models_only():
     assert train.TrainConfig(linearized=True, product_dtype="bfloat16")
     with pytest.raises(ValueError, match="needs linearized=True"):
         train.TrainConfig(product_dtype="bfloat16")
-    with pytest.raises(ValueError, match="product_dtype is 'int8'; it is bfloat16"):
+    with pytest.raises(ValueError, match="product_dtype is 'int8'; expected bfloat"):
         train.TrainConfig(linearized=True, product_dtype="int8")
 
 

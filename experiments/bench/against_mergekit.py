@@ -1,16 +1,17 @@
-"""Our merges under mergekit's definitions, beside mergekit's own.
+"""Compares our merges under mergekit's definitions with mergekit's own.
 
-Tiny random models of several architectures, a base and three fine-tunes each, are
-merged by mergekit in its own environment and by `jaxarith.merge.mergekit`, and the
+For several architectures, it makes tiny random models: a base and three fine-tunes.
+mergekit, in its own environment, and `jaxarith.merge.mergekit` merge them, and the
 merged tensors are compared. So are the folders that mergekit and `jaxarith merge` make
-of files with slices and tokenizers. Random methods are compared by what their draws
-share: the number of entries that are kept, and the sum of magnitudes of every tensor.
+from files with slices and tokenizers. Random methods are compared by the properties
+that their draws share: the number of entries that are kept, and the sum of magnitudes
+of every tensor.
 
     python -m venv mergekit && mergekit/bin/pip install mergekit==0.1.5
     python -m experiments.bench.against_mergekit --mergekit mergekit/bin --out runs/mk
 
-Without `--mergekit` the models are made and merged by ours alone, to try the script.
-Needs PyTorch and transformers, which make the models.
+Without `--mergekit`, only our code merges the models, to try the script. PyTorch and
+transformers are needed to make the models.
 """
 
 import dataclasses
@@ -33,30 +34,32 @@ LIMIT = 1e-6  # the largest absolute difference of results that count as the sam
 FINE_TUNES = 3
 ARCHITECTURES = ("llama", "gpt2", "bert", "clip_vision")
 
-# What is no rounding, and is not looked for below.
+# Differences that are not rounding, and that the script does not look for.
 KNOWN_DIFFERENCES = (
-    "Of entries with the magnitude of the smallest that is kept, ours keeps all; "
-    "mergekit as many as its share, by an unstable sort.",
-    "Of a tensor with density·n < 1, mergekit's breadcrumbs keep nothing, and SCE with "
-    "select_topk·m < 1 neither; ours keeps one entry.",
-    "In bfloat16 and float16 mergekit subtracts, weighs and adds in that dtype in all "
-    "methods but linear and slerp; ours in float32, cast once.",
+    "If several entries tie with the smallest magnitude that is kept, ours keeps them "
+    "all; mergekit keeps as many as its share, by an unstable sort.",
+    "In a tensor with density·n < 1, mergekit's breadcrumbs keep nothing, and nor does "
+    "its SCE with select_topk·m < 1; ours keeps one entry.",
+    "In bfloat16 and float16, mergekit subtracts, weighs and adds in that dtype in all "
+    "methods but linear and slerp; ours computes in float32 and casts once.",
     "mergekit's multislerp of three or more models fails at a tensor that none of them "
-    "changed, DELLA at rows of one entry; ours goes on.",
-    "Its karcher drops models of norm below 1e-5, and takes the first model's where "
-    "directions cancel; ours averages.",
-    "Its DARE and DELLA leave tensors whose sum of magnitudes is below 1e-7 unscaled.",
-    "In float32, rounding of softmax decides in its arcee_fusion whether entries near "
-    "the threshold are taken over; ours sums terms that do not cancel. It differs in "
-    "single entries, so a largest difference above 1e-6 says little there.",
-    "Weights that sum to zero give infinite values in its linear; ours is an error.",
+    "changed, and its DELLA fails at rows of one entry; ours goes on.",
+    "mergekit's karcher drops models of norm below 1e-5, and takes the first model's "
+    "tensor where directions cancel; ours averages.",
+    "mergekit's DARE and DELLA do not rescale tensors whose sum of magnitudes is below "
+    "1e-7.",
+    "In float32, rounding of softmax decides whether mergekit's arcee_fusion takes "
+    "over entries near the threshold; ours sums terms that do not cancel. The two "
+    "differ in single entries, so a largest difference above 1e-6 says little there.",
+    "Weights that sum to zero give infinite values in mergekit's linear; ours raises "
+    "an error.",
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     mergekit: Path | None = None
-    """The folder of the programs of an environment with mergekit, such as venv/bin."""
+    """Folder of programs of an environment with mergekit, such as venv/bin."""
     out: Path | None = None
     """Folder for report.json and report.md."""
     architectures: tuple[Literal["llama", "gpt2", "bert", "clip_vision"], ...] = (
@@ -68,17 +71,17 @@ Inputs = Literal["task vectors", "models", "base and model"]
 
 
 class Case(NamedTuple):
-    """A merge in both languages.
+    """A merge, described for mergekit and for our code.
 
     Attributes:
-      method: mergekit's name.
-      merge: `merge(params_0, taus)`, ours.
-      shared: mergekit's parameters of all models.
-      each: mergekit's parameters of every model.
-      inputs: what is merged: task vectors of the base, the fine-tunes, or, as slerp
-        does, the base and a fine-tune.
-      models: how many fine-tunes there are.
-      random: whether only statistics can agree.
+      method: mergekit's name of the method.
+      merge: our function, `merge(params_0, taus)`.
+      shared: mergekit's parameters for all models together.
+      each: mergekit's parameters for every single model.
+      inputs: what is merged: task vectors of the base, the fine-tunes, or, as in slerp,
+        the base and a fine-tune.
+      models: number of fine-tunes.
+      random: whether the method is random, so that only statistics can agree.
     """
 
     method: str
@@ -105,7 +108,7 @@ KEY = jax.random.key(0)
 
 
 def family(method: str, **options) -> Case:
-    """A case of the task-arithmetic family, on three models of their own weights."""
+    """Makes a case of the task-arithmetic family, with weights for the three models."""
     ours = functools.partial(FAMILY, method=method, weight=WEIGHTS, key=KEY, **options)
     shared = {"lambda" if k == "coef" else k: v for k, v in options.items()}
     each = {"weight": WEIGHTS}
@@ -115,7 +118,7 @@ def family(method: str, **options) -> Case:
 
 
 def draws(method: str) -> Case:
-    """A random case: one model, of which both must keep a share and all magnitude."""
+    """Makes a random case of one model: both must keep a share and all magnitude."""
     options = {"weight": 1.0, "density": DRAWN}
     ours = functools.partial(FAMILY, method=method, key=KEY, **options)
     return Case(method, ours, options, models=1, random=True)
@@ -130,13 +133,13 @@ def nuslerp(inputs: Inputs, **options) -> Case:
 def plain(
     method: str, inputs: Inputs = "task vectors", models=FINE_TUNES, **options
 ) -> Case:
-    """A merge without parameters of single models."""
+    """Makes a case without parameters of single models."""
     ours = functools.partial(getattr(mergekit, method), **options)
     return Case(method, ours, options, {}, inputs, models)
 
 
 def mean(method: str, inputs: Inputs = "models", normalize=True) -> Case:
-    """A mean of three weighted models, or of their task vectors."""
+    """Makes a case that averages three weighted models, or their task vectors."""
     options = {"weight": WEIGHTS, "normalize": normalize}
     ours = functools.partial(getattr(mergekit, method), **options)
     name = "normalize" if method == "linear" else "normalize_weights"
@@ -144,7 +147,7 @@ def mean(method: str, inputs: Inputs = "models", normalize=True) -> Case:
 
 
 def by_filter(case: Case, parameter: str) -> Case:
-    """The case with one parameter of all models that depends on the tensor."""
+    """Returns the case with one shared parameter that depends on the tensor."""
     ours = functools.partial(case.merge, **{parameter: filtered})
     return case._replace(merge=ours, shared={parameter: FILTERED})
 
@@ -191,7 +194,7 @@ CASES = {
 
 
 def recipe(case: Case, folders: list[Path]) -> dict:
-    """The case as mergekit's configuration."""
+    """Returns the case as a configuration for mergekit."""
     base, *tuned = map(str, folders)
     entries = [
         {"model": model, "parameters": {k: v[i] for k, v in case.each.items()}}
@@ -217,7 +220,7 @@ def merged_by_ours(case: Case, trees: list[dict]) -> dict[str, np.ndarray]:
 
 
 def compare(case: Case, ours: dict, theirs: dict, base: dict) -> dict:
-    """The differences of two merges."""
+    """Returns the differences of two merges."""
     names = sorted(ours.keys() & theirs.keys())
     row = {"tensors": len(names), "in one only": len(ours.keys() ^ theirs.keys())}
     if not case.random:
@@ -245,7 +248,7 @@ def compare(case: Case, ours: dict, theirs: dict, base: dict) -> dict:
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Merges, compares, prints and writes; returns what `report.json` holds."""
+    """Merges, compares, prints and writes; returns the content of `report.json`."""
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -275,11 +278,11 @@ def main(config: Config) -> dict:
         files = mergekit_files.compared(config.mergekit, folder / "files")
     results = {"rows": rows, "files": files, "known_differences": KNOWN_DIFFERENCES}
     parts = parts_of(rows, files)
-    return measure.write(config.out, "Beside mergekit", parts, results)
+    return measure.write(config.out, "Compared with mergekit", parts, results)
 
 
 def parts_of(rows, files) -> list[str]:
-    """The paragraphs and tables of the report."""
+    """Returns the paragraphs and tables of the report."""
 
     def verdict(row):
         words = {True: "same", False: "differs", None: row.get("error")}
@@ -306,7 +309,7 @@ def parts_of(rows, files) -> list[str]:
     drawn += ["sums of magnitudes apart", "verdict"]
     parts = [report.markdown_table(header, exact), report.markdown_table(drawn, random)]
     parts.append(mergekit_files.table(files))
-    parts.append("Known differences, of which only arcee_fusion's is in these merges:")
+    parts.append("Known differences; only arcee_fusion's occurs in these merges:")
     return [*parts, "\n".join(f"- {line}" for line in KNOWN_DIFFERENCES)]
 
 

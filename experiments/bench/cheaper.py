@@ -1,21 +1,21 @@
-"""Tangent-space training for less: sampled penalties, and attention weights alone.
+"""Cheaper tangent-space training: sampled penalties, and attention weights alone.
 
 Trains the quickstart's tasks in the tangent space in several ways and compares the
 merged models at equal time: every variant gets the optimizer steps that take as long
-as `--steps` steps with the cyclic τJp penalty. What costs more is also trained for
-equal steps, and so is what trains the attention weights alone.
+as `--steps` steps with the cyclic τJp penalty. Variants that cost more, and variants
+that train only the attention weights, are also trained for equal steps.
 
     python -m experiments.bench.cheaper --out runs/cheaper
 
-Seconds per step are medians of steps that the variants take in turn, on batches that
-are there: neither compilation nor the making of batches counts. A seed changes the
-order of the samples and the draws of the penalty; the data and the pre-trained model
-stay the same.
+Seconds per step are medians over steps that the variants take in turn, on batches made
+before: neither compilation nor the making of batches counts. A seed changes the order
+of the samples and the draws of the penalty; the data and the pre-trained model stay the
+same.
 
 Yoshida et al. Mastering Task Arithmetic: τJp as a Key Indicator for Weight
 Disentanglement. ICLR 2025. Jin et al. Fine-Tuning Linear Layers Only Is a Simple yet
-Effective Way for Task Arithmetic. 2024. They train ordinary models; here the attention
-weights are trained in the tangent space.
+Effective Way for Task Arithmetic. 2024. Jin et al. train ordinary models; here the
+attention weights are trained in the tangent space.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class Variant(NamedTuple):
     """A way to train in the tangent space.
 
     Attributes:
-      penalty: the mode of the τJp penalty, if there is one.
+      penalty: the mode of the τJp penalty; None for no penalty.
       trained: pattern of the paths that are trained.
       equal_steps: whether to train it for equal steps too.
     """
@@ -51,7 +51,7 @@ class Variant(NamedTuple):
 
 
 def attention(penalty: tau_jp.Mode | None) -> Variant:
-    """The weights of the attention layers alone: the first paradigm of Jin et al."""
+    """Makes a variant that trains only attention weights: paradigm 1 of Jin et al."""
     return Variant(penalty, clip.ATTENTION_WEIGHTS, equal_steps=True)
 
 
@@ -67,11 +67,11 @@ VARIANTS = {
 }
 LEGEND = """\
 Accuracies on test data: mean over seeds ± sample standard deviation
-(smallest..largest). Normalised and absolute: of the sum of all task vectors, with
-coefficient 1 or, where it says so, the one searched on validation data. Individual: of
-every vector on its own task. Seconds and FLOPs are of an optimizer step of all tasks;
-the ratio is to the seconds of the cyclic penalty."""
-# What is averaged over seeds, by its name in the table.
+(smallest..largest). "Normalised" and "absolute" are for the sum of all task vectors,
+with coefficient 1 or, if "searched", the coefficient chosen on validation data.
+"Individual" is for every vector on its own task. Seconds and FLOPs are for an optimizer
+step of all tasks; the ratio is to the seconds with the cyclic penalty."""
+# The values that are averaged over seeds, and their names in the table.
 MEASURES = {
     "normalized": "normalised",
     "searched_normalized": "normalised (searched)",
@@ -85,17 +85,17 @@ class Config:
     """Compare cheaper tangent-space training at equal time."""
 
     out: Path
-    """Folder for results.jsonl, a line per training, report.json, report.md, a figure,
+    """Folder for results.jsonl (a line per training), report.json, report.md, a figure,
     logs and task vectors."""
     model: Path = clip.TINY_CLIP
     """Folder of a CLIP checkpoint; the embedded tiny one by default."""
     tasks: tuple[str, ...] = small_tasks.NAMES
     """The tasks, in order."""
     variants: tuple[str, ...] = tuple(VARIANTS)
-    """What is trained. Steps of `cyclic` are timed in any case."""
+    """Variants to train. Steps of `cyclic` are always timed."""
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 200
-    """Steps with the cyclic penalty, whose time the others get."""
+    """Steps with the cyclic penalty; the other variants get the same time."""
     timed_steps: int = 10
     """Steps of each variant that are timed."""
     batch_size: int = 64
@@ -113,7 +113,11 @@ def recipe_of(config: studies.Config, variant: str) -> train.TrainConfig:
 
 
 def compiled_step(study: studies.Study, recipe: train.TrainConfig):
-    """A compiled optimizer step of all tasks, its first state and other arguments."""
+    """Compiles an optimizer step of all tasks.
+
+    Returns:
+      The compiled step, its first state, and its other arguments.
+    """
     objective = train.objective(study.apply_fn, study.loss, recipe)
     state = train.init_state(study.params_0, recipe, len(study.names))
     batch = train.task_batches(study.sources, recipe, names=study.names)[0]
@@ -124,10 +128,10 @@ def compiled_step(study: studies.Study, recipe: train.TrainConfig):
 
 
 def stepping(step, state, arguments) -> Callable:
-    """A function that takes one more step with every call."""
+    """Returns a function that takes one more step with every call."""
 
     def run():
-        nonlocal state  # a step gives up the state that it is passed
+        nonlocal state  # a step donates the state that it is passed
         state, _ = step(state, *arguments)
         return state
 
@@ -137,9 +141,9 @@ def stepping(step, state, arguments) -> Callable:
 def measure_costs(
     study: studies.Study, variants: Sequence[str], repetitions: int
 ) -> dict[str, dict]:
-    """Seconds and FLOPs of one optimizer step of all tasks, and the trained entries.
+    """Measures seconds, FLOPs and trained entries of an optimizer step of all tasks.
 
-    The variants run in turn, so that what else the machine does slows all alike.
+    The variants run in turn, so that other work of the machine slows all of them alike.
     """
     tasks = len(study.names)
     runs, counted = {}, {}
@@ -166,7 +170,7 @@ def measure_costs(
 
 
 def steps_in_time(steps: int, ratio: float) -> int:
-    """The steps that take as long as `steps` of the reference, at least one.
+    """Returns the steps that take as long as `steps` of the reference, at least one.
 
     Args:
       steps: steps of the reference.
@@ -182,7 +186,7 @@ def steps_in_time(steps: int, ratio: float) -> int:
 def trainings(
     variants: Sequence[str], steps: int, ratios: Mapping[str, float]
 ) -> list[tuple[str, str, int]]:
-    """What is trained with every seed: `(variant, budget, steps)`."""
+    """Lists the trainings for every seed: `(variant, budget, steps)`."""
     found = []
     for name in variants:
         found.append((name, "equal time", steps_in_time(steps, ratios[name])))
@@ -192,7 +196,7 @@ def trainings(
 
 
 def train_and_evaluate(study: studies.Study, variant: str, budget: str) -> dict:
-    """One line of results.jsonl; steps and seed are those of the study."""
+    """Makes one line of results.jsonl, with the steps and the seed of the study."""
     config = study.config
     method = f"{variant}_{budget.replace(' ', '_')}_seed_{config.seed}"
     start = time.perf_counter()
@@ -222,7 +226,7 @@ def train_and_evaluate(study: studies.Study, variant: str, budget: str) -> dict:
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean, sample standard deviation (None for one value), smallest and largest."""
+    """Returns mean, sample standard deviation (None for one value), and extremes."""
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {
         "mean": float(np.mean(values)),
@@ -233,7 +237,7 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def summarize(rows: Sequence[dict]) -> list[dict]:
-    """The rows over seeds, for each variant and budget in order of appearance."""
+    """Summarises rows over seeds, by variant and budget in order of appearance."""
     groups: dict[tuple, list] = {}
     for row in rows:
         groups.setdefault((row["variant"], row["budget"]), []).append(row)
@@ -248,7 +252,7 @@ def summarize(rows: Sequence[dict]) -> list[dict]:
 
 
 def table(summary: Sequence[dict]) -> str:
-    """The summary as a Markdown table."""
+    """Returns the summary as a Markdown table."""
 
     def text(found):
         if found["std"] is None:
@@ -270,7 +274,7 @@ def table(summary: Sequence[dict]) -> str:
 
 
 def figure(path, rows: Sequence[dict], seeds: Sequence[int]):
-    """A bar for each seed of every variant and budget."""
+    """Draws a bar for each seed of every variant and budget."""
     labels = list(dict.fromkeys(f"{r['variant']}\n{r['budget']}" for r in rows))
     values = {
         f"seed {seed}": [row["normalized"] for row in rows if row["seed"] == seed]
@@ -280,7 +284,7 @@ def figure(path, rows: Sequence[dict], seeds: Sequence[int]):
 
 
 def check(config: Config):
-    """Refuses what would fail, or cost results, after long work."""
+    """Refuses options that would fail, or lose results, after long work."""
     for option in ("tasks", "variants", "seeds"):
         values = getattr(config, option)
         if not values or len(set(values)) < len(values):
@@ -303,13 +307,13 @@ def check(config: Config):
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Measures, trains, prints and writes; returns what `report.json` holds."""
+    """Measures, trains, prints and writes; returns the content of `report.json`."""
     check(config)
     study = small_study.prepare(small_study.alone(config))
     timed = list(dict.fromkeys([REFERENCE, *config.variants]))
     costs = measure_costs(study, timed, config.timed_steps)
     ratios = {name: cost["ratio"] for name, cost in costs.items()}
-    # Seeds outermost: a run that is cut short has compared all variants.
+    # Seeds are outermost, so that a run that is cut short has compared all variants.
     work = [
         (seed, *training)
         for seed in config.seeds

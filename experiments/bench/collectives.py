@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text."""
+"""Reads from the text of a compiled program what it sends between devices."""
 
 import collections
 import functools
@@ -13,10 +13,10 @@ class Collective(NamedTuple):
     """An operation in which devices exchange data.
 
     Attributes:
-      name: such as "all-reduce".
-      size: bytes of the whole: of what is summed, or of all gathered parts.
-      devices: how many take part in an exchange.
-      times: how often a step runs it.
+      name: name of the operation, such as "all-reduce".
+      size: bytes of the whole: of the summed array, or of all gathered parts.
+      devices: number of devices that take part in an exchange.
+      times: number of times that a step runs it.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Collective(NamedTuple):
         """
         if self.name == "collective-permute":
             return float(self.times * self.size)
-        # The sum of the parts goes round once, and the parts of the sum once more.
+        # The parts go round once to be summed; the parts of the sum go round once more.
         rounds = 2 if self.name == "all-reduce" else 1
         return self.times * rounds * (self.devices - 1) / self.devices * self.size
 
@@ -53,16 +53,17 @@ CHAIN = re.compile(r'chain_id="(\d+)"')
 def collectives(
     text: str, devices: int, *, scattered: bool = False
 ) -> list[Collective]:
-    """The collectives of a compiled program, each as often as a step runs it.
+    """Returns the collectives of a compiled program, and how often a step runs each.
 
     Args:
       text: text of a compiled program, `compiled.as_text()`.
-      devices: that the program is for.
-      scattered: count a sum of which every device reads nothing but a part as the
-        reduce-scatter that it is on an accelerator. The CPU's compiler has none.
+      devices: number of devices that the program is for.
+      scattered: whether to count a sum as a reduce-scatter if every device reads only a
+        part of it. It is one on an accelerator; the CPU's compiler has none.
 
     Raises:
-      ValueError: one is in a loop whose number of iterations the program does not say.
+      ValueError: a collective is in a loop, and the program does not state the number
+        of iterations.
     """
     computations, entry = _computations(text)
     runs = _runs(computations, entry)
@@ -73,8 +74,8 @@ def collectives(
         match = OPERATION.search(line)
         if not match or not runs[computation]:
             continue
-        # A TPU moves the data of one collective while it computes one thing after the
-        # other, and the program shows it in each of these.
+        # A TPU moves the data of one collective during several computations, and the
+        # program shows the collective in each of them.
         if chain := CHAIN.search(line):
             if chain[1] in chains:
                 continue
@@ -82,14 +83,14 @@ def collectives(
         shape, name, started = match.groups()
         if math.isinf(runs[computation]):
             raise ValueError(
-                f"{name} is in a loop, and the program does not say how often that "
-                "runs: what it moves cannot be counted."
+                f"{name} is in a loop, and the program does not say how often the loop "
+                "runs, so the bytes that it moves cannot be counted."
             )
         together, size = _together(line, devices), _bytes(shape, name, bool(started))
         if name == "reduce-scatter":
             size *= together  # the result is one part
         if computation.startswith("all-reduce-scatter"):
-            name = "reduce-scatter"  # as a TPU has it: a sum and a slice of it, fused
+            name = "reduce-scatter"  # the form on TPUs: a sum fused with a slice of it
         times = int(runs[computation])
         if scattered and name == "all-reduce" and not started:
             parts = sliced.bytes_of_parts(computations, computation, line, together)
@@ -103,7 +104,7 @@ def collectives(
 
 
 def _computations(text):
-    """The lines of every computation, and the name of that which runs first."""
+    """Returns the lines of every computation, and the name of the first to run."""
     name = entry = ""
     computations = {name: []}
     for line in text.splitlines():
@@ -117,7 +118,7 @@ def _computations(text):
 
 
 def _runs(computations, entry) -> dict[str, float]:
-    """How often each computation runs; infinity where nothing says."""
+    """Returns how often each computation runs; infinity if the program does not say."""
     callers = collections.defaultdict(list)
     for caller, lines in computations.items():
         for line in lines:
@@ -140,15 +141,15 @@ def _runs(computations, entry) -> dict[str, float]:
 
 
 def _bytes(shape: str, name: str, started: bool) -> int:
-    """Of a result such as `(f32[2,3]{1,0}, bf16[])`."""
+    """Returns the bytes of a result such as `(f32[2,3]{1,0}, bf16[])`."""
     shape = re.sub(r"\{[^}]*\}|/\*.*?\*/| ", "", shape)
     if started and name != "all-reduce":
-        shape = _parts(shape[1:-1])[1]  # of operands, results, and what else
+        shape = _parts(shape[1:-1])[1]  # of operands, results, and others
     return sum(sliced.sizes(shape))
 
 
 def _parts(tuple_: str) -> list[str]:
-    """What the commas outside all brackets separate."""
+    """Splits at the commas outside all brackets."""
     depth, parts = 0, [""]
     for character in tuple_:
         depth += (character in "([") - (character in ")]")
@@ -160,7 +161,7 @@ def _parts(tuple_: str) -> list[str]:
 
 
 def _together(line: str, devices: int) -> int:
-    """How many devices are in one of an operation's groups."""
+    """Returns the number of devices in each of an operation's groups."""
     groups = re.search(r"replica_groups=(.*)", line)
     if not groups or groups[1].startswith("{}"):
         return devices

@@ -1,11 +1,13 @@
 """The encoders whose derivatives are measured, with random weights and inputs.
 
-An encoder is what maps inputs to the features `[B, D]` that a frozen head of 100
-classes reads. For the language models these are the means of the last hidden states
-over the real tokens: of 128 tokens for GPT-2 and for T5's encoder alone, of the 32
-tokens of the decoder for all of T5, whose encoder reads 128. Every leaf of GPT-2 and
-T5-small is in it, but not the product of the hidden states and the vocabulary, which
-gives the logits of words: at 16 texts of 128 tokens those of GPT-2 take 412 MB a copy.
+An encoder maps inputs to the features `[B, D]` that a frozen head of 100 classes reads.
+Features of a language model are the means of its last hidden states over the real
+tokens. GPT-2, BERT and T5's encoder alone read 128 tokens. The whole T5 reads 128
+tokens and averages the 32 tokens of its decoder.
+
+Every leaf of GPT-2, BERT-base without its pooler, and T5-small takes part. The product
+of the hidden states and the vocabulary, which gives the logits of words, does not: for
+16 texts of 128 tokens GPT-2's logits take 412 MB a copy.
 """
 
 import functools
@@ -19,11 +21,12 @@ import numpy as np
 from experiments.common.vision import vectors
 from experiments.common.vision.architectures import VISION
 from jaxarith import hub, tree
-from jaxarith.models import clip, gpt2, t5
+from jaxarith.models import bert, clip, gpt2, t5
+from jaxarith.models.bert_network import BertConfig
 from jaxarith.typing import Tree
 
 Vision = Literal["vit-b-32", "vit-b-16", "vit-l-14", "tiny"]
-Name = Literal[Vision, "t5-small-encoder", "t5-small", "gpt2", "gpt2-medium"]
+Name = Literal[Vision, "t5-small-encoder", "t5-small", "gpt2", "gpt2-medium", "bert"]
 NAMES: tuple[str, ...] = get_args(Name)
 TOKENS = 128  # of a text, if no length is given
 TARGET_TOKENS = 32  # of what T5's decoder reads
@@ -45,6 +48,12 @@ GPT2_PARADIGMS = {
     "2": r"transformer/h/\d+/attn/c_\w+/\w+",
     "3": gpt2.BLOCK_LINEAR_WEIGHTS,
     "4": r"transformer/h/\d+/(attn|mlp)/c_\w+/\w+",
+}
+BERT_PARADIGMS = {
+    "1": bert.ATTENTION_WEIGHTS,
+    "2": r"bert/encoder/layer/\d+/attention/(self/\w+|output/dense)/\w+",
+    "3": bert.BLOCK_LINEAR_WEIGHTS,
+    "4": r"bert/encoder/layer/.*/(self/\w+|dense)/\w+",
 }
 # T5 has no biases.
 T5_PARADIGMS = {"1": t5.ATTENTION_WEIGHTS, "3": t5.BLOCK_LINEAR_WEIGHTS}
@@ -90,6 +99,8 @@ def encoder(name: str, layers: int | None = None, length: int | None = None) -> 
         return _gpt2(name, layers, length or TOKENS)
     if name in ("t5-small", "t5-small-encoder"):
         return _t5(layers, length or TOKENS, decoder=name == "t5-small")
+    if name == "bert":
+        return _bert(layers, length or TOKENS)
     if length is not None:
         raise ValueError(
             f"a length of {length} tokens for {name}, which reads images of one size; "
@@ -108,6 +119,21 @@ def _gpt2(name, layers, length):
         functools.partial(random_texts, config.vocab_size, (length,)),
         GPT2_PARADIGMS,
         {"architectures": ["GPT2Model"], "use_cache": False, **vars(config)},
+        length,
+        TEXT[:2],
+    )
+
+
+def _bert(layers, length):
+    sizes = {} if layers is None else {"num_hidden_layers": layers}
+    config = BertConfig(**sizes, max_position_embeddings=max(512, length))
+    return Encoder(
+        functools.partial(mean_features, bert.encoder(config)),
+        None,
+        bert.layout(config),
+        functools.partial(random_texts, config.vocab_size, (length,)),
+        BERT_PARADIGMS,
+        {"architectures": ["BertModel"], **vars(config)},
         length,
         TEXT[:2],
     )

@@ -1,4 +1,4 @@
-"""What `jvp_cost` aims at, and its tables and figures."""
+"""The goals, tables and figures of `jvp_cost`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from jaxarith import plots, report
 
 
 def goals(rows: Sequence[dict], with_torch: bool) -> list[dict]:
-    """The goals of the project for ViT-B/32 on a CPU, and what was reached."""
+    """Returns the project's goals for ViT-B/32 on a CPU, and what was reached."""
     by_name = {row["row"]: row for row in rows}
     found = []
 
@@ -41,7 +41,7 @@ def goals(rows: Sequence[dict], with_torch: bool) -> list[dict]:
 
 
 def cost_table(rows: Sequence[dict]) -> str:
-    """What a tangent costs: seconds, FLOPs and memory of every row."""
+    """Returns the table of what a tangent costs: seconds, FLOPs and memory by row."""
     sizes = _sizes(rows)
     header = [*sizes, "row", "s", "shortest to longest", "over ordinary", "GFLOP"]
     header += ["over ordinary", "temporary MB", "compile s", "samples/s", "tokens/s"]
@@ -59,7 +59,7 @@ def cost_table(rows: Sequence[dict]) -> str:
 
 
 def torch_table(rows: Sequence[dict]) -> str:
-    """Against whom: the rows that PyTorch has too, by its two forms."""
+    """Returns the table of rows that PyTorch has too: eager and compiled."""
     sizes = _sizes(rows)
     header = [*sizes, "row", "s", "eager s", "shortest to longest", "torch.compile s"]
     header += ["shortest to longest", "faster PyTorch / ours", "temporary MB"]
@@ -80,11 +80,11 @@ def torch_table(rows: Sequence[dict]) -> str:
 
 
 def parts_of(results: dict, *, with_goals: bool) -> list[str]:
-    """The paragraphs and tables of the report.
+    """Returns the paragraphs and tables of the report.
 
     Args:
-      results: what report.json holds.
-      with_goals: whether goals were asked for.
+      results: the content of report.json.
+      with_goals: whether to report the goals.
     """
     rows, machine = results["rows"], results["machine"]
     parts = [measure.named(machine), cost_table(rows)]
@@ -100,17 +100,17 @@ def parts_of(results: dict, *, with_goals: bool) -> list[str]:
 
 
 def trial(machine: dict) -> str:
-    """What a reader must know of a tiny or shortened model; empty for others."""
+    """Returns a note about a tiny or shortened model; empty for other models."""
     if machine["model"] != "tiny" and machine["layers"] is None:
         return ""
     return (
-        "A tiny or shortened model is for trying the script: what it costs says "
-        "nothing about a whole one."
+        "A tiny or shortened model is for trying the script: its cost says nothing "
+        "about a whole model."
     )
 
 
 def _sizes(rows):
-    """Which of model, dtype, batch and length differ between rows."""
+    """Returns which of model, dtype, batch and length differ between rows."""
     names = ("model", "dtype", "batch", "length")
     return [name for name in names if len({row.get(name) for row in rows}) > 1]
 
@@ -124,7 +124,7 @@ def _mb(count):
 
 
 def figure(path: Path, rows: Sequence[dict]):
-    """cost.png: seconds by row, or how they grow with batch and length."""
+    """Draws cost.png: seconds by row, or how they grow with batch and length."""
     sizes, names = _sizes(rows), list(dict.fromkeys(row["row"] for row in rows))
     if not sizes:
         groups = {"jaxarith": [row["seconds"] for row in rows]}

@@ -1,4 +1,4 @@
-"""Seconds, memory, the machine they were measured on, and the report of them."""
+"""Measures seconds and memory, describes the machine, and writes reports."""
 
 import contextlib
 import ctypes
@@ -16,13 +16,13 @@ import numpy as np
 from jaxarith import report
 
 K = TypeVar("K")
-# Of the minute before this process did anything.
+# The load in the minute before this process did anything.
 LOAD = round(os.getloadavg()[0], 2)
 OTHERS = "cores busy with other processes"
 
 
 def seconds(function: Callable) -> float:
-    """Of one call, to the end of what it starts on a device of JAX."""
+    """Returns the seconds of one call, including what it starts on JAX devices."""
     start = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - start
@@ -31,12 +31,14 @@ def seconds(function: Callable) -> float:
 def alternated(
     functions: Mapping[K, Callable], repetitions: int, tick: Callable = lambda: None
 ) -> dict[K, list[float]]:
-    """Seconds of every function, run in turn: A B A B. Each is called once before.
+    """Returns seconds of functions that run in turn: A B A B.
+
+    Each function is first called once without being timed.
 
     Args:
       functions: the functions by name, without arguments.
-      repetitions: runs of each that count.
-      tick: called after every run, for a progress bar.
+      repetitions: number of timed runs of each function.
+      tick: function called after every run, for a progress bar.
     """
     times: dict[K, list[float]] = {name: [] for name in functions}
     for repetition in range(1 + repetitions):
@@ -49,10 +51,10 @@ def alternated(
 
 
 def peak_memory(function: Callable) -> tuple[float, int, int]:
-    """What a call needs at most above what is resident before it (Linux).
+    """Measures the peak memory of a call, above the memory resident before it (Linux).
 
     Returns:
-      Its seconds, the bytes, and how many of them the result holds.
+      The seconds of the call, the bytes, and how many of them the result holds.
     """
     ctypes.CDLL(None).malloc_trim(0)
     before = _status("VmRSS")
@@ -71,7 +73,7 @@ def _status(field: str) -> int:
 
 
 def processor() -> str:
-    """The processor's name, where the system tells it."""
+    """Returns the processor's name, if the system tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if "model name" in line]
@@ -79,7 +81,7 @@ def processor() -> str:
 
 
 def goal(what: str, reached: float, limit: float, *, least: bool = True) -> dict:
-    """A row of a table of goals; the limit is the `least` that is wanted, or the most.
+    """Makes a row of a table of goals; `least` tells a lower limit from an upper one.
 
     Example:
       >>> goal("merge: seconds", 3.0, 5.0, least=False)["met"]
@@ -90,28 +92,28 @@ def goal(what: str, reached: float, limit: float, *, least: bool = True) -> dict
 
 
 def table(rows: Sequence[Mapping], names: Sequence[str] = ()) -> str:
-    """Rows of the same fields as a Markdown table; without any, `names` alone."""
+    """Returns rows of the same fields as a Markdown table; if empty, only `names`."""
     return report.markdown_table(names or list(rows[0]), [[*r.values()] for r in rows])
 
 
 def named(values: Mapping) -> str:
-    """Values with their names, in one line."""
+    """Returns values with their names, in one line."""
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def write(out: Path | None, title: str, parts: Sequence[str], results: dict) -> dict:
-    """Prints a report; where there is a folder, writes report.json and report.md.
+    """Prints a report; if a folder is given, writes report.json and report.md.
 
-    A machine that was not quiet is named at the end.
+    The report ends with a note if the machine was not quiet.
 
     Args:
-      out: the folder.
-      title: title of report.md; none if it is empty.
+      out: the folder, or None.
+      title: title of report.md; empty for no title.
       parts: paragraphs and tables.
-      results: plain data.
+      results: the content of report.json, plain data.
 
     Returns:
-      The results, which report.json holds.
+      `results`.
     """
     parts = [*parts, *(unquiet(results["machine"]) if "machine" in results else ())]
     text, head = "\n\n".join(parts), f"# {title}\n\n" if title else ""
@@ -124,7 +126,7 @@ def write(out: Path | None, title: str, parts: Sequence[str], results: dict) -> 
 
 
 def machine() -> dict:
-    """What the measured times depend on; "load" is that before this process began."""
+    """Returns what measured times depend on; "load" is from before this process."""
     return {
         "date": datetime.date.today().isoformat(),
         "processor": processor(),
@@ -138,7 +140,7 @@ def machine() -> dict:
 
 @contextlib.contextmanager
 def watched() -> Iterator[dict]:
-    """Adds to a dict how many cores other processes kept busy meanwhile (Linux).
+    """Adds to a dict how many cores other processes keep busy meanwhile (Linux).
 
     Example:
       >>> with watched() as others:
@@ -156,7 +158,7 @@ def watched() -> Iterator[dict]:
 
 
 def _busy() -> float | None:
-    """Seconds that all cores have worked, for whichever process."""
+    """Returns the seconds that all cores have worked, for any process."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return None
@@ -171,10 +173,10 @@ def _own() -> float:
 
 
 def unquiet(machine: Mapping) -> list[str]:
-    """What a reader of the times must know of the machine, as paragraphs.
+    """Returns paragraphs on what a reader of the times must know about the machine.
 
     Args:
-      machine: what `machine` returned, and what `watched` added.
+      machine: the result of `machine`, and the entry that `watched` adds.
 
     Example:
       >>> unquiet({"load": 0.1, "cores": 2})

@@ -1,8 +1,8 @@
-"""Whole files of mergekit's, merged by its command's code and by `jaxarith merge`.
+"""Merges whole mergekit files by the code of its command and by `jaxarith merge`.
 
-What is compared is the folder: every tensor, the number of layers, the vocabulary and
-its ids. Models are Llamas of four layers with tokenizers of their own: that of `chat`
-has words that the base lacks.
+The merged folders are compared: every tensor, the number of layers, the vocabulary and
+its ids. The models are Llamas of four layers, each with its own tokenizer; the
+tokenizer of `chat` has words that the base lacks.
 """
 
 import json
@@ -26,7 +26,7 @@ WORDS = {
 
 
 def cut(name: str, first: int, last: int, **parameters: Any) -> dict[str, Any]:
-    """A source of a slice."""
+    """Makes a source of a slice."""
     source: dict[str, Any] = {"model": name, "layer_range": [first, last]}
     return source | ({"parameters": parameters} if parameters else {})
 
@@ -88,7 +88,7 @@ FILES: dict[str, dict[str, Any]] = {
 
 
 def make(folder: Path) -> dict[str, str]:
-    """The models by name."""
+    """Makes the models; returns their folders by name."""
     import tokenizers
     import torch
     import transformers
@@ -120,7 +120,7 @@ def make(folder: Path) -> dict[str, str]:
 
 
 def named(content: Any, places: dict[str, str]) -> Any:
-    """A recipe with the folders of its models."""
+    """Replaces the names of models in a recipe by their folders."""
     if isinstance(content, dict):
         keys = ("model", "base_model", "source", "tokenizer_source")
         return {
@@ -135,12 +135,12 @@ def named(content: Any, places: dict[str, str]) -> Any:
 
 
 def compared(programs: Path | None, folder: Path) -> list[dict[str, Any]]:
-    """A row for every file.
+    """Merges every file and returns a row for each.
 
     Args:
-      programs: the folder of the programs of mergekit's environment; None merges by
-        ours alone.
-      folder: where models and merges are written.
+      programs: the folder of programs in mergekit's environment; None merges only with
+        our code.
+      folder: folder for models and merges.
     """
     places = make(folder)
     recipes = {
@@ -170,8 +170,8 @@ def compared(programs: Path | None, folder: Path) -> list[dict[str, Any]]:
 
 
 def differences(ours: Path, theirs: Path) -> dict[str, Any]:
-    """How far two merged folders are apart; rows of embeddings by their tokens."""
-    # mergekit writes no tokenizer where the file asks for none.
+    """Compares two merged folders; rows of embeddings are matched by their tokens."""
+    # mergekit writes no tokenizer if the file asks for none.
     mine, other = (ids(x) if (x / _TOKENIZER).is_file() else {} for x in (ours, theirs))
     mine = mine if other else {}
     tensors = [hub.read(folder) for folder in (ours, theirs)]
@@ -193,7 +193,7 @@ def differences(ours: Path, theirs: Path) -> dict[str, Any]:
 
 
 def ids(folder: Path) -> dict[str, int]:
-    """The ids of all tokens."""
+    """Returns the ids of all tokens."""
     content = json.loads((folder / _TOKENIZER).read_text(encoding="utf-8"))
     added = {entry["content"]: entry["id"] for entry in content["added_tokens"]}
     return content["model"]["vocab"] | added

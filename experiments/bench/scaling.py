@@ -1,21 +1,22 @@
-"""What a training step does on many devices, read from its compiled program.
+"""The work of a training step on many devices, read from its compiled program.
 
 The linearised step of an encoder at its published size, with the optimizer, is compiled
-for meshes of 1 to 256 devices and not run: no parameter and no sample is made. On some
-meshes it is compiled with the penalty of curvature too.
-The batch of a device stays the same (weak scaling). Parameters lie whole on the devices
-of the axis `data` and are cut into parts for those of `fsdp` (`jaxarith.sharding`). XLA
-tells the FLOPs and the memory of a device; the collectives are read from the text.
+for meshes of 1 to 256 devices. It is not run: no parameter and no sample is made. On
+some meshes it is also compiled with the penalty of curvature. The batch of a device
+stays the same (weak scaling). Devices of the axis `data` hold whole parameters; devices
+of `fsdp` hold parts of them (`jaxarith.sharding`). XLA reports the FLOPs and the memory
+of a device; the collectives are read from the program's text.
 
     python -m experiments.bench.scaling --out runs/scaling
     python -m experiments.bench.scaling --platform tpu --out runs/scaling_tpu \\
         --meshes fsdp=8 data=256 data=32,fsdp=8 fsdp=256
 
-CPU devices are virtual. With `--platform tpu` the programs are those of a slice of TPU
-v5e; no TPU is needed, but the `tpu` extra is (libtpu holds the compiler), and a program
-takes minutes. Compilers differ: where each device keeps a part of the gradient, the
-CPU's sums the whole one (all-reduce) and throws the rest away; the TPU's may sum the
-parts alone (reduce-scatter), and gathers in bfloat16 what its products round to that.
+CPU devices are virtual. With `--platform tpu`, programs are compiled for a slice of TPU
+v5e. This needs no TPU, but it needs the `tpu` extra (libtpu holds the compiler), and a
+program takes minutes. Compilers differ: if each device keeps a part of the gradient,
+the CPU's compiler sums the whole gradient (all-reduce) and throws the rest away. The
+TPU's may sum only the parts (reduce-scatter), and gathers in bfloat16 the values that
+its products round to bfloat16.
 """
 
 import contextlib
@@ -49,7 +50,7 @@ from jaxarith.models import heads
 CLASSES = 100
 MESHES = ("data=1", "data=8", "data=2,fsdp=4", "fsdp=8", "data=64", "data=8,fsdp=8")
 MESHES += ("data=256", "data=32,fsdp=8", "fsdp=256")
-# Slices of TPU v5e by their chips; below four, a part of the smallest host.
+# Slices of TPU v5e by number of chips; below four, a part of the smallest host.
 SLICES = {1: "2x2", 2: "2x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8"}
 SLICES |= {64: "8x8", 128: "8x16", 256: "16x16"}
 
@@ -63,20 +64,19 @@ class Config:
     )
     """The encoders, at their published sizes."""
     meshes: tuple[str, ...] = MESHES
-    """Of each program: the sizes of the axes data and fsdp."""
+    """The sizes of the axes data and fsdp for each program."""
     curvature: tuple[str, ...] = ("data=8", "data=8,fsdp=8", "data=32,fsdp=8")
-    """Those of the meshes on which the step is also compiled with the penalty of
-    curvature."""
+    """The meshes on which the step is also compiled with the penalty of curvature."""
     batch_per_device: int = 16
     """Samples of a step that each device computes."""
     platform: Literal["cpu", "tpu"] = "cpu"
-    """Whose compiler: for virtual CPU devices, or for a slice of TPU v5e."""
+    """Compiler to use: for virtual CPU devices, or for a slice of TPU v5e."""
     layers: int | None = None
     """Fewer transformer blocks than the model has, to try the script."""
 
 
 def make_devices(config: Config):
-    """Makes virtual devices for the meshes; JAX that has started keeps those it has."""
+    """Makes virtual devices for the meshes; if JAX has started, it keeps its own."""
     with contextlib.suppress(RuntimeError):
         if config.platform == "cpu":
             most = max(map(_count, config.meshes))
@@ -85,10 +85,10 @@ def make_devices(config: Config):
 
 
 def make_meshes(config: Config) -> dict[str, Mesh]:
-    """Of virtual devices, or of those of slices that need not be there.
+    """Makes meshes of virtual devices, or of slices that need not exist.
 
     Raises:
-      ValueError: a mesh is none, has a task axis, or no such devices can be had.
+      ValueError: a mesh is not valid, has a task axis, or its devices are unavailable.
       ImportError: the compiler for TPUs is not installed.
     """
     counts = {sizes: _count(sizes) for sizes in config.meshes}
@@ -96,9 +96,9 @@ def make_meshes(config: Config) -> dict[str, Mesh]:
         devices = jax.devices("cpu")
         if max(counts.values()) > len(devices):
             raise ValueError(
-                f"{max(counts.values())} devices are asked for, and JAX has made "
-                f"{len(devices)} virtual ones. Run the script by itself, which makes "
-                "as many as it needs, or call "
+                f"{max(counts.values())} devices are asked for, but JAX has made "
+                f"{len(devices)} virtual devices. Run the script by itself, so that it "
+                "makes as many as it needs, or call "
                 f"jax.config.update('jax_num_cpu_devices', {max(counts.values())}) "
                 "before anything else."
             )
@@ -109,7 +109,7 @@ def make_meshes(config: Config) -> dict[str, Mesh]:
     for sizes, mesh in meshes.items():
         if mesh.shape["task"] > 1:
             raise ValueError(
-                f"the mesh {sizes!r} shares tasks, and the step here is one task's; "
+                f"the mesh {sizes!r} shares tasks, but the step here is one task's; "
                 "give sizes of data and fsdp."
             )
     return meshes
@@ -122,15 +122,15 @@ def _count(sizes: str) -> int:
 def _chips(count: int) -> list:
     if count not in SLICES:
         raise ValueError(
-            f"no slice of TPU v5e has {count} chips; there are slices of "
+            f"no slice of TPU v5e has {count} chips; slices have "
             f"{', '.join(map(str, SLICES))}."
         )
     if not importlib.util.find_spec("libtpu"):
         raise ImportError(
             "libtpu, which compiles for TPUs, is not installed: pip install -e '.[tpu]'"
         )
-    # No chip is taken: there is no need to ask Google Cloud what machine this is, nor
-    # for a lock that keeps others from compiling.
+    # No chip is used, so there is no need to ask Google Cloud about the machine, or for
+    # a lock that keeps other processes from compiling.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     slice_ = topologies.get_topology_desc(f"v5e:{SLICES[count]}", "tpu")
@@ -144,12 +144,12 @@ def program(
     *,
     curvature: bool = False,
 ) -> jax.stages.Compiled:
-    """The linearised step of one task, compiled for the devices of a mesh.
+    """Compiles the linearised step of one task for the devices of a mesh.
 
     Args:
       encoder: the model.
       mesh: the devices.
-      batch_per_device: samples of each.
+      batch_per_device: samples of each device.
       curvature: whether the step has the penalty of curvature.
     """
     config = train.TrainConfig(
@@ -183,7 +183,7 @@ def program(
 
 
 def fewer_passes() -> dict[str, Any]:
-    """Options by which LLVM takes a third of its time; XLA's own work stays the same.
+    """Returns options that cut LLVM's time to a third; XLA's own work stays the same.
 
     Nothing runs here, so the instructions need not be fast.
     """
@@ -194,7 +194,7 @@ def fewer_passes() -> dict[str, Any]:
 
 
 def count(compiled: jax.stages.Compiled, devices: int) -> dict:
-    """What each device computes, holds and sends in a step."""
+    """Returns what each device computes, holds and sends in a step."""
     memory: Any = compiled.memory_analysis()
     costs: Any = compiled.cost_analysis()
     text = compiled.as_text() or ""
@@ -218,7 +218,7 @@ def count(compiled: jax.stages.Compiled, devices: int) -> dict:
 
 
 def main(config: Config) -> dict:
-    """Compiles, counts, prints and writes; returns what `report.json` holds."""
+    """Compiles, counts, prints and writes; returns the content of `report.json`."""
     for name in ("models", "meshes"):
         given = getattr(config, name)
         if not given or len(set(given)) < len(given):

@@ -1,4 +1,4 @@
-"""What `scaling` reports: tables, figures, and where communication begins to bind."""
+"""Tables and figures of `scaling`, and the point where communication begins to bind."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from jaxarith import plots, report
 
 
 class Chip(NamedTuple):
-    """A chip as its maker publishes it.
+    """A chip, with the rates that its maker publishes.
 
     Attributes:
       name: the chip and what connects it to others.
@@ -21,7 +21,7 @@ class Chip(NamedTuple):
     sends: float
 
 
-# As Google's page of the TPU v5e and NVIDIA's data sheet of the H100 give them.
+# From Google's page on the TPU v5e and NVIDIA's data sheet of the H100.
 CHIPS = (
     Chip("TPU v5e, interconnect of 1600 Gbit/s", 197e12, 200e9),
     Chip("H100 SXM, NVLink of 450 GB/s each way", 989e12, 450e9),
@@ -30,7 +30,7 @@ CHIPS = (
 
 
 def binding_batch(row: dict, chip: Chip) -> float:
-    """Samples per device below which sending takes longer than computing.
+    """Returns the samples per device below which sending takes longer than computing.
 
     Assumes that FLOPs grow with the batch, as all but the optimizer's do, and that
     nothing is sent while a chip computes.
@@ -41,7 +41,7 @@ def binding_batch(row: dict, chip: Chip) -> float:
 
 
 def limits(rows: Sequence[dict]) -> list[dict]:
-    """The binding batches of the meshes of the most devices, if more than one."""
+    """Returns the binding batches of the meshes with the most devices, at least two."""
     most = max(row["devices"] for row in rows)
     return [
         {
@@ -55,7 +55,7 @@ def limits(rows: Sequence[dict]) -> list[dict]:
 
 
 def parts_of(results: dict) -> list[str]:
-    """The paragraphs and tables of the report."""
+    """Returns the paragraphs and tables of the report."""
     rows = [row for row in results["rows"] if not row["curvature"]]
     header = ["model", "mesh", "batch", "GFLOP", "arguments MB", "temporary MB"]
     header += ["collectives", "sent MB", "with reduce-scatter MB"]
@@ -71,10 +71,10 @@ def parts_of(results: dict) -> list[str]:
     ]
     repeated = sum(row["repeated_in_loops"] for row in results["rows"])
     parts = [
-        f"For {results['device']}, by jax {results['jax']}. FLOPs, memory and bytes "
-        "are those of one device and one step; the batch is that of all devices. The "
-        "last column counts a sum of which every device reads a part alone as a "
-        "reduce-scatter, as compilers for accelerators have it.",
+        f"Compiled for {results['device']} by jax {results['jax']}. FLOPs, memory and "
+        "bytes are for one device and one step; the batch is for all devices. The last "
+        "column counts a sum as a reduce-scatter if every device reads only a part of "
+        "it, as compilers for accelerators do.",
         report.markdown_table(header, cells),
         f"{repeated or 'None'} of the collectives are in loops of several iterations.",
     ]
@@ -85,10 +85,10 @@ def parts_of(results: dict) -> list[str]:
             for limit in results["limits"]
         ]
         parts += [
-            "Communication begins to bind where a device has fewer samples than this. "
-            "It is the time to send over the time to compute a sample, at the rates "
-            "that the makers publish (products in bfloat16), in rings, with nothing "
-            "sent during computation.",
+            "Communication begins to bind if a device has fewer samples than this "
+            "number. It is the time to send over the time to compute a sample, at the "
+            "rates that the makers publish (products in bfloat16), in rings, with "
+            "nothing sent during computation.",
             report.markdown_table(header, cells),
         ]
     if added := what_curvature_adds(results["rows"]):
@@ -106,7 +106,7 @@ def parts_of(results: dict) -> list[str]:
 
 
 def what_curvature_adds(rows: Sequence[dict]) -> list[dict]:
-    """The differences of the steps with and without the penalty of curvature."""
+    """Returns the differences between steps with and without the curvature penalty."""
     plain = {(r["model"], r["mesh"]): r for r in rows if not r["curvature"]}
     units = {"flops": ("GFLOP", 1e9), "argument_bytes": ("arguments MB", 1e6)}
     units |= {"temporary_bytes": ("temporary MB", 1e6)}
@@ -126,7 +126,7 @@ def what_curvature_adds(rows: Sequence[dict]) -> list[dict]:
 
 
 def figures(out: Path, rows: Sequence[dict], models: Sequence[str], meshes):
-    """sent.png and flops.png: what a device sends and computes, by mesh."""
+    """Draws sent.png and flops.png: what a device sends and computes, by mesh."""
     plain = [row for row in rows if not row["curvature"]]
     for key, unit, name, y in (
         ("scattered_bytes", 1e6, "sent", "MB that a device sends in a step"),

@@ -1,13 +1,13 @@
-"""What cached tangents save: ξ grids, coefficient searches and AdaMerging.
+"""Time saved by cached tangents: ξ grids, coefficient searches and AdaMerging.
 
-A linearised model is affine in the coefficients of its task vectors. What is found from
+A linearised model is affine in the coefficients of its task vectors. Every result from
 its cached tangents is found again with a pass of the linearised model for every set of
-coefficients, in turn, on the same data; both must find the same.
+coefficients, in turn and on the same data; both ways must find the same.
 
     python -m experiments.bench.tangent_grid --out runs/tangent_grid
 
-Task vectors and heads are random, images are noise, and the labels of a task are what
-its own model predicts, so that every single-task accuracy is 1. Everything is compiled
+Task vectors and heads are random, images are noise, and the labels of a task are the
+predictions of its own model, so every single-task accuracy is 1. Everything is compiled
 before it is timed.
 """
 
@@ -41,28 +41,29 @@ class Config:
     """Images of each task."""
     tasks: int = 8
     points: int = 15
-    """Values of both coefficients of the ξ grid, from -2 to 2."""
+    """Number of values of both coefficients of the ξ grid, from -2 to 2."""
     coefs: int = 21
-    """Values that a search tries, from 0 to 1."""
+    """Number of values that a search tries, from 0 to 1."""
     repetitions: int = 3
-    """Runs from the cache, each with the making of the cache; medians are reported."""
+    """Runs from the cache; each makes the cache anew. Medians are reported."""
     forward_repetitions: int = 1
-    """Those of them that are followed by a run with passes, which takes minutes."""
+    """Number of these runs that are followed by a run with passes, which takes
+    minutes."""
     steps: int = 100
     """Steps of AdaMerging from the cache."""
     forward_steps: int = 5
     """Steps of AdaMerging with passes."""
     scale: float = 0.05
-    """Norm of each leaf of a task vector, over that of the model's leaf."""
+    """Norm of each leaf of a task vector, over the norm of the model's leaf."""
     classes: int = 10
     batch_size: int = 128
     seed: int = 0
     goals: bool = False
-    """Whether to print what was aimed at, and what was reached."""
+    """Print the goals and what was reached."""
 
 
 class Dataset(NamedTuple):
-    """The images of one task, its frozen head, and what its own model predicts."""
+    """The images of one task, its frozen head, and its own model's predictions."""
 
     batches: list[dict]
     head: jax.Array
@@ -124,7 +125,7 @@ def prepare(config: Config) -> Study:
             for _ in range(config.samples)
         ]
         batches = pipeline.evaluation_batches(source, config.batch_size)
-        # As long as those of zero-shot heads.
+        # Rows as long as in zero-shot heads.
         rows = rng.standard_normal((config.classes, width), np.float32)
         head = heads.normalize(jnp.asarray(rows)) * jnp.exp(model.params["logit_scale"])
         at = evaluate.tangent(apply_fn, params_0, taus[-1:], batches)
@@ -140,10 +141,10 @@ class Run(NamedTuple):
 
     Attributes:
       outputs_at: for every dataset, the outputs at a candidate.
-      found: what was found from them.
-      outputs: how many outputs that took.
-      making: the seconds it took to have `outputs_at`.
-      using: the seconds from there.
+      found: the result found from these outputs.
+      outputs: number of outputs that this took.
+      making: seconds to make `outputs_at`.
+      using: seconds from then on.
     """
 
     outputs_at: list[Callable]
@@ -154,7 +155,7 @@ class Run(NamedTuple):
 
 
 def run(label: str, make: Callable, use: Callable, total: int | None = None) -> Run:
-    """`use(make())`, timed; `make` gives every dataset's outputs at a candidate."""
+    """Times `use(make())`; `make` returns every dataset's outputs at a candidate."""
     start = time.perf_counter()
     outputs_at = make()
     made = time.perf_counter()
@@ -170,13 +171,13 @@ def run(label: str, make: Callable, use: Callable, total: int | None = None) -> 
 
 
 def compare(config: Config, what: str, ways: dict, use, coefs, probes):
-    """Uses the outputs of several ways, in turn.
+    """Uses the outputs of several ways, in turn, and compares the ways.
 
     Args:
-      config: how often.
-      what: what is found.
-      ways: a name for each `make`, as in `run`; the first are the passes.
-      use: `use(outputs_at, coefs)` gives an array.
+      config: options, with the numbers of repetitions.
+      what: name of the result to find.
+      ways: a `make` as in `run` for each name; the first makes passes.
+      use: `use(outputs_at, coefs)` returns an array.
       coefs: the values of the coefficients.
       probes: the candidates at which outputs are compared.
 
@@ -224,7 +225,7 @@ def compare(config: Config, what: str, ways: dict, use, coefs, probes):
 
 
 def outputs_difference(outputs_at, expected_at, probes) -> float:
-    """The largest difference of outputs at some candidates, over the largest output."""
+    """Returns the largest difference at some candidates, over the largest output."""
     return max(
         float(np.abs(at(probe) - expected(probe)).max() / np.abs(expected(probe)).max())
         for at, expected in zip(outputs_at, expected_at, strict=True)
@@ -233,7 +234,7 @@ def outputs_difference(outputs_at, expected_at, probes) -> float:
 
 
 def xi_grids(study: Study):
-    """The ξ grid of the first two tasks: rows, and the grids of both ways."""
+    """Computes the ξ grid of the first two tasks: rows, and the grids of both ways."""
     config, taus, datasets = study.config, study.taus[:2], study.datasets[:2]
     coefs = np.linspace(-2, 2, config.points)
     ways = {
@@ -256,7 +257,7 @@ def accuracies(study: Study, outputs_at, candidate) -> list[float]:
 
 
 def shared_searches(study: Study):
-    """The search of a coefficient for all tasks: rows, and the accuracies it saw."""
+    """Searches one coefficient for all tasks: rows, and the accuracies it saw."""
     config, taus = study.config, study.taus
     coefs = np.linspace(0, 1, config.coefs)
 
@@ -282,7 +283,7 @@ def shared_searches(study: Study):
 
 
 def search_per_task(study: Study) -> dict:
-    """The search of one coefficient per task, from the cache."""
+    """Searches one coefficient per task, from the cache."""
     coefs = np.linspace(0, 1, study.config.coefs)
     single = np.ones(len(study.taus))
     result = run(
@@ -304,7 +305,7 @@ def search_per_task(study: Study) -> dict:
 
 
 def adamerging(study: Study) -> dict:
-    """Task-wise AdaMerging on the first batch of every task, in both ways."""
+    """Runs task-wise AdaMerging on the first batch of every task, in both ways."""
     config, taus = study.config, study.taus
     datasets = [d._replace(batches=d.batches[:1]) for d in study.datasets]
     logits_fns = [functools.partial(heads.logits, d.head) for d in datasets]
@@ -355,7 +356,7 @@ def adamerging(study: Study) -> dict:
 
 
 def check(config: Config):
-    """Refuses what would fail after long work."""
+    """Refuses options that would fail after long work."""
     least = {"samples": 1, "tasks": 2, "points": 2, "coefs": 1, "repetitions": 1}
     least |= {"forward_repetitions": 1, "steps": 1, "forward_steps": 1, "classes": 2}
     least |= {"batch_size": 1}
@@ -371,7 +372,7 @@ def check(config: Config):
 
 @script.full_precision
 def main(config: Config) -> dict:
-    """Measures, prints and writes; returns what `report.json` holds."""
+    """Measures, prints and writes; returns the content of `report.json`."""
     check(config)
     study = prepare(config)
     xi_rows, grids = xi_grids(study)

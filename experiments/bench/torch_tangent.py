@@ -8,6 +8,7 @@ does.
 """
 
 import functools
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -46,8 +47,8 @@ def features_of(model: torch.nn.Module) -> Callable:
         return torch.func.functional_call(model, params, (pixels,)).image_embeds
 
     def texts(params, *inputs):
-        # GPT-2 with its head, whose names ours are, calls this model `transformer`.
-        params = {k.removeprefix("transformer."): v for k, v in params.items()}
+        # Our names are those of models with a head, which call this model so.
+        params = {re.sub(r"^(transformer|bert)\.", "", k): v for k, v in params.items()}
         named: dict[str, Any] = dict(zip(TEXTS, inputs, strict=False))
         hidden = torch.func.functional_call(model, params, (), named).last_hidden_state
         real = inputs[-1][..., None].to(hidden.dtype)

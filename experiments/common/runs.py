@@ -1,7 +1,7 @@
-"""Devices, processes and the output folder of a script.
+"""Sets up devices, processes and the output folder of a script.
 
-A run has one folder, and `config.json` there records its options. Started again with
-the same options, a script continues the run in the folder. Other options are refused.
+A run has one folder, and `config.json` in it records the options. A script that is
+started again with the same options continues the run. Other options are refused.
 """
 
 import dataclasses
@@ -45,15 +45,15 @@ class Options:
     resume: bool = True
     """Continue a run with the same options in --out; --no-resume starts anew there."""
     save_every: int = 100
-    """Steps from one checkpoint to the next; 0: none."""
+    """Steps from one checkpoint to the next; 0 saves none."""
     coordinator: str | None = None
-    """Address and port of the first of several processes. Under SLURM and Open MPI JAX
+    """Address and port of the first of several processes. Under SLURM and Open MPI, JAX
     finds this and the next two options. $JAX_COORDINATOR_ADDRESS, $JAX_NUM_PROCESSES
     and $JAX_PROCESS_ID can replace them."""
     processes: int | None = None
     """Number of processes."""
     process: int | None = None
-    """The number of this one, from 0."""
+    """The number of this process, from 0."""
     pod: bool = False
     """This machine is a host of a TPU pod; JAX finds the other hosts."""
     smoke: bool = False
@@ -94,14 +94,14 @@ class Planned(Options):
 
     plan: int = 0
     """Print the cost of the run on this number of devices, and stop: steps, FLOPs,
-    memory of a device, hours, disk. It needs no weights and no data. 0 runs the
+    memory per device, hours, disk. This needs no weights and no data. 0 runs the
     script."""
     plan_memory: float = 80.0
-    """Memory of a device in GB. A plan that needs more is refused, with advice. 0 does
-    not plan memory; planning it compiles every step."""
+    """Memory of a device in GB. A plan that needs more is refused, with advice. 0 skips
+    the plan of memory, which compiles every step."""
 
 
-# They determine where and how a run computes, not its results.
+# These options determine where and how a run computes, not its results.
 _WHERE = {field.name for field in dataclasses.fields(Options)} - {"smoke"} | {
     *("bank", "data_dir", "micro_batches", "remat", "tasks_together", "workers"),
     *("evaluation_batch", "plan", "plan_memory", "save_merged", "tasks_file"),
@@ -112,15 +112,18 @@ C = TypeVar("C", bound=Options)
 
 
 def smaller(options: C, **small: Any) -> C:
-    """Returns the options; in a smoke run with these changes, without checkpoints, and
-    on one device unless --mesh is given."""
+    """Returns the options, changed for a smoke run.
+
+    A smoke run takes `small`, has no checkpoints, and uses one device unless --mesh is
+    given.
+    """
     if not options.smoke:
         return options
     place = {"mesh": options.mesh or "data=1", "save_every": 0}
     return dataclasses.replace(options, **place | small)
 
 
-# Options of the script that has started, by folder.
+# For each folder, the options of the script that was started.
 _STARTED: dict[Path, Options] = {}
 
 
@@ -131,7 +134,7 @@ def start(options: Options) -> Mesh:
       The mesh of all devices.
 
     Raises:
-      ValueError: a wrong mesh, or a folder that holds a run with other options.
+      ValueError: the mesh is wrong, or the folder holds a run with other options.
     """
     for place in (options.out, *options.out.parents):
         if place.is_file():
@@ -143,8 +146,8 @@ def start(options: Options) -> Mesh:
     ours = (checkpoints(options), vectors(options))
     if not there.exists() and (found := [f for f in ours if f.exists()]):
         raise ValueError(
-            f"{found[0]} exists, and there is no config.json that says what options it "
-            "has. Name another folder, or remove it."
+            f"{found[0]} exists, but there is no config.json that says which options "
+            "it has. Name another folder, or remove it."
         )
     if options.resume and there.exists():
         different = manifest.differences(
@@ -153,8 +156,8 @@ def start(options: Options) -> Mesh:
         if different:
             raise ValueError(
                 f"{options.out} holds a run with other options: "
-                f"{'; '.join(different)}. Name another folder, or say --no-resume to "
-                "write over it."
+                f"{'; '.join(different)}. Name another folder, or overwrite the run "
+                "with --no-resume."
             )
     mesh = sharding.make_mesh(options.mesh)
     _STARTED[options.out] = options
@@ -162,10 +165,10 @@ def start(options: Options) -> Mesh:
 
 
 def claim(options: Options):
-    """Claims the folder for this run; with --no-resume removes an earlier run's state.
+    """Claims the folder for this run; --no-resume removes the state of an earlier run.
 
-    Some trainings of a script have other options in the same folder; config.json has
-    the options that the script started with.
+    A script may train with other options in the same folder; config.json records the
+    options that the script was started with.
     """
     options = _STARTED.get(options.out, options)
 
@@ -180,12 +183,12 @@ def claim(options: Options):
 
 
 def checkpoints(options: Options) -> Path:
-    """The folder of checkpoints; it exists during a training."""
+    """Returns the folder of checkpoints; it exists only during training."""
     return options.out / "checkpoints"
 
 
 def joined(names: Sequence[str]) -> str:
-    """Joins names of tasks to a part of a path; a long one ends in a checksum.
+    """Joins names of tasks into a part of a path; a long one ends in a checksum.
 
     Example:
       >>> joined(["MR", "a/b"]), joined(["task"] * 40)[90:]
@@ -197,18 +200,18 @@ def joined(names: Sequence[str]) -> str:
     return f"{whole[:100]}-{zlib.crc32(whole.encode()):08x}"
 
 
-# By folder, the external vectors that a script has taken from the bank, and whether the
-# task had another head when they were added.
+# For each folder, the external vectors that a script took from the bank, and whether
+# their tasks had another head when they were added.
 _EXTERNAL: dict[Path, dict[Path, bool]] = {}
 
 
 def note_external(options: Options, file: Path, *, other_head: bool) -> None:
-    """Notes a task vector from the bank that was not trained here."""
+    """Records a task vector from the bank that was not trained here."""
     _EXTERNAL.setdefault(options.out, {})[file] = other_head
 
 
 def external(out: Path) -> str:
-    """A line on the task vectors of a run that were not trained here, or "".
+    """Returns a line on the task vectors of a run that were not trained here, or "".
 
     Example:
       >>> options = Options(out=Path("out"))
@@ -226,7 +229,7 @@ def external(out: Path) -> str:
 
 
 def remove_checkpoints(options: Options, folder: Path):
-    """Removes one of the folders of checkpoints, and `checkpoints` with the last."""
+    """Removes a folder of checkpoints, and `checkpoints` after the last one."""
 
     def remove():
         shutil.rmtree(folder, ignore_errors=True)
@@ -239,7 +242,7 @@ def remove_checkpoints(options: Options, folder: Path):
 
 
 def vectors(options: Options) -> Path:
-    """The folder of trained task vectors."""
+    """Returns the folder of trained task vectors."""
     return options.out / "task_vectors"
 
 
@@ -249,14 +252,14 @@ def is_first() -> bool:
 
 
 def script_name(options: Options) -> str:
-    """The module of the script whose options these are."""
+    """Returns the module of the script to which the options belong."""
     module = type(options).__module__
     spec = sys.modules[module].__spec__ if module == "__main__" else None
     return spec.name if spec else module
 
 
 def plain(options: Options) -> dict:
-    """The script and its options as plain data; only the last part of paths."""
+    """Returns the script and its options as plain data, with only the ends of paths."""
     values = {"script": script_name(options)} | dataclasses.asdict(options)
     values = {k: v.name if isinstance(v, Path) else v for k, v in values.items()}
     return json.loads(json.dumps(values))

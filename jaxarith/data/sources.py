@@ -1,10 +1,10 @@
 """Reads raw labelled images from folders, TFDS and the Hugging Face hub.
 
 A reader holds one split of a source. It has `len(reader)`, `reader.names` (its
-classes), `reader[i]` (the image and the number of its class), `reader.labels` (all
-these numbers), and `reader.labels_at(indices)` (some of them, without decoding images).
-`Samples` joins readers and numbers their labels as a task does. Everything here can be
-pickled.
+classes), `reader[i]` (an image and its class number), `reader.labels` (all class
+numbers), and `reader.labels_at(indices)` (some of them, without decoding images).
+`Samples` joins readers and numbers their labels as the task does. Everything here can
+be pickled.
 """
 
 import functools
@@ -76,8 +76,8 @@ class Samples:
 class Folder:
     """Image files in one folder for each class.
 
-    Every folder that contains images, or no folder, is a class. Its name is its path:
-    `cat`, or `a/apartment_building/outdoor`. The order is that of the sorted paths.
+    Every folder that contains images, or contains no folder, is a class. Its name is
+    its path: `cat`, or `a/apartment_building/outdoor`. Classes are sorted by path.
 
     Links to folders and images elsewhere are followed; links to a folder above are not.
 
@@ -172,7 +172,7 @@ def _is_folder(entry):
 
 
 def _check_once(folder):
-    """Raises a ValueError if links make several images of a folder one file."""
+    """Raises a ValueError if several images of a folder are links to one file."""
     known = {}
     for path, file in zip(folder.files, _resolved(folder), strict=True):
         if (first := known.setdefault(file, path)) != path:
@@ -236,7 +236,7 @@ class Records:
             except (OSError, TypeError) as error:  # no file, or neither bytes nor path
                 raise ValueError(f"cannot read the image {place}: {error}") from error
         if image is None:
-            raise ValueError(f"cannot read the image {place}: the record has none.")
+            raise ValueError(f"cannot read the image {place}: the record has no image.")
         if isinstance(image, bytes):
             image = images.decode(image, place)
         return image, label
@@ -362,8 +362,8 @@ def open_hub(
     feature = dataset.features[label]
     if getattr(feature, "dtype", None) == "string":
         raise NoColumn(
-            f"{identity}, {split}: the column {label} holds texts; expected numbers of "
-            "classes."
+            f"{identity}, {split}: the column {label} holds texts; expected class "
+            "numbers."
         )
     label_records = dataset.select_columns([label])
     names = getattr(feature, "names", None)

@@ -1,4 +1,4 @@
-r"""Bounds on the loss of an edited model, compared with that of a fine-tuned one.
+r"""Bounds on the loss of an edited model, compared with a fine-tuned model.
 
 Zeng, He, You, Hao, Tsai, Yamada, Zhao. Efficient Model Editing with Task Vector Bases:
 A Theoretical Framework and Scalable Approach. arXiv:2502.01015, section 4.
@@ -10,8 +10,8 @@ a stationary point of the loss :math:`\mathcal L_i` of its task, and that
           \le \frac{L_i}{2}\|\theta - \theta_i\|^2
 
 in magnitude, on the line from :math:`\theta_i` to every model that is compared with it.
-The paper takes L at :math:`\theta_i` (see `smoothness`), which is enough for quadratic
-losses. For any other loss, L must be the largest value on that line::
+The paper measures L at :math:`\theta_i` (see `smoothness`), which is enough for
+quadratic losses. For any other loss, L must be the largest value on that line::
 
     move = task_vectors.difference(edited, params)
     max(
@@ -21,7 +21,7 @@ losses. For any other loss, L must be the largest value on that line::
         for c in np.linspace(0, 1, 5)
     )
 
-`landscape.losses` gives the losses themselves.
+`landscape.losses` computes the losses themselves.
 """
 
 from collections.abc import Sequence
@@ -49,20 +49,20 @@ class Constants(NamedTuple):
 
 
 def constants(taus: Taus) -> Constants:
-    """The smallest C and ε that the assumptions allow for task vectors.
+    """Returns the smallest C and ε that the assumptions allow for task vectors.
 
     Args:
       taus: T task vectors.
 
     Raises:
-      ValueError: there is none.
+      ValueError: the list is empty.
 
     Example:
       >>> constants([{"w": np.array([2.0, 0.0])}, {"w": np.array([-1.0, 0.0])}])
       Constants(c=4.0, epsilon=1.0)
     """
     if not taus:
-        raise ValueError("the constants of no task vectors; give at least one.")
+        raise ValueError("there are no task vectors to bound; give at least one.")
     return _constants(tree.gram(taus))
 
 
@@ -73,7 +73,7 @@ def _constants(gram):
 
 
 class Closest(NamedTuple):
-    r"""The constants of task vectors in the bound of generalization.
+    r"""The constants of task vectors in the generalization bound.
 
     Attributes:
       nearest: i, the vector with the largest inner product with the target.
@@ -88,14 +88,14 @@ class Closest(NamedTuple):
 
 
 def closest(target: Tree, taus: Taus) -> Closest:
-    """The task vector to generalize with: the merging scheme of the paper's proof.
+    """Finds the task vector to generalize with: the merge in the paper's proof.
 
     Args:
       target: the task vector of a task that is not among the others.
       taus: T task vectors.
 
     Raises:
-      ValueError: there is none.
+      ValueError: `taus` is empty.
 
     Example:
       >>> taus = [{"w": np.array([0.0, 2.0])}, {"w": np.array([1.0, 0.0])}]
@@ -110,7 +110,7 @@ def closest(target: Tree, taus: Taus) -> Closest:
 
 
 def addition(smoothness: float, c: float, epsilon: float) -> float:
-    r"""The largest increase of task i's loss in a merged model: the addition theorem.
+    r"""Bounds the increase of task i's loss in a merged model: the addition theorem.
 
     .. math:: \mathcal L_i\bigl(\theta_0 + \sum_j \alpha_j\tau_j\bigr)
               - \mathcal L_i(\theta_i) \le L_i C (1 + \epsilon), \qquad
@@ -132,14 +132,14 @@ def addition(smoothness: float, c: float, epsilon: float) -> float:
 
 
 def negation(smoothness: float, c: float, epsilon: float) -> float:
-    r"""The largest increase of task j's loss when task i is negated.
+    r"""Bounds the increase of task j's loss when task i is negated.
 
     .. math:: \mathcal L_j(\theta_0 - \alpha_i\tau_i) - \mathcal L_j(\theta_0)
               \le L_j C \bigl(\tfrac32 + \epsilon\bigr), \qquad 0 \le \alpha_i \le 1
 
-    This is the theorem of negation. Quadratic losses do not attain the bound: they
+    This is the negation theorem. Quadratic losses do not attain the bound: they
     increase by at most :math:`L_j C \sqrt{5 + 4\epsilon} / 2`. If :math:`\theta_j`
-    minimises its loss, the proof gives the bound of `addition`.
+    minimises its loss, the proof gives the same bound as `addition`.
 
     Args:
       smoothness: :math:`L_j`, or the largest of all tasks.
@@ -153,13 +153,13 @@ def negation(smoothness: float, c: float, epsilon: float) -> float:
 
 
 def generalization(smoothness: float, c: float, beta: float) -> float:
-    r"""The largest increase of a task's loss with another task's vector.
+    r"""Bounds the increase of a task's loss with another task's vector.
 
     .. math:: \mathcal L_\text{tar}(\theta_0 + \tau_i)
               - \mathcal L_\text{tar}(\theta_\text{tar}) \le L_\text{tar} C (1 - \beta)
 
-    for the vector i of `closest`: the theorem of OOD tasks. Vectors of equal norms
-    attain the bound.
+    for the vector i of `closest`. This is the theorem for OOD tasks. Vectors of equal
+    norms attain the bound.
 
     Args:
       smoothness: :math:`L_\text{tar}`.
@@ -177,8 +177,8 @@ class OfClusters(NamedTuple):
 
     Attributes:
       addition: :math:`C(1 + \epsilon)`, with C and ε of the basis vectors.
-      generalization: :math:`C(1 - \beta)` of the task that loses most when it is
-        served by its nearest basis vector, with C of the task vectors.
+      generalization: :math:`C(1 - \beta)` for the task that loses most when its nearest
+        basis vector serves it; C is from the task vectors.
     """
 
     addition: float
@@ -186,19 +186,19 @@ class OfClusters(NamedTuple):
 
 
 def of_clusters(gram: Array, clusters: Sequence[Sequence[int]]) -> OfClusters:
-    """The bounds of a partition into clusters, for a smoothness L of 1.
+    """Computes the bounds of a partition into clusters, for a smoothness L of 1.
 
-    Neither bound chooses the number of clusters K. The bound of addition is smallest
+    Neither bound can choose the number of clusters K. The addition bound is smallest
     for K = 1: the mean of all vectors is not longer than the longest mean of a cluster,
-    and ε is 0. The bound of generalization is smallest for K = T: a task vector's inner
-    product with a cluster's mean is not larger than that with one of its members.
+    and ε is 0. The generalization bound is smallest for K = T: a task vector's inner
+    product with a cluster's mean is not larger than with one of the cluster's members.
 
     Args:
       gram: inner products of the task vectors, `[T, T]`.
       clusters: a partition of `range(T)`.
 
     Raises:
-      ValueError: the clusters are no partition.
+      ValueError: the clusters are not a partition.
 
     Example:
       >>> of_clusters(np.eye(2), [[0, 1]])
@@ -218,17 +218,18 @@ def of_clusters(gram: Array, clusters: Sequence[Sequence[int]]) -> OfClusters:
 
 
 def fewest_clusters(gram: Array, tolerance: float, *, seed: int = 0) -> list[list[int]]:
-    """The fewest clusters that serve every task nearly as well as its own vector.
+    """Finds the fewest clusters that serve every task nearly as well as its own vector.
 
     It tries `merge.bases.cluster` with K = 1, 2, … and returns the first clusters whose
-    bound of generalization exceeds that of T clusters by at most `tolerance` times C.
+    generalization bound exceeds the bound of T clusters by at most `tolerance` times C.
     This choice differs from `merge.bases.eigengap`. It needs a tolerance, because the
     bound itself is smallest for T clusters: see `of_clusters`. For two vectors of equal
     norms and cosine c in one cluster, the bound is C (1 - c) / 2.
 
     Args:
       gram: inner products of the task vectors, `[T, T]`.
-      tolerance: 0 or more. The paper makes no such choice and gives no value.
+      tolerance: 0 or more. The paper does not choose clusters this way and gives no
+        value.
       seed: seed of the clustering.
 
     Raises:

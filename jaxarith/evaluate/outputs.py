@@ -1,9 +1,9 @@
 """Outputs of edited models on a dataset, as functions of coefficients.
 
 A search, a ξ grid and a curve all need the outputs on a dataset as a function of the
-coefficients of some task vectors. There are two ways to get it. `forward` runs the
+coefficients of some task vectors. There are two ways to compute it. `forward` runs the
 network once for every set of coefficients; `sweeps` does so for many sets in one pass
-over the data. `tangent` runs the network once in all: a linearised model is affine in
+over the data. `tangent` runs the network only once: a linearised model is affine in
 the coefficients, so f(x; θ0) and J(x; θ0)τ_t are cached, and every later set of
 coefficients costs a weighted sum.
 """
@@ -36,7 +36,7 @@ def outputs(
     *,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """The model's outputs on every sample that is not padding.
+    """Returns the model's outputs on every sample that is not padding.
 
     Args:
       apply_fn: `apply_fn(params, *inputs) -> [B, ...]`.
@@ -45,11 +45,11 @@ def outputs(
         `data.pipeline.evaluation_batches` makes them. Without a mask all samples count.
         They are read once, in order, so they may be a stream.
       inputs: the fields of a batch that are passed to `apply_fn`, in order.
-      mesh: the devices that share every batch, see `sharding`; by default those that
-        the parameters are on.
+      mesh: the devices that share every batch, see `sharding`; by default the devices
+        that hold the parameters.
 
     Returns:
-      `[N, ...]`, N being the number of True entries of all masks.
+      `[N, ...]`, where N is the number of True entries in all masks.
 
     Raises:
       ValueError: there is no batch, a batch is not a dict or lacks a field, or the
@@ -66,11 +66,11 @@ def outputs(
 
 
 def check_any(rows: Sequence) -> None:
-    """Raises a ValueError if the batches have given no rows."""
+    """Raises a ValueError if the batches gave no rows."""
     if not rows:
         raise ValueError(
             "there is no batch to evaluate on. Batches that are read several times "
-            "must be a list, or a stream that every pass makes anew, not a generator."
+            "must be a list, or a stream that can be read again, not a generator."
         )
 
 
@@ -84,8 +84,8 @@ def _apply(apply_fn, mesh, params, *inputs):
     found = sharding.on_mesh(apply_fn, mesh)(params, *inputs)
     if not isinstance(found, jax.Array | np.ndarray):
         raise ValueError(
-            f"apply_fn gave a {type(found).__name__}; expected one array [B, ...]. "
-            "Pass a function that returns the outputs alone."
+            f"apply_fn returned a {type(found).__name__}; expected one array [B, ...]. "
+            "Pass a function that returns only the outputs."
         )
     return sharding.constrain(found, mesh, P())  # every process reads all of it
 
@@ -103,13 +103,13 @@ def _edit(params_0, taus, coefs):
 
 
 def unpadded(rows: jax.Array, mask: np.ndarray, axis: int = 0) -> np.ndarray:
-    """The rows on the host, without those of padding."""
+    """Returns the rows on the host, without padding."""
     # The mask has the length of the batch. Rows beyond it filled up the devices.
     return np.compress(mask, np.asarray(rows), axis)
 
 
 def labels(batches: Sequence[dict]) -> np.ndarray:
-    """The labels of every sample that is not padding, in the order of `outputs`."""
+    """Returns the labels of all samples except padding, in the order of `outputs`."""
     rows = [np.asarray(fields_of(b, ["label"])[0])[mask_of(b)] for b in batches]
     check_any(rows)
     return np.concatenate(rows)
@@ -124,7 +124,11 @@ def forward(
     *,
     mesh: Mesh | None = None,
 ) -> OutputsAt:
-    r"""Outputs of :math:`f(x; \theta_0 + \sum_t \lambda_t\tau_t)`, a pass per call."""
+    r"""Returns the outputs of the network as a function of the coefficients.
+
+    They are :math:`f(x; \theta_0 + \sum_t \lambda_t\tau_t)`. Every call is a pass over
+    the data.
+    """
     mesh = sharding.for_tasks(mesh or sharding.mesh_of((params_0, tuple(taus))), 1)
     params_0, taus = sharding.shard((params_0, tuple(taus)), mesh)
 
@@ -158,7 +162,7 @@ class TangentOutputs(NamedTuple):
                 "vectors; give one for each."
             )
         moves = self.moves.astype(dtype, copy=False)
-        # Not `tensordot`: the threads of BLAS wait for those of XLA.
+        # Not `tensordot`: the threads of BLAS would wait for the threads of XLA.
         moved = np.einsum("t,t...->...", weights, moves)
         return self.f0.astype(dtype, copy=False) + moved
 
@@ -172,7 +176,7 @@ def tangent(
     *,
     mesh: Mesh | None = None,
 ) -> TangentOutputs:
-    """Outputs of the linearised model as a function of the coefficients.
+    """Returns the outputs of the linearised model as a function of the coefficients.
 
     One linearisation per batch serves all task vectors. The T + 1 outputs of every
     sample are kept in host memory, and calls only sum them. Computing them costs as

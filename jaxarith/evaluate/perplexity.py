@@ -5,8 +5,8 @@ r"""The perplexity of a causal language model on a stream of tokens.
 
 S is the set of tokens that are scored, and c(t) is the first token of the window that
 contains t. No token is scored twice. Context makes text more predictable, so only
-figures for the same window and stride are comparable: for the smallest GPT-2 on
-WikiText-103 the published perplexity is 25.2 with a stride of half the window (Ilharco
+values for the same window and stride are comparable: for the smallest GPT-2 on
+WikiText-103, the published perplexity is 25.2 with a stride of half the window (Ilharco
 et al. 2023) and 29.4 in blocks (τJp paper, Yoshida et al. 2025).
 """
 
@@ -29,13 +29,13 @@ def strided(
     stride: int = 512,
     batch_size: int = 4,
 ) -> float:
-    """The perplexity in overlapping windows; each scores the tokens that are new in it.
+    """Returns the perplexity in overlapping windows; each scores only its new tokens.
 
     Windows begin at 0, `stride`, 2 · `stride`, … and are `window` tokens long. The last
     one reaches the end of the stream and may be shorter. Each window scores the tokens
     after the end of the previous one, with at least `window` - `stride` tokens of
     context. So every token is scored except the first of the stream, which nothing
-    predicts. If `stride` equals `window`, no first token of a window is scored.
+    predicts. If `stride` equals `window`, the first token of a window is never scored.
 
     The method is that of transformers' guide "Perplexity of fixed-length models".
 
@@ -51,7 +51,7 @@ def strided(
         · V numbers.
 
     Returns:
-      A number of at least 1; a model with uniform predictions has V.
+      A number of at least 1; for a model with uniform predictions it is V.
 
     Raises:
       ValueError: there are fewer than two tokens, the model lacks a token, logits are
@@ -94,13 +94,13 @@ def blocks(
     window: int = 1024,
     batch_size: int = 4,
 ) -> float:
-    """The perplexity in blocks that do not overlap: `strided` with `stride=window`.
+    """Returns the perplexity in disjoint blocks: `strided` with `stride=window`.
 
     Every token of a block except its first is scored. The last block may be shorter.
 
     The τJp paper (Yoshida et al. 2025) measures in such blocks. Its code joins 1000
-    lines at a time and drops the tokens after the last whole block of each. Here there
-    is one stream, and the last tokens are kept.
+    lines at a time and drops the tokens after the last whole block of each group of
+    lines. Here there is one stream, and its last tokens are kept.
 
     Args:
       apply_fn, params, tokens, window, batch_size: as for `strided`.
@@ -144,12 +144,12 @@ def _perplexity(apply_fn, params, tokens, window, stride, batch_size):
             "the model's logits are NaN for these tokens, so there is no perplexity. "
             "Look for NaN or very large weights."
         )
-    with np.errstate(over="ignore"):  # a broken model has infinity
+    with np.errstate(over="ignore"):  # a broken model gives infinity
         return float(np.exp(total / count))
 
 
 def _spans(length, window, stride):
-    """`(begin, first scored, end)` of every window."""
+    """Returns `(begin, first scored, end)` of every window."""
     spans, scored = [], 0
     for begin in range(0, length, stride):
         if scored < length:
@@ -160,7 +160,7 @@ def _spans(length, window, stride):
 
 
 def _windows(tokens, spans, shape):
-    """The windows of one batch, padded at the end, and which tokens they score."""
+    """Returns the padded windows of one batch, their masks, and what they score."""
     input_ids = np.zeros(shape, np.int32)
     mask = np.zeros(shape, np.int32)
     scored = np.zeros(shape, bool)
@@ -173,7 +173,7 @@ def _windows(tokens, spans, shape):
 
 @functools.partial(jax.jit, static_argnames="apply_fn")
 def _nll(apply_fn, params, input_ids, attention_mask):
-    """Negative log-likelihood of all tokens but the first of a window, `[B, S - 1]`."""
+    """Returns the negative log-likelihood of all tokens but the first, `[B, S - 1]`."""
     logits = apply_fn(params, input_ids, attention_mask)[:, :-1]
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     of_next = jnp.take_along_axis(logits, input_ids[:, 1:, None], axis=-1)[..., 0]
@@ -186,5 +186,5 @@ def _check_vocabulary(apply_fn, params, tokens, shape):
     if tokens.min() < 0 or tokens.max() >= size:
         raise ValueError(
             f"the tokens are from {tokens.min()} to {tokens.max()}, but the model has "
-            f"logits for 0 to {size - 1}. Use the tokenizer that belongs to it."
+            f"logits for 0 to {size - 1}. Use the model's own tokenizer."
         )

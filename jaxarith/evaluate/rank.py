@@ -1,10 +1,10 @@
-"""Classification with an encoder-decoder, whose labels are texts.
+"""Classification with an encoder-decoder, with texts as labels.
 
 Rank classification (Ilharco et al. Editing Models with Task Arithmetic. ICLR 2023.
-arXiv:2212.04089, App. D.7) takes the label to which the decoder gives the lowest
+arXiv:2212.04089, App. D.7) predicts the label to which the decoder gives the lowest
 perplexity. The teacher-forced score of tokens is another metric, not an accuracy of a
-classifier: it predicts every token of the true label, including the end, from the
-tokens before it.
+classifier: every token of the true label, including the end token, is predicted from
+the tokens before it.
 
 Shapes: N inputs in batches of B, C candidate labels, T tokens, V in the vocabulary.
 """
@@ -36,7 +36,7 @@ def label_losses(
     start_token_id: int = 0,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    r"""The mean negative log-likelihood of every label's tokens, for every input.
+    r"""Returns the mean negative log-likelihood of every label's tokens, per input.
 
     .. math:: \ell_{nc} = -\frac1{T_c}\sum_{t=1}^{T_c}
               \log p(y_{ct} \mid y_{c1}, \dots, y_{c,t-1}, x_n)
@@ -50,17 +50,18 @@ def label_losses(
         `t5.language_model(config)` does, which encodes an input once for all labels.
       params: its parameters.
       batches: dicts of `input_ids`, `attention_mask`, and `mask`, False for padding.
-      labels: tokens of the labels with the end token, then -100, `i32[C, T]`.
+      labels: tokens of each label with the end token, then -100, `i32[C, T]`.
       start_token_id: the first input of the decoder.
-      mesh: the devices that share every batch, see `sharding`; by default those that
-        the parameters are on.
+      mesh: the devices that share every batch, see `sharding`; by default the devices
+        that hold the parameters.
 
     Returns:
-      `f32[N, C]`, N being the number of True entries of all masks.
+      `f32[N, C]`, where N is the number of True entries in all masks.
 
     Raises:
       ValueError: a label has no token, has -100 before a token, or equals another one;
-        there is no batch; or a loss is NaN, as for tokens that the model lacks.
+        there is no batch; or a loss is NaN, for example because the model lacks a
+        token.
 
     Example:
       >>> def apply_fn(params, input_ids, attention_mask, decoder_input_ids):
@@ -84,7 +85,7 @@ def label_losses(
         texts = fields_of(batch, ["input_ids", "attention_mask"])
         texts = sharding.spread(texts, mesh)
         losses = settled(_losses(apply_fn, mesh, params, *texts, labels, start))
-        # More rows than the mask has filled up the devices.
+        # Rows beyond the mask only filled up the devices.
         rows.append(np.compress(mask_of(batch), np.asarray(losses), axis=0))
     losses = np.concatenate(rows)
     if np.isnan(losses).any():
@@ -126,21 +127,21 @@ def _check_labels(labels):
         c = int(np.argmin(whole))
         raise ValueError(
             f"label {c} is {labels[c].tolist()}; expected one token or more, and "
-            f"{IGNORED} only after the last."
+            f"{IGNORED} only after the last token."
         )
     _, first = np.unique(labels, axis=0, return_index=True)
     if len(first) < len(labels):
         again = min(set(range(len(labels))) - set(first.tolist()))
         raise ValueError(
-            f"label {again}, {labels[again].tolist()}, is there twice; expected labels "
-            "that differ. If their texts do, they were cut too short."
+            f"label {again}, {labels[again].tolist()}, is there twice; labels must "
+            "differ. If their texts differ, their tokens were cut too short."
         )
 
 
 def predicted_tokens(
     logits: ArrayLike, labels: ArrayLike
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The predicted and the true tokens at all positions where a label counts.
+    """Returns the predicted and the true tokens at all positions where a label counts.
 
     Args:
       logits: outputs of `apply_fn` for labels shifted to the right, `[..., T, V]`.
@@ -161,19 +162,19 @@ def predicted_tokens(
     if np.shape(logits)[:-1] != labels.shape:
         raise ValueError(
             f"logits of shape {list(np.shape(logits))} for labels of shape "
-            f"{list(labels.shape)}; expected the same and the vocabulary behind it."
+            f"{list(labels.shape)}; expected the labels' shape and then the vocabulary."
         )
     counts = labels != IGNORED
     if not counts.any():
-        raise ValueError(f"a score of no token: every label is {IGNORED}.")
+        raise ValueError(f"there is no token to score: every label is {IGNORED}.")
     predicted = np.asarray(logits).argmax(-1)[counts]
     return predicted.astype(np.int32), labels[counts].astype(np.int32)
 
 
 def token_accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
-    """The share of true tokens that have the largest logit at their position.
+    """Returns the share of true tokens that have the largest logit at their position.
 
-    With several labels to choose from it says little: tokens that the labels share,
+    With several labels to choose from, it says little: tokens that the labels share,
     such as the end token, are right for any input.
 
     Args:
@@ -188,7 +189,9 @@ def token_accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
 
 
 def token_matthews(logits: ArrayLike, labels: ArrayLike) -> float:
-    """The Matthews correlation of predicted and true tokens; every token is a class.
+    """Returns the Matthews correlation of predicted and true tokens.
+
+    Every token is a class.
 
     Gorodkin. Comparing Two K-Category Assignments by a K-Category Correlation
     Coefficient. Computational Biology and Chemistry 28, 2004.

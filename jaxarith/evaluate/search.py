@@ -1,4 +1,4 @@
-"""Coefficient searches on held-out data: shared, per task, negation, external."""
+"""Searches for coefficients on held-out data: shared, per task, negation, external."""
 
 import dataclasses
 from collections.abc import Callable
@@ -34,9 +34,9 @@ def search(
     single: Numbers,
     coefs: Numbers = TWENTIETHS,
 ) -> Search:
-    """The shared coefficient with the best mean normalised accuracy.
+    """Finds the shared coefficient with the best mean normalised accuracy.
 
-    Of equally good coefficients the first wins: the smallest, if `coefs` ascend
+    Among equally good coefficients, the first wins: the smallest, if `coefs` ascend
     (protocol of Ortiz-Jimenez et al. 2023).
 
     Args:
@@ -46,7 +46,7 @@ def search(
       coefs: the candidates.
 
     Raises:
-      ValueError: there is no candidate, or an accuracy is NaN.
+      ValueError: `coefs` is empty, or an accuracy is NaN.
     """
     if not len(coefs):
         raise ValueError("no coefficient to try; give at least one in coefs.")
@@ -64,12 +64,12 @@ def search(
 
 
 class TaskSearch(NamedTuple):
-    """The result of a search of one coefficient per task.
+    """The result of a search for one coefficient per task.
 
     Attributes:
       coefs: the chosen coefficients, `[T]`.
-      normalized: the mean normalised accuracies of the best shared coefficient and
-        after every sweep, `[1 + sweeps]`; they never fall.
+      normalized: the mean normalised accuracies at the best shared coefficient and
+        after every sweep, `[1 + sweeps]`; they never decrease.
     """
 
     coefs: np.ndarray
@@ -83,26 +83,26 @@ def search_per_task(
     *,
     sweeps: int = 10,
 ) -> TaskSearch:
-    """One coefficient per task by coordinate ascent, from the best shared coefficient.
+    """Finds one coefficient per task by coordinate ascent from the best shared one.
 
     A sweep visits the tasks in order. It moves the coefficient of each task to the best
     candidate if that is an improvement, and keeps the other coefficients fixed. So the
-    result is never worse than that of `search` on the same data, though a grid over all
-    tasks may contain a better one.
+    result is never worse than the result of `search` on the same data, though a grid
+    over all tasks may contain a better one.
 
     It tries n shared coefficients, and T·n more in every sweep. With outputs from
-    `forward` each of them costs a pass over the data of every task; with outputs from
-    `tangent` it costs only the heads.
+    `forward`, each of them costs a pass over the data of every task; with outputs from
+    `tangent`, it costs only the heads.
 
     Args:
       accuracies_at: returns the accuracy on every task at coefficients `[T]`, on
         validation data.
       single: accuracy of every task's own model on the same data, `[T]`.
       coefs: the n candidates of every coefficient.
-      sweeps: the largest number of sweeps; one that changes nothing is the last.
+      sweeps: the largest number of sweeps; a sweep that changes nothing is the last.
 
     Raises:
-      ValueError: no candidate, or an accuracy that is NaN.
+      ValueError: `coefs` is empty, or an accuracy is NaN.
 
     Example:
       >>> def accuracies_at(coefs):
@@ -131,7 +131,7 @@ def search_per_task(
 
 
 class NegationSearch(NamedTuple):
-    """The result of a search of the coefficient of a negated task vector.
+    """The result of a search for the coefficient of a negated task vector.
 
     Attributes:
       coef: the chosen coefficient.
@@ -151,29 +151,29 @@ def search_negation(
     *,
     target_at: Callable[[float], float] | None = None,
 ) -> NegationSearch:
-    """The coefficient with which a vector is negated, limited by a control measure.
+    """Finds the coefficient for negating a vector, limited by a control measure.
 
-    Without `target_at` it is the largest coefficient that is allowed. Ilharco et al.
+    Without `target_at`, it is the largest coefficient that is allowed. Ilharco et al.
     (2023) require classifiers to keep 95 % of the pre-trained accuracy on a control
     task (section 3.1), and allow language models 0.5 more than the pre-trained
     perplexity (section 3.2). "Largest" is meant literally, as in both that paper and
     the τJp paper: a smaller candidate that is not allowed does not matter, because only
-    the model of the chosen coefficient is used. The code of the τJp paper stops at the
-    first candidate that is not allowed. The two differ only if the measure recovers at
-    a larger coefficient. On image tasks that paper chooses the allowed coefficient that
-    forgets most (App. B.2): `target_at`.
+    the model with the chosen coefficient is used. The code of the τJp paper stops at
+    the first candidate that is not allowed. The two differ only if the measure recovers
+    at a larger coefficient. On image tasks, the τJp paper chooses the allowed
+    coefficient that forgets most (App. B.2): use `target_at`.
 
     Args:
       control_at: returns the control measure of the model `θ0 - coef · τ`.
-      allowed: whether a measure is within the limit. NaN is never allowed. Coefficient
-        0, which does not change the model, is always allowed.
+      allowed: returns whether a measure is within the limit. NaN is never allowed.
+        Coefficient 0, which does not change the model, is always allowed.
       coefs: the candidates.
-      target_at: returns the measure of what the model shall forget. If it is given, the
-        allowed coefficient with the smallest measure is chosen; of several, the
+      target_at: returns the measure of what the model should forget. If it is given,
+        the allowed coefficient with the smallest measure is chosen; in a tie, the
         smallest coefficient. NaN counts as infinite.
 
     Raises:
-      ValueError: there is no candidate, or none is allowed.
+      ValueError: `coefs` is empty, or no candidate is allowed.
 
     Example:
       >>> perplexity_at = {0.0: 25.2, 0.5: 25.4, 1.0: 26.1}.__getitem__
@@ -194,7 +194,8 @@ def search_negation(
     if not within:
         raise ValueError(
             f"no candidate keeps the control measure within its limit: {controls} at "
-            f"{np.asarray(coefs)}. Try smaller coefficients; 0 is the model as it is."
+            f"{np.asarray(coefs)}. Try smaller coefficients; 0 does not change the "
+            "model."
         )
     if target_at is None:
         chosen = max(within)
@@ -226,12 +227,12 @@ def search_external(
     *,
     baseline: float,
 ) -> ExternalSearch:
-    """The task vector, among many, that improves a fine-tuned model most.
+    """Finds the task vector, among many, that improves a fine-tuned model most.
 
     Ilharco et al. (2023, section 4.2) add the vectors of 427 public checkpoints, one at
     a time, to a model of the target task, and choose vector and coefficient by the
-    score on held-out data (App. D.7). Of equally good ones the first wins. If no vector
-    improves the score, none is chosen.
+    score on held-out data (App. D.7). In a tie, the first vector and coefficient win.
+    If no vector improves the score, no vector is chosen.
 
     Args:
       score_at: `score_at(index, coef)` returns the held-out score of the fine-tuned
@@ -241,7 +242,7 @@ def search_external(
       baseline: the held-out score of the fine-tuned model alone.
 
     Raises:
-      ValueError: there is no vector or no candidate, or a score is NaN.
+      ValueError: `count` is below 1, `coefs` is empty, or a score is NaN.
 
     Example:
       >>> def score_at(index, coef):

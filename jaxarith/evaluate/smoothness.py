@@ -1,4 +1,4 @@
-r"""How smooth a loss is: the spectral norm of its Hessian, by power iteration.
+r"""The smoothness of a loss: the spectral norm of its Hessian, by power iteration.
 
 Zeng, He, You, Hao, Tsai, Yamada, Zhao. Efficient Model Editing with Task Vector Bases:
 A Theoretical Framework and Scalable Approach. arXiv:2502.01015. Its assumption 4.2
@@ -7,12 +7,12 @@ calls
 .. math:: L_i = \|H_i(\theta_i)\|_2
 
 the local smoothness of the loss of task i: the largest *magnitude* of an eigenvalue of
-its Hessian at the fine-tuned model. For figure 6 it is estimated by power iteration
-(von Mises, Pollaczek-Geiringer 1929) on products of the Hessian with vectors. `bounds`
-says what L bounds, and where else it must be measured for that.
+its Hessian at the fine-tuned model. For figure 6, the paper estimates it by power
+iteration (von Mises, Pollaczek-Geiringer 1929) on products of the Hessian with vectors.
+`bounds` says what L bounds, and at which other points it must be measured.
 
-Such a product is the forward derivative of a gradient. It needs no matrix; it costs a
-pass over the data, two to three times as much as a pass of training.
+Such a product is the forward derivative of a gradient. It forms no matrix. It costs a
+pass over the data, which takes two to three times as much as a training pass.
 """
 
 import functools
@@ -52,7 +52,7 @@ class Eigenvalue(NamedTuple):
     def smoothness(self) -> float:
         r""":math:`\|Hv\|`, the estimate of L; it is never above L.
 
-        After convergence it is the magnitude of `value`. If both λ and -λ are largest,
+        After convergence, it is the magnitude of `value`. If λ and -λ are both largest,
         no vector converges, but this estimate does.
         """
         return math.hypot(self.value, self.residual)
@@ -72,21 +72,21 @@ def largest_eigenvalue(
     max_iterations: int = 100,
     mesh: Mesh | None = None,
 ) -> Eigenvalue:
-    r"""The eigenvalue of largest magnitude of the Hessian of a mean loss.
+    r"""Finds the eigenvalue of largest magnitude of the Hessian of a mean loss.
 
     .. math:: H = \nabla^2_\theta \frac1N \sum_n \ell(f(x_n; \theta), y_n)
 
-    For a linearised model `apply_fn` is `tangent.linearize(apply_fn, params_0)`.
+    For a linearised model, pass `tangent.linearize(apply_fn, params_0)` as `apply_fn`.
 
     Args:
       apply_fn: `apply_fn(params, *inputs) -> outputs`.
       loss_fn: `loss_fn(outputs, *targets) -> [B]`, the loss of every sample, such as
-        `optax.softmax_cross_entropy_with_integer_labels`. As long as it and `apply_fn`
-        are the same functions, they are compiled once.
-      params: where the Hessian is taken.
+        `optax.softmax_cross_entropy_with_integer_labels`. Calls with the same
+        `loss_fn` and `apply_fn` compile them only once.
+      params: parameters at which the Hessian is taken.
       batches: dicts of arrays `[B, ...]` with a `mask`, `bool[B]`, as
-        `data.pipeline.evaluation_batches` makes them; padding may hold anything. They
-        are read once per iteration: a list, or a stream that every pass makes anew.
+        `data.pipeline.evaluation_batches` makes them; padding may hold anything. Every
+        iteration reads them once, so give a list, or a stream that can be read again.
       key: random key of the first vector.
       part: a task vector, or any tree with the leaves to differentiate; by default all
         floating-point leaves.
@@ -96,16 +96,16 @@ def largest_eigenvalue(
         `smoothness`.
       max_iterations: the largest number of iterations; the residual shows how far they
         have converged.
-      mesh: the devices that share every batch, see `sharding`; by default those that
-        the parameters are on.
+      mesh: the devices that share every batch, see `sharding`; by default the devices
+        that hold the parameters.
 
     Returns:
       The value in float32 or better, with its residual.
 
     Raises:
-      ValueError: there is no sample, or a later pass has another number of samples;
+      ValueError: there is no sample; a later pass has another number of samples; the
         losses are not `[B]`; a number is not finite; `max_iterations` is below 1; or
-        the part does not fit.
+        `part` does not fit `params`.
 
     Example:
       >>> x = np.array([[2.0, 0.0], [0.0, 1.0]])  # H is diag(4, 1) / 2
@@ -144,9 +144,9 @@ def largest_eigenvalue(
                 count += int(mask.sum())
         if not count or count != (samples or count):
             raise ValueError(
-                f"pass {iteration} over the batches has {count} samples, the first had "
-                f"{samples or count}. Every iteration reads them all: give a list, or "
-                "a stream that every pass makes anew, with at least one sample."
+                f"pass {iteration} over the batches has {count} samples; the first had "
+                f"{samples or count}. Every iteration reads all batches: give a list, "
+                "or a stream that can be read again, with at least one sample."
             )
         samples = count
         value, residual, v = _step(v, total, count)
@@ -162,13 +162,13 @@ def largest_eigenvalue(
 
 
 def of_samples(loss_fn: SampleLoss, outputs: Tree, targets: Sequence) -> jax.Array:
-    """The losses `[B]`; raises a ValueError if they have another shape."""
+    """Returns the losses `[B]`; raises a ValueError if they have another shape."""
     losses = loss_fn(outputs, *targets)
     size = len(jax.tree.leaves(outputs)[0])
     if jnp.shape(losses) != (size,):
         raise ValueError(
-            f"loss_fn gave losses of shape {list(jnp.shape(losses))} for {size} "
-            "samples; expected that of every sample, [B], not their mean."
+            f"loss_fn returned losses of shape {list(jnp.shape(losses))} for {size} "
+            "samples; expected the loss of every sample, [B], not their mean."
         )
     return losses
 
@@ -187,9 +187,9 @@ def _unit(v):
 
 
 def _placed(batch, names, mask, mesh):
-    """The mask and fields of a batch on the devices.
+    """Returns the mask and fields of a batch on the devices.
 
-    A real sample replaces padding, where a network may give NaN. Padding does not
+    A real sample replaces padding, for which a network may return NaN. Padding does not
     count, but 0 · NaN would.
     """
     rows = np.where(mask, np.arange(len(mask)), mask.argmax())
@@ -200,7 +200,7 @@ def _placed(batch, names, mask, mesh):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames="total")
 def _add(apply_fn, loss_fn, mesh, count, total, v, params, mask, *fields):
-    """`total` and the product with `v` of the Hessian of a batch's summed loss."""
+    """Adds to `total` the product of `v` and the Hessian of a batch's summed loss."""
     model = sharding.on_mesh(apply_fn, mesh)
 
     def summed(part):
@@ -216,7 +216,7 @@ def _add(apply_fn, loss_fn, mesh, count, total, v, params, mask, *fields):
 
 @jax.jit
 def _step(v, total, count):
-    """The eigenvalue and its residual at `v`, and the next vector."""
+    """Returns the eigenvalue and its residual at `v`, and the next vector."""
     moved = optax.tree.scale(1 / count, total)
     value = optax.tree.vdot(v, moved)
     residual = optax.tree.norm(optax.tree.add_scale(moved, jnp.negative(value), v))

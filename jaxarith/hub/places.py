@@ -21,13 +21,13 @@ from jaxarith import files, report
 # copied.
 RECORD = "jaxarith_merge.json"
 _PREFIX = ".jaxarith-"
-# Endings of files of models. A folder with files of other kinds is not replaced.
+# File endings in folders of models. A folder with files of other kinds is not replaced.
 _SUFFIXES = frozenset(
     ".safetensors .json .jsonl .txt .md .model .jinja .msgpack .bin .h5 .onnx .gguf "
     ".ot .tiktoken .spm .bpe .vocab .codes .tokenizer .v1 .v2 .v3 .v7 .v11 .yaml .yml "
     ".png .jpg .svg .pdf".split()
 )
-# Files with these endings are more likely somebody's own work.
+# Files with these endings are more likely to be somebody's own work.
 _OWN = frozenset(".txt .md .bin .jsonl".split())
 _OF_MODELS = re.compile(
     r".*(vocab|merges|tokens|bpe|dict|labels|classes|licen[cs]e|notice|requirements|"
@@ -108,7 +108,7 @@ def _holds_current(folder):
 
 
 def _check_model(out, copied, kept):
-    """Raises a ValueError if a folder is neither empty nor a model's."""
+    """Raises a ValueError if a folder is neither empty nor the folder of a model."""
     entries = list(out.iterdir())
     if entries and not _MODEL & {path.name for path in entries}:
         raise ValueError(
@@ -155,14 +155,14 @@ def _is_of_model(name):
 
 
 def _is_merged(path):
-    """Whether every merge makes a file or a folder of this name."""
+    """Whether every merge writes a file or a folder of this name."""
     if path.is_dir() and not path.is_symlink():
         return not path.name.startswith(".")
     return _MERGED.fullmatch(path.name) is not None
 
 
 def _unknown(folder, is_ours):
-    """Returns entries of no model: hidden files, sources, data, links to folders."""
+    """Returns entries that no model has: hidden files, sources, data, folder links."""
     # Some models bring their own code, and their configurations name it.
     code = any(_names_code(file) for file in folder.glob("*config.json"))
     for path in sorted(folder.iterdir()):

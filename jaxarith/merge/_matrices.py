@@ -107,13 +107,14 @@ def svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     amplify.
     """
     fixed = jax.lax.stop_gradient(matrix)
-    # A tall matrix would first be factored by QR. On a CPU that is six times as slow as
-    # the decomposition of its transpose.
-    tall = matrix.shape[0] > matrix.shape[1]
-    u, s, vt = jnp.linalg.svd(fixed.T if tall else fixed, full_matrices=False)
+    # LAPACK decomposes a tall matrix faster than a wide one: on 2 cores of an AMD EPYC,
+    # [3072, 768] took 433 ms and [768, 3072] 597 ms with one thread (761 and 1865 ms
+    # with two).
+    wide = matrix.shape[0] < matrix.shape[1]
+    u, s, vt = jnp.linalg.svd(fixed.T if wide else fixed, full_matrices=False)
     kept = s > 16 * jnp.finfo(s.dtype).eps * s[0]
     u, vt = u * kept[None], vt * kept[:, None]
-    if tall:
+    if wide:
         u, vt = vt.T, u.T
     return u, jnp.sum(dot(u.T, matrix) * vt, axis=1), vt
 

@@ -17,8 +17,9 @@ updates. For adapters of equal rank, so do methods that turn with the bases, for
 `tsv` and `iso_c`. Methods that look at single entries, for example TIES, do not.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,21 +106,16 @@ def core(
     if rank is not None and rank < 1:
         raise ValueError(f"rank is {rank}; it must be at least 1.")
     rows = _rows(adapters)
-    # The matrices have a side of at most the sum of the ranks.
-    with _blas.limited(row[0].a for row in rows.values()):
-        bases = tree.settled({p: _bases(row, basis) for p, row in rows.items()})
+    spaces = _side_by_side(_space, {p: (row,) for p, row in rows.items()}, basis=basis)
     cores = [
-        {path: _core(rows[path][task], *bases[path]) for path in rows}
-        for task in range(len(adapters))
+        {path: spaces[path][0][task] for path in rows} for task in range(len(adapters))
     ]
     merged = method(jax.tree.map(jnp.zeros_like, cores[0]), cores)
-    with _blas.limited(cores[0].values()):
-        found = tree.settled(
-            {
-                path: _factored(matrix, *bases[path], rank=rank)
-                for path, matrix in tree.flatten(merged).items()
-            }
-        )
+    products = {
+        path: (matrix, *spaces[path][1:])
+        for path, matrix in tree.flatten(merged).items()
+    }
+    found = _side_by_side(_factored, products, rank=rank)
     return Core(
         {path: factors for path, (factors, _) in found.items()},
         {path: energy for path, (_, energy) in found.items()},
@@ -152,6 +148,34 @@ def _rows(adapters) -> dict[str, list[Factors]]:
     return rows
 
 
+def _side_by_side(
+    function: Callable[..., Any], calls: Mapping[str, tuple], **static: Any
+) -> dict[str, Any]:
+    """Calls a jitted function for every path, for small matrices several at a time."""
+    found = {}
+    with _blas.limited(jax.tree.leaves(calls)), _blas.Queue(found.__setitem__) as queue:
+        for path, args in calls.items():
+            if _blas.fit_beside_others(jax.tree.leaves(args)):
+                # Compiled here: each thread has JAX settings of its own.
+                compiled = function.lower(*args, **static).compile()
+                queue.add(path, functools.partial(_finished, compiled, args))
+            else:
+                queue.finish()
+                found[path] = tree.settled(function(*args, **static))
+    return found
+
+
+def _finished(compiled, args):
+    return jax.block_until_ready(compiled(*args))
+
+
+@functools.partial(jax.jit, static_argnames="basis")
+def _space(row, basis):
+    """Returns the cores of all tasks, and the bases."""
+    inputs, outputs = _bases(row, basis)
+    return [_core(factors, inputs, outputs) for factors in row], inputs, outputs
+
+
 def _bases(row, basis):
     """Returns V `[in, R]`, or None with "knots", and U `[out, R]`."""
     row = [factors for factors in row if factors.a.size]
@@ -175,6 +199,7 @@ def _core(factors, inputs, outputs):
     return _matrices.dot(a, _matrices.dot(factors.b, outputs))
 
 
+@functools.partial(jax.jit, static_argnames="rank")
 def _factored(matrix, inputs, outputs, rank):
     u, s, vt = _matrices.svd(matrix)
     kept = min(len(s), rank or len(s))

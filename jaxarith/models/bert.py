@@ -5,13 +5,13 @@ Understanding. NAACL 2019. arXiv:1810.04805.
 Liu et al. RoBERTa: A Robustly Optimized BERT Pretraining Approach. 2019.
 arXiv:1907.11692.
 
-A parameter tree holds the base under `bert` or `roberta`, and it may hold heads:
+A parameter tree holds the base under `bert` or `roberta`, and may hold heads:
 
     masked LM     cls/predictions/…                 lm_head/…
     classifier    bert/pooler/…  classifier/…       classifier/{dense,out_proj}/…
 
-The output matrix of the masked LM is the table of word embeddings, held once. Each
-function here reads only its own leaves of a tree that may hold more.
+The masked LM's output matrix is the table of word embeddings, which is stored once.
+Each function here reads only the leaves that it needs; the tree may hold more.
 
 Shapes: B texts, S tokens, D = hidden_size, V = vocab_size.
 """
@@ -30,23 +30,25 @@ from jaxarith.models.bert_network import BertConfig, Head, Model
 from jaxarith.models.layers import times_transposed
 from jaxarith.typing import ApplyFn, Params
 
-# Path patterns for `tree.select`: the blocks, which are what prompt-based fine-tuning
-# trains between frozen embeddings and a frozen LM head (Zeng et al. 2025; He et al.
-# 2025); their matrices; and those of their attention.
+# Path patterns for `tree.select`: all leaves of the blocks, which prompt-based
+# fine-tuning trains between frozen embeddings and a frozen LM head (Zeng et al. 2025;
+# He et al. 2025); the matrices of the blocks; and the matrices of their attention.
 BLOCKS = r"(bert|roberta)/encoder/layer/.*"
 BLOCK_LINEAR_WEIGHTS = r"(bert|roberta)/encoder/layer/.*/kernel"
 ATTENTION_WEIGHTS = r"(bert|roberta)/encoder/layer/\d+/attention/.*/kernel"
 
 
 def encoder(config: BertConfig) -> ApplyFn:
-    """`apply_fn(params, input_ids, attention_mask, token_type_ids=None) -> hidden`.
+    """Makes a function that encodes texts.
 
-    The inputs are `[B, S]`, the hidden states of the last block `[B, S, D]`. Tokens
-    whose attention_mask is zero are padding, to which no token attends. Their own rows
-    of the result mean nothing. The token types are zero where they are not given.
+    `apply_fn(params, input_ids, attention_mask, token_type_ids=None) -> hidden` takes
+    inputs `[B, S]` and returns the hidden states of the last block, `[B, S, D]`. Tokens
+    whose attention_mask is zero are padding: no token attends to them, and their own
+    rows of the result are meaningless. Token types are zero by default.
 
     Raises:
-      ValueError: the inputs are of unlike shapes, or longer than the model's positions.
+      ValueError: on a call, the inputs differ in shape, or are longer than the model's
+        positions.
     """
     module = Model(config)
 
@@ -58,11 +60,11 @@ def encoder(config: BertConfig) -> ApplyFn:
 
 
 def mean_encoder(config: BertConfig) -> ApplyFn:
-    """Like `encoder`, the mean `[B, D]` over the tokens that are not padding.
+    """Like `encoder`, but returns the mean `[B, D]` over tokens that are not padding.
 
-    After normalisation these are the sentence embeddings of the sentence-transformers
-    (Reimers, Gurevych. Sentence-BERT. EMNLP 2019. arXiv:1908.10084). A text that is all
-    padding gives zeros.
+    After normalisation, these means are the sentence embeddings of
+    sentence-transformers (Reimers, Gurevych. Sentence-BERT. EMNLP 2019.
+    arXiv:1908.10084). A text that is all padding gives zeros.
     """
     encode = encoder(config)
 
@@ -76,11 +78,12 @@ def mean_encoder(config: BertConfig) -> ApplyFn:
 
 
 def mask_encoder(config: BertConfig, mask_token_id: int) -> ApplyFn:
-    """Like `encoder`, what the masked LM makes of the first mask token, `[B, D]`.
+    """Like `encoder`, but returns the LM head's features of the first mask token.
 
-    It is the hidden state there after the dense layer, activation and norm of the head:
-    with the word embeddings and the bias of a label word it gives that word's logit. A
-    text without the token, such as a row of padding, gives what its first token gives.
+    The features `[B, D]` are the hidden state at that token after the dense layer,
+    activation and norm of the head. With the embedding and the bias of a label word,
+    they give the logit of that word. A text without a mask token, such as a row of
+    padding, gives the features of its first token.
 
     Schick, Schütze. Exploiting Cloze-Questions for Few-Shot Text Classification. EACL
     2021. arXiv:2001.07676.
@@ -96,7 +99,7 @@ def mask_encoder(config: BertConfig, mask_token_id: int) -> ApplyFn:
 
 
 def masked_lm(config: BertConfig) -> ApplyFn:
-    """Like `encoder`, the logits `[B, S, V]` of the words at every token."""
+    """Like `encoder`, but returns the logits `[B, S, V]` of words at every token."""
     apply: ApplyFn = Model(config, "masked_lm").apply
 
     def apply_fn(params, input_ids, attention_mask, token_type_ids=None):
@@ -109,14 +112,14 @@ def masked_lm(config: BertConfig) -> ApplyFn:
 
 
 def output_words(config: BertConfig, params: Params) -> tuple[jax.Array, jax.Array]:
-    """The matrix `[V, D]` and the bias `[V]` of the masked LM's logits."""
+    """Returns the matrix `[V, D]` and the bias `[V]` of the masked LM's logits."""
     words = params[config.model_type]["embeddings"]["word_embeddings"]["embedding"]
     head = params["cls"]["predictions"] if "cls" in params else params["lm_head"]
     return words, head["bias"]
 
 
 def classifier(config: BertConfig) -> ApplyFn:
-    """Like `encoder`, the logits `[B, num_labels]` of the classes of a text."""
+    """Like `encoder`, but returns the class logits `[B, num_labels]` of each text."""
     module = Model(config, "classifier")
 
     def apply_fn(params, input_ids, attention_mask, token_type_ids=None):
@@ -133,20 +136,20 @@ def init(
     *,
     pooler: bool = False,
 ) -> dict:
-    """Random parameters, to train a model from nothing or a head on another's base.
+    """Makes random parameters, to train a whole model or a head on another base.
 
     Args:
       key: key of the random numbers.
       config: configuration of the model.
       head: "masked_lm", "classifier" or None.
-      pooler: whether the base has one; a BERT with a classifier always has.
+      pooler: whether the base has a pooler; a BERT with a classifier always has it.
 
     Raises:
-      ValueError: there is no such head.
+      ValueError: `head` is unknown.
     """
     if head not in (None, *get_args(Head)):
         known = " or ".join(get_args(Head))
-        raise ValueError(f"head {head!r}; expected None, {known}.")
+        raise ValueError(f"unknown head {head!r}; expected None, {known}.")
     tokens = jnp.zeros((1, 1), jnp.int32)
     return dict(Model(config, head, pooler).init(key, tokens, tokens)["params"])
 
@@ -154,18 +157,18 @@ def init(
 def layout(
     config: BertConfig, head: Head | None = None, *, pooler: bool = False
 ) -> dict:
-    """The tree of `jax.ShapeDtypeStruct` of what `init` gives."""
+    """Returns the result of `init` as a tree of `jax.ShapeDtypeStruct`."""
     make = functools.partial(init, config=config, head=head, pooler=pooler)
     return jax.eval_shape(make, jax.random.key(0))
 
 
-# The head of a checkpoint, by what ends the name of its class in transformers.
+# For each head, the endings of the transformers classes that have it.
 _HEADS: dict[Head, tuple[str, ...]] = {
     "masked_lm": ("ForMaskedLM", "ForPreTraining"),
     "classifier": ("ForSequenceClassification",),
 }
 
-# Tensors of the output layer that many files hold besides those that they are tied to.
+# Tensors of the output layer that many files store beside the tensors they are tied to.
 _COPIES = {
     "cls/predictions/decoder/weight": "bert/embeddings/word_embeddings/embedding",
     "cls/predictions/decoder/bias": "cls/predictions/bias",
@@ -190,18 +193,17 @@ def load(
 ) -> Bert:
     """Loads a BERT or RoBERTa in Hugging Face format.
 
-    Heads that are not asked for are left out. A pooler is kept where there is one.
+    Other heads are left out. A pooler is kept if the checkpoint has it.
 
     Args:
       model: a local folder, or a hub id such as `FacebookAI/roberta-base`.
-      head: "masked_lm", "classifier" or None, for the base alone; by default the one
-        of the class that config.json states, and None for classes with other heads.
+      head: "masked_lm", "classifier", or None for the base alone. By default, the head
+        of the class that config.json names; None for classes with other heads.
       revision: a branch, tag or commit on the hub.
 
     Raises:
-      FileNotFoundError: there is no such checkpoint.
-      ValueError: its files are broken, are not those of a BERT or RoBERTa, or lack the
-        head.
+      FileNotFoundError: the checkpoint does not exist.
+      ValueError: its files are broken, are not a BERT or RoBERTa, or lack the head.
 
     Example:
       >>> model = load("bert-base-uncased", head=None)  # doctest: +SKIP

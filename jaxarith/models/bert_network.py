@@ -23,7 +23,7 @@ Head = Literal["masked_lm", "classifier"]
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """Names and defaults of Hugging Face's `BertConfig`, which are those of BERT-base.
+    """Configuration; names and defaults (BERT-base) follow Hugging Face's `BertConfig`.
 
     `model_type` is "bert" or "roberta".
     """
@@ -54,8 +54,8 @@ class BertConfig:
         if kind not in _DEFAULTS:
             raise ValueError(
                 f"config.json describes a {kind or 'model'!r}; expected a BERT or "
-                "RoBERTa with model_type 'bert' or 'roberta'. Use the model that "
-                "belongs to it."
+                "RoBERTa with model_type 'bert' or 'roberta'. Load it with the module "
+                "for its type."
             )
         known = {field.name for field in dataclasses.fields(cls)}
         stated = {key: raw[key] for key in known & raw.keys() if raw[key] is not None}
@@ -70,30 +70,33 @@ class BertConfig:
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(
                 f"config.json has hidden_size {config.hidden_size} and "
-                f"{config.num_attention_heads} heads; expected a width that the heads "
-                "can share."
+                f"{config.num_attention_heads} heads; expected a width that is a "
+                "multiple of the number of heads."
             )
         positions = raw.get("position_embedding_type", "absolute")
         if positions != "absolute":
             raise ValueError(
                 f"config.json asks for position_embedding_type {positions!r}; this "
-                "port has absolute."
+                "port has absolute positions only."
             )
         if raw.get("is_decoder"):
             raise ValueError(
-                "config.json asks for is_decoder: causal attention, which this port "
-                "of the encoders lacks."
+                "config.json asks for is_decoder: causal attention. This port has only "
+                "encoders."
             )
         return config
 
     @property
     def max_length(self) -> int:
-        """The most tokens of a text. RoBERTa's positions start after its padding id."""
+        """The largest number of tokens in a text.
+
+        RoBERTa's positions start after its padding id.
+        """
         first = self.pad_token_id + 1 if self.model_type == "roberta" else 0
         return self.max_position_embeddings - first
 
 
-# Where Hugging Face's RobertaConfig differs.
+# The defaults in which Hugging Face's RobertaConfig differs.
 _DEFAULTS = {"bert": {}, "roberta": {"vocab_size": 50265, "pad_token_id": 1}}
 
 _ACTIVATIONS = {"gelu": gelu, "gelu_new": gelu_tanh, "relu": nn.relu}
@@ -126,12 +129,12 @@ def _positions(config, input_ids):
     length = input_ids.shape[1]
     if length > config.max_length:
         raise ValueError(
-            f"texts of {length} tokens; this model takes at most {config.max_length}. "
-            "Truncate them."
+            f"the texts have {length} tokens; this model takes at most "
+            f"{config.max_length}. Truncate them."
         )
     if config.model_type == "bert":
         return jnp.arange(length)[None]
-    # RoBERTa counts the tokens that are not padding, whose position is its own id.
+    # RoBERTa counts the tokens that are not padding. Padding has its id as position.
     real = input_ids != config.pad_token_id
     return jnp.where(real, jnp.cumsum(real, axis=1), 0) + config.pad_token_id
 
@@ -152,7 +155,7 @@ class SelfAttention(nn.Module):
 
 
 class Output(nn.Module):
-    """What ends both halves of a block: a matrix, the sum with `x`, and a norm."""
+    """The end of both halves of a block: a matrix, the sum with `x`, and a norm."""
 
     config: BertConfig
 
@@ -218,7 +221,7 @@ class Pooler(nn.Module):
 
 
 class Base(nn.Module):
-    """The hidden states `[B, S, D]` and, of a base with a pooler, `[B, D]`."""
+    """Returns hidden states `[B, S, D]` and, with a pooler, pooled states `[B, D]`."""
 
     config: BertConfig
     pooler: bool
@@ -248,7 +251,7 @@ class Base(nn.Module):
 
 
 class Transform(nn.Module):
-    """What the masked-LM head of a BERT does before the word embeddings."""
+    """The layers of BERT's masked-LM head before the word embeddings."""
 
     config: BertConfig
 
@@ -283,7 +286,7 @@ class RobertaLMHead(nn.Module):
     def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         c = self.config
         bias = self.param("bias", nn.initializers.zeros, (c.vocab_size,))
-        hidden = gelu(_dense(c, c.hidden_size, "dense")(hidden))  # whatever hidden_act
+        hidden = gelu(_dense(c, c.hidden_size, "dense")(hidden))  # ignores hidden_act
         return LayerNorm(c.layer_norm_eps, name="layer_norm")(hidden), bias
 
 
@@ -298,10 +301,10 @@ class RobertaClassifier(nn.Module):
 
 
 class Model(nn.Module):
-    """The base and at most one head; without one the hidden states are the result.
+    """The base and at most one head; without a head, it returns the hidden states.
 
-    The masked-LM head gives the factors of its logits but for the word embeddings:
-    what multiplies them, and the bias.
+    The masked-LM head does not apply the word embeddings. It returns the vectors to
+    multiply with them, and the bias.
     """
 
     config: BertConfig

@@ -33,11 +33,11 @@ from jaxarith.models.activations import gelu, quick_gelu
 from jaxarith.models.layers import Dense, LayerNorm, attend, rematerialized
 from jaxarith.typing import ApplyFn
 
-# The real CLIP of a megabyte and a half that comes with the package; see its README.md.
+# A real CLIP of 1.5 MB that comes with the package; see its README.md.
 TINY_CLIP = Path(__file__).parent.parent / "assets" / "tiny_clip"
 
 # Path patterns for `tree.select`: the image encoder; the weights that Jin et al. (2025,
-# "Fine-Tuning Linear Layers Only", paradigm 1) train; those that AWD merges.
+# "Fine-Tuning Linear Layers Only", paradigm 1) train; the weights that AWD merges.
 IMAGE_ENCODER = r"vision_model/.*|visual_projection/.*"
 ATTENTION_WEIGHTS = r"vision_model/encoder/layers/\d+/self_attn/\w+_proj/kernel"
 BLOCK_LINEAR_WEIGHTS = (
@@ -47,7 +47,7 @@ BLOCK_LINEAR_WEIGHTS = (
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The image tower; names and defaults of Hugging Face's `CLIPVisionConfig`."""
+    """Configuration of the image tower, as in Hugging Face's `CLIPVisionConfig`."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -62,7 +62,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The text tower; names and defaults of Hugging Face's `CLIPTextConfig`."""
+    """Configuration of the text tower, as in Hugging Face's `CLIPTextConfig`."""
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -77,7 +77,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
-    """Both towers and the width of the space they share."""
+    """Configurations of both towers, and the width of the space they share."""
 
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
@@ -112,8 +112,8 @@ class CLIPConfig:
 
 
 def _tower(kind, raw, name):
-    # OpenAI's oldest files state the sizes a second time, and transformers reads that
-    # statement, with defaults for what it leaves out, in place of the first.
+    # OpenAI's oldest files state the sizes twice. transformers reads the second
+    # statement instead of the first, with defaults for sizes that it leaves out.
     stated = raw.get(f"{name}_dict")
     stated = raw[name] if stated is None else stated
     known = {field.name for field in dataclasses.fields(kind)}
@@ -197,7 +197,7 @@ class Encoder(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """A convolution whose stride is its width: a matrix product."""
+    """A convolution whose stride equals its width, computed as a matrix product."""
 
     width: int
     patch: int
@@ -209,8 +209,8 @@ class PatchEmbedding(nn.Module):
         shape = (p, p, channels, self.width)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         patches = images.reshape(b, h // p, p, w // p, p, channels)
-        # The numbers of a patch in the kernel's order: for a product over axes in
-        # another order XLA copies the kernel and its tangent as well.
+        # The numbers of a patch take the kernel's order: for a product over axes in
+        # another order, XLA would also copy the kernel and its tangent.
         rows = patches.transpose(0, 1, 3, 2, 4, 5).reshape(-1, p * p * channels)
         tokens = rows @ kernel.reshape(-1, self.width)
         return tokens.reshape(b, -1, self.width)
@@ -225,7 +225,7 @@ class VisionEmbeddings(nn.Module):
         # A smaller image would silently get the positions of other patches.
         if images.shape[1:] != (c.image_size, c.image_size, c.num_channels):
             raise ValueError(
-                f"images of shape {list(images.shape)}; this CLIP takes "
+                f"the images have shape {list(images.shape)}; this CLIP takes "
                 f"[B, {c.image_size}, {c.image_size}, {c.num_channels}]."
             )
         normal = nn.initializers.normal(0.02)
@@ -253,8 +253,9 @@ class VisionTransformer(nn.Module):
         norm = functools.partial(LayerNorm, c.layer_norm_eps)
         x = VisionEmbeddings(c, name="embeddings")(images)
         x = norm(name="pre_layrnorm")(x)  # Hugging Face's spelling
-        # Only the class token is read, so the last block computes no other. Statistics
-        # of its inputs (`capture`) are those of class tokens, but for keys and values.
+        # Only the class token is read, so the last block computes no other token.
+        # Statistics of its inputs (`capture`) therefore cover only class tokens, except
+        # for keys and values.
         x = Encoder(c, self.remat, name="encoder")(x, queries=1)
         return norm(name="post_layernorm")(x[:, 0])
 
@@ -267,7 +268,7 @@ class TextEmbeddings(nn.Module):
         c = self.config
         if input_ids.shape[1] > c.max_position_embeddings:
             raise ValueError(
-                f"texts of {input_ids.shape[1]} tokens; this CLIP takes at most "
+                f"the texts have {input_ids.shape[1]} tokens; this CLIP takes at most "
                 f"{c.max_position_embeddings}. Truncate them."
             )
         normal = nn.initializers.normal(0.02)
@@ -290,7 +291,7 @@ class TextTransformer(nn.Module):
         causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
         x = Encoder(c, name="encoder")(x, causal)
         x = LayerNorm(c.layer_norm_eps, name="final_layer_norm")(x)
-        # OpenAI's configs state a wrong end token, 2. The true one is the largest id.
+        # OpenAI's configs state a wrong end token, 2. The true one has the largest id.
         wrong = c.eos_token_id == 2
         end = input_ids if wrong else (input_ids == c.eos_token_id).astype(jnp.int32)
         return jnp.take_along_axis(x, end.argmax(-1)[:, None, None], axis=1)[:, 0]
@@ -320,14 +321,14 @@ class TextTower(nn.Module):
 
 @functools.cache  # one function per config, so that it is compiled once
 def image_encoder(config: CLIPConfig, *, remat: bool = False) -> ApplyFn:
-    """`apply_fn(params, images[B, H, W, 3]) -> features[B, projection_dim]`.
+    """Makes `apply_fn(params, images[B, H, W, 3]) -> features[B, projection_dim]`.
 
-    The features are not normalised: this is the function that is linearised, and what
-    the frozen zero-shot heads normalise and classify.
+    The features are not normalised. This is the function that is linearised; the frozen
+    zero-shot heads normalise its features and classify them.
 
     Args:
       config: configuration of the model.
-      remat: repeat every block's forward pass in backward passes, which takes less
+      remat: whether backward passes repeat every block's forward pass, which takes less
         memory and more time.
     """
     tower = ImageTower(config, remat)
@@ -336,13 +337,13 @@ def image_encoder(config: CLIPConfig, *, remat: bool = False) -> ApplyFn:
 
 @functools.cache  # as above
 def text_encoder(config: CLIPConfig) -> ApplyFn:
-    """`apply_fn(params, input_ids[B, S]) -> features[B, projection_dim]`."""
+    """Makes `apply_fn(params, input_ids[B, S]) -> features[B, projection_dim]`."""
     tower = TextTower(config)
     return lambda params, input_ids: tower.apply({"params": params}, input_ids)
 
 
 def init(key: jax.Array, config: CLIPConfig) -> dict:
-    """Random parameters of both towers, to train a CLIP from nothing."""
+    """Makes random parameters of both towers, to train a CLIP from scratch."""
     size = config.vision.image_size
     images = jnp.zeros((1, size, size, config.vision.num_channels))
     input_ids = jnp.zeros((1, config.text.max_position_embeddings), jnp.int32)
@@ -355,12 +356,12 @@ def init(key: jax.Array, config: CLIPConfig) -> dict:
 
 
 def layout(config: CLIPConfig) -> dict:
-    """The tree of `jax.ShapeDtypeStruct` that a checkpoint of this config must fill."""
+    """Returns the tree of `jax.ShapeDtypeStruct` that a checkpoint must fill."""
     return jax.eval_shape(functools.partial(init, config=config), jax.random.key(0))
 
 
 class CLIP(NamedTuple):
-    """A checkpoint in memory: configuration, parameters, the folder of its files."""
+    """A checkpoint in memory: its configuration, parameters and folder."""
 
     config: CLIPConfig
     params: dict
@@ -373,18 +374,19 @@ def load(
     revision: str | None = None,
     hidden_act: open_clip.HiddenAct | None = None,
 ) -> CLIP:
-    """Loads a CLIP in the format of transformers or of OpenCLIP.
+    """Loads a CLIP in the format of transformers or OpenCLIP.
 
     Args:
       model: a local folder, or a hub id such as `openai/clip-vit-base-patch32`; the
-        embedded tiny CLIP by default. A file is OpenCLIP's, see `hub.open_clip`.
+        embedded tiny CLIP by default. A file is read as OpenCLIP's, see
+        `hub.open_clip`.
       revision: a branch, tag or commit on the hub.
-      hidden_act: the activation of an OpenCLIP file that nothing states.
+      hidden_act: activation of an OpenCLIP file, if nothing states it.
 
     Raises:
-      FileNotFoundError: there is no such checkpoint.
-      ImportError: its file is PyTorch's, which is not installed.
-      ValueError: its files are broken, or are not those of a CLIP.
+      FileNotFoundError: the checkpoint does not exist.
+      ImportError: its file is PyTorch's, and PyTorch is not installed.
+      ValueError: its files are broken, or are not a CLIP.
 
     Example:
       >>> model = load()
@@ -404,9 +406,9 @@ def load(
 def zero_shot_head(
     model: CLIP, classes: Sequence[str], templates: Sequence[str]
 ) -> jax.Array:
-    """The head `[len(classes), projection_dim]` of class names; see `heads.zero_shot`.
+    """Makes a head `[len(classes), projection_dim]` by `heads.zero_shot`.
 
-    The tokenizer is the one in the checkpoint's folder, read by transformers.
+    transformers reads the tokenizer from the checkpoint's folder.
 
     Raises:
       FileNotFoundError: the folder has no tokenizer.
@@ -432,7 +434,7 @@ def zero_shot_head(
 
 
 def _tokenizer(folder: Path):
-    import transformers  # here: it is slow to import, and image encoders need none
+    import transformers  # here: it is slow to import, and image encoders do without
 
     if (folder / hub.CONFIG).is_file():
         return transformers.AutoTokenizer.from_pretrained(folder)
@@ -440,6 +442,7 @@ def _tokenizer(folder: Path):
         return transformers.CLIPTokenizer.from_pretrained(folder)
     raise FileNotFoundError(
         f"{folder} has no tokenizer: neither tokenizer.json, nor vocab.json and "
-        "merges.txt. OpenAI's and OpenCLIP's models share one: copy these files from a "
-        "folder of transformers, such as that of openai/clip-vit-base-patch32."
+        "merges.txt. OpenAI's and OpenCLIP's models share a tokenizer: copy its files "
+        "from a checkpoint in transformers' format, such as "
+        "openai/clip-vit-base-patch32."
     )

@@ -1,6 +1,7 @@
-"""Generation of text with a cache, greedy or sampled, as one compiled program.
+"""Generates text with a cache, greedy or sampled, as one compiled program.
 
-A model gives a `Decoder`, such as `gpt2.decoder(config)`; nothing here knows of models.
+A model provides a `Decoder`, such as `gpt2.decoder(config)`. This module does not
+depend on any model.
 
 Shapes: B texts, V tokens in the vocabulary.
 """
@@ -22,10 +23,11 @@ class Decoder(NamedTuple):
     """A model that writes one token at a time. The cache is any pytree of arrays.
 
     Attributes:
-      start: `start(params, *inputs, room) -> (cache, logits[B, V])`. It consumes the
-        prompt; `room`, a static int, is how many calls of `step` the cache must serve.
-      step: `step(params, cache, tokens[B]) -> (cache, logits[B, V])`, the cache of
-        unchanged shapes and dtypes.
+      start: `start(params, *inputs, room) -> (cache, logits[B, V])`. It reads the
+        prompt. `room`, a static int, is the number of `step` calls that the cache must
+        have room for.
+      step: `step(params, cache, tokens[B]) -> (cache, logits[B, V])`. The shapes and
+        dtypes of the cache do not change.
     """
 
     start: Callable
@@ -44,34 +46,36 @@ def generate(
     top_p: float | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """The tokens that a model appends to each text of a batch.
+    """Generates the tokens that a model appends to each text of a batch.
 
-    At temperature 0 each token is the one of the largest logit. Otherwise it is drawn
-    from the softmax of the logits, divided by the temperature, then cut to `top_k`,
-    then to `top_p`. Row b draws its token i with the key
+    At temperature 0, each token is the one with the largest logit. Otherwise the logits
+    are divided by the temperature, cut to `top_k`, then cut to `top_p`, and the token
+    is drawn from their softmax. Row b draws its token i with the key
     `fold_in(fold_in(key, b), i)`, so its text does not depend on the other rows.
 
-    It ends early when every row has written `eos_token_id`. A decoder and settings that
-    were compiled before are not compiled again: keep the decoder.
+    It ends early when every row has written `eos_token_id`. Keep the decoder: the same
+    decoder with the same settings is not compiled again.
 
     Args:
       decoder: `start` and `step` of the model.
-      params: its parameters.
+      params: parameters of the model.
       *inputs: the prompt, passed on to `decoder.start`.
       max_new_tokens: the length of the result.
-      eos_token_id: after it a row holds only padding; None if nothing ends a text.
+      eos_token_id: the token that ends a text: after it, a row holds only padding. None
+        if no token ends a text.
       pad_token_id: the padding; by default `eos_token_id`.
-      temperature: above 1 more random than the model, below 1 less, 0 greedy.
-      top_k: how many of the likeliest tokens can be drawn; None for all.
-      top_p: the probability that the tokens which can be drawn must reach together;
-        None for 1.
+      temperature: 0 is greedy; below 1 is less random than the model, above 1 more.
+      top_k: number of likeliest tokens that can be drawn; None for all.
+      top_p: the probability that the likeliest tokens must reach together; only they
+        can be drawn. None for 1.
       key: key of the random draws; not used at temperature 0.
 
     Returns:
-      i32[B, max_new_tokens], without the prompt; eos is part of it.
+      i32[B, max_new_tokens], without the prompt; it includes the end token.
 
     Raises:
-      ValueError: a setting is out of range, or there is a temperature and no key.
+      ValueError: a setting is out of range, or the temperature is not 0 and there is no
+        key.
 
     Example:
       >>> def start(params, token, room):
@@ -116,17 +120,17 @@ def generate(
 
 
 def linearized(decoder: Decoder) -> Decoder:
-    r"""Writes with the tangent-space model (Ortiz-Jimenez et al. 2023, Eq. 3).
+    r"""Makes a decoder of the tangent-space model (Ortiz-Jimenez et al. 2023, Eq. 3).
 
     Its logits are :math:`f(x; \theta_0) + J(x; \theta_0)\tau`. It keeps the cache of
-    the model at θ0 with the tangent of that cache, so a token takes three times the
-    matrix products that it takes the network.
+    the model at θ0 and the tangent of that cache, so a token takes three times as many
+    matrix products as with the network.
 
     Args:
       decoder: decoder of the network.
 
     Returns:
-      A `Decoder` whose parameters are `(params_0, tau)`; `tau` may cover a part.
+      A `Decoder` with parameters `(params_0, tau)`; `tau` may cover only a part.
 
     Example:
       >>> def start(params, token, room):
@@ -162,7 +166,7 @@ def linearized(decoder: Decoder) -> Decoder:
     return Decoder(start, step)
 
 
-# Integers have tangents of a type of their own, which no loop can carry.
+# Tangents of integers have a dtype of their own, which no loop can carry.
 
 
 def _without_float0(moves, cache):
@@ -237,7 +241,7 @@ def _generate(
         new = jnp.where(over, pad_token_id, choose(logits, i))
         return i + 1, cache, tokens.at[:, i].set(new), new, over | ended(new)
 
-    # The last token is written, but not read: one step fewer than tokens.
+    # The last token is written but not read, so there is one step fewer than tokens.
     cache, logits = decoder.start(params, *inputs, room=max_new_tokens - 1)
     first = choose(logits, 0)
     tokens = jnp.full((len(first), max_new_tokens), pad_token_id, jnp.int32)
@@ -247,13 +251,13 @@ def _generate(
 
 
 def keep_top_k(logits: jax.Array, top_k: int) -> jax.Array:
-    """All but the `top_k` largest logits become -inf; those equal to the last stay.
+    """Sets all but the `top_k` largest logits to -inf; ties with the last one stay.
 
     Fan et al. Hierarchical Neural Story Generation. ACL 2018. arXiv:1805.04833.
 
     Args:
-      logits: `[..., V]`.
-      top_k: 1 or more; above V nothing is cut.
+      logits: logits, `[..., V]`.
+      top_k: number of logits to keep, 1 or more; above V, all are kept.
 
     Raises:
       ValueError: `top_k` is below 1.
@@ -268,16 +272,16 @@ def keep_top_k(logits: jax.Array, top_k: int) -> jax.Array:
 
 
 def keep_top_p(logits: jax.Array, top_p: float) -> jax.Array:
-    """All but the likeliest tokens, which reach `top_p` together, become -inf.
+    """Sets all logits to -inf except the likeliest, which together reach `top_p`.
 
-    The token that crosses `top_p` is kept, so one always is.
+    The token that crosses `top_p` is kept, so at least one token is kept.
 
     Holtzman et al. The Curious Case of Neural Text Degeneration. ICLR 2020.
     arXiv:1904.09751.
 
     Args:
-      logits: `[..., V]`.
-      top_p: above 0, at most 1.
+      logits: logits, `[..., V]`.
+      top_p: the probability to reach, above 0 and at most 1.
 
     Raises:
       ValueError: `top_p` is out of range.
@@ -290,7 +294,7 @@ def keep_top_p(logits: jax.Array, top_p: float) -> jax.Array:
     _check_top_p(top_p)
     order = jnp.argsort(logits, axis=-1)
     ascending = jnp.take_along_axis(logits, order, axis=-1)
-    # Summed from the small end, where the rounding of a sum near 1 would lose the tail.
+    # Summed from the small end: rounding of a sum near 1 would lose the tail.
     up_to = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
     kept = (up_to > 1 - top_p).at[..., -1].set(True)
     kept = jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)

@@ -7,12 +7,12 @@ A parameter tree holds the leaves
     transformer/wte/embedding  transformer/wpe/embedding  transformer/h/<i>/…
     transformer/ln_f/{scale,bias}
 
-and, of a classifier, `score/kernel`. The language model's head is `wte` transposed, so
+and, for a classifier, `score/kernel`. The language model's head is `wte` transposed, so
 it has no leaf of its own. There is no dropout.
 
-Padding may be on either side, or both. Positions count the real tokens, so that a text
-gives the same wherever it is padded: transformers does so where it generates, while its
-plain forward pass counts the columns, which differs for padding on the left.
+Padding may be on either side, or on both. Positions count the real tokens, so a text
+gives the same result wherever it is padded. transformers counts this way when it
+generates; its plain forward pass counts columns, which differs for padding on the left.
 
 Shapes: B texts, S tokens, D = n_embd, H heads, V tokens in the vocabulary.
 """
@@ -34,7 +34,7 @@ from jaxarith.models.generate import Decoder
 from jaxarith.models.layers import Dense, LayerNorm, attend, times_transposed
 from jaxarith.typing import ApplyFn
 
-# Path patterns for `tree.select`: the blocks without embeddings, last norm and head;
+# Path patterns for `tree.select`: the blocks, without embeddings, final norm and head;
 # the weights of their linear layers.
 BLOCKS = r"transformer/h/\d+/.*"
 BLOCK_LINEAR_WEIGHTS = r"transformer/h/\d+/(attn|mlp)/c_\w+/kernel"
@@ -42,7 +42,7 @@ BLOCK_LINEAR_WEIGHTS = r"transformer/h/\d+/(attn|mlp)/c_\w+/kernel"
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-    """Names and defaults of Hugging Face's `GPT2Config`, which are the smallest's."""
+    """Configuration; names and defaults (smallest GPT-2) follow Hugging Face's."""
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -64,7 +64,7 @@ class GPT2Config:
         if raw.get("model_type") != "gpt2":
             raise ValueError(
                 f"config.json describes a {raw.get('model_type', 'model')!r}; expected "
-                "a GPT-2 with model_type 'gpt2'. Use the model that belongs to it."
+                "a GPT-2 with model_type 'gpt2'. Load it with the module for its type."
             )
         for name, value in _ONLY.items():
             if raw.get(name, value) != value:
@@ -80,7 +80,7 @@ class GPT2Config:
         if config.n_embd % config.n_head:
             raise ValueError(
                 f"config.json has n_embd {config.n_embd} and n_head {config.n_head}; "
-                "expected a width that the heads can share."
+                "expected a width that is a multiple of n_head."
             )
         return config
 
@@ -116,9 +116,9 @@ class Conv1D(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of `x[B, S, D]` to itself, or to the cache once `x` has been added.
+    """Attention of `x[B, S, D]` to itself, or to the cache after adding `x` to it.
 
-    It returns the cache too: keys and values `[B, T, H, D/H]` of all tokens so far.
+    It also returns the cache: keys and values `[B, T, H, D/H]` of all tokens so far.
     """
 
     config: GPT2Config
@@ -151,7 +151,7 @@ class MLP(nn.Module):
 
 
 def _residual(config):
-    """The initializer of the two layers of a block that write to its stream."""
+    """Returns the initializer of a block's two layers that write to its stream."""
     return nn.initializers.normal(0.02 / (2 * config.n_layer) ** 0.5)
 
 
@@ -209,15 +209,15 @@ class Transformer(nn.Module):
 
 
 class Model(nn.Module):
-    """Hidden states `[B, S, D]` and, by block, the keys and values.
+    """Returns hidden states `[B, S, D]` and the keys and values of each block.
 
     Args:
-      input_ids: i32[B, S].
-      positions: i32[B, S], the rows of `wpe`.
+      input_ids: token ids, i32[B, S].
+      positions: the rows of `wpe`, i32[B, S].
       mask: bool[B, 1, S, T], False where a token must not see another; T is S, or the
-        length of the cache. For long texts `blocked_attention.Causal`.
-      past: by block, the keys and values that the new ones are written into.
-      at: the column where they are written.
+        length of the cache. For long texts, a `blocked_attention.Causal`.
+      past: for each block, the keys and values into which new ones are written.
+      at: the column where new ones are written.
     """
 
     config: GPT2Config
@@ -265,12 +265,12 @@ def _check_length(config, length, what):
     if length > config.n_positions:
         raise ValueError(
             f"{what} {length} tokens long; this model has n_positions "
-            f"{config.n_positions}. Cut them."
+            f"{config.n_positions}. Shorten them."
         )
 
 
 def _last_real(x, attention_mask):
-    """Of `x[B, S, D]` the rows `[B, D]` of the last tokens that are not padding."""
+    """Returns the rows `[B, D]` of `x[B, S, D]` at the last real tokens."""
     columns = jnp.arange(x.shape[1])[None]
     last = jnp.max(jnp.where(attention_mask != 0, columns, 0), axis=1)
     return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
@@ -281,10 +281,11 @@ def _logits(params, hidden):
 
 
 def encoder(config: GPT2Config) -> ApplyFn:
-    """`apply_fn(params, input_ids[B, S], attention_mask[B, S]) -> hidden[B, S, D]`.
+    """Makes a function that encodes texts.
 
-    The hidden states after the last norm, `ln_f`. Tokens whose attention_mask is zero
-    are padding; their own rows of the result mean nothing.
+    `apply_fn(params, input_ids[B, S], attention_mask[B, S]) -> hidden[B, S, D]` returns
+    the hidden states after the final norm, `ln_f`. Tokens whose attention_mask is zero
+    are padding; their own rows of the result are meaningless.
     """
     module = Model(config)
 
@@ -296,9 +297,10 @@ def encoder(config: GPT2Config) -> ApplyFn:
 
 
 def language_model(config: GPT2Config) -> ApplyFn:
-    """`apply_fn(params, input_ids[B, S], attention_mask[B, S]) -> logits[B, S, V]`.
+    """Makes a function that predicts next tokens.
 
-    The logits at a token are those of the next one.
+    It is `apply_fn(params, input_ids[B, S], attention_mask[B, S]) -> logits[B, S, V]`.
+    The logits at a token are for the next token.
     """
     hidden = encoder(config)
 
@@ -309,11 +311,12 @@ def language_model(config: GPT2Config) -> ApplyFn:
 
 
 def classifier(config: GPT2Config) -> ApplyFn:
-    """`apply_fn(params, input_ids, attention_mask) -> logits[B, num_labels]`.
+    """Makes `apply_fn(params, input_ids, attention_mask) -> logits[B, num_labels]`.
 
-    They are read at the last token that attention_mask does not call padding.
-    transformers takes the last one that is not `pad_token_id`, whatever its mask says:
-    the two differ where a text ends with that token, as when one token ends and pads.
+    The logits are read at the last token that attention_mask does not mark as padding.
+    transformers reads them at the last token that is not `pad_token_id`, whatever the
+    mask says. The two differ if a text ends with that token, for example if the same
+    token ends texts and pads them.
     """
     module = Classifier(config)
 
@@ -324,12 +327,12 @@ def classifier(config: GPT2Config) -> ApplyFn:
 
 
 class Cache(NamedTuple):
-    """What `decoder` keeps of the T columns that it has read or has room for.
+    """The state that `decoder` keeps for T columns, which it has read or has room for.
 
     Attributes:
-      blocks: by block, keys and values `[B, T, H, D/H]`.
-      real: bool[B, T], the columns that hold a token.
-      position: i32[B], of the next token.
+      blocks: for each block, keys and values `[B, T, H, D/H]`.
+      real: bool[B, T], True for columns that hold a token.
+      position: i32[B], the position of the next token.
       at: i32[], the column of the next token.
     """
 
@@ -341,9 +344,10 @@ class Cache(NamedTuple):
 
 @functools.cache
 def decoder(config: GPT2Config) -> Decoder:
-    """A `Decoder` for `generate`, whose prompt is `input_ids, attention_mask`, [B, S].
+    """Makes a `Decoder` for `generate`.
 
-    Equal configurations have the same decoder, so it is compiled once.
+    Its prompt is `input_ids, attention_mask`, both `[B, S]`. Equal configurations share
+    a decoder, so it is compiled once.
 
     Example:
       >>> config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=5)
@@ -377,12 +381,12 @@ def decoder(config: GPT2Config) -> Decoder:
 
 
 def init(key: jax.Array, config: GPT2Config, *, classifier: bool = False) -> dict:
-    """Random parameters, to train a model from nothing.
+    """Makes random parameters, to train a model from scratch.
 
     Args:
       key: key of the random numbers.
-      config: the sizes.
-      classifier: whether `score/kernel` is among them.
+      config: configuration of the model.
+      classifier: whether to include `score/kernel`.
     """
     tokens = jnp.zeros((1, 1), jnp.int32)
     if classifier:
@@ -392,7 +396,7 @@ def init(key: jax.Array, config: GPT2Config, *, classifier: bool = False) -> dic
 
 
 def layout(config: GPT2Config, *, classifier: bool = False) -> dict:
-    """The tree of `jax.ShapeDtypeStruct` that a checkpoint of this config must fill."""
+    """Returns the tree of `jax.ShapeDtypeStruct` that a checkpoint must fill."""
     of_config = functools.partial(init, config=config, classifier=classifier)
     return jax.eval_shape(of_config, jax.random.key(0))
 
@@ -408,18 +412,18 @@ class GPT2(NamedTuple):
 def load(model: str | os.PathLike, *, revision: str | None = None) -> GPT2:
     """Loads a GPT-2 in Hugging Face format.
 
-    A `GPT2ForSequenceClassification`, as `architectures` in `config.json` says, has
-    `score/kernel` among its parameters. Any other is a language model: its head is
-    `wte`, so a `GPT2Model` is one too.
+    If `architectures` in `config.json` names `GPT2ForSequenceClassification`, the
+    parameters include `score/kernel`. Any other checkpoint is a language model, even a
+    `GPT2Model`, because the head is `wte`.
 
     Args:
       model: a local folder, or a hub id such as `openai-community/gpt2`.
       revision: a branch, tag or commit on the hub.
 
     Raises:
-      FileNotFoundError: there is no such checkpoint.
-      ValueError: its files are broken, or are not those of a GPT-2, or its head is not
-        tied to `wte`.
+      FileNotFoundError: the checkpoint does not exist.
+      ValueError: its files are broken, or are not a GPT-2, or its head is not tied to
+        `wte`.
 
     Example:
       >>> model = load("openai-community/gpt2")  # doctest: +SKIP

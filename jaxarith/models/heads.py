@@ -1,7 +1,7 @@
-"""Classification heads: frozen, so that fine-tuning moves nothing but the encoder.
+"""Frozen classification heads, so that fine-tuning changes only the encoder.
 
-A head that is trained beside the encoder is one more leaf of the parameters. It starts
-at zero and is added to the frozen head of its task, so every task trains its own:
+A head that is trained with the encoder is one more leaf of the parameters. It starts at
+zero and is added to the frozen head of its task, so every task trains its own head:
 
     frozen = heads.pad([head_of_one_task, head_of_another])
     params_0 = model.params | {"head": jnp.zeros_like(frozen["head"][0])}
@@ -19,10 +19,10 @@ at zero and is added to the frozen head of its task, so every task trains its ow
     taus = train.fine_tune(
         apply_fn, params_0, loss_fn, batches, config, names=names, constants=constants
     )
-    encoders = [tree.select(tau, "(?!head).*") for tau in taus]  # what is merged
+    encoders = [tree.select(tau, "(?!head).*") for tau in taus]  # merge these
     trained = [head + tau["head"] for head, tau in zip(frozen["head"], taus)]
 
-The τJp penalty measures all outputs, so it takes an `apply_fn` without the head.
+The τJp penalty measures all outputs, so give it an `apply_fn` without the head.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,28 +40,29 @@ def zero_shot(
     templates: Sequence[str],
     logit_scale: float,
 ) -> jax.Array:
-    """The head of a task from its class names: text features that classify images.
+    """Makes a head from class names: text features that classify images.
 
-    Every template is filled with every class name and encoded; the features of a class
-    are normalised, averaged and normalised again, and scaled by `exp(logit_scale)`
+    Every template is filled with every class name and encoded. The features of a class
+    are normalised, averaged, normalised again, and scaled by `exp(logit_scale)`
     (Radford et al. 2021, arXiv:2103.00020, section 3.1.4).
 
     Args:
-      encode: texts to features, `list[str] -> [len(texts), D]`.
+      encode: function from texts to features, `list[str] -> [len(texts), D]`.
       classes: C class names.
       templates: P texts with one `{}` each, such as "a photo of a {}.".
-      logit_scale: the logarithm of the inverse temperature, as checkpoints hold it.
+      logit_scale: logarithm of the inverse temperature, as checkpoints store it.
 
     Returns:
-      `[C, D]`.
+      The head, `[C, D]`.
 
     Raises:
-      ValueError: there is no class or no template, or a template has no `{}`.
+      ValueError: there is no class or no template, or a template does not contain
+        exactly one `{}`.
     """
     if not classes or not templates:
         raise ValueError("a zero-shot head needs at least one class and one template.")
     if wrong := [t for t in templates if t.count("{}") != 1]:
-        raise ValueError(f"the template {wrong[0]!r} must hold exactly one '{{}}'.")
+        raise ValueError(f"the template {wrong[0]!r} must contain exactly one '{{}}'.")
     texts = [template.format(name) for name in classes for template in templates]
     features = normalize(encode(texts)).reshape(len(classes), len(templates), -1)
     return normalize(features.mean(axis=1)) * jnp.exp(logit_scale)
@@ -74,24 +75,24 @@ def class_means(
     *,
     scale: float = 20.0,
 ) -> jax.Array:
-    """The head of a task from features of labelled samples: the mean of every class.
+    """Makes a head from features of labelled samples: the mean of every class.
 
-    Features are normalised before the mean and the means after it, so that a sample
-    belongs to the class whose mean direction is closest, as in prototypical networks
-    (Snell, Swersky, Zemel. NeurIPS 2017. arXiv:1703.05175).
+    The features are normalised before they are averaged, and the means are normalised
+    again. So a sample belongs to the class with the closest mean direction, as in
+    prototypical networks (Snell, Swersky, Zemel. NeurIPS 2017. arXiv:1703.05175).
 
     Args:
-      features: `[N, D]` of the pre-trained encoder.
-      labels: `i32[N]`.
-      classes: C, their number.
-      scale: the length of a row, an inverse temperature; 20 is what
-        sentence-transformers compare normalised features with.
+      features: features of the pre-trained encoder, `[N, D]`.
+      labels: class of each sample, `i32[N]`.
+      classes: C, the number of classes.
+      scale: the length of each row, an inverse temperature. sentence-transformers
+        compare normalised features with 20.
 
     Returns:
-      `[C, D]`, for `logits`.
+      The head `[C, D]`, for `logits`.
 
     Raises:
-      ValueError: a class has no sample, or its features have the mean zero.
+      ValueError: a class has no sample, or the mean of its features is zero.
 
     Example:
       >>> features = jnp.array([[2.0, 0.0], [0.0, 3.0], [4.0, 0.0]])
@@ -111,18 +112,18 @@ def class_means(
 
 
 def label_words(words: jax.Array, bias: jax.Array, ids: Numbers) -> jax.Array:
-    """The head of a task from a masked language model: the rows of its label words.
+    """Makes a head from a masked language model: the rows of its label words.
 
     Schick, Schütze. Exploiting Cloze-Questions for Few-Shot Text Classification and
     Natural Language Inference. EACL 2021. arXiv:2001.07676.
 
     Args:
-      words: the output matrix of the model, `[V, D]`.
-      bias: bias of its logits, `[V]`.
-      ids: the word of every class, C tokens.
+      words: the model's output matrix, `[V, D]`.
+      bias: bias of the model's logits, `[V]`.
+      ids: the token of every class's label word, C tokens.
 
     Returns:
-      `[C, D + 1]`, for `affine_logits`.
+      The head `[C, D + 1]`, for `affine_logits`.
 
     Example:
       >>> label_words(jnp.ones((5, 2)), jnp.arange(5.0), [3, 0]).tolist()
@@ -135,21 +136,21 @@ def label_words(words: jax.Array, bias: jax.Array, ids: Numbers) -> jax.Array:
 def logits(
     head: jax.Array, features: jax.Array, valid: Array | None = None
 ) -> jax.Array:
-    """Class logits of features by their direction.
+    """Returns class logits, which depend only on the direction of the features.
 
     Args:
-      head: `[C, D]`, from `zero_shot` or `class_means`.
-      features: `[B, D]`; normalised here.
+      head: head `[C, D]` from `zero_shot` or `class_means`.
+      features: features `[B, D]`; this function normalises them.
       valid: `bool[C]`, False for classes that only pad the head (see `pad`).
 
     Returns:
-      `[B, C]`; -inf for padding.
+      Logits `[B, C]`; -inf for padding.
     """
     return _valid(normalize(features) @ head.T, valid)
 
 
 def affine_logits(head: Array, features: Array, valid: Array | None = None) -> Array:
-    """Like `logits`, with features as they are and a bias in the head's last column."""
+    """Like `logits`, but without normalisation; the head's last column is a bias."""
     return _valid(features @ head[:, :-1].T + head[None, :, -1], valid)
 
 
@@ -158,7 +159,7 @@ def _valid(scores, valid):
 
 
 def pad(heads: Sequence[Array]) -> dict[str, jax.Array]:
-    """Heads of several tasks in one array, to train the tasks along one axis.
+    """Joins the heads of several tasks in one array, to train along a task axis.
 
     Args:
       heads: T heads `[C_t, D]`, or `[C_t, D + 1]`.
@@ -173,6 +174,6 @@ def pad(heads: Sequence[Array]) -> dict[str, jax.Array]:
 
 
 def normalize(features: jax.Array) -> jax.Array:
-    """Features divided by their Euclidean norm over the last axis; zero stays zero."""
+    """Divides features by their Euclidean norm over the last axis; zero stays zero."""
     squares = jnp.sum(features**2, axis=-1, keepdims=True)
     return features / jnp.where(squares == 0, 1, tree.safe_sqrt(squares))

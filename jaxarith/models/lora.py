@@ -3,11 +3,11 @@ r"""LoRA: low-rank factors beside the kernels of a Flax Linen model.
 .. math:: y = x W + \frac{\alpha}{r}\,(x A) B
 
 The factors are leaves of the parameter tree: `lora_a` `[in, r]` and `lora_b`
-`[r, out]` beside a `kernel` `[in, out]`. So everything that takes parameters takes
-them: `train.fine_tune` trains them alone, `tangent.linearize` and the τJp penalty
-differentiate in them alone, and a frozen kernel costs no tangent product and no
-gradient product. A linearised step then costs as much as an ordinary step on all
-weights (`experiments.bench.lora_flops`).
+`[r, out]` beside a `kernel` `[in, out]`. So every function of parameters accepts them:
+`train.fine_tune` trains only the factors, `tangent.linearize` and the τJp penalty
+differentiate only with respect to the factors, and a frozen kernel costs no tangent
+product and no gradient product. A linearised step then costs as much as an ordinary
+step on all weights (`experiments.bench.lora_flops`).
 
     params_0 = lora.init(key, model.params, rank=8, select=bert.BLOCK_LINEAR_WEIGHTS)
     apply_fn = lora.adapted(bert.mean_encoder(model.config), alpha=16)
@@ -15,16 +15,16 @@ weights (`experiments.bench.lora_flops`).
     taus = train.fine_tune(apply_fn, params_0, loss_fn, batches, config, names=names)
     weights = [
         lora.task_vector(params_0, tau, alpha=16, linearized=True) for tau in taus
-    ]  # of the kernels: what every merge takes
+    ]  # task vectors of the kernels, which every merge takes
 
 At :math:`B_0 = 0`, where `init` starts, the linearised model is
 
 .. math:: f_\text{lin} = f(x; W_0) + J_W(x; W_0)\,\tfrac{\alpha}{r} A_0\,dB
 
-so that `A` has no gradient: `trained=lora.B_FACTORS` is the same model for less.
+so `A` has no gradient, and `trained=lora.B_FACTORS` gives the same model at less cost.
 
-A model without Linen layers is adapted as a function of whole weights, which costs a
-gradient of each kernel:
+A model without Linen layers can be adapted as a function of whole weights. This costs
+a gradient of each kernel:
 
     lambda params, x: apply_fn(
         task_vectors.apply(params, lora.delta(params, alpha=16)), x
@@ -56,24 +56,26 @@ B_FACTORS = rf"(.*/)?{FACTOR_B}"
 def init(
     key: jax.Array, params: Params, *, rank: int, select: str = r"(.*/)?kernel"
 ) -> dict:
-    """The parameters with a pair of factors beside each chosen kernel.
+    """Adds a pair of factors to the parameters beside each selected kernel.
 
-    As in PEFT, A is uniform within the inverse root of its inputs and B is zero, so the
-    model starts as it was. The draw of a pair depends only on the key and its path.
+    As in PEFT, B is zero, so the model is unchanged at first, and A is uniform between
+    plus and minus the inverse square root of its number of inputs. The draw for a pair
+    depends only on the key and the pair's path.
 
     Args:
       key: random key.
       params: a nested dict, as Linen makes it.
       rank: rank r of every product.
-      select: pattern of whole paths of kernels `[in, out]` of `nn.Dense` layers, such
-        as `bert.BLOCK_LINEAR_WEIGHTS`.
+      select: pattern for the whole paths of kernels `[in, out]` of `nn.Dense` layers,
+        such as `bert.BLOCK_LINEAR_WEIGHTS`.
 
     Returns:
-      `params` and the factors, in the dtypes of the kernels, float32 at least.
+      `params` with the factors, which have the dtypes of their kernels, or float32 if
+      that is wider.
 
     Raises:
-      ValueError: no leaf matches, one that does is no kernel `[in, out]`, or the rank
-        is below 1.
+      ValueError: no leaf matches, a matching leaf is not a kernel `[in, out]`, or the
+        rank is below 1.
 
     Example:
       >>> params = {"fc": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
@@ -87,7 +89,7 @@ def init(
         if path.rpartition("/")[2] != "kernel" or jnp.ndim(kernel) != 2:
             raise ValueError(
                 f"{path} has shape {list(jnp.shape(kernel))} and is no kernel "
-                "[in, out] of a Dense layer. Choose others by select."
+                "[in, out] of a Dense layer. Select other leaves with `select`."
             )
         inputs, outputs = kernel.shape
         dtype = tree.wide_dtype(kernel)
@@ -104,21 +106,23 @@ def _beside(path, name):
 
 
 def adapted(apply_fn: ApplyFn, *, alpha: float) -> ApplyFn:
-    r"""The model with :math:`\frac{\alpha}{r}(x A) B` added to its Dense layers.
+    r"""Adds :math:`\frac{\alpha}{r}(x A) B` to the outputs of a model's Dense layers.
 
-    A layer reads its factors where it reads its kernel. W + BA is never made.
+    A layer reads its factors from beside its kernel. The sum of the kernel and the
+    product is never formed.
 
     Args:
-      apply_fn: `apply_fn(params, *inputs)` that calls Linen modules. They may use
-        `nn.remat`. It must not be jitted itself: `jit` hides the layers.
-      alpha: the scale α; the rank is that of the factors.
+      apply_fn: `apply_fn(params, *inputs)`, which calls Linen modules. The modules may
+        use `nn.remat`. Do not jit `apply_fn` itself: `jit` hides the layers.
+      alpha: the scale α; the factors determine the rank.
 
     Returns:
-      `apply(params, *inputs)` for parameters with factors, as `init` gives them. Keep
-      the function: a second one is compiled again.
+      `apply(params, *inputs)` for parameters with factors, as `init` makes them. Keep
+      this function: a second one would be compiled again.
 
     Raises:
-      ValueError: when called, if there are no factors or no layer reads some of them.
+      ValueError: on a call, the parameters have no factors, or no layer reads some of
+        them.
 
     Example:
       >>> dense = nn.Dense(1, use_bias=False)
@@ -149,7 +153,7 @@ def _add_product(alpha, layers, next_function, args, kwargs, context):
     x = args[0] if args else kwargs["inputs"]
     a, b = (layer.get_variable("params", name) for name in (FACTOR_A, FACTOR_B))
     scale = alpha / a.shape[-1]
-    # As rows: XLA would first transpose operands with several row axes, see `layers`.
+    # As rows: XLA would first transpose operands with several row axes; see `layers`.
     x, a, b = (v.astype(outputs.dtype) for v in (x.reshape(-1, x.shape[-1]), a, b))
     dot = functools.partial(jnp.dot, precision=layer.precision)
     return outputs + dot(scale * dot(x, a), b).reshape(outputs.shape)
@@ -158,8 +162,8 @@ def _add_product(alpha, layers, next_function, args, kwargs, context):
 def _check_all_read(pairs, layers):
     if not pairs:
         raise ValueError("the parameters have no factors: make them with `lora.init`.")
-    # A function may apply a module to its part of the tree: paths inside are shorter,
-    # and that of a module which is a layer is empty.
+    # A function may apply a module to only its part of the tree. Paths inside it are
+    # then shorter; if the module itself is a layer, the path is empty.
     ends = {f"/{layer}".rstrip("/") for layer in layers}
     unread = [
         path for path in pairs if not any(f"/{path}".endswith(end) for end in ends)
@@ -168,13 +172,13 @@ def _check_all_read(pairs, layers):
         raise ValueError(
             f"no Dense layer of apply_fn reads the factors beside {len(unread)} "
             f"kernels, such as {', '.join(tree.first_few(unread, most=3))}. Let `init` "
-            "select kernels of nn.Dense layers that apply_fn calls, and give it "
-            "without a jit of its own, which would hide them."
+            "select kernels of nn.Dense layers that apply_fn calls, and do not jit "
+            "apply_fn itself, because jit hides its layers."
         )
 
 
 def _pairs(params) -> dict[str, tuple[Any, Any]]:
-    """A and B by the path of their layer."""
+    """Returns A and B by the path of their layer."""
     leaves = tree.flatten(params)
     return {
         path.removesuffix(FACTOR_A).removesuffix("/"): (
@@ -187,14 +191,14 @@ def _pairs(params) -> dict[str, tuple[Any, Any]]:
 
 
 def delta(params: Params, *, alpha: float) -> dict:
-    r"""What the factors add to the kernels, :math:`\frac{\alpha}{r} A B`.
+    r"""Returns what the factors add to the kernels, :math:`\frac{\alpha}{r} A B`.
 
     Args:
       params: the factors, alone or among other leaves.
       alpha: the scale α.
 
     Returns:
-      A task vector of the kernels of adapted layers, `[in, out]`.
+      A task vector of the adapted layers' kernels, `[in, out]`.
 
     Example:
       >>> factors = {"lora_a": jnp.array([[1.0], [2.0]]), "lora_b": jnp.array([[5.0]])}
@@ -212,11 +216,11 @@ def delta(params: Params, *, alpha: float) -> dict:
 
 
 def factors(params: Params, *, alpha: float) -> dict[str, Factors]:
-    r"""The factors by the path of their kernel, as `merge.core` takes them.
+    r"""Returns the factors by the path of their kernel, as `merge.core` takes them.
 
     Args:
       params: the factors, alone or among other leaves.
-      alpha: the scale α; :math:`\frac{\alpha}{r}` goes into A.
+      alpha: the scale α; A is multiplied by :math:`\frac{\alpha}{r}`.
 
     Example:
       >>> params = {"lora_a": jnp.ones((2, 1)), "lora_b": jnp.ones((1, 3))}
@@ -230,7 +234,7 @@ def factors(params: Params, *, alpha: float) -> dict[str, Factors]:
 
 
 def from_factors(factors: Mapping[str, Factors]) -> dict:
-    """Parameters of adapters, of α = rank, from the factors by the path of a kernel.
+    """Makes adapter parameters, with α = rank, from factors by the path of a kernel.
 
     Example:
       >>> pair = Factors(jnp.ones((2, 1)), jnp.ones((1, 3)))
@@ -246,22 +250,22 @@ def from_factors(factors: Mapping[str, Factors]) -> dict:
 def task_vector(
     params_0: Params, tau: Params, *, alpha: float, linearized: bool = False
 ) -> dict:
-    r"""The task vector of the kernels that a task vector of the factors amounts to.
+    r"""Converts a task vector of the factors into a task vector of the kernels.
 
     .. math::
         \tfrac{\alpha}{r}\bigl((A_0 + dA)(B_0 + dB) - A_0 B_0\bigr)
         \quad\text{or linearised}\quad
         \tfrac{\alpha}{r}\bigl(A_0\,dB + dA\,B_0\bigr)
 
-    The model without factors does with it what the adapted model did with `tau`: the
-    network, or its linearisation. It is merged like any other task vector. Factors are
-    not: the product of two sums is not the sum of two products.
+    With it, the model without factors (the network or its linearisation) computes what
+    the adapted model computes with `tau`. It can be merged like any other task vector.
+    Factors cannot: the product of two sums is not the sum of two products.
 
     Args:
-      params_0: parameters with factors at the start, as `init` gives them.
-      tau: task vector of the factors; other leaves are left out.
+      params_0: parameters at the start, with factors, as `init` makes them.
+      tau: task vector of the factors; other leaves are ignored.
       alpha: the scale α.
-      linearized: whether `tau` was trained linearised.
+      linearized: whether `tau` was trained with the linearised model.
     """
     product = functools.partial(delta, alpha=alpha)
     start = tree.select(params_0, FACTORS)
@@ -273,19 +277,21 @@ def task_vector(
 
 
 def tangent_factors(params_0: Params, tau: Params) -> dict:
-    r"""Factors whose product is what a linearised training found, for a PEFT folder.
+    r"""Returns factors whose product is the result of linearised training, for PEFT.
 
     .. math::
         A_0 B_0 + A_0\,dB + dA\,B_0 =
         \begin{bmatrix} A_0 & dA \end{bmatrix}
         \begin{bmatrix} B_0 + dB \\ B_0 \end{bmatrix}
 
+    They can be written to a PEFT folder.
+
     Args:
-      params_0: parameters with factors at the start.
-      tau: task vector of the factors, trained linearised.
+      params_0: parameters at the start, with factors.
+      tau: task vector of the factors, trained with the linearised model.
 
     Returns:
-      Factors for the same α. Their rank is the same where :math:`B_0` is zero, as after
+      Factors for the same α. Their rank is unchanged if :math:`B_0` is zero, as after
       `init`, and twice as large otherwise.
     """
     start, moved = tree.select(params_0, FACTORS), tree.select(tau, FACTORS)
@@ -295,7 +301,7 @@ def tangent_factors(params_0: Params, tau: Params) -> dict:
     factors = {}
     for path, (a, b) in pairs.items():
         da, db = moves[path]
-        if not from_zero:  # the scale α/r of twice the rank is half as large
+        if not from_zero:  # doubling the rank halves the scale α/r
             a = jnp.concatenate([a, da], axis=1)
             db = jnp.concatenate([2 * (b + db), 2 * b])
         factors[f"{path}/{FACTOR_A}".lstrip("/")] = a

@@ -3,14 +3,14 @@
 Raffel et al. Exploring the Limits of Transfer Learning with a Unified Text-to-Text
 Transformer. JMLR 21(140), 2020. arXiv:1910.10683.
 
-The head of T5 v1.0 is the words' embeddings, scaled; T5 v1.1 and FLAN-T5 have one of
-their own. A parameter tree holds
+The head of T5 v1.0 is the scaled word embeddings; T5 v1.1 and FLAN-T5 have a separate
+head. A parameter tree holds
 
     shared/embedding  {encoder,decoder}/block/<i>/…  {encoder,decoder}/final_layer_norm
     lm_head/kernel  (unless the head is tied to `shared`)
 
-Shapes: B texts of S tokens, T tokens of the decoder, D = d_model, H heads, V tokens in
-the vocabulary.
+Shapes: B texts of S tokens, T decoder tokens, D = d_model, H heads, V tokens in the
+vocabulary.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ from jaxarith.models.layers import times_transposed
 from jaxarith.models.t5_stacks import Linear, Past, Stack, T5Config, Texts
 from jaxarith.typing import ApplyFn, Array
 
-# Path patterns for `tree.select`: all that the encoder reads; the blocks of both stacks
-# without embeddings, last norms and head; the weights of their attention, with that to
-# the texts; all their linear weights.
+# Path patterns for `tree.select`: all leaves that the encoder reads; the blocks of both
+# stacks, without embeddings, final norms and head; the weights of their attention,
+# including attention to the texts; all their linear weights.
 ENCODER = r"shared/.*|encoder/.*"
 BLOCKS = r"(encoder|decoder)/block/.*"
 ATTENTION_WEIGHTS = r"(encoder|decoder)/block/\d+/layer/\d/\w+Attention/[qkvo]/kernel"
@@ -42,7 +42,7 @@ BLOCK_LINEAR_WEIGHTS = r"(encoder|decoder)/block/\d+/layer/\d/\w+/\w+/kernel"
 
 
 class Transformer(nn.Module):
-    """The words' embeddings, the encoder, the decoder, and the head."""
+    """The word embeddings, the encoder, the decoder, and the head."""
 
     config: T5Config
 
@@ -96,7 +96,7 @@ class Transformer(nn.Module):
     def start(
         self, input_ids: jax.Array, attention_mask: jax.Array
     ) -> tuple[jax.Array, tuple[Past, ...], jax.Array]:
-        """The logits after the start token, what the blocks keep, and the mask."""
+        """Returns the logits after the start token, the blocks' caches, and a mask."""
         texts = self.encode(input_ids, attention_mask)
         tokens = jnp.full((len(input_ids), 1), self.config.decoder_start_token_id)
         x, pasts = self.decoder(self.shared(tokens), None, texts)
@@ -105,7 +105,7 @@ class Transformer(nn.Module):
     def step(
         self, tokens: jax.Array, mask: jax.Array, pasts: Any, at: jax.Array
     ) -> tuple[jax.Array, tuple[Past, ...]]:
-        """The logits after the tokens in column `at`, and what the blocks keep then."""
+        """Returns the logits after the tokens in column `at`, and the new caches."""
         length = pasts[0].own[0].shape[1]
         seen = (jnp.arange(length) <= at)[None, None, None]
         x = self.shared(tokens[:, None])
@@ -126,7 +126,7 @@ def _check_targets(decoder_input_ids, decoder_mask, batch):
     if len(shape) not in (2, 3) or shape[0] != batch:
         raise ValueError(
             f"decoder_input_ids of shape {shape} for {batch} texts; expected "
-            f"[{batch}, T], or [{batch}, C, T] for C sequences to each."
+            f"[{batch}, T], or [{batch}, C, T] for C sequences per text."
         )
     if decoder_mask is not None and list(decoder_mask.shape) != shape:
         raise ValueError(
@@ -136,10 +136,11 @@ def _check_targets(decoder_input_ids, decoder_mask, batch):
 
 
 def encoder(config: T5Config) -> ApplyFn:
-    """`apply_fn(params, input_ids[B, S], attention_mask[B, S]) -> hidden[B, S, D]`.
+    """Makes a function that encodes texts.
 
-    Tokens whose attention_mask is zero are padding, to which no token attends. Their
-    own rows of the result mean nothing.
+    It is `apply_fn(params, input_ids[B, S], attention_mask[B, S]) -> hidden[B, S, D]`.
+    Tokens whose attention_mask is zero are padding: no token attends to them, and their
+    own rows of the result are meaningless.
     """
     encode = _method(config, "encode")
 
@@ -150,20 +151,21 @@ def encoder(config: T5Config) -> ApplyFn:
 
 
 def language_model(config: T5Config) -> ApplyFn:
-    """`apply_fn(params, input_ids, attention_mask, decoder_input_ids) -> logits`.
+    """Makes `apply_fn(params, input_ids, attention_mask, decoder_input_ids) -> logits`.
 
-    The logits `[B, T, V]` at a token of `decoder_input_ids[B, T]` are for the next one,
-    so these are the labels behind a start token: `shift_right`. A mask of their shape
-    may follow; padding after a sequence needs none, since no token looks ahead.
+    The logits `[B, T, V]` at a token of `decoder_input_ids[B, T]` are for the next
+    token, so `decoder_input_ids` are a start token followed by the labels; see
+    `shift_right`. A mask of their shape may follow as another argument. Padding after a
+    sequence needs no mask, since no token looks ahead.
 
-    With `decoder_input_ids[B, C, T]`, C sequences to each text, every text is encoded
-    once, and the logits are `[B, C, T, V]`.
+    With `decoder_input_ids[B, C, T]`, C sequences per text, every text is encoded once,
+    and the logits are `[B, C, T, V]`.
     """
     return _with_targets(config, "__call__")
 
 
 def hidden_states(config: T5Config) -> ApplyFn:
-    """`language_model` without its head: the decoder's hidden states `[B, T, D]`."""
+    """Like `language_model`, but returns the decoder's hidden states `[B, T, D]`."""
     return _with_targets(config, "hidden")
 
 
@@ -193,9 +195,9 @@ def _method(config, name) -> ApplyFn:
 
 
 def shift_right(labels: Array, config: T5Config) -> jax.Array:
-    """The decoder's inputs for labels `i32[..., T]`: each token stands one later.
+    """Returns the decoder's inputs for labels `i32[..., T]`: the labels, one later.
 
-    The start token comes first and the last token is left out. Labels of -100, which
+    The start token comes first, and the last token is left out. Labels of -100, which
     no loss counts, become padding.
 
     Example:
@@ -210,10 +212,12 @@ def shift_right(labels: Array, config: T5Config) -> jax.Array:
 
 @functools.cache
 def decoder(config: T5Config) -> Decoder:
-    """For `generate.generate`: the inputs are `input_ids` and `attention_mask`, [B, S].
+    """Makes a `Decoder` for `generate.generate`.
 
-    The texts are encoded once, and so are their keys and values for every block. Equal
-    configurations have the same decoder, so it is compiled once.
+    Its inputs are `input_ids` and `attention_mask`, both `[B, S]`.
+
+    The texts are encoded once, and every block computes their keys and values once.
+    Equal configurations share a decoder, so it is compiled once.
     """
     first, following = _method(config, "start"), _method(config, "step")
 
@@ -235,15 +239,15 @@ def decoder(config: T5Config) -> Decoder:
 
 
 def init(key: jax.Array, config: T5Config) -> dict:
-    """Random parameters of the whole model, to train a T5 from nothing."""
+    """Makes random parameters of the whole model, to train a T5 from scratch."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     return dict(Transformer(config).init(key, tokens, tokens, tokens, None)["params"])
 
 
 def layout(config: T5Config) -> dict:
-    """The tree of `jax.ShapeDtypeStruct` that a checkpoint of this config must fill.
+    """Returns the tree of `jax.ShapeDtypeStruct` that a checkpoint must fill.
 
-    `tree.select(layout(config), ENCODER)` is that of a checkpoint of the encoder alone.
+    For a checkpoint of the encoder alone, use `tree.select(layout(config), ENCODER)`.
     """
     return jax.eval_shape(functools.partial(init, config=config), jax.random.key(0))
 
@@ -256,7 +260,7 @@ class T5(NamedTuple):
     folder: Path
 
 
-# The first T5s' files hold a table that nothing reads, and copies of the embeddings.
+# Files of the first T5s hold a table that nothing reads, and copies of the embeddings.
 _UNREAD = r"decoder/block/0/layer/1/EncDecAttention/relative_attention_bias/\w+"
 _COPIES = {
     "encoder/embed_tokens/weight": "shared/embedding",
@@ -267,17 +271,18 @@ _COPIES = {
 def load(model: str | os.PathLike, *, revision: str | None = None) -> T5:
     """Loads a T5 in Hugging Face format, or the encoder of one.
 
-    It is the encoder alone where config.json names the class `T5EncoderModel`, or names
-    none and the file has no decoder. The head is untied where the file has one, unless
-    config.json ties it and it is `shared` once more; the returned `config` says so.
+    Only the encoder is loaded if config.json names the class `T5EncoderModel`, or if it
+    names no class and the file has no decoder. The head is untied if the file has a
+    head, unless config.json ties it and its values equal `shared`. The returned
+    `config` says whether it is tied.
 
     Args:
       model: a local folder or a hub id.
       revision: a branch, tag or commit on the hub.
 
     Raises:
-      FileNotFoundError: there is no such checkpoint.
-      ValueError: its files are broken, or are not those of a T5.
+      FileNotFoundError: the checkpoint does not exist.
+      ValueError: its files are broken, or are not a T5.
 
     Example:
       >>> model = load("google/flan-t5-small")  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""The two stacks of T5's blocks, with the parameter names of Hugging Face checkpoints.
+"""T5's two stacks of blocks, with the parameter names of Hugging Face checkpoints.
 
 Raffel et al. Exploring the Limits of Transfer Learning with a Unified Text-to-Text
 Transformer. JMLR 21(140), 2020. arXiv:1910.10683.
@@ -6,7 +6,7 @@ Transformer. JMLR 21(140), 2020. arXiv:1910.10683.
 T5 v1.0 has the feed-forward layer "relu"; T5 v1.1 and FLAN-T5 have "gated-gelu"
 (Shazeer. GLU Variants Improve Transformer. 2020. arXiv:2002.05202).
 
-Shapes: B texts, S tokens, D = d_model, H heads; Q tokens attend to K.
+Shapes: B texts, S tokens, D = d_model, H heads; Q tokens attend to K tokens.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ KeysValues = tuple[jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Names and defaults of Hugging Face's `T5Config`, which are those of T5-small.
+    """Configuration; names and defaults (T5-small) follow Hugging Face's `T5Config`.
 
     Attributes:
-      num_decoder_layers: None for as many as the encoder has.
-      tie_word_embeddings: the head is `shared`, and not `lm_head`.
-      scale_decoder_outputs: what enters the head is multiplied by d_model^-1/2.
+      num_decoder_layers: number of decoder blocks; None for as many as the encoder has.
+      tie_word_embeddings: whether the head is `shared` instead of `lm_head`.
+      scale_decoder_outputs: whether the head's input is multiplied by d_model^-1/2.
     """
 
     vocab_size: int = 32128
@@ -62,8 +62,8 @@ class T5Config:
     def from_json(cls, raw: dict[str, Any]) -> "T5Config":
         """Reads the content of a Hugging Face `config.json` of a T5.
 
-        Whether the head is tied is in the end a matter of the weights: transformers 5
-        writes `tie_word_embeddings: true` for every T5; `load` looks.
+        The file does not decide whether the head is tied: transformers 5 writes
+        `tie_word_embeddings: true` for every T5, so `load` looks at the weights.
 
         Raises:
           ValueError: the file describes another kind of model, or a feed-forward layer
@@ -72,9 +72,9 @@ class T5Config:
         if raw.get("model_type") != "t5":
             raise ValueError(
                 f"config.json describes a {raw.get('model_type', 'model')!r}; expected "
-                "a T5 with model_type 't5'. Use the model that belongs to it."
+                "a T5 with model_type 't5'. Load it with the module for its type."
             )
-        # Until transformers 5 the flag of the tie said whether to scale.
+        # Before transformers 5, the flag for tying also said whether to scale.
         raw = {"scale_decoder_outputs": raw.get("tie_word_embeddings"), **raw}
         known = {field.name for field in dataclasses.fields(cls)}
         stated = {key: raw[key] for key in known & raw.keys() if raw[key] is not None}
@@ -99,23 +99,24 @@ Linear = functools.partial(Dense, use_bias=False, kernel_init=_by_fan_in)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
-    r"""Mean square 1 along the last axis: :math:`x/\sqrt{\overline{x^2} + ε}`.
+    r"""Scales the last axis to mean square 1: :math:`x/\sqrt{\overline{x^2} + ε}`.
 
     Zhang, Sennrich. Root Mean Square Layer Normalization. NeurIPS 2019.
     arXiv:1910.07467.
 
-    The derivative is stated, with :math:`y` the result and means over the last axis:
+    The derivative is defined explicitly. With :math:`y` the result, and means over the
+    last axis, it is
 
     .. math:: \dot y = \frac{\dot x - y\,\overline{y\dot x}}{\sqrt{\overline{x^2} + ε}}
 
-    so that transposing it keeps `y` and the root, and not every step on the way.
+    so its transpose keeps only `y` and the root, not every intermediate value.
 
     Args:
-      x: `[..., D]`.
-      eps: added to the mean square.
+      x: array `[..., D]`.
+      eps: number added to the mean square.
 
     Returns:
-      `[..., D]` in float32 or better.
+      An array `[..., D]` in float32 or better.
 
     Example:
       >>> print(rms_normalize(jnp.array([4.0, 0.0, 0.0, 0.0]), 0.0).round(4))
@@ -139,7 +140,7 @@ def _rms_normalize_jvp(eps, primals, tangents):
 
 
 class RMSNorm(nn.Module):
-    """`rms_normalize`, then `weight`: Hugging Face's T5LayerNorm."""
+    """`rms_normalize`, then a product with `weight`: Hugging Face's T5LayerNorm."""
 
     eps: float
 
@@ -156,17 +157,18 @@ def relative_position_bucket(
     max_distance: int = 128,
     bidirectional: bool = True,
 ) -> np.ndarray:
-    """The row of the table of biases for a token at `position` from the one attending.
+    """Returns the row of the bias table for a key at `position` relative to its query.
 
-    Half of the buckets is for tokens behind, half for tokens ahead; all are for tokens
-    behind where none ahead is seen. Of either side, one half is for single distances
-    and the other grows with their logarithm; its last bucket takes every distance from
-    `max_distance` on.
+    Half of the buckets are for tokens behind, half for tokens ahead. If tokens ahead
+    are not seen, all buckets are for tokens behind. On each side, one half of the
+    buckets hold a single distance each, and the other half grow with the logarithm of
+    the distance. The last bucket takes every distance from `max_distance` on.
 
     Args:
       position: integers of any shape, key minus query.
-      num_buckets, max_distance: `relative_attention_…` of the config.
-      bidirectional: False in the decoder. Tokens ahead then share the bucket of 0.
+      num_buckets, max_distance: options `relative_attention_…` of the config.
+      bidirectional: whether tokens ahead are seen; False in the decoder, where they
+        share the bucket of distance 0.
 
     Returns:
       int32 from 0 to `num_buckets` - 1, in the shape of `position`.
@@ -183,7 +185,7 @@ def relative_position_bucket(
     distance = np.abs(offset) if bidirectional else np.maximum(-offset, 0)
     steps = np.log(np.maximum(distance, single) / single)
     steps *= (sided - single) / np.log(max_distance / single)
-    # At a power such as 16 = 8 · 16^(2/8) a rounding must not give the bucket before.
+    # At a power such as 16 = 8 · 16^(2/8), rounding must not give the previous bucket.
     far = single + np.floor(steps + 1e-6)
     bucket = np.where(distance < single, distance, np.minimum(far, sided - 1))
     ahead = sided * (offset > 0) if bidirectional else 0
@@ -193,7 +195,7 @@ def relative_position_bucket(
 class Attention(nn.Module):
     """Attention of tokens `x[B, Q, D]` to keys and values `[B, K, H, d_kv]`.
 
-    They are `keys_values` of the tokens that are attended to.
+    The method `keys_values` makes them from the tokens that are attended to.
     """
 
     config: T5Config
@@ -202,13 +204,13 @@ class Attention(nn.Module):
     def setup(self) -> None:
         c = self.config
         width = c.num_heads * c.d_kv
-        # T5 does not divide the scores by the root of d_kv. Its q starts smaller.
+        # T5 does not divide the scores by the root of d_kv. Instead, q starts smaller.
         small = nn.initializers.normal((c.d_model * c.d_kv) ** -0.5)
         self.q = Linear(width, kernel_init=small)
         self.k = Linear(width)
         self.v = Linear(width)
         self.o = Linear(c.d_model)
-        # Only the first block of a stack calls it, so only that one has its parameter.
+        # Only the first block of a stack calls this, so only it has the parameter.
         self.relative_attention_bias = nn.Embed(
             c.relative_attention_num_buckets,
             c.num_heads,
@@ -234,9 +236,10 @@ class Attention(nn.Module):
         return projected.reshape(*projected.shape[:-1], c.num_heads, c.d_kv)
 
     def relative_bias(self, length: int, at: jax.Array | None = None) -> Bias:
-        """`[1, H, length, length]`, or `[1, H, 1, length]` for the token `at` alone.
+        """Returns `[1, H, length, length]`, or `[1, H, 1, length]` for the token `at`.
 
-        For a long text the diagonals alone: each block of queries makes its rows.
+        For a long text, it returns only the diagonals: each block of queries makes its
+        own rows.
         """
         if at is None and is_long(length, length):
             diagonals = self._buckets(np.arange(1 - length, length))
@@ -257,9 +260,9 @@ class Attention(nn.Module):
 
 
 class Texts(NamedTuple):
-    """What the decoder attends to: hidden states `[B, S, D]`, bool[B, 1, 1, S].
+    """The encoded texts: hidden states `[B, S, D]`, and their mask, bool[B, 1, 1, S].
 
-    The hidden states are None once their keys and values are kept in `Past`.
+    The hidden states are None once `Past` keeps their keys and values.
     """
 
     hidden: Any
@@ -267,7 +270,7 @@ class Texts(NamedTuple):
 
 
 class Past(NamedTuple):
-    """The keys and values of a block's own earlier tokens, and those of the texts."""
+    """A block's keys and values: of its own earlier tokens, and of the texts."""
 
     own: KeysValues | None = None
     texts: KeysValues | None = None
@@ -289,10 +292,11 @@ class FeedForward(nn.Module):
 
 
 class SelfAttentionLayer(nn.Module):
-    """`x`, the bias `[1, H, Q, K]` of relative positions, and the keys and values.
+    """Returns `x`, the bias `[1, H, Q, K]` of relative positions, and keys and values.
 
-    The first block has the table of biases; the others are given what it returns. With
-    `past`, `x[B, 1, D]` is the token `at`, whose own key and value are written there.
+    Only the first block has the table of biases; the others get the bias that it
+    returns. With `past`, `x[B, 1, D]` is the token `at`, and its key and value are
+    written there.
     """
 
     config: T5Config
@@ -322,7 +326,7 @@ class SelfAttentionLayer(nn.Module):
 
 
 class CrossAttentionLayer(nn.Module):
-    """`x[n·B, T, D]`, n sequences to each text, and the texts' keys and values."""
+    """Returns `x[n·B, T, D]`, n sequences per text, and the texts' keys and values."""
 
     config: T5Config
 
@@ -333,7 +337,7 @@ class CrossAttentionLayer(nn.Module):
         normed = RMSNorm(self.config.layer_norm_epsilon, name="layer_norm")(x)
         attention = Attention(self.config, name="EncDecAttention")
         keys_values = attention.keys_values(texts.hidden) if past is None else past
-        # The sequences of a text attend to it as one, so that nothing is repeated.
+        # All sequences of a text attend to it as one, so nothing is repeated.
         normed = normed.reshape(len(texts.mask), -1, x.shape[-1])
         mixed = attention(normed, keys_values, texts.mask)
         return x + mixed.reshape(x.shape), keys_values

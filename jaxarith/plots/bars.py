@@ -1,4 +1,4 @@
-"""Bars as PNG files."""
+"""Draws bars as PNG files."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -17,15 +17,15 @@ def bars(
     *,
     y: str,
 ) -> style.Picture:
-    """Bars of several methods side by side for every task.
+    """Draws bars of several methods side by side for every task.
 
-    For more than about five methods `by_task` is easier to read.
+    For more than about five methods, `by_task` is easier to read.
 
     Args:
       path: the PNG file.
-      groups: method to its T values.
+      groups: the T values of each method.
       names: the T tasks.
-      y: what the values are.
+      y: name of the values.
     """
     size = 1.5 + max(1.0, 0.22 * len(groups)) * len(names)
     figure = style.figure(max(7, size), 4)
@@ -45,13 +45,13 @@ def horizontal_bars(
     *,
     x: str,
 ) -> style.Picture:
-    """Bars of several methods side by side for every row, for long names of rows.
+    """Draws bars of several methods side by side for every row, for long row names.
 
     Args:
       path: the PNG file.
-      groups: method to its values, one for each row; NaN draws none.
+      groups: the values of each method, one for each row; NaN draws no bar.
       names: the rows, from top to bottom.
-      x: what the values are.
+      x: name of the values.
     """
     figure = style.figure(7.5, 1.2 + (0.16 + 0.18 * len(groups)) * len(names))
     axis = figure.subplots()
@@ -86,13 +86,13 @@ def by_task(
     *,
     x: str,
 ) -> style.Picture:
-    """A panel of bars for every method, tasks from top to bottom, values written in.
+    """Draws a panel of bars with their values for every method, tasks top to bottom.
 
     Args:
       path: the PNG file.
-      groups: method to its T values; the panels stand in this order.
+      groups: the T values of each method; the panels are in this order.
       names: the T tasks.
-      x: what the values are.
+      x: name of the values.
     """
     figure = style.figure(1.6 + 1.35 * len(groups), 1.3 + 0.3 * len(names))
     axes = figure.subplots(1, len(groups), squeeze=False, sharex=True, sharey=True)[0]
@@ -114,7 +114,7 @@ def by_task(
 
 
 def _broken(label):
-    """The label in two lines, for a narrow panel."""
+    """Breaks the label into two lines, for a narrow panel."""
     for mark in (", ", " + "):
         first, found, last = label.partition(mark)
         if found:
@@ -131,14 +131,14 @@ def ranked(
     ticks: Mapping[str, float] | None = None,
     tick: str = "",
 ) -> style.Picture:
-    """One bar for every method, the largest on top, values written in.
+    """Draws one bar with its value for every method, the largest on top.
 
     Args:
       path: the PNG file.
-      values: method to its value.
-      x: what the values are.
-      ticks: method to a second value, marked by a stroke.
-      tick: what the strokes are.
+      values: the value of each method.
+      x: name of the values.
+      ticks: second values of methods, marked by strokes.
+      tick: name of the second values.
     """
     figure = style.figure(6.4, 1.0 + 0.28 * len(values))
     ranked_on(figure.subplots(), values, x=x, ticks=ticks or {}, tick=tick)

@@ -1,8 +1,8 @@
-"""How figures look: a colour for each family of methods, and shapes that grey keeps.
+"""The style of figures: a colour for each family of methods, and shapes for grey print.
 
-Every figure of the library and of the experiments takes colours, dashes, markers,
-hatches and sizes from here. Colours are told apart by colour-blind readers (after Okabe
-and Ito); in grey the dashes, markers and hatches remain.
+Every figure of the library and the experiments takes its colours, dashes, markers,
+hatches and sizes from here. Colour-blind readers can tell the colours apart (after
+Okabe and Ito). In grey, dashes, markers and hatches still differ.
 """
 
 import os
@@ -20,13 +20,13 @@ from matplotlib.patheffects import withStroke
 
 FONT_SIZE = 9
 DPI = 150
-# Both grow darker (or lighter) all the way, so they are the same in grey.
+# Both get steadily darker (or lighter), so they keep their order in grey.
 SEQUENTIAL = "Blues"
 LEVELS = "viridis"
 MARK = "#C24A00"  # boxes and crosses on a map
 MUTED = "#6E6E6E"  # levels, diagonals, notes
 
-# A decorator of functions that draw.
+# A decorator for functions that draw.
 look = matplotlib.rc_context(
     {
         "font.size": FONT_SIZE,
@@ -47,7 +47,7 @@ look = matplotlib.rc_context(
 
 
 class Style(NamedTuple):
-    """How one group of values is drawn.
+    """The style of one group of values.
 
     Attributes:
       color: colour of lines, points and bars.
@@ -64,7 +64,7 @@ class Style(NamedTuple):
 
 _DOTTED, _DASH_DOT = (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2))
 _LONG, _TWO_DOTS = (0, (8, 2)), (0, (5, 1, 1, 1, 1, 1))
-# Families of methods, in the order in which figures without any of them take colours.
+# Families of methods. Figures without any of them use their colours in this order.
 FAMILIES: dict[str, Style] = {
     "ordinary sum": Style("#0068A8", "o", "-", ""),
     "τJp": Style("#D55E00", "D", (0, (5, 1.5)), "///"),
@@ -75,8 +75,8 @@ FAMILIES: dict[str, Style] = {
     "curvature": Style("#3A1E68", "*", "-", "++"),
     "alone": Style("#A3A3A3", "h", (0, (3, 2)), ""),
 }
-# The first pattern that a label matches names its family; `alone` are models that
-# nothing was merged into.
+# The first pattern that matches a label gives its family. `alone` is for models into
+# which nothing was merged.
 _WORDS = {
     "alone": r"zero[-_ ]shot|pre-?trained|individual|single|fine-?tuned",
     "curvature": r"curvature|\btak\b|delta|ek-?fac|kronecker",
@@ -90,14 +90,14 @@ _WORDS = {
 
 
 class Picture(type(Path())):
-    """The path of a figure, which a notebook shows as the figure."""
+    """The path of a figure; a notebook shows the figure itself."""
 
     def _repr_png_(self) -> bytes:
         return self.read_bytes()
 
 
 def family(label: str) -> str | None:
-    """The family of `FAMILIES` that a label belongs to, by its words.
+    """Returns the family in `FAMILIES` of a label, judged by its words.
 
     Example:
       >>> family("ordinary, TIES"), family("linearised + cyclic τJp"), family("MNIST")
@@ -110,14 +110,14 @@ def family(label: str) -> str | None:
 
 
 def styles(labels: Iterable[str]) -> dict[str, Style]:
-    """A style for every label of a figure: that of its family.
+    """Returns a style for every label of a figure: the style of its family.
 
-    The second and third of one family have a lighter colour and the marker, dash and
-    hatch of another one. Labels of no family take styles of the families that the
-    figure lacks.
+    The second and third label of a family get a lighter colour, and the marker, dash
+    and hatch of another family. Labels without a family take the styles of families
+    that the figure lacks.
 
     Args:
-      labels: what the groups of a figure are called.
+      labels: names of the figure's groups.
 
     Example:
       >>> styles(["TSV-M", "MNIST"])["TSV-M"] == FAMILIES["spectral"]
@@ -143,7 +143,7 @@ _ALL = tuple(FAMILIES.values())
 
 
 def _varied(style, turn):
-    """The style of the `turn`-th group that has it, from 0."""
+    """Returns the style of the `turn`-th group with this style, from 0."""
     if not turn:
         return style
     other = _ALL[(_ALL.index(style) + 3 * turn) % len(_ALL)]
@@ -154,16 +154,16 @@ def _varied(style, turn):
 
 
 def figure(width: float, height: float) -> Figure:
-    """An empty figure, its size in inches, which makes room for all labels."""
+    """Makes an empty figure, its size in inches, with room for all labels."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def line(style: Style, *, points: int = 0) -> dict[str, Any]:
-    """Options of `Axes.plot` for a line, with a marker at every one of few points.
+    """Returns options of `Axes.plot` for a line; few points all have markers.
 
     Args:
-      style: how the group is drawn.
-      points: how many points the line has.
+      style: style of the group.
+      points: number of points of the line.
     """
     own = {"color": style.color, "linestyle": style.dash, "marker": style.marker}
     own |= {"markeredgecolor": "white", "markeredgewidth": 0.5}
@@ -171,7 +171,7 @@ def line(style: Style, *, points: int = 0) -> dict[str, Any]:
 
 
 def bar(style: Style) -> dict[str, Any]:
-    """Options of `Axes.bar` and `Axes.barh`."""
+    """Returns options of `Axes.bar` and `Axes.barh`."""
     return {"color": style.color, "hatch": style.hatch, "edgecolor": "white"}
 
 
@@ -218,11 +218,11 @@ def label_ends(
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
-    """The places nearest to those wanted, in the least squares, that are `gap` apart.
+    """Moves places until they are `gap` apart, as little as possible in least squares.
 
     Args:
-      places: where each of n things should be.
-      gap: the least distance between two of them.
+      places: the wanted place of each of n things.
+      gap: the least distance between two things.
 
     Returns:
       n places in the order of `places`.
@@ -232,7 +232,7 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
       [0.45, 0.55, 0.9]
     """
     order = sorted(range(len(places)), key=lambda i: places[i])
-    # Without the gaps, places must not fall: neighbours that do are averaged.
+    # Without the gaps, places must not decrease; neighbours that do are averaged.
     blocks: list[list[float]] = []
     for rank, i in enumerate(order):
         blocks.append([places[i] - rank * gap])
@@ -247,7 +247,7 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
 
 
 def darker(color: str) -> str:
-    """A colour that is dark enough for small letters on white.
+    """Returns a colour that is dark enough for small letters on white.
 
     Example:
       >>> darker("#FFFFFF")
@@ -260,7 +260,7 @@ def darker(color: str) -> str:
 
 
 def outlined(width: float = 2.5) -> list:
-    """Path effects that put a white rim around lines on a dark ground."""
+    """Returns path effects that put a white rim around lines on a dark background."""
     return [withStroke(linewidth=width, foreground="white")]
 
 

@@ -2,8 +2,8 @@
 
 Checkpoints of one model differ in harmless ways: a prefix of all names, tied tensors
 that one file holds twice, buffers. These differences are reconciled and reported. Other
-differences change the result: missing tensors, and vocabularies of other sizes. They
-are errors unless a policy says what to do.
+differences change the result: missing tensors, and vocabularies of different sizes.
+They are errors unless a policy says what to do.
 """
 
 import collections
@@ -26,7 +26,7 @@ _TOKENS = re.compile(
 )
 _POSITIONS = re.compile(r"position|wpe|patch|relative")
 # Embeddings and heads. If two have equal values, they are one tensor with two names.
-# This is not so for equal layers or norms: a copied layer is computed twice.
+# Equal layers or norms are not: a copied layer is computed twice.
 _HEADS = re.compile(r"proj_out|embed_out|shared_head|^output\.weight")
 _NORMS = re.compile(r"norm|ln_|token_type", re.IGNORECASE)
 
@@ -41,7 +41,7 @@ def check(vocabulary: Vocabulary, missing: Missing, has_base: bool) -> None:
             raise ValueError(f"unknown {name} {value!r}; known are {', '.join(known)}.")
     if not has_base and (missing == "base" or vocabulary in ("base-rows", "skip")):
         raise ValueError(
-            "there is no base whose tensors could replace those of a model. Give a "
+            "there is no base whose tensors could replace a model's tensors. Give a "
             'base, or choose missing="error" and vocabulary="error" or "truncate".'
         )
 
@@ -220,13 +220,13 @@ def _of_the_base(
 
 
 def _check_share(found, strange, ours, label):
-    """Raises a ValueError if most of a model has no place in the base."""
+    """Raises a ValueError if most of a model's tensors have no place in the base."""
     lost = sum(ours[name].size for name in strange)
     size = lost + sum(tensor.size for tensor in found.values())
     if len(strange) > len(found) or 2 * lost > size:
         raise ValueError(
             f"{label} does not fit the base: {_some(strange)} have no place in it, "
-            f'only {len(found)} have one. missing="base" (--missing base) is for a few '
+            f'only {len(found)} do. missing="base" (--missing base) is for a few '
             "tensors that differ, such as heads. Give models of one base."
         )
 
@@ -270,7 +270,7 @@ def rows(
     if wrong:
         raise ValueError(
             _listed(f"{_tensors(wrong)} of other shapes:", wrong)
-            + "\nOnly models fine-tuned from one base can be merged. Give such models."
+            + "\nGive models fine-tuned from one base; no others can be merged."
         )
     lines = [
         f"{name}: {base[name].shape[0]} rows in the base, but {count} in {label}"
@@ -280,9 +280,9 @@ def rows(
     if lines and vocabulary == "error":
         raise ValueError(
             _listed("the vocabularies differ:", lines)
-            + '\nChoose vocabulary="truncate" for the rows that all have, "base-rows" '
-            'for those of the base, or "skip" for the base\'s rows unmerged '
-            "(--vocabulary, in `jaxarith merge` and `inspect`)."
+            + '\nChoose vocabulary="truncate" for the rows that all models have, '
+            '"base-rows" for the rows of the base, or "skip" for the base\'s rows '
+            "without merging them (--vocabulary, in `jaxarith merge` and `inspect`)."
         )
     notes = [f"{line} ({vocabulary})" for line in lines]
     if vocabulary == "skip":

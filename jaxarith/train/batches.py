@@ -17,7 +17,7 @@ from jaxarith.typing import Source
 
 
 def seed_of(name: str, seed: int) -> int:
-    """The seed of a task's batches; it does not depend on other tasks.
+    """Returns the seed of a task's batches; it does not depend on other tasks.
 
     Args:
       name: the task's name.
@@ -41,44 +41,44 @@ def task_batches(
     augment: pipeline.Augment | None = None,
     mesh: Mesh | None = None,
 ) -> Source:
-    """The batches of a run: each task's own samples and, with a penalty, others'.
+    """Makes the batches of a run: samples of each task and, if penalised, of others.
 
-    A batch depends only on its step and the seed, and is made when it is needed. Each
-    of several processes reads only the samples of its own devices.
+    A batch depends only on its step and the seed, and is made when it is needed. With
+    several processes, each reads only the samples of its own devices.
 
     Args:
-      sources: the training source of each of T tasks: a sequence of samples, which are
-        dicts of arrays such as `{"image": x, "label": y}`, or one dict of arrays
-        `[N, ...]`.
+      sources: the training source of each of T tasks. A source is a sequence of
+        samples, which are dicts of arrays such as `{"image": x, "label": y}`, or one
+        dict of arrays `[N, ...]`.
       config: steps, sizes and penalty mode.
-      names: the names of the tasks. They determine the seeds (`seed_of`), so that a
-        task's samples do not depend on the tasks that are trained beside it. Without
-        names and seeds the names are "0", "1", …: the samples depend on the order.
+      names: the names of the tasks. They determine the seeds (`seed_of`), so a task's
+        samples do not depend on the tasks that are trained beside it. Without names and
+        seeds, the names are "0", "1", …, and the samples depend on the order.
       seeds: the seed of each task, instead of names.
       others: for each task, the sources that its task vector must not disturb
         (T_orth); by default the other tasks' training sources. Labels are not read.
       inputs: the fields of a penalty sample: the inputs of the model, and the mask of
-        the penalty if it is another field.
-      augment: a function from a sample of a source and a `numpy.random.Generator` to
-        the sample that is trained on, also for penalty samples; by default samples are
-        not changed.
+        the penalty if that is a separate field.
+      augment: a function from a sample and a `numpy.random.Generator` to the sample to
+        train on. It also applies to penalty samples. By default samples are not
+        changed.
       mesh: the devices, see `sharding`; by default one.
 
     Returns:
-      `config.steps` dicts of arrays `[T, config.batch_size, ...]`; with a penalty also
-      `"penalty"`, a dict of input fields `[T, P, ...]`, and with `config.distill`
-      `"alpha"`, the step's coefficient of each task, `[T, B]`, the same for all samples
-      of a task. One of several processes gets the `sharding.local_rows` of both axes.
-      If devices and micro-batches do not divide B or P, copies fill up the batch, and
-      the field `train.padding.WEIGHT` marks them. The objectives of this package read
-      it, so copies do not count.
+      `config.steps` dicts of arrays `[T, config.batch_size, ...]`. With a penalty, they
+      also have `"penalty"`, a dict of input fields `[T, P, ...]`. With
+      `config.distill`, they have `"alpha"`, the step's coefficient of each task,
+      `[T, B]`, which is the same for all samples of a task. With several processes,
+      each gets the `sharding.local_rows` of both axes. If devices and micro-batches do
+      not divide B or P, copies fill up the batch, and the field `train.padding.WEIGHT`
+      marks them. The objectives of this package read it, so copies do not count.
 
     Raises:
-      ValueError: there is no task, a source is empty, the penalty has no other task,
-        the number of names or seeds is wrong, or both are given, the mesh cannot share
-        the tasks equally, or there are more micro-batches than samples on a device.
-        When a batch is made: a sample is not a dict, or lacks a field, or has a field
-        of another shape.
+      ValueError: there is no task; a source is empty; the penalty has no other task;
+        the number of names or seeds is wrong, or both are given; the mesh cannot share
+        the tasks equally; or there are more micro-batches than samples on a device.
+        When a batch is made: a sample is not a dict, lacks a field, or has a field of
+        another shape.
     """
     seeds = _seeds(sources, config, names, seeds)
     if others is None:
@@ -159,22 +159,22 @@ def joint_batches(
     augment: pipeline.Augment | None = None,
     mesh: Mesh | None = None,
 ) -> Source:
-    """The batches of one run on all tasks at once: multi-task learning.
+    """Makes the batches of one run on all tasks at once: multi-task learning.
 
     Args:
       sources: the training source of each of T tasks.
       config: the number of steps; `batch_size` samples of every task make a batch.
-      names, seeds: as for `task_batches`; the names are those of the sources.
+      names, seeds: as for `task_batches`, one for each source.
       augment, mesh: as for `task_batches`.
 
     Returns:
-      `config.steps` dicts of arrays `[1, T * config.batch_size, ...]`, with the number
-      of each sample's task as the field "task", `i32`. There may be copies, as in
+      `config.steps` dicts of arrays `[1, T * config.batch_size, ...]`. Their field
+      "task", `i32`, holds the number of each sample's task. There may be copies, as in
       `task_batches`.
 
     Raises:
       ValueError: as for `task_batches`; or the mesh has several devices for different
-        tasks, though there is only one.
+        tasks, although all tasks train as one.
     """
     seeds = _seeds(sources, config, names, seeds)
     mesh = mesh or sharding.one_device()
@@ -203,19 +203,19 @@ def joint_batches(
 
 
 def _penalty_rows(count, config, mesh):
-    """The penalty samples of a step that this process reads, and the number of all."""
+    """Returns this process's penalty rows of a step, and the number of all rows."""
     total = padding.copied(count, mesh, config.micro_batches)
     return sharding.local_rows(total, mesh, sharding.BATCH), total
 
 
 def _alphas(distill, seed, step, rows):
-    """The coefficient of a step for every row; it depends only on seed and step."""
+    """Returns a step's coefficient for every row; it depends only on seed and step."""
     rng = np.random.default_rng((seed, step))
     return np.full(rows, rng.uniform(distill.low, distill.high), np.float32)
 
 
 def _identities(sources):
-    """Identities of the sources; one that comes twice is read once."""
+    """Returns the identities of the sources; reads a repeated source only once."""
     different = {id(source): source for source in sources}
     found = {key: pipeline.identity(source) for key, source in different.items()}
     return [found[id(source)] for source in sources]
@@ -230,7 +230,7 @@ def _seeds(sources, config, names, seeds):
     if not len(sources):
         raise ValueError("no task to train on: the list of sources is empty.")
     if names is not None and seeds is not None:
-        raise ValueError("names and seeds are both given; give names, or else seeds.")
+        raise ValueError("names and seeds are both given; give only one of them.")
     if seeds is None:
         names = range(len(sources)) if names is None else names
         seeds = [seed_of(str(name), config.seed) for name in names]
@@ -250,8 +250,9 @@ def _side_by_side(batches):
     for task, other in enumerate(shapes):
         if other != shapes[0]:
             raise ValueError(
-                "tasks that train side by side need samples of the same fields and "
-                f"shapes. The batch of task 0 is {shapes[0]}, that of task {task} is "
-                f"{other}. Give them one shape, or train them one after another."
+                "tasks that train side by side need samples with the same fields and "
+                f"shapes. The batch of task 0 is {shapes[0]}, but the batch of task "
+                f"{task} is {other}. Give them one shape, or train them one after "
+                "another."
             )
     return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)

@@ -1,11 +1,11 @@
-"""Checkpoints of a training run: asynchronous, atomic, checked when they are read.
+"""Checkpoints of a training run: asynchronous, atomic, and checked on reading.
 
-A run has one folder. In it, `step_00000120` holds `state`, written by Orbax, and a
-manifest with the configuration of the run and shape, dtype and fingerprint of each
-leaf. A folder without a manifest is what a killed process left.
+A run has one folder. In it, `step_00000120` holds `state`, which Orbax writes, and a
+manifest. The manifest has the configuration of the run, and the shape, dtype and
+fingerprint of each leaf. A folder without a manifest was left by a killed process.
 
-In a computation of several processes every process makes the same calls, on a file
-system that they share. Process 0 alone writes manifests and removes things.
+In a run of several processes, all of them make the same calls on a shared file system.
+Only process 0 writes manifests and removes files.
 """
 
 import concurrent.futures
@@ -33,12 +33,12 @@ from jaxarith.typing import Tree
 
 
 class Restored(NamedTuple):
-    """A state that was read back.
+    """A state that was read from a checkpoint.
 
     Attributes:
-      step: the number of optimizer steps that it has seen.
+      step: number of optimizer steps done.
       state: the state.
-      ended: whether the run ended there, before its last step.
+      ended: whether the run ended at this step, before its last step.
     """
 
     step: int
@@ -50,15 +50,15 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-      folder: where they are kept; it is created.
-      config: what the run depends on, as plain data that JSON can hold; or a function
-        that returns it, which is called when there is a checkpoint to compare or save.
-      keep: how many are kept. One more is on disk while it is written.
+      folder: folder of the checkpoints; it is created.
+      config: everything that the run depends on, as plain JSON data. A function that
+        returns it is called only if there is a checkpoint to compare or save.
+      keep: number of checkpoints to keep. One more is on disk while it is written.
 
     Raises:
       OSError: the folder can't be written to.
-      ValueError: it has checkpoints of another configuration; the message names the
-        fields.
+      ValueError: the folder has checkpoints of another configuration; the message names
+        the fields.
 
     Example:
       >>> state = {"w": jnp.arange(3.0)}
@@ -104,7 +104,7 @@ class Checkpoints:
             ) from error
 
     def _clean(self):
-        """Removes what a killed process left, and nothing that is another's."""
+        """Removes what a killed process left, and no files of other programs."""
         for step in self._on_disk():
             path = self._path(step)
             if not (path.is_symlink() or self._complete(step)):
@@ -116,7 +116,7 @@ class Checkpoints:
             if content and content["config"] != self._config:
                 lines = manifest.differences(content["config"], self._config)
                 raise ValueError(
-                    f"{self._path(step)} is of a run with another configuration:\n  "
+                    f"{self._path(step)} is from a run with another configuration:\n  "
                     + "\n  ".join(lines)
                     + "\nName another folder, or remove this one to start anew."
                 )
@@ -139,7 +139,7 @@ class Checkpoints:
             if error is None:
                 self.wait()
             elif self._pending and (failure := self._pending[1].exception()):
-                # Not `wait`: other processes may not come to agree on anything.
+                # Not `wait`: other processes may never answer.
                 error.add_note(str(failure))
         finally:
             self._background.shutdown()
@@ -159,19 +159,19 @@ class Checkpoints:
             )
 
     def save(self, step: int, state: Tree, *, ended: bool = False) -> None:
-        """Begins to save; returns when the buffers of `state` may be given up.
+        """Starts to save; returns when the buffers of `state` may be reused.
 
-        Once the new checkpoint is complete, older ones beyond `keep` are removed, and
-        those that `restore` found damaged. A step that was saved is not saved again.
+        When the new checkpoint is complete, the method removes older ones beyond
+        `keep`, and those that `restore` found damaged. It saves no step twice.
 
         Args:
-          step: the number of optimizer steps done.
-          state: a tree of arrays, PRNG keys among them.
-          ended: whether the run ends here, before its last step.
+          step: number of optimizer steps done.
+          state: tree of arrays; PRNG keys are allowed.
+          ended: whether the run ends at this step, before its last step.
 
         Raises:
-          OSError: the save before this one failed, or this one did at once.
-          ValueError: there is a checkpoint of a later step.
+          OSError: the previous save failed, or this one failed at once.
+          ValueError: a checkpoint of a later step exists.
         """
         self.wait()
         newest = max(self._steps, default=-1)
@@ -205,8 +205,8 @@ class Checkpoints:
         _remove(path)  # of a damaged checkpoint
         if os.path.lexists(path):
             raise FileExistsError(
-                f"{path} is no checkpoint of this program and is left as it is; move "
-                "it, or name another folder"
+                f"{path} is not a checkpoint of this program, so it was not touched; "
+                "move it, or name another folder"
             )
         path.mkdir()
 
@@ -225,7 +225,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            # A full disk comes as OSError, ValueError, RuntimeError, …, by the writer.
+            # On a full disk, writers raise OSError, ValueError, RuntimeError, …
             if jax.process_index() == 0:
                 _remove(self._path(step))
             last = self._path(self._steps[-1]) if self._steps else "none"
@@ -235,7 +235,7 @@ class Checkpoints:
             ) from error
 
     def wait(self) -> None:
-        """Returns when all is on disk.
+        """Returns when all checkpoints are on disk.
 
         Raises:
           OSError: the last save failed; the message names it and the last good one.
@@ -252,17 +252,18 @@ class Checkpoints:
         self._steps, self._damaged = [*self._steps, step][-self.keep :], []
 
     def restore(self, like: Tree) -> Restored | None:
-        """The newest checkpoint that is undamaged, or None where there is none.
+        """Returns the newest undamaged checkpoint, or None if there is none.
 
         Args:
-          like: the tree to restore, of arrays or `jax.ShapeDtypeStruct`. Its shardings
-            are those of the result, on whatever devices the state was before.
+          like: a tree of arrays or `jax.ShapeDtypeStruct` with the leaves of the state.
+            The result has its shardings, whichever devices held the saved state.
 
         Warns:
-          UserWarning: newer ones are damaged; the message says how, and what is used.
+          UserWarning: newer checkpoints are damaged; the message says how, and which
+            one is used.
 
         Raises:
-          ValueError: `like` has other leaves than the checkpoint.
+          ValueError: the leaves of `like` differ from those of the checkpoint.
         """
         self.wait()
         like, flaws = jax.tree.map(_abstract, like), []
@@ -290,10 +291,10 @@ class Checkpoints:
 
 
 def _remove(path):
-    """Removes a checkpoint; killed half-way, it leaves one that does not count.
+    """Removes a checkpoint; if it is killed half-way, the rest does not count as one.
 
-    Of other things nothing is removed: neither what a link leads to, nor a folder of
-    this name that another program made, nor files that were added to a checkpoint.
+    It removes nothing else: no target of a link, no folder of this name that another
+    program made, and no file that was added to a checkpoint.
     """
     if path.is_symlink():
         path.unlink()
@@ -311,7 +312,7 @@ def _remove(path):
 
 
 def _is_ours(entry):
-    """Whether an entry in the folder of a checkpoint is what a save puts there."""
+    """Returns whether `save` writes an entry of this name into a checkpoint."""
     if entry.is_symlink():
         return False
     if entry.is_dir():
@@ -320,7 +321,7 @@ def _is_ours(entry):
 
 
 def _content(folder):
-    """What the manifest of a checkpoint says, or None if no save wrote it."""
+    """Returns the manifest of a checkpoint, or None if `save` did not write it."""
     content, parts = manifest.read(folder), ("config", "leaves", "fingerprints")
     if content and all(isinstance(content.get(part), dict) for part in parts):
         return content
@@ -334,7 +335,7 @@ def _flaw(folder):
 
 
 def _load(folder, like):
-    """The state in a folder and None, or None and what is wrong with it."""
+    """Returns the state in a folder and None, or None and what is wrong with it."""
     content = _content(folder)
     if content is None:
         return None, f"{manifest.NAME} is not what was written"
@@ -350,14 +351,14 @@ def _load(folder, like):
         abstract = jax.tree.map(_on_a_device, _without_empty(like))
         state = ocp.load(folder / "state", abstract)
     except Exception as error:
-        # Errors of JSON, TensorStore, zstd, …: no list of types would be complete.
+        # JSON, TensorStore, zstd and others raise errors of many types.
         return None, _brief(error)
     state = jax.tree.map(_placed, like, state)
     found, saved = fingerprint.of(state), content["fingerprints"]
     if bad := [path for path in found if found[path] != saved.get(path)]:
         some = ", ".join(bad[:3]) + " …" * (len(bad) > 3)
         are = tree.counted(len(bad), "leaf is", "leaves are")
-        return None, f"{are} not what was saved ({some})"
+        return None, f"{are} not as saved ({some})"
     return state, None
 
 
@@ -367,12 +368,12 @@ def _layout(state):
 
 
 def _without_empty(state):
-    """The tree without leaves of size 0, which Orbax refuses."""
+    """Returns the tree without leaves of size 0, which Orbax refuses."""
     return jax.tree.map(lambda leaf: leaf if leaf.size else None, state)
 
 
 def _abstract(leaf):
-    """Shape and dtype, and the sharding of a leaf that is bound to its devices."""
+    """Returns shape and dtype, and the sharding of a leaf bound to its devices."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     leaf = jnp.asarray(leaf)
@@ -386,7 +387,7 @@ def _on_a_device(leaf):
 
 
 def _placed(like, leaf):
-    """What Orbax read, not bound to a device where `like` is not."""
+    """Returns the leaf that Orbax read, bound to a device only if `like` is."""
     if leaf is None:
         return jnp.zeros(like.shape, like.dtype, device=like.sharding)
     if like.sharding is not None:
@@ -403,6 +404,6 @@ def _brief(error):
 
 
 def _agreed(flaw: str | None) -> str | None:
-    """What a process finds wrong, if only that another one does."""
+    """Returns what a process finds wrong, or that another one found something."""
     wrong = processes.anywhere(flaw is not None)
     return (flaw or "another process says why") if wrong else None

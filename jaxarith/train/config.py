@@ -1,4 +1,4 @@
-"""The recipe of a fine-tuning: trained leaves, number of steps, optimizer.
+"""Recipes for fine-tuning: trained leaves, number of steps, optimizer.
 
 The defaults follow Ilharco et al. (2023) and Ortiz-Jimenez et al. (2023): AdamW,
 warm-up and cosine decay, gradients clipped to norm 1.
@@ -43,7 +43,7 @@ class Distill:
     def __post_init__(self):
         if not self.coef >= 0:
             raise ValueError(
-                f"the weight of distillation, coef, is {self.coef}; at least 0 is "
+                f"coef, the weight of the distillation, is {self.coef}; at least 0 is "
                 "needed."
             )
         if not 0 <= self.low <= self.high:
@@ -55,12 +55,12 @@ class Distill:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How task vectors are trained; the defaults are the papers' for CLIP.
+    """Options for training task vectors; the defaults are the papers' for CLIP.
 
     Attributes:
       steps: optimizer steps.
-      warmup_steps: steps of linear warm-up; None for a tenth of `steps`, the share in
-        the papers, see `warmup`.
+      warmup_steps: steps of linear warm-up; None for a tenth of `steps`, as in the
+        papers, see `warmup`.
       decay: learning rate after the warm-up: a half cosine to zero, a straight line to
         zero, or constant.
       batch_size: samples per step and task.
@@ -71,8 +71,8 @@ class TrainConfig:
       distill: train both, so that the network behaves like the tangent-space model
         (DELTA).
       penalty: the mode of the τJp penalty, see `tau_jp.draw`; or the form of the
-        curvature that replaces the other tasks' samples, see `jaxarith.curvature`,
-        which ordinary training can use too; None for no penalty.
+        curvature that replaces the other tasks' samples, see `jaxarith.curvature`.
+        Ordinary training can use curvature too. None for no penalty.
       penalty_coef: the penalty's weight λ (Yoshida et al. 2025: 0.1 with power 1).
       penalty_power: power of τJp, 1 as in the code of Yoshida et al. or 2 as in their
         paper.
@@ -81,8 +81,8 @@ class TrainConfig:
       penalty_start: number of first steps without τJp; its samples are read in these
         steps too.
       penalty_batch_size: samples of τJp per step; in strict mode per other task.
-      penalty_every: the penalty of curvature acts in one of so many steps, and is so
-        many times as strong there.
+      penalty_every: the penalty of curvature acts in one step out of this many, and is
+        this many times as strong in that step.
       trained: pattern of the paths that are trained; the rest is frozen.
       product_dtype: dtype that the operands of tangent products are rounded to, such
         as "bfloat16" on accelerators; None leaves them as they are.
@@ -91,8 +91,8 @@ class TrainConfig:
         fastest on a CPU.
       micro_batches: number of parts of a batch that are computed one after another
         (gradient accumulation). If the loss is a mean over samples, the step is the
-        same in less memory. A mean over tokens is taken for every part, so the weight
-        of a text depends on the other texts of its part.
+        same but needs less memory. A mean over tokens is taken for each part
+        separately, so the weight of a text depends on the other texts in its part.
       seed: seed of the order of samples and of penalty draws.
     """
 
@@ -122,7 +122,7 @@ class TrainConfig:
         if self.penalty not in (None, *tau_jp.MODES, *get_args(Form)):
             raise ValueError(
                 f"unknown penalty {self.penalty!r}; the modes of τJp are "
-                f"{', '.join(tau_jp.MODES)}, the forms of curvature "
+                f"{', '.join(tau_jp.MODES)}, and the forms of curvature are "
                 f"{', '.join(get_args(Form))}."
             )
         if not isinstance(self.distill, Distill | None):
@@ -146,8 +146,9 @@ class TrainConfig:
             )
         if self.penalty_every > 1 and self.form is None:
             raise ValueError(
-                f"penalty_every is {self.penalty_every}, and penalty {self.penalty!r}; "
-                f"it is for curvature: {', '.join(get_args(Form))}."
+                f"penalty_every is {self.penalty_every}; it is for curvature, but "
+                f"penalty is {self.penalty!r}. Leave penalty_every=1, or use a form of "
+                f"curvature: {', '.join(get_args(Form))}."
             )
         if self.product_dtype and not (self.linearized or self.distill):
             raise ValueError(
@@ -156,7 +157,7 @@ class TrainConfig:
             )
         if self.product_dtype not in (None, *get_args(ProductDtype)):
             raise ValueError(
-                f"product_dtype is {self.product_dtype!r}; it is "
+                f"product_dtype is {self.product_dtype!r}; expected "
                 f"{', '.join(get_args(ProductDtype))} or None."
             )
         sizes = ("steps", "batch_size", "penalty_batch_size", "penalty_every")
@@ -168,11 +169,11 @@ class TrainConfig:
         if self.decay not in get_args(Decay):
             *others, last = get_args(Decay)
             raise ValueError(
-                f"decay is {self.decay!r}; it is {', '.join(others)} or {last}."
+                f"decay is {self.decay!r}; expected {', '.join(others)} or {last}."
             )
         if self.penalty_norm not in get_args(tau_jp.Norm):
             raise ValueError(
-                f"penalty_norm is {self.penalty_norm!r}; it is "
+                f"penalty_norm is {self.penalty_norm!r}; expected "
                 f"{' or '.join(get_args(tau_jp.Norm))}."
             )
         if self.penalty_start < 0:
@@ -180,12 +181,12 @@ class TrainConfig:
                 f"penalty_start is {self.penalty_start}; at least 0 is needed."
             )
         if self.penalty_power not in get_args(tau_jp.Power):
-            raise ValueError(f"penalty_power is {self.penalty_power}; it is 1 or 2.")
+            raise ValueError(f"penalty_power is {self.penalty_power}; expected 1 or 2.")
         if not 0 <= self.warmup < self.steps:
             raise ValueError(
-                f"{self.warmup} warm-up steps of {self.steps} steps; the warm-up "
-                "must be shorter than the training. Leave warmup_steps out for a tenth "
-                "of the steps."
+                f"{self.warmup} of {self.steps} steps are warm-up; the warm-up must be "
+                "shorter than the training. Leave warmup_steps out for a tenth of the "
+                "steps."
             )
 
     @property
@@ -210,12 +211,12 @@ class TrainConfig:
 
 
 def identity_of(config: TrainConfig) -> dict[str, Any]:
-    """The parts of a recipe that the vectors depend on, as plain data.
+    """Returns the options of a recipe that the vectors depend on, as plain data.
 
-    A run continues, and a vector is reused, only if this is equal.
+    A run is continued, and a vector is reused, only if these options are equal.
     """
     options = dataclasses.asdict(config) | {"warmup_steps": config.warmup}
-    # They change how a step is computed, not its result.
+    # These options change how a step is computed, not its result.
     del options["tasks_at_once"], options["micro_batches"]
     # Runs and vectors from before an option existed keep their identity.
     if config.penalty_every == 1:
@@ -230,27 +231,28 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def paper() -> TrainConfig:
-    """The papers' printed recipe for CLIP: 2000 steps, 200 of warm-up, squared τJp.
+    """Makes the papers' printed recipe for CLIP.
 
-    Ortiz-Jimenez et al. (2023); Yoshida et al. (2025), Eq. 10 and App. B.1, who choose
-    λ among 0.001, 0.01 and 0.1; Jin et al. (2025), App. A.
+    It has 2000 steps, 200 of them warm-up, and squared τJp. Ortiz-Jimenez et al.
+    (2023); Yoshida et al. (2025), Eq. 10 and App. B.1, who choose λ among 0.001, 0.01
+    and 0.1; Jin et al. (2025), App. A.
     """
     return TrainConfig(steps=2000, warmup_steps=200, penalty_power=2)
 
 
 def code(samples: int, epochs: int, batch_size: int = 128) -> TrainConfig:
-    """The recipe of the papers' public code for CLIP.
+    """Makes the recipe of the papers' public code for CLIP.
 
-    The number of epochs makes about 2000 steps, 500 of them warm-up. The τJp norm is
-    not squared.
+    The epochs amount to about 2000 steps, 500 of them warm-up. The τJp norm is not
+    squared.
 
     Args:
       samples: the size of the training set, without the validation part.
-      epochs: the epochs of the task, from `data.vision.TASKS`.
-      batch_size: samples per step. The code takes 128. For ViT-L/14 it takes 64 twice
-        (τJp: 32 four times) before a step, and sums their gradients where
-        `micro_batches` takes the mean; clipped to norm 1 and under Adam, that is nearly
-        the same.
+      epochs: the number of epochs for the task, from `data.vision.TASKS`.
+      batch_size: samples per step. The code uses 128. For ViT-L/14 it accumulates two
+        batches of 64 (τJp: four of 32) before a step and sums their gradients, while
+        `micro_batches` takes the mean. After clipping to norm 1, and with Adam, the two
+        are nearly the same.
 
     Example:
       >>> code(7330, 35).steps  # Cars
@@ -263,7 +265,7 @@ def code(samples: int, epochs: int, batch_size: int = 128) -> TrainConfig:
 
 
 def _length(samples, epochs, batch_size):
-    """The steps of these epochs, and how many of them are warm-up."""
+    """Returns the steps of these epochs, and the number of warm-up steps."""
     steps = epochs * math.ceil(samples / batch_size)
     return steps, min(500, steps - 1)
 
@@ -276,33 +278,36 @@ def tak(
     tokens: int = 50,
     tasks: int = 8,
 ) -> TrainConfig:
-    r"""TAK for CLIP's image encoder: linearised, with the curvature of other tasks.
+    r"""Makes the recipe of TAK for CLIP's image encoder.
 
+    The model is linearised and penalised with the curvature of other tasks, as in
     Porrello et al. (2026), with the optimizer of their public code. Patch and position
-    embeddings are frozen, as there.
+    embeddings are frozen, as in that code.
 
     `penalty_coef` is the code's β = 100 in the unit of `curvature.penalty`, the mean
     over the other tasks of the mean squared change of features. For layers of matrices
-    that is :math:`100\,(T-1)/R`, of T tasks and R tokens: the code sums the factors B
-    of the others, and divides both A and B by R where one would do. So it is 14 for
-    ViT-B/32, 3.6 for ViT-B/16 and 2.7 for ViT-L/14. Three things differ, see
-    `tak_released`:
+    it is :math:`100\,(T-1)/R` for T tasks and R tokens, because the code sums the
+    factors B of the other tasks, and divides both A and B by R where one division
+    would do. So it is 14 for ViT-B/32, 3.6 for ViT-B/16 and 2.7 for ViT-L/14. Three
+    things differ from the code, see `tak_released`:
 
-    - The code's factors are those of features of norm 1. Factors of features as they
-      are, which `tau_jp` penalises too, are larger by about their squared norm; divide
-      `penalty_coef` by that, or let `apply_fn` normalise.
-    - It weighs the parts of the form apart: LayerNorm and class token by 1000 and the
-      projection by 7 in this unit, whatever R is.
-    - Its weight decay pulls τ towards zero, here θ0 + τ. The pull sums to 3 % of what
-      it acts on in 2000 steps, so `weight_decay=0` is nearer to the code.
+    - The code collects factors of features of norm 1. Factors of features that are not
+      normalised, which `tau_jp` penalises too, are larger by about the squared norm of
+      the features. Divide `penalty_coef` by it, or let `apply_fn` normalise.
+    - The code weighs the parts of the curvature separately: in this unit, LayerNorm and
+      class token by 1000 and the projection by 7, whatever R is.
+    - The code's weight decay pulls τ towards zero; here it pulls θ0 + τ. In 2000 steps
+      the pull amounts to 3 % of what it acts on, so `weight_decay=0` is closer to the
+      code.
 
-    The code's factors are those that `curvature.collect` gives with
-    `sharing="expand"`, merged by `curvature.others`.
+    `curvature.collect` with `sharing="expand"`, followed by `curvature.others`, gives
+    the code's factors.
 
     Args:
       samples, epochs, batch_size: as for `code`.
-      tokens: R, of an image: 50 for ViT-B/32, 197 for ViT-B/16, 257 for ViT-L/14.
-      tasks: T, which the code's weight grows with.
+      tokens: R, the number of tokens of an image: 50 for ViT-B/32, 197 for ViT-B/16,
+        257 for ViT-L/14.
+      tasks: T, the number of tasks; the code's weight grows with it.
 
     Example:
       >>> tak(7330, 35).penalty_coef, round(tak(7330, 35, tokens=197).penalty_coef, 2)
@@ -323,10 +328,10 @@ def tak(
 
 
 def tak_released(samples: int, epochs: int, batch_size: int = 128) -> TrainConfig:
-    """TAK as its public code weighs it, part by part.
+    """Makes the recipe of TAK for curvature weighted as in TAK's public code.
 
-    For factors of normalised features, with tokens apart, of which every part has its
-    `tak_released_weight`. Weight decay, which pulls τ there, is left out.
+    Collect factors of normalised features, with tokens apart, and weight each part by
+    its `tak_released_weight`. There is no weight decay here; in the code it pulls τ.
 
     Args:
       samples, epochs, batch_size: as for `code`.
@@ -351,11 +356,11 @@ def tak_released(samples: int, epochs: int, batch_size: int = 128) -> TrainConfi
 
 
 def tak_released_weight(path: str, *, tokens: int = 50, tasks: int = 8) -> float:
-    """What the public code of TAK multiplies a part of the mean curvature by.
+    """Returns the factor of TAK's public code for a part of the mean curvature.
 
-    It sums B over the other tasks where A and the blocks of LayerNorm and of the class
-    token are means, divides matrices by the number of tokens once too often, and weighs
-    the blocks by 10 and the projection by 0.01.
+    The code sums B over the other tasks, while A and the blocks of LayerNorm and of the
+    class token are means. It divides matrices by the number of tokens once too often,
+    and weighs those blocks by 10 and the projection by 0.01.
 
     Args:
       path: path of a leaf of CLIP's image encoder.
@@ -371,7 +376,10 @@ def tak_released_weight(path: str, *, tokens: int = 50, tasks: int = 8) -> float
 
 
 def schedule(config: TrainConfig) -> Callable[[ArrayLike], jax.Array]:
-    """The learning rate of step s ≥ 0: warm-up `(s + 1) / W`, then `config.decay`."""
+    """Returns the learning rate as a function of the step s ≥ 0.
+
+    It grows as `(s + 1) / W` for W warm-up steps, and then follows `config.decay`.
+    """
 
     def learning_rate(step):
         warmup = (step + 1) / max(config.warmup, 1)
@@ -388,7 +396,7 @@ def schedule(config: TrainConfig) -> Callable[[ArrayLike], jax.Array]:
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clipping and AdamW with PyTorch's defaults, as `config` states them."""
+    """Makes the optimizer of `config`: clipping, and AdamW with PyTorch's defaults."""
     adamw = optax.adamw(schedule(config), weight_decay=config.weight_decay)
     if config.clip_norm is None:
         return adamw

@@ -1,18 +1,18 @@
-r"""DELTA: a linearised model trains beside an ordinary one, which learns to be like it.
+r"""DELTA: a linearised teacher and an ordinary student that imitates it, side by side.
 
 The teacher :math:`f_0 + J\tau_T` and the student :math:`f(\theta_0 + \tau_S)` both
-learn the task; the student also learns the teacher's outputs along the way from
-:math:`\theta_0`, so that it moves as a linear model would, and its task vectors add.
-With the penalty of curvature neither disturbs other tasks.
+learn the task. The student also learns the teacher's outputs at points between
+:math:`\theta_0` and its own parameters. So it moves as a linear model would, and sums
+of its task vectors work better. The curvature penalty protects the other tasks.
 
-On the quickstart's tasks (120 steps; λ = 0.1 and c = 0.03, chosen on validation data of
-seed 0) the sums of the students have 0.884, 0.886 and 0.880 at coefficient 1 with seeds
-0, 1 and 2. With seed 0, c = 0, which is ordinary training with curvature, has 0.854,
-and 240 steps have 0.910; linearised vectors with curvature have 0.862.
+Accuracy of the sum of the students at coefficient 1, on the quickstart's tasks: 0.884,
+0.886 and 0.880 with seeds 0, 1 and 2 (120 steps; λ = 0.1 and c = 0.03 were chosen on
+validation data of seed 0). With seed 0, c = 0 has 0.854; that is ordinary training with
+curvature. 240 steps have 0.910. Linearised vectors with curvature have 0.862.
 
-A step costs two forward passes of the student and one tangent. The authors' code takes
-the losses too at :math:`\alpha`, with one forward pass less: 0.723 in place of 0.789
-(seed 0, λ = 0.05, c = 1).
+A step costs two forward passes of the student and one tangent. The authors' code
+computes the losses at :math:`\alpha` too and saves one forward pass. It has 0.723
+instead of 0.789 (seed 0, λ = 0.05, c = 1).
 
 Sommariva, Morandi, Calderara, Porrello. Distilling Linearized Behavior into Non-Linear
 Fine-Tuning for Effective Task Arithmetic. ICML 2026. arXiv:2605.18993.
@@ -33,7 +33,7 @@ from jaxarith.typing import ApplyFn, LossFn, Tree
 
 
 def pair(model: Tree) -> dict[str, Tree]:
-    """The same tree for both models; nothing is copied."""
+    """Returns the same tree for both models; nothing is copied."""
     return {"student": model, "teacher": model}
 
 
@@ -45,18 +45,18 @@ def objective(
     mesh: Mesh,
     product_dtype: DTypeLike | None = None,
 ) -> Callable[..., tuple[jax.Array, dict[str, Any]]]:
-    r"""The two losses and the distillation, of a pair of task vectors.
+    r"""Makes the sum of the two losses and the distillation term.
 
     .. math::
        L(f(\theta_0 + \tau_S)) + L(f_0 + J\tau_T) + c\,\frac1B \sum_i
        \|f(x_i; \theta_0 + \alpha\tau_S) - (f_0 + \alpha J\tau_T)(x_i)\|^2
 
-    In the last term the teacher counts as a constant. α is the field `"alpha"` of a
-    batch, one number for all its samples.
+    The teacher is a constant in the last term. α is the field `"alpha"` of a batch: one
+    number for all its samples.
 
     Args:
       apply_fn, loss_fn, inputs, mesh: as for `train.objective`.
-      coef: the weight c of the distillation.
+      coef: weight c of the distillation term.
       product_dtype: as for `tangent.jvp`.
     """
     apply_fn = sharding.of_samples(apply_fn, mesh)
@@ -103,11 +103,11 @@ def objective(
 def squared_distance(
     outputs: Tree, others: Tree, weight: jax.Array | None = None
 ) -> jax.Array:
-    """The squared distance of two outputs `[B, ...]`, summed; its mean over samples.
+    """Returns the mean over samples of the squared distance between two outputs.
 
     Args:
       outputs, others: trees of arrays `[B, ...]`.
-      weight: `[B]`, what each sample counts for, see `train.padding`; 1 by default.
+      weight: `[B]`, weight of each sample, see `train.padding`; 1 by default.
     """
 
     def mean(a, b):
@@ -121,7 +121,7 @@ def squared_distance(
 
 
 def each(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """An optimizer of two models, each by itself, as if it were trained alone."""
+    """Returns an optimizer that treats each model as if it were trained alone."""
 
     labels = {"student": "student", "teacher": "teacher"}
     return optax.partition({label: transform for label in labels}, labels)

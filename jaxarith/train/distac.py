@@ -1,8 +1,9 @@
-r"""DisTaC: a ready task vector repaired by distillation, from unlabelled samples.
+r"""DisTaC: repairs an existing task vector by distillation on unlabelled samples.
 
-Task vectors of unlike norms, and those of unsure models, merge badly. The model
-:math:`\theta_0 + \tau` is the teacher of a student that starts at :math:`\theta_0 +
-\kappa\tau`, where the norm is as wanted, and is kept near there.
+Task vectors merge badly if their norms differ much, or if their models are unsure of
+their predictions. DisTaC trains a student that starts at
+:math:`\theta_0 + \kappa\tau`, which has the wanted norm, and is kept near there. The
+teacher is :math:`\theta_0 + \tau`.
 
 Yoshida, Naraki, Horie et al. DisTaC: Conditioning Task Vectors via Distillation for
 Robust Model Merging. ICLR 2026. arXiv:2508.01148.
@@ -25,7 +26,7 @@ from jaxarith.train.config import TrainConfig
 from jaxarith.train.run import fine_tune
 from jaxarith.typing import ApplyFn, Params, Source, Tree
 
-TARGET = "target"  # the field of a sample that holds what the teacher says
+TARGET = "target"  # the field of a sample that holds the teacher's outputs
 
 
 def distac(
@@ -44,27 +45,28 @@ def distac(
     log: Path | None = None,
     mesh: Mesh | None = None,
 ) -> Tree:
-    r"""Another vector of the same task, of another norm or surer of its predictions.
+    r"""Returns a vector of the same task with another norm or more confident outputs.
 
     .. math:: \min_\theta\ T_t T_s\,\mathrm{KL}\left(\mathrm{softmax}(z_t / T_t)\,\|\,
        \mathrm{softmax}(z_s(\theta) / T_s)\right)
        + \beta\,\|\theta - \theta_0 - \kappa\tau\|^2
 
-    In the paper shrinking a vector is safe; one that is stretched, κ = 3, can end below
-    the pre-trained model.
+    In the paper it is safe to shrink a vector. A vector stretched by κ = 3 can end
+    below the pre-trained model.
 
     Args:
       apply_fn: `apply_fn(params, *inputs) -> outputs[B, ...]`.
       params_0: pre-trained parameters.
       tau: a task vector of ordinary fine-tuning; its leaves are trained.
-      samples: unlabelled samples of the task. The teacher sees each once.
-      config: the recipe. That of the paper's code is
+      samples: unlabelled samples of the task. The teacher runs once for each.
+      config: the recipe. The paper's code uses
         `TrainConfig(steps=500, weight_decay=0.0)`.
-      scale: κ; for a vector of norm n, `n / optax.tree.norm(tau)`.
-      temperatures: Tₜ of the teacher and Tₛ of the student. The paper takes (10, 10)
-        against unlike norms, and (1, 10) with κ = 1 for models of low confidence.
-      anchor: β, as in the code, which adds 2β(θ - θ0 - κτ) to the gradient.
-      logits: from the model's outputs to logits `[B, classes]`, such as a frozen head.
+      scale: κ. `n / optax.tree.norm(tau)` makes a vector of norm n.
+      temperatures: Tₜ of the teacher and Tₛ of the student. The paper uses (10, 10) if
+        norms differ, and (1, 10) with κ = 1 for models with low confidence.
+      anchor: β as in the paper's code, which adds 2β(θ - θ0 - κτ) to the gradient.
+      logits: function from the model's outputs to logits `[B, classes]`, for example a
+        frozen head.
       name: name of the task, for messages and the order of samples.
       inputs, log, mesh: as for `fine_tune`.
 
@@ -82,8 +84,8 @@ def distac(
     """
     if config.linearized or config.distill or config.penalty:
         raise ValueError(
-            "distac trains an ordinary model with a penalty of its own; leave "
-            "linearized, distill and penalty of its recipe out."
+            "distac trains an ordinary model with its own penalty; do not set "
+            "linearized, distill or penalty in its recipe."
         )
     if not min(temperatures) > 0:
         raise ValueError(f"temperatures are {temperatures}; expected two above 0.")
@@ -122,11 +124,11 @@ def distac(
 def divergence(
     student: jax.Array, teacher: jax.Array, temperatures: tuple[float, float]
 ) -> jax.Array:
-    """The mean divergence of softened predictions, times both temperatures.
+    """Returns the mean divergence of softened predictions, times both temperatures.
 
     Args:
       student, teacher: logits `[B, classes]`; -inf where both have no class.
-      temperatures: the teacher's and the student's.
+      temperatures: temperatures of the teacher and of the student.
 
     Example:
       >>> logits = jnp.array([[0.0, jnp.log(3.0)]])
@@ -143,7 +145,7 @@ def divergence(
 
 @dataclasses.dataclass(frozen=True)
 class _Taught:
-    """Samples, and for each what a teacher says of it."""
+    """Samples, each with the outputs of a teacher."""
 
     samples: Source
     targets: np.ndarray
@@ -164,22 +166,22 @@ def with_targets(
     batch_size: int = 128,
     mesh: Mesh | None = None,
 ) -> Source:
-    """The samples with a teacher's outputs as their field "target".
+    """Adds a teacher's outputs to the samples, as the field "target".
 
-    Every sample is run once; in training it costs nothing more. The samples must be
-    what is trained on: an augmentation would show the student other inputs.
+    The teacher runs once for each sample, before training. Do not augment the samples
+    in training: the student would see other inputs than the teacher.
 
     Args:
       apply_fn: `apply_fn(params, *inputs) -> outputs[B, ...]`.
       params: the teacher's parameters.
       samples: a source of samples.
       inputs: the fields that are passed to `apply_fn`, in order.
-      batch_size: samples that are run at a time.
+      batch_size: number of samples in one call of the teacher.
       mesh: the devices, see `sharding`; by default one.
 
     Raises:
-      ValueError: there is no sample, one lacks a field, `batch_size` is less than 1, or
-        the outputs are not one array.
+      ValueError: there are no samples, a sample lacks a field, `batch_size` is below
+        1, or the outputs are not one array.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; at least 1 is needed.")
@@ -190,7 +192,7 @@ def with_targets(
 
 
 def _squared_norm(params, paths):
-    """The curvature whose form is the squared norm, of leaves with these paths."""
+    """Returns the curvature whose penalty is the squared norm of these leaves."""
     return curvature.Factors(
         layers=(),
         base=fingerprint.combined(params),

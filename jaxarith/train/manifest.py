@@ -1,7 +1,7 @@
 """Manifests: JSON files that list a folder's files with checksums.
 
-A manifest is written last, under a temporary name that is then changed, so a folder
-with a manifest is complete. It holds a checksum of every other file and of itself.
+A manifest is written last, under a temporary name, and then renamed. So a folder with a
+manifest is complete. It holds a checksum of every other file and of itself.
 """
 
 import json
@@ -24,7 +24,7 @@ def write(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The content of the manifest, or None if it is missing or damaged."""
+    """Returns the content of the manifest, or None if it is missing or damaged."""
     try:
         content = files.read_json(folder / NAME)
         intact = content.pop("crc32") == _crc32(content)
@@ -34,7 +34,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def _are_files(listed):
-    """Whether these are checksums of files in the folder, by their names."""
+    """Whether `listed` maps names of files in the folder to checksums."""
     return isinstance(listed, dict) and all(
         type(crc32) is int and not {"/", ".."} & {*PurePosixPath(name).parts}
         for name, crc32 in listed.items()
@@ -42,7 +42,7 @@ def _are_files(listed):
 
 
 def flaw(folder: Path) -> str | None:
-    """The first damage found in the files of a folder, or None."""
+    """Returns the first damage found in the files of a folder, or None."""
     if (content := read(folder)) is None:
         return f"{NAME} is not what was written"
     for name, crc32 in content["files"].items():
@@ -69,7 +69,7 @@ def _file_crc32(path):
 
 
 def differences(there: Mapping, here: Mapping) -> list[str]:
-    """One line for each field in which two nested dicts differ.
+    """Returns one line for each field in which two nested dicts differ.
 
     Example:
       >>> differences({"train": {"steps": 2}}, {"train": {"steps": 3}})
@@ -84,7 +84,7 @@ def differences(there: Mapping, here: Mapping) -> list[str]:
 
 
 def _fields(value, parents=()):
-    """The values of a nested dict by slash path."""
+    """Returns the values of a nested dict by slash path."""
     if not isinstance(value, Mapping) or not value:
         return {"/".join(parents): value}
     parts = [_fields(child, (*parents, key)) for key, child in value.items()]

@@ -1,8 +1,8 @@
 """Fills up batches that devices and micro-batches do not divide, and weighs samples.
 
-A batch of B samples is filled up to B' with copies of its first ones. The weight of a
-sample is B' / B, that of a copy 0, so that the mean of weight times value over B', over
-the devices and over the micro-batches is the mean of the values over B.
+A batch of B samples is filled up to B' with copies of its first samples. A sample has
+the weight B' / B, and a copy has the weight 0. So the mean of weight times value over
+B', over the devices and over the micro-batches equals the mean of the values over B.
 """
 
 import jax
@@ -18,24 +18,24 @@ WEIGHT = "padding_weight"
 
 
 def filled(count: int, mesh: Mesh, micro_batches: int) -> int:
-    """The number of samples, including copies, that devices and micro-batches divide.
+    """Returns the number of samples and copies that devices and micro-batches divide.
 
     Raises:
-      ValueError: there are more micro-batches than samples on a device, so that some
-        would hold only copies.
+      ValueError: there are more micro-batches than samples on a device, so some
+        micro-batches would hold only copies.
     """
     shards = sharding.batch_shards(mesh)
     if micro_batches > max(count // shards, 1):
         raise ValueError(
-            f"{micro_batches} micro-batches of {count} samples of a step on {shards} "
-            f"devices; a device has {max(count // shards, 1)}. Give no more "
-            "micro-batches than that."
+            f"{micro_batches} micro-batches of {count} samples per step on {shards} "
+            f"devices; each device has {max(count // shards, 1)}. Use at most that "
+            "many micro-batches."
         )
     return copied(count, mesh, micro_batches)
 
 
 def copied(count: int, mesh: Mesh, micro_batches: int) -> int:
-    """As `filled`, but also for fewer samples than parts."""
+    """Like `filled`, but also accepts fewer samples than parts."""
     parts = sharding.batch_shards(mesh) * micro_batches
     return -(-count // parts) * parts
 
@@ -43,13 +43,13 @@ def copied(count: int, mesh: Mesh, micro_batches: int) -> int:
 def weights(
     rows: np.ndarray, count: int, total: int, *, always: bool = False
 ) -> dict[str, np.ndarray]:
-    """The field of weights of some rows; empty if no sample is a copy.
+    """Returns the field of weights of some rows; empty if no sample is a copy.
 
     Args:
       rows: numbers of the rows, below `total`.
       count: the number of samples.
-      total: the number with copies.
-      always: return the field even if all weights are 1.
+      total: the number of samples and copies.
+      always: whether to return the field even if all weights are 1.
 
     Example:
       >>> print(weights(np.arange(4), 2, 4)[WEIGHT])
@@ -63,11 +63,11 @@ def weights(
 
 
 def loss(loss_fn: LossFn, outputs: Tree, batch: dict, constants: Tree) -> jax.Array:
-    """The loss of a batch without its copies.
+    """Returns the loss of a batch without its copies.
 
-    With copies, the loss is computed for every sample separately and averaged. A mean
-    over samples stays the same. A mean over tokens becomes one in which every text has
-    the same weight.
+    If there are copies, the loss is computed for every sample separately and averaged.
+    A mean over samples stays the same. In a mean over tokens, every text then has the
+    same weight.
     """
     if WEIGHT not in batch:
         return loss_fn(outputs, batch, constants)

@@ -238,8 +238,8 @@ def _at_once(function, *args):
         is_real = jnp.issubdtype(x.dtype, jnp.inexact)
         return jnp.full(x.shape, jnp.nan if is_real else 0, x.dtype)
 
-    def unreached(*_):  # except for a state that is NaN already
-        return jax.tree.map(broken, shapes)
+    def unreached(*args):  # except for a state that is NaN already
+        return args[2], jax.tree.map(broken, shapes[1])
 
     return jax.lax.optimization_barrier(
         jax.lax.cond(is_number, function, unreached, *args)

@@ -1,8 +1,8 @@
-"""Accuracies of a study's task vectors and of their merges, and the rows of its table.
+"""Evaluates a study's task vectors and their merges, and makes the rows of its table.
 
-An ordinary model runs once for every merge and coefficient. All of them share one pass
+An ordinary model runs once for every merge and coefficient. All of these share one pass
 over the data of a split and one compiled program (`evaluate.sweep_all`). A linearised
-model runs once in all: its outputs are affine in the coefficients (`evaluate.tangent`).
+model runs only once: its outputs are affine in the coefficients (`evaluate.tangent`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,7 +39,7 @@ class Outputs(NamedTuple):
 
 
 def outputs_of(study: Study, vectors: Taus, title: str = "tangents") -> Outputs:
-    """Runs over all samples once; later coefficients cost no pass."""
+    """Makes one pass over all samples; later coefficients need no pass."""
     found = {}
     for split in SPLITS:
         datasets = _datasets(study, split)
@@ -61,13 +61,13 @@ def outputs_of(study: Study, vectors: Taus, title: str = "tangents") -> Outputs:
 def linearized_at(
     study: Study, split: Split, outputs: Outputs, coefs: Numbers
 ) -> list[float]:
-    """Accuracies on every task with these coefficients, one for each vector."""
+    """Returns accuracies on every task at these coefficients, one for each vector."""
     pairs = zip(_datasets(study, split), getattr(outputs, split), strict=True)
     return [dataset.accuracy(at(coefs)) for dataset, at in pairs]
 
 
 def linearized_single(study: Study, outputs: Outputs) -> Single:
-    """Accuracies of every task's own linearised vector on its own data."""
+    """Returns accuracies of every task's own linearised vector on its own data."""
 
     def single(split):
         own = np.eye(len(study.names))
@@ -80,7 +80,7 @@ def linearized_single(study: Study, outputs: Outputs) -> Single:
 
 
 def linearized_sum(study: Study, outputs: Outputs) -> AccuraciesAt:
-    """Accuracies of the linearised model along the sum of its vectors."""
+    """Returns accuracies of the linearised model along the sum of its vectors."""
     ones = np.ones(len(outputs.vectors))
     return lambda split, coefs: np.array(
         [linearized_at(study, split, outputs, c * ones) for c in coefs]
@@ -88,7 +88,7 @@ def linearized_sum(study: Study, outputs: Outputs) -> AccuraciesAt:
 
 
 def ordinary_single(study: Study, vectors: Taus) -> Single:
-    """Accuracies of every task's own ordinary vector on its own data."""
+    """Returns accuracies of every task's own ordinary vector on its own data."""
     own = [[(vector, [1.0])] for vector in vectors]
 
     def single(split):
@@ -101,17 +101,17 @@ def ordinary_single(study: Study, vectors: Taus) -> Single:
 def ordinary_at(
     study: Study, split: Split, several: Mapping[str, Along], title: str
 ) -> dict[str, np.ndarray]:
-    """Accuracies of the networks θ0 + c·τ for several vectors τ, in one pass.
+    """Returns accuracies of the networks θ0 + c·τ for several vectors τ, in one pass.
 
     Args:
       study: the study.
       split: the part of the data.
-      several: by name a vector, such as the sum of all or a merge, and its n
+      several: for each name, a vector, such as the sum of all or a merge, and its n
         coefficients.
       title: the title of the progress bar.
 
     Returns:
-      By name `[n, T]`.
+      For each name, accuracies `[n, T]`.
     """
     own = [list(several.values())] * len(study.names)
     found = _swept(study, split, own, f"{title}, {split}")
@@ -119,7 +119,7 @@ def ordinary_at(
 
 
 def ordinary_along(study: Study, vector: Tree, title: str) -> AccuraciesAt:
-    """The network θ0 + c·τ for one vector τ, as a function of c."""
+    """Returns accuracies of θ0 + c·τ for one vector τ, as a function of c."""
     return lambda split, coefs: ordinary_at(
         study, split, {title: (vector, coefs)}, title
     )[title]
@@ -128,14 +128,15 @@ def ordinary_along(study: Study, vector: Tree, title: str) -> AccuraciesAt:
 def _swept(
     study: Study, split: Split, own: Sequence[Sequence[Along]], title: str
 ) -> list[np.ndarray]:
-    """Accuracies along vectors of each task on that task's data.
+    """Returns accuracies along vectors of each task on that task's data.
 
     Args:
       study, split, title: as for `ordinary_at`.
-      own: for each task K vectors with their coefficients, as many for every task.
+      own: for each task, K vectors with their coefficients; K is the same for all
+        tasks.
 
     Returns:
-      For each of the K vectors `[n, T]`.
+      For each of the K vectors, accuracies `[n, T]`.
     """
     datasets, columns = _datasets(study, split), []
     with _passes(datasets, title) as bar:
@@ -189,7 +190,7 @@ def row(
     found: Sequence[float] | np.ndarray,
     single: Sequence[float],
 ) -> dict:
-    """One line of the report; it is not normalised if a single accuracy is zero."""
+    """Makes one line of the report; not normalised if a single accuracy is zero."""
     normalized = metrics.normalized_accuracy(found, single) if all(single) else None
     return {
         "method": method,
@@ -205,7 +206,11 @@ def row(
 def merge_rows(
     study: Study, method: str, merge_name: str, at: AccuraciesAt, single: Single
 ) -> tuple[list[dict], evaluate.Search]:
-    """Rows at coefficient 1 and at the one chosen on validation data; the search."""
+    """Makes the rows at coefficient 1 and at the one chosen on validation data.
+
+    Returns:
+      The rows and the search.
+    """
     coefs = coefs_of(study.config, merge_name)
     search = search_of(at("validation", coefs), coefs, single)
     found = at("test", [1.0, search.coef])
@@ -213,7 +218,7 @@ def merge_rows(
 
 
 def coefs_of(config: Config, merge_name: str) -> np.ndarray:
-    """The candidate coefficients of a merge."""
+    """Returns the candidate coefficients of a merge."""
     # Every coefficient of a merge of ordinary vectors costs forward passes.
     return COEFS[:: 5 if config.smoke else 1 if merge_name == "task_arithmetic" else 2]
 
@@ -221,11 +226,11 @@ def coefs_of(config: Config, merge_name: str) -> np.ndarray:
 def search_of(
     accuracies: np.ndarray, coefs: np.ndarray, single: Single
 ) -> evaluate.Search:
-    """The best coefficient by validation accuracies `[n, T]`."""
+    """Finds the best coefficient from validation accuracies `[n, T]`."""
     own = single["validation"]
     return evaluate.search(
         dict(zip(coefs, accuracies, strict=True)).__getitem__,
-        own if all(own) else [1.0] * len(own),  # absolute, where one is zero
+        own if all(own) else [1.0] * len(own),  # absolute if one is zero
         coefs,
     )
 
@@ -238,7 +243,7 @@ def rows_of(
     found: np.ndarray,
     single: Single,
 ) -> list[dict]:
-    """The rows of a merge, from test accuracies `[2, T]` at 1 and at the chosen."""
+    """Makes the rows of a merge from test accuracies `[2, T]`, at 1 and as searched."""
     chosen = ((1.0, False), (search.coef, True))
     return [
         row(study, method, merge_name, coef, searched, accuracy, single["test"])
@@ -252,7 +257,7 @@ class Evaluation(NamedTuple):
     Attributes:
       alone: rows of models of single tasks, and of the pre-trained model.
       merged: rows of merged models.
-      searches: the searches of coefficients, by their title.
+      searches: the searches for coefficients, by title.
       outputs: outputs of the linearised methods.
     """
 
@@ -267,7 +272,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_all(study: Study, taus: dict[str, Taus]) -> Evaluation:
-    """All rows of the table, the searches, and the outputs of linearised methods."""
+    """Evaluates all methods: rows, searches, and outputs of linearised methods."""
     parts = [
         evaluate_ordinary(study, vectors)
         if method == "nonlinear"
@@ -283,7 +288,7 @@ def evaluate_all(study: Study, taus: dict[str, Taus]) -> Evaluation:
 
 
 def evaluate_ordinary(study: Study, vectors: Taus) -> Evaluation:
-    """The pre-trained model, the ordinary ones, and all merges of their vectors."""
+    """Evaluates the pre-trained model, the ordinary ones, and their vectors' merges."""
     method, title = "nonlinear", "evaluate, ordinary"
     single = ordinary_single(study, vectors)
     total = task_vectors.add(vectors)
@@ -319,7 +324,7 @@ def evaluate_ordinary(study: Study, vectors: Taus) -> Evaluation:
 
 
 def evaluate_linearized(study: Study, method: str, vectors: Taus) -> Evaluation:
-    """The linearised models of a method, and their merges."""
+    """Evaluates the linearised models of a method, and their merges."""
     outputs = outputs_of(study, vectors, f"evaluate, {method}")
     single = linearized_single(study, outputs)
     own = single["test"]

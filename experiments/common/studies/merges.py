@@ -14,7 +14,7 @@ from jaxarith.typing import Params, Taus, Tree
 
 
 def merged_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
-    """Data-free merges of ordinary vectors; their coefficient scales the result."""
+    """Makes data-free merges of ordinary vectors; a coefficient scales each result."""
     params_0, key = study.params_0, jax.random.key(study.config.seed)
     # The AWD paper merges only the linear weights of the blocks.
     blocks = [tree.select(tau, study.blocks) for tau in taus]
@@ -25,7 +25,7 @@ def merged_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
         "awd": lambda: merge.awd(params_0, blocks, coef=1.0),
         "tsv": lambda: merge.tsv(params_0, taus, coef=1.0),
         "iso_c": lambda: merge.iso_c(params_0, taus, coef=1.0),
-        # With Adam the learning rate would have to fit these vectors.
+        # With Adam, the learning rate would have to fit these vectors.
         "wudi": lambda: merge.wudi(
             params_0, taus, solver="closed", rank="participation"
         ),
@@ -38,11 +38,11 @@ def merged_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
 
 
 def fitted_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
-    """Merges of ordinary vectors that use unlabelled validation samples."""
+    """Makes merges of ordinary vectors that use unlabelled validation samples."""
     wanted = [name for name in study_merges.FITTED if name in study.config.merges]
     if not wanted:
         return {}
-    # They run the network on one device, whatever the mesh, in every process.
+    # These merges run the network on one device in every process, whatever the mesh.
     params_0, taus = sharding.to_host((study.params_0, list(taus)))
     logits_of = classifier(study.apply_fn, study.logits)
     head_of = [dataset.padded for dataset in study.validation]
@@ -69,7 +69,7 @@ def fitted_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
             samples,
             inputs=study.inputs,
             token_mask=study.token_mask,
-            # What follows the tokens, such as a prompt's head, has no mask.
+            # Layers after the tokens, such as a prompt's head, have no mask.
             select=study.blocks if study.token_mask else ".*",
         )
         return merge.regmean(params_0, taus, grams)
@@ -90,7 +90,7 @@ def fitted_vectors(study: Study, taus: Taus) -> dict[str, Tree]:
 
 
 def _vector(merged: Params, params_0: Params, taus: Taus) -> Tree:
-    """The task vector of a merge, with the same leaves as the vectors that it merges.
+    """Returns the task vector of a merge, with the leaves of the merged vectors.
 
     All merges have the same leaves, so they share one compiled program.
     """
@@ -99,14 +99,14 @@ def _vector(merged: Params, params_0: Params, taus: Taus) -> Tree:
 
 
 def adaptation(config: Config) -> dict:
-    """Fewer and larger steps of AdaMerging than the paper's 500 of 1e-3."""
+    """Returns fewer and larger steps of AdaMerging than the paper's 500 of 1e-3."""
     return {"steps": 2 if config.smoke else 50, "learning_rate": 1e-2}
 
 
 def adapted_coefs(
     study: Study, validation: Sequence[evaluate.TangentOutputs]
 ) -> np.ndarray:
-    """AdaMerging of linearised vectors, on cached tangents of validation samples."""
+    """Runs AdaMerging of linearised vectors, on cached tangents of validation data."""
     coefs, _ = merge.adamerging_tangent(
         [at.f0 for at in validation],
         [at.moves for at in validation],

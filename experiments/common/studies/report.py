@@ -10,7 +10,7 @@ from jaxarith import report as reports
 from jaxarith.plots import style
 
 XI_COEFS = np.linspace(-2, 2, 15)
-# What methods are called in sentences and figures.
+# Names of methods in sentences and figures.
 NAMES = {
     "zero_shot": "zero-shot",
     "nonlinear": "ordinary",
@@ -20,7 +20,7 @@ NAMES = {
     "tau_jp_mixed": "mixed τJp",
     "tau_jp_strict": "strict τJp",
 }
-# What merges are called in figures.
+# Names of merges in figures.
 MERGES = {
     "task_arithmetic": "sum",
     "ties": "TIES",
@@ -37,9 +37,9 @@ MERGES = {
 
 
 def tau_jp_matrix(outputs: Outputs) -> np.ndarray:
-    """τJp of every task vector on every test set, from the cached tangents.
+    """Returns τJp of every task vector on every test set, from the cached tangents.
 
-    `tau_jp.matrix` measures the same without a cache.
+    `tau_jp.matrix` computes the same without a cache.
     """
     return np.array(
         [
@@ -53,14 +53,14 @@ def tau_jp_matrix(outputs: Outputs) -> np.ndarray:
 
 
 def worst_pair(matrix: np.ndarray) -> tuple[int, int]:
-    """The two tasks whose vectors disturb each other the most (Eq. 9)."""
+    """Returns the two tasks whose vectors disturb each other most (Eq. 9)."""
     both = np.triu(matrix + matrix.T, 1)
     first, second = np.unravel_index(both.argmax(), both.shape)
     return int(first), int(second)
 
 
 def xi_grid(study: Study, outputs: Outputs, pair: tuple[int, int]) -> np.ndarray:
-    """ξ of a pair of tasks on test data, the other vectors left out."""
+    """Returns ξ of a pair of tasks on test data, without the other vectors."""
     one_hot = np.eye(len(study.names))[list(pair)]
     return evaluate.disentanglement_error(
         [lambda c, at=outputs.test[i]: at(np.asarray(c) @ one_hot) for i in pair],
@@ -75,11 +75,11 @@ def figures(
     matrices: dict[str, np.ndarray],
     cosines: dict[str, np.ndarray],
 ) -> None:
-    """Draws everything into the output folder.
+    """Draws all figures into the output folder.
 
     Args:
       study: the study.
-      found: rows, searches and outputs of its methods.
+      found: rows, searches and outputs of the methods.
       matrices: for each linearised method, its τJp matrix.
       cosines: for each method, the cosines of its task vectors.
     """
@@ -141,7 +141,7 @@ def figures(
 
 
 def name_of(method: str, merge: str) -> str:
-    """What the row of a method and a merge is called in figures.
+    """Returns the name of a row in figures.
 
     Example:
       >>> name_of("nonlinear", "ties"), name_of("zero_shot", "none")
@@ -152,16 +152,16 @@ def name_of(method: str, merge: str) -> str:
 
 
 def best_of_families(rows: list[dict]) -> dict[str, dict]:
-    """The rows that figures show; the table has all.
+    """Returns the rows that figures show; the table has all rows.
 
-    These are the pre-trained model, every plain sum, and of the other families of
-    merges the one with the highest accuracy, at the searched coefficients.
+    They are the pre-trained model, every plain sum, and the most accurate merge of each
+    other family, at the searched coefficients.
 
     Args:
       rows: the rows of the table.
 
     Returns:
-      Name to row, in falling order of accuracy.
+      Row by name, the most accurate first.
     """
     searched = {(r["method"], r["merge"]) for r in rows if r["searched"]}
     candidates = [
@@ -188,7 +188,7 @@ def best_of_families(rows: list[dict]) -> dict[str, dict]:
 
 
 def table(rows: list[dict], names: list[str]) -> str:
-    """The rows as a Markdown table."""
+    """Returns the rows as a Markdown table."""
     header = ["method", "merge", "coefficient", "absolute", "normalised", *names]
     cells = [
         [
@@ -205,10 +205,11 @@ def table(rows: list[dict], names: list[str]) -> str:
 
 
 def summary(rows: list[dict]) -> list[str]:
-    """The figures that matter, a sentence each.
+    """Returns the main results, one sentence each.
 
-    Accuracies of the pre-trained model, and of that with the sum of the ordinary
-    vectors and of those with a penalty, at coefficient 1 and the searched one.
+    They are the accuracies of the pre-trained model, and of its sums with ordinary
+    vectors and with vectors trained with a penalty, at coefficient 1 and at the
+    searched coefficient.
     """
     at = {(r["method"], r["merge"], r["searched"]): r for r in rows}
     normalized = all(r["normalized"] for r in rows)
@@ -218,7 +219,7 @@ def summary(rows: list[dict]) -> list[str]:
     lines = [
         f"The pre-trained model has {start:.3f} of {whole}."
         if normalized
-        else f"The pre-trained model has an accuracy of {start:.3f}."
+        else f"The accuracy of the pre-trained model is {start:.3f}."
     ]
     summed = [
         r["method"] for r in rows if r["merge"] == "task_arithmetic" and r["searched"]
@@ -228,7 +229,7 @@ def summary(rows: list[dict]) -> list[str]:
         best = at[method, "task_arithmetic", True]
         lines.append(
             f"With the sum of the {NAMES[method]} task vectors it has "
-            f"{one[measure]:.3f} at coefficient 1, and {best[measure]:.3f} at "
-            f"{best['coef']:.2f}, the best on validation data."
+            f"{one[measure]:.3f} at coefficient 1 and {best[measure]:.3f} at "
+            f"{best['coef']:.2f}, the best coefficient on validation data."
         )
     return lines

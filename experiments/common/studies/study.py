@@ -26,14 +26,14 @@ class Config(curvatures.Options, runs.Options):
     """The options that all studies have."""
 
     model: Path | str
-    """A checkpoint: a folder, or an id of the Hugging Face Hub."""
+    """A checkpoint: a folder, or an id on the Hugging Face Hub."""
     modes: tuple[tau_jp.Mode, ...] = ("cyclic",)
     """Modes of the τJp penalty, each trained and reported."""
     curvature: bool = True
     """Also train linearised models with the curvature of the other tasks, which uses
     statistics of their samples instead of the samples."""
     merges: tuple[study_merges.Merge, ...] = study_merges.ALL
-    """Merges of the ordinary vectors beside task arithmetic."""
+    """Merges of the ordinary vectors, in addition to task arithmetic."""
     steps: int = 200
     """Optimizer steps of every training."""
     batch_size: int = 64
@@ -43,7 +43,7 @@ class Config(curvatures.Options, runs.Options):
     penalty_coef: float = 0.1
     """Weight of the τJp penalty."""
     penalty_batch_size: int | None = None
-    """Its samples per step; an eighth of the batch by default."""
+    """Samples of the penalty per step; an eighth of the batch by default."""
     samples: int | None = None
     """The largest number of samples of a split; all by default."""
     seed: int = 0
@@ -59,9 +59,9 @@ class Dataset(NamedTuple):
     Attributes:
       batches: dicts of arrays, as `pipeline.evaluation_batches` makes them.
       labels: the labels of all samples, `[N]`.
-      head: `[C, D]`.
-      padded: the head in the shape that all tasks share, and which classes count; see
-        `heads.pad`. Functions of it are compiled once for all tasks.
+      head: the head, `[C, D]`.
+      padded: the head in the shape that all tasks share, and the mask of its classes;
+        see `heads.pad`. Functions of it are compiled once for all tasks.
       logits: `logits(head, features, valid)`.
     """
 
@@ -72,8 +72,8 @@ class Dataset(NamedTuple):
     logits: Logits
 
     def predict(self, features: np.ndarray) -> np.ndarray:
-        """The classes `[N]` of features `[N, D]`."""
-        # Few shapes: otherwise every size of a dataset would be compiled for.
+        """Predicts the classes `[N]` of features `[N, D]`."""
+        # Few shapes: otherwise every dataset size would need a compilation.
         filling = -len(features) % 1024
         rows = np.pad(features, ((0, filling), (0, 0)))
         return np.asarray(_predict(self.logits, self.padded, rows))[: len(features)]
@@ -93,7 +93,7 @@ class Study(NamedTuple):
     Attributes:
       config: the options.
       model: a checkpoint with `params`, `folder` and `config`.
-      apply_fn: `apply_fn(params, *inputs) -> features[B, D]`, what is linearised.
+      apply_fn: `apply_fn(params, *inputs) -> features[B, D]`; this is linearised.
       params_0: the pre-trained parameters that `apply_fn` reads.
       trained: pattern of the paths in `params_0` that are trained.
       blocks: pattern of the linear weights, the only ones that AWD merges.
@@ -132,12 +132,12 @@ class Study(NamedTuple):
         return losses.cross_entropy(logits, batch["label"])
 
 
-@functools.cache  # the same function again, so that compiled programs are reused
+@functools.cache  # returns the same function again, so compiled programs are reused
 def classifier(apply_fn: ApplyFn, logits: Logits) -> ApplyFn:
-    """A study's network with a task's head among its parameters.
+    """Makes a study's network with a task's head among its parameters.
 
     Returns:
-      `f(params, *inputs) -> logits[B, C]` of parameters
+      `f(params, *inputs) -> logits[B, C]`, for parameters
       `{"encoder": params, "head": dataset.padded}`.
     """
 
@@ -151,13 +151,13 @@ def classifier(apply_fn: ApplyFn, logits: Logits) -> ApplyFn:
 def datasets(
     sources: Sequence, head_of: Sequence[jax.Array], logits: Logits, batch_size: int
 ) -> list[Dataset]:
-    """One split of all tasks, ready for evaluation.
+    """Prepares one split of all tasks for evaluation.
 
     Args:
       sources: for each task, its samples.
       head_of: for each task, its head `[C, D]`.
       logits: `logits(head, features, valid)`.
-      batch_size: number of samples that are evaluated at a time.
+      batch_size: number of samples to evaluate at a time.
     """
     padded = jax.tree.map(np.asarray, heads.pad(head_of))
     batches = [pipeline.evaluation_batches(source, batch_size) for source in sources]

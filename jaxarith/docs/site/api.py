@@ -1,7 +1,7 @@
-"""The pages of the API, from the sources: no module is imported, so none must load.
+"""Makes the API pages from the sources; no module is imported, so none has to load.
 
 `PAGES` lists the modules that have a page. A page has the names that its module defines
-and those that it re-exports as `X as X`.
+and the names that it re-exports as `X as X`.
 """
 
 import ast
@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2]
 _NAME = re.compile(r"(?<![`\[\w])`(\w+\.\w+)`(?!`)")
 _CODE = re.compile(r"(^ *```.*?^ *```$|^#[^\n]*$)", re.MULTILINE | re.DOTALL)
 
-# Title of a group: its modules, below `jaxarith`.
+# For each title of a group, its modules below `jaxarith`.
 PAGES = {
     "Trees and task vectors": ["tree", "task_vectors", "typing"],
     "Tangent space and interference": ["tangent", "tau_jp", "curvature", "precision"],
@@ -68,7 +68,7 @@ PAGES = {
     ],
     "Devices": ["sharding", "sharding.processes", "resources"],
 }
-# Modules that scripts import though they are no part of the interface: they may change.
+# Modules that scripts import but that are not part of the interface: they may change.
 INTERNAL = {
     "cli",
     "commands",
@@ -92,14 +92,14 @@ INTERNAL = {
 
 
 def source(module: str) -> Path:
-    """The file of a module; `module` is its name below `jaxarith`."""
+    """Returns the file of a module; `module` is its name below `jaxarith`."""
     path = PACKAGE.joinpath(*module.split("."))
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 @functools.cache
 def names(module: str) -> dict[str, str]:
-    """Every public name of a module, and where it is defined: `jaxarith.a.b.name`."""
+    """Returns a module's public names and where they are defined, `jaxarith.a.name`."""
     found = {}
     for node in ast.parse(source(module).read_text("utf-8")).body:
         if isinstance(node, ast.ImportFrom):
@@ -119,19 +119,19 @@ def names(module: str) -> dict[str, str]:
 
 
 def is_module(place: str) -> bool:
-    """Whether a place, `jaxarith.a.b`, is a module, and not a name in one."""
+    """Whether a place, `jaxarith.a.b`, is a module and not a name in a module."""
     return place.startswith("jaxarith.") and source(place[9:]).exists()
 
 
 def owner(place: str) -> str:
-    """The module on whose page a name has its entry: the first that offers it."""
+    """Returns the module whose page has a name's entry: the first that offers it."""
     modules = (module for group in PAGES.values() for module in group)
     return next(module for module in modules if place in names(module).values())
 
 
 @functools.cache
 def _places() -> dict[str, str]:
-    """Names as docstrings write them, `merge.ties`, and where they are defined."""
+    """Returns where names are defined, by the form in docstrings: `merge.ties`."""
     modules = [module for group in PAGES.values() for module in group]
     found: dict[str, set[str]] = {}
     for module in modules:
@@ -143,7 +143,7 @@ def _places() -> dict[str, str]:
 
 
 def linked(text: str) -> str:
-    """Markdown with every `module.name` of the API as a link to its entry."""
+    """Turns every `module.name` of the API in Markdown into a link to its entry."""
 
     def link(match: re.Match) -> str:
         place = _places().get(match[1])
@@ -155,7 +155,7 @@ def linked(text: str) -> str:
 
 
 def page(module: str) -> str:
-    """The Markdown of a page: the module's docstring, then an entry for each name."""
+    """Returns a page as Markdown: the module's docstring and an entry for each name."""
     whole = "{members: false, show_root_heading: false, show_root_toc_entry: false}"
     lines = [
         f"# jaxarith.{module}",
@@ -177,10 +177,10 @@ def page(module: str) -> str:
 
 
 def index() -> str:
-    """The Markdown of the page that lists all pages."""
+    """Returns the page that lists all pages, as Markdown."""
     lines = ["# API\n\nOne page for each public module, made from its docstrings."]
     for group, modules in PAGES.items():
-        lines.append(f"\n## {group}\n\n| module | what it holds |\n|:--|:--|")
+        lines.append(f"\n## {group}\n\n| module | contents |\n|:--|:--|")
         for module in modules:
             text = ast.get_docstring(ast.parse(source(module).read_text("utf-8")))
             first = (text or "").split("\n\n")[0].replace("\n", " ")

@@ -1,6 +1,6 @@
-"""Links between files of the repository, as links between pages of the site.
+"""Turns links between files of the repository into links between pages of the site.
 
-In the repository a link to the API points to the source; on the site, to its page.
+In the repository, a link to the API points to the source; on the site, to its page.
 """
 
 import os
@@ -33,17 +33,17 @@ def _pages() -> dict[str, str]:
     return found
 
 
-# A file of the repository, and its page.
+# For each file of the repository, its page.
 PAGES = _pages()
 
 
 def target(place: str, link: str) -> str:
-    """The path from the root that a link in the file `place` points to."""
+    """Returns the path from the root to which a link in the file `place` points."""
     return os.path.normpath(PurePosixPath(place).parent / link) if link else place
 
 
 def rewritten(text: str, place: str) -> str:
-    """The text of a file, with links to pages; a link to no page becomes its words."""
+    """Returns a file's text with links to pages; other links become their words."""
 
     def replace(match: re.Match) -> str:
         image, words, link, anchor = match.groups(default="")
@@ -61,7 +61,7 @@ def rewritten(text: str, place: str) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors of a file's headings, as GitHub makes them."""
+    """Returns the anchors of a file's headings, as GitHub makes them."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     found: set[str] = set()
     for heading in re.findall(r"^#{1,6} +(.*)$", text, re.MULTILINE):
