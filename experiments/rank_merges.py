@@ -287,7 +287,7 @@ def main(config: Config) -> dict:
     rows = {kind: ranked(found, kind) for kind in config.kinds}
     shown = {
         f"{KINDS[kind]} vectors: test accuracy in percent, mean and deviation over "
-        f"{config.seeds} seeds, the best first.": [
+        f"{tree.counted(config.seeds, 'seed')}, the best first.": [
             row | {"chosen": ", ".join(f"{value:g}" for value in row["chosen"])}
             for row in rows[kind]
         ]

@@ -297,7 +297,7 @@ def test_wrong_data_is_refused():
         train.task_batches([], CONFIG, seeds=[])
     with pytest.raises(ValueError, match="source is empty"):
         train.task_batches([[]], CONFIG, seeds=[0])
-    with pytest.raises(ValueError, match="2 seeds for 1 tasks"):
+    with pytest.raises(ValueError, match="2 seeds for 1 task;"):
         train.task_batches([source(1)], CONFIG, seeds=[0, 1])
     penalised = dataclasses.replace(CONFIG, linearized=True, penalty="cyclic")
     with pytest.raises(ValueError, match="at least one other task"):

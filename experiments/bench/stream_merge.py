@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from experiments.bench import measure
 from experiments.common import script
-from jaxarith import report
+from jaxarith import report, tree
 from jaxarith.hub import safetensors
 
 TASKS = 4
@@ -328,8 +328,8 @@ def main(config: Config):
         f"{TASKS} models and a base of {size / 2e9:.2f}B parameters in bfloat16, "
         f"{read / 1e9:.1f} GB in, {size / 1e9:.1f} GB out. "
         f"{measure.processor()}, {os.cpu_count()} cores. Medians of "
-        f"{config.repetitions} runs. 1.5 GB + 3 · largest tensor · models = "
-        f"{bound:.2f} GB."
+        f"{tree.counted(config.repetitions, 'run')}. "
+        f"1.5 GB + 3 · largest tensor · models = {bound:.2f} GB."
     )
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_cell(row.get(key, "")) for key in columns] for row in rows]

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from experiments.common import bank, partial, planning, runs, script, tables, training
 from experiments.common.language import planned, text_to_text, tiny_text
-from jaxarith import evaluate, fingerprint, task_vectors
+from jaxarith import evaluate, fingerprint, task_vectors, tree
 from jaxarith.data import glue, language
 from jaxarith.merge.bases_arithmetic import similarities
 from jaxarith.typing import Params, Taus
@@ -153,7 +153,8 @@ def run(config: Config, others: Sequence[str]) -> dict:
     results = {"rows": lines, "searches": searches}
     values = [*TASKS, "average"]
     beside = tables.beside(lines, PUBLISHED, keys=["method"], values=values)
-    caption = f"Test scores in percent, means over {len(config.seeds)} seeds"
+    seeds = tree.counted(len(config.seeds), "seed")
+    caption = f"Test scores in percent, means over {seeds}"
     chosen = [
         {
             "task": found["task"],

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxarith import sharding, tau_jp
+from jaxarith import sharding, tau_jp, tree
 from jaxarith.batches import fields_of
 from jaxarith.data import pipeline
 from jaxarith.train import padding
@@ -239,7 +239,8 @@ def _seeds(sources, config, names, seeds):
         what = "seeds"
     if len(seeds) != len(sources):
         raise ValueError(
-            f"{len(seeds)} {what} for {len(sources)} tasks; give one for each task."
+            f"{len(seeds)} {what} for {tree.counted(len(sources), 'task')}; give one "
+            "for each task."
         )
     return seeds
 
