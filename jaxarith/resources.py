@@ -126,6 +126,9 @@ def one_blas_thread() -> Iterator[None]:
 
 @functools.cache
 def _controller():
-    import scipy.linalg  # noqa: F401, threadpoolctl only finds a BLAS that is loaded
+    # threadpoolctl only finds a BLAS that is loaded. JAX imports this same module when
+    # it first compiles a factorisation, maybe in another thread at this moment. Had one
+    # of the two threads begun with `scipy.linalg`, Python would find a deadlock.
+    import scipy.linalg.cython_blas  # noqa: F401
 
     return threadpoolctl.ThreadpoolController()
