@@ -20,6 +20,7 @@ def config(tmp_path):
         device="cpu",
         torch=False,
         rows=ROWS,
+        minutes=1000,  # a busy machine is no reason to fail
         repetitions=1,
         layers=1,
     )

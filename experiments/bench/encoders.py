@@ -22,7 +22,6 @@ from experiments.common.vision import vectors
 from experiments.common.vision.architectures import VISION
 from jaxarith import hub, tree
 from jaxarith.models import bert, clip, gpt2, t5
-from jaxarith.models.bert_network import BertConfig
 from jaxarith.typing import Tree
 
 Vision = Literal["vit-b-32", "vit-b-16", "vit-l-14", "tiny"]
@@ -126,7 +125,7 @@ def _gpt2(name, layers, length):
 
 def _bert(layers, length):
     sizes = {} if layers is None else {"num_hidden_layers": layers}
-    config = BertConfig(**sizes, max_position_embeddings=max(512, length))
+    config = bert.BertConfig(**sizes, max_position_embeddings=max(512, length))
     return Encoder(
         functools.partial(mean_features, bert.encoder(config)),
         None,
