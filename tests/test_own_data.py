@@ -106,7 +106,7 @@ WIDE = [{"image": np.zeros(4, "f4"), "label": y} for y in Y]
         (lambda: run([{"image": X, "label": Y[:9]}]), "arrays .* of one N"),
         (lambda: run([{}]), "a dict of nothing"),
         (lambda: run([{"image": [[1], [2, 3]]}]), "rows of several shapes"),
-        (lambda: train.task_batches([ROWS], CONFIG, names="ab"), "2 names for 1 tasks"),
+        (lambda: train.task_batches([ROWS], CONFIG, names="ab"), "2 names for 1 task;"),
         (
             lambda: train.task_batches([ROWS], CONFIG, names=["a"], seeds=[1]),
             "names and seeds are both given",
