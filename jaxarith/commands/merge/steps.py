@@ -178,8 +178,8 @@ def done(ready: Prepared, place: Any, report: stream.Report) -> str:
     return (
         f"{recipe.request.method} of {tree.counted(len(recipe.models), 'model')}: "
         f"{place} "
-        f"({report.bytes_read / 1e9:.2f} GB read, {report.bytes_written / 1e9:.2f} "
-        f"GB written, {report.seconds:.1f} s)"
+        f"({_size(report.bytes_read)} read, {_size(report.bytes_written)} written, "
+        f"{report.seconds:.1f} s)"
     )
 
 
@@ -231,3 +231,8 @@ def _named_errors(
         raise FileNotFoundError(text(error)) from error
     except ValueError as error:
         raise ValueError(text(error)) from error
+
+
+def _size(count):
+    """Returns a number of bytes in GB, or in MB if it is small."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
