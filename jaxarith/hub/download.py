@@ -55,6 +55,7 @@ def find(model: str | os.PathLike, *, revision: str | None = None) -> Path:
     model = str(model)
     if revision is None and "@" in model:
         model, _, revision = model.partition("@")
+    check_id(model)
     at = "" if revision is None else f" at revision {revision!r}"
     try:
         info = huggingface_hub.model_info(model, revision=revision)
@@ -121,3 +122,16 @@ def _snapshot(folder: Path) -> Path:
             f"of its snapshots: {names}."
         )
     return found[0]
+
+
+def check_id(model: str) -> None:
+    """Checks that a name without a folder can be the id of a model on the Hub.
+
+    Raises:
+      FileNotFoundError: it can only be a path.
+    """
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        raise FileNotFoundError(
+            f"{model!r} is not a folder, and cannot be the id of a model on the Hub. "
+            f"Check the spelling, or name a folder that holds {CONFIG} and {WEIGHTS}."
+        )

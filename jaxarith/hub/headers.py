@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from jaxarith.hub.config import parts
+from jaxarith.hub.download import check_id
 from jaxarith.hub.folders import (
     ADAPTER,
     CONFIG,
@@ -79,6 +80,7 @@ def fetch(model: str, folder: Path) -> Path:
     import huggingface_hub  # here: local folders do not need it
 
     name, _, revision = model.partition("@")
+    check_id(name)
     try:
         info = huggingface_hub.model_info(name, revision=revision or None)
     # The client raises many exceptions when it cannot reach the Hub.
