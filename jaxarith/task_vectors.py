@@ -37,7 +37,7 @@ def difference(params: Params, params_0: Params) -> Params:
       >>> print(difference({"w": jnp.array(3.0)}, {"w": jnp.array(1.0), "b": 0.0}))
       {'w': Array(2., dtype=float32)}
     """
-    tree.check_part(params, params_0, "fine-tuned parameters")
+    tree.check_part(params, params_0, "fine-tuned model")
     start = tree.flatten(params_0)
     return tree.map_with_path(
         lambda path, leaf: _subtract(leaf, start[path]), tree.floating(params)

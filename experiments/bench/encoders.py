@@ -111,49 +111,38 @@ def encoder(name: str, layers: int | None = None, length: int | None = None) -> 
 def _gpt2(name, layers, length):
     sizes = GPT2[name] | ({} if layers is None else {"n_layer": layers})
     config = gpt2.GPT2Config(**sizes, n_positions=max(1024, length))
-    return Encoder(
-        functools.partial(mean_features, gpt2.encoder(config)),
-        None,
-        gpt2.layout(config),
-        functools.partial(random_texts, config.vocab_size, (length,)),
-        GPT2_PARADIGMS,
-        {"architectures": ["GPT2Model"], "use_cache": False, **vars(config)},
-        length,
-        TEXT[:2],
-    )
+    apply_fn, layout = gpt2.encoder(config), gpt2.layout(config)
+    return _texts(apply_fn, layout, config, GPT2_PARADIGMS, "GPT2Model", length)
 
 
 def _bert(layers, length):
     sizes = {} if layers is None else {"num_hidden_layers": layers}
     config = bert.BertConfig(**sizes, max_position_embeddings=max(512, length))
-    return Encoder(
-        functools.partial(mean_features, bert.encoder(config)),
-        None,
-        bert.layout(config),
-        functools.partial(random_texts, config.vocab_size, (length,)),
-        BERT_PARADIGMS,
-        {"architectures": ["BertModel"], **vars(config)},
-        length,
-        TEXT[:2],
-    )
+    apply_fn, layout = bert.encoder(config), bert.layout(config)
+    return _texts(apply_fn, layout, config, BERT_PARADIGMS, "BertModel", length)
 
 
 def _t5(layers, length, decoder):
     config = t5.T5Config(**({} if layers is None else {"num_layers": layers}))
-    apply_fn, leaves, tokens, architecture = (
-        (t5.hidden_states, ".*", (length, TARGET_TOKENS), "T5Model")
-        if decoder
-        else (t5.encoder, t5.ENCODER, (length,), "T5EncoderModel")
-    )
+    apply_fn, layout = t5.encoder(config), tree.select(t5.layout(config), t5.ENCODER)
+    architecture, tokens = "T5EncoderModel", (length,)
+    if decoder:
+        apply_fn, layout = t5.hidden_states(config), t5.layout(config)
+        architecture, tokens = "T5Model", (length, TARGET_TOKENS)
+    return _texts(apply_fn, layout, config, T5_PARADIGMS, architecture, *tokens)
+
+
+def _texts(apply_fn, layout, config, paradigms, architecture, *tokens):
+    """Makes an encoder of texts; a sample has one text of each length in `tokens`."""
     return Encoder(
-        functools.partial(mean_features, apply_fn(config)),
+        functools.partial(mean_features, apply_fn),
         None,
-        tree.select(t5.layout(config), leaves),
+        layout,
         functools.partial(random_texts, config.vocab_size, tokens),
-        T5_PARADIGMS,
+        paradigms,
         {"architectures": [architecture], "use_cache": False, **vars(config)},
         sum(tokens),
-        TEXT if decoder else TEXT[:2],
+        TEXT[: 2 * len(tokens)],
     )
 
 

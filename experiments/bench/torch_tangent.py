@@ -8,7 +8,6 @@ does.
 """
 
 import functools
-import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -48,7 +47,10 @@ def features_of(model: torch.nn.Module) -> Callable:
 
     def texts(params, *inputs):
         # Our names are those of models with a head, which call this model so.
-        params = {re.sub(r"^(transformer|bert)\.", "", k): v for k, v in params.items()}
+        params = {
+            name.removeprefix("transformer.").removeprefix("bert."): leaf
+            for name, leaf in params.items()
+        }
         named: dict[str, Any] = dict(zip(TEXTS, inputs, strict=False))
         hidden = torch.func.functional_call(model, params, (), named).last_hidden_state
         real = inputs[-1][..., None].to(hidden.dtype)

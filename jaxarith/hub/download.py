@@ -49,13 +49,13 @@ def find(model: str | os.PathLike, *, revision: str | None = None) -> Path:
         return _snapshot(folder)
     if folder.is_file():
         raise ValueError(f"{folder} is a file; expected the folder of a checkpoint.")
-    import huggingface_hub  # here: local folders do not need it
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
     model = str(model)
     if revision is None and "@" in model:
         model, _, revision = model.partition("@")
     check_id(model)
+    import huggingface_hub  # here: local folders do not need it
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
     at = "" if revision is None else f" at revision {revision!r}"
     try:
         info = huggingface_hub.model_info(model, revision=revision)

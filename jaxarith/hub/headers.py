@@ -77,10 +77,10 @@ def fetch(model: str, folder: Path) -> Path:
       FileNotFoundError: the Hub has no such model, or cannot be reached.
       ValueError: the model has no weights in safetensors.
     """
-    import huggingface_hub  # here: local folders do not need it
-
     name, _, revision = model.partition("@")
     check_id(name)
+    import huggingface_hub  # here: local folders do not need it
+
     try:
         info = huggingface_hub.model_info(name, revision=revision or None)
     # The client raises many exceptions when it cannot reach the Hub.

@@ -53,8 +53,7 @@ def check_part(
     ]
     if lines:
         leaves = counted(len(lines), "leaf", "leaves")
-        fit = "do not fit" if part_name.endswith("parameters") else "does not fit"
-        title = f"the {part_name} {fit} the {whole_name} ({leaves}):"
+        title = f"the {part_name} does not fit the {whole_name} ({leaves}):"
         raise ValueError("\n  ".join([title, *first_few(lines, most=10)]))
 
 
